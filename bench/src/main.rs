@@ -1,0 +1,3 @@
+//! The bench tool: link emulator and report.
+
+fn main() {}

@@ -1,0 +1,5 @@
+//! The control side of ringtail: everything but moving packets.
+#![forbid(unsafe_code)]
+
+pub mod key;
+pub mod netmap;

@@ -1,0 +1,4 @@
+//! The `ringtail` program.
+#![forbid(unsafe_code)]
+
+fn main() {}

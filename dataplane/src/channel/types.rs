@@ -1,0 +1,144 @@
+//! What crosses the boundary between the control thread and the shards.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+/// Names a peer on both sides of the boundary: an index below [`PEERS_MAX`], given by the control
+/// side, kept for as long as the peer's node key stays the same, and then free for reuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PeerId(pub u32);
+
+/// Peers a data plane holds at most.
+pub const PEERS_MAX: usize = 16_384;
+
+/// A DERP region, as numbered by the DERP map; positive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RegionId(pub u32);
+
+/// An IP prefix in masked form: host bits are zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Prefix {
+    /// Network address.
+    pub addr: IpAddr,
+    /// Leading bits that count: 0 to 32 for IPv4, 0 to 128 for IPv6.
+    pub bits: u8,
+}
+
+/// One peer as the data plane knows it.
+#[derive(Clone, Debug)]
+pub struct PeerConfig {
+    /// The peer's index.
+    pub id: PeerId,
+    /// WireGuard public key (Curve25519, 32 bytes), which is also the DERP address.
+    pub public_key: [u8; 32],
+    /// WireGuard preshared key (32 bytes), if any.
+    pub preshared_key: Option<zeroize::Zeroizing<[u8; 32]>>,
+    /// Inner prefixes routed to the peer and accepted from it (cryptokey routing).
+    pub allowed_ips: Vec<Prefix>,
+    /// Persistent keep-alive in seconds, if any (WireGuard paper §6.5 is about the passive one).
+    pub persistent_keepalive: Option<u16>,
+}
+
+/// How to reach one peer: an immutable record, replaced whole; only the newest counts
+/// (`protocol/paths.md` §16).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PathDecision {
+    /// Grows with every decision for the peer.
+    pub generation: u64,
+    /// The best direct address, trusted or not.
+    pub udp: Option<SocketAddr>,
+    /// The region at which the peer can be reached by relay.
+    pub derp: Option<RegionId>,
+    /// `udp` is used alone up to this moment; after it data goes both ways. The shard compares it
+    /// with its own clock, so a stalled control thread degrades to both, never to a black hole.
+    pub trust_until: Option<Instant>,
+    /// Data sent for this long with nothing authenticated back over `udp` means both ways too.
+    pub silence_limit: Duration,
+    /// Largest wire packet (IP header included) known to pass on `udp`, in bytes.
+    pub path_mtu: u16,
+}
+
+/// Whole-table and per-peer instructions for the shards.
+#[derive(Clone, Debug, Default)]
+pub enum Rules {
+    /// Every authenticated peer may send anything its allowed IPs cover.
+    #[default]
+    AllowAll,
+    /// Inbound packets need a rule or a remembered outbound flow; an empty list denies all.
+    List(Vec<Rule>),
+}
+
+/// One packet filter rule: any source prefix, any destination, one of the protocols.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// Source prefixes.
+    pub sources: Vec<Prefix>,
+    /// Destination prefixes with an inclusive port range each; ports do not matter for protocols
+    /// without ports.
+    pub destinations: Vec<(Prefix, u16, u16)>,
+    /// IP protocol numbers. The control side expands "default" before it gets here.
+    pub protocols: Vec<u8>,
+}
+
+/// Sealed WireGuard datagrams of one peer on their way to or from a relay.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Datagrams {
+    /// The datagrams back to back.
+    pub bytes: Vec<u8>,
+    /// Their lengths in bytes, in order; they add up to `bytes.len()`.
+    pub lens: Vec<u16>,
+}
+
+/// A batch that leaves by relay.
+#[derive(Clone, Debug)]
+pub struct RelayOut {
+    /// Whom it is for.
+    pub peer: PeerId,
+    /// The region of the peer's latest [`PathDecision`].
+    pub region: RegionId,
+    /// The sealed datagrams.
+    pub datagrams: Datagrams,
+}
+
+/// What the shards tell the control thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// Data was sent while no path was trusted; at most one per peer and 100 ms. Also sent when a
+    /// handshake starts without any path.
+    Kick(PeerId),
+    /// First data after at least 3 s without: arms the heartbeat even when the path is trusted.
+    Active(PeerId),
+    /// An authenticated packet came from an address other than the decided one.
+    NewSource(PeerId, SocketAddr),
+    /// The silence limit passed: the shard has begun to send both ways by itself.
+    Silent(PeerId),
+    /// Sending to the address failed with this errno (`ENETUNREACH`, `EPERM`, `EMSGSIZE`, …).
+    SendError(PeerId, SocketAddr, i32),
+    /// A handshake completed; keys are fresh.
+    SessionUp(PeerId),
+    /// No usable session is left.
+    SessionDown(PeerId),
+    /// The TUN device is gone; nothing more will be moved.
+    TunGone,
+}
+
+/// What the shards know of one peer's traffic, read without disturbing them.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Activity {
+    /// Last authenticated arrival on any path.
+    pub last_received: Option<Instant>,
+    /// Last authenticated arrival from the decided UDP address.
+    pub last_received_direct: Option<Instant>,
+    /// Last data or handshake message sent (keep-alives count).
+    pub last_sent: Option<Instant>,
+    /// Last completed handshake.
+    pub last_handshake: Option<Instant>,
+    /// Sealed bytes sent, both paths.
+    pub tx_bytes: u64,
+    /// Sealed bytes received and authenticated, both paths.
+    pub rx_bytes: u64,
+    /// Of `tx_bytes`, those that left by relay.
+    pub tx_relay_bytes: u64,
+    /// Of `rx_bytes`, those that came by relay.
+    pub rx_relay_bytes: u64,
+}

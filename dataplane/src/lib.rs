@@ -1,0 +1,12 @@
+//! The data plane of ringtail.
+//!
+//! Packets walk through rooms in one direction; decisions enter by one door, events leave by
+//! another:
+//!
+//! ```text
+//! outbound   tun -> route -> seal -> udp
+//! inbound    udp -> classify -> open -> filter -> coalesce -> tun
+//! control    Command in, at the start of a turn;  Event out, at its end
+//! ```
+
+pub mod channel;

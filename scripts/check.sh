@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Formatting and lints, as errors. CI runs this first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cargo fmt --all --check
+cargo clippy --workspace --all-targets --locked -- -D warnings
