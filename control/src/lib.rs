@@ -3,3 +3,4 @@
 
 pub mod key;
 pub mod netmap;
+pub mod stun;
