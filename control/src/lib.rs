@@ -1,6 +1,12 @@
 //! The control side of ringtail: everything but moving packets.
+//!
+//! Cores decide and touch neither socket nor clock: `key`, `netmap`, `config`. The rim is
+//! `agent`, which wires the cores together, `driver`, which touches the outside, and `cli`.
 #![forbid(unsafe_code)]
 
+pub mod cli;
+pub mod config;
+pub mod driver;
 pub mod key;
 pub mod netmap;
 pub mod stun;

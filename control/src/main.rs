@@ -1,4 +1,9 @@
 //! The `ringtail` program.
 #![forbid(unsafe_code)]
 
-fn main() {}
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> std::process::ExitCode {
+    ringtail::cli::main()
+}

@@ -1,0 +1,110 @@
+//! The command line: arguments in, text out. Printing to standard output happens only here.
+
+mod keys;
+mod query;
+mod up;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::driver::state::STATE_DIR_DEFAULT;
+
+/// A throughput-optimised mesh VPN node for Linux, with its own relay and coordination server.
+///
+/// A first network, on three machines (or one, with namespaces):
+///
+///   ringtail derp  --hostname 203.0.113.1            a relay; prints its entry for the DERP map
+///   ringtail coord --derp-map map.json               the coordination server; prints how to join
+///   ringtail up    --coord URL --auth-key-file KEY   a node; repeat on every machine
+///   ringtail ping  NAME                              how a peer is reached, and how fast
+#[derive(Debug, Parser)]
+#[command(
+    name = "ringtail",
+    version,
+    verbatim_doc_comment,
+    arg_required_else_help = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    /// More on standard error; twice for every detail. RUST_LOG is honoured too.
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Up(Box<up::UpArgs>),
+    Status(query::StatusArgs),
+    Ping(query::PingArgs),
+    Netcheck(query::NetcheckArgs),
+    Genkey(keys::GenkeyArgs),
+    Pubkey(keys::PubkeyArgs),
+}
+
+/// Which running node is meant.
+#[derive(Clone, Debug, Args)]
+struct StateDirArg {
+    /// State directory of the node.
+    #[arg(long, value_name = "DIR", default_value = STATE_DIR_DEFAULT)]
+    state_dir: PathBuf,
+}
+
+/// Runs the program and says how it ended.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_log(cli.verbose);
+    let result = match cli.command {
+        Command::Up(args) => up::run(*args),
+        Command::Status(args) => query::status(&args),
+        Command::Ping(args) => query::ping(&args),
+        Command::Netcheck(args) => query::netcheck(&args),
+        Command::Genkey(args) => keys::genkey(&args),
+        Command::Pubkey(args) => keys::pubkey(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ringtail: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Whether the reader of our output went away, as `head` does: not worth a word.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<std::io::Error>()
+        .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+fn start_log(verbose: u8) {
+    use tracing_subscriber::EnvFilter;
+    let level = match verbose {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    // Other crates' chatter only when asked for by RUST_LOG.
+    let default = format!("warn,ringtail={level},ringtail_dataplane={level}");
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,306 @@
+//! `ringtail status`, `ringtail ping` and `ringtail netcheck`: questions to a running node.
+
+use std::io::Write;
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::Args;
+use serde_json::Value;
+
+use super::StateDirArg;
+use crate::driver::local_api::{Request, ask};
+use crate::driver::runtime;
+use crate::driver::state::StateDir;
+
+/// Show what a running node knows: itself, relays, peers and their paths, drops.
+#[derive(Debug, Args)]
+pub(super) struct StatusArgs {
+    #[command(flatten)]
+    state: StateDirArg,
+    /// Everything, as JSON: also counters per shard and every named drop.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Ping a peer below the tunnel and say which way each reply came.
+///
+/// Prints one line per reply: by relay, with the region, or direct, with the address.
+#[derive(Debug, Args)]
+pub(super) struct PingArgs {
+    /// A peer's name, inner address or node key.
+    peer: String,
+    #[command(flatten)]
+    state: StateDirArg,
+    /// Pings to send.
+    #[arg(short, long, value_name = "COUNT", default_value_t = 4)]
+    count: u32,
+    /// Seconds between them.
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
+    interval: f64,
+    /// Stop at the first direct reply.
+    #[arg(long)]
+    until_direct: bool,
+}
+
+/// Measure the relays and show what kind of network this node is on.
+#[derive(Debug, Args)]
+pub(super) struct NetcheckArgs {
+    #[command(flatten)]
+    state: StateDirArg,
+    /// The report as JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.01..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("give seconds, from 0.01 to 3600".into()),
+    }
+}
+
+pub(super) fn status(args: &StatusArgs) -> anyhow::Result<()> {
+    let answer = ask_one(&args.state, &Request::Status)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{answer:#}")?;
+        return Ok(());
+    }
+    write_status(&mut out, &answer)?;
+    Ok(())
+}
+
+pub(super) fn netcheck(args: &NetcheckArgs) -> anyhow::Result<()> {
+    let answer = ask_one(&args.state, &Request::Netcheck)?;
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        writeln!(out, "{answer:#}")?;
+        return Ok(());
+    }
+    write_netcheck(&mut out, &answer)?;
+    Ok(())
+}
+
+pub(super) fn ping(args: &PingArgs) -> anyhow::Result<()> {
+    let socket = StateDir::open(&args.state.state_dir)?.socket();
+    let mut replies = 0u32;
+    let mut direct = false;
+    runtime::block_on(async |_| {
+        for n in 0..args.count {
+            if n > 0 {
+                tokio::time::sleep(Duration::from_secs_f64(args.interval)).await;
+            }
+            ask(
+                &socket,
+                &Request::Ping {
+                    peer: args.peer.clone(),
+                },
+                |answer| {
+                    let mut out = std::io::stdout().lock();
+                    let name = text(&answer["peer"]);
+                    match answer["via"].as_str() {
+                        None => writeln!(out, "no reply from {name}: {}", text(&answer["reason"]))?,
+                        Some(via) => {
+                            replies += 1;
+                            direct |= via == "direct";
+                            let ms = answer["latency_ms"].as_f64().unwrap_or_default();
+                            let place = match via {
+                                "direct" => format!("direct, {}", text(&answer["address"])),
+                                _ => format!("relay {}", text(&answer["region"])),
+                            };
+                            writeln!(out, "pong from {name} ({place}) in {ms:.3} ms")?;
+                        }
+                    }
+                    Ok(())
+                },
+            )
+            .await?;
+            if args.until_direct && direct {
+                break;
+            }
+        }
+        Ok(())
+    })?;
+    if replies == 0 {
+        bail!(
+            "{} did not answer; `ringtail status` shows what is known of it",
+            args.peer
+        );
+    }
+    if args.until_direct && !direct {
+        bail!("no direct path to {} yet", args.peer);
+    }
+    Ok(())
+}
+
+fn ask_one(state: &StateDirArg, request: &Request) -> anyhow::Result<Value> {
+    let socket = state.state_dir.join("ringtail.sock");
+    let mut answer = Value::Null;
+    runtime::block_on(async |_| {
+        ask(&socket, request, |value| {
+            answer = value;
+            Ok(())
+        })
+        .await
+    })?;
+    if answer.is_null() {
+        bail!("the node went away without an answer");
+    }
+    Ok(answer)
+}
+
+/// A string of the answer as it is, anything else as JSON, nothing as a dash.
+fn text(value: &Value) -> String {
+    match value {
+        Value::Null => "-".into(),
+        Value::String(text) => text.clone(),
+        Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
+    }
+}
+
+fn list(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+fn joined(value: &Value) -> String {
+    let items: Vec<String> = list(value).map(text).collect();
+    if items.is_empty() {
+        "-".into()
+    } else {
+        items.join(" ")
+    }
+}
+
+/// Bytes in the unit that leaves one to three digits before the point.
+fn bytes(value: &Value) -> String {
+    let mut amount = value.as_f64().unwrap_or_default();
+    for unit in ["B", "kB", "MB", "GB"] {
+        if amount < 1000.0 {
+            return format!("{amount:.0} {unit}");
+        }
+        amount /= 1000.0;
+    }
+    format!("{amount:.1} TB")
+}
+
+fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
+    writeln!(
+        out,
+        "{}  {}  {}",
+        text(&status["hostname"]),
+        joined(&status["addresses"]),
+        text(&status["node_key"])
+    )?;
+    writeln!(
+        out,
+        "  {} on {} (mtu {}), {} shard(s), {}, port {}",
+        text(&status["version"]),
+        text(&status["tun"]["name"]),
+        text(&status["tun"]["mtu"]),
+        text(&status["shards"]),
+        text(&status["driver"]),
+        text(&status["listen_port"])
+    )?;
+    writeln!(
+        out,
+        "  coordination {} ({}), home relay {}, endpoints {}",
+        text(&status["coordination"]["kind"]),
+        text(&status["coordination"]["state"]),
+        text(&status["home"]["region"]),
+        joined(&status["endpoints"])
+    )?;
+    for relay in list(&status["relays"]) {
+        writeln!(
+            out,
+            "  relay {}: {}",
+            text(&relay["region"]),
+            text(&relay["state"])
+        )?;
+    }
+    for peer in list(&status["peers"]) {
+        let path = &peer["path"];
+        let way = match path["address"].as_str() {
+            Some(address) => format!("{} {address}", text(&path["state"])),
+            None => format!("{} via {}", text(&path["state"]), text(&peer["home"])),
+        };
+        let latency = match path["latency_ms"].as_f64() {
+            Some(ms) => format!("{ms:.1} ms"),
+            None => "-".into(),
+        };
+        writeln!(
+            out,
+            "{}  {}  {way}  {latency}  tx {} rx {}",
+            text(&peer["name"]),
+            joined(&peer["addresses"]),
+            bytes(&peer["tx_bytes"]),
+            bytes(&peer["rx_bytes"])
+        )?;
+    }
+    let drops: Vec<String> = status["drops"]
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(_, count)| count.as_u64() != Some(0))
+        .map(|(reason, count)| format!("{reason} {count}"))
+        .collect();
+    if !drops.is_empty() {
+        writeln!(out, "dropped: {}", drops.join(", "))?;
+    }
+    Ok(())
+}
+
+fn write_netcheck(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
+    writeln!(out, "UDP works: {}", text(&report["udp"]))?;
+    writeln!(
+        out,
+        "IPv4: {}  public address {}",
+        text(&report["ipv4"]),
+        text(&report["global_v4"])
+    )?;
+    writeln!(
+        out,
+        "IPv6: {}  public address {}",
+        text(&report["ipv6"]),
+        text(&report["global_v6"])
+    )?;
+    writeln!(
+        out,
+        "NAT mapping varies by destination: {}",
+        text(&report["mapping_varies_by_dest_ip"])
+    )?;
+    writeln!(out, "nearest relay: {}", text(&report["preferred_region"]))?;
+    for region in list(&report["regions"]) {
+        match region["latency_ms"].as_f64() {
+            Some(ms) => writeln!(out, "  {:<8} {ms:.1} ms", text(&region["region"]))?,
+            None => writeln!(out, "  {:<8} no answer", text(&region["region"]))?,
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn status_shows_the_way_to_each_peer_and_only_drops_that_happened() {
+        let status = json!({
+            "hostname": "a", "addresses": ["10.7.0.1"], "home": {"region": "nyc"},
+            "peers": [
+                {"name": "b", "addresses": ["10.7.0.2"], "home": "fra", "tx_bytes": 12345,
+                 "path": {"state": "direct", "address": "192.0.2.2:41641", "latency_ms": 1.25}},
+                {"name": "c", "home": "fra", "path": {"state": "relay", "address": null}}],
+            "drops": {"no_route": 3, "replay": 0},
+        });
+        let mut out = Vec::new();
+        write_status(&mut out, &status).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        assert!(
+            out.contains("b  10.7.0.2  direct 192.0.2.2:41641  1.2 ms  tx 12 kB rx 0 B"),
+            "{out}"
+        );
+        assert!(out.contains("c  -  relay via fra"), "{out}");
+        assert!(out.contains("dropped: no_route 3\n"), "{out}");
+    }
+}

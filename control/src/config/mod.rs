@@ -1,0 +1,54 @@
+//! What people write: the node's own file and the static network file, both TOML.
+//!
+//! A node takes its settings from `--config FILE` and from flags; a flag wins over the file. Who
+//! is in the network comes from a coordination server or from a static network file, never both.
+//! Unknown keys are errors, so that a misspelt one is not silently ignored.
+
+mod network;
+mod node;
+
+pub use network::{StaticNetwork, StaticPeer};
+pub use node::{DriverName, NodeConfig, ValidateMode};
+
+use std::path::{Path, PathBuf};
+
+/// Why a file was refused, with the file's name and, for TOML, the line.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The text is not TOML of the wanted shape.
+    #[error("{path}: {message}")]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// Line, column and reason.
+        message: String,
+    },
+    /// The text parses but contradicts itself.
+    #[error("{path}: {message}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what would be right.
+        message: String,
+    },
+}
+
+/// Reads a TOML file into its type.
+fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        path: path.to_owned(),
+        source,
+    })?;
+    toml::from_str(&text).map_err(|error| ConfigError::Parse {
+        path: path.to_owned(),
+        message: error.to_string().trim_end().to_owned(),
+    })
+}

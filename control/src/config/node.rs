@@ -1,0 +1,239 @@
+//! The node's own settings.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use super::{ConfigError, read_toml};
+
+/// Which driver moves packets in the shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum DriverName {
+    /// io_uring where the kernel allows it, else epoll.
+    #[default]
+    Auto,
+    /// io_uring or nothing.
+    IoUring,
+    /// epoll.
+    Epoll,
+}
+
+/// How a direct path is tested before traffic moves to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum ValidateMode {
+    /// Latency, packet loss and MTU (`protocol/paths.md` §15).
+    #[default]
+    Full,
+    /// One Pong is enough, as in Tailscale.
+    Fast,
+}
+
+/// Settings of `ringtail up`. Every field may be left out.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct NodeConfig {
+    /// Name shown to others; the host's name by default.
+    pub hostname: Option<String>,
+    /// Where keys, caches and the status socket live.
+    pub state_dir: Option<PathBuf>,
+    /// Name of the TUN interface; `ringtail0` by default.
+    pub tun: Option<String>,
+    /// UDP port of the tunnel; 41641 by default, 0 takes any free one.
+    pub listen_port: Option<u16>,
+    /// Inner MTU in bytes, 1280 to 65535 minus overhead; 1280 by default.
+    pub mtu: Option<u16>,
+    /// Data plane threads; one per usable core by default.
+    pub shards: Option<usize>,
+    /// Whether each shard stays on one core; yes by default.
+    pub pin: Option<bool>,
+    /// The shards' I/O driver.
+    pub driver: Option<DriverName>,
+    /// TUN segmentation offloads; on by default.
+    pub tun_offload: Option<bool>,
+    /// UDP GSO on sends; on by default.
+    pub udp_gso: Option<bool>,
+    /// UDP GRO on receives; on by default.
+    pub udp_gro: Option<bool>,
+    /// Mark on every underlay socket; 0 is none.
+    pub fwmark: Option<u32>,
+    /// URL of the coordination server.
+    pub coord: Option<String>,
+    /// File with the pre-auth key for the first registration.
+    pub auth_key_file: Option<PathBuf>,
+    /// The coordination server's Noise key (`mkey:…`), to be sure of it from the first contact.
+    pub control_key: Option<String>,
+    /// Static network file, instead of a coordination server.
+    pub network: Option<PathBuf>,
+    /// Prefixes this node offers to route for others.
+    pub advertise_routes: Vec<ipnet::IpNet>,
+    /// Stay on relays: no DISCO pings, no direct paths.
+    pub relay_only: bool,
+    /// How direct paths are tested.
+    pub validate: Option<ValidateMode>,
+    /// Discovery rounds without any answer before a peer stays on the relay; 0 is no limit.
+    pub retry_limit: Option<u32>,
+    /// Where to append what happens on the paths, as JSON lines.
+    pub events: Option<PathBuf>,
+}
+
+impl NodeConfig {
+    /// Smallest inner MTU: IPv6 needs it (RFC 8200 §5).
+    pub const MTU_MIN: u16 = 1280;
+    /// Largest inner MTU: an outer IPv6 datagram of 65535 less 80 bytes of overhead.
+    pub const MTU_MAX: u16 = 65_455;
+    /// Port of tailscaled's packages, which firewalls may already know.
+    pub const LISTEN_PORT: u16 = 41_641;
+    /// Shards at most: the owner's number has eight bits of the receiver index.
+    pub const SHARDS_MAX: usize = 256;
+
+    /// Reads the file; relative paths inside are taken from the file's own folder.
+    ///
+    /// # Errors
+    /// When the file cannot be read, has an unknown key, or a value of the wrong type.
+    pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        let mut config: Self = read_toml(path)?;
+        let folder = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
+        for file in [
+            &mut config.state_dir,
+            &mut config.auth_key_file,
+            &mut config.network,
+            &mut config.events,
+        ]
+        .into_iter()
+        .flatten()
+        {
+            *file = folder.join(&file);
+        }
+        Ok(config)
+    }
+
+    /// Takes what `flags` says and fills the rest from `self`.
+    #[must_use]
+    pub fn overridden_by(self, flags: Self) -> Self {
+        Self {
+            hostname: flags.hostname.or(self.hostname),
+            state_dir: flags.state_dir.or(self.state_dir),
+            tun: flags.tun.or(self.tun),
+            listen_port: flags.listen_port.or(self.listen_port),
+            mtu: flags.mtu.or(self.mtu),
+            shards: flags.shards.or(self.shards),
+            pin: flags.pin.or(self.pin),
+            driver: flags.driver.or(self.driver),
+            tun_offload: flags.tun_offload.or(self.tun_offload),
+            udp_gso: flags.udp_gso.or(self.udp_gso),
+            udp_gro: flags.udp_gro.or(self.udp_gro),
+            fwmark: flags.fwmark.or(self.fwmark),
+            // Naming one source of the network on the command line drops the file's other one.
+            coord: flags
+                .coord
+                .clone()
+                .or_else(|| self.coord.filter(|_| flags.network.is_none())),
+            auth_key_file: flags.auth_key_file.or(self.auth_key_file),
+            control_key: flags.control_key.or(self.control_key),
+            network: flags
+                .network
+                .or_else(|| self.network.filter(|_| flags.coord.is_none())),
+            advertise_routes: if flags.advertise_routes.is_empty() {
+                self.advertise_routes
+            } else {
+                flags.advertise_routes
+            },
+            relay_only: flags.relay_only || self.relay_only,
+            validate: flags.validate.or(self.validate),
+            retry_limit: flags.retry_limit.or(self.retry_limit),
+            events: flags.events.or(self.events),
+        }
+    }
+
+    /// Checks values against each other and against their ranges.
+    ///
+    /// # Errors
+    /// A sentence that says what to change.
+    pub fn check(&self) -> Result<(), String> {
+        if self.coord.is_some() && self.network.is_some() {
+            return Err(
+                "both a coordination server and a static network file are given; \
+                        leave one out"
+                    .into(),
+            );
+        }
+        if self.coord.is_none() && self.network.is_none() {
+            return Err("nothing says who is in the network: give --coord URL (and \
+                        --auth-key-file FILE the first time) or --network FILE"
+                .into());
+        }
+        if let Some(mtu) = self.mtu
+            && !(Self::MTU_MIN..=Self::MTU_MAX).contains(&mtu)
+        {
+            return Err(format!(
+                "mtu {mtu} is out of range; it can be {} to {}",
+                Self::MTU_MIN,
+                Self::MTU_MAX
+            ));
+        }
+        if let Some(shards) = self.shards
+            && !(1..=Self::SHARDS_MAX).contains(&shards)
+        {
+            return Err(format!(
+                "shards = {shards} is out of range; it can be 1 to {}",
+                Self::SHARDS_MAX
+            ));
+        }
+        // IFNAMSIZ counts the closing NUL.
+        if let Some(tun) = &self.tun
+            && (tun.is_empty() || tun.len() > 15 || tun.contains(['/', ' ']))
+        {
+            return Err(format!(
+                "tun = {tun:?} cannot name an interface; use 1 to 15 characters without '/'"
+            ));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<NodeConfig, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    #[test]
+    fn a_misspelt_key_is_refused_by_name() {
+        let error = parse("listen-port = 1").unwrap_err().to_string();
+        assert!(error.contains("listen-port"), "{error}");
+    }
+
+    #[test]
+    fn a_flag_wins_over_the_file_and_replaces_the_source_of_the_network() {
+        let file = parse("mtu = 1420\ncoord = \"http://10.0.0.1\"\nshards = 2").unwrap();
+        let flags = NodeConfig {
+            mtu: Some(1280),
+            network: Some("n.toml".into()),
+            ..Default::default()
+        };
+        let both = file.overridden_by(flags);
+        assert_eq!((both.mtu, both.shards), (Some(1280), Some(2)));
+        assert_eq!(
+            (both.coord.as_deref(), both.network),
+            (None, Some("n.toml".into()))
+        );
+    }
+
+    #[test]
+    fn ranges_are_checked_with_a_sentence() {
+        for text in [
+            "",
+            "mtu = 1000\nnetwork = \"n\"",
+            "shards = 0\nnetwork = \"n\"",
+            "tun = \"a/b\"\nnetwork = \"n\"",
+            "coord = \"x\"\nnetwork = \"y\"",
+        ] {
+            assert!(parse(text).unwrap().check().is_err(), "{text}");
+        }
+        assert_eq!(parse("network = \"n\"").unwrap().check(), Ok(()));
+    }
+}

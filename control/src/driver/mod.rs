@@ -1,0 +1,9 @@
+//! Everything that touches the outside: sockets, TLS, netlink, files, clocks. One file per
+//! outside thing; drivers decide nothing.
+
+pub mod events;
+pub mod interface;
+pub mod local_api;
+pub mod node;
+pub mod runtime;
+pub mod state;

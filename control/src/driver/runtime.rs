@@ -1,0 +1,57 @@
+//! The control thread's runtime: tokio-uring, or tokio's own where io_uring is forbidden.
+//!
+//! tokio's sockets and timers work inside tokio-uring's runtime, so nothing above this file needs
+//! to know which of the two runs; who owns a stream asks [`Kind`] for the transport to use.
+
+use std::future::Future;
+
+use anyhow::Context as _;
+
+/// Which runtime is running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// tokio-uring: streams may use owned-buffer reads and writes.
+    Uring,
+    /// tokio's current-thread runtime.
+    Tokio,
+}
+
+/// Runs the future to its end on this thread; tasks spawned locally run beside it.
+///
+/// # Errors
+/// When neither runtime starts, or the future fails.
+pub fn block_on<F>(make: impl FnOnce(Kind) -> F) -> anyhow::Result<()>
+where
+    F: Future<Output = anyhow::Result<()>>,
+{
+    match tokio_uring::Runtime::new(&tokio_uring::builder()) {
+        // tokio-uring's runtime brings its own LocalSet.
+        Ok(runtime) => runtime.block_on(make(Kind::Uring)),
+        Err(error) => {
+            tracing::info!(%error, "io_uring is not to be had here: the control thread uses epoll");
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .context("cannot start the control thread's runtime")?;
+            tokio::task::LocalSet::new().block_on(&runtime, make(Kind::Tokio))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn local_tasks_and_timers_run_on_it() {
+        block_on(|_| async {
+            let task = tokio::task::spawn_local(async {
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+                7
+            });
+            anyhow::ensure!(task.await? == 7);
+            Ok(())
+        })
+        .unwrap();
+    }
+}
