@@ -6,6 +6,7 @@
 
 pub mod cli;
 pub mod config;
+pub mod coord;
 pub mod driver;
 pub mod key;
 pub mod netmap;

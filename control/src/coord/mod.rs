@@ -1,0 +1,86 @@
+//! Coordination: how a node joins a network and keeps its map current, and the server's side.
+//!
+//! Protocol ts2021 (`protocol/coordination.md`). The machines here decide and never touch a socket
+//! or a clock; `driver::coord_client` and `driver::coord_server` move the bytes.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde_json::Value;
+use zeroize::Zeroizing;
+
+use crate::key::{DiscoPublic, MachinePrivate, MachinePublic, NodePublic};
+use crate::netmap::Netmap;
+use crate::netmap::wire::EndpointKind;
+
+/// What a coordination client needs to know once.
+#[derive(Clone, Debug)]
+pub struct CoordConfig {
+    /// `https://host[:port]`, or `http://…` on loopback and private addresses only.
+    pub url: String,
+    /// Pre-auth key for the first registration, if any. Never logged.
+    pub auth_key: Option<Zeroizing<String>>,
+    /// Short host name; the server makes the node's name from it.
+    pub hostname: String,
+    /// This host's identity towards the server.
+    pub machine: MachinePrivate,
+    /// Our WireGuard public key.
+    pub node: NodePublic,
+    /// Our disco public key.
+    pub disco: DiscoPublic,
+    /// The server's key, when it is known already: another one is refused. With it, a TLS
+    /// certificate need not be trusted, because Noise authenticates the server.
+    pub control_key: Option<MachinePublic>,
+}
+
+/// What a node reports about itself; the agent replaces it whole whenever something changes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SelfState {
+    /// Our UDP endpoints, best first, and how each became known.
+    pub endpoints: Vec<(SocketAddr, EndpointKind)>,
+    /// Home relay region; none before the first netcheck.
+    pub home_derp: Option<u32>,
+    /// Measured latency of relay regions: region, whether over IPv6, round trip. Changes of
+    /// latency alone are not reported to the server.
+    pub derp_latency: Vec<(u32, bool, Duration)>,
+    /// Whether the NAT maps differently per destination, once known.
+    pub mapping_varies: Option<bool>,
+    /// Whether UDP gets through at all, once known.
+    pub working_udp: Option<bool>,
+    /// Whether IPv6 reaches the internet, once known.
+    pub working_ipv6: Option<bool>,
+    /// Prefixes we offer to route, masked.
+    pub routes: Vec<IpNet>,
+    /// Refuse all inbound connections.
+    pub shields_up: bool,
+    /// Further `Hostinfo` fields as a JSON object; they win over ours of the same name.
+    pub hostinfo: Option<Value>,
+}
+
+/// What the coordination client tells the agent.
+#[derive(Clone, Debug)]
+pub enum CoordEvent {
+    /// The server's key, as fetched: to be stored and given back as
+    /// [`CoordConfig::control_key`] from then on. Sent when none was configured.
+    ControlKey(MachinePublic),
+    /// The server knows us; `user` is the owner's name.
+    Registered {
+        /// Name of the owner, for people.
+        user: String,
+    },
+    /// A whole new state of the network.
+    Netmap(Arc<Netmap>),
+    /// A human must visit this address to let the node in.
+    AuthUrl(String),
+    /// The server cannot be reached or said no for now; the last netmap stays in force.
+    Lost {
+        /// Cause, for people.
+        error: String,
+        /// When the next attempt starts.
+        retry_in: Duration,
+    },
+    /// Nothing more will be tried; the text says what to do.
+    Fatal(String),
+}

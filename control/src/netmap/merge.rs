@@ -1,0 +1,680 @@
+//! Applying the messages of one map stream to a table, and the snapshot the agent works with.
+//!
+//! A [`MapState`] lives as long as one stream: it starts empty, takes every message in order by
+//! [`MapState::handle_response`], and gives a whole [`Netmap`] whenever something the agent cares
+//! about changed. The order inside a message is that of `protocol/coordination-map.md` §4. The
+//! previous stream's netmap stays in force at the agent until the first complete one arrives, so
+//! a reconnect disturbs nothing.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use ringtail_dataplane::channel::Rules;
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use super::derp_map::DerpMap;
+use super::filter;
+use super::wire::{CapMap, FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime};
+use crate::key::{DiscoPublic, NodePublic};
+
+/// Peers kept at most; as many as the data plane holds. Further ones are left out and counted.
+pub const PEERS_MAX: usize = ringtail_dataplane::channel::PEERS_MAX;
+
+/// Node attributes and tags of ourselves and peers are for display: this many at most are kept.
+pub const HEALTH_MAX: usize = 64;
+
+/// Why a stream has to be given up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MergeError {
+    /// The first message that is no keep-alive must say who we are.
+    #[error("initial message lacks Node")]
+    NoNode,
+}
+
+/// Ourselves, as the coordination server sees us.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SelfNode {
+    /// Our node id.
+    pub id: i64,
+    /// Opaque stable id.
+    pub stable_id: String,
+    /// The node key the server knows for us.
+    pub key: NodePublic,
+    /// FQDN with a trailing dot.
+    pub name: String,
+    /// Our inner addresses, a /32 and a /128 in general.
+    pub addresses: Vec<IpNet>,
+    /// Addresses and the routes approved for us.
+    pub allowed_ips: Vec<IpNet>,
+    /// When our key stops being valid, if ever.
+    pub key_expiry: Option<OffsetDateTime>,
+    /// The key has expired: peers refuse us.
+    pub expired: bool,
+    /// False while an administrator's approval is awaited.
+    pub machine_authorized: bool,
+    /// Node attributes (`protocol/coordination-map.md` §11).
+    pub cap_map: CapMap,
+}
+
+/// A peer, ready for the data plane and the path machine.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Peer {
+    /// Node id; the peer's identity across key changes.
+    pub id: i64,
+    /// WireGuard public key and DERP address. May change while `id` stays.
+    pub key: NodePublic,
+    /// Absent: no path discovery with this peer.
+    pub disco: Option<DiscoPublic>,
+    /// FQDN with a trailing dot, or a bare name.
+    pub name: String,
+    /// Its inner addresses.
+    pub addresses: Vec<IpNet>,
+    /// What may be routed to it and may come from it: addresses, subnet routes, exit routes.
+    pub allowed_ips: Vec<IpNet>,
+    /// UDP candidates.
+    pub endpoints: Vec<SocketAddr>,
+    /// Home relay region.
+    pub home: Option<u32>,
+    /// Whether it is connected to the coordination server; absent is unknown.
+    pub online: Option<bool>,
+    /// When it was last seen, if offline.
+    pub last_seen: Option<OffsetDateTime>,
+    /// Its key has expired, by flag or by time.
+    pub expired: bool,
+    /// Plain WireGuard: no disco, no relay, static endpoints.
+    pub wireguard_only: bool,
+    /// It may not open connections to us: inbound rules do not apply to it.
+    pub jailed: bool,
+}
+
+/// One whole state of the network as told by the coordination server.
+#[derive(Clone, Debug)]
+pub struct Netmap {
+    /// Ourselves.
+    pub self_node: SelfNode,
+    /// Peers that may enter the data plane, by ascending id.
+    pub peers: Vec<Arc<Peer>>,
+    /// Known peers that may not, for display: expired, without any way to reach them, or without
+    /// network access.
+    pub held_back: Vec<Arc<Peer>>,
+    /// The relays.
+    pub derp_map: Arc<DerpMap>,
+    /// The inbound packet filter, compiled.
+    pub rules: Rules,
+    /// Name of the network.
+    pub domain: String,
+    /// DNS settings as received; nothing applies them yet.
+    pub dns: Option<Arc<Value>>,
+    /// Owners of nodes by id.
+    pub users: BTreeMap<i64, UserProfile>,
+    /// Problems the server wants to be shown.
+    pub health: Vec<String>,
+}
+
+/// What a message did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Applied {
+    /// The snapshot may differ from the one before.
+    pub changed: bool,
+    /// First complete map of the stream.
+    pub first: bool,
+}
+
+/// The table one stream fills.
+#[derive(Debug)]
+pub struct MapState {
+    own_key: NodePublic,
+    node: Option<Arc<Node>>,
+    peers: BTreeMap<i64, Arc<Node>>,
+    derp_map: Arc<DerpMap>,
+    filter_chunks: BTreeMap<String, Vec<FilterRule>>,
+    dns: Option<Arc<Value>>,
+    domain: String,
+    users: BTreeMap<i64, UserProfile>,
+    health: Vec<String>,
+    clock_offset: time::Duration,
+    tailnet_lock: bool,
+    peers_refused: u64,
+}
+
+impl MapState {
+    /// An empty table for a new stream of the node with this key.
+    pub fn new(own_key: NodePublic) -> Self {
+        Self {
+            own_key,
+            node: None,
+            peers: BTreeMap::new(),
+            derp_map: Arc::default(),
+            filter_chunks: BTreeMap::new(),
+            dns: None,
+            domain: String::new(),
+            users: BTreeMap::new(),
+            health: Vec::new(),
+            clock_offset: time::Duration::ZERO,
+            tailnet_lock: false,
+            peers_refused: 0,
+        }
+    }
+
+    /// Applies one message; `now` is our wall clock.
+    ///
+    /// # Errors
+    /// [`MergeError::NoNode`] when the first message that is no keep-alive lacks our own node;
+    /// the stream is useless then.
+    pub fn handle_response(
+        &mut self,
+        now: OffsetDateTime,
+        response: MapResponse,
+    ) -> Result<Applied, MergeError> {
+        if let Some(server_now) = response.control_time.and_then(WireTime::get) {
+            let offset = server_now - now;
+            let far = offset.abs() > time::Duration::MINUTE;
+            self.clock_offset = if far { offset } else { time::Duration::ZERO };
+        }
+        if response.keep_alive {
+            return Ok(Applied::default());
+        }
+        let first = self.node.is_none();
+        if first && response.node.is_none() {
+            return Err(MergeError::NoNode);
+        }
+        let mut changed = first;
+        changed |= self.apply_peers(now, &response);
+        if let Some(mut node) = response.node {
+            Arc::make_mut(&mut node).normalise();
+            changed |= self.node.as_ref() != Some(&node);
+            self.node = Some(node);
+        }
+        if let Some(dns) = response.dns_config {
+            changed |= self.dns.as_deref() != Some(&dns);
+            self.dns = Some(Arc::new(dns));
+        }
+        if let Some(domain) = response.domain.filter(|domain| !domain.is_empty()) {
+            changed |= self.domain != domain;
+            self.domain = domain;
+        }
+        for user in response.user_profiles.into_iter().flatten() {
+            changed |= self.users.get(&user.id) != Some(&user);
+            self.users.insert(user.id, user);
+        }
+        if let Some(update) = response.derp_map {
+            let old = Arc::clone(&self.derp_map);
+            let map = Arc::make_mut(&mut self.derp_map);
+            if let Some(regions) = update.regions {
+                map.regions = regions
+                    .into_iter()
+                    .filter_map(|(id, r)| Some((id, r?)))
+                    .collect();
+                map.omit_default_regions = update.omit_default_regions;
+            }
+            if let Some(params) = update.home_params {
+                let kept = map.home_params.take().and_then(|old| old.region_score);
+                let region_score = params.region_score.or(kept);
+                map.home_params = Some(super::derp_map::HomeParams { region_score });
+            }
+            changed |= old != self.derp_map;
+        }
+        changed |= self.apply_filters(response.packet_filter, response.packet_filters);
+        if let Some(mut health) = response.health {
+            health.truncate(HEALTH_MAX);
+            changed |= self.health != health;
+            self.health = health;
+        }
+        if let Some(info) = response.tka_info {
+            let disabled = info.get("Disabled").and_then(Value::as_bool);
+            self.tailnet_lock = disabled != Some(true);
+        }
+        Ok(Applied { changed, first })
+    }
+
+    fn apply_peers(&mut self, now: OffsetDateTime, response: &MapResponse) -> bool {
+        let mut changed = false;
+        if let Some(peers) = response.peers.as_ref().filter(|peers| !peers.is_empty()) {
+            let old = std::mem::take(&mut self.peers);
+            for node in peers {
+                self.insert_peer(Arc::clone(node));
+            }
+            return old != self.peers;
+        }
+        for id in response.peers_removed.iter().flatten() {
+            changed |= self.peers.remove(id).is_some();
+        }
+        for node in response.peers_changed.iter().flatten() {
+            changed |= self.insert_peer(Arc::clone(node));
+        }
+        for (id, seen) in response.peer_seen_change.iter().flatten() {
+            if let Some(peer) = self.peers.get_mut(id) {
+                Arc::make_mut(peer).last_seen = seen.then_some(WireTime(now));
+                changed = true;
+            }
+        }
+        for (id, online) in response.online_change.iter().flatten() {
+            if let Some(peer) = self.peers.get_mut(id)
+                && peer.online != Some(*online)
+            {
+                Arc::make_mut(peer).online = Some(*online);
+                changed = true;
+            }
+        }
+        for change in response.peers_changed_patch.iter().flatten() {
+            if let Some(peer) = self.peers.get_mut(&change.node_id) {
+                changed |= patch(peer, change);
+            }
+        }
+        changed
+    }
+
+    /// Whether the table differs after it.
+    fn insert_peer(&mut self, mut node: Arc<Node>) -> bool {
+        Arc::make_mut(&mut node).normalise();
+        if self.peers.len() >= PEERS_MAX && !self.peers.contains_key(&node.id) {
+            self.peers_refused += 1;
+            return false;
+        }
+        if self.peers.get(&node.id) == Some(&node) {
+            return false;
+        }
+        self.peers.insert(node.id, node);
+        true
+    }
+
+    fn apply_filters(
+        &mut self,
+        base: Option<Vec<FilterRule>>,
+        chunks: Option<BTreeMap<String, Option<Vec<FilterRule>>>>,
+    ) -> bool {
+        if base.is_none() && chunks.is_none() {
+            return false;
+        }
+        let old = self.filter_chunks.clone();
+        if let Some(base) = base {
+            self.filter_chunks.insert("base".to_owned(), base);
+        }
+        let chunks = chunks.unwrap_or_default();
+        if chunks.get("*") == Some(&None) {
+            self.filter_chunks.clear();
+        }
+        for (name, rules) in chunks {
+            match rules {
+                Some(rules) => {
+                    self.filter_chunks.insert(name, rules);
+                }
+                None => {
+                    self.filter_chunks.remove(&name);
+                }
+            }
+        }
+        old != self.filter_chunks
+    }
+
+    /// The peer table as received and merged, by node id.
+    pub fn peers(&self) -> &BTreeMap<i64, Arc<Node>> {
+        &self.peers
+    }
+
+    /// Our own node, once known.
+    pub fn node(&self) -> Option<&Node> {
+        self.node.as_deref()
+    }
+
+    /// All filter rules, chunks in the order of their names.
+    pub fn filter_rules(&self) -> impl Iterator<Item = &FilterRule> + Clone {
+        self.filter_chunks.values().flatten()
+    }
+
+    /// Name of the network.
+    pub fn domain(&self) -> &str {
+        &self.domain
+    }
+
+    /// The relays.
+    pub fn derp_map(&self) -> &DerpMap {
+        &self.derp_map
+    }
+
+    /// Whether the network uses tailnet lock, which ringtail does not support.
+    pub fn tailnet_lock(&self) -> bool {
+        self.tailnet_lock
+    }
+
+    /// Peers left out because the table was full.
+    pub fn peers_refused(&self) -> u64 {
+        self.peers_refused
+    }
+
+    /// The server's time at our wall clock `now`.
+    pub fn server_time(&self, now: OffsetDateTime) -> OffsetDateTime {
+        now.checked_add(self.clock_offset).unwrap_or(now)
+    }
+
+    /// When, on our wall clock, the next key expires: a snapshot taken then differs.
+    pub fn next_expiry(&self, now: OffsetDateTime) -> Option<OffsetDateTime> {
+        let server_now = self.server_time(now);
+        let own = self.node.iter();
+        own.chain(self.peers.values())
+            .filter_map(|node| node.key_expiry?.get())
+            .filter(|expiry| *expiry > server_now)
+            .min()?
+            .checked_sub(self.clock_offset)
+    }
+
+    /// The whole state at our wall clock `now`, with the packet filter compiled for the routes
+    /// `advertised` by us beside our own addresses; none before the first complete message.
+    pub fn snapshot(&self, now: OffsetDateTime, advertised: &[IpNet]) -> Option<Netmap> {
+        let node = self.node.as_ref()?;
+        let server_now = self.server_time(now);
+        let self_node = SelfNode {
+            id: node.id,
+            stable_id: node.stable_id.clone(),
+            key: node.key,
+            name: node.name.clone(),
+            addresses: node.addresses.clone(),
+            allowed_ips: node.allowed_ips.clone().unwrap_or_default(),
+            key_expiry: node.key_expiry.and_then(WireTime::get),
+            expired: expired(node, server_now),
+            machine_authorized: node.machine_authorized,
+            cap_map: node.cap_map.clone().unwrap_or_default(),
+        };
+        let (mut peers, mut held_back) = (Vec::new(), Vec::new());
+        for node in self.peers.values() {
+            if node.id == self_node.id || node.key == self.own_key {
+                continue;
+            }
+            let peer = peer(node, server_now);
+            let reachable = peer.disco.is_some() || peer.home.is_some() || peer.wireguard_only;
+            let usable = reachable && !peer.expired && !node.unsigned_peer_api_only;
+            let list = if usable { &mut peers } else { &mut held_back };
+            list.push(Arc::new(peer));
+        }
+        let mut local = node.addresses.clone();
+        local.extend_from_slice(advertised);
+        Some(Netmap {
+            self_node,
+            peers,
+            held_back,
+            derp_map: Arc::clone(&self.derp_map),
+            rules: filter::compile(self.filter_rules(), &local, self.peers.values()),
+            domain: self.domain.clone(),
+            dns: self.dns.clone(),
+            users: self.users.clone(),
+            health: self.health.clone(),
+        })
+    }
+}
+
+fn expired(node: &Node, server_now: OffsetDateTime) -> bool {
+    let by_time = node.key_expiry.and_then(WireTime::get);
+    node.expired || by_time.is_some_and(|expiry| expiry <= server_now)
+}
+
+fn peer(node: &Node, server_now: OffsetDateTime) -> Peer {
+    Peer {
+        id: node.id,
+        key: node.key,
+        disco: node.disco_key,
+        name: node.name.clone(),
+        addresses: node.addresses.clone(),
+        allowed_ips: node
+            .allowed_ips
+            .iter()
+            .flatten()
+            .map(IpNet::trunc)
+            .collect(),
+        endpoints: node.endpoints.clone(),
+        home: (node.home_derp != 0).then_some(node.home_derp),
+        online: node.online,
+        last_seen: node.last_seen.and_then(WireTime::get),
+        expired: expired(node, server_now),
+        wireguard_only: node.is_wireguard_only,
+        jailed: node.is_jailed,
+    }
+}
+
+/// Applies a change field by field; whether anything differs after it.
+fn patch(peer: &mut Arc<Node>, change: &PeerChange) -> bool {
+    let mut node = Node::clone(peer);
+    if change.derp_region != 0 {
+        node.home_derp = change.derp_region;
+    }
+    if change.cap != 0 {
+        node.cap = change.cap;
+    }
+    if let Some(cap_map) = &change.cap_map {
+        node.cap_map = Some(cap_map.clone());
+    }
+    if let Some(endpoints) = &change.endpoints {
+        node.endpoints.clone_from(endpoints);
+    }
+    if let Some(key) = change.key {
+        node.key = key;
+    }
+    if let Some(disco) = change.disco_key {
+        node.disco_key = Some(disco).filter(|key| !key.is_zero());
+    }
+    if let Some(online) = change.online {
+        node.online = Some(online);
+    }
+    if let Some(last_seen) = change.last_seen {
+        node.last_seen = Some(last_seen);
+    }
+    if let Some(expiry) = change.key_expiry {
+        node.key_expiry = expiry.get().map(WireTime);
+        // A new expiry is a new judgement: Headscale patches it when a node registers again.
+        node.expired = node.expired && node.key_expiry.is_some();
+    }
+    let changed = **peer != node;
+    if changed {
+        *peer = Arc::new(node);
+    }
+    changed
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+
+    const NOW: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
+
+    #[derive(Deserialize)]
+    struct Case {
+        name: String,
+        messages: Vec<MapResponse>,
+        expect: Value,
+    }
+
+    fn own_key() -> NodePublic {
+        NodePublic([0x11; 32])
+    }
+
+    /// What the test files call a peer: the fields they list, as JSON.
+    fn visible(node: &Node) -> Value {
+        serde_json::json!({
+            "Key": node.key, "DiscoKey": node.disco_key, "HomeDERP": node.home_derp,
+            "Endpoints": node.endpoints, "Online": node.online,
+            "AllowedIPs": node.allowed_ips, "Name": node.name, "Expired": node.expired,
+            "KeyExpiry": node.key_expiry.and_then(WireTime::get).map(WireTime),
+        })
+    }
+
+    #[test]
+    fn every_merge_case_of_the_table_ends_in_the_expected_state() {
+        let text = include_str!("../../tests/vectors/coordination-cases.json");
+        let table: Value = serde_json::from_str(text).unwrap();
+        let cases: Vec<Case> = serde_json::from_value(table["merge"].clone()).unwrap();
+        assert_eq!(cases.len(), 19);
+        for case in cases {
+            let mut state = MapState::new(own_key());
+            let mut error = None;
+            for message in case.messages {
+                if let Err(e) = state.handle_response(NOW, message) {
+                    error = Some(e);
+                    break;
+                }
+            }
+            if let Some(text) = case.expect.get("error") {
+                assert_eq!(error.map(|e| e.to_string()).as_deref(), text.as_str());
+                continue;
+            }
+            assert_eq!(error, None, "{}", case.name);
+            let expected = case.expect["peers"].as_object().unwrap();
+            let ids: Vec<String> = state.peers().keys().map(i64::to_string).collect();
+            let expected_ids: Vec<&String> = expected.keys().collect();
+            assert_eq!(
+                ids.iter().collect::<Vec<_>>(),
+                expected_ids,
+                "{}",
+                case.name
+            );
+            for (id, node) in state.peers() {
+                let seen = visible(node);
+                for (field, value) in expected[&id.to_string()].as_object().unwrap() {
+                    assert_eq!(&seen[field], value, "{}: peer {id} {field}", case.name);
+                }
+            }
+            let regions: Vec<String> = state.derp_map.regions.keys().map(u32::to_string).collect();
+            assert_eq!(
+                serde_json::json!(regions),
+                case.expect["regions"],
+                "{}",
+                case.name
+            );
+            let score = state.derp_map.home_params.as_ref();
+            let score = score.and_then(|params| params.region_score.clone());
+            assert_eq!(
+                serde_json::json!(score),
+                case.expect["region_score"],
+                "{}",
+                case.name
+            );
+            let rules: Vec<&FilterRule> = state.filter_rules().collect();
+            assert_eq!(
+                serde_json::json!(rules),
+                case.expect["filter_rules"],
+                "{}",
+                case.name
+            );
+            assert_eq!(state.domain(), case.expect["domain"].as_str().unwrap());
+        }
+    }
+
+    #[test]
+    fn the_recorded_stream_of_headscale_leaves_the_recorded_peers() {
+        let text = include_str!("../../tests/vectors/coordination/headscale-stream.jsonl");
+        let mut state = MapState::new(own_key());
+        let (mut messages, mut checked) = (0, 0);
+        for line in text.lines().filter(|line| !line.is_empty()) {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let Some(message) = line.get("message") else {
+                continue;
+            };
+            let before = state.peers().clone();
+            let response = serde_json::from_value(message.clone()).unwrap();
+            state.handle_response(NOW, response).unwrap();
+            messages += 1;
+            for (id, expected) in line["peers_after"].as_object().into_iter().flatten() {
+                let node = state.peers().get(&id.parse::<i64>().unwrap());
+                let Some(expected) = expected.as_object() else {
+                    assert!(node.is_none(), "peer {id} is gone");
+                    checked += 1;
+                    continue;
+                };
+                let seen = visible(node.unwrap());
+                for (field, value) in expected {
+                    assert_eq!(&seen[field], value, "message {messages} peer {id} {field}");
+                }
+                checked += 1;
+            }
+            if line.get("peers_after").is_none() {
+                let shown = |peers: &BTreeMap<i64, Arc<Node>>| -> Vec<Value> {
+                    peers.values().map(|node| visible(node)).collect()
+                };
+                assert_eq!(shown(&before), shown(state.peers()), "message {messages}");
+            }
+        }
+        assert!(messages > 30 && checked > 15, "{messages} {checked}");
+    }
+
+    #[test]
+    fn a_repeated_message_changes_nothing() {
+        let text = include_str!("../../tests/vectors/coordination-cases.json");
+        let table: Value = serde_json::from_str(text).unwrap();
+        let full: MapResponse =
+            serde_json::from_value(table["merge"][0]["messages"][0].clone()).unwrap();
+        let mut state = MapState::new(own_key());
+        let first = state.handle_response(NOW, full.clone()).unwrap();
+        assert_eq!(
+            first,
+            Applied {
+                changed: true,
+                first: true
+            }
+        );
+        assert_eq!(
+            state.handle_response(NOW, full).unwrap(),
+            Applied::default()
+        );
+    }
+
+    #[test]
+    fn expiry_is_judged_by_server_time_and_holds_a_peer_back() {
+        let expiry = time::macros::datetime!(2026-11-22 06:00 UTC);
+        let peer = Node {
+            id: 2,
+            key: NodePublic([2; 32]),
+            home_derp: 1,
+            key_expiry: Some(WireTime(expiry)),
+            ..Node::default()
+        };
+        let first = MapResponse {
+            node: Some(Arc::new(Node {
+                id: 1,
+                key: own_key(),
+                ..Node::default()
+            })),
+            peers: Some(vec![Arc::new(peer)]),
+            // The server's clock is half an hour ahead of ours.
+            control_time: Some(WireTime(NOW + time::Duration::minutes(30))),
+            ..MapResponse::default()
+        };
+        let mut state = MapState::new(own_key());
+        state.handle_response(NOW, first).unwrap();
+        assert_eq!(state.snapshot(NOW, &[]).unwrap().peers.len(), 1);
+        let due = state.next_expiry(NOW).unwrap();
+        assert_eq!(due, NOW + time::Duration::minutes(30));
+        let later = state.snapshot(due, &[]).unwrap();
+        assert_eq!((later.peers.len(), later.held_back.len()), (0, 1));
+        assert!(later.held_back[0].expired);
+        assert_eq!(state.next_expiry(due), None);
+    }
+
+    #[test]
+    fn ourselves_and_peers_that_cannot_be_reached_stay_out() {
+        let node = |id: i64, home: u32| {
+            Arc::new(Node {
+                id,
+                key: NodePublic([u8::try_from(id).unwrap(); 32]),
+                home_derp: home,
+                ..Node::default()
+            })
+        };
+        let mut own = Node::clone(&node(1, 1));
+        own.key = own_key();
+        let message = MapResponse {
+            node: Some(Arc::new(own)),
+            peers: Some(vec![node(1, 1), node(2, 0), node(3, 1)]),
+            ..MapResponse::default()
+        };
+        let mut state = MapState::new(own_key());
+        state.handle_response(NOW, message).unwrap();
+        let netmap = state.snapshot(NOW, &[]).unwrap();
+        assert_eq!(netmap.peers.iter().map(|p| p.id).collect::<Vec<_>>(), [3]);
+        assert_eq!(
+            netmap.held_back.iter().map(|p| p.id).collect::<Vec<_>>(),
+            [2]
+        );
+    }
+}
