@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod coord;
 pub mod driver;
+pub mod derp;
 pub mod key;
 pub mod netmap;
 pub mod stun;
