@@ -7,8 +7,8 @@
 pub mod cli;
 pub mod config;
 pub mod coord;
-pub mod driver;
 pub mod derp;
+pub mod driver;
 pub mod key;
 pub mod netmap;
 pub mod stun;
