@@ -10,3 +10,9 @@
 //! ```
 
 pub mod channel;
+pub mod classify;
+pub mod filter;
+pub mod packet;
+pub mod route;
+pub mod stats;
+pub mod tun;

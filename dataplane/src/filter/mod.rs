@@ -1,0 +1,238 @@
+#![forbid(unsafe_code)]
+//! What may come in from a peer.
+//!
+//! Two questions, asked of every opened packet in this order:
+//!
+//! 1. [`source_allowed`]: is the inner source among the sender's allowed IPs? Always asked.
+//! 2. [`Filter::admit`]: do the rules let it in? Outbound packets are never filtered, only
+//!    remembered, so that replies pass ([`Filter::remember`]).
+//!
+//! The rules are Tailscale's (`wgengine/filter`): the filter guards connections, not packets, and
+//! keeps no TCP state: what is not a pure SYN passes and dies at a host without such a connection.
+//!
+//! - Destination multicast or link-local (but 169.254.169.254): dropped.
+//! - Later fragments pass from 80 bytes on (nothing below can have a transport header overwritten);
+//!   the receiver cannot assemble them without the first, which was filtered.
+//! - Destination not local: dropped.
+//! - ICMP and ICMPv6: echo replies and errors pass, the rest if any rule joins the two addresses.
+//! - TCP: pure SYNs need a rule. UDP, SCTP: a remembered flow or a rule.
+//! - TSMP (99) is the node's own business and never reaches the kernel.
+//! - Other protocols need a rule that names them, for all ports.
+//!
+//! With [`Rules::AllowAll`](crate::channel::Rules) both `admit` and `remember` return at once, and
+//! no memory of flows exists. Flows are then remembered from the moment a list is installed.
+
+mod flows;
+mod rules;
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::channel::PeerId;
+use crate::packet::header::{
+    Flow, Fragment, Headers, ICMP, ICMPV6, IpVersion, SCTP, TCP, TCP_ACK, TCP_SYN, UDP,
+};
+use crate::route::Cursor;
+use crate::stats::DropReason;
+pub use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory};
+pub use rules::{Ask, CompiledRules};
+
+/// Tailscale's own message protocol between nodes.
+const TSMP: u8 = 99;
+/// The metadata address of clouds: link-local, yet routed to by subnet routers.
+const CLOUD_METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// A later fragment below this offset, in units of 8 bytes, could reach into a transport header
+/// (60 bytes of IPv4 header and 20 of TCP).
+const FRAGMENT_OFFSET_MIN: u16 = 10;
+
+/// Whether the packet's source is among the allowed IPs of the peer that sealed it.
+///
+/// # Errors
+/// [`DropReason::SourceNotAllowed`] if not.
+#[inline]
+pub fn source_allowed(
+    routes: &mut Cursor<'_>,
+    sender: PeerId,
+    headers: &Headers,
+) -> Result<(), DropReason> {
+    if routes.lookup(headers.src) == Some(sender) {
+        Ok(())
+    } else {
+        Err(DropReason::SourceNotAllowed)
+    }
+}
+
+/// The filter of one shard.
+#[derive(Debug)]
+pub struct Filter {
+    rules: Arc<CompiledRules>,
+    /// Exists from the first rule list on.
+    flows: Option<FlowMemory>,
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It goes on to the kernel.
+    Accept,
+    /// It was for the node itself.
+    Consume,
+    /// It is dropped.
+    Drop(DropReason),
+}
+
+impl Filter {
+    /// A filter with these rules.
+    pub fn new(now: Instant, rules: Arc<CompiledRules>) -> Filter {
+        let mut filter = Filter {
+            rules: Arc::new(CompiledRules::allow_all()),
+            flows: None,
+        };
+        filter.set_rules(now, rules);
+        filter
+    }
+
+    /// Replaces the rules. Remembered flows stay.
+    pub fn set_rules(&mut self, now: Instant, rules: Arc<CompiledRules>) {
+        if !rules.is_allow_all() && self.flows.is_none() {
+            self.flows = Some(FlowMemory::new(now));
+        }
+        self.rules = rules;
+    }
+
+    /// Lets an opened packet in or says why not. `headers` are those of `packet`.
+    ///
+    /// # Errors
+    /// One of the `Filter*` reasons, or [`DropReason::InnerMalformed`] for a truncated transport
+    /// header.
+    #[inline]
+    pub fn admit(
+        &mut self,
+        now: Instant,
+        headers: &Headers,
+        packet: &[u8],
+    ) -> Result<(), DropReason> {
+        if self.rules.is_allow_all() {
+            return Ok(());
+        }
+        match self.decide(now, headers, packet) {
+            Verdict::Accept => Ok(()),
+            Verdict::Consume => Err(DropReason::FilterConsumed),
+            Verdict::Drop(reason) => Err(reason),
+        }
+    }
+
+    /// Notes an outbound packet (a super-packet counts as one). Gives back the flow of its replies
+    /// if it is new here, or due to be told again: the shard that owns the peer must [`learn`] it
+    /// before the packet leaves, if that is another shard.
+    ///
+    /// [`learn`]: Filter::learn
+    #[inline]
+    #[must_use = "the owner shard must learn a new flow"]
+    pub fn remember(&mut self, now: Instant, headers: &Headers, packet: &[u8]) -> Option<Flow> {
+        if self.rules.is_allow_all() || !matches!(headers.protocol, UDP | SCTP) {
+            return None;
+        }
+        // Later fragments have no ports; the first one stood for them.
+        headers.ports(packet)?;
+        let reply = headers.flow(packet).reversed();
+        let flows = self.flows.as_mut()?;
+        flows.remember(now, reply).then_some(reply)
+    }
+
+    /// Takes over a flow that another shard remembered.
+    pub fn learn(&mut self, now: Instant, reply: Flow) {
+        if let Some(flows) = &mut self.flows {
+            flows.remember(now, reply);
+        }
+    }
+
+    /// Remembered flows that made room for newer ones, since the last call.
+    pub fn take_evicted(&mut self) -> u64 {
+        self.flows.as_mut().map_or(0, FlowMemory::take_evicted)
+    }
+
+    /// The verdict of the rules.
+    fn decide(&mut self, now: Instant, headers: &Headers, packet: &[u8]) -> Verdict {
+        if !destination_allowed(headers.dst) {
+            return Verdict::Drop(DropReason::FilterDestination);
+        }
+        if let Fragment::Later(offset) = headers.fragment {
+            return if offset < FRAGMENT_OFFSET_MIN {
+                Verdict::Drop(DropReason::FilterFragment)
+            } else {
+                Verdict::Accept
+            };
+        }
+        if !self.rules.is_local(headers.dst) {
+            return Verdict::Drop(DropReason::FilterNotLocal);
+        }
+        match headers.protocol {
+            ICMP | ICMPV6 => self.decide_icmp(headers, packet),
+            TCP => match headers.tcp(packet) {
+                None => truncated(headers),
+                Some(tcp) if tcp.flags & (TCP_SYN | TCP_ACK) != TCP_SYN => Verdict::Accept,
+                Some(tcp) => self.ask(headers, Ask::Port(TCP, tcp.dst_port.get())),
+            },
+            UDP | SCTP => {
+                let header_len = if headers.protocol == UDP { 8 } else { 12 };
+                if headers.transport(packet).len() < header_len {
+                    return truncated(headers);
+                }
+                let flow = headers.flow(packet);
+                let known = self
+                    .flows
+                    .as_mut()
+                    .is_some_and(|flows| flows.admits(now, &flow));
+                if known {
+                    return Verdict::Accept;
+                }
+                self.ask(headers, Ask::Port(headers.protocol, flow.dst_port))
+            }
+            TSMP => Verdict::Consume,
+            protocol => self.ask(headers, Ask::AllPorts(protocol)),
+        }
+    }
+
+    fn decide_icmp(&self, headers: &Headers, packet: &[u8]) -> Verdict {
+        let Some((kind, _)) = headers.icmp(packet) else {
+            return truncated(headers);
+        };
+        let answer = match headers.version {
+            // Echo reply, unreachable, time exceeded, parameter problem.
+            IpVersion::V4 => matches!(kind, 0 | 3 | 11 | 12),
+            // Echo reply, unreachable, packet too big, time exceeded, parameter problem.
+            IpVersion::V6 => matches!(kind, 129 | 1..=4),
+        };
+        if answer {
+            Verdict::Accept
+        } else {
+            self.ask(headers, Ask::Any)
+        }
+    }
+
+    fn ask(&self, headers: &Headers, ask: Ask) -> Verdict {
+        if self.rules.matches(ask, headers.src, headers.dst) {
+            Verdict::Accept
+        } else {
+            Verdict::Drop(DropReason::FilterDenied)
+        }
+    }
+}
+
+/// A packet that ends inside its transport header; as a first fragment it is an attempt to hide the
+/// header from the filter.
+fn truncated(headers: &Headers) -> Verdict {
+    Verdict::Drop(match headers.fragment {
+        Fragment::Whole => DropReason::InnerMalformed,
+        Fragment::First | Fragment::Later(_) => DropReason::FilterFragment,
+    })
+}
+
+fn destination_allowed(dst: IpAddr) -> bool {
+    match dst {
+        IpAddr::V4(dst) => !dst.is_multicast() && (!dst.is_link_local() || dst == CLOUD_METADATA),
+        IpAddr::V6(dst) => !dst.is_multicast() && !dst.is_unicast_link_local(),
+    }
+}

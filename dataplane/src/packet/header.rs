@@ -1,0 +1,452 @@
+#![forbid(unsafe_code)]
+//! Typed views of inner packets: IPv4, IPv6, TCP and UDP headers, and what the rooms ask of them.
+//!
+//! [`Headers::parse`] walks a packet once (IPv6 extension headers included) and checks every
+//! length; later rooms take the result instead of walking again. Layouts are derive-checked
+//! zero-copy types, all of alignment 1.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use zerocopy::byteorder::network_endian::{U16, U32};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::stats::DropReason;
+
+/// ICMP for IPv4.
+pub const ICMP: u8 = 1;
+/// TCP.
+pub const TCP: u8 = 6;
+/// UDP.
+pub const UDP: u8 = 17;
+/// ICMP for IPv6.
+pub const ICMPV6: u8 = 58;
+/// SCTP.
+pub const SCTP: u8 = 132;
+
+/// TCP flag: last of the sender's data.
+pub const TCP_FIN: u8 = 0x01;
+/// TCP flag: opens a connection.
+pub const TCP_SYN: u8 = 0x02;
+/// TCP flag: resets a connection.
+pub const TCP_RST: u8 = 0x04;
+/// TCP flag: deliver without waiting for more.
+pub const TCP_PSH: u8 = 0x08;
+/// TCP flag: the acknowledgement number counts.
+pub const TCP_ACK: u8 = 0x10;
+/// TCP flag: congestion window reduced.
+pub const TCP_CWR: u8 = 0x80;
+
+/// Offset of the TOS byte in an IPv4 header.
+pub const TOS_V4_OFFSET: usize = 1;
+/// IPv6 extension headers walked at most; more are malformed.
+pub const EXTENSION_HEADERS_MAX: usize = 8;
+
+/// The family of an inner packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IpVersion {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl IpVersion {
+    /// The version a packet's first byte claims.
+    ///
+    /// # Errors
+    /// [`DropReason::InnerMalformed`] if there is none or it is neither 4 nor 6.
+    #[inline]
+    pub fn of(packet: &[u8]) -> Result<IpVersion, DropReason> {
+        match packet.first().map(|byte| byte >> 4) {
+            Some(4) => Ok(IpVersion::V4),
+            Some(6) => Ok(IpVersion::V6),
+            Some(_) | None => Err(DropReason::InnerMalformed),
+        }
+    }
+}
+
+/// IPv4 header without options, 20 bytes (RFC 791 §3.1).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Ipv4Header {
+    /// Version 4 in the high half, header length in 32-bit words in the low half.
+    pub version_ihl: u8,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// Header and payload in bytes.
+    pub total_len: U16,
+    /// Identification, for reassembly.
+    pub id: U16,
+    /// Flags (bit 14: do not fragment, bit 13: more fragments) and offset in units of 8 bytes.
+    pub fragment: U16,
+    /// Time to live.
+    pub ttl: u8,
+    /// Protocol of the payload.
+    pub protocol: u8,
+    /// Checksum over the header.
+    pub checksum: U16,
+    /// Source address.
+    pub src: [u8; 4],
+    /// Destination address.
+    pub dst: [u8; 4],
+}
+
+/// "Do not fragment" in [`Ipv4Header::fragment`].
+pub const IPV4_DF: u16 = 0x4000;
+/// "More fragments" in [`Ipv4Header::fragment`].
+pub const IPV4_MF: u16 = 0x2000;
+
+/// IPv6 fixed header, 40 bytes (RFC 8200 §3).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Ipv6Header {
+    /// Version (4 bits), traffic class (8), flow label (20).
+    pub version_class_label: U32,
+    /// What follows this header, in bytes.
+    pub payload_len: U16,
+    /// Protocol or first extension header.
+    pub next_header: u8,
+    /// Hop limit.
+    pub hop_limit: u8,
+    /// Source address.
+    pub src: [u8; 16],
+    /// Destination address.
+    pub dst: [u8; 16],
+}
+
+/// TCP header without options, 20 bytes (RFC 9293 §3.1).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct TcpHeader {
+    /// Source port.
+    pub src_port: U16,
+    /// Destination port.
+    pub dst_port: U16,
+    /// Sequence number of the first payload byte.
+    pub seq: U32,
+    /// Acknowledgement number.
+    pub ack: U32,
+    /// Header length in 32-bit words in the high half; reserved bits below.
+    pub data_offset: u8,
+    /// `TCP_*` flags.
+    pub flags: u8,
+    /// Receive window.
+    pub window: U16,
+    /// Checksum over pseudo-header, header and payload.
+    pub checksum: U16,
+    /// Urgent pointer.
+    pub urgent: U16,
+}
+
+/// UDP header, 8 bytes (RFC 768).
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct UdpHeader {
+    /// Source port.
+    pub src_port: U16,
+    /// Destination port.
+    pub dst_port: U16,
+    /// Header and payload in bytes.
+    pub len: U16,
+    /// Checksum over pseudo-header, header and payload; 0 for none (IPv4 only).
+    pub checksum: U16,
+}
+
+const _: () = assert!(size_of::<Ipv4Header>() == 20);
+const _: () = assert!(size_of::<Ipv6Header>() == 40);
+const _: () = assert!(size_of::<TcpHeader>() == 20);
+const _: () = assert!(size_of::<UdpHeader>() == 8);
+
+/// Offset of the checksum in a TCP header.
+pub const TCP_CHECKSUM_OFFSET: usize = 16;
+/// Offset of the checksum in a UDP header.
+pub const UDP_CHECKSUM_OFFSET: usize = 6;
+
+/// A packet's place in its datagram.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fragment {
+    /// Not fragmented (an IPv6 atomic fragment counts as such).
+    Whole,
+    /// The first fragment: it has the transport header.
+    First,
+    /// A later fragment, at this offset in units of 8 bytes.
+    Later(u16),
+}
+
+/// What one walk over an inner packet's headers found. Every offset and length lies inside the
+/// packet it was parsed from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Headers {
+    /// Family.
+    pub version: IpVersion,
+    /// TOS or traffic class: DSCP and ECN.
+    pub tos: u8,
+    /// Transport protocol, behind any extension headers.
+    pub protocol: u8,
+    /// Place in the datagram.
+    pub fragment: Fragment,
+    /// Where the transport header starts, in bytes.
+    pub l4_offset: usize,
+    /// The IP packet in bytes; what follows in the buffer is padding.
+    pub total_len: usize,
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+}
+
+impl Headers {
+    /// Walks the headers of an IP packet; bytes behind its own length are allowed (WireGuard pads).
+    ///
+    /// # Errors
+    /// [`DropReason::InnerMalformed`] if a header is truncated, a length contradicts another, or
+    /// there are more than [`EXTENSION_HEADERS_MAX`] extension headers.
+    #[inline]
+    pub fn parse(packet: &[u8]) -> Result<Headers, DropReason> {
+        match IpVersion::of(packet)? {
+            IpVersion::V4 => parse_v4(packet),
+            IpVersion::V6 => parse_v6(packet),
+        }
+        .ok_or(DropReason::InnerMalformed)
+    }
+
+    /// The transport header and payload; empty if the packet ends before it.
+    #[inline]
+    pub fn transport<'a>(&self, packet: &'a [u8]) -> &'a [u8] {
+        packet
+            .get(self.l4_offset..self.total_len)
+            .unwrap_or_default()
+    }
+
+    /// The TCP header, if the packet has a whole one.
+    #[inline]
+    pub fn tcp<'a>(&self, packet: &'a [u8]) -> Option<&'a TcpHeader> {
+        if self.protocol != TCP || matches!(self.fragment, Fragment::Later(_)) {
+            return None;
+        }
+        TcpHeader::ref_from_prefix(self.transport(packet))
+            .ok()
+            .map(|(header, _)| header)
+    }
+
+    /// The UDP header, if the packet has one.
+    #[inline]
+    pub fn udp<'a>(&self, packet: &'a [u8]) -> Option<&'a UdpHeader> {
+        if self.protocol != UDP || matches!(self.fragment, Fragment::Later(_)) {
+            return None;
+        }
+        UdpHeader::ref_from_prefix(self.transport(packet))
+            .ok()
+            .map(|(header, _)| header)
+    }
+
+    /// Source and destination port of TCP, UDP and SCTP.
+    #[inline]
+    pub fn ports(&self, packet: &[u8]) -> Option<(u16, u16)> {
+        if !matches!(self.protocol, TCP | UDP | SCTP) || matches!(self.fragment, Fragment::Later(_))
+        {
+            return None;
+        }
+        let bytes = self.transport(packet).first_chunk::<4>()?;
+        Some((
+            u16::from_be_bytes([bytes[0], bytes[1]]),
+            u16::from_be_bytes([bytes[2], bytes[3]]),
+        ))
+    }
+
+    /// Type and code of ICMP and ICMPv6.
+    #[inline]
+    pub fn icmp(&self, packet: &[u8]) -> Option<(u8, u8)> {
+        let proper = match self.version {
+            IpVersion::V4 => ICMP,
+            IpVersion::V6 => ICMPV6,
+        };
+        if self.protocol != proper || matches!(self.fragment, Fragment::Later(_)) {
+            return None;
+        }
+        let bytes = self.transport(packet).first_chunk::<2>()?;
+        Some((bytes[0], bytes[1]))
+    }
+
+    /// The packet's flow. Ports are 0 where there are none, so all fragments but the first of a
+    /// datagram share one flow.
+    #[inline]
+    pub fn flow(&self, packet: &[u8]) -> Flow {
+        let (src_port, dst_port) = self.ports(packet).unwrap_or_default();
+        Flow {
+            src: self.src,
+            dst: self.dst,
+            protocol: self.protocol,
+            src_port,
+            dst_port,
+        }
+    }
+}
+
+/// The five-tuple, as seen in the packet's own direction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Flow {
+    /// Source address.
+    pub src: IpAddr,
+    /// Destination address.
+    pub dst: IpAddr,
+    /// Transport protocol.
+    pub protocol: u8,
+    /// Source port, or 0.
+    pub src_port: u16,
+    /// Destination port, or 0.
+    pub dst_port: u16,
+}
+
+impl Flow {
+    /// The flow of the answers.
+    #[must_use]
+    #[inline]
+    pub fn reversed(self) -> Flow {
+        Flow {
+            src: self.dst,
+            dst: self.src,
+            protocol: self.protocol,
+            src_port: self.dst_port,
+            dst_port: self.src_port,
+        }
+    }
+
+    /// A well-mixed hash of the flow, the same in every process. Not proof against somebody who
+    /// looks for collisions: bound what depends on it.
+    #[inline]
+    pub fn hash(&self) -> u64 {
+        let ports = (u64::from(self.src_port) << 24)
+            | (u64::from(self.dst_port) << 8)
+            | u64::from(self.protocol);
+        let addresses = match (self.src, self.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                (u64::from(src.to_bits()) << 32) | u64::from(dst.to_bits())
+            }
+            (src, dst) => mix(
+                mix_address(src, 0x243f_6a88_85a3_08d3),
+                mix_address(dst, 0x1319_8a2e_0370_7344),
+            ),
+        };
+        mix(
+            addresses ^ 0xa409_3822_299f_31d0,
+            ports ^ 0x082e_fa98_ec4e_6c89,
+        )
+    }
+}
+
+fn mix_address(address: IpAddr, seed: u64) -> u64 {
+    match address {
+        IpAddr::V4(v4) => u64::from(v4.to_bits()) ^ seed,
+        IpAddr::V6(v6) => {
+            let (high, low) = halves(v6.to_bits());
+            mix(high ^ seed, low ^ 0x452821e638d01377)
+        }
+    }
+}
+
+/// Multiplies to 128 bits and folds the halves: every input bit reaches every output bit.
+#[inline]
+pub(crate) fn mix(a: u64, b: u64) -> u64 {
+    let (high, low) = halves(u128::from(a) * u128::from(b));
+    high ^ low
+}
+
+#[inline]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "splits the number into its halves"
+)]
+fn halves(value: u128) -> (u64, u64) {
+    ((value >> 64) as u64, value as u64)
+}
+
+fn parse_v4(packet: &[u8]) -> Option<Headers> {
+    let (header, _) = Ipv4Header::ref_from_prefix(packet).ok()?;
+    let header_len = usize::from(header.version_ihl & 0x0f) * 4;
+    let total_len = usize::from(header.total_len.get());
+    if header_len < size_of::<Ipv4Header>() || total_len < header_len || packet.len() < total_len {
+        return None;
+    }
+    let field = header.fragment.get();
+    let offset = field & 0x1fff;
+    let fragment = match (offset, field & IPV4_MF != 0) {
+        (0, false) => Fragment::Whole,
+        (0, true) => Fragment::First,
+        (offset, _) => Fragment::Later(offset),
+    };
+    Some(Headers {
+        version: IpVersion::V4,
+        tos: header.tos,
+        protocol: header.protocol,
+        fragment,
+        l4_offset: header_len,
+        total_len,
+        src: IpAddr::V4(Ipv4Addr::from(header.src)),
+        dst: IpAddr::V4(Ipv4Addr::from(header.dst)),
+    })
+}
+
+fn parse_v6(packet: &[u8]) -> Option<Headers> {
+    let (header, _) = Ipv6Header::ref_from_prefix(packet).ok()?;
+    let total_len = size_of::<Ipv6Header>() + usize::from(header.payload_len.get());
+    let packet = packet.get(..total_len)?;
+    let [first, second, ..] = *packet.first_chunk::<2>()?;
+    let (protocol, l4_offset, fragment) = walk_extensions(packet, header.next_header)?;
+    Some(Headers {
+        version: IpVersion::V6,
+        tos: (first << 4) | (second >> 4),
+        protocol,
+        fragment,
+        l4_offset,
+        total_len,
+        src: IpAddr::V6(Ipv6Addr::from(header.src)),
+        dst: IpAddr::V6(Ipv6Addr::from(header.dst)),
+    })
+}
+
+/// Walks IPv6 extension headers (RFC 8200 §4) to the transport header: its protocol, its offset and
+/// the packet's place in its datagram.
+fn walk_extensions(packet: &[u8], first: u8) -> Option<(u8, usize, Fragment)> {
+    const HOP_BY_HOP: u8 = 0;
+    const ROUTING: u8 = 43;
+    const FRAGMENT: u8 = 44;
+    const AUTHENTICATION: u8 = 51;
+    const DESTINATION: u8 = 60;
+    const MOBILITY: u8 = 135;
+    const HIP: u8 = 139;
+    const SHIM6: u8 = 140;
+
+    let mut next = first;
+    let mut offset = size_of::<Ipv6Header>();
+    let mut fragment = Fragment::Whole;
+    for _ in 0..=EXTENSION_HEADERS_MAX {
+        let len = match next {
+            HOP_BY_HOP | ROUTING | DESTINATION | MOBILITY | HIP | SHIM6 => {
+                8 + usize::from(*packet.get(offset + 1)?) * 8
+            }
+            AUTHENTICATION => 8 + usize::from(*packet.get(offset + 1)?) * 4,
+            FRAGMENT => {
+                let bytes = packet.get(offset..)?.first_chunk::<8>()?;
+                let field = u16::from_be_bytes([bytes[2], bytes[3]]);
+                fragment = match (field >> 3, field & 1 != 0) {
+                    (0, false) => Fragment::Whole,
+                    (0, true) => Fragment::First,
+                    (units, _) => Fragment::Later(units),
+                };
+                8
+            }
+            protocol => return Some((protocol, offset, fragment)),
+        };
+        next = *packet.get(offset)?;
+        offset += len;
+        if offset > packet.len() {
+            return None;
+        }
+        // What follows the header of a later fragment is payload, not headers.
+        if matches!(fragment, Fragment::Later(_)) {
+            return Some((next, offset, fragment));
+        }
+    }
+    None
+}

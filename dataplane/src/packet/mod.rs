@@ -1,0 +1,5 @@
+//! Packets: buffers, typed header views, checksums, ECN.
+
+pub mod checksum;
+pub mod ecn;
+pub mod header;

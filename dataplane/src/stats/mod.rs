@@ -1,0 +1,316 @@
+#![forbid(unsafe_code)]
+//! Per-shard counters and drop reasons, read by snapshot.
+//!
+//! A shard counts in a plain [`Counters`] of its own and publishes it whole once per turn; whoever
+//! wants to know reads the last published block. Counting costs an add, publishing about one store
+//! per number, and no reader can slow a shard down.
+
+mod drops;
+mod seqlock;
+
+/// The atomics of [`seqlock`].
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering, fence};
+}
+
+use std::sync::Arc;
+
+pub use drops::DropReason;
+use seqlock::SeqBlock;
+
+/// Classes of the batch-size histogram: 1, 2, 3-4, 5-8, … 65-128, more.
+pub const BATCH_CLASSES: usize = 9;
+
+/// Where a shard's cycles go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Room {
+    /// Waiting for and reaping completions, submitting work.
+    Ring,
+    /// Commands, lanes, timers: everything between the rooms.
+    Shard,
+    /// Reading the TUN and cutting super-packets.
+    Tun,
+    /// Destination to peer.
+    Route,
+    /// Encryption.
+    Seal,
+    /// UDP sends.
+    Udp,
+    /// First bytes.
+    Classify,
+    /// Decryption.
+    Open,
+    /// Sender's allowed IPs and rules.
+    Filter,
+    /// Merging and TUN writes.
+    Coalesce,
+}
+
+impl Room {
+    /// Every room, in the order of their counters.
+    pub const ALL: [Room; 10] = [
+        Room::Ring,
+        Room::Shard,
+        Room::Tun,
+        Room::Route,
+        Room::Seal,
+        Room::Udp,
+        Room::Classify,
+        Room::Open,
+        Room::Filter,
+        Room::Coalesce,
+    ];
+
+    /// Stable snake_case name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Room::Ring => "ring",
+            Room::Shard => "shard",
+            Room::Tun => "tun",
+            Room::Route => "route",
+            Room::Seal => "seal",
+            Room::Udp => "udp",
+            Room::Classify => "classify",
+            Room::Open => "open",
+            Room::Filter => "filter",
+            Room::Coalesce => "coalesce",
+        }
+    }
+}
+
+/// Declares the plain counters with their names, in one place.
+macro_rules! meters {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)+) => {
+        /// A plain counter of a shard.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u8)]
+        pub enum Meter {
+            $($(#[$doc])* $variant,)+
+        }
+
+        impl Meter {
+            /// Every counter, in order.
+            pub const ALL: &'static [Meter] = &[$(Meter::$variant,)+];
+
+            /// Stable snake_case name.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Meter::$variant => $name,)+
+                }
+            }
+        }
+    };
+}
+
+meters! {
+    /// Turns of the shard's loop.
+    Turns = "turns",
+    /// Reads from the TUN queue: packets and super-packets.
+    TunReads = "tun_reads",
+    /// Inner packets read, super-packets counted by their segments.
+    TunPacketsIn = "tun_packets_in",
+    /// Inner bytes read, headers included, super-packets as read.
+    TunBytesIn = "tun_bytes_in",
+    /// Writes to the TUN queue.
+    TunWrites = "tun_writes",
+    /// Inner packets written, super-packets counted by their segments.
+    TunPacketsOut = "tun_packets_out",
+    /// Inner bytes written, super-packets as written.
+    TunBytesOut = "tun_bytes_out",
+    /// Receives from the UDP sockets: datagrams and GRO trains.
+    UdpReceives = "udp_receives",
+    /// Datagrams received, trains counted by their parts.
+    UdpPacketsIn = "udp_packets_in",
+    /// UDP payload bytes received.
+    UdpBytesIn = "udp_bytes_in",
+    /// Sends to the UDP sockets: datagrams and GSO batches.
+    UdpSends = "udp_sends",
+    /// Datagrams sent, batches counted by their parts.
+    UdpPacketsOut = "udp_packets_out",
+    /// UDP payload bytes sent.
+    UdpBytesOut = "udp_bytes_out",
+    /// Sealed datagrams given to the relay client.
+    RelayPacketsOut = "relay_packets_out",
+    /// Sealed bytes given to the relay client.
+    RelayBytesOut = "relay_bytes_out",
+    /// Sealed datagrams that came by relay.
+    RelayPacketsIn = "relay_packets_in",
+    /// Sealed bytes that came by relay.
+    RelayBytesIn = "relay_bytes_in",
+    /// Packets handed to the shard that owns them.
+    HandedOver = "handed_over",
+    /// Remembered outbound flows that made room for newer ones.
+    FlowsEvicted = "flows_evicted",
+    /// CE marks of the underlay passed on to inner packets.
+    CongestionMarks = "congestion_marks",
+    /// Times a multishot receive ran out of buffers (nothing is lost).
+    NoBuffers = "no_buffers",
+}
+
+/// A shard's counters: plain integers, owned by the shard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    words: [u64; WORDS],
+}
+
+const METERS: usize = Meter::ALL.len();
+const DROPS_AT: usize = METERS;
+const CYCLES_AT: usize = DROPS_AT + DropReason::COUNT;
+const BATCH_IN_AT: usize = CYCLES_AT + Room::ALL.len();
+const BATCH_OUT_AT: usize = BATCH_IN_AT + BATCH_CLASSES;
+const WORDS: usize = BATCH_OUT_AT + BATCH_CLASSES;
+
+impl Default for Counters {
+    fn default() -> Self {
+        Counters { words: [0; WORDS] }
+    }
+}
+
+impl Counters {
+    /// Adds to a counter.
+    #[inline]
+    pub fn add(&mut self, meter: Meter, n: u64) {
+        self.words[meter as usize] += n;
+    }
+
+    /// Counts one dropped packet.
+    #[inline]
+    pub fn drop_one(&mut self, reason: DropReason) {
+        self.drop_many(reason, 1);
+    }
+
+    /// Counts dropped packets.
+    #[inline]
+    pub fn drop_many(&mut self, reason: DropReason, n: u64) {
+        self.words[DROPS_AT + reason.index()] += n;
+    }
+
+    /// Charges processor cycles (time-stamp counter ticks) to a room.
+    #[inline]
+    pub fn charge(&mut self, room: Room, cycles: u64) {
+        let slot = &mut self.words[CYCLES_AT + room as usize];
+        *slot = slot.wrapping_add(cycles);
+    }
+
+    /// Counts one batch from the TUN (outbound) of `len` packets; an empty one does not count.
+    #[inline]
+    pub fn batch_outbound(&mut self, len: usize) {
+        self.batch(BATCH_OUT_AT, len);
+    }
+
+    /// Counts one batch from the underlay (inbound) of `len` packets; an empty one does not count.
+    #[inline]
+    pub fn batch_inbound(&mut self, len: usize) {
+        self.batch(BATCH_IN_AT, len);
+    }
+
+    #[inline]
+    fn batch(&mut self, at: usize, len: usize) {
+        if len > 0 {
+            self.words[at + batch_class(len)] += 1;
+        }
+    }
+}
+
+/// The histogram class of a batch: class c holds lengths up to 2^c, the last one all the rest.
+fn batch_class(len: usize) -> usize {
+    // Powers of two up to and including len.
+    let class = (usize::BITS - (len.max(1) - 1).leading_zeros()) as usize;
+    class.min(BATCH_CLASSES - 1)
+}
+
+/// The shared end of one shard's counters: the shard publishes, others read.
+#[derive(Clone)]
+pub struct Published(Arc<SeqBlock<WORDS>>);
+
+impl Default for Published {
+    fn default() -> Self {
+        Published(Arc::new(SeqBlock::new()))
+    }
+}
+
+impl Published {
+    /// Attempts of a reader before it takes what there is: writers need a fraction of a microsecond.
+    const READ_ATTEMPTS_MAX: usize = 10_000;
+
+    /// Makes the counters visible. Only the owning shard calls this.
+    pub fn publish(&self, counters: &Counters) {
+        self.0.publish(&counters.words);
+    }
+
+    /// The counters as last published.
+    pub fn read(&self) -> Snapshot {
+        for _ in 0..Self::READ_ATTEMPTS_MAX {
+            if let Some(words) = self.0.try_read() {
+                return Snapshot { words };
+            }
+            std::hint::spin_loop();
+        }
+        // The writer was preempted in mid-publication; numbers that are each right, if not of one
+        // moment, are better than none.
+        Snapshot {
+            words: self.0.read_torn(),
+        }
+    }
+}
+
+/// Counters of one shard, or of several added up, at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Snapshot {
+    words: [u64; WORDS],
+}
+
+impl Default for Snapshot {
+    fn default() -> Self {
+        Snapshot { words: [0; WORDS] }
+    }
+}
+
+impl Snapshot {
+    /// A counter.
+    pub fn get(&self, meter: Meter) -> u64 {
+        self.words[meter as usize]
+    }
+
+    /// Packets dropped for a reason.
+    pub fn drops(&self, reason: DropReason) -> u64 {
+        self.words[DROPS_AT + reason.index()]
+    }
+
+    /// Packets dropped for any reason.
+    pub fn drops_total(&self) -> u64 {
+        self.words[DROPS_AT..CYCLES_AT].iter().sum()
+    }
+
+    /// Time-stamp counter ticks spent in a room.
+    pub fn cycles(&self, room: Room) -> u64 {
+        self.words[CYCLES_AT + room as usize]
+    }
+
+    /// Batches from the underlay by size class (1, 2, up to 4, up to 8, …).
+    pub fn batches_inbound(&self) -> &[u64] {
+        &self.words[BATCH_IN_AT..BATCH_IN_AT + BATCH_CLASSES]
+    }
+
+    /// Batches from the TUN by size class (1, 2, up to 4, up to 8, …).
+    pub fn batches_outbound(&self) -> &[u64] {
+        &self.words[BATCH_OUT_AT..BATCH_OUT_AT + BATCH_CLASSES]
+    }
+
+    /// Adds another shard's counters.
+    pub fn merge(&mut self, other: &Snapshot) {
+        for (sum, word) in self.words.iter_mut().zip(&other.words) {
+            *sum = sum.wrapping_add(*word);
+        }
+    }
+
+    /// The sum over shards.
+    pub fn sum<'a>(shards: impl IntoIterator<Item = &'a Snapshot>) -> Snapshot {
+        let mut sum = Snapshot::default();
+        for shard in shards {
+            sum.merge(shard);
+        }
+        sum
+    }
+}
