@@ -11,6 +11,7 @@
 
 pub mod channel;
 pub mod classify;
+pub mod coalesce;
 pub mod filter;
 pub mod packet;
 pub mod route;
