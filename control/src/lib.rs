@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod coord;
 pub mod derp;
+pub mod disco;
 pub mod driver;
 pub mod key;
 pub mod netmap;
