@@ -12,4 +12,5 @@ pub mod disco;
 pub mod driver;
 pub mod key;
 pub mod netmap;
+pub mod path;
 pub mod stun;

@@ -1,0 +1,353 @@
+//! Candidates: addresses at which a peer may be reached, and where we know them from.
+//!
+//! A candidate lives while some source still names it: the network map, the latest CallMeMaybe, a
+//! Ping (or packets) received from it in the last 45 s, or the memory of an earlier run.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use ringtail_dataplane::channel::Prefix;
+
+use super::{CANDIDATES_MAX, DISCO_PING_INTERVAL, QUICK_PINGS, SESSION_ACTIVE_TIMEOUT};
+use crate::disco::TxId;
+
+/// Unanswered rounds that a remembered address is given.
+const CACHED_ROUNDS_MAX: u8 = 3;
+
+/// What we know of one address.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Candidate {
+    /// The network map names it.
+    pub(super) in_map: bool,
+    /// When a CallMeMaybe named it last.
+    pub(super) called_at: Option<Instant>,
+    /// When a Ping or an authenticated packet came from it last.
+    pub(super) heard_at: Option<Instant>,
+    /// It worked in an earlier run; the number of rounds it has not answered since.
+    pub(super) cached: Option<u8>,
+    /// The last Ping received from it.
+    pub(super) last_got: Option<TxId>,
+    /// When a round pinged it last; the 5 s limit counts from here.
+    pub(super) last_round: Option<Instant>,
+    /// When any Ping left for it last.
+    pub(super) last_ping: Option<Instant>,
+    /// The quick Pings that follow a round's: its time, and how many have gone.
+    pub(super) quick: Option<(Instant, usize)>,
+    /// Its last Pong and round trip.
+    pub(super) pong: Option<(Instant, Duration)>,
+    /// It became a candidate because packets came from it, at this time.
+    pub(super) new_source_at: Option<Instant>,
+    /// It failed validation and is left alone until then.
+    pub(super) blocked_until: Option<Instant>,
+}
+
+impl Candidate {
+    /// Whether no source names it any more.
+    fn deletable(&self, now: Instant) -> bool {
+        let heard = self
+            .heard_at
+            .is_some_and(|at| now.saturating_duration_since(at) <= SESSION_ACTIVE_TIMEOUT);
+        !self.in_map && self.called_at.is_none() && self.cached.is_none() && !heard
+    }
+
+    /// Whether a round may ping it now.
+    pub(super) fn due(&self, now: Instant) -> bool {
+        let rested = self
+            .last_round
+            .is_none_or(|at| now.saturating_duration_since(at) >= DISCO_PING_INTERVAL);
+        rested && !self.blocked(now)
+    }
+
+    /// Whether it failed validation a short time ago.
+    pub(super) fn blocked(&self, now: Instant) -> bool {
+        self.blocked_until.is_some_and(|until| now < until)
+    }
+
+    /// When the next quick Ping is due.
+    pub(super) fn quick_at(&self) -> Option<Instant> {
+        let (base, done) = self.quick?;
+        QUICK_PINGS.get(done).map(|after| base + *after)
+    }
+
+    /// Whether it answered within this time.
+    pub(super) fn answered_within(&self, now: Instant, time: Duration) -> bool {
+        self.pong
+            .is_some_and(|(at, _)| now.saturating_duration_since(at) <= time)
+    }
+
+    /// Forgets how it behaved, not where it is known from.
+    pub(super) fn wipe(&mut self) {
+        (self.last_round, self.last_ping, self.quick) = (None, None, None);
+        (self.pong, self.blocked_until) = (None, None);
+    }
+}
+
+/// The candidates of one peer.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Candidates(BTreeMap<SocketAddr, Candidate>);
+
+/// The candidate could not be added: the table is full of candidates that are still named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Full;
+
+impl Candidates {
+    pub(super) fn get(&self, addr: &SocketAddr) -> Option<&Candidate> {
+        self.0.get(addr)
+    }
+
+    pub(super) fn get_mut(&mut self, addr: &SocketAddr) -> Option<&mut Candidate> {
+        self.0.get_mut(addr)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&SocketAddr, &Candidate)> {
+        self.0.iter()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (&SocketAddr, &mut Candidate)> {
+        self.0.iter_mut()
+    }
+
+    /// The candidate at `addr`, made if need be. When the table is full, deletable ones go, and then
+    /// the one known from its packets alone that was quiet for longest.
+    pub(super) fn entry(&mut self, now: Instant, addr: SocketAddr) -> Result<&mut Candidate, Full> {
+        if !self.0.contains_key(&addr) && self.0.len() >= CANDIDATES_MAX {
+            self.0.retain(|_, candidate| !candidate.deletable(now));
+        }
+        if !self.0.contains_key(&addr) && self.0.len() >= CANDIDATES_MAX {
+            let only_heard = self.0.iter().filter(|(_, candidate)| {
+                !candidate.in_map && candidate.called_at.is_none() && candidate.cached.is_none()
+            });
+            let quietest = only_heard.min_by_key(|(_, candidate)| candidate.heard_at);
+            let quietest = *quietest.ok_or(Full)?.0;
+            self.0.remove(&quietest);
+        }
+        Ok(self.0.entry(addr).or_default())
+    }
+
+    /// Takes the network map's endpoints. Returns whether one is new; those that it no longer names
+    /// become deletable, and remembered ones that it does not name are forgotten.
+    pub(super) fn set_map(
+        &mut self,
+        now: Instant,
+        endpoints: &[SocketAddr],
+    ) -> (bool, Option<Full>) {
+        for (addr, candidate) in &mut self.0 {
+            candidate.in_map = endpoints.contains(addr);
+        }
+        let (mut new, mut full) = (false, None);
+        for addr in endpoints {
+            let known = self.0.contains_key(addr);
+            match self.entry(now, *addr) {
+                Ok(candidate) => candidate.in_map = true,
+                Err(error) => full = Some(error),
+            }
+            new |= !known;
+        }
+        (new, full)
+    }
+
+    /// Forgets remembered addresses that nothing else names: the peer has moved.
+    pub(super) fn forget_cached(&mut self) {
+        for candidate in self.0.values_mut() {
+            candidate.cached = None;
+        }
+    }
+
+    /// Takes the endpoints of a CallMeMaybe and removes what only an earlier one named, which is
+    /// returned.
+    pub(super) fn set_called(
+        &mut self,
+        now: Instant,
+        endpoints: &[SocketAddr],
+    ) -> (Vec<SocketAddr>, Option<Full>) {
+        let mut removed = Vec::new();
+        self.0.retain(|addr, candidate| {
+            let keep = candidate.called_at.is_none() || endpoints.contains(addr);
+            if !keep {
+                removed.push(*addr);
+            }
+            keep
+        });
+        let mut full = None;
+        for addr in endpoints {
+            match self.entry(now, *addr) {
+                Ok(candidate) => candidate.called_at = Some(now),
+                Err(error) => full = Some(error),
+            }
+        }
+        (removed, full)
+    }
+
+    /// Removes what nothing names any more, but `keep`.
+    pub(super) fn sweep(&mut self, now: Instant, keep: Option<SocketAddr>) {
+        self.0
+            .retain(|addr, candidate| Some(*addr) == keep || !candidate.deletable(now));
+    }
+
+    /// A round ended without a Pong: remembered addresses have a limited number of these.
+    pub(super) fn round_unanswered(&mut self, round_at: Instant) {
+        for candidate in self.0.values_mut() {
+            let answered = candidate.pong.is_some_and(|(at, _)| at >= round_at);
+            if candidate.last_round.is_some_and(|at| at >= round_at) && !answered {
+                candidate.cached = candidate
+                    .cached
+                    .map(|rounds| rounds + 1)
+                    .filter(|rounds| *rounds < CACHED_ROUNDS_MAX);
+            }
+        }
+    }
+}
+
+/// Which addresses can be candidates at all.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Admission {
+    pub(super) loopback: bool,
+    /// Inner prefixes: nothing is pinged through the tunnel.
+    pub(super) inner: Vec<Prefix>,
+}
+
+impl Admission {
+    /// Whether an address may be pinged.
+    pub(super) fn admits(&self, addr: SocketAddr) -> bool {
+        let ip = addr.ip();
+        let never = match ip {
+            IpAddr::V4(ip) => ip.is_broadcast(),
+            IpAddr::V6(_) => false,
+        };
+        let inner = self.inner.iter().any(|prefix| contains(prefix, ip));
+        let nobody = ip.is_unspecified() || ip.is_multicast() || never || addr.port() == 0;
+        !nobody && !inner && (self.loopback || !ip.is_loopback())
+    }
+
+    /// As [`Self::admits`], for addresses that the peer names: a link-local one has no meaning
+    /// without its interface.
+    pub(super) fn admits_named(&self, addr: SocketAddr) -> bool {
+        let link_local = match addr.ip() {
+            IpAddr::V4(_) => false,
+            IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        };
+        self.admits(addr) && !link_local
+    }
+}
+
+fn contains(prefix: &Prefix, ip: IpAddr) -> bool {
+    match (prefix.addr, ip) {
+        (IpAddr::V4(net), IpAddr::V4(ip)) => {
+            let host_bits = 32 - u32::from(prefix.bits.min(32));
+            (u32::from(net) ^ u32::from(ip))
+                .checked_shr(host_bits)
+                .unwrap_or(0)
+                == 0
+        }
+        (IpAddr::V6(net), IpAddr::V6(ip)) => {
+            let host_bits = 128 - u32::from(prefix.bits.min(128));
+            (u128::from(net) ^ u128::from(ip))
+                .checked_shr(host_bits)
+                .unwrap_or(0)
+                == 0
+        }
+        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::path::test_clock::start;
+
+    fn addr(n: u8) -> SocketAddr {
+        SocketAddr::from(([203, 0, 113, n], 41641))
+    }
+
+    #[test]
+    fn a_newer_call_me_maybe_removes_what_only_an_earlier_one_named() {
+        let now = start();
+        let mut all = Candidates::default();
+        let _ = all.set_map(now, &[addr(1)]);
+        all.set_called(now, &[addr(2), addr(3)]);
+        let (removed, _) = all.set_called(now, &[addr(3)]);
+        assert_eq!(removed, [addr(2)]);
+        assert!(all.get(&addr(1)).is_some() && all.get(&addr(3)).is_some());
+    }
+
+    #[test]
+    fn candidates_go_when_nothing_names_them_any_more() {
+        let now = start();
+        let mut all = Candidates::default();
+        let _ = all.set_map(now, &[addr(1)]);
+        all.entry(now, addr(2)).unwrap().heard_at = Some(now);
+        let _ = all.set_map(now, &[]);
+        all.sweep(now + SESSION_ACTIVE_TIMEOUT, None);
+        assert!(all.get(&addr(1)).is_none() && all.get(&addr(2)).is_some());
+        all.sweep(
+            now + SESSION_ACTIVE_TIMEOUT + Duration::from_millis(1),
+            None,
+        );
+        assert!(all.get(&addr(2)).is_none());
+    }
+
+    #[test]
+    fn a_full_table_gives_up_the_quietest_stranger_and_never_a_named_one() {
+        let now = start();
+        let named: Vec<SocketAddr> = (1..=120).map(addr).collect();
+        let mut all = Candidates::default();
+        let _ = all.set_map(now, &named);
+        for n in 0..20 {
+            let at = now + Duration::from_millis(u64::from(n));
+            all.entry(at, addr(200 + n)).unwrap().heard_at = Some(at);
+        }
+        assert_eq!(all.iter().count(), CANDIDATES_MAX);
+        assert!(named.iter().all(|addr| all.get(addr).is_some()));
+        assert!(all.get(&addr(200)).is_none() && all.get(&addr(219)).is_some());
+        let (_, full) = all.set_map(now, &(1..=129).map(addr).collect::<Vec<_>>());
+        assert_eq!(full, Some(Full));
+    }
+
+    #[test]
+    fn a_remembered_address_gets_three_rounds() {
+        let now = start();
+        let mut all = Candidates::default();
+        all.entry(now, addr(1)).unwrap().cached = Some(0);
+        for round in 1..=3 {
+            assert!(all.get(&addr(1)).is_some(), "round {round}");
+            all.get_mut(&addr(1)).unwrap().last_round = Some(now);
+            all.round_unanswered(now);
+            all.sweep(now, None);
+        }
+        assert!(all.get(&addr(1)).is_none());
+    }
+
+    #[test]
+    fn addresses_that_are_nobodys_are_not_admitted() {
+        let inner = Prefix {
+            addr: "100.64.0.0".parse().unwrap(),
+            bits: 10,
+        };
+        let mut admission = Admission {
+            loopback: false,
+            inner: vec![inner],
+        };
+        for (text, admitted, named) in [
+            ("203.0.113.7:1", true, true),
+            ("192.168.1.1:1", true, true),
+            ("203.0.113.7:0", false, false),
+            ("0.0.0.0:1", false, false),
+            ("255.255.255.255:1", false, false),
+            ("224.0.0.1:1", false, false),
+            ("127.0.0.1:1", false, false),
+            ("[::1]:1", false, false),
+            ("[ff02::1]:1", false, false),
+            ("[fe80::1]:1", true, false),
+            ("[2001:db8::1]:1", true, true),
+            ("100.100.1.1:1", false, false),
+            ("100.128.0.1:1", true, true),
+        ] {
+            let addr = text.parse().unwrap();
+            assert_eq!(admission.admits(addr), admitted, "{text}");
+            assert_eq!(admission.admits_named(addr), named, "{text}");
+        }
+        admission.loopback = true;
+        assert!(admission.admits("127.0.0.1:1".parse().unwrap()));
+    }
+}

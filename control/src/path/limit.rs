@@ -1,0 +1,158 @@
+//! Rates and named counters.
+
+use std::time::{Duration, Instant};
+
+/// Pings sent to one peer per second.
+pub(super) const PEER_PINGS_PER_S: u32 = 50;
+/// Of these, kept back for answers, heartbeats and validation when a round takes its share.
+pub(super) const ROUND_RESERVE: u32 = 15;
+/// Pongs sent to one peer per second.
+pub(super) const PEER_PONGS_PER_S: u32 = 100;
+/// Pings sent by the node per second.
+pub(super) const NODE_PINGS_PER_S: u32 = 1000;
+
+/// A token bucket that holds one second's worth.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Bucket {
+    per_s: u32,
+    /// In thousandths.
+    tokens: u64,
+    filled_at: Option<Instant>,
+}
+
+impl Bucket {
+    pub(super) fn new(per_s: u32) -> Self {
+        Self {
+            per_s,
+            tokens: u64::from(per_s) * 1000,
+            filled_at: None,
+        }
+    }
+
+    /// Takes one token unless that leaves fewer than `reserve`.
+    pub(super) fn take(&mut self, now: Instant, reserve: u32) -> bool {
+        let since = self
+            .filled_at
+            .map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
+        if millis > 0 || self.filled_at.is_none() {
+            self.filled_at = Some(now);
+        }
+        let full = u64::from(self.per_s) * 1000;
+        self.tokens = millis
+            .saturating_mul(u64::from(self.per_s))
+            .saturating_add(self.tokens)
+            .min(full);
+        let wanted = u64::from(reserve + 1) * 1000;
+        let granted = self.tokens >= wanted;
+        if granted {
+            self.tokens -= 1000;
+        }
+        granted
+    }
+}
+
+macro_rules! drops {
+    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
+        /// Why a datagram, or something of our own, was dropped. All are counted by name.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
+        pub enum Drop {
+            $($(#[$doc])* #[error($name)] $variant,)*
+        }
+
+        impl Drop {
+            /// All, in the order of their counters.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// The counter's name.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name,)*
+                }
+            }
+        }
+    };
+}
+
+drops! {
+    /// No DISCO datagram.
+    NotDisco = "disco_not_disco",
+    /// DISCO through a peer relay.
+    PeerRelay = "disco_peer_relay",
+    /// The sender's DISCO key is no peer's.
+    UnknownSender = "disco_unknown_sender",
+    /// Damaged, or sealed with another key.
+    Forged = "disco_forged",
+    /// The plain text is cut off.
+    Malformed = "disco_malformed",
+    /// A message type nobody has defined.
+    UnknownType = "disco_unknown_type",
+    /// A Ping seen before.
+    DuplicatePing = "disco_duplicate_ping",
+    /// A Pong to no Ping of ours, or to one forgotten.
+    UnknownPong = "disco_unknown_pong",
+    /// A CallMeMaybe over UDP, where anyone can replay it.
+    CallMeMaybeOverUdp = "disco_call_me_maybe_over_udp",
+    /// By relay, from a node key that does not own the DISCO key.
+    WrongRelaySource = "disco_wrong_relay_source",
+    /// From an address that can be nobody's: unspecified, multicast, loopback, port 0.
+    BadSource = "disco_bad_source",
+    /// A Pong not sent because the peer pings too much.
+    PongRate = "disco_pong_rate",
+    /// A Ping not sent because the peer's share, or the node's, is used up.
+    PingRate = "disco_ping_rate",
+    /// No room for another candidate.
+    CandidatesFull = "path_candidates_full",
+    /// A Ping forgotten before its time for want of room.
+    PingsFull = "path_pings_full",
+    /// A datagram not queued because the driver does not fetch them.
+    TransmitsFull = "path_transmits_full",
+    /// An event lost because the driver does not fetch them.
+    EventsFull = "path_events_full",
+}
+
+/// One counter per [`Drop`].
+#[derive(Clone, Debug)]
+pub(super) struct Counters([u64; Drop::ALL.len()]);
+
+impl Counters {
+    pub(super) fn new() -> Self {
+        Self([0; Drop::ALL.len()])
+    }
+
+    pub(super) fn count(&mut self, drop: Drop) {
+        self.0[drop as usize] += 1;
+    }
+
+    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        Drop::ALL
+            .iter()
+            .map(|drop| (drop.name(), self.0[*drop as usize]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bucket_gives_its_rate_and_keeps_its_reserve() {
+        let start = crate::path::test_clock::start();
+        let mut bucket = Bucket::new(50);
+        let taken = |bucket: &mut Bucket, now, reserve| {
+            (0..100).filter(|_| bucket.take(now, reserve)).count()
+        };
+        assert_eq!(taken(&mut bucket, start, 15), 35);
+        assert_eq!(taken(&mut bucket, start, 0), 15);
+        assert_eq!(taken(&mut bucket, start + Duration::from_millis(100), 0), 5);
+        assert_eq!(taken(&mut bucket, start + Duration::from_secs(9), 0), 50);
+    }
+
+    #[test]
+    fn counters_are_in_the_order_of_the_names() {
+        let mut counters = Counters::new();
+        counters.count(Drop::EventsFull);
+        assert_eq!(counters.named().last(), Some(("path_events_full", 1)));
+        assert_eq!(counters.named().map(|(_, n)| n).sum::<u64>(), 1);
+    }
+}

@@ -1,0 +1,458 @@
+//! All peers of a node behind the verbs of a core.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use rand::rngs::StdRng;
+use ringtail_dataplane::channel::{
+    self, Activity, PEERS_MAX, PathDecision, PeerId, Prefix, RegionId,
+};
+
+use super::peer::{Peer, PeerKey};
+use super::shared::Shared;
+use super::{
+    CACHED_PATH_AGE_MAX, CACHED_PATHS_MAX, CachedPath, Config, Drop, Event, LinkChange, PeerSetup,
+    PingId, Purpose, Route, Status, Transmit,
+};
+use crate::disco::{self, Class, Message, OpenError, ParseError, SharedKey};
+use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
+
+/// The path machines of all peers.
+///
+/// After every verb that takes `&mut self`, drain [`Self::poll_transmit`], [`Self::poll_decision`]
+/// and [`Self::poll_event`], then sleep until [`Self::poll_timeout`].
+pub struct Manager {
+    shared: Shared,
+    disco: DiscoPrivate,
+    peers: BTreeMap<PeerId, Peer>,
+    by_node: BTreeMap<NodePublic, PeerId>,
+    /// Several nodes of one process share a DISCO key.
+    by_disco: BTreeMap<DiscoPublic, (Arc<SharedKey>, Vec<PeerId>)>,
+    /// When each peer wants to be looked at, in order; the other way round in `due_of`.
+    due: BTreeSet<(Instant, PeerId)>,
+    due_of: BTreeMap<PeerId, Instant>,
+    decisions: VecDeque<PeerId>,
+    undelivered: BTreeMap<PeerId, PathDecision>,
+    pings: u64,
+}
+
+impl Manager {
+    /// A manager without peers, for the node with these keys. `rng` makes transaction ids and
+    /// nonces: seed it from the operating system.
+    pub fn new(config: Config, node_key: NodePublic, disco: DiscoPrivate, rng: StdRng) -> Self {
+        Self {
+            shared: Shared::new(config, node_key, disco.public(), rng),
+            disco,
+            peers: BTreeMap::new(),
+            by_node: BTreeMap::new(),
+            by_disco: BTreeMap::new(),
+            due: BTreeSet::new(),
+            due_of: BTreeMap::new(),
+            decisions: VecDeque::new(),
+            undelivered: BTreeMap::new(),
+            pings: 0,
+        }
+    }
+
+    /// Takes the whole table of peers, at most [`PEERS_MAX`]. A peer whose node key is unchanged
+    /// keeps its paths; under another node key an id is a new peer. A changed home, endpoint or DISCO
+    /// key wakes a held peer.
+    pub fn set_peers(&mut self, now: Instant, peers: &[PeerSetup]) {
+        let peers = &peers[..peers.len().min(PEERS_MAX)];
+        let kept: BTreeMap<PeerId, NodePublic> =
+            peers.iter().map(|peer| (peer.id, peer.node_key)).collect();
+        self.peers
+            .retain(|id, peer| kept.get(id) == Some(&peer.node_key));
+        self.undelivered.retain(|id, _| self.peers.contains_key(id));
+        self.due_of.retain(|id, _| self.peers.contains_key(id));
+        self.due.retain(|(_, id)| self.peers.contains_key(id));
+        self.by_node = peers.iter().map(|peer| (peer.node_key, peer.id)).collect();
+        let mut by_disco: BTreeMap<DiscoPublic, (Arc<SharedKey>, Vec<PeerId>)> = BTreeMap::new();
+        for setup in peers {
+            let Some(public) = setup.disco_key else {
+                continue;
+            };
+            let known = self
+                .by_disco
+                .get(&public)
+                .map(|(secret, _)| Arc::clone(secret));
+            let fresh = || SharedKey::new(&self.disco, &public).map(Arc::new);
+            if let Some((_, ids)) = by_disco.get_mut(&public) {
+                ids.push(setup.id);
+            } else if let Some(secret) = known.or_else(fresh) {
+                by_disco.insert(public, (secret, vec![setup.id]));
+            }
+        }
+        self.by_disco = by_disco;
+        for setup in peers {
+            let secret = setup.disco_key.and_then(|public| {
+                let (secret, _) = self.by_disco.get(&public)?;
+                let secret = Arc::clone(secret);
+                Some(PeerKey { public, secret })
+            });
+            let peer = self
+                .peers
+                .entry(setup.id)
+                .or_insert_with(|| Peer::new(now, setup, secret.clone()));
+            let public = |key: Option<&PeerKey>| key.map(|key| key.public);
+            if public(peer.key()) != public(secret.as_ref()) {
+                peer.set_key(now, &mut self.shared, secret);
+            }
+            peer.set(now, &mut self.shared, setup);
+            self.settle(now, setup.id);
+        }
+    }
+
+    /// Takes the own endpoints found by a netcheck, best first; those beyond
+    /// [`OWN_ENDPOINTS_MAX`](super::OWN_ENDPOINTS_MAX) are not announced. To be called after every
+    /// check, changed or not: it says how fresh they are.
+    pub fn set_own_endpoints(&mut self, now: Instant, endpoints: Vec<SocketAddr>) {
+        let changed = self.shared.set_own(now, endpoints);
+        self.for_all(now, |peer, shared| peer.own_endpoints(now, shared, changed));
+    }
+
+    /// Takes the prefixes inside the tunnel, which are never candidates.
+    pub fn set_inner_prefixes(&mut self, inner: Vec<Prefix>) {
+        self.shared.admission.inner = inner;
+    }
+
+    /// The network under us changed, or a port mapping or the NAT's behaviour did (minor).
+    pub fn handle_link_change(&mut self, now: Instant, change: LinkChange) {
+        self.shared
+            .want_restun(now, super::RestunReason::LinkChange);
+        self.for_all(now, |peer, shared| peer.link_changed(now, shared, change));
+    }
+
+    /// Takes a DISCO datagram from the underlay port, received at `now`.
+    ///
+    /// # Errors
+    /// Why it was dropped; it has been counted under that name.
+    pub fn handle_datagram(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        bytes: &[u8],
+    ) -> Result<(), Drop> {
+        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+        let result = self.datagram(now, from, bytes);
+        self.counted(result)
+    }
+
+    /// Takes a DISCO datagram that came by relay from the node `source`.
+    ///
+    /// # Errors
+    /// Why it was dropped; it has been counted under that name.
+    pub fn handle_relayed(
+        &mut self,
+        now: Instant,
+        region: RegionId,
+        source: NodePublic,
+        bytes: &[u8],
+    ) -> Result<(), Drop> {
+        let result = self.relayed(now, region, source, bytes);
+        self.counted(result)
+    }
+
+    /// A WireGuard packet of the peer came by this relay: the way back if it has no known home.
+    pub fn handle_relay_arrival(&mut self, now: Instant, peer: PeerId, region: RegionId) {
+        self.with(now, peer, |peer, _| peer.heard_by_relay(region));
+    }
+
+    /// Takes news of the data plane, with the activity of the peer they are about.
+    pub fn handle_event(&mut self, now: Instant, event: &channel::Event, activity: &Activity) {
+        match *event {
+            channel::Event::Kick(id) => {
+                self.with(now, id, |peer, shared| peer.kicked(now, shared, activity));
+            }
+            channel::Event::Active(id) => {
+                self.with(now, id, |peer, shared| {
+                    peer.activated(now, shared, activity)
+                });
+            }
+            channel::Event::Silent(id) => {
+                self.with(now, id, |peer, shared| peer.silent(now, shared, activity));
+            }
+            channel::Event::NewSource(id, from) => {
+                let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+                self.with(now, id, |peer, shared| peer.new_source(now, shared, from));
+            }
+            channel::Event::SendError(id, to, errno) => {
+                self.with(now, id, |peer, shared| {
+                    peer.send_error(now, shared, to, errno)
+                });
+            }
+            channel::Event::SessionUp(_)
+            | channel::Event::SessionDown(_)
+            | channel::Event::TunGone => {}
+        }
+    }
+
+    /// Sending a [`Transmit`] of ours to `to` failed with this errno.
+    pub fn handle_send_error(&mut self, now: Instant, to: SocketAddr, errno: i32) {
+        self.for_all(now, |peer, shared| peer.send_error(now, shared, to, errno));
+    }
+
+    /// Does what is due. `activity` reads what the shards know of a peer's traffic.
+    pub fn handle_timeout(&mut self, now: Instant, activity: &dyn Fn(PeerId) -> Activity) {
+        while let Some((at, id)) = self.due.first().copied()
+            && at <= now
+        {
+            self.unschedule(id);
+            let activity = || activity(id);
+            self.with(now, id, |peer, shared| {
+                peer.handle_timeout(now, shared, &activity)
+            });
+        }
+    }
+
+    /// When [`Self::handle_timeout`] is wanted next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        self.due.first().map(|(at, _)| *at)
+    }
+
+    /// The next datagram to send.
+    pub fn poll_transmit(&mut self) -> Option<Transmit> {
+        self.shared.transmits.pop_front()
+    }
+
+    /// The next changed decision, for the data plane's `set_path`; only the newest per peer. Every
+    /// Pong from the address in use renews `trust_until` and thereby gives a new one.
+    pub fn poll_decision(&mut self) -> Option<(PeerId, PathDecision)> {
+        loop {
+            let id = self.decisions.pop_front()?;
+            if let Some(decision) = self.undelivered.remove(&id) {
+                return Some((id, decision));
+            }
+        }
+    }
+
+    /// The next event: first what the driver must do, then the story, oldest first.
+    pub fn poll_event(&mut self) -> Option<Event> {
+        self.shared.poll_event()
+    }
+
+    /// Pings a peer for a user, by the direct path if there is one, else by relay and to all
+    /// candidates. The first answer of each way comes as [`Event::PingReply`]; `None` if the peer is
+    /// unknown or there is no way to reach it.
+    pub fn ping(&mut self, now: Instant, peer: PeerId) -> Option<PingId> {
+        self.pings += 1;
+        let id = PingId(self.pings);
+        let sent = self.with(now, peer, |peer, shared| {
+            peer.user_ping(now, shared, Purpose::User(id))
+        });
+        sent.unwrap_or(false).then_some(id)
+    }
+
+    /// How a peer is reached now.
+    pub fn status(&self, now: Instant, peer: PeerId) -> Option<Status> {
+        self.peers
+            .get(&peer)
+            .map(|peer| peer.status(now, &self.shared))
+    }
+
+    /// The id of a node.
+    pub fn peer_of(&self, node_key: &NodePublic) -> Option<PeerId> {
+        self.by_node.get(node_key).copied()
+    }
+
+    /// Paths worth remembering over a restart, at most [`CACHED_PATHS_MAX`] per peer.
+    pub fn cached_paths(&self, now: Instant) -> Vec<CachedPath> {
+        let mut all = Vec::new();
+        for peer in self.peers.values() {
+            let best = peer.status(now, &self.shared).best;
+            let worked = peer.worked(now).into_iter().take(CACHED_PATHS_MAX);
+            all.extend(worked.map(|(addr, age, rtt)| {
+                CachedPath {
+                    node_key: peer.node_key,
+                    addr,
+                    age,
+                    rtt,
+                    mtu: best
+                        .filter(|best| best.addr == addr)
+                        .map_or(super::mtu::MTU_UNPROVED, |best| best.mtu),
+                }
+            }));
+        }
+        all
+    }
+
+    /// Takes paths remembered from an earlier run, after [`Self::set_peers`]: they are pinged in the
+    /// first round, and used for nothing before they answer. Old ones are ignored.
+    pub fn load_cached_paths(&mut self, now: Instant, paths: &[CachedPath]) {
+        let mut taken: BTreeMap<NodePublic, usize> = BTreeMap::new();
+        for path in paths {
+            let count = taken.entry(path.node_key).or_default();
+            let fresh = path.age <= CACHED_PATH_AGE_MAX && *count < CACHED_PATHS_MAX;
+            if !fresh || !self.shared.admission.admits_named(path.addr) {
+                continue;
+            }
+            *count += 1;
+            if let Some(id) = self.peer_of(&path.node_key) {
+                self.with(now, id, |peer, _| peer.remember(now, path.addr));
+            }
+        }
+    }
+
+    /// Everything dropped so far, by name.
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
+        self.shared.counters.named()
+    }
+
+    fn counted(&mut self, result: Result<(), Drop>) -> Result<(), Drop> {
+        result.inspect_err(|drop| self.shared.counters.count(*drop))
+    }
+
+    /// Opens a datagram of a known peer; strangers cost no cryptography.
+    fn open(&self, bytes: &[u8]) -> Result<(DiscoPublic, Message), Drop> {
+        match disco::classify(bytes) {
+            Class::Disco => {}
+            Class::RelayedDisco | Class::RelayedWireGuard => return Err(Drop::PeerRelay),
+            Class::Stun | Class::WireGuard => return Err(Drop::NotDisco),
+        }
+        let sender = disco::sender(bytes).ok_or(Drop::NotDisco)?;
+        let (secret, _) = self.by_disco.get(&sender).ok_or(Drop::UnknownSender)?;
+        let plain = secret.open(bytes).map_err(|error| match error {
+            OpenError::Short => Drop::Malformed,
+            OpenError::Forged => Drop::Forged,
+        })?;
+        let message = Message::parse(&plain).map_err(|error| match error {
+            ParseError::Short => Drop::Malformed,
+            ParseError::PeerRelay => Drop::PeerRelay,
+            ParseError::UnknownType => Drop::UnknownType,
+        })?;
+        Ok((sender, message))
+    }
+
+    fn ids_of(&self, sender: &DiscoPublic) -> Vec<PeerId> {
+        self.by_disco
+            .get(sender)
+            .map(|(_, ids)| ids.clone())
+            .unwrap_or_default()
+    }
+
+    fn datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) -> Result<(), Drop> {
+        let (sender, message) = self.open(bytes)?;
+        if !self.shared.admission.admits(from) {
+            return Err(Drop::BadSource);
+        }
+        let ids = self.ids_of(&sender);
+        match message {
+            Message::Ping {
+                tx_id, node_key, ..
+            } => {
+                // The node key is a hint: it counts if that node owns the DISCO key.
+                let hinted = node_key.and_then(|key| self.peer_of(&key));
+                let hinted = hinted.filter(|id| ids.contains(id));
+                let about = hinted.map_or_else(|| ids.clone(), |id| vec![id]);
+                for id in &about {
+                    let heard = self.with(now, *id, |peer, shared| {
+                        peer.ping_received(now, shared, from, tx_id)
+                    });
+                    heard.unwrap_or(Ok(()))?;
+                }
+                let answering = about.first().copied().ok_or(Drop::UnknownSender)?;
+                let route = Route::Direct(from);
+                let sent = self.with(now, answering, |peer, shared| {
+                    peer.pong(now, shared, route, tx_id)
+                });
+                sent.unwrap_or(Ok(()))
+            }
+            Message::Pong { tx_id, source } => self.pong(now, &ids, true, &tx_id, source),
+            Message::CallMeMaybe { .. } => Err(Drop::CallMeMaybeOverUdp),
+        }
+    }
+
+    fn relayed(
+        &mut self,
+        now: Instant,
+        region: RegionId,
+        source: NodePublic,
+        bytes: &[u8],
+    ) -> Result<(), Drop> {
+        let (sender, message) = self.open(bytes)?;
+        let id = self.peer_of(&source).ok_or(Drop::WrongRelaySource)?;
+        if !self.ids_of(&sender).contains(&id) {
+            return Err(Drop::WrongRelaySource);
+        }
+        let about = match message {
+            Message::Ping { tx_id, .. } => self.with(now, id, |peer, shared| {
+                peer.heard_by_relay(region);
+                peer.relayed_ping_received(now, shared, region, tx_id)
+            }),
+            Message::Pong { tx_id, source } => {
+                return self.pong(now, &[id], false, &tx_id, source);
+            }
+            Message::CallMeMaybe { endpoints } => self.with(now, id, |peer, shared| {
+                peer.heard_by_relay(region);
+                peer.called(now, shared, &endpoints);
+                Ok(())
+            }),
+        };
+        about.unwrap_or(Ok(()))
+    }
+
+    fn pong(
+        &mut self,
+        now: Instant,
+        ids: &[PeerId],
+        direct: bool,
+        tx_id: &disco::TxId,
+        source: SocketAddr,
+    ) -> Result<(), Drop> {
+        for id in ids {
+            let taken = self.with(now, *id, |peer, shared| {
+                peer.pong_received(now, shared, direct, tx_id, source)
+            });
+            if taken == Some(Ok(())) {
+                return Ok(());
+            }
+        }
+        Err(Drop::UnknownPong)
+    }
+
+    /// Runs something on a peer, then looks after its timer and its decision.
+    fn with<T>(
+        &mut self,
+        now: Instant,
+        id: PeerId,
+        what: impl FnOnce(&mut Peer, &mut Shared) -> T,
+    ) -> Option<T> {
+        let done = what(self.peers.get_mut(&id)?, &mut self.shared);
+        self.settle(now, id);
+        Some(done)
+    }
+
+    fn for_all(&mut self, now: Instant, mut what: impl FnMut(&mut Peer, &mut Shared)) {
+        let ids: Vec<PeerId> = self.peers.keys().copied().collect();
+        for id in ids {
+            self.with(now, id, &mut what);
+        }
+    }
+
+    fn settle(&mut self, now: Instant, id: PeerId) {
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return;
+        };
+        if let Some(decision) = peer.poll_decision(&self.shared)
+            && self.undelivered.insert(id, decision).is_none()
+        {
+            self.decisions.push_back(id);
+        }
+        let next = peer.next_timeout(now);
+        if self.due_of.get(&id).copied() != next {
+            self.unschedule(id);
+            if let Some(at) = next {
+                self.due.insert((at, id));
+                self.due_of.insert(id, at);
+            }
+        }
+    }
+
+    fn unschedule(&mut self, id: PeerId) {
+        if let Some(at) = self.due_of.remove(&id) {
+            self.due.remove(&(at, id));
+        }
+    }
+}

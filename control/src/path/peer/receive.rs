@@ -1,0 +1,375 @@
+//! DISCO and news of the data plane in.
+
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use ringtail_dataplane::channel::{Activity, RegionId};
+
+use super::super::pings::Sent;
+use super::super::shared::Shared;
+use super::super::validation::Probe;
+use super::super::{
+    CALL_ME_MAYBE_ROUND_INTERVAL, Drop, Event, HEARTBEAT_INTERVAL, PING_BACK_INTERVAL,
+    PING_TIMEOUT, Purpose, Reason, RestunReason, Route, Story,
+};
+use super::{Peer, State};
+use crate::disco::{CALL_ME_MAYBE_ENDPOINTS_MAX, DERP_FAKE_IP, Message, TxId};
+
+impl Peer {
+    /// A Ping over UDP: its source is a candidate, and is pinged back at once if it is new or
+    /// nothing is trusted. Whether to answer it is [`Self::pong`]'s.
+    ///
+    /// # Errors
+    /// [`Drop::DuplicatePing`].
+    pub(in super::super) fn ping_received(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        from: SocketAddr,
+        tx_id: TxId,
+    ) -> Result<(), Drop> {
+        let known = self.candidates.get(&from);
+        if known.is_some_and(|candidate| candidate.last_got == Some(tx_id)) {
+            return Err(Drop::DuplicatePing);
+        }
+        let route = Route::Direct(from);
+        sh.tell(self.id, Story::PingRx { route });
+        self.heard_at(now, sh, from, Some(tx_id));
+        Ok(())
+    }
+
+    /// An authenticated packet of the data plane came from another address than the decided one.
+    pub(in super::super) fn new_source(&mut self, now: Instant, sh: &mut Shared, from: SocketAddr) {
+        if sh.admission.admits(from) && self.best().is_none_or(|best| best.addr != from) {
+            self.heard_at(now, sh, from, None);
+        }
+    }
+
+    /// The peer was heard at an address.
+    fn heard_at(&mut self, now: Instant, sh: &mut Shared, from: SocketAddr, ping: Option<TxId>) {
+        let untrusted = !self.trusted(now);
+        let is_best = self.best().is_some_and(|best| best.addr == from);
+        let new = self.candidates.get(&from).is_none_or(|candidate| {
+            candidate.new_source_at.is_none()
+                || ping.is_none() && !candidate.answered_within(now, PING_TIMEOUT)
+        });
+        let Ok(candidate) = self.candidates.entry(now, from) else {
+            sh.counters.count(Drop::CandidatesFull);
+            return;
+        };
+        candidate.heard_at = Some(now);
+        candidate.last_got = ping.or(candidate.last_got);
+        if new && !is_best {
+            candidate.new_source_at = Some(now);
+        }
+        let rested = candidate
+            .last_ping
+            .is_none_or(|at| now.saturating_duration_since(at) >= PING_BACK_INTERVAL);
+        let quiet = !candidate.answered_within(now, PING_TIMEOUT) && !candidate.blocked(now);
+        if !(rested && quiet && (new || untrusted)) || is_best && !untrusted {
+            return;
+        }
+        self.probe(now, sh, Reason::PingReceived);
+        let sent = self.ping(now, sh, Route::Direct(from), Purpose::PingBack);
+        let quick = (sent && untrusted).then_some((now, 0));
+        if let Some(candidate) = self.candidates.get_mut(&from)
+            && candidate.quick.is_none()
+        {
+            candidate.quick = quick;
+        }
+        if new && !untrusted {
+            // If the peer has moved, the best address stays silent while this one answers.
+            self.ping_best(now, sh);
+        }
+    }
+
+    /// A Ping by relay: it has no other consequence than its Pong.
+    pub(in super::super) fn relayed_ping_received(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        region: RegionId,
+        tx_id: TxId,
+    ) -> Result<(), Drop> {
+        let route = Route::Relay(region);
+        sh.tell(self.id, Story::PingRx { route });
+        self.pong(now, sh, route, tx_id)
+    }
+
+    /// Answers a Ping the way it came.
+    ///
+    /// # Errors
+    /// [`Drop::PongRate`].
+    pub(in super::super) fn pong(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        to: Route,
+        tx_id: TxId,
+    ) -> Result<(), Drop> {
+        if !self.pong_rate.take(now, 0) {
+            return Err(Drop::PongRate);
+        }
+        let source = match to {
+            Route::Direct(addr) => addr,
+            // The fake address has room for small regions only; others read as 0.
+            Route::Relay(region) => (DERP_FAKE_IP, u16::try_from(region.0).unwrap_or(0)).into(),
+        };
+        self.send(sh, to, false, &Message::Pong { tx_id, source });
+        Ok(())
+    }
+
+    /// A Pong: the only thing that makes a path.
+    ///
+    /// # Errors
+    /// [`Drop::UnknownPong`] if this peer has no such Ping on its way.
+    pub(in super::super) fn pong_received(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        direct: bool,
+        tx_id: &TxId,
+        reported: SocketAddr,
+    ) -> Result<(), Drop> {
+        let sent = self.pings.take(tx_id).ok_or(Drop::UnknownPong)?;
+        let rtt = now.saturating_duration_since(sent.at);
+        let (id, peer) = (sent.to, self.id);
+        sh.tell(peer, Story::PongRx { route: id, rtt });
+        if let Purpose::User(id) = sent.purpose {
+            let route = sent.to;
+            sh.event(Event::PingReply {
+                id,
+                peer,
+                route,
+                rtt,
+            });
+        }
+        match sent.to {
+            Route::Relay(_) => self.relay_rtt = Some((now, rtt)),
+            Route::Direct(addr) if direct => {
+                if sh.admission.admits(reported) && !sh.own.contains(&reported) {
+                    let addr = reported;
+                    sh.event(Event::Reported { peer, addr });
+                }
+                self.direct_pong(now, sh, addr, &sent);
+            }
+            Route::Direct(_) => {}
+        }
+        Ok(())
+    }
+
+    fn direct_pong(&mut self, now: Instant, sh: &mut Shared, addr: SocketAddr, sent: &Sent) {
+        let rtt = now.saturating_duration_since(sent.at);
+        let Some(candidate) = self.candidates.get_mut(&addr) else {
+            return;
+        };
+        candidate.pong = Some((now, rtt));
+        candidate.quick = None;
+        if let Some(rounds) = &mut candidate.cached {
+            *rounds = 0;
+        }
+        self.round.answered = true;
+        (self.silent_rounds, self.holds) = (0, 0);
+        if let State::Probing { held_until } = &mut self.state {
+            *held_until = None;
+        }
+        if let Some(test) = self.validation.as_mut().filter(|test| test.addr == addr) {
+            match sent.purpose {
+                Purpose::Validate => test.pong(now, rtt, Probe::Small(sent.burst)),
+                Purpose::Mtu(wire) => test.pong(now, rtt, Probe::Large(wire)),
+                Purpose::Discovery
+                | Purpose::PingBack
+                | Purpose::Heartbeat
+                | Purpose::RelayLatency
+                | Purpose::User(_) => {}
+            }
+            self.judge_validation(now, sh);
+        }
+        if self.best().is_some_and(|best| best.addr == addr) {
+            self.best_answered(now, sh, rtt);
+            if let Some(best) = self.best_mut() {
+                match sent.purpose {
+                    Purpose::Mtu(wire) => best.mtu.pong(now, wire),
+                    Purpose::Heartbeat => best.quality.heartbeat(true),
+                    Purpose::Discovery
+                    | Purpose::PingBack
+                    | Purpose::Validate
+                    | Purpose::RelayLatency
+                    | Purpose::User(_) => {}
+                }
+                let (loss_pct, jitter) = (best.quality.loss_pct(), best.quality.jitter());
+                if sent.purpose == Purpose::Heartbeat {
+                    let what = Story::Heartbeat {
+                        addr,
+                        rtt,
+                        loss_pct,
+                        jitter,
+                    };
+                    sh.tell(self.id, what);
+                }
+            }
+        } else {
+            self.consider(now, sh, addr);
+        }
+    }
+
+    /// A CallMeMaybe: the peer has pinged us and waits for our Pings at these addresses. They go
+    /// out at once, whatever our own rounds do; it is never answered in kind.
+    pub(in super::super) fn called(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        endpoints: &[SocketAddr],
+    ) {
+        let mut wanted: Vec<SocketAddr> = Vec::new();
+        for addr in endpoints {
+            let room = wanted.len() < CALL_ME_MAYBE_ENDPOINTS_MAX;
+            if room && sh.admission.admits_named(*addr) && !wanted.contains(addr) {
+                wanted.push(*addr);
+            }
+        }
+        let (removed, full) = self.candidates.set_called(now, &wanted);
+        if full.is_some() {
+            sh.counters.count(Drop::CandidatesFull);
+        }
+        let what = Story::CallMeMaybeRx {
+            endpoints: wanted.clone(),
+        };
+        sh.tell(self.id, what);
+        if self
+            .validation
+            .as_ref()
+            .is_some_and(|test| removed.contains(&test.addr))
+        {
+            self.validation = None;
+        }
+        if self.best().is_some_and(|best| removed.contains(&best.addr)) {
+            self.clear_best(now, sh, Reason::Withdrawn);
+        }
+        self.doubt_unnamed_best(now, sh, &wanted);
+        let early = self
+            .call_round_at
+            .map(|at| at + CALL_ME_MAYBE_ROUND_INTERVAL)
+            .filter(|at| now < *at);
+        self.call_round_due = early;
+        match early {
+            // Addresses that were never asked are due all the same.
+            Some(_) => self.start_round(now, sh, false, Reason::CallMeMaybe),
+            None => self.call_round(now, sh),
+        }
+    }
+
+    /// The round that a CallMeMaybe asks for: all candidates, rested or not.
+    pub(super) fn call_round(&mut self, now: Instant, sh: &mut Shared) {
+        (self.call_round_at, self.call_round_due) = (Some(now), None);
+        for (_, candidate) in self.candidates.iter_mut() {
+            candidate.last_round = None;
+        }
+        self.start_round(now, sh, false, Reason::CallMeMaybe);
+    }
+
+    /// A peer that names its addresses without the best one, and has not pinged from there, may
+    /// have moved: the best address has a second to answer.
+    fn doubt_unnamed_best(&mut self, now: Instant, sh: &mut Shared, named: &[SocketAddr]) {
+        let Some(best) = self.best().map(|best| best.addr) else {
+            return;
+        };
+        let heard = self
+            .candidates
+            .get(&best)
+            .and_then(|candidate| candidate.heard_at);
+        let lately =
+            heard.is_some_and(|at| now.saturating_duration_since(at) <= HEARTBEAT_INTERVAL);
+        if named.contains(&best) || lately {
+            return;
+        }
+        self.ping_best(now, sh);
+    }
+
+    /// Data was sent while nothing was trusted.
+    pub(in super::super) fn kicked(&mut self, now: Instant, sh: &mut Shared, activity: &Activity) {
+        self.sent(now, activity);
+        if !self.trusted(now) {
+            self.start_round(now, sh, true, Reason::Data);
+        }
+    }
+
+    /// Data flows again after a pause.
+    pub(in super::super) fn activated(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        activity: &Activity,
+    ) {
+        self.sent(now, activity);
+        let quiet = self.best().is_some_and(|best| {
+            now.saturating_duration_since(best.last_pong) >= HEARTBEAT_INTERVAL
+        });
+        if quiet {
+            self.ping_best(now, sh);
+        }
+    }
+
+    /// The shard has begun to send both ways, because nothing came back.
+    pub(in super::super) fn silent(&mut self, now: Instant, sh: &mut Shared, activity: &Activity) {
+        self.sent(now, activity);
+        if self.best().is_some() {
+            self.ping_best(now, sh);
+            sh.want_restun(now, RestunReason::Silence);
+            self.announce(now, sh, false);
+        }
+    }
+
+    fn sent(&mut self, now: Instant, activity: &Activity) {
+        self.activity = *activity;
+        self.last_sent = Some(now);
+        self.heartbeat.get_or_insert(now + HEARTBEAT_INTERVAL);
+    }
+
+    /// The kernel refused to send to an address.
+    pub(in super::super) fn send_error(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        to: SocketAddr,
+        errno: i32,
+    ) {
+        let is_best = self.best().is_some_and(|best| best.addr == to);
+        match errno {
+            EHOSTUNREACH | ENETUNREACH => {
+                if let Some(candidate) = self.candidates.get_mut(&to) {
+                    let rested = candidate.last_round;
+                    candidate.wipe();
+                    candidate.last_round = rested;
+                }
+                if is_best {
+                    self.clear_best(now, sh, Reason::SendError);
+                    self.last_good = None;
+                }
+            }
+            // The host's firewall: as good as lost on the way.
+            EPERM => sh.want_rebind(now),
+            EMSGSIZE => {
+                if let Some(best) = self.best_mut().filter(|best| best.addr == to) {
+                    best.mtu.too_big(now);
+                }
+            }
+            _ if is_best => {
+                self.fall_back(now, sh, Reason::SendError);
+                self.ping_best(now, sh);
+            }
+            _ => {}
+        }
+    }
+
+    /// Packets of the peer came by relay.
+    pub(in super::super) fn heard_by_relay(&mut self, region: RegionId) {
+        self.heard_region = Some(region);
+    }
+}
+
+// Linux errno values, the same on every architecture we build for.
+const EPERM: i32 = 1;
+const EMSGSIZE: i32 = 90;
+const ENETUNREACH: i32 = 101;
+const EHOSTUNREACH: i32 = 113;

@@ -1,0 +1,412 @@
+//! Transitions: every change of state goes through [`Peer::enter`].
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use rand::RngExt as _;
+
+use super::super::mtu::{MTU_UNPROVED, MtuSearch, wire_mtu};
+use super::super::quality::{Alarm, Quality};
+use super::super::score::{Rank, better};
+use super::super::shared::Shared;
+use super::super::validation::{Figures, Terms, Validation, Verdict};
+use super::super::{
+    BLOCKED_DURATION, HEARTBEAT_INTERVAL, HOLD_MAX, HOLD_MIN, LAST_GOOD_INTERVAL, LinkChange,
+    PING_TIMEOUT, Phase, Reason, Story, TRUST_UDP_ADDR_DURATION, Validate,
+};
+use super::{Best, Peer, State, Suspect};
+
+impl Peer {
+    /// Makes a transition: the only place where the state changes.
+    fn enter(&mut self, now: Instant, sh: &mut Shared, state: State, reason: Reason) {
+        let (name, addr) = (self.state_name(), self.best().map(|best| best.addr));
+        self.state = state;
+        let now_best = self.best().map(|best| best.addr);
+        if addr.is_some() && now_best != addr {
+            self.switches += 1;
+            self.suspect = None;
+        }
+        if self.state_name() == name && now_best == addr {
+            return;
+        }
+        self.state_since = now;
+        let addr = now_best.or_else(|| self.validation.as_ref().map(|test| test.addr));
+        let what = Story::Path {
+            state: self.state_name(),
+            addr,
+            reason,
+        };
+        sh.tell(self.id, what);
+    }
+
+    /// Relay becomes Probing, a held peer gets its one round; the others stay.
+    pub(super) fn probe(&mut self, now: Instant, sh: &mut Shared, reason: Reason) {
+        let held_until = match self.state {
+            State::Relay => None,
+            State::Held { until } => Some(until),
+            State::Probing { .. } | State::Direct(_) | State::Fallback(_) => return,
+        };
+        self.enter(now, sh, State::Probing { held_until }, reason);
+    }
+
+    /// Gives up for a while: [`HOLD_MIN`], doubled per repetition up to [`HOLD_MAX`], ±10 %.
+    pub(super) fn hold(&mut self, now: Instant, sh: &mut Shared) {
+        let time = HOLD_MIN
+            .saturating_mul(1 << self.holds.min(8))
+            .min(HOLD_MAX);
+        let until = now + time.mul_f64(sh.rng.random_range(0.9..=1.1));
+        self.holds += 1;
+        self.silent_rounds = 0;
+        self.round = super::Round::default();
+        for (_, candidate) in self.candidates.iter_mut() {
+            candidate.quick = None;
+        }
+        (self.round_more, self.last_good) = (None, None);
+        self.enter(now, sh, State::Held { until }, Reason::RetryLimit);
+    }
+
+    /// Something changed that makes another try worth it.
+    pub(in super::super) fn wake(&mut self, now: Instant, sh: &mut Shared) {
+        if self.passive() {
+            self.release(now, sh, Reason::Wake);
+        }
+    }
+
+    /// Ends holding; while data flows, the next round starts at once.
+    pub(super) fn release(&mut self, now: Instant, sh: &mut Shared, reason: Reason) {
+        self.silent_rounds = 0;
+        self.enter(now, sh, State::Relay, reason);
+        if self.active(now) {
+            self.start_round(now, sh, true, reason);
+        }
+    }
+
+    /// Nothing is on its way any more and no data asks for more.
+    pub(super) fn settle(&mut self, now: Instant, sh: &mut Shared) {
+        let State::Probing { held_until } = self.state else {
+            return;
+        };
+        if !self.pings.is_empty() || self.validation.is_some() {
+            return;
+        }
+        match held_until {
+            Some(until) => self.enter(now, sh, State::Held { until }, Reason::NoAnswer),
+            None if self.heartbeat.is_none() => {
+                self.enter(now, sh, State::Relay, Reason::NoAnswer);
+            }
+            None => {}
+        }
+    }
+
+    /// Data goes both ways from now on, until the best address answers.
+    pub(super) fn fall_back(&mut self, now: Instant, sh: &mut Shared, reason: Reason) {
+        let State::Direct(best) = self.state else {
+            return;
+        };
+        self.suspect = None;
+        self.last_good_next = Some(now);
+        self.enter(now, sh, State::Fallback(best), reason);
+        if self.sent_within(now, HEARTBEAT_INTERVAL) {
+            self.start_round(now, sh, true, reason);
+        }
+    }
+
+    /// The best address is given up.
+    pub(super) fn clear_best(&mut self, now: Instant, sh: &mut Shared, reason: Reason) {
+        let Some(best) = self.best() else {
+            return;
+        };
+        self.last_good = Some((best.addr, now));
+        self.last_good_next = Some(now + LAST_GOOD_INTERVAL);
+        let state = if self.active(now) || !self.pings.is_empty() {
+            State::Probing { held_until: None }
+        } else {
+            State::Relay
+        };
+        self.enter(now, sh, state, reason);
+        if self.sent_within(now, HEARTBEAT_INTERVAL) {
+            self.start_round(now, sh, true, reason);
+        }
+    }
+
+    /// The network changed under us.
+    pub(in super::super) fn link_changed(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        change: LinkChange,
+    ) {
+        match change {
+            LinkChange::Minor => self.wake(now, sh),
+            LinkChange::Major => {
+                self.validation = None;
+                self.candidates.iter_mut().for_each(|(_, c)| c.wipe());
+                self.pings = super::Pings::default();
+                self.announce = super::Announce::default();
+                self.round = super::Round::default();
+                self.relay_ping_at = None;
+                self.clear_best(now, sh, Reason::LinkChange);
+                self.wake(now, sh);
+            }
+        }
+    }
+
+    /// The best address answered.
+    pub(super) fn best_answered(&mut self, now: Instant, sh: &mut Shared, rtt: Duration) {
+        self.suspect = None;
+        let Some(best) = self.best_mut() else {
+            return;
+        };
+        best.latency = rtt;
+        best.last_pong = now;
+        best.quality.pong(rtt);
+        let (addr, retest) = (best.addr, best.retest);
+        if retest {
+            if self.validation.is_none() {
+                self.start_validation(now, sh, addr, rtt, true);
+            }
+            return;
+        }
+        best.trust_until = now + TRUST_UDP_ADDR_DURATION;
+        let best = *best;
+        self.enter(now, sh, State::Direct(best), Reason::PongAgain);
+    }
+
+    /// A candidate answered: is it worth a test?
+    pub(super) fn consider(&mut self, now: Instant, sh: &mut Shared, addr: SocketAddr) {
+        let Some(candidate) = self.candidates.get(&addr) else {
+            return;
+        };
+        let Some((_, rtt)) = candidate.pong.filter(|_| !candidate.blocked(now)) else {
+            return;
+        };
+        if self.validation.is_some() {
+            return;
+        }
+        let mut replaces = false;
+        if let Some(best) = self.best().copied().filter(|best| best.addr != addr) {
+            // Packets come from there, and the best address has been quiet since they do.
+            let fresh = |at: &Instant| now.saturating_duration_since(*at) <= PING_TIMEOUT;
+            let new_source = candidate.new_source_at.filter(fresh);
+            let moved = new_source.is_some_and(|at| at > best.last_pong);
+            replaces = moved || best.retest;
+            let trusted = self.trusted(now);
+            let rank = Rank {
+                addr,
+                latency: rtt,
+                mtu: MTU_UNPROVED,
+            };
+            if trusted && !replaces && !better(&rank, &best.rank()) {
+                return;
+            }
+            if trusted && moved {
+                self.fall_back(now, sh, Reason::NewSource);
+            }
+        }
+        self.start_validation(now, sh, addr, rtt, replaces);
+    }
+
+    fn start_validation(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        addr: SocketAddr,
+        rtt: Duration,
+        replaces: bool,
+    ) {
+        let mtu = wire_mtu(sh.config.tunnel_mtu, addr);
+        if sh.config.validate == Validate::Fast {
+            let last_pong = now;
+            self.promote(now, sh, addr, rtt, last_pong, mtu, replaces);
+            return;
+        }
+        if let State::Relay | State::Held { .. } = self.state {
+            self.probe(now, sh, Reason::PingReceived);
+        }
+        self.bursts += 1;
+        let test = Validation::new(now, addr, rtt, mtu, self.bursts, replaces);
+        self.validation = Some(test);
+        let phase = Phase::Start;
+        sh.tell(self.id, Story::Validate { addr, phase });
+        self.run_validation(now, sh);
+    }
+
+    /// Ends a validation whose verdict is certain.
+    pub(super) fn judge_validation(&mut self, now: Instant, sh: &mut Shared) {
+        let terms = Terms {
+            lenient: self.region().is_none(),
+            relay_rtt: self.relay_rtt_at_least(now),
+        };
+        let burst = self.bursts + 1;
+        let Some(test) = &mut self.validation else {
+            return;
+        };
+        let addr = test.addr;
+        let verdict = test.judge(now, terms, burst);
+        self.bursts = burst;
+        let Some(verdict) = verdict else {
+            return;
+        };
+        let Some(test) = self.validation.take() else {
+            return;
+        };
+        match verdict {
+            Verdict::Pass(figures) => {
+                let needed = wire_mtu(sh.config.tunnel_mtu, addr);
+                let mtu = if figures.mtu { needed } else { MTU_UNPROVED };
+                let rtt = figures.min.unwrap_or_default();
+                let phase = Phase::Pass {
+                    rtt: figures.median.unwrap_or_default(),
+                    loss_pct: figures.loss_pct,
+                    mtu,
+                };
+                sh.tell(self.id, Story::Validate { addr, phase });
+                self.promote(now, sh, addr, rtt, test.last_pong, mtu, test.replaces);
+            }
+            Verdict::Fail(failed, figures) => {
+                let Figures {
+                    median, loss_pct, ..
+                } = figures;
+                let phase = Phase::Fail {
+                    test: failed,
+                    rtt: median,
+                    loss_pct,
+                };
+                sh.tell(self.id, Story::Validate { addr, phase });
+                if let Some(candidate) = self.candidates.get_mut(&addr) {
+                    candidate.blocked_until = Some(now + BLOCKED_DURATION);
+                    candidate.quick = None;
+                }
+                if self.best().is_some_and(|best| best.addr == addr) {
+                    self.clear_best(now, sh, Reason::Quality);
+                    self.last_good = None;
+                }
+            }
+        }
+        self.consider_others(now, sh);
+        self.settle(now, sh);
+    }
+
+    /// The best of the candidates that answered lately, if it is worth a test.
+    fn consider_others(&mut self, now: Instant, sh: &mut Shared) {
+        let best = self.best().map(|best| best.addr);
+        let ranks = self.candidates.iter().filter_map(|(addr, candidate)| {
+            let usable = candidate.answered_within(now, PING_TIMEOUT) && !candidate.blocked(now);
+            let (_, latency) = candidate.pong.filter(|_| usable && Some(*addr) != best)?;
+            let (addr, mtu) = (*addr, MTU_UNPROVED);
+            Some(Rank { addr, latency, mtu })
+        });
+        let top = ranks.reduce(|top, rank| if better(&rank, &top) { rank } else { top });
+        if let Some(top) = top {
+            self.consider(now, sh, top.addr);
+        }
+    }
+
+    /// A candidate passed: it becomes best, unless a trusted best is better after all.
+    fn promote(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        addr: SocketAddr,
+        rtt: Duration,
+        last_pong: Instant,
+        mtu: u16,
+        replaces: bool,
+    ) {
+        let trust_until = last_pong + TRUST_UDP_ADDR_DURATION;
+        if let Some(best) = self.best_mut().filter(|best| best.addr == addr) {
+            best.retest = false;
+            best.quality.absolve(rtt);
+            best.last_pong = last_pong;
+            best.trust_until = trust_until;
+            let best = *best;
+            self.enter(now, sh, State::Direct(best), Reason::Validated);
+            return;
+        }
+        let rank = Rank {
+            addr,
+            latency: rtt,
+            mtu: MTU_UNPROVED,
+        };
+        let trusted = self.trusted(now);
+        let beaten = |best: &Best| !best.retest && !replaces && !better(&rank, &best.rank());
+        if trusted && self.best().is_some_and(beaten) {
+            return;
+        }
+        let limit = match sh.config.validate {
+            Validate::Full => sh.config.link_mtu,
+            Validate::Fast => 0,
+        };
+        let best = Best {
+            addr,
+            latency: rtt,
+            last_pong,
+            trust_until,
+            quality: Quality::new(rtt),
+            mtu: MtuSearch::new(now, mtu, limit),
+            retest: false,
+        };
+        let reason = if trusted {
+            Reason::Better
+        } else {
+            Reason::Validated
+        };
+        (self.silent_rounds, self.holds) = (0, 0);
+        self.last_good = None;
+        self.enter(now, sh, State::Direct(best), reason);
+        if self.heartbeat.is_none() && self.active(now) {
+            self.heartbeat = Some(now + HEARTBEAT_INTERVAL);
+        }
+    }
+
+    /// The quality of the best address has been bad for several ticks: alternatives are looked for,
+    /// and if packets are lost it is tested again itself.
+    pub(super) fn alarm(&mut self, now: Instant, sh: &mut Shared, alarm: Alarm) {
+        let Some(best) = self.best_mut() else {
+            return;
+        };
+        match alarm {
+            Alarm::Rtt => {}
+            Alarm::Loss => {
+                best.retest = sh.config.validate == Validate::Full;
+                let (addr, rtt, retest) = (best.addr, best.latency, best.retest);
+                if retest && self.validation.is_none() {
+                    self.start_validation(now, sh, addr, rtt, true);
+                }
+            }
+        }
+        self.start_round(now, sh, true, Reason::Quality);
+    }
+
+    /// A heartbeat left: if nothing comes back soon, the path counts as silent.
+    pub(super) fn suspect(&mut self, now: Instant) {
+        let Some(best) = self.best() else {
+            return;
+        };
+        let gap = SUSPECT_GAP_MIN.max(best.quality.rtt() * 2);
+        let patience = SUSPECT_MIN.max(best.quality.rtt() * 4 + best.quality.jitter() * 4);
+        self.suspect.get_or_insert(Suspect {
+            since: now,
+            next: now + gap,
+            gap,
+            verdict_at: now + patience,
+        });
+    }
+
+    /// The round trip by relay, or how long it has taken so far.
+    fn relay_rtt_at_least(&self, now: Instant) -> Option<Duration> {
+        let pending = self
+            .relay_ping_at
+            .map(|at| now.saturating_duration_since(at));
+        match self.relay_rtt {
+            Some((at, rtt)) if self.relay_ping_at.is_none_or(|sent| at >= sent) => Some(rtt),
+            Some((_, rtt)) => pending.max(Some(rtt)),
+            None => pending,
+        }
+    }
+}
+
+/// A heartbeat unanswered for so long, and its repetitions: silent.
+const SUSPECT_MIN: Duration = Duration::from_secs(1);
+/// Least time between these repetitions.
+const SUSPECT_GAP_MIN: Duration = Duration::from_millis(250);
