@@ -13,4 +13,5 @@ pub mod driver;
 pub mod key;
 pub mod netmap;
 pub mod path;
+pub mod noise;
 pub mod stun;
