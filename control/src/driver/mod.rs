@@ -5,5 +5,6 @@ pub mod events;
 pub mod interface;
 pub mod local_api;
 pub mod node;
+pub mod noise_stream;
 pub mod runtime;
 pub mod state;

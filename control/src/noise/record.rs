@@ -65,22 +65,25 @@ impl Sealer {
     pub fn seal(&mut self, plaintext: &[u8], out: &mut BytesMut) -> Result<(), Error> {
         for chunk in plaintext.chunks(PLAINTEXT_LEN_MAX) {
             let nonce = self.0.next_nonce()?;
-            let body_len = chunk.len() + TAG_LEN;
-            out.reserve(HEADER_LEN + body_len);
-            let [high, low] = u16::try_from(body_len)
-                .expect("a record is at most 4096 bytes")
-                .to_be_bytes();
-            out.extend_from_slice(&[TYPE_RECORD, high, low]);
-            let start = out.len();
-            out.extend_from_slice(chunk);
-            let tag = self
-                .0
-                .aead
-                .encrypt_inout_detached(&nonce, &[], (&mut out[start..]).into())
-                .expect("a record is far below the cipher's limit");
-            out.extend_from_slice(&tag);
+            self.seal_record(&nonce, chunk, out);
         }
         Ok(())
+    }
+
+    fn seal_record(&self, nonce: &Nonce, chunk: &[u8], out: &mut BytesMut) {
+        let body_len = chunk.len() + TAG_LEN;
+        out.reserve(HEADER_LEN + body_len);
+        let [high, low] = u16::try_from(body_len)
+            .expect("a record is at most 4096 bytes")
+            .to_be_bytes();
+        out.extend_from_slice(&[TYPE_RECORD, high, low]);
+        let start = out.len();
+        out.extend_from_slice(chunk);
+        let aead = &self.0.aead;
+        let tag = aead
+            .encrypt_inout_detached(nonce, &[], (&mut out[start..]).into())
+            .expect("a record is far below the cipher's limit");
+        out.extend_from_slice(&tag);
     }
 
     #[cfg(test)]
