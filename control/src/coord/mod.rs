@@ -3,6 +3,12 @@
 //! Protocol ts2021 (`protocol/coordination.md`). The machines here decide and never touch a socket
 //! or a clock; `driver::coord_client` and `driver::coord_server` move the bytes.
 
+mod backoff;
+pub mod client;
+pub mod frames;
+
+pub use backoff::Backoff;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,4 +89,18 @@ pub enum CoordEvent {
     },
     /// Nothing more will be tried; the text says what to do.
     Fatal(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    /// Some moment to count from.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "an Instant cannot be made otherwise"
+    )]
+    pub(super) fn start() -> Instant {
+        Instant::now()
+    }
 }

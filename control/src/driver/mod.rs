@@ -1,6 +1,8 @@
 //! Everything that touches the outside: sockets, TLS, netlink, files, clocks. One file per
 //! outside thing; drivers decide nothing.
 
+pub mod control_url;
+pub mod coord_client;
 pub mod events;
 pub mod interface;
 pub mod local_api;

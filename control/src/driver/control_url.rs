@@ -1,0 +1,254 @@
+//! The address of a coordination server, and a byte stream to it.
+//!
+//! `https` is TLS on that port, `http` that port plain, nothing else is tried. Plain HTTP is for
+//! loopback and private addresses only: on other networks the server's key could be replaced on
+//! the way, and real clients would not come back after a lost connection
+//! (`protocol/coordination-transport.md` §3).
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls_pki_types::pem::PemObject as _;
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+
+/// A connected byte stream, plain or TLS.
+pub trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> ByteStream for T {}
+
+/// A parsed coordination URL.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlUrl {
+    tls: bool,
+    host: String,
+    port: u16,
+}
+
+impl ControlUrl {
+    /// Parses `http://host[:port]` or `https://host[:port]`, with nothing but a slash behind.
+    ///
+    /// # Errors
+    /// When the text is something else, or a plain URL names a public address; says what to write.
+    pub fn parse(text: &str) -> anyhow::Result<Self> {
+        let (tls, rest) = if let Some(rest) = text.strip_prefix("https://") {
+            (true, rest)
+        } else if let Some(rest) = text.strip_prefix("http://") {
+            (false, rest)
+        } else {
+            bail!("{text:?} is no coordination URL: write https://host or http://10.0.0.1:8080");
+        };
+        let authority: http::uri::Authority = rest
+            .strip_suffix('/')
+            .unwrap_or(rest)
+            .parse()
+            .with_context(|| format!("{text:?} is no coordination URL"))?;
+        if authority.as_str().contains('@') || authority.host().is_empty() {
+            bail!("{text:?} is no coordination URL: host and port only");
+        }
+        let url = Self {
+            tls,
+            host: authority
+                .host()
+                .trim_start_matches('[')
+                .trim_end_matches(']')
+                .to_owned(),
+            port: authority.port_u16().unwrap_or(if tls { 443 } else { 80 }),
+        };
+        if let Ok(address) = url.host.parse() {
+            url.check_address(address)?;
+        }
+        Ok(url)
+    }
+
+    /// Host name or address, without brackets.
+    pub fn host(&self) -> &str {
+        &self.host
+    }
+
+    /// For the `Host` header and `:authority`.
+    pub fn authority(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
+    }
+
+    fn check_address(&self, address: IpAddr) -> anyhow::Result<()> {
+        if !self.tls && !is_private(address) {
+            bail!(
+                "plain http is for loopback and private addresses only, and {address} is public: \
+                 use https://{}",
+                self.host
+            );
+        }
+        Ok(())
+    }
+
+    /// Connects. With `authenticated_inside` any certificate will do, because the server's key is
+    /// known and Noise authenticates it.
+    ///
+    /// # Errors
+    /// When no address of the host takes the connection, or TLS fails.
+    pub async fn connect(&self, authenticated_inside: bool) -> anyhow::Result<Box<dyn ByteStream>> {
+        let found = tokio::net::lookup_host((self.host.as_str(), self.port)).await;
+        let addresses: Vec<SocketAddr> = found
+            .with_context(|| format!("cannot resolve {}", self.host))?
+            .collect();
+        let mut last = anyhow::anyhow!("{} has no address", self.host);
+        for address in addresses {
+            self.check_address(address.ip())?;
+            match TcpStream::connect(address).await {
+                Ok(stream) => {
+                    stream.set_nodelay(true).context("cannot set TCP_NODELAY")?;
+                    return self.secure(stream, authenticated_inside).await;
+                }
+                Err(error) => last = anyhow::anyhow!("cannot connect to {address}: {error}"),
+            }
+        }
+        Err(last)
+    }
+
+    async fn secure(
+        &self,
+        stream: TcpStream,
+        authenticated_inside: bool,
+    ) -> anyhow::Result<Box<dyn ByteStream>> {
+        if !self.tls {
+            return Ok(Box::new(stream));
+        }
+        let name = ServerName::try_from(self.host.clone()).context("not a TLS name")?;
+        let config = tls_config(authenticated_inside)?;
+        let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
+            .connect(name, stream)
+            .await
+            .with_context(|| format!("TLS with {} failed", self.host))?;
+        Ok(Box::new(stream))
+    }
+}
+
+/// Whether an address is loopback or private: RFC 1918, unique local, link-local.
+pub fn is_private(address: IpAddr) -> bool {
+    match address.to_canonical() {
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_private() || v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unique_local() || v6.is_unicast_link_local(),
+    }
+}
+
+/// Public roots and those of the PEM file `SSL_CERT_FILE` names, or no check at all.
+fn tls_config(any_certificate: bool) -> anyhow::Result<ClientConfig> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        .with_safe_default_protocol_versions()
+        .context("no TLS version to offer")?;
+    if any_certificate {
+        return Ok(builder
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
+            .with_no_client_auth());
+    }
+    let mut roots = RootCertStore::empty();
+    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+    if let Some(file) = std::env::var_os("SSL_CERT_FILE") {
+        let certificates = CertificateDer::pem_file_iter(&file)
+            .with_context(|| format!("cannot read {}", file.to_string_lossy()))?;
+        roots.add_parsable_certificates(certificates.filter_map(Result::ok));
+    }
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// Takes any certificate: what authenticates the server lies inside the TLS stream.
+#[derive(Debug)]
+struct AnyCertificate(Arc<CryptoProvider>);
+
+impl ServerCertVerifier for AnyCertificate {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls12_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn urls_parse_to_scheme_host_and_port() {
+        for (text, authority) in [
+            ("http://127.0.0.1:8080", "127.0.0.1:8080"),
+            ("http://10.1.2.3", "10.1.2.3:80"),
+            ("https://coord.example/", "coord.example:443"),
+            ("https://[2001:db8::1]:8443", "[2001:db8::1]:8443"),
+            ("http://[fd00::1]:8080", "[fd00::1]:8080"),
+            ("http://localhost:1", "localhost:1"),
+        ] {
+            assert_eq!(ControlUrl::parse(text).unwrap().authority(), authority);
+        }
+    }
+
+    #[test]
+    fn what_is_no_url_or_plain_on_a_public_address_is_refused() {
+        for text in [
+            "10.0.0.1:8080",
+            "ftp://10.0.0.1",
+            "http://",
+            "https://a b",
+            "https://host/path",
+            "https://user@host",
+        ] {
+            assert!(ControlUrl::parse(text).is_err(), "{text}");
+        }
+        for text in [
+            "http://192.0.2.1",
+            "http://100.64.0.1:8080",
+            "http://[2001:db8::1]",
+        ] {
+            let error = ControlUrl::parse(text).unwrap_err().to_string();
+            assert!(error.contains("private"), "{error}");
+        }
+    }
+}

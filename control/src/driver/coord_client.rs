@@ -1,0 +1,721 @@
+//! The coordination client: one task that keeps a node registered and its map current.
+//!
+//! ```text
+//! GET /key (unless the key is known) -> POST /ts2021, Noise, HTTP/2 inside
+//!   -> POST /machine/register -> POST /machine/map (stream)   + lite updates, pings
+//!        ^                                  |
+//!        +-- backoff <- lost, silent, 5xx --+
+//! ```
+//!
+//! What to do next is decided in [`crate::coord::client`]; this file moves the bytes. It runs on
+//! the control thread, spawns local tasks only, and never waits for whoever reads its events: a
+//! netmap that was not read yet is replaced by a newer one.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use base64::Engine as _;
+use bytes::{Bytes, BytesMut};
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Empty, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use time::OffsetDateTime;
+use tokio::io::AsyncReadExt as _;
+use tokio::sync::{Notify, mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::control_url::ControlUrl;
+use super::noise_stream::NoiseStream;
+use crate::coord::client::{
+    AfterMap, LiteGate, Outcome, Watchdog, after_map_status, map_request, register_request,
+    worth_reporting,
+};
+use crate::coord::frames::{Codec, FrameReader};
+use crate::coord::{Backoff, CoordConfig, CoordEvent, SelfState};
+use crate::key::{MachinePrivate, MachinePublic};
+use crate::netmap::wire::{
+    CAPABILITY_VERSION, KeyResponse, MapResponse, PingRequest, RegisterResponse,
+};
+use crate::netmap::{MapState, Netmap};
+use crate::noise::{HEADER_LEN, Initiator};
+
+/// Dial, upgrade and Noise handshake together.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A registration that no human has to settle.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// A lite update, or the answer to a ping.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Body of an answer that is no map stream, at most.
+const ANSWER_LEN_MAX: usize = 1 << 20;
+
+/// Body of `/key` at most.
+const KEY_LEN_MAX: usize = 64 * 1024;
+
+/// Addresses a human may be asked to visit in one attempt.
+const AUTH_URLS_MAX: usize = 5;
+
+/// Events that may wait for the agent; netmaps do not queue, the newest replaces the older one.
+const EVENTS_MAX: usize = 16;
+
+/// HTTP/2 PING and how long its answer may take: finds dead paths before the watchdog does.
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Receive windows: a full map of a large network is several MB and must not stall.
+const STREAM_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
+
+/// A running coordination client; dropping it ends it and closes its connection.
+#[derive(Debug)]
+pub struct CoordClient {
+    task: JoinHandle<()>,
+    redial: Arc<Notify>,
+}
+
+impl CoordClient {
+    /// Starts the client on the current thread's local task set. `own_state` is read whenever it
+    /// changes; drop its sender only to stop reporting.
+    ///
+    /// # Errors
+    /// When the URL is none, or names a public address over plain HTTP.
+    ///
+    /// # Panics
+    /// Outside a tokio `LocalSet` (tokio-uring's runtime has one).
+    pub fn start(
+        config: CoordConfig,
+        own_state: watch::Receiver<SelfState>,
+    ) -> anyhow::Result<(Self, mpsc::Receiver<CoordEvent>)> {
+        let url = ControlUrl::parse(&config.url)?;
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let redial = Arc::new(Notify::new());
+        let os_release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+        let client = Client {
+            control: config.control_key,
+            os_version: os_release.unwrap_or_default().trim().to_owned(),
+            config,
+            url,
+            own_state,
+            events,
+            redial: Arc::clone(&redial),
+            registered: false,
+            backoff: Backoff::default(),
+        };
+        let task = tokio::task::spawn_local(client.run());
+        Ok((Self { task, redial }, receiver))
+    }
+
+    /// The network changed: drop the connection and dial again at once.
+    pub fn redial(&self) {
+        self.redial.notify_one();
+    }
+}
+
+impl Drop for CoordClient {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Why a connection ended.
+enum Failure {
+    /// No use trying again.
+    Fatal(String),
+    /// Try again after the backoff, or after the time the server asked for.
+    Retry(anyhow::Error, Option<Duration>),
+    /// Try again at once.
+    Redial,
+    /// The agent is gone.
+    Closed,
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Retry(error, None)
+    }
+}
+
+struct Client {
+    config: CoordConfig,
+    url: ControlUrl,
+    own_state: watch::Receiver<SelfState>,
+    events: mpsc::Sender<CoordEvent>,
+    redial: Arc<Notify>,
+    os_version: String,
+    /// The server's key, configured or seen.
+    control: Option<MachinePublic>,
+    /// Whether this process was let in once.
+    registered: bool,
+    backoff: Backoff,
+}
+
+type Sender = http2::SendRequest<Full<Bytes>>;
+
+impl Client {
+    async fn run(mut self) {
+        loop {
+            let failure = match self.connection().await {
+                Ok(never) => match never {},
+                Err(failure) => failure,
+            };
+            let (error, wait) = match failure {
+                Failure::Closed => return,
+                Failure::Redial => continue,
+                Failure::Fatal(text) => {
+                    let _ = self.events.send(CoordEvent::Fatal(text)).await;
+                    return;
+                }
+                Failure::Retry(error, wait) => (error, wait),
+            };
+            let retry_in = self.backoff.fail(rand::random());
+            let retry_in = wait.unwrap_or(retry_in);
+            let lost = CoordEvent::Lost {
+                error: format!("{error:#}"),
+                retry_in,
+            };
+            if self.events.send(lost).await.is_err() {
+                return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(retry_in) => {}
+                () = self.redial.notified() => {}
+            }
+        }
+    }
+
+    /// One connection, from dial to loss.
+    async fn connection(&mut self) -> Result<std::convert::Infallible, Failure> {
+        let control = match self.control {
+            Some(control) => control,
+            None => {
+                let control = self.fetch_key().await?;
+                self.emit(CoordEvent::ControlKey(control)).await?;
+                self.control = Some(control);
+                control
+            }
+        };
+        let mut sender = match self.dial(control).await {
+            Ok(sender) => sender,
+            Err(error) => {
+                // A wrong key looks like any other loss: ask for the key again.
+                if let Ok(fetched) = self.fetch_key().await
+                    && fetched != control
+                {
+                    return Err(self.key_changed(control, fetched));
+                }
+                return Err(error.into());
+            }
+        };
+        if !self.registered {
+            self.register(&mut sender).await?;
+        }
+        let mut registered_again = false;
+        loop {
+            let watchdog = Watchdog::new(now());
+            let (status, text) = match self.poll_map(&mut sender, &watchdog).await? {
+                Polled::Stream(body) => return self.stream(sender, body, watchdog).await,
+                Polled::Refused(status, text) => (status, text),
+            };
+            match after_map_status(status, &text) {
+                AfterMap::Register if !registered_again => {
+                    registered_again = true;
+                    self.register(&mut sender).await?;
+                }
+                AfterMap::Read | AfterMap::Register => {
+                    let error = anyhow!("the coordination server does not know us: {text}");
+                    return Err(error.into());
+                }
+                AfterMap::Fatal(text) => return Err(Failure::Fatal(text)),
+                AfterMap::Retry(text) => return Err(anyhow!(text).into()),
+            }
+        }
+    }
+
+    /// Another key than the one we hold to. Before we were ever let in that is a mistake somebody
+    /// has to look at; later it may be an attacker, whom we outwait.
+    fn key_changed(&self, ours: MachinePublic, theirs: MachinePublic) -> Failure {
+        let text = format!(
+            "the coordination server at {} shows the key {theirs}, but {ours} is expected: if the \
+             server was set up anew, give its key by --control-key; otherwise somebody else is \
+             answering in its place",
+            self.config.url
+        );
+        if self.registered {
+            Failure::Retry(anyhow!(text), None)
+        } else {
+            Failure::Fatal(text)
+        }
+    }
+
+    async fn emit(&self, event: CoordEvent) -> Result<(), Failure> {
+        self.events.send(event).await.map_err(|_| Failure::Closed)
+    }
+
+    /// `GET /key`: the server's Noise key.
+    async fn fetch_key(&self) -> anyhow::Result<MachinePublic> {
+        let fetch = async {
+            let io = self.url.connect(self.control.is_some()).await?;
+            let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+            let _driver = AbortOnDrop(tokio::task::spawn_local(async {
+                let _ = connection.await;
+            }));
+            let request = Request::get(format!("/key?v={CAPABILITY_VERSION}"))
+                .header(header::HOST, self.url.authority())
+                .body(Empty::<Bytes>::new())?;
+            let response = sender.send_request(request).await?;
+            let status = response.status();
+            let body = read_body(response.into_body(), KEY_LEN_MAX).await?;
+            if status != StatusCode::OK {
+                anyhow::bail!("/key: HTTP {status}");
+            }
+            let answer: KeyResponse = serde_json::from_slice(&body)
+                .context("/key: not the answer of a coordination server")?;
+            if answer.public_key.is_zero() {
+                anyhow::bail!("/key: the server is too old, it has no Noise key");
+            }
+            Ok(answer.public_key)
+        };
+        timeout(DIAL_TIMEOUT, fetch)
+            .await
+            .unwrap_or_else(|_| Err(anyhow!("/key: no answer within 10 s")))
+            .with_context(|| format!("cannot fetch the key of {}", self.config.url))
+    }
+
+    /// TCP, TLS, upgrade, Noise, HTTP/2.
+    async fn dial(&self, control: MachinePublic) -> anyhow::Result<Sender> {
+        let dial = async {
+            let io = self.url.connect(true).await?;
+            let ephemeral = MachinePrivate::generate();
+            let (initiator, message) = Initiator::new(
+                CAPABILITY_VERSION,
+                &self.config.machine,
+                &control,
+                ephemeral,
+            )?;
+            let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+            let driver = AbortOnDrop(tokio::task::spawn_local(async {
+                let _ = connection.with_upgrades().await;
+            }));
+            let handshake = base64::engine::general_purpose::STANDARD.encode(message);
+            let request = Request::post("/ts2021")
+                .header(header::HOST, self.url.authority())
+                .header(header::UPGRADE, UPGRADE)
+                .header(header::CONNECTION, "upgrade")
+                .header(header::CONTENT_LENGTH, 0)
+                .header("X-Tailscale-Handshake", handshake)
+                .body(Empty::<Bytes>::new())?;
+            let response = sender.send_request(request).await?;
+            if response.status() != StatusCode::SWITCHING_PROTOCOLS
+                || response
+                    .headers()
+                    .get(header::UPGRADE)
+                    .map(http::HeaderValue::as_bytes)
+                    != Some(UPGRADE.as_bytes())
+            {
+                anyhow::bail!("/ts2021: HTTP {}", response.status());
+            }
+            let upgraded = hyper::upgrade::on(response).await?;
+            drop(driver);
+            let mut io = TokioIo::new(upgraded);
+            let mut answer = vec![0; HEADER_LEN];
+            io.read_exact(&mut answer)
+                .await
+                .context("the server closed during the Noise handshake")?;
+            let body_len = Initiator::answer_body_len([answer[0], answer[1], answer[2]])?;
+            answer.resize(HEADER_LEN + body_len, 0);
+            io.read_exact(&mut answer[HEADER_LEN..]).await?;
+            let session = initiator.finish(&answer)?;
+            let io = NoiseStream::client(io, session, BytesMut::new());
+            let (sender, connection) = http2::Builder::new(LocalExecutor)
+                .timer(TokioTimer::new())
+                .keep_alive_interval(PING_EVERY)
+                .keep_alive_timeout(PING_TIMEOUT)
+                .keep_alive_while_idle(true)
+                .initial_stream_window_size(STREAM_WINDOW)
+                .initial_connection_window_size(CONNECTION_WINDOW)
+                .handshake(TokioIo::new(io))
+                .await?;
+            // It ends when the last request and the last sender are gone.
+            tokio::task::spawn_local(async {
+                if let Err(error) = connection.await {
+                    tracing::debug!(%error, "the coordination connection ended");
+                }
+            });
+            Ok(sender)
+        };
+        timeout(DIAL_TIMEOUT, dial)
+            .await
+            .unwrap_or_else(|_| Err(anyhow!("no connection within 10 s")))
+            .with_context(|| {
+                format!(
+                    "cannot reach the coordination server at {}",
+                    self.config.url
+                )
+            })
+    }
+
+    /// Registers; with a human's help when the server asks for it.
+    async fn register(&mut self, sender: &mut Sender) -> Result<(), Failure> {
+        let mut followup = String::new();
+        for _ in 0..=AUTH_URLS_MAX {
+            let state = self.own_state.borrow().clone();
+            let request = register_request(&self.config, &state, &self.os_version, &followup);
+            let body = serde_json::to_vec(&request).context("cannot write the registration")?;
+            let request = self.request("/machine/register", body)?;
+            let response = if followup.is_empty() {
+                let answer = timeout(REGISTER_TIMEOUT, sender.send_request(request)).await;
+                answer.map_err(|_| anyhow!("no answer to the registration within 30 s"))?
+            } else {
+                // It takes as long as the human takes; HTTP/2 PING watches the connection.
+                sender.send_request(request).await
+            };
+            let response = response.context("the registration was cut off")?;
+            let (status, wait) = (response.status(), retry_after(&response));
+            let body = read_body(response.into_body(), ANSWER_LEN_MAX).await?;
+            if status != StatusCode::OK {
+                let text = String::from_utf8_lossy(&body).into_owned();
+                if let AfterMap::Fatal(text) = after_map_status(status.as_u16(), &text) {
+                    return Err(Failure::Fatal(text));
+                }
+                let error = anyhow!("registration: HTTP {status} {}", text.trim());
+                return Err(Failure::Retry(error, wait));
+            }
+            let answer: RegisterResponse = serde_json::from_slice(&body)
+                .context("cannot read the answer to the registration")?;
+            match Outcome::of(&answer) {
+                Outcome::Registered(user) => {
+                    self.registered = true;
+                    return self.emit(CoordEvent::Registered { user }).await;
+                }
+                Outcome::AskHuman(url) => {
+                    if url == followup {
+                        tokio::time::sleep(self.backoff.fail(rand::random())).await;
+                    } else {
+                        self.emit(CoordEvent::AuthUrl(url.clone())).await?;
+                    }
+                    followup = url;
+                }
+                Outcome::Fatal(text) => return Err(Failure::Fatal(text)),
+                Outcome::Retry(text) => return Err(anyhow!(text).into()),
+            }
+        }
+        Err(Failure::Fatal(
+            "nobody let this node in; start again, or use an auth key".to_owned(),
+        ))
+    }
+
+    /// Asks for the map stream.
+    async fn poll_map(
+        &mut self,
+        sender: &mut Sender,
+        watchdog: &Watchdog,
+    ) -> Result<Polled, Failure> {
+        let state = self.own_state.borrow_and_update().clone();
+        let request = map_request(&self.config, &state, &self.os_version, true);
+        let body = serde_json::to_vec(&request).context("cannot write the map request")?;
+        let request = self.request("/machine/map", body)?;
+        let deadline = Instant::from_std(watchdog.poll_timeout());
+        let answer = tokio::time::timeout_at(deadline, sender.send_request(request)).await;
+        let response = answer
+            .map_err(|_| anyhow!("no answer to the map request within 120 s"))?
+            .context("the map request was cut off")?;
+        let status = response.status();
+        if status == StatusCode::OK {
+            return Ok(Polled::Stream(response.into_body()));
+        }
+        let body = read_body(response.into_body(), ANSWER_LEN_MAX).await?;
+        let text = String::from_utf8_lossy(&body).into_owned();
+        Ok(Polled::Refused(status.as_u16(), text))
+    }
+
+    /// Reads the map stream to its end, reporting our own state beside it.
+    async fn stream(
+        &mut self,
+        sender: Sender,
+        mut body: Incoming,
+        mut watchdog: Watchdog,
+    ) -> Result<std::convert::Infallible, Failure> {
+        let events = self.events.clone();
+        let mut frames = FrameReader::new(Codec::Zstd);
+        let mut map = MapState::new(self.config.node);
+        let mut pending: Option<Arc<Netmap>> = None;
+        let mut expiry: Option<Instant> = None;
+        let mut reported = self.own_state.borrow().clone();
+        let mut own_state_open = true;
+        let mut lite = LiteGate::default();
+        let mut in_flight: Option<JoinHandle<anyhow::Result<()>>> = None;
+        let mut answered_ping = String::new();
+        // A server that takes no state from the poll gets it by a lite update.
+        lite.handle_change(now());
+        loop {
+            let lite_due = lite.poll_timeout().map(Instant::from_std);
+            tokio::select! {
+                frame = body.frame() => {
+                    let frame = frame.ok_or_else(|| anyhow!("the server ended the map stream"))?;
+                    let frame = frame.context("the map stream was cut off")?;
+                    let Ok(data) = frame.into_data() else { continue };
+                    frames.handle_bytes(&data);
+                    while let Some(message) =
+                        frames.poll_message().map_err(anyhow::Error::from)?
+                    {
+                        watchdog.handle_message(now());
+                        self.answer_ping(&sender, &message, &mut answered_ping);
+                        if self.handle_message(&mut map, message)? {
+                            pending = self.snapshot(&map);
+                            expiry = expiry_of(&map);
+                        }
+                    }
+                }
+                permit = events.reserve(), if pending.is_some() => {
+                    let permit = permit.map_err(|_| Failure::Closed)?;
+                    if let Some(netmap) = pending.take() {
+                        permit.send(CoordEvent::Netmap(netmap));
+                    }
+                }
+                () = sleep_until(Instant::from_std(watchdog.poll_timeout())) => {
+                    return Err(anyhow!("nothing came on the map stream for 120 s").into());
+                }
+                () = at(expiry) => {
+                    pending = self.snapshot(&map);
+                    expiry = expiry_of(&map);
+                }
+                changed = self.own_state.changed(), if own_state_open => {
+                    own_state_open = changed.is_ok();
+                    let state = self.own_state.borrow_and_update().clone();
+                    if worth_reporting(&reported, &state) {
+                        lite.handle_change(now());
+                    }
+                    if reported.routes != state.routes {
+                        pending = self.snapshot(&map);
+                    }
+                    reported = state;
+                }
+                () = at(lite_due) => {
+                    if lite.poll_send(now()) {
+                        in_flight = Some(tokio::task::spawn_local(self.lite_update(sender.clone())?));
+                    }
+                }
+                result = done(&mut in_flight), if in_flight.is_some() => {
+                    in_flight = None;
+                    if let Err(error) = &result {
+                        tracing::debug!(%error, "a lite update failed");
+                    }
+                    lite.handle_done(now(), result.is_ok(), rand::random());
+                }
+                () = self.redial.notified() => return Err(Failure::Redial),
+            }
+        }
+    }
+
+    /// Applies a message; whether the netmap may differ now.
+    fn handle_message(
+        &mut self,
+        map: &mut MapState,
+        message: MapResponse,
+    ) -> Result<bool, Failure> {
+        let wall = OffsetDateTime::now_utc();
+        let lock = map.tailnet_lock();
+        let applied = map
+            .handle_response(wall, message)
+            .map_err(|error| anyhow!("the map stream is useless: {error}"))?;
+        if applied.first {
+            self.backoff.reset();
+        }
+        if map.tailnet_lock() && !lock {
+            tracing::warn!("this network uses tailnet lock, which ringtail does not check");
+        }
+        Ok(applied.changed)
+    }
+
+    fn snapshot(&self, map: &MapState) -> Option<Arc<Netmap>> {
+        let routes = &self.own_state.borrow().routes;
+        map.snapshot(OffsetDateTime::now_utc(), routes)
+            .map(Arc::new)
+    }
+
+    fn request(&self, path: &str, body: Vec<u8>) -> Result<Request<Full<Bytes>>, Failure> {
+        let request = Request::post(format!("https://{}{path}", self.url.authority()))
+            .header(header::CONTENT_TYPE, "application/json")
+            .header("Ts-Lb", self.config.node.to_string())
+            .body(Full::new(Bytes::from(body)))
+            .context("cannot build a request")?;
+        Ok(request)
+    }
+
+    /// Reports our current state; the answer has no body worth reading.
+    fn lite_update(
+        &self,
+        mut sender: Sender,
+    ) -> Result<impl Future<Output = anyhow::Result<()>> + use<>, Failure> {
+        let state = self.own_state.borrow().clone();
+        let request = map_request(&self.config, &state, &self.os_version, false);
+        let body = serde_json::to_vec(&request).context("cannot write a lite update")?;
+        let request = self.request("/machine/map", body)?;
+        Ok(async move {
+            let response = timeout(REQUEST_TIMEOUT, sender.send_request(request)).await??;
+            let status = response.status();
+            read_body(response.into_body(), ANSWER_LEN_MAX).await?;
+            anyhow::ensure!(status == StatusCode::OK, "HTTP {status}");
+            Ok(())
+        })
+    }
+
+    /// Gives a sign of life when the server asks for one, once per address.
+    fn answer_ping(&self, sender: &Sender, message: &MapResponse, answered: &mut String) {
+        let Some(ping) = &message.ping_request else {
+            return;
+        };
+        if ping.url.is_empty() || ping.url == *answered {
+            return;
+        }
+        answered.clone_from(&ping.url);
+        let (ping, url, sender) = (ping.clone(), self.url.clone(), sender.clone());
+        tokio::task::spawn_local(async move {
+            match timeout(REQUEST_TIMEOUT, pong(&ping, &url, sender)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::debug!(%error, "cannot answer a ping of the server"),
+                Err(_) => tracing::debug!("a ping of the server was not answered in time"),
+            }
+        });
+    }
+}
+
+/// The value of `Upgrade`, exactly.
+const UPGRADE: &str = "tailscale-control-protocol";
+
+enum Polled {
+    Stream(Incoming),
+    Refused(u16, String),
+}
+
+/// Answers a ping request: HEAD for the empty type, a small HTTP answer for `c2n`. Outside Noise
+/// only the coordination server itself is visited, lest we probe others for somebody.
+async fn pong(ping: &PingRequest, url: &ControlUrl, mut sender: Sender) -> anyhow::Result<()> {
+    let target: http::Uri = ping.url.parse().context("not a URL")?;
+    let path = target.path_and_query().map_or("/", |path| path.as_str());
+    let (method, body) = match ping.types.as_str() {
+        "" => (Method::HEAD, Vec::new()),
+        "c2n" => (Method::POST, c2n_answer(ping)?),
+        other => anyhow::bail!("ping type {other:?} is not supported"),
+    };
+    if ping.types.is_empty() && !ping.url_is_noise {
+        let host = target.host().unwrap_or_default();
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        anyhow::ensure!(host == url.host(), "{host} is not the coordination server");
+        let io = url.connect(true).await?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+        let _driver = AbortOnDrop(tokio::task::spawn_local(async {
+            let _ = connection.await;
+        }));
+        let request = Request::head(path)
+            .header(header::HOST, url.authority())
+            .body(Empty::<Bytes>::new())?;
+        sender.send_request(request).await?;
+        return Ok(());
+    }
+    let request = Request::builder()
+        .method(method)
+        .uri(format!("https://{}{path}", url.authority()))
+        .body(Full::new(Bytes::from(body)))?;
+    sender.send_request(request).await?;
+    Ok(())
+}
+
+/// The serialised HTTP/1.1 answer to the request a `c2n` ping carries: `/echo` gives its body
+/// back, nothing else exists.
+fn c2n_answer(ping: &PingRequest) -> anyhow::Result<Vec<u8>> {
+    let payload = ping.payload.as_deref().unwrap_or_default();
+    let request = base64::engine::general_purpose::STANDARD.decode(payload)?;
+    let end = request.windows(4).position(|four| four == b"\r\n\r\n");
+    let (head, body) = request.split_at(end.map_or(request.len(), |end| end + 4));
+    let mut words = head.split(|byte| *byte == b' ');
+    let mut answer;
+    if words.nth(1) == Some(b"/echo") {
+        answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: text/plain; \
+                   charset=utf-8\r\n\r\n"
+            .to_vec();
+        answer.extend_from_slice(body);
+    } else {
+        answer = b"HTTP/1.1 400 Bad Request\r\n\r\nunknown c2n path".to_vec();
+    }
+    Ok(answer)
+}
+
+/// Reads a whole body within a limit.
+async fn read_body(body: Incoming, len_max: usize) -> anyhow::Result<Bytes> {
+    let body = Limited::new(body, len_max).collect().await;
+    let body = body.map_err(|error| anyhow!("cannot read an answer: {error}"))?;
+    Ok(body.to_bytes())
+}
+
+/// Seconds of a `Retry-After` header; when it is missing, a date or over an hour, 5 to 10 s, and
+/// only for 429.
+fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
+    if response.status() != StatusCode::TOO_MANY_REQUESTS {
+        return None;
+    }
+    let text = response.headers().get(header::RETRY_AFTER)?.to_str().ok();
+    let seconds = text.and_then(|text| text.parse::<u64>().ok());
+    let random = 5.0 + 5.0 * rand::random::<f64>();
+    Some(match seconds {
+        Some(seconds) if seconds <= 3600 => Duration::from_secs(seconds),
+        Some(_) | None => Duration::from_secs_f64(random),
+    })
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+/// Sleeps until then, or for ever.
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When the next key in the map expires.
+fn expiry_of(map: &MapState) -> Option<Instant> {
+    let wall = OffsetDateTime::now_utc();
+    let wait = map.next_expiry(wall)? - wall;
+    // A timer far in the future is set again when it is reached.
+    let wait = Duration::try_from(wait).unwrap_or_default();
+    Some(Instant::now() + wait.min(Duration::from_secs(86_400)) + Duration::from_millis(1))
+}
+
+/// The end of a spawned request.
+async fn done(task: &mut Option<JoinHandle<anyhow::Result<()>>>) -> anyhow::Result<()> {
+    match task {
+        Some(task) => task.await?,
+        None => std::future::pending().await,
+    }
+}
+
+/// Ends a task when whoever needs it is gone.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Spawns hyper's tasks beside us.
+#[derive(Clone, Copy, Debug)]
+struct LocalExecutor;
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for LocalExecutor {
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(async {
+            future.await;
+        });
+    }
+}
