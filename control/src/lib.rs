@@ -12,6 +12,6 @@ pub mod disco;
 pub mod driver;
 pub mod key;
 pub mod netmap;
-pub mod path;
 pub mod noise;
+pub mod path;
 pub mod stun;
