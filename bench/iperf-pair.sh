@@ -1,0 +1,535 @@
+#!/usr/bin/env bash
+# Two ringtail nodes meet through a relay, go direct, lose the direct path and find it again; then
+# iperf3 runs through the tunnel, beside the other WireGuard programs found on this machine.
+#
+# Act one, the story. Coordination and both relays are ringtail's own.
+#
+#                 coord 10.255.0.1   (private address: plain HTTP)
+#                          |
+#    nyc 203.0.113.1 --- inet --- fra 203.0.113.2        DERP over TLS, and STUN
+#                      |      |
+#        203.0.113.11  ra    rb  203.0.113.12            easy NAT: endpoint-independent mapping,
+#         2001:db8::11 |      |  2001:db8::12            address-and-port-dependent filtering
+#        192.168.1.2   a      b  192.168.2.2
+#        2001:db8:1::2                  2001:db8:2::2
+#
+#    a <-> fra and b <-> nyc pass through the link emulator: 10 ms each way, 20 ms there and back.
+#    a <-> nyc, b <-> fra and a <-> b do not.
+#
+# Act two, the figures. The plainest underlay there is.
+#
+#    left 192.0.2.1 ----- veth ----- 192.0.2.2 right     direct
+#        \                                 /
+#         198.51.100.2 ---- hub ---- 198.51.100.6        relays nyc and fra, on a third host
+#
+# Each box is a network namespace of this run's own; nothing outside of them is touched, and they go
+# away however this script ends. Needs root, Debian and Rust; installs what else it needs.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: bench/iperf-pair.sh [options]
+
+  --seconds N     length of each iperf3 test (default 4)
+  --relay-only    act two: only the relayed path of ringtail
+  --direct-only   act two: only the direct path of ringtail
+  --mtu N         inner MTU of every program (default 1420)
+  --shards N      data plane threads per node (default 1)
+  --full          three interleaved rounds with median and spread, unpinned and pinned, CUBIC and BBR
+  --rounds N      rounds of --full (default 3)
+  --peers         install boringtun-cli, gotatun and wireguard-go into a cache first
+  --only LIST     act two: only these programs, by comma (ringtail,ringtail-relay,veth,wireguard-go,
+                  boringtun-cli,gotatun,kernel)
+  --skip-story    no act one
+  --skip-figures  no act two
+  --json          print the results as JSON instead of tables
+  --keep          leave the lab of the last act up, and print how to enter it
+  --help          this text
+TEXT
+}
+
+SECONDS_PER_TEST=4 MTU=1420 SHARDS=1 ROUNDS=1
+RELAY_ONLY='' DIRECT_ONLY='' FULL='' KEEP='' JSON='' PEERS='' ONLY='' STORY=1 FIGURES=1
+while [ $# -gt 0 ]; do
+  case $1 in
+    --seconds | --mtu | --shards | --only | --rounds)
+      [ $# -ge 2 ] || { echo "$1 needs a value" >&2; exit 2; }
+      case $1 in
+        --seconds) SECONDS_PER_TEST=$2 ;;
+        --mtu) MTU=$2 ;;
+        --shards) SHARDS=$2 ;;
+        --rounds) FULL_ROUNDS=$2 ;;
+        --only) ONLY=,$2, ;;
+      esac
+      [ "$1" = --only ] || [[ $2 =~ ^[1-9][0-9]*$ ]] || { echo "$1: not a number: $2" >&2; exit 2; }
+      shift ;;
+    --relay-only) RELAY_ONLY=1 ;;
+    --direct-only) DIRECT_ONLY=1 ;;
+    --full) FULL=1 ;;
+    --peers) PEERS=1 ;;
+    --skip-story) STORY= ;;
+    --skip-figures) FIGURES= ;;
+    --json) JSON=1 ;;
+    --keep) KEEP=1 ;;
+    --help | -h) usage; exit ;;
+    *) echo "unknown option $1" >&2; usage >&2; exit 2 ;;
+  esac
+  shift
+done
+[ -z "$FULL" ] || ROUNDS=${FULL_ROUNDS:-3}
+[ "$(id -u)" = 0 ] || { echo "bench/iperf-pair.sh needs root: it makes network namespaces" >&2; exit 1; }
+
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+cd "$ROOT"
+# With --json only the JSON goes to standard output.
+exec 3>&1
+[ -z "$JSON" ] || exec 1>&2
+
+# ---- what is needed --------------------------------------------------------------------------
+
+# shellcheck source=../scripts/netns/packages.sh
+. scripts/netns/packages.sh
+need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping taskset=util-linux ethtool=ethtool awk=mawk \
+  cc=gcc /usr/include/stdio.h=libc6-dev
+# For profiles of these runs; the figures do not need it.
+need_packages perf=linux-perf || true
+
+CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/ringtail-bench
+export PATH="$PATH:$CACHE/bin:${CARGO_HOME:-${HOME:-/root}/.cargo}/bin:/usr/local/go/bin"
+
+command -v cargo >/dev/null || { echo "no cargo: install Rust from https://rustup.rs first" >&2; exit 1; }
+if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then
+  echo "building ringtail (release) ..."
+  cargo build --release --locked --quiet -p ringtail -p ringtail-bench
+  RINGTAIL_BIN_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/release
+fi
+RINGTAIL=$RINGTAIL_BIN_DIR/ringtail
+BENCH=$RINGTAIL_BIN_DIR/ringtail-bench
+
+install_peers() {
+  mkdir -p "$CACHE/bin"
+  command -v boringtun-cli >/dev/null ||
+    cargo install --quiet --locked --root "$CACHE" boringtun-cli || echo "boringtun-cli: could not be installed"
+  command -v gotatun >/dev/null ||
+    cargo install --quiet --locked --root "$CACHE" gotatun-cli || echo "gotatun: could not be installed"
+  if ! command -v wireguard-go >/dev/null; then
+    if command -v go >/dev/null; then
+      # As a module: it carries the newest version. Its binary is called "wireguard".
+      GOBIN=$CACHE/go-bin GOFLAGS=-mod=mod go install golang.zx2c4.com/wireguard@latest &&
+        mv "$CACHE/go-bin/wireguard" "$CACHE/bin/wireguard-go" || echo "wireguard-go: could not be installed"
+    else
+      need_packages wireguard-go=wireguard-go
+    fi
+  fi
+}
+[ -z "$PEERS" ] || { echo "installing the programs to compare with ..."; install_peers; }
+
+# ---- results and lab -------------------------------------------------------------------------
+
+# shellcheck source=../scripts/netns/lab.sh
+. scripts/netns/lab.sh
+lab_init
+STARTED_AT=$EPOCHREALTIME
+RESULTS=$ROOT/bench/results/$(date +%Y-%m-%dT%H-%M-%S)-$$
+mkdir -p "$RESULTS"
+
+elapsed() { awk -v a="$STARTED_AT" -v b="$EPOCHREALTIME" 'BEGIN { d = b - a; printf "%d:%02d", d / 60, d % 60 }'; }
+now_ns() { date +%s%N; }
+# note TEXT: what the script itself does, into the story.
+note() {
+  printf '{"t_ns":%s,"node":"lab","event":"note","text":"%s"}\n' "$(now_ns)" "$1" >>"$RESULTS/lab.events"
+}
+# lab_event NAME: a mark for the report.
+lab_event() { printf '{"t_ns":%s,"node":"lab","event":"%s"}\n' "$(now_ns)" "$1" >>"$RESULTS/lab.events"; }
+
+fail() {
+  echo "error: $*" >&2
+  local log
+  for log in "$LAB_DIR"/*.log; do
+    [ -s "$log" ] && { echo "--- last lines of $(basename "$log"):"; tail -n 15 "$log"; } >&2
+  done
+  exit 1
+}
+
+# start_relay NS LABEL ADDRESS ID CODE: a relay, whose entry for the DERP map lands in its state directory.
+start_relay() {
+  lab_spawn "$1" "$2" "$RINGTAIL" derp --hostname "$3" --addr "$3:443" --stun-port 3478 \
+    --state-dir "$LAB_DIR/$2" --region-id "$4" --region-code "$5"
+  lab_wait_file "$LAB_DIR/$2/derp-node.json" 5 || fail "relay $2 did not start"
+}
+
+# make_derp_map RELAY...: joins the relays' own entries into one DERP map file.
+make_derp_map() {
+  "$BENCH" derp-map "${@/#/$LAB_DIR/}" >"$LAB_DIR/derp-map.json" || fail "no DERP map"
+}
+
+# ---- act one ---------------------------------------------------------------------------------
+
+act_one() {
+  echo
+  echo "ACT ONE: two nodes behind NATs meet through a relay, go direct, fall back, and go direct again"
+  echo
+  lab_internet
+  lab_host coord 203.0.113.3
+  ip -n "${LAB}coord" addr add 10.255.0.1/32 dev lo
+  ip -n "${LAB}inet" route add 10.255.0.1/32 via 203.0.113.3 dev p_coord onlink
+  lab_host nyc 203.0.113.1 2001:db8::1
+  lab_host fra 203.0.113.2 2001:db8::2
+  lab_home a 1
+  lab_home b 2
+  lab_far_link 10
+  lab_far p_ra 203.0.113.2 2001:db8::2 100
+  lab_far p_rb 203.0.113.1 2001:db8::1 100
+  lab_far p_fra 203.0.113.11 2001:db8:1::/64 101
+  lab_far p_nyc 203.0.113.12 2001:db8:2::/64 101
+
+  start_relay nyc nyc 203.0.113.1 900 nyc
+  start_relay fra fra 203.0.113.2 901 fra
+  make_derp_map nyc fra
+  lab_spawn coord coord "$RINGTAIL" coord --addr 10.255.0.1:8080 --state-dir "$LAB_DIR/coord" \
+    --derp-map "$LAB_DIR/derp-map.json"
+  local tries
+  for tries in $(seq 100); do
+    "$RINGTAIL" coord keys create --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key" 2>/dev/null &&
+      [ -s "$LAB_DIR/auth-key" ] && break
+    sleep 0.05
+    [ "$tries" -lt 100 ] || fail "the coordination server gives no key"
+  done
+
+  local start stop=$LAB_DIR/story.stop
+  start=$(now_ns)
+  : >"$RESULTS/lab.events"
+  "$BENCH" story --start-ns "$start" --stop-file "$stop" "$RESULTS"/{lab,a,b,ping}.events &
+  local story=$!
+  lab_note_pid $story story
+  note "coordination at 10.255.0.1, relays nyc 203.0.113.1 and fra 203.0.113.2; each node's farther relay is 20 ms farther"
+  lab_event start
+  local node
+  for node in a b; do
+    lab_spawn $node node-$node "$RINGTAIL" up --coord http://10.255.0.1:8080 --auth-key-file "$LAB_DIR/auth-key" \
+      --state-dir "$LAB_DIR/node-$node" --hostname $node --events "$RESULTS/$node.events"
+  done
+  for node in a b; do
+    "$BENCH" wait "$RESULTS/$node.events" peer --timeout 15 >/dev/null || fail "node $node never learned its peer"
+    "$BENCH" wait "$RESULTS/$node.events" derp_connected --where home=true --timeout 10 >/dev/null ||
+      fail "node $node has no home relay"
+  done
+  local address
+  address=$("$BENCH" wait "$RESULTS/a.events" peer --field addresses --timeout 1) || fail "B has no inner address"
+  sleep 0.5
+
+  note "A starts to ping B (${address%%/*}) through the tunnel, 100 times a second"
+  lab_event ping_start
+  lab_spawn a ping "$BENCH" ping "${address%%/*}" --rate 100 --stop-file "$LAB_DIR/ping.stop" \
+    --events "$RESULTS/ping.events" --out "$RESULTS/ping.json"
+  local since since_unblock
+  since=$(now_ns)
+  for node in a b; do
+    "$BENCH" wait "$RESULTS/$node.events" path --where state=direct --timeout 20 >/dev/null ||
+      fail "node $node found no direct path"
+  done
+  lab_event direct
+  lab_pause 7
+
+  note "a rule on A and on B now drops what arrives on the direct path, without a word"
+  since=$(now_ns)
+  lab_event block
+  lab_block a 2
+  lab_block b 1
+  for node in a b; do
+    "$BENCH" wait "$RESULTS/$node.events" path --where 'state=fallback|relay|probing' --since-ns "$since" --timeout 20 \
+      >/dev/null || fail "node $node did not notice that its path died"
+  done
+  lab_pause 6
+
+  note "the rules are gone"
+  since_unblock=$(now_ns)
+  lab_event unblock
+  lab_unblock a
+  lab_unblock b
+  for node in a b; do
+    "$BENCH" wait "$RESULTS/$node.events" path --where state=direct --since-ns "$since_unblock" --timeout 30 >/dev/null ||
+      fail "node $node did not go direct again"
+  done
+  lab_pause 3
+  : >"$LAB_DIR/ping.stop"
+  wait "$(lab_pid ping)" || true
+  lab_event end
+  for node in a b; do
+    "$RINGTAIL" status --json --state-dir "$LAB_DIR/node-$node" >"$RESULTS/status-$node.json" || true
+  done
+  : >"$stop"
+  wait $story || true
+  "$BENCH" report "$RESULTS" --act one
+  if [ -n "$KEEP" ] && [ -z "$FIGURES" ]; then
+    return
+  fi
+  for node in node-a node-b coord nyc fra link; do
+    lab_stop $node || true
+  done
+}
+
+# A sleep that signals can interrupt.
+lab_pause() { sleep "$1" & wait $!; }
+
+# ---- act two ---------------------------------------------------------------------------------
+
+# Inner addresses; the plain veth has a pair of its own whose route carries the same MTU.
+TUNNEL_LEFT=10.77.0.1 TUNNEL_RIGHT=10.77.0.2 PLAIN_LEFT=10.77.1.1 PLAIN_RIGHT=10.77.1.2
+
+underlay() {
+  lab_ns left right hub
+  lab_wire left u0 right u0
+  lab_wire left r0 hub left
+  lab_wire right r0 hub right
+  ip -n "${LAB}left" addr add 192.0.2.1/24 dev u0
+  ip -n "${LAB}right" addr add 192.0.2.2/24 dev u0
+  ip -n "${LAB}left" addr add 198.51.100.1/30 dev r0
+  ip -n "${LAB}hub" addr add 198.51.100.2/30 dev left
+  ip -n "${LAB}right" addr add 198.51.100.5/30 dev r0
+  ip -n "${LAB}hub" addr add 198.51.100.6/30 dev right
+  ip -n "${LAB}hub" addr add 203.0.113.1/32 dev lo
+  ip -n "${LAB}hub" addr add 203.0.113.2/32 dev lo
+  ip -n "${LAB}left" route add 203.0.113.0/24 via 198.51.100.2
+  ip -n "${LAB}right" route add 203.0.113.0/24 via 198.51.100.6
+  ip -n "${LAB}left" addr add $PLAIN_LEFT/32 dev u0
+  ip -n "${LAB}right" addr add $PLAIN_RIGHT/32 dev u0
+  ip -n "${LAB}left" route add $PLAIN_RIGHT dev u0 src $PLAIN_LEFT mtu "$MTU"
+  ip -n "${LAB}right" route add $PLAIN_LEFT dev u0 src $PLAIN_RIGHT mtu "$MTU"
+}
+
+# Pinned layout: client and right node on CPU 0, left node and server on CPU 1.
+# run_tunnel NS LABEL COMMAND...
+run_tunnel() {
+  local ns=$1 label=$2 cpu=
+  shift 2
+  if [ "$LAYOUT" = pinned ]; then
+    [ "$ns" = left ] && cpu=1 || cpu=0
+  fi
+  # shellcheck disable=SC2086 # nothing, or three words
+  lab_spawn "$ns" "$label" ${cpu:+taskset -c $cpu} "$@"
+}
+
+start_userspace() { # start_userspace COMMAND...: one of the programs that are configured by UAPI
+  local left=l$$ right=r$$ lkey lpub rkey rpub
+  printf '/var/run/wireguard/%s.sock\n' $left $right >>"$LAB_DIR/files"
+  read -r lkey lpub < <("$BENCH" wgkeys)
+  read -r rkey rpub < <("$BENCH" wgkeys)
+  run_tunnel left left "$@" "$left"
+  run_tunnel right right "$@" "$right"
+  "$BENCH" uapi --interface $left --private-key "$lkey" --listen-port 51820 --peer "$rpub" \
+    --endpoint 192.0.2.2:51820 --allowed-ip $TUNNEL_RIGHT/32 || return 1
+  "$BENCH" uapi --interface $right --private-key "$rkey" --listen-port 51820 --peer "$lpub" \
+    --endpoint 192.0.2.1:51820 --allowed-ip $TUNNEL_LEFT/32 || return 1
+  tunnel_up left $left $TUNNEL_LEFT && tunnel_up right $right $TUNNEL_RIGHT
+}
+
+tunnel_up() { # NS INTERFACE ADDRESS
+  ip -n "$LAB$1" link set "$2" mtu "$MTU" up && ip -n "$LAB$1" addr add "$3/24" dev "$2"
+}
+
+start_kernel() {
+  local lkey rkey
+  need_packages wg=wireguard-tools
+  ip -n "${LAB}left" link add wg0 type wireguard && ip -n "${LAB}right" link add wg0 type wireguard || return 1
+  lkey=$(wg genkey) rkey=$(wg genkey)
+  lab_in left wg set wg0 listen-port 51820 private-key <(echo "$lkey") peer "$(wg pubkey <<<"$rkey")" \
+    endpoint 192.0.2.2:51820 allowed-ips $TUNNEL_RIGHT/32 || return 1
+  lab_in right wg set wg0 listen-port 51820 private-key <(echo "$rkey") peer "$(wg pubkey <<<"$lkey")" \
+    endpoint 192.0.2.1:51820 allowed-ips $TUNNEL_LEFT/32 || return 1
+  tunnel_up left wg0 $TUNNEL_LEFT && tunnel_up right wg0 $TUNNEL_RIGHT
+}
+
+start_ringtail() { # start_ringtail direct|relay
+  start_relay hub nyc 203.0.113.1 900 nyc
+  start_relay hub fra 203.0.113.2 901 fra
+  make_derp_map nyc fra
+  local side
+  for side in left right; do
+    rm -rf "$LAB_DIR/$side.state" "$RESULTS/$side.events"
+    "$RINGTAIL" genkey --state-dir "$LAB_DIR/$side.state" >"$LAB_DIR/$side.keys" || return 1
+  done
+  network left $TUNNEL_LEFT nyc right $TUNNEL_RIGHT fra 192.0.2.2 >"$LAB_DIR/left.toml"
+  network right $TUNNEL_RIGHT fra left $TUNNEL_LEFT nyc 192.0.2.1 >"$LAB_DIR/right.toml"
+  local options=(--mtu "$MTU" --shards "$SHARDS" --listen-port 41641)
+  [ "$LAYOUT" = pinned ] && options+=(--pin true) || options+=(--no-pin)
+  [ "$1" = direct ] || options+=(--relay-only)
+  for side in left right; do
+    run_tunnel $side $side "$RINGTAIL" up --network "$LAB_DIR/$side.toml" --state-dir "$LAB_DIR/$side.state" \
+      --tun rt0 --hostname $side --events "$RESULTS/$side.events" "${options[@]}"
+  done
+  for side in left right; do
+    "$BENCH" wait "$RESULTS/$side.events" derp_connected --timeout 10 >/dev/null || return 1
+  done
+}
+
+network() { # own name, address, home; the peer's name, address, home, endpoint: a static network file
+  cat <<TOML
+addresses = ["$2/24"]
+home = "$3"
+derp_map = "derp-map.json"
+
+[[peer]]
+name = "$4"
+$(cat "$LAB_DIR/$4.keys")
+home = "$6"
+addresses = ["$5/32"]
+endpoints = ["$7:41641"]
+TOML
+}
+
+# start_program NAME: brings it up in both namespaces; sets TARGET and PROCESSES.
+start_program() {
+  TARGET=$TUNNEL_RIGHT
+  PROCESSES=()
+  case $1 in
+    veth) TARGET=$PLAIN_RIGHT ;;
+    ringtail) start_ringtail direct ;;
+    ringtail-relay) start_ringtail relay ;;
+    # In the foreground, so that its process is the one we started.
+    wireguard-go) start_userspace env LOG_LEVEL=error "$(command -v wireguard-go)" -f ;;
+    boringtun-cli) start_userspace boringtun-cli -f --disable-drop-privileges ;;
+    gotatun) start_userspace gotatun -f --disable-drop-privileges --verbosity error ;;
+    kernel) start_kernel ;;
+  esac || return 1
+  local label
+  for label in left right nyc fra; do
+    lab_alive $label && PROCESSES+=(--proc "$label=$(lab_pid $label)")
+  done
+  # The first packets make the session; ringtail's also find the direct path.
+  lab_in left "$BENCH" ping $TARGET --rate 20 --seconds 1 >/dev/null || true
+  if [ "$1" = ringtail ]; then
+    for label in left right; do
+      "$BENCH" wait "$RESULTS/$label.events" path --where state=direct --timeout 15 >/dev/null || return 1
+    done
+  fi
+  lab_in left "$BENCH" ping $TARGET --rate 20 --seconds 0.5 --lost-max 2 >/dev/null
+}
+
+stop_program() {
+  local label
+  if [[ $1 == ringtail* ]]; then
+    for label in left right; do
+      "$RINGTAIL" status --json --state-dir "$LAB_DIR/$label.state" >"$RESULTS/status-$1-$label.json" 2>/dev/null || true
+    done
+  fi
+  for label in left right nyc fra; do
+    lab_stop $label || true
+  done
+  rm -rf "$LAB_DIR/nyc" "$LAB_DIR/fra"
+  ip -n "${LAB}left" link del wg0 2>/dev/null || true
+  ip -n "${LAB}right" link del wg0 2>/dev/null || true
+}
+
+# Name and path of a program as the tables have it.
+title() { [ "$1" = ringtail-relay ] && echo "ringtail relay" || echo "$1 direct"; }
+
+find_programs() {
+  PROGRAMS=()
+  local program
+  [ -n "$RELAY_ONLY" ] || PROGRAMS+=(ringtail)
+  [ -n "$DIRECT_ONLY" ] || PROGRAMS+=(ringtail-relay)
+  PROGRAMS+=(veth)
+  for program in wireguard-go boringtun-cli gotatun; do
+    if command -v $program >/dev/null; then
+      PROGRAMS+=("$program")
+    else
+      MISSING+=("$program")
+    fi
+  done
+  if ip link add "wg$$" type wireguard 2>/dev/null; then
+    ip link del "wg$$"
+    PROGRAMS+=(kernel)
+  else
+    MISSING+=(kernel-WireGuard)
+  fi
+  if [ -n "$ONLY" ]; then
+    local chosen=()
+    for program in "${PROGRAMS[@]}"; do
+      [[ $ONLY != *,$program,* ]] || chosen+=("$program")
+    done
+    PROGRAMS=("${chosen[@]}")
+  fi
+}
+
+measure_program() { # PROGRAM ROUND: with LAYOUT and CCS set
+  local program=$1 round=$2 kind cc path=direct name=$1
+  [ "$program" != ringtail-relay ] || { name=ringtail path=relay; }
+  local common=(--program "$name" --path "$path" --client "${LAB}left" --server "${LAB}right" --mtu "$MTU"
+    --round "$round" --layout "$LAYOUT" --out "$RESULTS/cells.jsonl")
+  if ! start_program "$program"; then
+    printf '[%s]  %-20s could not be started\n' "$(elapsed)" "$(title "$program")"
+    for label in left right; do
+      [ ! -s "$LAB_DIR/$label.log" ] || tail -n 5 "$LAB_DIR/$label.log"
+    done
+    printf '{"program":"%s","path":"%s","layout":"%s","cc":"cubic","round":%s,"kind":"tcp1","error":"%s"}\n' \
+      "$name" "$path" "$LAYOUT" "$round" "could not be started" >>"$RESULTS/cells.jsonl"
+    stop_program "$program"
+    return 0
+  fi
+  for kind in ping tcp1 tcp4 reverse bidir udp-small udp-full; do
+    for cc in $CCS; do
+      # Congestion control is TCP's alone.
+      case $kind in ping | udp-*) [ "$cc" = cubic ] || continue ;; esac
+      local seconds=$SECONDS_PER_TEST
+      [ $kind != ping ] || seconds=2
+      lab_run "$BENCH" cell $kind "${common[@]}" --target $TARGET --seconds "$seconds" --cc "$cc" "${PROCESSES[@]}" \
+        >"$LAB_DIR/words" || true
+      printf '[%s of about %s]  %-20s %-9s%s %s\n' "$(elapsed)" "$ESTIMATE" "$(title "$program")" $kind \
+        "$([ "$CCS" = cubic ] || echo " $cc")" "$(cat "$LAB_DIR/words")"
+    done
+  done
+  stop_program "$program"
+}
+
+act_two() {
+  MISSING=()
+  find_programs
+  [ ${#PROGRAMS[@]} -gt 0 ] || fail "nothing to measure"
+  underlay
+  local layouts=unpinned
+  CCS=cubic
+  if [ -n "$FULL" ]; then
+    CCS="cubic bbr"
+    grep -qw bbr /proc/sys/net/ipv4/tcp_available_congestion_control || CCS=cubic
+    [ "$(nproc)" -lt 2 ] || layouts="unpinned pinned"
+  fi
+  local per_cell=$((SECONDS_PER_TEST * 10 + 5)) tcp=4 total
+  [ "$CCS" = cubic ] || tcp=8
+  total=$((ROUNDS * $(wc -w <<<"$layouts") * ${#PROGRAMS[@]} * ((tcp + 2) * per_cell + 55) / 10))
+  total=$((total + $(awk -v a="$STARTED_AT" -v b="$EPOCHREALTIME" 'BEGIN { printf "%d", b - a }')))
+  ESTIMATE=$((total / 60)):$(printf %02d $((total % 60)))
+
+  echo
+  echo "ACT TWO: ${PROGRAMS[*]}; inner MTU $MTU, $SHARDS shard(s), $SECONDS_PER_TEST s a test"
+  [ ${#MISSING[@]} = 0 ] || echo "not found here, so not compared: ${MISSING[*]} (--peers installs what it can)"
+  echo
+  "$BENCH" machine --mtu "$MTU" --shards "$SHARDS" --seconds "$SECONDS_PER_TEST" --netns "${LAB}left" --interface u0 \
+    --ringtail "$RINGTAIL" >"$RESULTS/machine.json"
+  local round program
+  for round in $(seq "$ROUNDS"); do
+    for LAYOUT in $layouts; do
+      for program in "${PROGRAMS[@]}"; do
+        measure_program "$program" "$round"
+      done
+    done
+  done
+}
+
+[ -z "$STORY" ] || act_one
+[ -z "$FIGURES" ] || act_two
+"$BENCH" report "$RESULTS" --act two --html "$RESULTS/report.html" --json-out "$RESULTS/results.json"
+[ -z "$JSON" ] || cat "$RESULTS/results.json" >&3
+
+if [ -n "$KEEP" ]; then
+  : >"$LAB_DIR/keep"
+  echo
+  echo "the lab stays up:"
+  ip netns list | awk -v p="$LAB" 'index($1, p) == 1 { print "  ip netns exec " $1 " bash" }'
+  echo "logs and state: $LAB_DIR"
+  echo "take it down:   $ROOT/scripts/netns/lab.sh remove $LAB $LAB_DIR"
+fi
+echo
+echo "all of it took $(elapsed)"
+echo "results: $RESULTS/results.json"
+echo "report:  $RESULTS/report.html"

@@ -1,0 +1,331 @@
+//! The story: what the nodes, the lab and the pings report, merged by time, in plain words, live.
+
+#![forbid(unsafe_code)]
+
+use crate::clock;
+use crate::events::{Event, Tail};
+use std::io::{IsTerminal, Write};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Events are held so long before printing, so that two files' lines come out in their true order.
+const HOLD: Duration = Duration::from_millis(120);
+/// Pause between two looks at the files.
+const POLL: Duration = Duration::from_millis(30);
+
+/// `story`: which files, and until when.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Event files; each may appear later.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// Time zero, in nanoseconds since the Unix epoch; now when left out.
+    #[arg(long)]
+    start_ns: Option<u64>,
+    /// End once this file exists and all has been printed.
+    #[arg(long)]
+    stop_file: Option<PathBuf>,
+    /// Print every event, also those that repeat all the time.
+    #[arg(long)]
+    all: bool,
+}
+
+/// Prints events until the stop file appears.
+pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
+    let start_ns = args.start_ns.unwrap_or_else(clock::unix_ns);
+    let mut tails: Vec<Tail> = args.files.iter().cloned().map(Tail::new).collect();
+    let mut held: Vec<Event> = Vec::new();
+    let mut teller = Teller {
+        colour: std::io::stdout().is_terminal(),
+        all: args.all,
+        ..Teller::default()
+    };
+    loop {
+        // Looked at before reading, so that nothing written before the file is missed.
+        let stopping = args.stop_file.as_ref().is_some_and(|file| file.exists());
+        for tail in &mut tails {
+            held.extend(tail.read()?);
+        }
+        held.sort_by_key(|event| event.t_ns);
+        let until = if stopping {
+            u64::MAX
+        } else {
+            clock::unix_ns() - u64::try_from(HOLD.as_nanos())?
+        };
+        let ready = held.partition_point(|event| event.t_ns <= until);
+        let mut out = std::io::stdout().lock();
+        for event in held.drain(..ready) {
+            if let Some(line) = teller.line(start_ns, &event) {
+                writeln!(out, "{line}")?;
+            }
+        }
+        out.flush()?;
+        if stopping {
+            return Ok(());
+        }
+        clock::sleep(POLL);
+    }
+}
+
+/// Turns events into lines; remembers what it has said, so that it does not repeat itself.
+#[derive(Debug, Default)]
+pub(crate) struct Teller {
+    colour: bool,
+    all: bool,
+    said: std::collections::BTreeMap<String, u32>,
+}
+
+/// Lines of one kind after which only `--all` prints more of it.
+const REPEATS_MAX: u32 = 2;
+
+impl Teller {
+    /// The line for one event, none when it would only repeat.
+    pub(crate) fn line(&mut self, start_ns: u64, event: &Event) -> Option<String> {
+        if !self.all && self.repeats(event) {
+            return None;
+        }
+        let since_ms = (i128::from(event.t_ns) - i128::from(start_ns)) / 1_000_000;
+        let sign = if since_ms < 0 { "-" } else { "" };
+        let since_ms = since_ms.abs();
+        let time = format!("{sign}{}.{:03} s", since_ms / 1000, since_ms % 1000);
+        let text = sentence(event);
+        let who = match event.node.as_str() {
+            "lab" => "lab ",
+            "ping" => "ping",
+            "a" => "A   ",
+            "b" => "B   ",
+            other => other,
+        };
+        Some(if self.colour {
+            format!(
+                "\x1b[2m{time:>10}\x1b[0m  {}{who}\x1b[0m {text}",
+                colour(event)
+            )
+        } else {
+            format!("{time:>10}  {who} {text}")
+        })
+    }
+
+    /// Events that come in numbers: shown a few times each, then left out until a path changes.
+    fn repeats(&mut self, event: &Event) -> bool {
+        if event.event == "path" || event.node == "lab" {
+            self.said.clear();
+            return false;
+        }
+        let key = match event.event.as_str() {
+            "heartbeat" | "ping_rx" => format!("{}/{}", event.node, event.event),
+            "ping_tx" | "pong_rx" => format!(
+                "{}/{}/{}/{}/{}",
+                event.node,
+                event.event,
+                event.text("to"),
+                event.text("from"),
+                event.text("purpose")
+            ),
+            "netcheck" => format!("{}/{}/{}", event.node, event.event, event.text("region")),
+            _ => return false,
+        };
+        let count = self.said.entry(key).or_insert(0);
+        *count += 1;
+        *count > REPEATS_MAX
+    }
+}
+
+fn colour(event: &Event) -> &'static str {
+    match (
+        event.node.as_str(),
+        event.event.as_str(),
+        event.text("state").as_str(),
+    ) {
+        (_, "path", "direct") => "\x1b[1;32m",
+        (_, "path", "fallback" | "relay") => "\x1b[1;33m",
+        (_, "ping_gap" | "derp_lost", _) => "\x1b[1;31m",
+        ("a", _, _) => "\x1b[36m",
+        ("b", _, _) => "\x1b[35m",
+        ("lab", _, _) => "\x1b[1m",
+        _ => "",
+    }
+}
+
+/// One event in words.
+pub(crate) fn sentence(event: &Event) -> String {
+    let f = |field: &str| event.text(field);
+    let ms = |field: &str| event.number(field).map_or_else(String::new, short_ms);
+    let peer = || f("peer").to_uppercase();
+    let via = || match f("via").as_str() {
+        "" | "udp" | "direct" => String::new(),
+        relay => format!(" over the relay ({})", relay.trim_start_matches("derp:")),
+    };
+    match event.event.as_str() {
+        "note" => f("text"),
+        "derp_map" => format!("has the relay map: {}", f("regions")),
+        "netcheck" => format!(
+            "measures relay {}: {} ({})",
+            f("region"),
+            ms("latency_ms"),
+            f("family")
+        ),
+        "home" => format!(
+            "chooses {} as its home relay ({})",
+            f("region"),
+            ms("latency_ms")
+        ),
+        "derp_connecting" => format!("connects to relay {} at {} by TLS", f("region"), f("addr")),
+        "derp_connected" => format!(
+            "is connected to relay {}{} after {}",
+            f("region"),
+            if f("home") == "true" {
+                ", its home,"
+            } else {
+                ""
+            },
+            ms("ms")
+        ),
+        "derp_lost" => format!("lost relay {}: {}", f("region"), f("error")),
+        "netmap" => format!("has the network map: {} peer(s)", f("peers")),
+        "peer" => format!(
+            "learns of {}: home {}, endpoints {}",
+            peer(),
+            f("home"),
+            f("endpoints")
+        ),
+        "relay_first" if f("dir") == "rx" => {
+            format!(
+                "gets the first packet from {} over relay {}",
+                peer(),
+                f("region")
+            )
+        }
+        "relay_first" => format!(
+            "sends its first packet to {} over relay {}",
+            peer(),
+            f("region")
+        ),
+        "ping_tx" => format!(
+            "disco Ping to {} at {}{} ({})",
+            peer(),
+            f("to"),
+            via(),
+            f("purpose")
+        ),
+        "pong_rx" => format!(
+            "disco Pong from {} at {}{}: {}",
+            peer(),
+            f("from"),
+            via(),
+            ms("rtt_ms")
+        ),
+        "ping_rx" => format!(
+            "answers a disco Ping of {} from {}{}",
+            peer(),
+            f("from"),
+            via()
+        ),
+        "cmm_tx" => format!("sends CallMeMaybe to {}: {}", peer(), f("endpoints")),
+        "cmm_rx" => format!("gets CallMeMaybe from {}: {}", peer(), f("endpoints")),
+        "validate" => match f("phase").as_str() {
+            "start" => format!("tests the path to {} at {}", peer(), f("addr")),
+            "pass" => format!(
+                "accepts {} for {}: {}, {} % lost, {} bytes pass",
+                f("addr"),
+                peer(),
+                ms("rtt_ms"),
+                f("loss_pct"),
+                f("mtu")
+            ),
+            _ => format!(
+                "passes over {} for {}: {} % lost",
+                f("addr"),
+                peer(),
+                f("loss_pct")
+            ),
+        },
+        "path" => {
+            let addr = f("addr");
+            let reason = match f("reason").as_str() {
+                "" => String::new(),
+                reason => format!(" ({reason})"),
+            };
+            match f("state").as_str() {
+                "direct" => format!("==> {} is DIRECT at {addr}{reason}", peer()),
+                "relay" => format!("==> {} by RELAY{reason}", peer()),
+                "fallback" => format!("==> {} FALLS BACK to relay and {addr}{reason}", peer()),
+                "probing" => format!("==> {} by relay, PROBING for a direct path{reason}", peer()),
+                "held" => format!("==> {} HELD on the relay{reason}", peer()),
+                other => format!("==> {} {other}{reason}", peer()),
+            }
+        }
+        "heartbeat" => format!(
+            "heartbeat of {} at {}: {}, {} % lost, jitter {}",
+            peer(),
+            f("addr"),
+            ms("rtt_ms"),
+            f("loss_pct"),
+            ms("jitter_ms")
+        ),
+        "session" if f("up") == "true" => format!("has a WireGuard session with {}", peer()),
+        "session" => format!("has no WireGuard session with {} any more", peer()),
+        "ping_first" => format!("first answer through the tunnel, {}", ms("rtt_ms")),
+        "ping_gap" => format!(
+            "{} pings unanswered, a gap of {}",
+            f("unanswered"),
+            ms("ms")
+        ),
+        other => {
+            let fields: Vec<_> = event
+                .fields
+                .keys()
+                .map(|key| format!("{key} {}", event.text(key)))
+                .collect();
+            format!("{other}: {}", fields.join(", "))
+        }
+    }
+}
+
+fn short_ms(ms: f64) -> String {
+    if ms >= 1000.0 {
+        format!("{:.2} s", ms / 1000.0)
+    } else if ms >= 10.0 {
+        format!("{ms:.0} ms")
+    } else {
+        format!("{ms:.2} ms")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn event(line: &str) -> Event {
+        serde_json::from_str(line).expect("a valid event")
+    }
+
+    #[test]
+    fn a_line_has_time_since_start_speaker_and_words() {
+        let got = event(
+            r#"{"t_ns":3500000000,"node":"a","event":"home","region":"nyc","latency_ms":0.31}"#,
+        );
+        let line = Teller::default().line(2_000_000_000, &got);
+        assert_eq!(
+            line.as_deref(),
+            Some("   1.500 s  A    chooses nyc as its home relay (0.31 ms)")
+        );
+    }
+
+    #[test]
+    fn heartbeats_are_not_repeated_for_ever_but_come_back_after_a_change() {
+        let mut teller = Teller::default();
+        let beat = event(r#"{"t_ns":1,"node":"a","event":"heartbeat","peer":"b","rtt_ms":1}"#);
+        let path = event(r#"{"t_ns":1,"node":"a","event":"path","peer":"b","state":"direct"}"#);
+        let shown = (0..10).filter(|_| teller.line(0, &beat).is_some()).count();
+        assert_eq!(shown, 2);
+        assert!(teller.line(0, &path).is_some());
+        assert!(teller.line(0, &beat).is_some());
+    }
+
+    #[test]
+    fn an_unknown_event_is_told_with_its_fields() {
+        let got = event(r#"{"t_ns":1,"node":"c","event":"moon","phase":"full"}"#);
+        assert_eq!(sentence(&got), "moon: phase full");
+    }
+}
