@@ -8,5 +8,7 @@ pub mod interface;
 pub mod local_api;
 pub mod node;
 pub mod noise_stream;
+pub mod relay;
 pub mod runtime;
 pub mod state;
+pub mod tls;

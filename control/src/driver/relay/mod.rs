@@ -1,0 +1,492 @@
+//! The node's relay connections: one per region, all on the control thread.
+//!
+//! The home region's connection is opened at once and kept forever; others are opened when there
+//! is something to send and closed after [`IDLE_LIMIT`] without (arrivals do not count). Sending
+//! never waits: a batch becomes frames in a queue bounded in bytes, the oldest go first, and the
+//! writer takes everything that is ready into one write of full TLS records. One read becomes one
+//! [`RelayEvent::Data`] per run of packets of one peer.
+//!
+//! Rules: `protocol/derp.md` §9 (derphttp and magicsock of tailscale/tailscale). On purpose
+//! different: nodes of a region race ([`dial`]), a relay silent for 75 s is asked by a Ping, data
+//! unacknowledged for 15 s ends the connection, two failed redials of the home are reported at
+//! once, and reverse routes are forgotten on PeerGone and on every loss.
+
+mod dial;
+mod events;
+mod link;
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use ringtail_dataplane::channel::{Datagrams, PEERS_MAX, RegionId};
+use serde::Serialize;
+
+pub use dial::{CONNECT_LIMIT, NODE_STAGGER, TCP_LIMIT};
+pub use events::{EVENT_BYTES_MAX, EVENTS_MAX, RelayEvent, RelayEvents};
+
+use crate::derp::client::LINK_CHANGE_LIMIT;
+use crate::derp::frame::{self, HEADER_LEN, PACKET_LEN_MAX};
+use crate::derp::queue::Dropped;
+use crate::derp::upgrade;
+use crate::driver::runtime::Kind;
+use crate::driver::tls::verify::Verifiers;
+use crate::key::{KEY_LEN, NodePrivate, NodePublic};
+use crate::netmap::{DerpMap, DerpRegion};
+use dial::Dialler;
+use events::EventQueue;
+use link::Link;
+
+/// Bytes of data frames that wait per region at most.
+pub const DATA_QUEUE_BYTES: usize = 1 << 20;
+
+/// Bytes of DISCO frames that wait per region at most.
+pub const DISCO_QUEUE_BYTES: usize = 64 << 10;
+
+/// A connection that is not the home's is closed after this long without anything to send.
+pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
+
+/// Learned reverse routes at most.
+pub const ROUTES_MAX: usize = PEERS_MAX;
+
+/// For one HTTPS latency check.
+pub const LATENCY_LIMIT: Duration = Duration::from_secs(5);
+
+/// How a pool is made.
+#[derive(Debug)]
+pub struct RelayOptions {
+    /// The node's key, which is also its DERP address.
+    pub private: NodePrivate,
+    /// SO_MARK of underlay sockets, or 0.
+    pub fwmark: u32,
+    /// Which streams to use; [`Kind::Uring`] only inside tokio-uring's runtime.
+    pub io: Kind,
+}
+
+/// The relay connections. Clones are the same pool; dropping the last closes everything.
+#[derive(Clone, Debug)]
+pub struct RelayPool(Rc<Handle>);
+
+#[derive(Debug)]
+struct Handle(Rc<Inner>);
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        for link in self.0.links.borrow().values() {
+            link.stop();
+        }
+        self.0.events.close();
+    }
+}
+
+/// What the pool and its tasks share.
+#[derive(Debug)]
+struct Inner {
+    private: NodePrivate,
+    dialler: Dialler,
+    events: Rc<EventQueue>,
+    counters: Counters,
+    map: RefCell<DerpMap>,
+    home: Cell<Option<RegionId>>,
+    links: RefCell<BTreeMap<RegionId, Rc<Link>>>,
+    /// Where a peer was last heard, as long as that connection stands.
+    routes: RefCell<HashMap<NodePublic, RegionId>>,
+    /// The node of a region that last worked.
+    good_nodes: RefCell<BTreeMap<RegionId, usize>>,
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What happened, by name. Packets are packets, not batches.
+        #[derive(Debug, Default)]
+        struct Counters {
+            $($(#[$doc])* $name: Cell<u64>,)*
+        }
+
+        impl Counters {
+            fn snapshot(&self) -> BTreeMap<&'static str, u64> {
+                BTreeMap::from([$((stringify!($name), self.$name.get()),)*])
+            }
+        }
+    };
+}
+
+counters! {
+    /// Packets put into a queue.
+    tx_packets,
+    /// Their bytes.
+    tx_bytes,
+    /// Packets of peers that came.
+    rx_packets,
+    /// Their bytes.
+    rx_bytes,
+    /// TLS plaintext chunks written, to be compared with `tx_packets`.
+    tx_chunks,
+    /// Write calls.
+    tx_writes,
+    /// Reads that brought something.
+    rx_reads,
+    /// Connections made.
+    connects,
+    /// Dials that failed.
+    dial_failures,
+    /// Connections lost.
+    losses,
+    /// Packets dropped from the head of a data queue: the relay is slower than we are.
+    tx_dropped_data_queue,
+    /// DISCO packets dropped from the head of their queue.
+    tx_dropped_disco_queue,
+    /// Packets for a peer whose region is unknown.
+    tx_dropped_no_region,
+    /// Packets above the rate the relay asked for.
+    tx_dropped_rate_limit,
+    /// Packets larger than a relay takes.
+    tx_dropped_oversize,
+    /// Packets that waited for a connection that is no longer wanted.
+    tx_dropped_closed,
+    /// Packets the agent did not fetch in time.
+    rx_dropped_agent_slow,
+    /// Other events the agent did not fetch in time.
+    events_dropped,
+    /// Packets larger than WireGuard or DISCO ever are.
+    rx_dropped_oversize,
+    /// Peers without learned route because the table is full.
+    routes_full,
+}
+
+fn add(counter: &Cell<u64>, n: u64) {
+    counter.set(counter.get() + n);
+}
+
+impl Counters {
+    fn count_lost_event(&self, event: &RelayEvent) {
+        match event {
+            RelayEvent::Data { data, .. } => {
+                add(&self.rx_dropped_agent_slow, data.lens.len() as u64);
+            }
+            RelayEvent::Disco { .. } => add(&self.rx_dropped_agent_slow, 1),
+            RelayEvent::Connecting { .. }
+            | RelayEvent::Connected { .. }
+            | RelayEvent::Lost { .. }
+            | RelayEvent::Closed { .. }
+            | RelayEvent::HomeUnreachable { .. }
+            | RelayEvent::PeerGone { .. }
+            | RelayEvent::Health { .. }
+            | RelayEvent::Restarting { .. } => add(&self.events_dropped, 1),
+        }
+    }
+}
+
+/// One region, for people and programs.
+#[derive(Clone, Debug, Serialize)]
+pub struct RegionStatus {
+    /// Its id.
+    pub region: u32,
+    /// Its short label.
+    pub code: String,
+    /// Whether it is the home.
+    pub home: bool,
+    /// Whether packets can go now.
+    pub connected: bool,
+    /// The relay's address.
+    pub addr: Option<SocketAddr>,
+    /// The relay's key in hex.
+    pub relay_key: Option<String>,
+    /// Seconds since the connection stands.
+    pub connected_secs: Option<u64>,
+    /// Seconds since the relay was last heard.
+    pub heard_secs: Option<u64>,
+    /// Bytes that wait to be sent.
+    pub queued_bytes: usize,
+    /// What the relay reports of itself.
+    pub problem: Option<String>,
+    /// Dials that failed in a row.
+    pub failures: u32,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Serialize)]
+pub struct RelayStatus {
+    /// The home region.
+    pub home: Option<u32>,
+    /// Regions with a connection or a wish for one.
+    pub regions: Vec<RegionStatus>,
+    /// Learned reverse routes.
+    pub routes: usize,
+    /// By name.
+    pub counters: BTreeMap<&'static str, u64>,
+}
+
+impl RelayPool {
+    /// An empty pool and the receiver of its events. Its tasks need a `LocalSet` around them.
+    pub fn new(options: RelayOptions) -> (Self, RelayEvents) {
+        let events = Rc::new(EventQueue::default());
+        let inner = Inner {
+            private: options.private,
+            dialler: Dialler {
+                verifiers: Verifiers::default(),
+                fwmark: options.fwmark,
+                kind: options.io,
+            },
+            events: events.clone(),
+            counters: Counters::default(),
+            map: RefCell::default(),
+            home: Cell::new(None),
+            links: RefCell::default(),
+            routes: RefCell::default(),
+            good_nodes: RefCell::default(),
+        };
+        (Self(Rc::new(Handle(Rc::new(inner)))), RelayEvents(events))
+    }
+
+    /// Replaces the DERP map. Connections to regions whose definition changed are closed, and
+    /// the home's is made anew.
+    pub fn set_map(&self, map: &DerpMap) {
+        let inner = &self.0.0;
+        inner.map.replace(map.clone());
+        let changed: Vec<Rc<Link>> = inner
+            .links
+            .borrow()
+            .values()
+            .filter(|link| map.regions.get(&link.region.0) != Some(&link.definition))
+            .cloned()
+            .collect();
+        for link in changed {
+            inner.good_nodes.borrow_mut().remove(&link.region);
+            inner.close(&link);
+        }
+        self.set_home(inner.home.get());
+    }
+
+    /// Chooses the home region, dials it at once and keeps it.
+    pub fn set_home(&self, home: Option<RegionId>) {
+        let inner = &self.0.0;
+        inner.home.set(home);
+        for link in inner.links.borrow().values() {
+            link.set_home(home == Some(link.region));
+        }
+        if let Some(region) = home
+            && let Some(link) = inner.link(region)
+        {
+            link.set_home(true);
+        }
+    }
+
+    /// The home region.
+    pub fn home(&self) -> Option<RegionId> {
+        self.0.0.home.get()
+    }
+
+    /// Sends a batch to a peer whose home is `region`: over that region's connection, else over
+    /// the one the peer was last heard on, else by dialling the region. Region 0 is "unknown".
+    ///
+    /// Never waits; what cannot be sent is dropped and counted.
+    pub fn send_data(&self, region: RegionId, dst: &NodePublic, batch: &Datagrams) {
+        let inner = &self.0.0;
+        let counters = &inner.counters;
+        let Some(link) = inner.choose(region, dst) else {
+            return add(&counters.tx_dropped_no_region, batch.lens.len() as u64);
+        };
+        let mut rest = &batch.bytes[..];
+        let mut dropped = Dropped::default();
+        {
+            let mut queue = link.data.borrow_mut();
+            for &len in &batch.lens {
+                let Some((packet, tail)) = rest.split_at_checked(usize::from(len)) else {
+                    debug_assert!(false, "the lengths of a batch add up");
+                    break;
+                };
+                rest = tail;
+                dropped += queue.push(HEADER_LEN + KEY_LEN + packet.len(), |out| {
+                    frame::put_send_packet(out, dst, packet);
+                });
+            }
+        }
+        add(&counters.tx_packets, batch.lens.len() as u64);
+        add(&counters.tx_bytes, batch.bytes.len() as u64);
+        add(&counters.tx_dropped_data_queue, dropped.frames);
+        link.asked();
+    }
+
+    /// Sends a DISCO packet the same way, past all data that waits.
+    pub fn send_disco(&self, region: RegionId, dst: &NodePublic, packet: &[u8]) {
+        let inner = &self.0.0;
+        let counters = &inner.counters;
+        if packet.len() > PACKET_LEN_MAX {
+            return add(&counters.tx_dropped_oversize, 1);
+        }
+        let Some(link) = inner.choose(region, dst) else {
+            return add(&counters.tx_dropped_no_region, 1);
+        };
+        let len = HEADER_LEN + KEY_LEN + packet.len();
+        let dropped = link.disco.borrow_mut().push(len, |out| {
+            frame::put_send_packet(out, dst, packet);
+        });
+        add(&counters.tx_packets, 1);
+        add(&counters.tx_bytes, packet.len() as u64);
+        add(&counters.tx_dropped_disco_queue, dropped.frames);
+        link.asked();
+    }
+
+    /// The host's network changed: every connection has 3 s to prove that it still works, and
+    /// dials that wait for their turn start now.
+    pub fn link_changed(&self) {
+        for link in self.0.0.links.borrow().values() {
+            link.probe(LINK_CHANGE_LIMIT);
+        }
+    }
+
+    /// Whether packets can go to a region now.
+    pub fn is_connected(&self, region: RegionId) -> bool {
+        let links = self.0.0.links.borrow();
+        links.get(&region).is_some_and(|link| link.is_ready())
+    }
+
+    /// When anything last came from a region.
+    pub fn heard(&self, region: RegionId) -> Option<Instant> {
+        self.0.0.links.borrow().get(&region)?.heard.get()
+    }
+
+    /// The region at which a peer was last heard, if that connection stands.
+    pub fn route(&self, peer: &NodePublic) -> Option<RegionId> {
+        self.0.0.routes.borrow().get(peer).copied()
+    }
+
+    /// Latency of one HTTPS request to a region over a connection of its own, for networks
+    /// without UDP (`protocol/netcheck.md` §5).
+    pub fn https_latency(
+        &self,
+        region: RegionId,
+    ) -> impl Future<Output = anyhow::Result<Duration>> + 'static + use<> {
+        let inner = self.0.0.clone();
+        async move {
+            let definition = inner.definition(region).context("no such region")?;
+            tokio::time::timeout(LATENCY_LIMIT, inner.latency(&definition))
+                .await
+                .context("no answer in time")?
+        }
+    }
+
+    /// Everything worth showing.
+    pub fn status(&self) -> RelayStatus {
+        let inner = &self.0.0;
+        let links = inner.links.borrow();
+        RelayStatus {
+            home: inner.home.get().map(|region| region.0),
+            regions: links.values().map(|link| link.status(now())).collect(),
+            routes: inner.routes.borrow().len(),
+            counters: inner.counters.snapshot(),
+        }
+    }
+}
+
+impl Inner {
+    fn definition(&self, region: RegionId) -> Option<DerpRegion> {
+        self.map.borrow().regions.get(&region.0).cloned()
+    }
+
+    /// The connection for a packet, by the order of [`RelayPool::send_data`].
+    fn choose(self: &Rc<Self>, region: RegionId, dst: &NodePublic) -> Option<Rc<Link>> {
+        {
+            let links = self.links.borrow();
+            let ready = |region: &RegionId| links.get(region).filter(|link| link.is_ready());
+            let routes = self.routes.borrow();
+            let found = ready(&region).or_else(|| ready(routes.get(dst)?));
+            if let Some(link) = found {
+                return Some(link.clone());
+            }
+        }
+        self.link(region)
+    }
+
+    /// The link of a region, with a task that dials it if there was none.
+    fn link(self: &Rc<Self>, region: RegionId) -> Option<Rc<Link>> {
+        if let Some(link) = self.links.borrow().get(&region) {
+            return Some(link.clone());
+        }
+        let definition = self.definition(region)?;
+        let link = Rc::new(Link::new(region, definition, now()));
+        link.set_home(self.home.get() == Some(region));
+        self.links.borrow_mut().insert(region, link.clone());
+        tokio::task::spawn_local(link::run(self.clone(), link.clone()));
+        Some(link)
+    }
+
+    /// Ends a link and forgets it.
+    fn close(&self, link: &Rc<Link>) {
+        link.stop();
+        self.forget_routes(link.region);
+        let mut links = self.links.borrow_mut();
+        if links.get(&link.region).is_some_and(|l| Rc::ptr_eq(l, link)) {
+            links.remove(&link.region);
+            let left =
+                link.data.borrow_mut().clear().frames + link.disco.borrow_mut().clear().frames;
+            add(&self.counters.tx_dropped_closed, left);
+            let region = link.region;
+            self.events
+                .push(RelayEvent::Closed { region }, &self.counters);
+        }
+    }
+
+    fn learn_route(&self, peer: NodePublic, region: RegionId) {
+        let mut routes = self.routes.borrow_mut();
+        if routes.len() < ROUTES_MAX || routes.contains_key(&peer) {
+            routes.insert(peer, region);
+        } else {
+            add(&self.counters.routes_full, 1);
+        }
+    }
+
+    fn forget_route(&self, peer: &NodePublic, region: RegionId) {
+        let mut routes = self.routes.borrow_mut();
+        if routes.get(peer) == Some(&region) {
+            routes.remove(peer);
+        }
+    }
+
+    fn forget_routes(&self, region: RegionId) {
+        self.routes.borrow_mut().retain(|_, at| *at != region);
+    }
+
+    async fn latency(&self, region: &DerpRegion) -> anyhow::Result<Duration> {
+        let mut dialled = self.dialler.dial(region, usize::MAX, &|_| ()).await?;
+        let node = &region.nodes[dialled.index];
+        let mut request = Vec::new();
+        upgrade::put_latency_request(
+            &mut request,
+            &upgrade::host_header(&node.host_name, node.derp_port()),
+        );
+        dialled.tls.seal(&request)?;
+        let (out, len) = dialled.tls.take_out();
+        let asked = now();
+        dialled.stream.write_all(out, len).await.0?;
+        let mut answer = Vec::new();
+        let mut buffer = Vec::with_capacity(upgrade::HEAD_LEN_MAX);
+        loop {
+            let (read, back) = dialled.stream.read(buffer).await;
+            buffer = back;
+            if read? == 0 {
+                bail!("the relay closed without an answer");
+            }
+            dialled.tls.inbox.append(&mut buffer);
+            dialled
+                .tls
+                .handle_input(|plain| answer.extend_from_slice(plain))?;
+            if let Some((_, status)) = upgrade::parse_response(&answer)? {
+                if !(200..300).contains(&status) {
+                    bail!("the relay answered with HTTP status {status}");
+                }
+                return Ok(now() - asked);
+            }
+        }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "drivers own the clock")]
+fn now() -> Instant {
+    Instant::now()
+}

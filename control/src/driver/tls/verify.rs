@@ -1,0 +1,197 @@
+//! Which certificate a relay has to show, per entry of the DERP map.
+//!
+//! | `DerpNode` | what is checked |
+//! |---|---|
+//! | nothing special | chain to the web's roots, name = host name |
+//! | `CertName: "x.example"` | the same with that name (the SNI stays the host name) |
+//! | `CertName: "sha256-raw:<hex>"` | exactly this one certificate, its dates, and that it covers the SNI if one is sent |
+//! | `InsecureForTests` | nothing |
+//!
+//! The meta-certificate behind the chain is left out of all of it. In every case the handshake
+//! itself proves that the relay holds the certificate's key. Source: `net/tlsdial` in
+//! tailscale/tailscale.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+
+use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
+use sha2::{Digest as _, Sha256};
+
+use crate::derp::cert::{self, Brief};
+use crate::netmap::DerpNode;
+
+/// What a pin begins with.
+pub const PIN_PREFIX: &str = "sha256-raw:";
+
+/// The pin of a certificate, as it stands in a DERP map: over its whole DER, in lower case.
+pub fn pin_of(certificate: &[u8]) -> String {
+    let mut text = PIN_PREFIX.to_owned();
+    for byte in Sha256::digest(certificate) {
+        write!(text, "{byte:02x}").expect("a String takes every write");
+    }
+    text
+}
+
+/// Makes TLS configurations for the nodes of a DERP map.
+#[derive(Debug)]
+pub struct Verifiers {
+    provider: Arc<CryptoProvider>,
+    web: Arc<WebPkiServerVerifier>,
+}
+
+impl Default for Verifiers {
+    fn default() -> Self {
+        let provider = super::provider();
+        let mut roots = rustls::RootCertStore::empty();
+        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
+        let web = WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone())
+            .build()
+            .expect("the built-in roots make a verifier");
+        Self { provider, web }
+    }
+}
+
+impl Verifiers {
+    /// The configuration and the name (SNI) with which a node is dialled.
+    ///
+    /// # Errors
+    /// When the host name or `CertName` is not a possible name.
+    pub fn client_config(
+        &self,
+        node: &DerpNode,
+    ) -> anyhow::Result<(Arc<ClientConfig>, ServerName<'static>)> {
+        let name = server_name(&node.host_name)?;
+        let check = if node.insecure_for_tests {
+            Check::Nothing
+        } else if node.cert_name.starts_with(PIN_PREFIX) {
+            Check::Pin(node.cert_name.clone())
+        } else if node.cert_name.is_empty() {
+            Check::Web(name.clone())
+        } else {
+            Check::Web(server_name(&node.cert_name)?)
+        };
+        let verifier = RelayVerifier {
+            check,
+            provider: self.provider.clone(),
+            web: self.web.clone(),
+        };
+        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13, &rustls::version::TLS12])?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_no_client_auth();
+        config.resumption = rustls::client::Resumption::disabled();
+        Ok((Arc::new(config), name))
+    }
+}
+
+fn server_name(text: &str) -> anyhow::Result<ServerName<'static>> {
+    ServerName::try_from(text.to_owned())
+        .map_err(|_| anyhow::anyhow!("{text:?} is not a host name or address that TLS can check"))
+}
+
+#[derive(Debug)]
+enum Check {
+    Nothing,
+    Pin(String),
+    Web(ServerName<'static>),
+}
+
+#[derive(Debug)]
+struct RelayVerifier {
+    check: Check,
+    provider: Arc<CryptoProvider>,
+    web: Arc<WebPkiServerVerifier>,
+}
+
+impl RelayVerifier {
+    fn check_pin(
+        &self,
+        pin: &str,
+        leaf: &CertificateDer<'_>,
+        others: usize,
+        name: &ServerName<'_>,
+        now: UnixTime,
+    ) -> Result<(), Error> {
+        let shown = pin_of(leaf);
+        if others > 0 {
+            return Err(Error::General(
+                "the relay shows a chain of certificates where the DERP map pins a single one"
+                    .to_owned(),
+            ));
+        }
+        if shown != pin {
+            return Err(Error::General(format!(
+                "the relay's certificate is {shown} but the DERP map's CertName wants {pin}"
+            )));
+        }
+        let brief = Brief::parse(leaf).ok_or(CertificateError::BadEncoding)?;
+        let now = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
+        if now < brief.not_before {
+            return Err(CertificateError::NotValidYet.into());
+        }
+        if now > brief.not_after {
+            return Err(CertificateError::Expired.into());
+        }
+        if matches!(name, ServerName::DnsName(_)) {
+            let parsed = ParsedCertificate::try_from(leaf)?;
+            rustls::client::verify_server_name(&parsed, name)?;
+        }
+        Ok(())
+    }
+}
+
+impl ServerCertVerifier for RelayVerifier {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let chain: Vec<CertificateDer<'_>> = intermediates
+            .iter()
+            .filter(|certificate| !cert::is_meta(certificate))
+            .cloned()
+            .collect();
+        match &self.check {
+            Check::Nothing => Ok(ServerCertVerified::assertion()),
+            Check::Pin(pin) => self
+                .check_pin(pin, leaf, chain.len(), name, now)
+                .map(|()| ServerCertVerified::assertion()),
+            Check::Web(wanted) => self.web.verify_server_cert(leaf, &chain, wanted, ocsp, now),
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls12_signature(message, leaf, signed, algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        leaf: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        verify_tls13_signature(message, leaf, signed, algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider
+            .signature_verification_algorithms
+            .supported_schemes()
+    }
+}
