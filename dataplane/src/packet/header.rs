@@ -450,3 +450,203 @@ fn walk_extensions(packet: &[u8], first: u8) -> Option<(u8, usize, Fragment)> {
     }
     None
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::build::{Builder, Tcp};
+    use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+
+    fn v4() -> Builder {
+        Builder::new(
+            "100.64.0.1:1000".parse().unwrap(),
+            "100.64.0.2:2000".parse().unwrap(),
+        )
+    }
+
+    fn v6() -> Builder {
+        Builder::new(
+            "[fd7a::1]:1000".parse().unwrap(),
+            "[fd7a::2]:2000".parse().unwrap(),
+        )
+    }
+
+    #[test]
+    fn fields_are_found_in_both_families() {
+        let tcp = Tcp {
+            seq: 7,
+            ack: 8,
+            flags: TCP_ACK,
+            window: 9,
+            options: &[1; 12],
+        };
+        for (builder, l4_offset) in [(v4(), 20), (v6(), 40)] {
+            let builder = Builder {
+                tos: 0xb9,
+                ..builder
+            };
+            let mut packet = builder.tcp(&tcp, b"hello");
+            let len = packet.len();
+            packet.extend([0; 11]);
+            let headers = Headers::parse(&packet).unwrap();
+            assert_eq!(headers.tos, 0xb9);
+            assert_eq!(headers.protocol, TCP);
+            assert_eq!((headers.l4_offset, headers.total_len), (l4_offset, len));
+            assert_eq!(
+                (headers.src, headers.dst),
+                (builder.src.ip(), builder.dst.ip())
+            );
+            assert_eq!(headers.ports(&packet), Some((1000, 2000)));
+            assert_eq!(headers.tcp(&packet).unwrap().seq.get(), 7);
+            assert!(headers.udp(&packet).is_none());
+            assert!(headers.icmp(&packet).is_none());
+            let flow = headers.flow(&packet);
+            assert_eq!(flow.reversed().reversed(), flow);
+            assert_ne!(flow.reversed().hash(), flow.hash());
+            // Every truncation is malformed.
+            for cut in 0..len {
+                assert_eq!(
+                    Headers::parse(&packet[..cut]),
+                    Err(DropReason::InnerMalformed),
+                    "cut at {cut}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn ipv4_lengths_that_contradict_each_other_are_malformed() {
+        let good = v4().udp(b"x");
+        for (at, value) in [
+            (0, 0x44),
+            (0, 0x4f),
+            (0, 0x55),
+            (3, 19),
+            (3, 200),
+            (0, 0x05),
+        ] {
+            let mut packet = good.clone();
+            packet[at] = value;
+            assert!(Headers::parse(&packet).is_err(), "byte {at} = {value:#x}");
+        }
+    }
+
+    #[test]
+    fn ipv4_fragments_are_told_apart() {
+        for (field, want) in [
+            (0x0000, Fragment::Whole),
+            (0x4000, Fragment::Whole),
+            (0x2000, Fragment::First),
+            (0x2001, Fragment::Later(1)),
+            (0x00b9, Fragment::Later(0xb9)),
+        ] {
+            let packet = Builder {
+                fragment: field,
+                ..v4()
+            }
+            .udp(b"payload");
+            let headers = Headers::parse(&packet).unwrap();
+            assert_eq!(headers.fragment, want);
+            let later = matches!(want, Fragment::Later(_));
+            assert_eq!(headers.ports(&packet).is_none(), later);
+        }
+    }
+
+    /// Puts extension headers in front of a UDP packet and says what the walk should find.
+    fn with_extensions(chain: &[(u8, Vec<u8>)]) -> Vec<u8> {
+        let udp = v6().udp(b"payload");
+        let mut body = Vec::new();
+        for (i, (_, bytes)) in chain.iter().enumerate() {
+            let at = body.len();
+            body.extend(bytes);
+            body[at] = chain.get(i + 1).map_or(UDP, |(kind, _)| *kind);
+        }
+        body.extend(&udp[40..]);
+        v6().ip(chain.first().map_or(UDP, |(kind, _)| *kind), &body)
+    }
+
+    #[test]
+    fn ipv6_extension_headers_are_walked() {
+        let eight = |len: u8| [vec![0, len], vec![0; 6 + usize::from(len) * 8]].concat();
+        let authentication = [vec![0, 4], vec![0; 22]].concat();
+        let atomic = vec![0, 0, 0, 0, 1, 2, 3, 4];
+        let first = vec![0, 0, 0, 1, 1, 2, 3, 4];
+        let later = vec![0, 0, 0x05, 0xa0, 1, 2, 3, 4];
+        for (chain, extra, fragment) in [
+            (vec![], 0, Fragment::Whole),
+            (
+                vec![(0, eight(0)), (60, eight(2)), (43, eight(1))],
+                48,
+                Fragment::Whole,
+            ),
+            (vec![(51, authentication)], 24, Fragment::Whole),
+            (vec![(44, atomic)], 8, Fragment::Whole),
+            (vec![(0, eight(0)), (44, first)], 16, Fragment::First),
+            (vec![(44, later)], 8, Fragment::Later(180)),
+        ] {
+            let packet = with_extensions(&chain);
+            let headers = Headers::parse(&packet).unwrap();
+            assert_eq!(headers.protocol, UDP);
+            assert_eq!(headers.l4_offset, 40 + extra);
+            assert_eq!(headers.fragment, fragment);
+        }
+    }
+
+    #[test]
+    fn endless_or_overlong_extension_headers_are_malformed() {
+        let eight = |len: u8| [vec![0, len], vec![0; 6]].concat();
+        let many = vec![(60, eight(0)); EXTENSION_HEADERS_MAX];
+        assert!(Headers::parse(&with_extensions(&many)).is_ok());
+        let more = vec![(60, eight(0)); EXTENSION_HEADERS_MAX + 1];
+        assert!(Headers::parse(&with_extensions(&more)).is_err());
+        assert!(Headers::parse(&with_extensions(&[(60, eight(255))])).is_err());
+    }
+
+    /// Random bytes that look like IP often enough to get past the first checks.
+    #[test]
+    fn random_bytes_never_panic_and_offsets_stay_inside() {
+        let seed = rand::random::<u64>();
+        println!("seed {seed:#x}");
+        let mut rng = StdRng::seed_from_u64(seed);
+        for _ in 0..200_000 {
+            let mut bytes = vec![0u8; rng.random_range(0..120)];
+            rng.fill_bytes(&mut bytes);
+            if let Some(first) = bytes.first_mut() {
+                *first = [0x45, 0x46, 0x60, 0x4f, *first][rng.random_range(0..5)];
+            }
+            if bytes.len() > 6 && rng.random() {
+                bytes[2] = 0;
+                bytes[4] = 0;
+                bytes[6] = [0, 43, 44, 51, 60, 17][rng.random_range(0..6)];
+            }
+            if let Ok(headers) = Headers::parse(&bytes) {
+                assert!(headers.l4_offset <= headers.total_len, "seed {seed:#x}");
+                assert!(headers.total_len <= bytes.len(), "seed {seed:#x}");
+                let _ = (
+                    headers.flow(&bytes).hash(),
+                    headers.tcp(&bytes),
+                    headers.icmp(&bytes),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn flows_spread_over_a_few_buckets_evenly() {
+        let mut buckets = [0u32; 8];
+        for port in 0..8000u16 {
+            let flow = Flow {
+                src: "100.64.0.1".parse().unwrap(),
+                dst: "100.64.0.2".parse().unwrap(),
+                protocol: TCP,
+                src_port: 32_768 + port,
+                dst_port: 443,
+            };
+            buckets[usize::try_from(flow.hash() % 8).unwrap()] += 1;
+        }
+        assert!(
+            buckets.iter().all(|n| (850..1150).contains(n)),
+            "{buckets:?}"
+        );
+    }
+}

@@ -385,3 +385,336 @@ fn low_u16(value: usize) -> u16 {
 fn low_u32(value: usize) -> u32 {
     value as u32
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::build::{Builder, Tcp};
+    use crate::tun::vnet::{GSO_UDP, NEEDS_CSUM};
+    use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+    use zerocopy::FromBytes;
+
+    /// A super-packet as the kernel hands it over, beside the segments it must become. The segments
+    /// are built one by one from their fields, not cut.
+    struct Case {
+        vnet: VnetHdr,
+        packet: Vec<u8>,
+        segments: Vec<Vec<u8>>,
+    }
+
+    fn builder(v6: bool) -> Builder {
+        let (src, dst) = if v6 {
+            ("[fd7a::1]:40000", "[fd7a::2]:5201")
+        } else {
+            ("100.64.0.1:40000", "100.64.0.2:5201")
+        };
+        Builder::new(src.parse().unwrap(), dst.parse().unwrap())
+    }
+
+    /// Puts the pseudo-header sum into the checksum field, as the kernel does.
+    fn leave_checksum(packet: &mut [u8], at: usize) {
+        let headers = Headers::parse(packet).unwrap();
+        let addresses = checksum::addresses(headers.version, packet).unwrap();
+        let len = u32::try_from(packet.len() - headers.l4_offset).unwrap();
+        let sum = checksum::pseudo_header(addresses, headers.protocol, len).fold();
+        let at = headers.l4_offset + at;
+        packet[at..at + 2].copy_from_slice(&sum.to_be_bytes());
+    }
+
+    fn tcp_case(builder: Builder, tcp: Tcp<'_>, payload: &[u8], gso_size: u16) -> Case {
+        let mut packet = builder.tcp(&tcp, payload);
+        leave_checksum(&mut packet, TCP_CHECKSUM_OFFSET);
+        let ip_len = if builder.src.is_ipv4() { 20 } else { 40 };
+        let gso_type = if builder.src.is_ipv4() {
+            GSO_TCPV4
+        } else {
+            GSO_TCPV6
+        };
+        let gso_type = if tcp.flags & TCP_CWR != 0 {
+            gso_type | GSO_ECN
+        } else {
+            gso_type
+        };
+        let chunks: Vec<&[u8]> = payload.chunks(usize::from(gso_size)).collect();
+        let mut segments = Vec::new();
+        for (i, chunk) in chunks.iter().enumerate() {
+            let mut flags = tcp.flags;
+            if i > 0 {
+                flags &= !TCP_CWR;
+            }
+            if i + 1 < chunks.len() {
+                flags &= !(TCP_FIN | TCP_PSH);
+            }
+            let offset = u32::from(gso_size) * u32::try_from(i).unwrap();
+            let id = builder.id.wrapping_add(u16::try_from(i).unwrap());
+            let tcp = Tcp {
+                seq: tcp.seq.wrapping_add(offset),
+                flags,
+                ..tcp
+            };
+            segments.push(Builder { id, ..builder }.tcp(&tcp, chunk));
+        }
+        // A forwarding kernel puts nonsense into hdr_len.
+        let vnet = VnetHdr::new(gso_type, 0xffff, gso_size, ip_len, 16);
+        Case {
+            vnet,
+            packet,
+            segments,
+        }
+    }
+
+    fn udp_case(builder: Builder, payload: &[u8], gso_size: u16) -> Case {
+        let mut packet = builder.udp(payload);
+        leave_checksum(&mut packet, UDP_CHECKSUM_OFFSET);
+        let ip_len = if builder.src.is_ipv4() { 20 } else { 40 };
+        let segments = payload
+            .chunks(usize::from(gso_size))
+            .zip(0u16..)
+            .map(|(chunk, i)| {
+                Builder {
+                    id: builder.id.wrapping_add(i),
+                    ..builder
+                }
+                .udp(chunk)
+            })
+            .collect();
+        Case {
+            vnet: VnetHdr::new(GSO_UDP_L4, 0, gso_size, ip_len, 6),
+            packet,
+            segments,
+        }
+    }
+
+    fn check(case: &Case) {
+        let plan = plan(&case.vnet, &case.packet).unwrap();
+        assert_eq!(plan.len(), case.segments.len());
+        let mut staged = case.packet.clone();
+        let mut dst = vec![0xaa; 70_000];
+        for (i, want) in case.segments.iter().enumerate() {
+            assert_eq!(plan.segment_len(i), want.len());
+            assert!(plan.segment_len(i) <= plan.segment_len_max());
+            let len = plan.write(i, &case.packet, &mut dst);
+            assert!(dst[..len] == want[..], "segment {i} written");
+            let range = plan.stage(i, &mut staged);
+            assert!(staged[range] == want[..], "segment {i} staged");
+        }
+    }
+
+    #[test]
+    fn super_packets_become_the_segments_built_from_their_fields() {
+        let seed = rand::random::<u64>();
+        println!("seed {seed:#x}");
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut payload = vec![0u8; 65_000];
+        rng.fill_bytes(&mut payload);
+        for _ in 0..400 {
+            let mut builder = builder(rng.random());
+            builder.tos = rng.random();
+            builder.id = rng.random();
+            builder.label = rng.random();
+            let gso_size = rng.random_range(1..3000);
+            let segments = rng.random_range(1..50) * usize::from(gso_size);
+            let len = segments.min(payload.len()) - rng.random_range(0..usize::from(gso_size));
+            let options = [1u8; 40];
+            let tcp = Tcp {
+                seq: rng.random::<u32>() | 0xffff_0000,
+                ack: rng.random(),
+                flags: rng.random::<u8>() | TCP_CWR,
+                window: rng.random(),
+                options: &options[..rng.random_range(0..=10) * 4],
+            };
+            check(&tcp_case(builder, tcp, &payload[..len.max(1)], gso_size));
+            check(&udp_case(builder, &payload[..len.max(1)], gso_size));
+        }
+    }
+
+    #[test]
+    fn a_full_super_packet_becomes_45_and_a_tail() {
+        let payload = vec![7; 65_535 - 52];
+        let tcp = Tcp {
+            seq: 1,
+            ack: 1,
+            flags: 0x18,
+            window: 500,
+            options: &[1; 12],
+        };
+        let case = tcp_case(builder(false), tcp, &payload, 1368);
+        check(&case);
+        assert_eq!(case.segments.len(), 48);
+        let last = &case.segments[47];
+        assert_eq!(Headers::parse(last).unwrap().tcp(last).unwrap().flags, 0x18);
+    }
+
+    #[test]
+    fn a_udp_segment_whose_checksum_comes_out_as_zero_carries_ffff() {
+        // The last word of the payload is chosen so that the sum is all ones.
+        let builder = builder(false);
+        let mut payload = vec![0u8; 20];
+        let packet = builder.udp(&payload);
+        let sum = [packet[26], packet[27]];
+        payload[8..10].copy_from_slice(&sum);
+        let mut doubled = payload.clone();
+        doubled.extend(&payload);
+        let case = udp_case(builder, &doubled, 20);
+        check(&case);
+        assert_eq!(case.segments[0][26..28], [0xff, 0xff]);
+    }
+
+    #[test]
+    fn a_lone_packet_gets_its_checksum_and_nothing_else_changes() {
+        for v6 in [false, true] {
+            let want = builder(v6).udp(b"lone");
+            let mut packet = want.clone();
+            leave_checksum(&mut packet, UDP_CHECKSUM_OFFSET);
+            packet.extend([0xee; 3]);
+            let ip_len = if v6 { 40 } else { 20 };
+            let vnet = VnetHdr::new(GSO_NONE, 0, 0, ip_len, 6);
+            check(&Case {
+                vnet,
+                packet,
+                segments: vec![want.clone()],
+            });
+            check(&Case {
+                vnet: VnetHdr::PLAIN,
+                packet: want.clone(),
+                segments: vec![want],
+            });
+        }
+    }
+
+    #[test]
+    fn a_super_packet_of_one_segment_or_without_payload_is_one_packet() {
+        let tcp = Tcp {
+            seq: 1,
+            ack: 1,
+            flags: 0x91,
+            window: 500,
+            options: &[],
+        };
+        check(&tcp_case(builder(false), tcp, &[1; 100], 100));
+        let mut empty = tcp_case(builder(false), tcp, &[], 100);
+        empty.segments = vec![builder(false).tcp(&tcp, &[])];
+        check(&empty);
+    }
+
+    #[test]
+    fn headers_that_lie_are_dropped() {
+        let tcp = Tcp {
+            seq: 1,
+            ack: 1,
+            flags: 0x10,
+            window: 500,
+            options: &[],
+        };
+        let good = tcp_case(builder(false), tcp, &[1; 5000], 1000);
+        let v6 = tcp_case(builder(true), tcp, &[1; 5000], 1000);
+        let udp = udp_case(builder(false), &[1; 5000], 1000);
+        let invalid = |vnet: VnetHdr, packet: &[u8]| {
+            assert_eq!(
+                plan(&vnet, packet).unwrap_err(),
+                DropReason::VnetInvalid,
+                "{vnet:?}"
+            );
+        };
+        invalid(VnetHdr::new(GSO_TCPV4, 40, 0, 20, 16), &good.packet);
+        invalid(VnetHdr::new(GSO_TCPV4, 40, 1000, 24, 16), &good.packet);
+        invalid(VnetHdr::new(GSO_TCPV4, 40, 1000, 20, 6), &good.packet);
+        invalid(VnetHdr::new(GSO_TCPV6, 40, 1000, 20, 16), &good.packet);
+        invalid(VnetHdr::new(GSO_TCPV4, 60, 1000, 40, 16), &v6.packet);
+        invalid(VnetHdr::new(GSO_UDP_L4, 40, 1000, 20, 6), &good.packet);
+        invalid(VnetHdr::new(GSO_TCPV4, 40, 1000, 20, 16), &udp.packet);
+        invalid(VnetHdr::new(GSO_UDP, 28, 1000, 20, 6), &udp.packet);
+        invalid(VnetHdr::new(77, 28, 1000, 20, 6), &udp.packet);
+        // Checksum places: inside the IP header, across the end, far away.
+        invalid(VnetHdr::new(GSO_NONE, 0, 0, 10, 0), &udp.packet);
+        invalid(VnetHdr::new(GSO_NONE, 0, 0, 20, 5007), &udp.packet);
+        invalid(VnetHdr::new(GSO_NONE, 0, 0, 0xffff, 0xffff), &udp.packet);
+        // Super-packets that are fragments.
+        let fragment = Builder {
+            fragment: 0x2000,
+            ..builder(false)
+        }
+        .udp(&[1; 5000]);
+        invalid(udp.vnet, &fragment);
+    }
+
+    #[test]
+    fn transport_headers_that_are_cut_or_too_short_are_dropped() {
+        let tcp = Tcp {
+            seq: 1,
+            ack: 1,
+            flags: 0x10,
+            window: 500,
+            options: &[],
+        };
+        let good = tcp_case(builder(false), tcp, &[1; 40], 10);
+        for words in [0u8, 4, 16] {
+            let mut packet = good.packet.clone();
+            packet[32] = words << 4;
+            assert_eq!(
+                plan(&good.vnet, &packet).unwrap_err(),
+                DropReason::InnerMalformed
+            );
+        }
+        let cut = builder(false).ip(TCP, &[0; 19]);
+        assert_eq!(
+            plan(&good.vnet, &cut).unwrap_err(),
+            DropReason::InnerMalformed
+        );
+        let cut = builder(false).ip(UDP, &[0; 7]);
+        let vnet = VnetHdr::new(GSO_UDP_L4, 0, 10, 20, 6);
+        assert_eq!(plan(&vnet, &cut).unwrap_err(), DropReason::InnerMalformed);
+        assert_eq!(plan(&vnet, &[]).unwrap_err(), DropReason::InnerMalformed);
+    }
+
+    /// Random headers over damaged packets: every plan that is made can be carried out.
+    #[test]
+    fn whatever_is_planned_can_be_cut() {
+        let seed = rand::random::<u64>();
+        println!("seed {seed:#x}");
+        let mut rng = StdRng::seed_from_u64(seed);
+        let tcp = Tcp {
+            seq: 1,
+            ack: 1,
+            flags: 0x18,
+            window: 500,
+            options: &[1; 8],
+        };
+        let mut dst = vec![0; 70_000];
+        let mut planned = 0;
+        for _ in 0..30_000 {
+            let builder = builder(rng.random());
+            let payload = vec![0x5a; rng.random_range(0..300)];
+            let mut packet = if rng.random() {
+                builder.tcp(&tcp, &payload)
+            } else {
+                builder.udp(&payload)
+            };
+            for _ in 0..rng.random_range(0..3) {
+                let at = rng.random_range(0..packet.len().min(64));
+                packet[at] = rng.random();
+            }
+            let mut vnet = [0u8; 10];
+            vnet[0] = rng.random::<u8>() & NEEDS_CSUM;
+            vnet[1] = [0, 1, 3, 4, 5, 0x81][rng.random_range(0..6)];
+            vnet[4] = rng.random_range(0..40);
+            vnet[6] = [20, 40, rng.random()][rng.random_range(0..3)];
+            vnet[8] = [6, 16, rng.random()][rng.random_range(0..3)];
+            let vnet = VnetHdr::read_from_bytes(&vnet).unwrap();
+            let Ok(plan) = plan(&vnet, &packet) else {
+                continue;
+            };
+            planned += 1;
+            let mut staged = packet.clone();
+            for i in 0..plan.len() {
+                let len = plan.write(i, &packet, &mut dst);
+                let range = plan.stage(i, &mut staged);
+                assert!(staged[range] == dst[..len], "seed {seed:#x}");
+                if plan.len() > 1 {
+                    assert_eq!(Headers::parse(&dst[..len]).unwrap().total_len, len);
+                }
+            }
+        }
+        assert!(planned > 3000, "only {planned} plans, seed {seed:#x}");
+    }
+}
