@@ -91,3 +91,6 @@ fn classify_other(datagram: &[u8]) -> Class {
     }
     Class::Invalid(DropReason::UnknownMessage)
 }
+
+#[cfg(test)]
+mod tests;

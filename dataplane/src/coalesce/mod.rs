@@ -406,3 +406,6 @@ impl Coalescer {
         self.recent = Some(index);
     }
 }
+
+#[cfg(test)]
+mod tests;

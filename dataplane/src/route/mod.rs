@@ -181,3 +181,220 @@ pub fn assign(
     let mut cursor = table.cursor();
     peers.extend(destinations.into_iter().map(|addr| cursor.lookup(addr)));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+    fn prefix(text: &str) -> Prefix {
+        let (addr, bits) = text.split_once('/').unwrap();
+        Prefix {
+            addr: addr.parse().unwrap(),
+            bits: bits.parse().unwrap(),
+        }
+    }
+
+    fn addr(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn the_longest_prefix_wins_whatever_the_order() {
+        let rows = [
+            ("0.0.0.0/0", 0),
+            ("100.64.0.0/10", 1),
+            ("100.64.7.0/24", 2),
+            ("100.64.7.9/32", 3),
+            ("::/0", 4),
+            ("fd7a::/16", 5),
+            ("fd7a::7/128", 6),
+        ];
+        for reverse in [false, true] {
+            let mut table = Table::default();
+            let mut rows = rows;
+            if reverse {
+                rows.reverse();
+            }
+            for (text, peer) in rows {
+                assert_eq!(table.insert(prefix(text), PeerId(peer)), None);
+            }
+            for (text, peer) in [
+                ("1.2.3.4", 0),
+                ("100.127.255.255", 1),
+                ("100.64.7.8", 2),
+                ("100.64.7.9", 3),
+                ("2001:db8::1", 4),
+                ("fd7a:1::", 5),
+                ("fd7a::7", 6),
+            ] {
+                assert_eq!(table.lookup(addr(text)), Some(PeerId(peer)), "{text}");
+            }
+        }
+    }
+
+    #[test]
+    fn families_do_not_mix() {
+        let table = Table::from_peers([(PeerId(1), &[prefix("0.0.0.0/0")][..])]);
+        assert_eq!(table.lookup(addr("::ffff:1.2.3.4")), None);
+        assert_eq!(table.lookup(addr("::")), None);
+    }
+
+    #[test]
+    fn a_prefix_moves_to_the_peer_that_got_it_last() {
+        let mut table = Table::default();
+        let shared = prefix("10.0.0.0/8");
+        table.insert(shared, PeerId(1));
+        table.insert(prefix("10.1.0.0/16"), PeerId(1));
+        assert_eq!(table.insert(shared, PeerId(2)), Some(PeerId(1)));
+        assert_eq!(table.prefixes(PeerId(1)), [prefix("10.1.0.0/16")]);
+        // What peer 1 lost stays with peer 2 when peer 1 goes.
+        assert!(!table.remove(shared, PeerId(1)));
+        table.remove_peer(PeerId(1));
+        assert_eq!(table.lookup(addr("10.1.0.1")), Some(PeerId(2)));
+        assert_eq!(table.len(), 1);
+        table.remove_peer(PeerId(2));
+        table.remove_peer(PeerId(2));
+        assert!(table.is_empty());
+        assert_eq!(table.lookup(addr("10.1.0.1")), None);
+    }
+
+    #[test]
+    fn host_bits_and_overlong_lengths_are_ignored() {
+        let mut table = Table::default();
+        table.insert(prefix("10.1.2.3/8"), PeerId(1));
+        table.insert(prefix("10.9.9.9/200"), PeerId(2));
+        assert_eq!(table.lookup(addr("10.255.0.1")), Some(PeerId(1)));
+        assert_eq!(table.lookup(addr("10.9.9.9")), Some(PeerId(2)));
+        assert_eq!(table.prefixes(PeerId(1)), [prefix("10.0.0.0/8")]);
+    }
+
+    #[test]
+    fn bouncing_a_prefix_between_peers_leaves_no_litter() {
+        let mut table = Table::default();
+        for i in 0..10_000 {
+            table.insert(prefix("10.0.0.0/8"), PeerId(i % 2));
+        }
+        assert_eq!(table.len(), 1);
+        for held in [0, 1].map(|peer| &table.peers[&peer]) {
+            assert!(
+                held.given.len() <= 2 + STALE_SLACK,
+                "{} entries",
+                held.given.len()
+            );
+        }
+        assert_eq!(table.prefixes(PeerId(1)), [prefix("10.0.0.0/8")]);
+        assert_eq!(table.prefixes(PeerId(0)), []);
+    }
+
+    /// The oracle: a list, searched whole.
+    #[derive(Default)]
+    struct Linear(Vec<(Prefix, PeerId)>);
+
+    impl Linear {
+        fn insert(&mut self, prefix: Prefix, peer: PeerId) {
+            self.0.retain(|(other, _)| *other != prefix);
+            self.0.push((prefix, peer));
+        }
+
+        fn lookup(&self, addr: IpAddr) -> Option<PeerId> {
+            let hits = self
+                .0
+                .iter()
+                .filter(|(prefix, _)| match (prefix.addr, addr) {
+                    (IpAddr::V4(net), IpAddr::V4(addr)) => (0..prefix.bits)
+                        .all(|bit| (net.to_bits() ^ addr.to_bits()) & (1 << (31 - bit)) == 0),
+                    (IpAddr::V6(net), IpAddr::V6(addr)) => (0..prefix.bits)
+                        .all(|bit| (net.to_bits() ^ addr.to_bits()) & (1 << (127 - bit)) == 0),
+                    _ => false,
+                });
+            hits.max_by_key(|(prefix, _)| prefix.bits)
+                .map(|(_, peer)| *peer)
+        }
+    }
+
+    fn random_addr(rng: &mut StdRng) -> IpAddr {
+        // Few distinct bits, so that prefixes nest and collide.
+        if rng.random() {
+            IpAddr::V4((0x0a00_0000 | (rng.random::<u32>() & 0x8300_0307)).into())
+        } else {
+            let bits = (0xfd7a << 112) | (rng.random::<u128>() & (3 << 70 | 7 | 1 << 127));
+            IpAddr::V6(bits.into())
+        }
+    }
+
+    fn random_prefix(rng: &mut StdRng) -> Prefix {
+        let addr = random_addr(rng);
+        let bits = if addr.is_ipv4() {
+            rng.random_range(0..=32)
+        } else {
+            rng.random_range(0..=128)
+        };
+        masked(Prefix { addr, bits })
+    }
+
+    #[test]
+    fn random_operations_agree_with_a_linear_scan() {
+        let seed = rand::random::<u64>();
+        println!("seed {seed:#x}");
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut table = Table::default();
+        let mut linear = Linear::default();
+        for _ in 0..20_000 {
+            let peer = PeerId(rng.random_range(0..20));
+            match rng.random_range(0..100) {
+                0..60 => {
+                    let prefix = random_prefix(&mut rng);
+                    table.insert(prefix, peer);
+                    linear.insert(prefix, peer);
+                }
+                60..97 => {
+                    let prefix = random_prefix(&mut rng);
+                    let held = linear.0.contains(&(prefix, peer));
+                    assert_eq!(table.remove(prefix, peer), held);
+                    linear.0.retain(|entry| *entry != (prefix, peer));
+                }
+                _ => {
+                    table.remove_peer(peer);
+                    linear.0.retain(|(_, other)| *other != peer);
+                }
+            }
+            let addr = random_addr(&mut rng);
+            assert_eq!(
+                table.lookup(addr),
+                linear.lookup(addr),
+                "{addr}, seed {seed:#x}"
+            );
+            assert_eq!(table.len(), linear.0.len());
+        }
+        for peer in (0..20).map(PeerId) {
+            let mut want: Vec<Prefix> = linear
+                .0
+                .iter()
+                .filter(|(_, other)| *other == peer)
+                .map(|(p, _)| *p)
+                .collect();
+            want.sort_unstable_by_key(|prefix| (prefix.addr, prefix.bits));
+            assert_eq!(table.prefixes(peer), want);
+        }
+        for _ in 0..5_000 {
+            let prefix = random_prefix(&mut rng);
+            let addr = random_addr(&mut rng);
+            let one = Linear(vec![(prefix, PeerId(0))]);
+            assert_eq!(covers(&prefix, addr), one.lookup(addr).is_some());
+        }
+    }
+
+    #[test]
+    fn a_batch_is_assigned_in_order() {
+        let table = Table::from_peers([
+            (PeerId(1), &[prefix("10.1.0.0/16")][..]),
+            (PeerId(2), &[prefix("10.2.0.0/16")][..]),
+        ]);
+        let batch = ["10.1.0.1", "10.1.0.1", "10.3.0.1", "10.2.0.1", "10.1.0.1"].map(addr);
+        let mut peers = vec![None];
+        assign(&table, batch, &mut peers);
+        let want = [None, Some(1), Some(1), None, Some(2), Some(1)];
+        assert_eq!(peers, want.map(|peer| peer.map(PeerId)));
+    }
+}

@@ -6,6 +6,8 @@
 //! per number, and no reader can slow a shard down.
 
 mod drops;
+#[cfg(test)]
+mod model;
 mod seqlock;
 
 /// The atomics of [`seqlock`].
@@ -312,5 +314,115 @@ impl Snapshot {
             sum.merge(shard);
         }
         sum
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_counted_is_what_is_read_after_publication() {
+        let mut counters = Counters::default();
+        let published = Published::default();
+        counters.add(Meter::TunReads, 3);
+        counters.drop_one(DropReason::NoRoute);
+        counters.drop_many(DropReason::TunWriteFailed, 5);
+        counters.charge(Room::Seal, 1000);
+        counters.charge(Room::Coalesce, 7);
+        assert_eq!(published.read(), Snapshot::default());
+        published.publish(&counters);
+        let snapshot = published.read();
+        assert_eq!(snapshot.get(Meter::TunReads), 3);
+        assert_eq!(snapshot.get(Meter::UdpSends), 0);
+        assert_eq!(snapshot.drops(DropReason::NoRoute), 1);
+        assert_eq!(snapshot.drops(DropReason::TunWriteFailed), 5);
+        assert_eq!(snapshot.drops_total(), 6);
+        assert_eq!(snapshot.cycles(Room::Seal), 1000);
+        assert_eq!(snapshot.cycles(Room::Coalesce), 7);
+        let sum = Snapshot::sum([&snapshot, &snapshot, &Snapshot::default()]);
+        assert_eq!(sum.get(Meter::TunReads), 6);
+        assert_eq!(sum.drops_total(), 12);
+    }
+
+    #[test]
+    fn batch_sizes_fall_into_powers_of_two() {
+        for (len, class) in [
+            (1, 0),
+            (2, 1),
+            (3, 2),
+            (4, 2),
+            (5, 3),
+            (8, 3),
+            (9, 4),
+            (64, 6),
+            (65, 7),
+            (128, 7),
+            (129, 8),
+            (100_000, 8),
+        ] {
+            let mut counters = Counters::default();
+            counters.batch_inbound(len);
+            counters.batch_outbound(0);
+            let published = Published::default();
+            published.publish(&counters);
+            let snapshot = published.read();
+            let mut want = [0; BATCH_CLASSES];
+            want[class] = 1;
+            assert_eq!(snapshot.batches_inbound(), want, "length {len}");
+            assert_eq!(snapshot.batches_outbound(), [0; BATCH_CLASSES]);
+        }
+    }
+
+    #[test]
+    fn every_number_has_its_own_place_and_name() {
+        let mut counters = Counters::default();
+        Meter::ALL.iter().for_each(|meter| counters.add(*meter, 1));
+        DropReason::ALL
+            .iter()
+            .for_each(|reason| counters.drop_one(*reason));
+        Room::ALL.iter().for_each(|room| counters.charge(*room, 1));
+        assert!(counters.words[..BATCH_IN_AT].iter().all(|word| *word == 1));
+        for (index, meter) in Meter::ALL.iter().enumerate() {
+            assert_eq!(*meter as usize, index);
+        }
+        for (index, room) in Room::ALL.iter().enumerate() {
+            assert_eq!(*room as usize, index);
+        }
+        let mut names: Vec<&str> = Meter::ALL.iter().map(|meter| meter.name()).collect();
+        names.extend(Room::ALL.iter().map(|room| room.name()));
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        // "shard", "tun" and the like are rooms only.
+        assert_eq!(names.len(), count);
+    }
+
+    /// Two related numbers, published by one thread as fast as it can, read by another.
+    #[test]
+    fn a_reader_never_sees_half_a_publication() {
+        let published = Published::default();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut counters = Counters::default();
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    counters.add(Meter::Turns, 1);
+                    counters.charge(Room::Coalesce, 2);
+                    published.publish(&counters);
+                }
+            });
+            let mut last = 0;
+            for _ in 0..20_000 {
+                if let Some(words) = published.0.try_read() {
+                    let snapshot = Snapshot { words };
+                    let turns = snapshot.get(Meter::Turns);
+                    assert_eq!(snapshot.cycles(Room::Coalesce), turns * 2);
+                    assert!(turns >= last);
+                    last = turns;
+                }
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
     }
 }
