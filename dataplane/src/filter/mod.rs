@@ -236,3 +236,6 @@ fn destination_allowed(dst: IpAddr) -> bool {
         IpAddr::V6(dst) => !dst.is_multicast() && !dst.is_unicast_link_local(),
     }
 }
+
+#[cfg(test)]
+mod tests;

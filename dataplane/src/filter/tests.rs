@@ -1,0 +1,563 @@
+//! Known answers from the reference's behaviour (`coordination-cases.json`, section "filter"), and
+//! a plain reading of the rules as the oracle for everything random.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rand::rngs::StdRng;
+use rand::{Rng, RngExt, SeedableRng};
+use serde_json::Value;
+
+use super::*;
+use crate::channel::{Prefix, Rule, Rules};
+use crate::packet::build::{Builder, Tcp};
+use crate::route::{Table, covers, masked};
+
+#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+fn start() -> Instant {
+    Instant::now()
+}
+
+fn prefix(text: &str) -> Prefix {
+    let (addr, bits) = match text.split_once('/') {
+        Some((addr, bits)) => (addr.parse().unwrap(), bits.parse().unwrap()),
+        None => {
+            let addr: IpAddr = text.parse().unwrap();
+            (addr, if addr.is_ipv4() { 32 } else { 128 })
+        }
+    };
+    Prefix { addr, bits }
+}
+
+/// The forms of the control side's filter, spelled out as prefixes: `*`, address, prefix, range.
+fn expand(text: &str) -> Vec<Prefix> {
+    if text == "*" {
+        return vec![prefix("0.0.0.0/0"), prefix("::/0")];
+    }
+    if let Some((first, last)) = text.split_once('-') {
+        let bits = |text: &str| text.parse::<Ipv4Addr>().unwrap().to_bits();
+        return (bits(first)..=bits(last))
+            .map(|bits| Prefix {
+                addr: IpAddr::V4(bits.into()),
+                bits: 32,
+            })
+            .collect();
+    }
+    vec![prefix(text)]
+}
+
+/// A rule of the file; `cap:` sources stand for the packet's source where its peer has the
+/// attribute, as the control side resolves them.
+fn rule(json: &Value, packet: &Value) -> Rule {
+    let mut sources = Vec::new();
+    for source in json["SrcIPs"].as_array().unwrap() {
+        let source = source.as_str().unwrap();
+        match source.strip_prefix("cap:") {
+            Some(attribute) if packet["src_peer_capmap"][attribute].is_array() => {
+                sources.push(prefix(packet["src"].as_str().unwrap()));
+            }
+            Some(_) => {}
+            None => sources.extend(expand(source)),
+        }
+    }
+    let port = |json: &Value| u16::try_from(json.as_u64().unwrap()).unwrap();
+    let destinations = json["DstPorts"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .flat_map(|entry| {
+            let range = &entry["Ports"];
+            expand(entry["IP"].as_str().unwrap())
+                .into_iter()
+                .map(|prefix| (prefix, port(&range["First"]), port(&range["Last"])))
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    let protocols = match json["IPProto"].as_array() {
+        Some(list) => list
+            .iter()
+            .map(|n| u8::try_from(n.as_u64().unwrap()).unwrap())
+            .collect(),
+        None => vec![TCP, UDP, ICMP, ICMPV6],
+    };
+    Rule {
+        sources,
+        destinations,
+        protocols,
+    }
+}
+
+/// The packet of a row, with ports of a row of either direction.
+fn build(row: &Value, protocol: u8) -> Vec<u8> {
+    let socket = |ip: &str, port: &str| {
+        let ip: IpAddr = row[ip].as_str().unwrap().parse().unwrap();
+        (ip, u16::try_from(row[port].as_u64().unwrap_or(0)).unwrap()).into()
+    };
+    let builder = Builder::new(socket("src", "sport"), socket("dst", "dport"));
+    match protocol {
+        TCP => {
+            let flags = row["tcp_flags"]
+                .as_str()
+                .unwrap()
+                .bytes()
+                .fold(0, |flags, flag| {
+                    flags | if flag == b'S' { TCP_SYN } else { TCP_ACK }
+                });
+            builder.tcp(
+                &Tcp {
+                    seq: 1,
+                    ack: 1,
+                    flags,
+                    window: 1,
+                    options: &[],
+                },
+                b"",
+            )
+        }
+        UDP => builder.udp(b"x"),
+        ICMP | ICMPV6 => {
+            let byte = |i: usize| u8::try_from(row["icmp"][i].as_u64().unwrap()).unwrap();
+            builder.icmp(byte(0), byte(1), &[0; 4])
+        }
+        other => builder.ip(other, &[0; 8]),
+    }
+}
+
+#[test]
+fn decisions_are_those_of_the_reference() {
+    let file = include_str!("../../../control/tests/vectors/coordination-cases.json");
+    let cases: Value = serde_json::from_str(file).unwrap();
+    let cases = &cases["filter"];
+    let local: Vec<Prefix> = cases["local"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|text| prefix(text.as_str().unwrap()))
+        .collect();
+    let packets = cases["packets"].as_array().unwrap();
+    assert_eq!(packets.len(), 27);
+    let now = start();
+    for row in packets {
+        // Grants have no destinations and admit no packets.
+        let list = cases["rules"].as_array().unwrap();
+        let list = list.iter().filter(|json| json["DstPorts"].is_array());
+        let mut rules: Vec<Rule> = list.map(|json| rule(json, row)).collect();
+        if row["shields_up"] == true {
+            rules.clear();
+        }
+        let compiled = CompiledRules::compile(&Rules::List(rules), Some(&local));
+        let mut filter = Filter::new(now, Arc::new(compiled));
+        let protocol = u8::try_from(row["proto"].as_u64().unwrap()).unwrap();
+        if row["outbound_before"].is_object() {
+            let packet = build(&row["outbound_before"], protocol);
+            let headers = Headers::parse(&packet).unwrap();
+            assert!(filter.remember(now, &headers, &packet).is_some());
+        }
+        let packet = build(row, protocol);
+        let headers = Headers::parse(&packet).unwrap();
+        let verdict = filter.decide(now, &headers, &packet);
+        let accept = matches!(verdict, Verdict::Accept | Verdict::Consume);
+        assert_eq!(accept, row["accept"] == true, "{}: {verdict:?}", row["why"]);
+    }
+}
+
+fn v4(src: &str, dst: &str) -> Builder {
+    Builder::new(src.parse().unwrap(), dst.parse().unwrap())
+}
+
+fn deny_all(now: Instant) -> Filter {
+    Filter::new(
+        now,
+        Arc::new(CompiledRules::compile(&Rules::List(vec![]), None)),
+    )
+}
+
+fn admit(filter: &mut Filter, now: Instant, packet: &[u8]) -> Result<(), DropReason> {
+    filter.admit(now, &Headers::parse(packet)?, packet)
+}
+
+fn remember(filter: &mut Filter, now: Instant, packet: &[u8]) -> Option<Flow> {
+    filter.remember(now, &Headers::parse(packet).unwrap(), packet)
+}
+
+#[test]
+fn allow_all_admits_everything_and_remembers_nothing() {
+    let now = start();
+    let mut filter = Filter::new(now, Arc::new(CompiledRules::allow_all()));
+    let packet = v4("10.0.0.1:1", "224.0.0.1:2").udp(b"x");
+    assert_eq!(admit(&mut filter, now, &packet), Ok(()));
+    assert_eq!(remember(&mut filter, now, &packet), None);
+    assert!(filter.flows.is_none());
+    // Memory starts with the first list and outlives later rules.
+    filter.set_rules(
+        now,
+        Arc::new(CompiledRules::compile(&Rules::List(vec![]), None)),
+    );
+    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
+    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    assert_eq!(
+        admit(&mut filter, now, &reply),
+        Err(DropReason::FilterDenied)
+    );
+    assert!(remember(&mut filter, now, &out).is_some());
+    filter.set_rules(
+        now,
+        Arc::new(CompiledRules::compile(&Rules::List(vec![]), None)),
+    );
+    assert_eq!(admit(&mut filter, now, &reply), Ok(()));
+}
+
+#[test]
+fn a_flow_is_forgotten_after_its_timeout_unless_it_is_used() {
+    let now = start();
+    let mut filter = deny_all(now);
+    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
+    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    let second = Duration::from_secs(1);
+    assert!(remember(&mut filter, now, &out).is_some());
+    let later = now + FLOW_TIMEOUT - second;
+    assert_eq!(admit(&mut filter, later, &reply), Ok(()));
+    let later = later + FLOW_TIMEOUT - second;
+    assert_eq!(admit(&mut filter, later, &reply), Ok(()));
+    let later = later + FLOW_TIMEOUT;
+    assert_eq!(
+        admit(&mut filter, later, &reply),
+        Err(DropReason::FilterDenied)
+    );
+}
+
+#[test]
+fn a_flow_is_reported_when_new_and_then_once_a_minute() {
+    let now = start();
+    let mut filter = deny_all(now);
+    let mut owner = deny_all(now);
+    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
+    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    let flow = remember(&mut filter, now, &out).unwrap();
+    assert_eq!(flow, Headers::parse(&reply).unwrap().flow(&reply));
+    assert_eq!(remember(&mut filter, now, &out), None);
+    assert_eq!(
+        remember(&mut filter, now + FLOW_REPORT_INTERVAL / 2, &out),
+        None
+    );
+    assert_eq!(
+        remember(&mut filter, now + FLOW_REPORT_INTERVAL, &out),
+        Some(flow)
+    );
+    assert_eq!(
+        remember(&mut filter, now + FLOW_REPORT_INTERVAL, &out),
+        None
+    );
+    // The shard that was told admits the replies.
+    assert_eq!(
+        admit(&mut owner, now, &reply),
+        Err(DropReason::FilterDenied)
+    );
+    owner.learn(now, flow);
+    assert_eq!(admit(&mut owner, now, &reply), Ok(()));
+}
+
+#[test]
+fn memory_of_flows_is_bounded_and_evictions_are_counted() {
+    let now = start();
+    let mut filter = deny_all(now);
+    let flows = u32::try_from(2 * FLOWS_MAX).unwrap();
+    let out = |i: u32| {
+        let dst = (IpAddr::V4((0x0a00_0000 + i).into()), 53).into();
+        Builder {
+            dst,
+            ..v4("10.0.0.1:1", "10.0.0.2:2")
+        }
+        .udp(b"")
+    };
+    for i in 0..flows {
+        let later = now + Duration::from_millis(u64::from(i) / 100);
+        assert!(remember(&mut filter, later, &out(i)).is_some());
+    }
+    let evicted = filter.take_evicted();
+    assert!(
+        (u64::from(flows) / 2..u64::from(flows) * 6 / 10).contains(&evicted),
+        "{evicted}"
+    );
+    assert_eq!(filter.take_evicted(), 0);
+    // The newest are still there.
+    let kept = (flows - 1000..flows).filter(|i| remember(&mut filter, now, &out(*i)).is_none());
+    assert!(kept.count() > 990);
+}
+
+#[test]
+fn tcp_connections_are_guarded_by_their_first_packet() {
+    let now = start();
+    let mut filter = deny_all(now);
+    let tcp = |flags| {
+        let tcp = Tcp {
+            seq: 1,
+            ack: 1,
+            flags,
+            window: 1,
+            options: &[],
+        };
+        v4("10.0.0.2:2", "10.0.0.1:1").tcp(&tcp, b"data")
+    };
+    let denied = Err(DropReason::FilterDenied);
+    for (flags, want) in [
+        (TCP_SYN, denied),
+        (TCP_SYN | 0x01, denied),
+        (TCP_SYN | 0xc0, denied),
+        (TCP_SYN | TCP_ACK, Ok(())),
+        (TCP_ACK, Ok(())),
+        (0x04, Ok(())),
+        (0, Ok(())),
+    ] {
+        assert_eq!(
+            admit(&mut filter, now, &tcp(flags)),
+            want,
+            "flags {flags:#04x}"
+        );
+    }
+}
+
+#[test]
+fn fragments_cannot_hide_a_transport_header() {
+    let now = start();
+    let mut filter = deny_all(now);
+    let at = |fragment, len| {
+        Builder {
+            fragment,
+            ..v4("10.0.0.2:2", "10.0.0.1:1")
+        }
+        .ip(TCP, &vec![0; len])
+    };
+    let hidden = Err(DropReason::FilterFragment);
+    // First fragments are judged by their header, and must have one.
+    assert_eq!(admit(&mut filter, now, &at(0x2000, 19)), hidden);
+    assert_eq!(admit(&mut filter, now, &at(0x2000, 24)), Ok(()));
+    // Later ones pass unless they reach into it.
+    for offset in 1..10 {
+        assert_eq!(
+            admit(&mut filter, now, &at(offset, 64)),
+            hidden,
+            "offset {offset}"
+        );
+        assert_eq!(admit(&mut filter, now, &at(0x2000 | offset, 64)), hidden);
+    }
+    assert_eq!(admit(&mut filter, now, &at(10, 64)), Ok(()));
+    assert_eq!(admit(&mut filter, now, &at(0x1fff, 0)), Ok(()));
+    // Whole packets without a whole header.
+    for (protocol, len) in [(TCP, 19), (UDP, 7), (SCTP, 11), (ICMP, 1)] {
+        let packet = v4("10.0.0.2:2", "10.0.0.1:1").ip(protocol, &vec![0; len]);
+        let want = Err(DropReason::InnerMalformed);
+        assert_eq!(
+            admit(&mut filter, now, &packet),
+            want,
+            "protocol {protocol}"
+        );
+    }
+}
+
+#[test]
+fn ipv6_fragments_and_extension_headers_are_seen_through() {
+    let now = start();
+    let mut filter = deny_all(now);
+    let builder = v4("[fd7a::2]:2", "[fd7a::1]:1");
+    let syn = Tcp {
+        seq: 1,
+        ack: 0,
+        flags: TCP_SYN,
+        window: 1,
+        options: &[],
+    };
+    let tcp = builder.tcp(&syn, b"")[40..].to_vec();
+    let with = |kind: u8, extension: &[u8]| builder.ip(kind, &[extension, &tcp].concat());
+    let denied = Err(DropReason::FilterDenied);
+    let destination_options = with(60, &[TCP, 0, 1, 4, 0, 0, 0, 0]);
+    assert_eq!(admit(&mut filter, now, &destination_options), denied);
+    let atomic = with(44, &[TCP, 0, 0, 0, 0, 0, 0, 1]);
+    assert_eq!(admit(&mut filter, now, &atomic), denied);
+    let first = with(44, &[TCP, 0, 0, 1, 0, 0, 0, 1]);
+    assert_eq!(admit(&mut filter, now, &first), denied);
+    let early = with(44, &[TCP, 0, 0, 8, 0, 0, 0, 1]);
+    assert_eq!(
+        admit(&mut filter, now, &early),
+        Err(DropReason::FilterFragment)
+    );
+    let later = with(44, &[TCP, 0, 5, 0xa0, 0, 0, 0, 1]);
+    assert_eq!(admit(&mut filter, now, &later), Ok(()));
+}
+
+#[test]
+fn icmp_of_the_other_family_is_no_icmp() {
+    let now = start();
+    let mut filter = deny_all(now);
+    let packet = v4("10.0.0.2:2", "10.0.0.1:1").ip(ICMPV6, &[1, 0, 0, 0]);
+    assert!(admit(&mut filter, now, &packet).is_err());
+    let packet = v4("[fd7a::2]:2", "[fd7a::1]:1").ip(ICMP, &[3, 3, 0, 0]);
+    assert!(admit(&mut filter, now, &packet).is_err());
+}
+
+#[test]
+fn link_local_and_multicast_are_refused_whatever_the_rules() {
+    let now = start();
+    let every = ["0.0.0.0/0", "::/0"].map(prefix);
+    let rule = Rule {
+        sources: every.to_vec(),
+        destinations: every.iter().map(|p| (*p, 0, u16::MAX)).collect(),
+        protocols: vec![UDP],
+    };
+    let compiled = Arc::new(CompiledRules::compile(&Rules::List(vec![rule]), None));
+    let mut filter = Filter::new(now, compiled);
+    let refused = Err(DropReason::FilterDestination);
+    for (src, dst, want) in [
+        ("10.0.0.2:2", "10.0.0.1:1", Ok(())),
+        ("10.0.0.2:2", "224.0.0.251:5353", refused),
+        ("10.0.0.2:2", "169.254.0.1:1", refused),
+        ("10.0.0.2:2", "169.254.169.254:80", Ok(())),
+        ("[fd7a::2]:2", "[fd7a::1]:1", Ok(())),
+        ("[fd7a::2]:2", "[ff02::1]:1", refused),
+        ("[fd7a::2]:2", "[fe80::1]:1", refused),
+    ] {
+        assert_eq!(
+            admit(&mut filter, now, &v4(src, dst).udp(b"x")),
+            want,
+            "{dst}"
+        );
+    }
+}
+
+#[test]
+fn a_source_must_be_the_senders_own() {
+    let table = Table::from_peers([
+        (
+            PeerId(1),
+            &[prefix("10.0.0.1/32"), prefix("10.1.0.0/16")][..],
+        ),
+        (
+            PeerId(2),
+            &[prefix("10.0.0.2/32"), prefix("10.1.5.0/24")][..],
+        ),
+    ]);
+    let mut cursor = table.cursor();
+    let refused = Err(DropReason::SourceNotAllowed);
+    for (peer, src, want) in [
+        (1, "10.0.0.1:1", Ok(())),
+        (1, "10.0.0.2:1", refused),
+        (2, "10.0.0.2:1", Ok(())),
+        (1, "10.1.4.4:1", Ok(())),
+        (1, "10.1.5.4:1", refused),
+        (2, "10.1.5.4:1", Ok(())),
+        (2, "192.0.2.1:1", refused),
+    ] {
+        let packet = v4(src, "10.0.0.9:9").udp(b"x");
+        let headers = Headers::parse(&packet).unwrap();
+        assert_eq!(
+            source_allowed(&mut cursor, PeerId(peer), &headers),
+            want,
+            "{src} of {peer}"
+        );
+    }
+}
+
+/// A rule list read literally.
+fn reference(rules: &[Rule], ask: Ask, src: IpAddr, dst: IpAddr) -> bool {
+    rules.iter().any(|rule| {
+        rule.sources
+            .iter()
+            .any(|source| covers(&masked(*source), src))
+            && rule.destinations.iter().any(|(prefix, first, last)| {
+                covers(&masked(*prefix), dst)
+                    && match ask {
+                        Ask::Any => true,
+                        Ask::Port(protocol, port) => {
+                            rule.protocols.contains(&protocol) && (*first..=*last).contains(&port)
+                        }
+                        Ask::AllPorts(protocol) => {
+                            rule.protocols.contains(&protocol) && (*first, *last) == (0, u16::MAX)
+                        }
+                    }
+            })
+    })
+}
+
+fn random_addr(rng: &mut StdRng) -> IpAddr {
+    if rng.random() {
+        IpAddr::V4((0x0a00_0000 | (rng.random::<u32>() & 0x0000_0103)).into())
+    } else {
+        IpAddr::V6(((0xfd7a << 112) | (rng.random::<u128>() & 0x103)).into())
+    }
+}
+
+fn random_prefix(rng: &mut StdRng) -> Prefix {
+    let addr = random_addr(rng);
+    let width = if addr.is_ipv4() { 32 } else { 128 };
+    let bits = if rng.random_bool(0.1) {
+        0
+    } else {
+        rng.random_range(width - 10..=width)
+    };
+    Prefix { addr, bits }
+}
+
+#[test]
+fn compiled_rules_agree_with_rules_read_literally() {
+    let seed = rand::random::<u64>();
+    println!("seed {seed:#x}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    for _ in 0..200 {
+        let rules: Vec<Rule> = (0..rng.random_range(0..8))
+            .map(|_| Rule {
+                sources: (0..rng.random_range(0..4))
+                    .map(|_| random_prefix(&mut rng))
+                    .collect(),
+                destinations: (0..rng.random_range(0..4))
+                    .map(|_| {
+                        let first = rng.random_range(0..3);
+                        let last = [first, 3, u16::MAX][rng.random_range(0..3)];
+                        (random_prefix(&mut rng), first, last)
+                    })
+                    .collect(),
+                protocols: (0..rng.random_range(0..3))
+                    .map(|_| rng.random_range(0..4) * 65)
+                    .collect(),
+            })
+            .collect();
+        let compiled = CompiledRules::compile(&Rules::List(rules.clone()), None);
+        for _ in 0..200 {
+            let (src, dst) = (random_addr(&mut rng), random_addr(&mut rng));
+            let protocol = rng.random_range(0..4) * 65;
+            let ask = match rng.random_range(0..3) {
+                0 => Ask::Any,
+                1 => Ask::Port(protocol, rng.random_range(0..5)),
+                _ => Ask::AllPorts(protocol),
+            };
+            assert_eq!(
+                compiled.matches(ask, src, dst),
+                reference(&rules, ask, src, dst),
+                "{ask:?} {src} {dst} {rules:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn random_packets_never_panic() {
+    let seed = rand::random::<u64>();
+    println!("seed {seed:#x}");
+    let mut rng = StdRng::seed_from_u64(seed);
+    let now = start();
+    let mut filter = deny_all(now);
+    for _ in 0..100_000 {
+        let mut bytes = vec![0u8; rng.random_range(20..100)];
+        rng.fill_bytes(&mut bytes);
+        bytes[0] = if rng.random() { 0x45 } else { 0x60 };
+        if let Ok(len) = u16::try_from(bytes.len()) {
+            bytes[2..4].copy_from_slice(&len.to_be_bytes());
+            bytes[4..6].copy_from_slice(&len.saturating_sub(40).to_be_bytes());
+        }
+        bytes[9] = [1, 6, 17, 58, 132, 99][rng.random_range(0..6)];
+        if let Ok(headers) = Headers::parse(&bytes) {
+            let _ = filter.admit(now, &headers, &bytes);
+            let _ = filter.remember(now, &headers, &bytes);
+        }
+    }
+}
