@@ -128,6 +128,8 @@ install_peers() {
 
 # shellcheck source=../scripts/netns/lab.sh
 . scripts/netns/lab.sh
+# shellcheck source=../scripts/netns/story.sh
+. scripts/netns/story.sh
 lab_init
 STARTED_AT=$EPOCHREALTIME
 RESULTS=$ROOT/bench/results/$(date +%Y-%m-%dT%H-%M-%S)-$$
@@ -142,59 +144,14 @@ note() {
 # lab_event NAME: a mark for the report.
 lab_event() { printf '{"t_ns":%s,"node":"lab","event":"%s"}\n' "$(now_ns)" "$1" >>"$RESULTS/lab.events"; }
 
-fail() {
-  echo "error: $*" >&2
-  local log
-  for log in "$LAB_DIR"/*.log; do
-    [ -s "$log" ] && { echo "--- last lines of $(basename "$log"):"; tail -n 15 "$log"; } >&2
-  done
-  exit 1
-}
-
-# start_relay NS LABEL ADDRESS ID CODE: a relay, whose entry for the DERP map lands in its state directory.
-start_relay() {
-  lab_spawn "$1" "$2" "$RINGTAIL" derp --hostname "$3" --addr "$3:443" --stun-port 3478 \
-    --state-dir "$LAB_DIR/$2" --region-id "$4" --region-code "$5"
-  lab_wait_file "$LAB_DIR/$2/derp-node.json" 5 || fail "relay $2 did not start"
-}
-
-# make_derp_map RELAY...: joins the relays' own entries into one DERP map file.
-make_derp_map() {
-  "$BENCH" derp-map "${@/#/$LAB_DIR/}" >"$LAB_DIR/derp-map.json" || fail "no DERP map"
-}
-
 # ---- act one ---------------------------------------------------------------------------------
 
 act_one() {
   echo
   echo "ACT ONE: two nodes behind NATs meet through a relay, go direct, fall back, and go direct again"
   echo
-  lab_internet
-  lab_host coord 203.0.113.3
-  ip -n "${LAB}coord" addr add 10.255.0.1/32 dev lo
-  ip -n "${LAB}inet" route add 10.255.0.1/32 via 203.0.113.3 dev p_coord onlink
-  lab_host nyc 203.0.113.1 2001:db8::1
-  lab_host fra 203.0.113.2 2001:db8::2
-  lab_home a 1
-  lab_home b 2
-  lab_far_link 10
-  lab_far p_ra 203.0.113.2 2001:db8::2 100
-  lab_far p_rb 203.0.113.1 2001:db8::1 100
-  lab_far p_fra 203.0.113.11 2001:db8:1::/64 101
-  lab_far p_nyc 203.0.113.12 2001:db8:2::/64 101
-
-  start_relay nyc nyc 203.0.113.1 900 nyc
-  start_relay fra fra 203.0.113.2 901 fra
-  make_derp_map nyc fra
-  lab_spawn coord coord "$RINGTAIL" coord --addr 10.255.0.1:8080 --state-dir "$LAB_DIR/coord" \
-    --derp-map "$LAB_DIR/derp-map.json"
-  local tries
-  for tries in $(seq 100); do
-    "$RINGTAIL" coord keys create --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key" 2>/dev/null &&
-      [ -s "$LAB_DIR/auth-key" ] && break
-    sleep 0.05
-    [ "$tries" -lt 100 ] || fail "the coordination server gives no key"
-  done
+  story_topology
+  start_story_hosts || fail "the relays or coordination did not start"
 
   local start stop=$LAB_DIR/story.stop
   start=$(now_ns)
@@ -206,8 +163,7 @@ act_one() {
   lab_event start
   local node
   for node in a b; do
-    lab_spawn $node node-$node "$RINGTAIL" up --coord http://10.255.0.1:8080 --auth-key-file "$LAB_DIR/auth-key" \
-      --state-dir "$LAB_DIR/node-$node" --hostname $node --events "$RESULTS/$node.events"
+    start_node $node "$RESULTS/$node.events"
   done
   for node in a b; do
     "$BENCH" wait "$RESULTS/$node.events" peer --timeout 15 >/dev/null || fail "node $node never learned its peer"
@@ -341,9 +297,9 @@ start_kernel() {
 }
 
 start_ringtail() { # start_ringtail direct|relay
-  start_relay hub nyc 203.0.113.1 900 nyc
-  start_relay hub fra 203.0.113.2 901 fra
-  make_derp_map nyc fra
+  start_relay hub nyc 203.0.113.1 900 nyc || return 1
+  start_relay hub fra 203.0.113.2 901 fra || return 1
+  make_derp_map nyc fra || return 1
   local side
   for side in left right; do
     rm -rf "$LAB_DIR/$side.state" "$RESULTS/$side.events"

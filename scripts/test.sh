@@ -1,6 +1,17 @@
 #!/usr/bin/env bash
-# The README's test command: lints, then every test.
+# The README's test command: formatting and lints, every Rust test, and the whole flow in network namespaces.
+# Installs the Debian packages that the namespace tests need. They run on the test profile's binary, which the
+# Rust tests have built already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=netns/packages.sh
+. scripts/netns/packages.sh
+
+if [ "$(id -u)" = 0 ]; then
+  need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping awk=mawk cmp=diffutils \
+    cc=gcc /usr/include/stdio.h=libc6-dev
+fi
 scripts/check.sh
 cargo test --workspace --locked
+cargo build --workspace --bins --locked
+scripts/netns/flow-test.sh

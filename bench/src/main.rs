@@ -10,6 +10,8 @@
 //! report   results directory  ->  tables, results.json, report.html
 //! uapi     configure a userspace WireGuard through its socket
 //! wgkeys   fresh WireGuard key pairs for the peers that are compared
+//! rooms    two `ringtail status --json` snapshots  ->  cycles per room and shard
+//! send, receive   a file over TCP, at a pace
 //! flame    `perf script` output  ->  folded stacks and an SVG
 //! machine  facts for the head of a table;  derp-map  relays' entries joined into one map
 //! ```
@@ -26,7 +28,10 @@ mod machine;
 mod netns;
 mod ping;
 mod report;
+mod rooms;
 mod story;
+mod switches;
+mod transfer;
 mod uapi;
 
 use clap::{Parser, Subcommand};
@@ -64,6 +69,14 @@ enum Command {
     Uapi(uapi::Args),
     /// Print a fresh WireGuard key pair: private and public, in hex.
     Wgkeys,
+    /// Table of cycles per room and shard between two status snapshots.
+    Rooms(rooms::Args),
+    /// Send a file over TCP, at a pace.
+    Send(transfer::SendArgs),
+    /// Receive a file over TCP.
+    Receive(transfer::ReceiveArgs),
+    /// One figure of act one.
+    Switches(switches::Args),
     /// Fold `perf script` output and draw a flame graph.
     Flame(flame::Args),
 }
@@ -79,6 +92,10 @@ fn main() -> anyhow::Result<()> {
         Command::Report(args) => report::run(&args),
         Command::Machine(args) => machine::run(&args),
         Command::DerpMap(args) => derp_map::run(&args),
+        Command::Rooms(args) => rooms::run(&args),
+        Command::Send(args) => transfer::send(&args),
+        Command::Receive(args) => transfer::receive(&args),
+        Command::Switches(args) => switches::run(&args),
         Command::Uapi(args) => uapi::run(&args),
         Command::Wgkeys => uapi::print_keys(),
         Command::Flame(args) => flame::run(&args),

@@ -229,6 +229,7 @@ lab_unblock() { lab_in "$1" nft delete table inet block; }
 
 lab_clean() {
   local status=$?
+  set +e
   # Subshells inherit the trap; only the script itself cleans up.
   [ "$BASHPID" = "${LAB_OWNER:-}" ] || return $status
   trap - EXIT

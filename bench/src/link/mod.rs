@@ -22,6 +22,9 @@ use tun_rs::{DeviceBuilder, Layer, SyncDevice};
 /// Packets read from one device before the other gets its turn.
 const READS_PER_TURN_MAX: usize = 64;
 
+/// Packets that the kernel holds for us while we are busy; the bound that counts is the wire's own.
+const TX_QUEUE_LEN: u32 = 10_000;
+
 /// `link`: the wire and its two ends.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
@@ -137,6 +140,7 @@ fn open(end: &str, mtu: u16) -> anyhow::Result<SyncDevice> {
             .layer(Layer::L3)
             .mtu(mtu)
             .enable(true)
+            .tx_queue_len(TX_QUEUE_LEN)
             .build_sync()
             .with_context(|| format!("creating the TUN device {name}"))?;
         device.set_nonblocking(true)?;

@@ -11,6 +11,8 @@ mod story;
 mod svg;
 mod table;
 
+pub(crate) use story::ActOne;
+
 use crate::cell::{Cell, Kind};
 use crate::ping;
 use anyhow::Context;
@@ -69,7 +71,7 @@ pub(crate) struct Results {
     /// Name and version of this form.
     schema: &'static str,
     machine: Value,
-    act_one: Option<story::ActOne>,
+    act_one: Option<ActOne>,
     /// Medians over rounds.
     rows: Vec<Row>,
     /// What was aimed at, and what was reached.
@@ -175,7 +177,7 @@ impl Results {
                 cells.push(serde_json::from_str(line).context("a bad line in cells.jsonl")?);
             }
         }
-        let act_one = story::ActOne::read(directory)?;
+        let act_one = ActOne::read(directory)?;
         let rows = rows(&cells);
         let targets = targets(&rows, act_one.as_ref());
         Ok(Results {
@@ -305,7 +307,7 @@ fn best(
         .max_by(f64::total_cmp)
 }
 
-fn targets(rows: &[Row], act_one: Option<&story::ActOne>) -> Vec<Target> {
+fn targets(rows: &[Row], act_one: Option<&ActOne>) -> Vec<Target> {
     let mut targets = Vec::new();
     let tcp1 = |program, path| best(rows, program, path, |row| row.gbps(Kind::Tcp1));
     // The least cost, as the greatest of its negative.
