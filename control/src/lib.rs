@@ -11,6 +11,7 @@ pub mod derp;
 pub mod disco;
 pub mod driver;
 pub mod key;
+pub mod netcheck;
 pub mod netmap;
 pub mod noise;
 pub mod path;

@@ -1,0 +1,333 @@
+use rand::SeedableRng as _;
+
+use super::*;
+use crate::netmap::DerpRegion;
+use crate::path::test_clock::start;
+
+fn map(regions: u32) -> DerpMap {
+    let region = |id: u32| {
+        let node = DerpNode {
+            name: format!("{id}a"),
+            region_id: id,
+            host_name: format!("derp{id}.example.com"),
+            ipv4: format!("203.0.113.{id}"),
+            ipv6: "none".into(),
+            ..DerpNode::default()
+        };
+        let region = DerpRegion {
+            region_id: id,
+            nodes: vec![node],
+            ..DerpRegion::default()
+        };
+        (id, region)
+    };
+    DerpMap {
+        regions: (1..=regions).map(region).collect(),
+        ..DerpMap::default()
+    }
+}
+
+/// A network in which region `n` answers after `latency[n - 1]`, with a NAT whose port is `port`.
+struct Lab {
+    now: Instant,
+    check: Netcheck,
+    latency: Vec<Option<Duration>>,
+    /// The port that the server of a region sees.
+    port: fn(u8) -> u16,
+    answers: VecDeque<(Instant, Vec<u8>)>,
+    sent: Vec<(Instant, SocketAddr)>,
+    events: Vec<(Instant, Event)>,
+}
+
+impl Lab {
+    fn new(latency: &[Option<u64>], port: fn(u8) -> u16) -> Self {
+        let now = start();
+        let mut check = Netcheck::new(41641, true, false, StdRng::seed_from_u64(7));
+        let eth = Interface {
+            name: "eth0".into(),
+            addrs: vec!["192.168.1.2".parse().unwrap()],
+        };
+        check.set_interfaces(now, &[eth], "ringtail0", true);
+        let latency = latency
+            .iter()
+            .map(|ms| ms.map(Duration::from_millis))
+            .collect();
+        let mut lab = Self {
+            now,
+            check,
+            latency,
+            port,
+            answers: VecDeque::new(),
+            sent: Vec::new(),
+            events: Vec::new(),
+        };
+        lab.drain();
+        lab.events.clear();
+        lab
+    }
+
+    fn drain(&mut self) {
+        while let Some(transmit) = self.check.poll_transmit() {
+            self.sent.push((self.now, transmit.to));
+            let IpAddr::V4(ip) = transmit.to.ip() else {
+                panic!("the lab has no IPv6");
+            };
+            let region = ip.octets()[3];
+            if let Some(Some(latency)) = self.latency.get(usize::from(region) - 1) {
+                let seen = SocketAddr::from(([198, 51, 100, 7], (self.port)(region)));
+                let answer = stun::respond(&transmit.bytes, seen).unwrap();
+                self.answers
+                    .push_back((self.now + *latency, answer.as_ref().to_vec()));
+            }
+        }
+        while let Some(event) = self.check.poll_event() {
+            self.events.push((self.now, event));
+        }
+    }
+
+    fn run(&mut self, time: Duration) {
+        let end = self.now + time;
+        loop {
+            self.drain();
+            self.answers.make_contiguous().sort_by_key(|(at, _)| *at);
+            let answer = self.answers.front().map(|(at, _)| *at);
+            let timer = self.check.poll_timeout();
+            let Some(next) = [answer, timer]
+                .into_iter()
+                .flatten()
+                .min()
+                .filter(|at| *at <= end)
+            else {
+                self.now = end;
+                return;
+            };
+            self.now = next.max(self.now);
+            if answer == Some(next) {
+                let (_, bytes) = self.answers.pop_front().unwrap();
+                let _ = self.check.handle_datagram(self.now, &bytes);
+            } else {
+                self.check.handle_timeout(self.now);
+            }
+        }
+    }
+
+    fn reports(&self) -> Vec<(Instant, Report)> {
+        let report = |(at, event): &(Instant, Event)| match event {
+            Event::Report(report) => Some((*at, report.clone())),
+            Event::HttpsLatencyWanted(_) | Event::Endpoints(_) | Event::Home { .. } => None,
+        };
+        self.events.iter().filter_map(report).collect()
+    }
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn two_relays_give_a_home_the_mapping_and_endpoints() {
+    let mut lab = Lab::new(&[Some(30), Some(10)], |_| 5555);
+    let began = lab.now;
+    lab.check.set_derp_map(began, &map(2));
+    lab.run(SECOND);
+    let (at, report) = lab.reports().remove(0);
+    assert_eq!(at - began, Duration::from_millis(30));
+    assert!(report.full && report.udp && report.ipv4 && !report.ipv6);
+    assert_eq!(report.mapping_varies, Some(false));
+    assert_eq!(report.home, Some(RegionId(2)));
+    let public: SocketAddr = "198.51.100.7:5555".parse().unwrap();
+    assert_eq!(report.public_endpoints(), [public]);
+    // The first answer gives out the endpoints; nobody waits for the slower relay.
+    let first = lab.events.iter().find_map(|(at, event)| match event {
+        Event::Endpoints(endpoints) => Some((*at, endpoints.clone())),
+        Event::HttpsLatencyWanted(_) | Event::Report(_) | Event::Home { .. } => None,
+    });
+    let (at, endpoints) = first.unwrap();
+    assert_eq!(at - began, Duration::from_millis(10));
+    let addrs: Vec<SocketAddr> = endpoints.iter().map(|endpoint| endpoint.addr).collect();
+    assert_eq!(addrs, [public, "192.168.1.2:41641".parse().unwrap()]);
+}
+
+#[test]
+fn a_hard_nat_shows_and_its_second_mapping_is_noise() {
+    let mut lab = Lab::new(&[Some(10), Some(20), Some(30)], |region| {
+        6000 + u16::from(region)
+    });
+    lab.check.set_derp_map(lab.now, &map(3));
+    lab.run(SECOND);
+    let (_, report) = lab.reports().remove(0);
+    assert_eq!(report.mapping_varies, Some(true));
+    assert_eq!(
+        report.public_endpoints(),
+        ["198.51.100.7:6001".parse().unwrap()]
+    );
+    let Some((_, Event::Endpoints(endpoints))) = lab
+        .events
+        .iter()
+        .rev()
+        .find(|(_, event)| matches!(event, Event::Endpoints(_)))
+    else {
+        panic!("no endpoints");
+    };
+    // A fixed port may be forwarded statically: a guess worth a Ping.
+    let guess = OwnEndpoint {
+        addr: "198.51.100.7:41641".parse().unwrap(),
+        kind: EndpointKind::Stun4LocalPort,
+    };
+    assert!(endpoints.contains(&guess));
+}
+
+#[test]
+fn three_regions_are_enough_and_the_rest_gets_twice_the_slowest() {
+    let mut lab = Lab::new(&[Some(10), Some(20), Some(30), None], |_| 5555);
+    let began = lab.now;
+    lab.check.set_derp_map(began, &map(4));
+    lab.run(SECOND);
+    let (at, report) = lab.reports().remove(0);
+    assert_eq!(at - began, Duration::from_millis(30 + 2 * 30));
+    assert_eq!(report.latency.len(), 3);
+}
+
+#[test]
+fn a_dead_relay_costs_three_seconds_but_no_endpoints() {
+    let mut lab = Lab::new(&[Some(10), None], |_| 5555);
+    let began = lab.now;
+    lab.check.set_derp_map(began, &map(2));
+    lab.run(4 * SECOND);
+    assert_eq!(lab.reports()[0].0 - began, 3 * SECOND);
+    let tries: Vec<Duration> = lab
+        .sent
+        .iter()
+        .filter(|(_, to)| to.ip() == IpAddr::from([203, 0, 113, 2]))
+        .map(|(at, _)| *at - began)
+        .collect();
+    assert_eq!(tries, [0, 100, 200].map(Duration::from_millis));
+}
+
+#[test]
+fn without_udp_the_latencies_come_over_https() {
+    let mut lab = Lab::new(&[None, None], |_| 5555);
+    let began = lab.now;
+    lab.check.set_derp_map(began, &map(2));
+    lab.run(3 * SECOND);
+    let regions = vec![RegionId(1), RegionId(2)];
+    let wanted = (began + 3 * SECOND, Event::HttpsLatencyWanted(regions));
+    assert!(lab.events.contains(&wanted));
+    lab.check
+        .handle_https_latency(lab.now, RegionId(1), None, false);
+    let latency = Some(Duration::from_millis(40));
+    lab.check
+        .handle_https_latency(lab.now, RegionId(2), latency, false);
+    lab.drain();
+    let (_, report) = lab.reports().remove(0);
+    assert_eq!((report.udp, report.home), (false, Some(RegionId(2))));
+}
+
+#[test]
+fn https_is_waited_for_until_the_report_is_five_seconds_old_and_the_home_is_then_any() {
+    let mut lab = Lab::new(&[None, None], |_| 5555);
+    let began = lab.now;
+    lab.check.set_derp_map(began, &map(2));
+    lab.run(9 * SECOND);
+    let (at, report) = lab.reports().remove(0);
+    assert_eq!(at - began, 5 * SECOND);
+    assert!(report.latency.is_empty() && report.home.is_some());
+    assert_eq!(lab.check.home(), report.home);
+}
+
+#[test]
+fn checks_repeat_only_while_active_and_are_full_every_five_minutes() {
+    let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
+    lab.check.set_derp_map(lab.now, &map(2));
+    lab.run(120 * SECOND);
+    assert_eq!(lab.reports().len(), 1);
+    lab.check.set_active(lab.now, true);
+    lab.run(600 * SECOND);
+    let reports = lab.reports();
+    let gaps: Vec<Duration> = reports
+        .windows(2)
+        .skip(1)
+        .map(|w| w[1].0 - w[0].0)
+        .collect();
+    assert!(
+        gaps.len() > 20
+            && gaps
+                .iter()
+                .all(|gap| { (PERIOD_MIN..=PERIOD_MAX + SECOND).contains(gap) })
+    );
+    let full: Vec<Instant> = reports
+        .iter()
+        .filter(|(_, r)| r.full)
+        .map(|(at, _)| *at)
+        .collect();
+    assert_eq!(full.len(), 3);
+    assert!(full[1] - full[0] > FULL_REPORT_INTERVAL);
+}
+
+#[test]
+fn a_check_asked_for_during_a_check_follows_it() {
+    let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
+    lab.check.set_derp_map(lab.now, &map(2));
+    lab.check.start(lab.now, false);
+    lab.check.start(lab.now, false);
+    lab.run(SECOND);
+    let full: Vec<bool> = lab
+        .reports()
+        .iter()
+        .map(|(_, report)| report.full)
+        .collect();
+    assert_eq!(full, [true, false]);
+}
+
+#[test]
+fn a_home_that_is_down_is_left_at_once_unless_nobody_could_be_told() {
+    let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
+    lab.check.set_derp_map(lab.now, &map(2));
+    lab.run(SECOND);
+    assert_eq!(lab.check.home(), Some(RegionId(1)));
+    lab.check.set_control_up(false);
+    lab.check.handle_region_down(lab.now, RegionId(1));
+    assert_eq!(lab.check.home(), Some(RegionId(1)));
+    lab.check.set_control_up(true);
+    lab.check.handle_region_down(lab.now, RegionId(1));
+    assert_eq!(lab.check.home(), Some(RegionId(2)));
+}
+
+#[test]
+fn junk_is_dropped_by_name() {
+    let mut lab = Lab::new(&[Some(10)], |_| 5555);
+    lab.check.set_derp_map(lab.now, &map(1));
+    let sent = lab.check.poll_transmit().unwrap().bytes;
+    let from = |text: &str| stun::respond(&sent, text.parse().unwrap()).unwrap();
+    let loopback = from("127.0.0.1:9");
+    let now = lab.now;
+    let good = from("198.51.100.7:9");
+    for (bytes, drop) in [
+        (&b"junk"[..], Drop::NotStun),
+        (&sent, Drop::NotSuccess),
+        (&good.as_ref()[..30], Drop::Malformed),
+        (loopback.as_ref(), Drop::BadAddress),
+        (good.as_ref(), Drop::UnknownId),
+    ] {
+        assert_eq!(lab.check.handle_datagram(now, bytes), Err(drop));
+    }
+    let counted: Vec<u64> = lab.check.drops().map(|(_, count)| count).collect();
+    assert_eq!(counted, [1, 1, 1, 1, 1, 0, 0]);
+}
+
+#[test]
+fn names_left_to_dns_are_asked_for_and_the_last_good_answer_stays() {
+    let mut lab = Lab::new(&[Some(10)], |_| 5555);
+    let mut map = map(1);
+    map.regions.get_mut(&1).unwrap().nodes[0].ipv4.clear();
+    lab.check.set_derp_map(lab.now, &map);
+    assert_eq!(lab.check.names_to_resolve(), ["derp1.example.com"]);
+    assert!(lab.check.poll_transmit().is_none());
+    let ip = IpAddr::from([203, 0, 113, 1]);
+    lab.check.set_resolved("derp1.example.com", vec![ip]);
+    lab.check.set_resolved("derp1.example.com", vec![]);
+    lab.run(6 * SECOND);
+    lab.check.start(lab.now, false);
+    assert_eq!(
+        lab.check.poll_transmit().unwrap().to,
+        SocketAddr::new(ip, 3478)
+    );
+}
