@@ -8,12 +8,47 @@
 //! inbound    udp -> classify -> open -> filter -> coalesce -> tun
 //! control    Command in, at the start of a turn;  Event out, at its end
 //! ```
+//!
+//! [`Dataplane::start`] opens a multi-queue TUN device and one reuse-port group of UDP sockets per
+//! family, and starts one pinned thread per shard and one that reads handshake messages. Shards
+//! share nothing while packets flow. The control side talks to them through [`Dataplane`], whose
+//! methods never wait:
+//!
+//! ```no_run
+//! # use ringtail_dataplane::*;
+//! # fn f(config: Config, peers: Vec<PeerConfig>, decision: PathDecision) -> Result<(), StartError> {
+//! let dataplane = Dataplane::start(config)?;
+//! dataplane.set_peers(peers);
+//! dataplane.set_path(PeerId(0), decision);
+//! while let Some(event) = dataplane.poll_event() { /* … */ }
+//! # Ok(()) }
+//! ```
 
 pub mod channel;
 pub mod classify;
 pub mod coalesce;
+mod config;
+mod dataplane;
 pub mod filter;
+mod handshake;
+mod open;
 pub mod packet;
+mod peer;
+mod ring;
 pub mod route;
+mod seal;
+mod session;
+mod shard;
 pub mod stats;
+mod sys;
 pub mod tun;
+mod udp;
+
+pub use channel::{
+    Activity, Datagrams, Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix, RegionId,
+    RelayOut, Rule, Rules,
+};
+pub use config::{
+    Config, DriverChoice, DriverKind, Engine, MTU_MIN, Offloads, SHARDS_MAX, StartError,
+};
+pub use dataplane::{Dataplane, OffloadsInUse, Stats};

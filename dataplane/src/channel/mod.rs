@@ -1,5 +1,21 @@
-//! The boundary: what crosses it between the control thread and the shards.
+//! The boundary: what crosses it between the control thread, the handshake thread and the shards.
+//!
+//! Nobody ever waits for anybody here. Whole tables and rules go through cells that hold the
+//! newest only; path decisions through one slot per peer and a queue of ids; packets through
+//! lanes bounded in entries and bytes that drop their oldest, counted. A thread is woken through
+//! its event descriptor, and only if it sleeps.
 
+mod activity;
+mod lane;
+mod paths;
 mod types;
+mod wake;
 
+pub(crate) mod hub;
+
+pub(crate) use activity::{ActivityBlock, Arrived};
+pub(crate) use hub::Hub;
+pub(crate) use lane::{Lane, Load};
+pub(crate) use paths::PathSlots;
 pub use types::*;
+pub(crate) use wake::Wake;

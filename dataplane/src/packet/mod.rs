@@ -4,3 +4,6 @@ pub mod build;
 pub mod checksum;
 pub mod ecn;
 pub mod header;
+mod pool;
+
+pub(crate) use pool::{BUF_LEN, PacketBuf, Pool};

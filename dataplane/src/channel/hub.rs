@@ -1,0 +1,389 @@
+//! Everything the threads of one data plane share: inboxes towards the shards and the handshake
+//! thread, the outbox towards the control thread, and the activity lines.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use crossbeam::queue::ArrayQueue;
+
+use super::{
+    ActivityBlock, Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId,
+    RegionId, RelayOut, Wake,
+};
+use crate::filter::CompiledRules;
+use crate::ring::{TunRx, UdpRx};
+use crate::route;
+use crate::sys::EventFd;
+
+/// Batches that wait for the control thread at most, and their bytes.
+const RELAY_OUT_ENTRIES_MAX: usize = 1024;
+const RELAY_OUT_BYTES_MAX: usize = 4 << 20;
+/// Batches from relays that wait for a shard at most, and their bytes.
+const RELAY_IN_ENTRIES_MAX: usize = 1024;
+const RELAY_IN_BYTES_MAX: usize = 4 << 20;
+/// Events that wait for the control thread at most.
+const EVENTS_MAX: usize = 4096;
+/// Handshake messages that wait for a shard at most.
+const HANDSHAKES_MAX: usize = 256;
+/// Receive batches and TUN packets that wait for another shard at most.
+const HANDED_MAX: usize = 64;
+/// Requests for a handshake that wait for a shard at most.
+const ASKS_MAX: usize = 256;
+/// Datagrams for the control or handshake thread that reached a shard, waiting at most.
+const STRAYS_MAX: usize = 64;
+/// Emptied relay buffers kept for reuse.
+const SPARE_MAX: usize = 64;
+
+/// The peers and the routes to them, replaced whole.
+pub(crate) struct PeerTable {
+    pub(crate) peers: Vec<Arc<PeerConfig>>,
+    pub(crate) routes: route::Table,
+    /// The shard that owns each peer, by peer id.
+    owners: Vec<Option<u8>>,
+}
+
+impl PeerTable {
+    pub(crate) fn new(peers: Vec<PeerConfig>, shards: usize) -> PeerTable {
+        let mut owners = Vec::new();
+        for peer in &peers {
+            let at = peer.id.0 as usize;
+            if at >= PEERS_MAX {
+                tracing::error!(peer = peer.id.0, "peer id out of range: not used");
+                continue;
+            }
+            if owners.len() <= at {
+                owners.resize(at + 1, None);
+            }
+            owners[at] = Some(owner_of(&peer.public_key, shards));
+        }
+        let routes = route::Table::from_peers(
+            peers
+                .iter()
+                .map(|peer| (peer.id, peer.allowed_ips.as_slice())),
+        );
+        PeerTable {
+            peers: peers.into_iter().map(Arc::new).collect(),
+            routes,
+            owners,
+        }
+    }
+
+    /// The shard that owns a peer.
+    pub(crate) fn owner(&self, peer: PeerId) -> Option<u8> {
+        self.owners.get(peer.0 as usize).copied().flatten()
+    }
+}
+
+/// Sealed datagrams that came by relay.
+#[derive(Debug)]
+pub(crate) struct RelayIn {
+    pub(crate) peer: PeerId,
+    pub(crate) region: RegionId,
+    pub(crate) datagrams: Datagrams,
+}
+
+impl Load for RelayIn {
+    fn bytes(&self) -> usize {
+        self.datagrams.bytes.len()
+    }
+    fn packets(&self) -> usize {
+        self.datagrams.lens.len()
+    }
+}
+
+impl Load for RelayOut {
+    fn bytes(&self) -> usize {
+        self.datagrams.bytes.len()
+    }
+    fn packets(&self) -> usize {
+        self.datagrams.lens.len()
+    }
+}
+
+/// Longest handshake message: an initiation (WireGuard paper §5.4.2), in bytes.
+pub(crate) const HANDSHAKE_LEN_MAX: usize = 148;
+
+/// A handshake message that passed the handshake thread.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct HandshakeMessage {
+    /// The peer, where the message names it (an initiation); else the receiver index does.
+    pub(crate) peer: Option<PeerId>,
+    pub(crate) from: SocketAddr,
+    bytes: [u8; HANDSHAKE_LEN_MAX],
+    len: usize,
+}
+
+impl HandshakeMessage {
+    /// Copies a message; `None` if it is longer than any can be.
+    pub(crate) fn new(
+        peer: Option<PeerId>,
+        from: SocketAddr,
+        message: &[u8],
+    ) -> Option<HandshakeMessage> {
+        let mut bytes = [0; HANDSHAKE_LEN_MAX];
+        bytes.get_mut(..message.len())?.copy_from_slice(message);
+        Some(HandshakeMessage {
+            peer,
+            from,
+            bytes,
+            len: message.len(),
+        })
+    }
+
+    /// The message.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+/// What one shard hands to another, whole and once.
+pub(crate) enum Handed {
+    /// A GRO batch with datagrams of the other's sessions.
+    Udp(UdpRx),
+    /// A packet or super-packet from the TUN for a peer of the other.
+    Tun(TunRx),
+}
+
+/// What waits for one shard.
+pub(crate) struct Inbox {
+    pub(crate) wake: Wake,
+    pub(crate) peers: ArrayQueue<Arc<PeerTable>>,
+    pub(crate) rules: ArrayQueue<Arc<CompiledRules>>,
+    pub(crate) paths: PathSlots,
+    pub(crate) asks: ArrayQueue<PeerId>,
+    pub(crate) handshakes: ArrayQueue<HandshakeMessage>,
+    pub(crate) relay: Lane<RelayIn>,
+    pub(crate) handed: ArrayQueue<Handed>,
+}
+
+impl Inbox {
+    fn new() -> io::Result<Inbox> {
+        Ok(Inbox {
+            wake: Wake::new()?,
+            peers: ArrayQueue::new(1),
+            rules: ArrayQueue::new(1),
+            paths: PathSlots::new(),
+            asks: ArrayQueue::new(ASKS_MAX),
+            handshakes: ArrayQueue::new(HANDSHAKES_MAX),
+            relay: Lane::new(RELAY_IN_ENTRIES_MAX, RELAY_IN_BYTES_MAX),
+            handed: ArrayQueue::new(HANDED_MAX),
+        })
+    }
+
+    /// True if the shard may sleep.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.handed.is_empty()
+            && self.relay.is_empty()
+            && self.handshakes.is_empty()
+            && self.paths.is_empty()
+            && self.peers.is_empty()
+            && self.rules.is_empty()
+            && self.asks.is_empty()
+    }
+}
+
+/// What waits for the control thread. Its descriptor is readable when something does.
+pub(crate) struct Outbox {
+    events: ArrayQueue<Event>,
+    events_lost: AtomicU64,
+    relay: Lane<RelayOut>,
+    spare: ArrayQueue<Datagrams>,
+    strays: ArrayQueue<(SocketAddr, Vec<u8>)>,
+    event: EventFd,
+    signalled: AtomicBool,
+}
+
+impl Outbox {
+    fn new() -> io::Result<Outbox> {
+        Ok(Outbox {
+            events: ArrayQueue::new(EVENTS_MAX),
+            events_lost: AtomicU64::new(0),
+            relay: Lane::new(RELAY_OUT_ENTRIES_MAX, RELAY_OUT_BYTES_MAX),
+            spare: ArrayQueue::new(SPARE_MAX),
+            strays: ArrayQueue::new(STRAYS_MAX),
+            event: EventFd::new()?,
+            signalled: AtomicBool::new(false),
+        })
+    }
+
+    pub(crate) fn event(&self, event: Event) {
+        if self.events.push(event).is_err() {
+            self.events_lost.fetch_add(1, Ordering::Relaxed);
+        }
+        self.signal();
+    }
+
+    pub(crate) fn relay(&self, out: RelayOut) {
+        self.relay.push(out);
+        self.signal();
+    }
+
+    /// Passes on a datagram for the control thread that reached a shard; false if there is no room.
+    pub(crate) fn stray(&self, from: SocketAddr, datagram: &[u8]) -> bool {
+        let pushed = self.strays.push((from, datagram.to_vec())).is_ok();
+        self.signal();
+        pushed
+    }
+
+    /// An empty buffer for [`Outbox::relay`], a used one if there is any.
+    pub(crate) fn buffer(&self) -> Datagrams {
+        self.spare.pop().unwrap_or_default()
+    }
+
+    /// Takes a buffer back.
+    pub(crate) fn recycle(&self, mut datagrams: Datagrams) {
+        datagrams.bytes.clear();
+        datagrams.lens.clear();
+        // A full store means enough are at hand: this one is freed.
+        drop(self.spare.push(datagrams));
+    }
+
+    fn signal(&self) {
+        if !self.signalled.swap(true, Ordering::SeqCst) {
+            self.event.signal();
+        }
+    }
+
+    /// Pops from either queue; when it is empty, makes the descriptor unreadable and looks again,
+    /// so that what came in between is not left behind a silent descriptor.
+    fn poll<T>(&self, pop: impl Fn() -> Option<T>) -> Option<T> {
+        if let Some(found) = pop() {
+            return Some(found);
+        }
+        if self.signalled.load(Ordering::Relaxed) {
+            self.event.clear();
+            self.signalled.store(false, Ordering::SeqCst);
+            if !self.events.is_empty() || !self.relay.is_empty() || !self.strays.is_empty() {
+                self.signal();
+            }
+        }
+        pop()
+    }
+
+    pub(crate) fn poll_event(&self) -> Option<Event> {
+        self.poll(|| self.events.pop())
+    }
+
+    pub(crate) fn poll_relay(&self) -> Option<RelayOut> {
+        self.poll(|| self.relay.pop())
+    }
+
+    pub(crate) fn poll_stray(&self) -> Option<(SocketAddr, Vec<u8>)> {
+        self.poll(|| self.strays.pop())
+    }
+
+    pub(crate) fn events_lost(&self) -> u64 {
+        self.events_lost.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn relay_dropped(&self) -> u64 {
+        self.relay.dropped()
+    }
+}
+
+impl AsFd for Outbox {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
+    }
+}
+
+/// What all threads share.
+pub(crate) struct Hub {
+    pub(crate) epoch: Instant,
+    pub(crate) stop: AtomicBool,
+    pub(crate) inboxes: Box<[Inbox]>,
+    /// For the handshake thread: its bell and the newest peers.
+    pub(crate) handshake_wake: EventFd,
+    pub(crate) handshake_peers: ArrayQueue<Arc<PeerTable>>,
+    /// Handshake messages that reached a shard instead.
+    pub(crate) handshake_strays: ArrayQueue<HandshakeMessage>,
+    pub(crate) outbox: Outbox,
+    pub(crate) activity: Box<[ActivityBlock]>,
+}
+
+impl Hub {
+    pub(crate) fn new(epoch: Instant, shards: usize) -> io::Result<Hub> {
+        Ok(Hub {
+            epoch,
+            stop: AtomicBool::new(false),
+            inboxes: (0..shards)
+                .map(|_| Inbox::new())
+                .collect::<io::Result<_>>()?,
+            handshake_wake: EventFd::new()?,
+            handshake_peers: ArrayQueue::new(1),
+            handshake_strays: ArrayQueue::new(STRAYS_MAX),
+            outbox: Outbox::new()?,
+            activity: (0..PEERS_MAX).map(|_| ActivityBlock::default()).collect(),
+        })
+    }
+
+    /// Asks every thread to end.
+    pub(crate) fn stop(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        self.handshake_wake.signal();
+        for inbox in &self.inboxes {
+            inbox.wake.ring();
+        }
+    }
+
+    pub(crate) fn stopping(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+}
+
+/// Returns the shard that owns a peer: a hash of its key, for as long as the key lives.
+///
+/// Keys are uniform already; folding all of the key keeps a peer from choosing its shard cheaply.
+pub(crate) fn owner_of(public_key: &[u8; 32], shards: usize) -> u8 {
+    let mut hash = 0xcbf2_9ce4_8422_2325u64;
+    for byte in public_key {
+        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+    }
+    let shards = shards as u64;
+    u8::try_from((hash >> 32) % shards).expect("SHARDS_MAX is below 256")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_spread_over_the_shards() {
+        let mut counts = [0u32; 4];
+        for i in 0..4000u32 {
+            let mut key = [0u8; 32];
+            key[..4].copy_from_slice(&i.to_le_bytes());
+            counts[usize::from(owner_of(&key, 4))] += 1;
+        }
+        assert!(counts.iter().all(|&n| n > 800), "{counts:?}");
+    }
+
+    #[test]
+    fn the_outbox_stays_readable_until_both_queues_are_empty() {
+        let outbox = Outbox::new().unwrap();
+        outbox.event(Event::TunGone);
+        outbox.relay(RelayOut {
+            peer: PeerId(1),
+            region: RegionId(2),
+            datagrams: Datagrams {
+                bytes: vec![1, 2],
+                lens: vec![2],
+            },
+        });
+        assert_eq!(outbox.poll_event(), Some(Event::TunGone));
+        assert_eq!(outbox.poll_event(), None);
+        assert!(
+            outbox.signalled.load(Ordering::SeqCst),
+            "the relay lane has one"
+        );
+        assert!(outbox.poll_relay().is_some());
+        assert!(outbox.poll_relay().is_none());
+        assert!(!outbox.signalled.load(Ordering::SeqCst));
+    }
+}

@@ -1,0 +1,148 @@
+//! What a data plane is started with, and why a start can fail.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+
+use zeroize::Zeroizing;
+
+/// Everything that is fixed for the life of a data plane.
+#[derive(Clone)]
+pub struct Config {
+    /// Name of the TUN interface, at most 15 bytes; `%d` is replaced by a number.
+    pub tun_name: String,
+    /// Largest inner packet in bytes: sealing pads no further. The caller sets the interface's MTU.
+    pub mtu: u16,
+    /// Shards, each with a thread, a TUN queue and UDP sockets: 1 to [`SHARDS_MAX`].
+    pub shards: usize,
+    /// Pin shard `i` to the `i`-th CPU of the inherited affinity mask.
+    pub pin: bool,
+    /// How shards wait for and receive packets.
+    pub driver: DriverChoice,
+    /// Which offloads to use where the kernel has them.
+    pub offloads: Offloads,
+    /// UDP port of both families; 0 for any free one.
+    pub listen_port: u16,
+    /// `SO_MARK` on every underlay socket, unless 0.
+    pub fwmark: u32,
+    /// Own WireGuard private key (Curve25519, 32 bytes).
+    pub private_key: Zeroizing<[u8; 32]>,
+    /// Which implementation of the WireGuard transport seals and opens.
+    pub engine: Engine,
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config")
+            .field("tun_name", &self.tun_name)
+            .field("mtu", &self.mtu)
+            .field("shards", &self.shards)
+            .field("pin", &self.pin)
+            .field("driver", &self.driver)
+            .field("offloads", &self.offloads)
+            .field("listen_port", &self.listen_port)
+            .field("fwmark", &self.fwmark)
+            .field("engine", &self.engine)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Shards a data plane has at most: the owner is named by eight bits of the receiver index.
+pub const SHARDS_MAX: usize = 64;
+
+/// Inner MTU a data plane accepts at least: what IPv4 demands of every host.
+pub const MTU_MIN: u16 = 576;
+
+/// Which driver to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DriverChoice {
+    /// io_uring where the kernel allows it and has what we need (6.7), else epoll.
+    #[default]
+    Auto,
+    /// io_uring, or fail.
+    IoUring,
+    /// epoll, whatever the kernel has.
+    Epoll,
+}
+
+/// Which driver is in use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DriverKind {
+    /// Multishot receives into provided buffers.
+    IoUring,
+    /// Readiness, then reads until nothing is left.
+    Epoll,
+}
+
+impl DriverKind {
+    /// Returns the name people write: `io_uring` or `epoll`.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            DriverKind::IoUring => "io_uring",
+            DriverKind::Epoll => "epoll",
+        }
+    }
+}
+
+/// Offloads by edge. All are probed at start and switched off, with one log line, where the kernel
+/// refuses them; `false` does not even try.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offloads {
+    /// TSO and USO super-packets from and to the TUN.
+    pub tun: bool,
+    /// `UDP_SEGMENT`: many datagrams in one send.
+    pub gso: bool,
+    /// `UDP_GRO`: many datagrams in one receive.
+    pub gro: bool,
+}
+
+impl Default for Offloads {
+    fn default() -> Offloads {
+        Offloads {
+            tun: true,
+            gso: true,
+            gro: true,
+        }
+    }
+}
+
+/// Implementation of the WireGuard transport.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Engine {
+    /// boringtun 0.7's `Tunn`: one peer is one shard's work in both directions.
+    #[default]
+    Boringtun,
+}
+
+/// Why a data plane could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A value in [`Config`] is out of range.
+    #[error("configuration: {0}")]
+    Config(&'static str),
+    /// The TUN device could not be opened.
+    #[error(
+        "cannot open the TUN device {name}: {source} (is /dev/net/tun there, and do we have CAP_NET_ADMIN?)"
+    )]
+    Tun {
+        /// Interface asked for.
+        name: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The UDP sockets could not be opened or set up.
+    #[error("cannot open UDP port {port}: {source}")]
+    Udp {
+        /// Port asked for; 0 was "any".
+        port: u16,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// io_uring was demanded and is not usable.
+    #[error("io_uring is not usable here: {0}")]
+    IoUring(String),
+    /// A thread, an eventfd or an epoll instance could not be made.
+    #[error("cannot start the shards: {0}")]
+    Threads(#[source] io::Error),
+}

@@ -1,0 +1,214 @@
+//! The thread that reads handshake messages, so that a flood of them fills one socket's buffer and
+//! nothing else.
+//!
+//! Cheap checks come first: form, MAC1 (a keyed hash that proves the sender knows our public key),
+//! and above a rate of messages per second a cookie that proves its address (WireGuard paper §5.3,
+//! §5.4.7). Only then one Diffie-Hellman computation says who made an initiation. The owner shard
+//! gets what passes, and does the rest.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use boringtun::noise::handshake::parse_handshake_anon;
+use boringtun::noise::rate_limiter::RateLimiter;
+use boringtun::noise::{Packet, TunnResult};
+use boringtun::x25519::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
+
+use crate::channel::hub::{HandshakeMessage, PeerTable};
+use crate::channel::{Hub, PeerId};
+use crate::classify::{COOKIE_LEN, Class, classify};
+use crate::stats::{Counters, DropReason, Meter, Published};
+use crate::sys::socket::{receive, send, wait_readable};
+use crate::udp::Sockets;
+
+/// Messages a second above which senders must prove their address by a cookie.
+const MESSAGES_PER_SECOND_MAX: u64 = 200;
+/// Messages read from one socket before the other gets its turn.
+const BURST_MAX: usize = 32;
+/// The rate limiter counts per second, and is told of time by us.
+const SECOND_MS: i32 = 1000;
+/// Longest datagram read; a handshake message has 148 bytes, and longer ones only need to be seen
+/// to be too long.
+const DATAGRAM_LEN_MAX: usize = 256;
+
+/// The body of the thread; ends when the hub stops.
+pub(crate) fn run(
+    hub: &Hub,
+    sockets: &Sockets,
+    private_key: &Zeroizing<[u8; 32]>,
+    published: &Published,
+) {
+    let mut gate = Gate::new(private_key);
+    let mut fds = vec![
+        hub.handshake_wake.as_fd().as_raw_fd(),
+        sockets.v4.as_raw_fd(),
+    ];
+    fds.extend(sockets.v6.as_ref().map(AsRawFd::as_raw_fd));
+    while !hub.stopping() {
+        wait_readable(&fds, SECOND_MS);
+        hub.handshake_wake.clear();
+        gate.limiter.reset_count();
+        if let Some(table) = hub.handshake_peers.pop() {
+            gate.set_peers(&table);
+        }
+        while let Some(stray) = hub.handshake_strays.pop() {
+            gate.handle(
+                hub,
+                stray.from,
+                stray.bytes(),
+                reply_socket(sockets, stray.from),
+            );
+        }
+        for socket in [Some(&sockets.v4), sockets.v6.as_ref()]
+            .into_iter()
+            .flatten()
+        {
+            gate.drain(hub, socket);
+        }
+        published.publish(&gate.counters);
+    }
+}
+
+fn reply_socket(sockets: &Sockets, to: SocketAddr) -> Option<&UdpSocket> {
+    if to.is_ipv4() {
+        Some(&sockets.v4)
+    } else {
+        sockets.v6.as_ref()
+    }
+}
+
+/// What a message must pass.
+struct Gate {
+    private: StaticSecret,
+    public: PublicKey,
+    limiter: RateLimiter,
+    /// Peers by public key, with their owner shards.
+    peers: HashMap<[u8; 32], (PeerId, u8)>,
+    counters: Counters,
+}
+
+/// Where a message goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Passed {
+    /// Known for an initiation.
+    peer: Option<PeerId>,
+    shard: u8,
+}
+
+impl Gate {
+    fn new(private_key: &Zeroizing<[u8; 32]>) -> Gate {
+        let private = StaticSecret::from(**private_key);
+        let public = PublicKey::from(&private);
+        Gate {
+            limiter: RateLimiter::new(&public, MESSAGES_PER_SECOND_MAX),
+            private,
+            public,
+            peers: HashMap::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    fn set_peers(&mut self, table: &Arc<PeerTable>) {
+        self.peers = table
+            .peers
+            .iter()
+            .filter_map(|peer| Some((peer.public_key, (peer.id, table.owner(peer.id)?))))
+            .collect();
+    }
+
+    fn drain(&mut self, hub: &Hub, socket: &UdpSocket) {
+        let mut bytes = [0; DATAGRAM_LEN_MAX];
+        for _ in 0..BURST_MAX {
+            // An error is one the socket has kept for us; there is nothing to read then.
+            let Ok(Some(received)) = receive(socket.as_fd(), &mut bytes) else {
+                return;
+            };
+            self.counters.add(Meter::UdpReceives, 1);
+            self.counters.add(Meter::UdpPacketsIn, 1);
+            self.counters.add(Meter::UdpBytesIn, received.len as u64);
+            self.handle(hub, received.from, &bytes[..received.len], Some(socket));
+        }
+    }
+
+    fn handle(&mut self, hub: &Hub, from: SocketAddr, message: &[u8], socket: Option<&UdpSocket>) {
+        let mut reply = [0; COOKIE_LEN];
+        match self.check(from.ip(), message, &mut reply) {
+            Ok(passed) => {
+                let queued =
+                    HandshakeMessage::new(passed.peer, from, message).and_then(|message| {
+                        let inbox = hub.inboxes.get(usize::from(passed.shard))?;
+                        inbox.handshakes.push(message).ok()?;
+                        inbox.wake.ring();
+                        Some(())
+                    });
+                if queued.is_none() {
+                    self.counters.drop_one(DropReason::StrayFull);
+                }
+            }
+            Err(Refused::Dropped(reason)) => self.counters.drop_one(reason),
+            Err(Refused::NeedsCookie(len)) => {
+                self.counters.drop_one(DropReason::HandshakeLimited);
+                let sent = socket.map(|socket| send(socket.as_fd(), from, &reply[..len], None, 0));
+                if sent == Some(Ok(())) {
+                    self.counters.add(Meter::UdpSends, 1);
+                    self.counters.add(Meter::UdpPacketsOut, 1);
+                    self.counters.add(Meter::UdpBytesOut, len as u64);
+                }
+            }
+        }
+    }
+
+    fn check(&mut self, from: IpAddr, message: &[u8], reply: &mut [u8]) -> Result<Passed, Refused> {
+        match classify(message) {
+            Class::Handshake => {}
+            Class::Invalid(reason) => return Err(Refused::Dropped(reason)),
+            Class::Data(_) | Class::Disco | Class::Stun => {
+                return Err(Refused::Dropped(DropReason::UnknownMessage));
+            }
+        }
+        let invalid = Refused::Dropped(DropReason::HandshakeInvalid);
+        let packet = match self.limiter.verify_packet(Some(from), message, reply) {
+            Ok(packet) => packet,
+            Err(TunnResult::WriteToNetwork(cookie)) => {
+                return Err(Refused::NeedsCookie(cookie.len()));
+            }
+            Err(_) => return Err(invalid),
+        };
+        match packet {
+            Packet::HandshakeInit(initiation) => {
+                let half = parse_handshake_anon(&self.private, &self.public, &initiation);
+                let Ok(half) = half else { return Err(invalid) };
+                let known = self.peers.get(&half.peer_static_public);
+                known.map_or(Err(invalid), |&(peer, shard)| {
+                    Ok(Passed {
+                        peer: Some(peer),
+                        shard,
+                    })
+                })
+            }
+            // Bits 8 to 15 of the receiver index name the shard.
+            Packet::HandshakeResponse(response) => {
+                let shard = response.receiver_idx.to_le_bytes()[1];
+                Ok(Passed { peer: None, shard })
+            }
+            Packet::PacketCookieReply(cookie) => {
+                let shard = cookie.receiver_idx.to_le_bytes()[1];
+                Ok(Passed { peer: None, shard })
+            }
+            Packet::PacketData(_) => Err(invalid),
+        }
+    }
+}
+
+/// Why a message goes no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refused {
+    Dropped(DropReason),
+    /// The first so many bytes of the reply buffer are a cookie for the sender.
+    NeedsCookie(usize),
+}

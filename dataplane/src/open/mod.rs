@@ -1,0 +1,118 @@
+//! Takes receive batches apart: runs of datagrams that belong to one session, to be opened
+//! together, and what the rest is.
+
+#![forbid(unsafe_code)]
+
+use crate::classify::{Class, classify, owner_shard};
+use crate::stats::DropReason;
+
+/// Datagrams of a receive batch that are next to each other and of one kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Run<'a> {
+    /// Data for one of our receiver indexes; the bytes of all its datagrams.
+    Data(u32, &'a [u8]),
+    /// One handshake message.
+    Handshake(&'a [u8]),
+    /// One DISCO or STUN message.
+    Control(&'a [u8]),
+    /// One data message of a session that another shard owns.
+    Foreign(u8),
+    /// One datagram to drop.
+    Invalid(DropReason),
+}
+
+/// Splits a batch (datagrams of `stride` bytes, the last may be shorter; 0 means one datagram) into
+/// runs, in order.
+pub(crate) fn runs<'a>(bytes: &'a [u8], stride: usize, shard: u8, mut each: impl FnMut(Run<'a>)) {
+    let stride = if stride == 0 {
+        bytes.len().max(1)
+    } else {
+        stride
+    };
+    let mut open: Option<(u32, usize)> = None;
+    let mut at = 0;
+    loop {
+        let end = (at + stride).min(bytes.len());
+        let datagram = &bytes[at..end];
+        let class = classify(datagram);
+        if let Some((index, start)) = open
+            && class != Class::Data(index)
+        {
+            each(Run::Data(index, &bytes[start..at]));
+            open = None;
+        }
+        match class {
+            Class::Data(index) if owner_shard(index) == shard => {
+                open.get_or_insert((index, at));
+            }
+            Class::Data(index) => each(Run::Foreign(owner_shard(index))),
+            Class::Handshake => each(Run::Handshake(datagram)),
+            Class::Disco | Class::Stun => each(Run::Control(datagram)),
+            Class::Invalid(reason) => each(Run::Invalid(reason)),
+        }
+        at = end;
+        if at == bytes.len() {
+            break;
+        }
+    }
+    if let Some((index, start)) = open {
+        each(Run::Data(index, &bytes[start..]));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn data(index: u32) -> Vec<u8> {
+        let mut datagram = vec![4, 0, 0, 0];
+        datagram.extend(index.to_le_bytes());
+        datagram.resize(40, 7);
+        datagram
+    }
+
+    fn collect(bytes: &[u8], stride: usize) -> Vec<(&'static str, usize)> {
+        let mut all = Vec::new();
+        runs(bytes, stride, 1, |run| {
+            all.push(match run {
+                Run::Data(_, bytes) => ("data", bytes.len()),
+                Run::Handshake(_) => ("handshake", 1),
+                Run::Control(_) => ("control", 1),
+                Run::Foreign(shard) => ("foreign", usize::from(shard)),
+                Run::Invalid(_) => ("invalid", 1),
+            });
+        });
+        all
+    }
+
+    #[test]
+    fn datagrams_of_one_session_form_one_run() {
+        let mut bytes = [data(0x0102), data(0x0102), data(0x0103)].concat();
+        assert_eq!(collect(&bytes, 40), [("data", 80), ("data", 40)]);
+        bytes.truncate(113);
+        assert_eq!(collect(&bytes, 40), [("data", 80), ("data", 33)]);
+        bytes.truncate(100);
+        assert_eq!(collect(&bytes, 40), [("data", 80), ("invalid", 1)]);
+    }
+
+    #[test]
+    fn what_is_not_ours_is_told_apart() {
+        let mut disco = b"TS\xf0\x9f\x92\xac".to_vec();
+        disco.resize(40, 0);
+        let bytes = [data(0x0101), data(0x0301), data(0x0101), disco].concat();
+        assert_eq!(
+            collect(&bytes, 40),
+            [("data", 40), ("foreign", 3), ("data", 40), ("control", 1)]
+        );
+        let mut initiation = vec![1, 0, 0, 0];
+        initiation.resize(148, 0);
+        assert_eq!(collect(&initiation, 0), [("handshake", 1)]);
+    }
+
+    #[test]
+    fn garbage_of_any_length_is_one_invalid_datagram() {
+        for len in 0..64 {
+            assert_eq!(collect(&vec![0xee; len], 0), [("invalid", 1)]);
+        }
+    }
+}

@@ -1,0 +1,231 @@
+//! The peers a shard owns: session, path, packets that wait, and how to find them by receiver
+//! index.
+//!
+//! A receiver index has 32 bits: 16 random ones that name a slot of this table, 8 that name the
+//! shard, and 8 that boringtun counts up per handshake. So an index is looked up with one load, and
+//! says nothing about the peer to whoever guesses.
+
+#![forbid(unsafe_code)]
+
+mod path;
+mod waiting;
+
+use std::sync::Arc;
+
+pub(crate) use path::{Kind, Path, Source};
+use waiting::Waiting;
+
+use crate::channel::{PEERS_MAX, PeerConfig, PeerId};
+use crate::session::{Engine, Session};
+
+/// Slots of the index table: the upper 16 bits of a receiver index.
+const SLOTS: usize = 1 << 16;
+/// No peer has this slot.
+const FREE: u16 = u16::MAX;
+const _: () = assert!(PEERS_MAX < FREE as usize);
+
+/// One peer that this shard owns.
+pub(crate) struct Peer {
+    pub(crate) id: PeerId,
+    pub(crate) config: Arc<PeerConfig>,
+    /// Made when first needed: it costs a Diffie-Hellman computation.
+    session: Option<Session>,
+    slot: u16,
+    pub(crate) path: Path,
+    pub(crate) waiting: Waiting,
+    /// In the list of those that are ticked.
+    ticking: bool,
+}
+
+/// The table.
+pub(crate) struct Peers {
+    shard: u8,
+    by_id: Vec<Option<Box<Peer>>>,
+    by_slot: Box<[u16]>,
+    ticking: Vec<PeerId>,
+    /// Where the round of ticks stands; `None` between rounds.
+    tick_at: Option<usize>,
+}
+
+impl Peers {
+    pub(crate) fn new(shard: u8) -> Peers {
+        Peers {
+            shard,
+            by_id: Vec::new(),
+            by_slot: vec![FREE; SLOTS].into(),
+            ticking: Vec::new(),
+            tick_at: None,
+        }
+    }
+
+    /// The peer, if this shard owns it.
+    pub(crate) fn get(&mut self, id: PeerId) -> Option<&mut Peer> {
+        self.by_id.get_mut(id.0 as usize)?.as_deref_mut()
+    }
+
+    /// The peer whose session has the receiver index.
+    pub(crate) fn by_index(&mut self, receiver_index: u32) -> Option<&mut Peer> {
+        let id = self.by_slot[(receiver_index >> 16) as usize];
+        self.by_id.get_mut(usize::from(id))?.as_deref_mut()
+    }
+
+    /// Takes over a new table of the peers this shard owns. Peers whose keys are the same keep
+    /// their sessions and paths. Returns those that are new or had another holder, and how many
+    /// packets waited for peers that are gone.
+    pub(crate) fn replace(
+        &mut self,
+        configs: impl Iterator<Item = Arc<PeerConfig>>,
+    ) -> (Vec<PeerId>, u64) {
+        let mut old = std::mem::take(&mut self.by_id);
+        let mut fresh = Vec::new();
+        let mut dropped = 0;
+        for config in configs {
+            let at = config.id.0 as usize;
+            if at >= PEERS_MAX {
+                continue;
+            }
+            if self.by_id.len() <= at {
+                self.by_id.resize_with(at + 1, || None);
+            }
+            let kept = old.get_mut(at).and_then(Option::take).and_then(|mut peer| {
+                if same_session(&peer.config, &config) {
+                    return Some(peer);
+                }
+                self.by_slot[usize::from(peer.slot)] = FREE;
+                dropped += peer.waiting.clear();
+                None
+            });
+            self.by_id[at] = Some(match kept {
+                Some(mut peer) => {
+                    peer.config = config;
+                    peer
+                }
+                None => {
+                    fresh.push(config.id);
+                    let slot = self.claim_slot(config.id);
+                    Box::new(Peer::new(config, slot))
+                }
+            });
+        }
+        for mut gone in old.into_iter().flatten() {
+            self.by_slot[usize::from(gone.slot)] = FREE;
+            dropped += gone.waiting.clear();
+        }
+        let by_id = &self.by_id;
+        self.ticking.retain(|id| {
+            by_id
+                .get(id.0 as usize)
+                .is_some_and(|peer| peer.as_ref().is_some_and(|peer| peer.ticking))
+        });
+        self.tick_at = None;
+        (fresh, dropped)
+    }
+
+    fn claim_slot(&mut self, id: PeerId) -> u16 {
+        // Fewer peers than slots: a free one is near.
+        let mut slot: u16 = rand::random();
+        while self.by_slot[usize::from(slot)] != FREE {
+            slot = slot.wrapping_add(1);
+        }
+        self.by_slot[usize::from(slot)] = u16::try_from(id.0).expect("below PEERS_MAX");
+        slot
+    }
+
+    /// The peer with a session, made if it has none, and ticked from now on.
+    pub(crate) fn wake(&mut self, id: PeerId, engine: &Engine) -> Option<&mut Peer> {
+        let shard = self.shard;
+        let peer = self.by_id.get_mut(id.0 as usize)?.as_deref_mut()?;
+        if peer.session.is_none() {
+            let index = (u32::from(peer.slot) << 8) | u32::from(shard);
+            peer.session = Some(engine.session(
+                &peer.config.public_key,
+                peer.config.preshared_key.as_ref().map(|key| **key),
+                peer.config.persistent_keepalive,
+                index,
+            ));
+        }
+        if !peer.ticking {
+            peer.ticking = true;
+            self.ticking.push(id);
+        }
+        Some(peer)
+    }
+
+    /// True while some peer wants ticks.
+    pub(crate) fn wants_ticks(&self) -> bool {
+        !self.ticking.is_empty()
+    }
+
+    /// Starts a round of ticks.
+    pub(crate) fn start_round(&mut self) {
+        self.tick_at = Some(0);
+    }
+
+    /// True while a round is not finished.
+    pub(crate) fn in_round(&self) -> bool {
+        self.tick_at.is_some()
+    }
+
+    /// Calls `tick` for up to `max` peers of the round; those for which it returns false want no
+    /// more ticks.
+    pub(crate) fn tick(&mut self, max: usize, mut tick: impl FnMut(&mut Peer) -> bool) {
+        let Some(mut at) = self.tick_at else { return };
+        for _ in 0..max {
+            let Some(&id) = self.ticking.get(at) else {
+                self.tick_at = None;
+                return;
+            };
+            let peer = self
+                .by_id
+                .get_mut(id.0 as usize)
+                .and_then(Option::as_deref_mut);
+            let goes_on = peer.is_some_and(|peer| {
+                let goes_on = tick(peer);
+                peer.ticking = goes_on;
+                goes_on
+            });
+            if goes_on {
+                at += 1;
+            } else {
+                self.ticking.swap_remove(at);
+            }
+        }
+        self.tick_at = Some(at);
+    }
+}
+
+/// True if a session of one goes on under the other.
+fn same_session(a: &PeerConfig, b: &PeerConfig) -> bool {
+    a.public_key == b.public_key
+        && a.preshared_key == b.preshared_key
+        && a.persistent_keepalive == b.persistent_keepalive
+}
+
+impl Peer {
+    fn new(config: Arc<PeerConfig>, slot: u16) -> Peer {
+        Peer {
+            id: config.id,
+            config,
+            session: None,
+            slot,
+            path: Path::default(),
+            waiting: Waiting::default(),
+            ticking: false,
+        }
+    }
+
+    /// The session, if it was ever needed.
+    pub(crate) fn session(&mut self) -> Option<&mut Session> {
+        self.session.as_mut()
+    }
+
+    /// True if packets can be sealed now.
+    pub(crate) fn ready(&self) -> bool {
+        self.session.as_ref().is_some_and(Session::ready)
+    }
+
+    /// True if nothing will happen before somebody sends or receives.
+    pub(crate) fn dormant(&self) -> bool {
+        self.waiting.is_empty() && self.session.as_ref().is_none_or(Session::dormant)
+    }
+}

@@ -1,0 +1,80 @@
+//! Packets that wait for a session, as they came from the TUN: a super-packet stays one.
+
+#![forbid(unsafe_code)]
+
+use std::collections::VecDeque;
+
+/// Packets and bytes that wait per peer at most; the oldest go first, as in the kernel's WireGuard.
+const PACKETS_MAX: usize = 128;
+const BYTES_MAX: usize = 512 << 10;
+
+/// The queue of one peer. Without memory until first used.
+#[derive(Debug, Default)]
+pub(crate) struct Waiting {
+    /// Each with its virtio-net header.
+    packets: VecDeque<Box<[u8]>>,
+    bytes: usize,
+}
+
+impl Waiting {
+    /// Appends a packet; returns how many older ones had to go.
+    pub(crate) fn push(&mut self, packet: &[u8]) -> u64 {
+        self.bytes += packet.len();
+        self.packets.push_back(packet.into());
+        let mut dropped = 0;
+        while self.packets.len() > PACKETS_MAX || (self.bytes > BYTES_MAX && self.packets.len() > 1)
+        {
+            self.pop();
+            dropped += 1;
+        }
+        dropped
+    }
+
+    /// Takes the oldest packet.
+    pub(crate) fn pop(&mut self) -> Option<Box<[u8]>> {
+        let packet = self.packets.pop_front()?;
+        self.bytes -= packet.len();
+        Some(packet)
+    }
+
+    /// Drops everything and returns how many packets that were.
+    pub(crate) fn clear(&mut self) -> u64 {
+        let dropped = self.packets.len() as u64;
+        *self = Waiting::default();
+        dropped
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.packets.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_oldest_go_when_there_are_too_many() {
+        let mut waiting = Waiting::default();
+        for i in 0..PACKETS_MAX {
+            assert_eq!(waiting.push(&[u8::try_from(i).unwrap()]), 0);
+        }
+        assert_eq!(waiting.push(&[200]), 1);
+        assert_eq!(waiting.pop().as_deref(), Some(&[1][..]));
+        assert_eq!(waiting.clear(), PACKETS_MAX as u64 - 1);
+        assert!(waiting.is_empty());
+    }
+
+    #[test]
+    fn the_oldest_go_when_they_are_too_large() {
+        let mut waiting = Waiting::default();
+        let large = vec![0; 60_000];
+        let dropped: u64 = (0..20).map(|_| waiting.push(&large)).sum();
+        assert_eq!(dropped, 20 - (BYTES_MAX / 60_000) as u64);
+        assert_eq!(
+            waiting.push(&vec![0; BYTES_MAX + 1]),
+            BYTES_MAX as u64 / 60_000
+        );
+        assert!(waiting.pop().is_some(), "the newest always stays");
+    }
+}

@@ -1,0 +1,132 @@
+//! The epoll driver: readiness, then reads until nothing is left, bounded per turn.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use super::{Found, Sources, TUN_BUFFERS, TunRx, UDP_BUFFERS, UdpRx, means_gone};
+use crate::packet::{BUF_LEN, Pool};
+use crate::stats::{Counters, DropReason};
+use crate::sys::poll::Poll;
+use crate::sys::{read, socket};
+
+const TOKEN_TUN: u64 = 0;
+const TOKEN_UDP4: u64 = 1;
+const TOKEN_UDP6: u64 = 2;
+const TOKEN_WAKE: u64 = 3;
+
+/// Descriptors that were readable and have not yet said otherwise.
+#[derive(Clone, Copy, Debug, Default)]
+struct Ready {
+    tun: bool,
+    udp4: bool,
+    udp6: bool,
+}
+
+pub(crate) struct Epoll<'a> {
+    sources: Sources<'a>,
+    poll: Poll,
+    tun_pool: Pool,
+    udp_pool: Pool,
+    ready: Ready,
+}
+
+impl<'a> Epoll<'a> {
+    pub(super) fn new(sources: Sources<'a>) -> io::Result<Epoll<'a>> {
+        let poll = Poll::new()?;
+        poll.add(sources.tun, TOKEN_TUN)?;
+        poll.add(sources.udp4.as_fd(), TOKEN_UDP4)?;
+        if let Some(udp6) = sources.udp6 {
+            poll.add(udp6.as_fd(), TOKEN_UDP6)?;
+        }
+        poll.add(sources.wake, TOKEN_WAKE)?;
+        Ok(Epoll {
+            sources,
+            poll,
+            tun_pool: Pool::new(TUN_BUFFERS),
+            udp_pool: Pool::new(UDP_BUFFERS),
+            ready: Ready::default(),
+        })
+    }
+
+    pub(super) fn turn(
+        &mut self,
+        wait: Option<Duration>,
+        tun: &mut Vec<TunRx>,
+        udp: &mut Vec<UdpRx>,
+        counters: &mut Counters,
+    ) -> io::Result<Found> {
+        let mut found = Found::default();
+        let ready = &mut self.ready;
+        self.poll.wait(wait, |token| match token {
+            TOKEN_TUN => ready.tun = true,
+            TOKEN_UDP4 => ready.udp4 = true,
+            TOKEN_UDP6 => ready.udp6 = true,
+            _ => found.woken = true,
+        })?;
+        if self.ready.udp4 {
+            self.ready.udp4 = drain_udp(self.sources.udp4, &mut self.udp_pool, udp, counters);
+        }
+        if let Some(udp6) = self.sources.udp6
+            && self.ready.udp6
+        {
+            self.ready.udp6 = drain_udp(udp6, &mut self.udp_pool, udp, counters);
+        }
+        if self.ready.tun {
+            self.ready.tun = self.drain_tun(tun, &mut found);
+        }
+        found.more = self.ready.tun || self.ready.udp4 || self.ready.udp6;
+        Ok(found)
+    }
+
+    /// Reads packets until none is left (false) or no buffer is free (true).
+    fn drain_tun(&mut self, tun: &mut Vec<TunRx>, found: &mut Found) -> bool {
+        while let Some(index) = self.tun_pool.take_free() {
+            let mut buf = self.tun_pool.claim(index, BUF_LEN);
+            match read(self.sources.tun, buf.bytes_mut()) {
+                Ok(len) => {
+                    buf.narrow(0, len);
+                    tun.push(TunRx { buf });
+                }
+                Err(errno) => {
+                    found.tun_gone |= means_gone(errno);
+                    return false;
+                }
+            }
+        }
+        true
+    }
+}
+
+/// Receives until nothing is left (false) or no buffer is free (true).
+fn drain_udp(
+    socket: &UdpSocket,
+    pool: &mut Pool,
+    udp: &mut Vec<UdpRx>,
+    counters: &mut Counters,
+) -> bool {
+    while let Some(index) = pool.take_free() {
+        let mut buf = pool.claim(index, BUF_LEN);
+        match socket::receive(socket.as_fd(), buf.bytes_mut()) {
+            Ok(Some(received)) => {
+                if received.truncated {
+                    counters.drop_one(DropReason::UdpTruncated);
+                    continue;
+                }
+                buf.narrow(0, received.len);
+                udp.push(UdpRx {
+                    buf,
+                    from: received.from,
+                    stride: received.ancillary.stride,
+                    tos: received.ancillary.tos,
+                });
+            }
+            // An error is one the socket has kept for us, such as a bad ICMP; it is gone now.
+            Ok(None) | Err(_) => return false,
+        }
+    }
+    true
+}

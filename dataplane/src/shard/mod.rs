@@ -1,0 +1,370 @@
+//! One pinned thread: its ring, its queue, its peers. The only place that knows the order of rooms.
+//!
+//! A [turn](Shard::turn) waits for packets, then walks what came through the rooms: inbound first,
+//! because acknowledgements free the senders; then outbound; then timers. The clock is read once.
+//! Work per turn is bounded by the driver's buffers and the constants below; what is left keeps the
+//! shard from sleeping before the next turn.
+
+#![forbid(unsafe_code)]
+
+mod context;
+mod inbound;
+mod outbound;
+mod transmit;
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use zeroize::Zeroizing;
+
+pub(crate) use context::Context;
+use transmit::Transmit;
+
+use crate::channel::hub::{Handed, Inbox, PeerTable};
+use crate::channel::{Event, Hub, PeerId};
+use crate::coalesce::Coalescer;
+use crate::config::DriverKind;
+use crate::filter::{CompiledRules, Filter};
+use crate::packet::header::Headers;
+use crate::peer::{Kind, Peers};
+use crate::ring::{Driver, Sources, TunRx, UdpRx};
+use crate::seal;
+use crate::session::{Arena, Change, Engine, MESSAGE_LEN_MAX, TICK};
+use crate::stats::{DropReason, Meter, Published, Room};
+use crate::sys;
+use crate::tun::Queue;
+use crate::udp::{Sender, Sockets};
+
+/// Path decisions applied per turn at most.
+const DECISIONS_PER_TURN_MAX: usize = 256;
+/// Handshake messages handled per turn at most: each costs up to four Diffie-Hellman computations.
+const HANDSHAKES_PER_TURN_MAX: usize = 8;
+/// Batches taken from other shards per turn at most.
+const HANDED_PER_TURN_MAX: usize = 16;
+/// Batches taken from relays per turn at most.
+const RELAYED_PER_TURN_MAX: usize = 16;
+/// Sessions ticked per turn at most.
+const TICKS_PER_TURN_MAX: usize = 256;
+/// Counters are published this often while packets flow, and once after.
+const PUBLISH_INTERVAL: Duration = Duration::from_millis(5);
+
+/// What a shard is given to live on.
+pub(crate) struct Seat {
+    pub(crate) id: u8,
+    pub(crate) hub: Arc<Hub>,
+    pub(crate) queue: Queue,
+    pub(crate) sockets: Sockets,
+    pub(crate) gso: bool,
+    pub(crate) driver: DriverKind,
+    pub(crate) cpu: Option<usize>,
+    pub(crate) private_key: Zeroizing<[u8; 32]>,
+    pub(crate) mtu: usize,
+    pub(crate) published: Published,
+}
+
+/// The body of a shard's thread. Says through `ready` whether it could start.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the shard's clock, read once per turn"
+)]
+pub(crate) fn run(seat: Seat, ready: &mpsc::Sender<io::Result<()>>) {
+    if let Some(cpu) = seat.cpu
+        && !sys::pin_to(cpu)
+    {
+        tracing::warn!(shard = seat.id, cpu, "cannot pin");
+    }
+    let hub = Arc::clone(&seat.hub);
+    let inbox = &hub.inboxes[usize::from(seat.id)];
+    let sources = Sources {
+        tun: seat.queue.as_fd(),
+        udp4: &seat.sockets.v4,
+        udp6: seat.sockets.v6.as_ref(),
+        wake: inbox.wake.as_fd(),
+    };
+    let started = Driver::new(seat.driver, sources)
+        .and_then(|driver| Ok((driver, Shard::new(&seat, inbox, Instant::now())?)));
+    let (mut driver, mut shard) = match started {
+        Ok(started) => started,
+        Err(error) => {
+            // Nobody listens only if the start has failed elsewhere already.
+            drop(ready.send(Err(error)));
+            return;
+        }
+    };
+    drop(ready.send(Ok(())));
+
+    let mut tun = Vec::with_capacity(64);
+    let mut udp = Vec::with_capacity(64);
+    let mut more = false;
+    while !hub.stopping() {
+        inbox.wake.about_to_sleep();
+        let wait = shard.wait(more);
+        let found = match driver.turn(wait, &mut tun, &mut udp, &mut shard.ctx.counters) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::error!(shard = seat.id, %error, "the driver failed: this shard stops");
+                hub.outbox.event(Event::TunGone);
+                return;
+            }
+        };
+        inbox.wake.awake();
+        if found.woken {
+            inbox.wake.clear();
+        }
+        if found.tun_gone {
+            tracing::error!("the TUN device is gone");
+            hub.outbox.event(Event::TunGone);
+        }
+        more = found.more;
+        shard.ctx.now = Instant::now();
+        shard.ctx.lap(Room::Ring);
+        shard.turn(&mut tun, &mut udp);
+    }
+}
+
+/// Everything one shard owns but its driver.
+struct Shard<'a> {
+    id: u8,
+    hub: &'a Hub,
+    inbox: &'a Inbox,
+    queue: &'a Queue,
+    ctx: Context,
+    engine: Engine,
+    peers: Peers,
+    table: Arc<PeerTable>,
+    filter: Filter,
+    arena: Arena,
+    /// Packets of the arena that passed the filter, with their headers.
+    passed: Vec<(usize, Headers)>,
+    coalescer: Coalescer,
+    run: seal::Run,
+    tx: Transmit,
+    published: Published,
+    publish_at: Instant,
+    tick_at: Instant,
+}
+
+impl<'a> Shard<'a> {
+    fn new(seat: &'a Seat, inbox: &'a Inbox, now: Instant) -> io::Result<Shard<'a>> {
+        let sending = Sockets {
+            v4: seat.sockets.v4.try_clone()?,
+            v6: seat
+                .sockets
+                .v6
+                .as_ref()
+                .map(|v6| v6.try_clone())
+                .transpose()?,
+        };
+        Ok(Shard {
+            id: seat.id,
+            hub: &seat.hub,
+            inbox,
+            queue: &seat.queue,
+            ctx: Context::new(now),
+            engine: Engine::new(&seat.private_key, seat.mtu),
+            peers: Peers::new(seat.id),
+            table: Arc::new(PeerTable::new(Vec::new(), seat.hub.inboxes.len())),
+            filter: Filter::new(now, Arc::new(CompiledRules::allow_all())),
+            arena: Arena::new(),
+            passed: Vec::with_capacity(128),
+            coalescer: Coalescer::new(),
+            run: seal::Run::new(),
+            tx: Transmit::new(Arc::clone(&seat.hub), Sender::new(sending, seat.gso)),
+            published: seat.published.clone(),
+            publish_at: now,
+            tick_at: now,
+        })
+    }
+
+    /// How long the driver may wait for packets; called with the bell armed.
+    fn wait(&self, more: bool) -> Option<Duration> {
+        if more || self.peers.in_round() || !self.inbox.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let next = [
+            self.peers.wants_ticks().then_some(self.tick_at),
+            (self.publish_at > self.ctx.now).then_some(self.publish_at),
+        ];
+        let next = next.into_iter().flatten().min()?;
+        Some(next.saturating_duration_since(self.ctx.now))
+    }
+
+    fn turn(&mut self, tun: &mut Vec<TunRx>, udp: &mut Vec<UdpRx>) {
+        self.ctx.counters.add(Meter::Turns, 1);
+        let idle = tun.is_empty() && udp.is_empty();
+        self.commands();
+        self.ctx.lap(Room::Shard);
+
+        for batch in udp.drain(..) {
+            self.inbound(batch, false);
+        }
+        self.handed();
+        self.relayed();
+        self.handshakes();
+        self.write_tun();
+
+        let table = Arc::clone(&self.table);
+        let mut routes = table.routes.cursor();
+        for packet in tun.drain(..) {
+            self.outbound(packet, &mut routes, false);
+        }
+        self.flush_run();
+        self.timers();
+
+        self.tx.flush_relay();
+        for event in self.ctx.events.drain(..) {
+            self.hub.outbox.event(event);
+        }
+        self.publish(idle);
+        self.ctx.lap(Room::Shard);
+    }
+
+    /// Takes new peers, rules, path decisions and requests.
+    fn commands(&mut self) {
+        if let Some(table) = self.inbox.peers.pop() {
+            self.replace_peers(table);
+        }
+        if let Some(rules) = self.inbox.rules.pop() {
+            self.filter.set_rules(self.ctx.now, rules);
+        }
+        for _ in 0..DECISIONS_PER_TURN_MAX {
+            let Some((id, decision)) = self.inbox.paths.take() else {
+                break;
+            };
+            let now = self.ctx.now;
+            let Some(peer) = self.peers.get(id) else {
+                continue;
+            };
+            // What waits for an answer to an initiation that may have gone nowhere gets a new one.
+            let again = peer.path.decide(now, decision) && !peer.ready();
+            if again && (!peer.waiting.is_empty() || peer.session().is_some_and(|s| s.initiating()))
+            {
+                self.initiate(id, true);
+            }
+        }
+        while let Some(id) = self.inbox.asks.pop() {
+            self.initiate(id, false);
+        }
+    }
+
+    fn replace_peers(&mut self, table: Arc<PeerTable>) {
+        self.flush_run();
+        let id = self.id;
+        let mine = table
+            .peers
+            .iter()
+            .filter(|peer| table.owner(peer.id) == Some(id))
+            .cloned();
+        let (fresh, dropped) = self.peers.replace(mine);
+        self.ctx.counters.drop_many(DropReason::NoSession, dropped);
+        self.table = table;
+        for id in fresh {
+            self.hub.activity[id.0 as usize].reset();
+            let keepalive = self
+                .peers
+                .get(id)
+                .is_some_and(|peer| peer.config.persistent_keepalive.is_some());
+            // Ticks make its session, and keep it.
+            if keepalive {
+                let _woken = self.peers.wake(id, &self.engine);
+            }
+        }
+    }
+
+    /// Sends an initiation to a peer of ours, unless one is outstanding (`again`: even then).
+    fn initiate(&mut self, id: PeerId, again: bool) {
+        let Some(peer) = self.peers.wake(id, &self.engine) else {
+            return;
+        };
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let now = self.ctx.now;
+        let Some(session) = peer.session() else {
+            return;
+        };
+        if let Some(len) = session.initiate(now, again, &mut out) {
+            self.tx
+                .message(&mut self.ctx, peer, Kind::Handshake, &out[..len]);
+        }
+    }
+
+    /// Takes what other shards have handed over.
+    fn handed(&mut self) {
+        for _ in 0..HANDED_PER_TURN_MAX {
+            match self.inbox.handed.pop() {
+                Some(Handed::Udp(batch)) => self.inbound(batch, true),
+                Some(Handed::Tun(packet)) => {
+                    let table = Arc::clone(&self.table);
+                    self.outbound(packet, &mut table.routes.cursor(), true);
+                }
+                None => break,
+            }
+        }
+    }
+
+    /// Hands something over to the shard that owns it; a full lane drops it.
+    fn hand_over(&mut self, shard: u8, packets: u64, what: Handed) {
+        let Some(inbox) = self.hub.inboxes.get(usize::from(shard)) else {
+            self.ctx
+                .counters
+                .drop_many(DropReason::UnknownIndex, packets);
+            return;
+        };
+        if inbox.handed.push(what).is_ok() {
+            self.ctx.counters.add(Meter::HandedOver, packets);
+            inbox.wake.ring();
+        } else {
+            self.ctx
+                .counters
+                .drop_many(DropReason::HandOverFull, packets);
+        }
+    }
+
+    /// Lets time pass for sessions in use, in rounds.
+    fn timers(&mut self) {
+        let now = self.ctx.now;
+        if !self.peers.in_round() {
+            if now < self.tick_at || !self.peers.wants_ticks() {
+                return;
+            }
+            self.peers.start_round();
+            self.tick_at = now + TICK;
+        }
+        let (ctx, tx) = (&mut self.ctx, &mut self.tx);
+        self.peers.tick(TICKS_PER_TURN_MAX, |peer| {
+            let mut out = [0; MESSAGE_LEN_MAX];
+            let Some(session) = peer.session() else {
+                return false;
+            };
+            let outcome = session.tick(now, &mut out);
+            if let Some(len) = outcome.message {
+                let kind = if outcome.handshake {
+                    Kind::Handshake
+                } else {
+                    Kind::Keepalive
+                };
+                tx.message(ctx, peer, kind, &out[..len]);
+            }
+            if outcome.change == Change::Down {
+                ctx.events.push(Event::SessionDown(peer.id));
+                ctx.counters
+                    .drop_many(DropReason::NoSession, peer.waiting.clear());
+            }
+            !peer.dormant()
+        });
+    }
+
+    /// Makes the counters visible every few milliseconds while packets flow, and once after.
+    fn publish(&mut self, idle: bool) {
+        if self.ctx.now >= self.publish_at {
+            self.ctx
+                .counters
+                .add(Meter::FlowsEvicted, self.filter.take_evicted());
+            self.published.publish(&self.ctx.counters);
+            if !idle {
+                self.publish_at = self.ctx.now + PUBLISH_INTERVAL;
+            }
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! Where sealed batches leave: by UDP, by relay, or both, as the peer's path says.
+
+#![forbid(unsafe_code)]
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use super::Context;
+use crate::channel::{Hub, PeerId, RegionId, RelayOut};
+use crate::peer::{Kind, Peer};
+use crate::seal::{Batch, Outlet};
+use crate::stats::{DropReason, Meter, Room};
+use crate::udp::Sender;
+
+/// Batches to one relay are joined up to this many bytes.
+const RELAY_JOIN_MAX: usize = 64 << 10;
+
+pub(crate) struct Transmit {
+    hub: Arc<Hub>,
+    sender: Sender,
+    /// What goes to a relay next, still open for more of the same peer.
+    relay: Option<RelayOut>,
+}
+
+impl Transmit {
+    pub(crate) fn new(hub: Arc<Hub>, sender: Sender) -> Transmit {
+        Transmit {
+            hub,
+            sender,
+            relay: None,
+        }
+    }
+
+    /// Hands what is open to the relay lane.
+    pub(crate) fn flush_relay(&mut self) {
+        if let Some(out) = self.relay.take() {
+            self.hub.outbox.relay(out);
+        }
+    }
+
+    /// Sends a single message.
+    pub(crate) fn message(
+        &mut self,
+        ctx: &mut Context,
+        peer: &mut Peer,
+        kind: Kind,
+        message: &[u8],
+    ) {
+        let batch = Batch {
+            kind,
+            bytes: message,
+            stride: message.len(),
+            tos: 0,
+        };
+        self.send(ctx, peer, batch);
+    }
+
+    fn by_udp(
+        &mut self,
+        ctx: &mut Context,
+        peer: &mut Peer,
+        to: SocketAddr,
+        singly: bool,
+        batch: &Batch<'_>,
+    ) {
+        let sent = self
+            .sender
+            .send(to, batch.bytes, batch.stride, batch.tos, singly);
+        let counters = &mut ctx.counters;
+        counters.add(Meter::UdpSends, sent.calls as u64);
+        counters.add(Meter::UdpPacketsOut, sent.datagrams as u64);
+        counters.add(Meter::UdpBytesOut, batch.bytes.len() as u64);
+        if sent.gso_refused && self.sender.gso() {
+            peer.path.rest_gso(ctx.now);
+        }
+        if let Some(errno) = sent.error {
+            // A full queue is congestion, not a state of the path.
+            if matches!(errno, libc::EAGAIN | libc::ENOBUFS) {
+                counters.drop_many(DropReason::SendQueueFull, sent.failed as u64);
+            } else {
+                counters.drop_many(DropReason::SendFailed, sent.failed as u64);
+                peer.path
+                    .failed(ctx.now, peer.id, to, errno, &mut ctx.events);
+            }
+        }
+    }
+
+    fn by_relay(&mut self, ctx: &mut Context, peer: PeerId, region: RegionId, batch: &Batch<'_>) {
+        let joins = self.relay.as_ref().is_some_and(|open| {
+            open.peer == peer
+                && open.region == region
+                && open.datagrams.bytes.len() + batch.bytes.len() <= RELAY_JOIN_MAX
+        });
+        if !joins {
+            self.flush_relay();
+        }
+        let hub = &self.hub;
+        let open = self.relay.get_or_insert_with(|| RelayOut {
+            peer,
+            region,
+            datagrams: hub.outbox.buffer(),
+        });
+        open.datagrams.bytes.extend_from_slice(batch.bytes);
+        let mut rest = batch.bytes.len();
+        while rest > 0 {
+            let len = rest.min(batch.stride);
+            let short = u16::try_from(len).expect("a datagram is below 64 KiB");
+            open.datagrams.lens.push(short);
+            rest -= len;
+        }
+        let counters = &mut ctx.counters;
+        counters.add(Meter::RelayPacketsOut, batch.datagrams() as u64);
+        counters.add(Meter::RelayBytesOut, batch.bytes.len() as u64);
+    }
+}
+
+impl Outlet for Transmit {
+    fn send(&mut self, ctx: &mut Context, peer: &mut Peer, batch: Batch<'_>) {
+        ctx.lap(Room::Seal);
+        peer.path
+            .sending(ctx.now, peer.id, batch.kind, &mut ctx.events);
+        let way = peer.path.way(ctx.now);
+        if let Some(to) = way.udp {
+            self.by_udp(ctx, peer, to, way.singly, &batch);
+        }
+        if let Some(region) = way.relay {
+            self.by_relay(ctx, peer.id, region, &batch);
+        }
+        if way.udp.is_none() && way.relay.is_none() {
+            ctx.counters
+                .drop_many(DropReason::NoPath, batch.datagrams() as u64);
+        } else {
+            let len = batch.bytes.len();
+            let activity = &self.hub.activity[peer.id.0 as usize];
+            activity.sent(
+                self.hub.epoch,
+                ctx.now,
+                if way.udp.is_some() { len } else { 0 },
+                if way.relay.is_some() { len } else { 0 },
+            );
+        }
+        ctx.lap(Room::Udp);
+    }
+}

@@ -1,0 +1,16 @@
+//! Safe functions over the system calls the drivers need: sockets and control messages, TUN
+//! ioctls, event descriptors, CPU affinity, the cycle counter.
+//!
+//! All unsafe code of the drivers except io_uring's shared memory is in this folder.
+
+mod clock;
+mod cpu;
+mod event;
+mod file;
+pub(crate) mod poll;
+pub(crate) mod socket;
+
+pub(crate) use clock::cycles;
+pub(crate) use cpu::{allowed_cpus, pin_to};
+pub(crate) use event::EventFd;
+pub(crate) use file::{read, set_nonblocking, set_tun_offload, write};

@@ -1,0 +1,489 @@
+//! Socket options, and sending and receiving with control messages.
+
+use std::io;
+use std::mem::{MaybeUninit, size_of};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+/// Space for control messages in bytes: GRO size (24), TOS or traffic class (24), and room to
+/// spare; 32 is known to be too little.
+pub(crate) const CONTROL_LEN: usize = 128;
+
+/// Longest socket address of the two families, in bytes.
+pub(crate) const NAME_LEN: usize = size_of::<libc::sockaddr_in6>();
+
+/// Aligned space for control messages.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Control([u8; CONTROL_LEN]);
+
+fn socklen(len: usize) -> libc::socklen_t {
+    libc::socklen_t::try_from(len).expect("small")
+}
+
+fn family(family: i32) -> libc::sa_family_t {
+    libc::sa_family_t::try_from(family).expect("small")
+}
+
+/// Sets an option whose value is an `int`.
+pub(crate) fn set_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
+    // SAFETY: the value is 4 readable bytes for the length of the call.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            level,
+            name,
+            (&raw const value).cast(),
+            socklen(size_of::<i32>()),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// Attaches a classic BPF program that picks the member of a reuse-port group.
+pub(crate) fn attach_reuseport_filter(
+    fd: BorrowedFd<'_>,
+    program: &[libc::sock_filter],
+) -> io::Result<()> {
+    let fprog = libc::sock_fprog {
+        len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
+        filter: program.as_ptr().cast_mut(),
+    };
+    // SAFETY: `fprog` points to `program`, both valid for the call, which copies them.
+    let result = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_REUSEPORT_CBPF,
+            (&raw const fprog).cast(),
+            socklen(size_of::<libc::sock_fprog>()),
+        )
+    };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// A socket address in the kernel's form.
+#[derive(Clone, Copy)]
+pub(crate) struct Name {
+    storage: libc::sockaddr_in6,
+    len: libc::socklen_t,
+}
+
+impl Name {
+    /// Converts; IPv6 scope ids travel along.
+    pub(crate) fn new(addr: SocketAddr) -> Name {
+        let zero = libc::sockaddr_in6 {
+            sin6_family: 0,
+            sin6_port: 0,
+            sin6_flowinfo: 0,
+            sin6_addr: libc::in6_addr { s6_addr: [0; 16] },
+            sin6_scope_id: 0,
+        };
+        match addr {
+            SocketAddr::V4(v4) => {
+                let mut storage = zero;
+                let sin = libc::sockaddr_in {
+                    sin_family: family(libc::AF_INET),
+                    sin_port: v4.port().to_be(),
+                    sin_addr: libc::in_addr {
+                        s_addr: u32::from_ne_bytes(v4.ip().octets()),
+                    },
+                    sin_zero: [0; 8],
+                };
+                // SAFETY: `sockaddr_in` (16 bytes, alignment 4) fits into `sockaddr_in6` (28, 4).
+                unsafe { (&raw mut storage).cast::<libc::sockaddr_in>().write(sin) };
+                Name {
+                    storage,
+                    len: socklen(size_of::<libc::sockaddr_in>()),
+                }
+            }
+            SocketAddr::V6(v6) => Name {
+                storage: libc::sockaddr_in6 {
+                    sin6_family: family(libc::AF_INET6),
+                    sin6_port: v6.port().to_be(),
+                    sin6_flowinfo: 0,
+                    sin6_addr: libc::in6_addr {
+                        s6_addr: v6.ip().octets(),
+                    },
+                    sin6_scope_id: v6.scope_id(),
+                },
+                len: socklen(NAME_LEN),
+            },
+        }
+    }
+}
+
+/// Reads a socket address as the kernel wrote it; `None` for other families or short ones.
+pub(crate) fn parse_name(bytes: &[u8]) -> Option<SocketAddr> {
+    let family = i32::from(u16::from_ne_bytes(*bytes.first_chunk::<2>()?));
+    let port = u16::from_be_bytes(*bytes.get(2..)?.first_chunk::<2>()?);
+    match family {
+        libc::AF_INET => {
+            let octets = *bytes.get(4..)?.first_chunk::<4>()?;
+            Some(SocketAddr::V4(SocketAddrV4::new(
+                Ipv4Addr::from(octets),
+                port,
+            )))
+        }
+        libc::AF_INET6 => {
+            let octets = *bytes.get(8..)?.first_chunk::<16>()?;
+            let scope = u32::from_ne_bytes(*bytes.get(24..)?.first_chunk::<4>()?);
+            let ip = Ipv6Addr::from(octets);
+            Some(SocketAddr::V6(SocketAddrV6::new(ip, port, 0, scope)))
+        }
+        _ => None,
+    }
+}
+
+/// What control messages say of a received datagram or GRO batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ancillary {
+    /// Bytes of every datagram but the last; 0 if the payload is one datagram.
+    pub(crate) stride: u16,
+    /// TOS or traffic class byte.
+    pub(crate) tos: u8,
+}
+
+/// Reads control messages: `struct cmsghdr` of 16 bytes, then data, each aligned to 8 bytes.
+pub(crate) fn parse_control(mut control: &[u8]) -> Ancillary {
+    const HEADER: usize = size_of::<libc::cmsghdr>();
+    let mut found = Ancillary::default();
+    while let Some(header) = control.first_chunk::<HEADER>() {
+        let word = |at: usize| {
+            i32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        };
+        let mut len = [0u8; size_of::<usize>()];
+        len.copy_from_slice(&header[..size_of::<usize>()]);
+        let len = usize::from_ne_bytes(len);
+        let (level, kind) = (word(HEADER - 8), word(HEADER - 4));
+        let Some(data) = control.get(HEADER..len) else {
+            break;
+        };
+        let int = data.first_chunk::<4>().map(|b| i32::from_ne_bytes(*b));
+        match (level, kind) {
+            (libc::SOL_UDP, libc::UDP_GRO) => {
+                found.stride = int.and_then(|size| u16::try_from(size).ok()).unwrap_or(0);
+            }
+            // IP_TOS arrives as one byte, the traffic class as an int.
+            (libc::IPPROTO_IP, libc::IP_TOS) => found.tos = data.first().copied().unwrap_or(0),
+            (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
+                found.tos = int.and_then(|class| u8::try_from(class).ok()).unwrap_or(0);
+            }
+            _ => {}
+        }
+        let step = len.next_multiple_of(size_of::<usize>());
+        let Some(rest) = control.get(step..) else {
+            break;
+        };
+        control = rest;
+    }
+    found
+}
+
+/// Appends one control message and returns the space used so far.
+fn push_control(control: &mut Control, used: usize, level: i32, kind: i32, data: &[u8]) -> usize {
+    const HEADER: usize = size_of::<libc::cmsghdr>();
+    let len = HEADER + data.len();
+    let at = &mut control.0[used..used + len];
+    at[..size_of::<usize>()].copy_from_slice(&len.to_ne_bytes());
+    at[HEADER - 8..HEADER - 4].copy_from_slice(&level.to_ne_bytes());
+    at[HEADER - 4..HEADER].copy_from_slice(&kind.to_ne_bytes());
+    at[HEADER..].copy_from_slice(data);
+    used + len.next_multiple_of(size_of::<usize>())
+}
+
+/// Control messages of a send: the segment size if the payload is more than one datagram, and the
+/// TOS byte if it is not 0.
+fn send_control(to: SocketAddr, stride: Option<u16>, tos: u8) -> (Control, usize) {
+    let mut control = Control([0; CONTROL_LEN]);
+    let mut used = 0;
+    if let Some(stride) = stride {
+        let data = stride.to_ne_bytes();
+        used = push_control(&mut control, used, libc::SOL_UDP, libc::UDP_SEGMENT, &data);
+    }
+    if tos != 0 {
+        let (level, kind) = match to.ip() {
+            IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
+            IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
+        };
+        used = push_control(
+            &mut control,
+            used,
+            level,
+            kind,
+            &i32::from(tos).to_ne_bytes(),
+        );
+    }
+    (control, used)
+}
+
+/// Sends `bytes` to `to` without waiting, as datagrams of `stride` bytes (the last may be shorter)
+/// or, without a stride, as one. The error is the errno.
+pub(crate) fn send(
+    fd: BorrowedFd<'_>,
+    to: SocketAddr,
+    bytes: &[u8],
+    stride: Option<u16>,
+    tos: u8,
+) -> Result<(), i32> {
+    let mut name = Name::new(to);
+    let (mut control, used) = send_control(to, stride, tos);
+    let mut iov = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let message = message(&mut name, &mut iov, &mut control, used);
+    loop {
+        // SAFETY: name, vector and control outlive the call, which only reads them.
+        let sent = unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT) };
+        if sent >= 0 {
+            return Ok(());
+        }
+        match errno() {
+            libc::EINTR => {}
+            error => return Err(error),
+        }
+    }
+}
+
+/// Datagrams one [`send_each`] call hands to the kernel at a time.
+const EACH_MAX: usize = 64;
+
+/// Sends `bytes` as single datagrams of `stride` bytes each, many per system call. Returns how many
+/// left, and the errno of the first that did not, after which nothing more is tried.
+pub(crate) fn send_each(
+    fd: BorrowedFd<'_>,
+    to: SocketAddr,
+    bytes: &[u8],
+    stride: u16,
+    tos: u8,
+) -> (usize, Option<i32>) {
+    let mut name = Name::new(to);
+    let (mut control, used) = send_control(to, None, tos);
+    let mut sent = 0;
+    let mut rest = bytes.chunks(usize::from(stride.max(1)));
+    loop {
+        let mut iovs = [const {
+            libc::iovec {
+                iov_base: std::ptr::null_mut(),
+                iov_len: 0,
+            }
+        }; EACH_MAX];
+        let mut messages: [MaybeUninit<libc::mmsghdr>; EACH_MAX] =
+            [const { MaybeUninit::uninit() }; EACH_MAX];
+        let mut count = 0;
+        for ((iov, slot), datagram) in iovs.iter_mut().zip(&mut messages).zip(rest.by_ref()) {
+            iov.iov_base = datagram.as_ptr().cast_mut().cast();
+            iov.iov_len = datagram.len();
+            slot.write(libc::mmsghdr {
+                msg_hdr: message(&mut name, iov, &mut control, used),
+                msg_len: 0,
+            });
+            count += 1;
+        }
+        let mut done = 0;
+        while done < count {
+            let todo = libc::c_uint::try_from(count - done).expect("at most EACH_MAX");
+            let first = messages[done..].as_mut_ptr().cast::<libc::mmsghdr>();
+            // SAFETY: entries `done..count` are initialised, and what they point to outlives the
+            // call, which only writes `msg_len`.
+            let n = unsafe { libc::sendmmsg(fd.as_raw_fd(), first, todo, libc::MSG_DONTWAIT) };
+            match usize::try_from(n) {
+                Ok(n) => done += n,
+                Err(_) => match errno() {
+                    libc::EINTR => {}
+                    error => return (sent + done, Some(error)),
+                },
+            }
+        }
+        sent += done;
+        if count < EACH_MAX {
+            return (sent, None);
+        }
+    }
+}
+
+fn message(
+    name: &mut Name,
+    iov: &mut libc::iovec,
+    control: &mut Control,
+    used: usize,
+) -> libc::msghdr {
+    // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = (&raw mut name.storage).cast();
+    message.msg_namelen = name.len;
+    message.msg_iov = iov;
+    message.msg_iovlen = 1;
+    if used > 0 {
+        message.msg_control = control.0.as_mut_ptr().cast();
+        message.msg_controllen = used as _;
+    }
+    message
+}
+
+/// One received datagram or GRO batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Received {
+    /// Bytes of payload.
+    pub(crate) len: usize,
+    /// Who sent it.
+    pub(crate) from: SocketAddr,
+    /// What control messages said.
+    pub(crate) ancillary: Ancillary,
+    /// The buffer was too short.
+    pub(crate) truncated: bool,
+}
+
+/// Receives into `bytes` without waiting; `None` if there is nothing.
+pub(crate) fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Option<Received>> {
+    let mut name = [0u8; NAME_LEN];
+    let mut control = Control([0; CONTROL_LEN]);
+    let mut iov = libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    message.msg_name = name.as_mut_ptr().cast();
+    message.msg_namelen = socklen(NAME_LEN);
+    message.msg_iov = &raw mut iov;
+    message.msg_iovlen = 1;
+    message.msg_control = control.0.as_mut_ptr().cast();
+    message.msg_controllen = CONTROL_LEN as _;
+    // SAFETY: name, vector, payload and control are writable and outlive the call.
+    let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
+    let Ok(len) = usize::try_from(len) else {
+        let error = io::Error::last_os_error();
+        let nothing = matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EINTR));
+        return if nothing { Ok(None) } else { Err(error) };
+    };
+    let from = parse_name(&name).ok_or(io::ErrorKind::InvalidData)?;
+    let filled = (message.msg_controllen as usize).min(CONTROL_LEN);
+    Ok(Some(Received {
+        len,
+        from,
+        ancillary: parse_control(&control.0[..filled]),
+        truncated: message.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) != 0,
+    }))
+}
+
+/// The calling thread's last error number.
+pub(crate) fn errno() -> i32 {
+    io::Error::last_os_error().raw_os_error().unwrap_or(0)
+}
+
+/// Waits until one of `fds` is readable, or `timeout_ms` has passed (-1: no limit).
+pub(crate) fn wait_readable(fds: &[RawFd], timeout_ms: i32) {
+    let mut polls: Vec<libc::pollfd> = fds
+        .iter()
+        .map(|&fd| libc::pollfd {
+            fd,
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    // SAFETY: `polls` is a valid array for the length of the call.
+    unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout_ms) };
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn pair(ip: &str) -> (UdpSocket, UdpSocket) {
+        let a = UdpSocket::bind((ip, 0)).unwrap();
+        let b = UdpSocket::bind((ip, 0)).unwrap();
+        (a, b)
+    }
+
+    fn receive_soon(socket: &UdpSocket, bytes: &mut [u8]) -> Received {
+        wait_readable(&[socket.as_raw_fd()], 2000);
+        receive(socket.as_fd(), bytes)
+            .unwrap()
+            .expect("sent on loopback")
+    }
+
+    #[test]
+    fn tos_and_source_travel_in_both_families() {
+        for ip in ["127.0.0.1", "::1"] {
+            let (a, b) = pair(ip);
+            let v6 = ip == "::1";
+            if v6 {
+                set_int(b.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1).unwrap();
+            } else {
+                set_int(b.as_fd(), libc::IPPROTO_IP, libc::IP_RECVTOS, 1).unwrap();
+            }
+            send(a.as_fd(), b.local_addr().unwrap(), b"hello", None, 2).unwrap();
+            let mut bytes = [0; 100];
+            let got = receive_soon(&b, &mut bytes);
+            assert_eq!(&bytes[..got.len], b"hello");
+            assert_eq!(got.from, a.local_addr().unwrap());
+            assert_eq!(got.ancillary.tos, 2, "{ip}");
+            assert!(!got.truncated);
+            assert!(receive(b.as_fd(), &mut bytes).unwrap().is_none());
+        }
+    }
+
+    #[test]
+    fn a_segmented_send_arrives_as_one_batch_with_its_stride() {
+        let (a, b) = pair("127.0.0.1");
+        set_int(b.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1).unwrap();
+        let payload: Vec<u8> = (0..250u8).collect();
+        send(a.as_fd(), b.local_addr().unwrap(), &payload, Some(100), 0).unwrap();
+        let mut bytes = [0; 1000];
+        let got = receive_soon(&b, &mut bytes);
+        assert_eq!((got.len, got.ancillary.stride), (250, 100));
+        assert_eq!(bytes[..250], payload);
+    }
+
+    #[test]
+    fn single_sends_arrive_singly_and_in_order() {
+        let (a, b) = pair("127.0.0.1");
+        let payload = vec![9u8; 100 * 70 + 30];
+        let (sent, error) = send_each(a.as_fd(), b.local_addr().unwrap(), &payload, 100, 1);
+        assert_eq!((sent, error), (71, None));
+        let mut bytes = [0; 1000];
+        for i in 0..71 {
+            let got = receive_soon(&b, &mut bytes);
+            assert_eq!(got.len, if i == 70 { 30 } else { 100 });
+        }
+    }
+
+    #[test]
+    fn a_refused_send_tells_its_errno() {
+        let a = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = a.local_addr().unwrap();
+        let payload = vec![0u8; 129 * 10];
+        assert_eq!(
+            send(a.as_fd(), to, &payload, Some(10), 0),
+            Err(libc::EINVAL)
+        );
+        assert_eq!(
+            send(a.as_fd(), to, &vec![0; 65508], None, 0),
+            Err(libc::EMSGSIZE)
+        );
+    }
+
+    #[test]
+    fn broken_control_messages_are_ignored() {
+        for len in [0usize, 1, 15, 17, usize::MAX] {
+            let mut control = [0u8; 24];
+            control[..8].copy_from_slice(&len.to_ne_bytes());
+            assert_eq!(parse_control(&control), Ancillary::default());
+        }
+        assert_eq!(parse_name(&[2]), None);
+        assert_eq!(parse_name(&[10, 0, 1, 1]), None);
+    }
+}

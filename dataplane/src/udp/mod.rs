@@ -1,0 +1,10 @@
+//! The underlay: one reuse-port group of sockets per family, and sending in GSO batches.
+
+#![forbid(unsafe_code)]
+
+mod group;
+mod sender;
+mod steer;
+
+pub(crate) use group::{Group, Sockets, Wanted};
+pub(crate) use sender::{SEND_BYTES_MAX, Sender};
