@@ -12,6 +12,7 @@
 //! wgkeys   fresh WireGuard key pairs for the peers that are compared
 //! rooms    two `ringtail status --json` snapshots  ->  cycles per room and shard
 //! send, receive   a file over TCP, at a pace
+//! garbage  what no peer would send, at every socket
 //! flame    `perf script` output  ->  folded stacks and an SVG
 //! machine  facts for the head of a table;  derp-map  relays' entries joined into one map
 //! ```
@@ -23,6 +24,7 @@ mod cpu;
 mod derp_map;
 mod events;
 mod flame;
+mod garbage;
 mod link;
 mod machine;
 mod netns;
@@ -77,6 +79,8 @@ enum Command {
     Receive(transfer::ReceiveArgs),
     /// One figure of act one.
     Switches(switches::Args),
+    /// Send what no peer would send.
+    Garbage(garbage::Args),
     /// Fold `perf script` output and draw a flame graph.
     Flame(flame::Args),
 }
@@ -96,6 +100,7 @@ fn main() -> anyhow::Result<()> {
         Command::Send(args) => transfer::send(&args),
         Command::Receive(args) => transfer::receive(&args),
         Command::Switches(args) => switches::run(&args),
+        Command::Garbage(args) => garbage::run(&args),
         Command::Uapi(args) => uapi::run(&args),
         Command::Wgkeys => uapi::print_keys(),
         Command::Flame(args) => flame::run(&args),
