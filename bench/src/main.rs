@@ -12,7 +12,6 @@
 //! wgkeys   fresh WireGuard key pairs for the peers that are compared
 //! rooms    two `ringtail status --json` snapshots  ->  cycles per room and shard
 //! send, receive   a file over TCP, at a pace
-//! garbage  what no peer would send, at every socket
 //! flame    `perf script` output  ->  folded stacks and an SVG
 //! machine  facts for the head of a table;  derp-map  relays' entries joined into one map
 //! ```
@@ -24,7 +23,6 @@ mod cpu;
 mod derp_map;
 mod events;
 mod flame;
-mod garbage;
 mod link;
 mod machine;
 mod netns;
@@ -79,8 +77,6 @@ enum Command {
     Receive(transfer::ReceiveArgs),
     /// One figure of act one.
     Switches(switches::Args),
-    /// Send what no peer would send.
-    Garbage(garbage::Args),
     /// Fold `perf script` output and draw a flame graph.
     Flame(flame::Args),
 }
@@ -100,7 +96,6 @@ fn main() -> anyhow::Result<()> {
         Command::Send(args) => transfer::send(&args),
         Command::Receive(args) => transfer::receive(&args),
         Command::Switches(args) => switches::run(&args),
-        Command::Garbage(args) => garbage::run(&args),
         Command::Uapi(args) => uapi::run(&args),
         Command::Wgkeys => uapi::print_keys(),
         Command::Flame(args) => flame::run(&args),

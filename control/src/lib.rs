@@ -4,6 +4,7 @@
 //! `agent`, which wires the cores together, `driver`, which touches the outside, and `cli`.
 #![forbid(unsafe_code)]
 
+pub mod agent;
 pub mod cli;
 pub mod config;
 pub mod coord;

@@ -1,8 +1,9 @@
 //! The TUN interface's addresses, routes and MTU, and the host's own addresses, by netlink.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
+use crate::netcheck;
 use anyhow::Context as _;
 use futures_util::TryStreamExt as _;
 use ipnet::IpNet;
@@ -44,6 +45,11 @@ impl Interface {
             addresses: BTreeSet::new(),
             routes: BTreeSet::new(),
         })
+    }
+
+    /// The interface's index.
+    pub fn index(&self) -> u32 {
+        self.index
     }
 
     /// Sets the MTU (bytes) and brings the interface up.
@@ -185,36 +191,26 @@ impl Interface {
     }
 }
 
-/// An address of an interface that is up.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LocalAddress {
-    /// The interface's name.
-    pub interface: String,
-    /// The address with its prefix length.
-    pub net: IpNet,
-}
-
-/// All IPv4 and IPv6 addresses of interfaces that are up, the node's own TUN left out.
+/// All interfaces that are up, with their addresses of both families.
 ///
 /// # Errors
 /// When the system does not list them.
-pub fn local_addresses(own_tun: &str) -> anyhow::Result<Vec<LocalAddress>> {
+pub fn interfaces() -> anyhow::Result<Vec<netcheck::Interface>> {
     let up = nix::net::if_::InterfaceFlags::IFF_UP;
-    let list = nix::ifaddrs::getifaddrs().context("cannot list interface addresses")?;
-    Ok(list
-        .filter(|entry| entry.flags.contains(up) && entry.interface_name != own_tun)
-        .filter_map(|entry| {
-            let ip = |address: Option<nix::sys::socket::SockaddrStorage>| {
-                let address = address?;
-                let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-                v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-            };
-            let net = IpNet::with_netmask(ip(entry.address)?, ip(entry.netmask)?).ok()?;
-            Some(LocalAddress {
-                interface: entry.interface_name,
-                net,
-            })
-        })
+    let mut found: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+    for entry in nix::ifaddrs::getifaddrs().context("cannot list interface addresses")? {
+        let Some(address) = entry.address.filter(|_| entry.flags.contains(up)) else {
+            continue;
+        };
+        let v4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
+        let ip = v4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())));
+        if let Some(ip) = ip {
+            found.entry(entry.interface_name).or_default().push(ip);
+        }
+    }
+    Ok(found
+        .into_iter()
+        .map(|(name, addrs)| netcheck::Interface { name, addrs })
         .collect())
 }
 

@@ -3,12 +3,15 @@
 
 pub mod control_url;
 pub mod coord_client;
+pub mod discovery;
 pub mod events;
 pub mod interface;
+pub mod link;
 pub mod local_api;
 pub mod node;
 pub mod noise_stream;
 pub mod relay;
 pub mod runtime;
 pub mod state;
+pub mod status;
 pub mod tls;

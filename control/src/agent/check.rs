@@ -1,0 +1,269 @@
+//! The agent's dealings with netcheck: home region, own endpoints, questions of people.
+
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use ringtail_dataplane::channel::{PeerId, RegionId};
+use serde_json::{Value, json};
+
+use super::{Agent, Output, millis};
+use crate::coord::SelfState;
+use crate::driver::relay::RelayEvent;
+use crate::netcheck::{EndpointKind, Event, Interface, Report};
+use crate::netmap::DerpMap;
+use crate::netmap::wire;
+
+impl Agent {
+    /// Takes the host's interfaces that are up and whether the system has IPv6 at all.
+    pub fn handle_interfaces(&mut self, now: Instant, found: &[Interface], os_has_ipv6: bool) {
+        let tun = self.setup.tun.clone();
+        self.netcheck.set_interfaces(now, found, &tun, os_has_ipv6);
+        self.settle(now);
+    }
+
+    /// Takes the addresses of host names that [`Output::Resolve`] asked for.
+    pub fn handle_resolved(&mut self, now: Instant, found: Vec<(String, Vec<IpAddr>)>) {
+        for (host, addrs) in found {
+            self.netcheck.set_resolved(&host, addrs);
+        }
+        self.netcheck.start(now, true);
+        self.settle(now);
+    }
+
+    /// Takes the time of one HTTPS request to a region, or its failure.
+    pub fn handle_https_latency(
+        &mut self,
+        now: Instant,
+        region: RegionId,
+        latency: Option<Duration>,
+    ) {
+        self.netcheck
+            .handle_https_latency(now, region, latency, false);
+        self.settle(now);
+    }
+
+    /// Measures anew for a person; the report follows as [`Output::Answer`].
+    pub fn handle_netcheck_question(&mut self, now: Instant, question: u64) {
+        if self
+            .network
+            .as_ref()
+            .is_none_or(|network| network.derp_map.regions.is_empty())
+        {
+            let error = json!({"error": "there is no relay to measure: the DERP map is empty"});
+            self.out.push_back(Output::Answer(question, error));
+            self.out.push_back(Output::AnswerEnd(question));
+            return;
+        }
+        self.netcheck_waiters.push(question);
+        self.netcheck.start(now, true);
+        self.settle(now);
+    }
+
+    /// Takes news of the relay connections, other than packets.
+    pub fn handle_relay_news(&mut self, now: Instant, event: &RelayEvent) {
+        match event {
+            RelayEvent::Connecting { region, addr } => {
+                let fields = json!({"region": self.region_code(*region), "addr": addr});
+                self.story("derp_connecting", fields);
+            }
+            RelayEvent::Connected {
+                region,
+                addr: _,
+                took,
+                home,
+            } => {
+                self.netcheck.heard(now, *region);
+                let fields =
+                    json!({"region": self.region_code(*region), "ms": millis(*took), "home": home});
+                self.story("derp_connected", fields);
+            }
+            RelayEvent::Lost {
+                region,
+                home,
+                error,
+            } => {
+                let region = self.region_code(*region);
+                tracing::warn!(%region, home, %error, "relay lost");
+                self.story(
+                    "derp_lost",
+                    json!({"region": region, "home": home, "error": error}),
+                );
+            }
+            RelayEvent::Closed { region } => {
+                self.story("derp_closed", json!({"region": self.region_code(*region)}));
+            }
+            RelayEvent::HomeUnreachable { region } => {
+                if self.fixed_home().is_none() {
+                    self.netcheck.handle_region_down(now, *region);
+                }
+            }
+            RelayEvent::Health {
+                region,
+                problem: Some(problem),
+            } => {
+                tracing::warn!(region = %self.region_code(*region), %problem, "a relay reports a problem");
+            }
+            RelayEvent::Health { problem: None, .. }
+            | RelayEvent::PeerGone { .. }
+            | RelayEvent::Restarting { .. }
+            | RelayEvent::Data { .. }
+            | RelayEvent::Disco { .. } => {}
+        }
+        self.settle(now);
+    }
+
+    /// What coordination should know of us.
+    pub fn self_report(&self) -> SelfState {
+        let report = self.netcheck.last_report();
+        let latency = |map: &std::collections::BTreeMap<RegionId, Duration>, v6| {
+            map.iter()
+                .map(|(id, latency)| (id.0, v6, *latency))
+                .collect::<Vec<_>>()
+        };
+        let mut derp_latency = Vec::new();
+        if let Some(report) = report {
+            derp_latency = latency(&report.latency_v4, false);
+            derp_latency.extend(latency(&report.latency_v6, true));
+        }
+        SelfState {
+            endpoints: self
+                .endpoints
+                .iter()
+                .map(|own| (own.addr, wire_kind(own.kind)))
+                .collect(),
+            home_derp: self.home.map(|id| id.0),
+            derp_latency,
+            mapping_varies: report.and_then(|report| report.mapping_varies),
+            working_udp: report.map(|report| report.udp),
+            working_ipv6: report.map(|report| report.ipv6),
+            routes: self.setup.routes_offered.clone(),
+            ..SelfState::default()
+        }
+    }
+
+    pub(super) fn fixed_home(&self) -> Option<RegionId> {
+        self.network
+            .as_ref()
+            .and_then(|network| network.fixed_home)
+            .map(RegionId)
+    }
+
+    pub(super) fn map_changed(&mut self, now: Instant, map: &DerpMap) {
+        let regions: Vec<&str> = map
+            .regions
+            .values()
+            .map(|r| r.region_code.as_str())
+            .collect();
+        self.story("derp_map", json!({"regions": regions}));
+        self.out.push_back(Output::SetDerpMap(map.clone()));
+        self.netcheck.set_derp_map(now, map);
+        let names = self.netcheck.names_to_resolve();
+        if !names.is_empty() {
+            self.out.push_back(Output::Resolve(names));
+        }
+    }
+
+    pub(super) fn set_home(&mut self, home: RegionId, latency: Option<Duration>) {
+        if self.home == Some(home) {
+            return;
+        }
+        self.home = Some(home);
+        let fields = json!({"region": self.region_code(home), "latency_ms": latency.map(millis)});
+        self.story("home", fields);
+        self.out.push_back(Output::SetHome(home));
+        self.out.push_back(Output::Publish);
+    }
+
+    pub(super) fn settle_netcheck(&mut self, now: Instant) {
+        while let Some(transmit) = self.netcheck.poll_transmit() {
+            self.out.push_back(Output::Datagram {
+                to: transmit.to,
+                bytes: transmit.bytes,
+            });
+        }
+        while let Some(event) = self.netcheck.poll_event() {
+            match event {
+                Event::HttpsLatencyWanted(regions) => {
+                    self.out.push_back(Output::MeasureHttps(regions));
+                }
+                Event::Endpoints(endpoints) => {
+                    let addrs: Vec<SocketAddr> = endpoints.iter().map(|own| own.addr).collect();
+                    if self.endpoints != endpoints {
+                        self.endpoints = endpoints;
+                        self.story("endpoints", json!({"endpoints": addrs}));
+                        self.out.push_back(Output::Publish);
+                    }
+                    if !self.setup.relay_only {
+                        self.paths.set_own_endpoints(now, addrs);
+                    }
+                }
+                Event::Home { region, latency } => {
+                    if self.fixed_home().is_none() {
+                        self.set_home(region, latency);
+                    }
+                }
+                Event::Report(report) => self.report(&report),
+            }
+        }
+    }
+
+    fn report(&mut self, report: &Report) {
+        for (family, latencies) in [("v4", &report.latency_v4), ("v6", &report.latency_v6)] {
+            for (region, latency) in latencies {
+                let fields = json!({"region": self.region_code(*region),
+                    "latency_ms": millis(*latency), "family": family});
+                self.story("netcheck", fields);
+            }
+        }
+        self.out.push_back(Output::Publish);
+        let answer = self.netcheck_status();
+        for question in std::mem::take(&mut self.netcheck_waiters) {
+            self.out.push_back(Output::Answer(question, answer.clone()));
+            self.out.push_back(Output::AnswerEnd(question));
+        }
+    }
+
+    pub(super) fn reported(&mut self, now: Instant, peer: PeerId, addr: SocketAddr) {
+        self.netcheck.handle_reported(now, peer, addr);
+    }
+
+    /// The last report, for people.
+    pub(super) fn netcheck_status(&self) -> Value {
+        let Some(report) = self.netcheck.last_report() else {
+            return Value::Null;
+        };
+        let regions: Vec<Value> = self
+            .network
+            .iter()
+            .flat_map(|network| network.derp_map.regions.keys())
+            .map(|id| {
+                let id = RegionId(*id);
+                let of = |map: &std::collections::BTreeMap<RegionId, Duration>| {
+                    map.get(&id).map(|latency| millis(*latency))
+                };
+                json!({"region": self.region_code(id), "latency_ms": of(&report.latency),
+                       "v4_ms": of(&report.latency_v4), "v6_ms": of(&report.latency_v6)})
+            })
+            .collect();
+        json!({
+            "udp": report.udp,
+            "ipv4": report.ipv4,
+            "ipv6": report.ipv6,
+            "mapping_varies_by_dest_ip": report.mapping_varies,
+            "global_v4": report.global_v4,
+            "global_v6": report.global_v6,
+            "preferred_region": self.home.map(|id| self.region_code(id)),
+            "regions": regions,
+        })
+    }
+}
+
+fn wire_kind(kind: EndpointKind) -> wire::EndpointKind {
+    match kind {
+        EndpointKind::Local => wire::EndpointKind::Local,
+        EndpointKind::Stun => wire::EndpointKind::Stun,
+        EndpointKind::PortMapped => wire::EndpointKind::PortMapped,
+        EndpointKind::Stun4LocalPort => wire::EndpointKind::StunLocalPort,
+        EndpointKind::Explicit => wire::EndpointKind::Configured,
+    }
+}

@@ -1,0 +1,557 @@
+//! Wires the cores together: the network map, the path machine and netcheck on one side, the data
+//! plane and the relays on the other.
+//!
+//! [`Agent`] is a core like those it joins: it takes what happened (a new network, a datagram, an
+//! event of a shard, time) and gives [`Output`]s for the driver to carry out. A node's life: the
+//! first network brings peers, rules and the DERP map; netcheck measures the relays and the agent
+//! takes the nearest as home; own endpoints go to coordination and into every CallMeMaybe; from
+//! then on the path machine decides per peer and the agent passes its decisions to the shards.
+
+mod check;
+mod directory;
+mod network;
+mod status;
+mod story;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use rand::rngs::StdRng;
+use rand::{RngExt as _, SeedableRng as _};
+use ringtail_dataplane::channel::{
+    self, Activity, PathDecision, PeerConfig, PeerId, Prefix, RegionId, Rules,
+};
+use serde_json::{Value, json};
+
+use crate::disco::{self, Class};
+use crate::key::{DiscoPrivate, NodePublic};
+use crate::netcheck::{Netcheck, OwnEndpoint};
+use crate::netmap::DerpMap;
+use crate::path::{self, LinkChange, Manager, PeerSetup, PingId, Route, Via};
+
+pub use directory::Directory;
+pub use network::{Network, NetworkPeer, NetworkRule};
+pub use status::Surroundings;
+pub use story::millis;
+
+/// The tunnel counts as used for so long after its last packet.
+const TUNNEL_ACTIVE: Duration = Duration::from_secs(45);
+/// So often the agent looks whether it still is.
+const ACTIVE_CHECK_PERIOD: Duration = Duration::from_secs(5);
+/// User pings that wait for their answer at most.
+const PINGS_MAX: usize = 256;
+
+/// What does not change while a node runs.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Own WireGuard key.
+    pub node_key: NodePublic,
+    /// What DISCO is sealed with.
+    pub disco_key: DiscoPrivate,
+    /// Name for people.
+    pub hostname: String,
+    /// How paths are judged.
+    pub paths: path::Config,
+    /// No direct paths at all.
+    pub relay_only: bool,
+    /// UDP port of the tunnel.
+    pub local_port: u16,
+    /// Whether somebody chose that port.
+    pub port_is_fixed: bool,
+    /// Name of the TUN interface.
+    pub tun: String,
+    /// Prefixes we offer to route for others.
+    pub routes_offered: Vec<IpNet>,
+}
+
+/// What the driver is to do.
+#[derive(Clone, Debug)]
+pub enum Output {
+    /// Give the data plane this table of peers.
+    SetPeers(Vec<PeerConfig>),
+    /// Give the data plane these rules.
+    SetRules {
+        /// Who may reach us.
+        rules: Rules,
+        /// What counts as us: own addresses and the routes we offer.
+        local: Vec<Prefix>,
+    },
+    /// Give the data plane this decision.
+    SetPath(PeerId, PathDecision),
+    /// Give the TUN exactly these addresses and routes.
+    Configure {
+        /// Own inner addresses.
+        addresses: BTreeSet<IpNet>,
+        /// What is routed into the tunnel.
+        routes: BTreeSet<IpNet>,
+    },
+    /// Send a datagram from the discovery socket.
+    Datagram {
+        /// Where to.
+        to: SocketAddr,
+        /// The payload.
+        bytes: Vec<u8>,
+    },
+    /// Send a DISCO packet by relay.
+    Relay {
+        /// The region.
+        region: RegionId,
+        /// The receiver.
+        to: NodePublic,
+        /// The payload.
+        bytes: Vec<u8>,
+    },
+    /// Give the relay connections this map.
+    SetDerpMap(DerpMap),
+    /// Make this region the home.
+    SetHome(RegionId),
+    /// Own endpoints or the home changed: tell coordination ([`Agent::self_report`]).
+    Publish,
+    /// Look up these host names for STUN and give them to [`Agent::handle_resolved`].
+    Resolve(Vec<String>),
+    /// Measure these regions by HTTPS and give the result to [`Agent::handle_https_latency`].
+    MeasureHttps(Vec<RegionId>),
+    /// Read the host's interfaces again and give them to [`Agent::handle_interfaces`].
+    ListInterfaces,
+    /// Write an event to the log.
+    Story(&'static str, Value),
+    /// An answer to a question of the status socket, by the number the driver gave.
+    Answer(u64, Value),
+    /// No more answers to that question.
+    AnswerEnd(u64),
+}
+
+/// All of a node that decides.
+pub struct Agent {
+    setup: Setup,
+    network: Option<Network>,
+    directory: Directory,
+    paths: Manager,
+    netcheck: Netcheck,
+    home: Option<RegionId>,
+    /// Ways to peers whose first packet has been told: by relay, out and in.
+    relay_told: BTreeSet<(PeerId, bool)>,
+    /// User pings by number: the question and the peer.
+    pings: BTreeMap<PingId, u64>,
+    /// Questions that wait for the end of a netcheck.
+    netcheck_waiters: Vec<u64>,
+    /// When to look whether the tunnel is still in use; none while it is not.
+    active_check: Option<Instant>,
+    /// Own endpoints, best first.
+    endpoints: Vec<OwnEndpoint>,
+    drops: BTreeMap<&'static str, u64>,
+    out: VecDeque<Output>,
+}
+
+impl Agent {
+    /// An agent that knows nobody yet. `seed` comes from the operating system.
+    pub fn new(setup: Setup, seed: [u8; 32]) -> Self {
+        let mut rng = StdRng::from_seed(seed);
+        let paths = Manager::new(
+            setup.paths.clone(),
+            setup.node_key,
+            setup.disco_key.clone(),
+            StdRng::from_seed(rng.random()),
+        );
+        let netcheck = Netcheck::new(
+            setup.local_port,
+            setup.port_is_fixed,
+            setup.paths.loopback,
+            StdRng::from_seed(rng.random()),
+        );
+        Self {
+            setup,
+            network: None,
+            directory: Directory::default(),
+            paths,
+            netcheck,
+            home: None,
+            relay_told: BTreeSet::new(),
+            pings: BTreeMap::new(),
+            netcheck_waiters: Vec::new(),
+            active_check: None,
+            endpoints: Vec::new(),
+            drops: BTreeMap::new(),
+            out: VecDeque::new(),
+        }
+    }
+
+    /// Takes a new view of the network, whole.
+    pub fn handle_network(&mut self, now: Instant, network: Network) {
+        if self.network.as_ref() == Some(&network) {
+            return;
+        }
+        self.tell_peers(&network);
+        let before = self.network.replace(network);
+        let network = self.network.as_ref().expect("it was just put there");
+        let rules = network.rules();
+        let addresses: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
+        let routes: BTreeSet<IpNet> = network
+            .peers
+            .iter()
+            .flat_map(|peer| peer.allowed_ips.iter().copied())
+            .collect();
+        let inner = routes
+            .iter()
+            .chain(&addresses)
+            .map(directory::prefix)
+            .collect();
+        let map = network.derp_map.clone();
+        let fixed_home = network.fixed_home;
+        let peers_changed = before.as_ref().is_none_or(|b| b.peers != network.peers);
+
+        if before.as_ref().is_none_or(|b| b.derp_map != map) {
+            self.map_changed(now, &map);
+        }
+        if let Some(home) = fixed_home {
+            self.set_home(RegionId(home), None);
+        }
+        if peers_changed {
+            let network = self.network.as_ref().expect("it was just put there");
+            self.directory.update(&network.peers);
+            self.out
+                .push_back(Output::SetPeers(self.directory.peer_configs()));
+            self.paths.set_inner_prefixes(inner);
+            let setups: Vec<PeerSetup> = self
+                .directory
+                .iter()
+                .map(|(id, peer)| self.peer_setup(id, peer))
+                .collect();
+            self.paths.set_peers(now, &setups);
+            let known: BTreeSet<PeerId> = self.directory.iter().map(|(id, _)| id).collect();
+            self.relay_told.retain(|(id, _)| known.contains(id));
+        }
+        let local = addresses
+            .iter()
+            .chain(&self.setup.routes_offered)
+            .map(directory::prefix)
+            .collect();
+        self.out.push_back(Output::SetRules { rules, local });
+        self.out.push_back(Output::Configure { addresses, routes });
+        self.settle(now);
+    }
+
+    fn peer_setup(&self, id: PeerId, peer: &NetworkPeer) -> PeerSetup {
+        PeerSetup {
+            id,
+            node_key: peer.node_key,
+            disco_key: peer.disco_key,
+            home: peer.home.map(RegionId),
+            endpoints: if self.setup.relay_only {
+                Vec::new()
+            } else {
+                peer.endpoints.clone()
+            },
+        }
+    }
+
+    /// Takes a datagram of the discovery socket.
+    pub fn handle_datagram(&mut self, now: Instant, at: Instant, from: SocketAddr, bytes: &[u8]) {
+        match disco::classify(bytes) {
+            Class::Stun => {
+                // Netcheck has counted what it refuses.
+                let _ = self.netcheck.handle_datagram(at, bytes);
+            }
+            Class::Disco if self.setup.relay_only => self.drop_one("disco_relay_only"),
+            Class::Disco => {
+                // The manager has counted what it refuses.
+                let _ = self.paths.handle_datagram(at, from, bytes);
+            }
+            Class::RelayedDisco | Class::RelayedWireGuard => self.drop_one("peer_relay"),
+            // Steering sends WireGuard elsewhere: what is left is junk.
+            Class::WireGuard => self.drop_one("discovery_junk"),
+        }
+        self.settle(now);
+    }
+
+    /// Takes a DISCO packet that came by relay.
+    pub fn handle_relayed_disco(
+        &mut self,
+        now: Instant,
+        region: RegionId,
+        from: NodePublic,
+        bytes: &[u8],
+    ) {
+        // The manager has counted what it refuses.
+        let _ = self.paths.handle_relayed(now, region, from, bytes);
+        self.settle(now);
+    }
+
+    /// Tells whose WireGuard packets these are that came by relay; strangers' are counted.
+    pub fn handle_relayed_data(
+        &mut self,
+        now: Instant,
+        region: RegionId,
+        from: NodePublic,
+        packets: usize,
+    ) -> Option<PeerId> {
+        let Some(id) = self.directory.id(&from) else {
+            self.drop_many("relay_unknown_source", packets);
+            return None;
+        };
+        self.tell_relay_first(id, region, false);
+        self.paths.handle_relay_arrival(now, id, region);
+        self.settle(now);
+        Some(id)
+    }
+
+    /// Tells the node key behind a batch that leaves by relay.
+    pub fn handle_relay_out(
+        &mut self,
+        id: PeerId,
+        region: RegionId,
+        packets: usize,
+    ) -> Option<NodePublic> {
+        let Some(key) = self.directory.peer(id).map(|peer| peer.node_key) else {
+            self.drop_many("relay_unknown_peer", packets);
+            return None;
+        };
+        self.tell_relay_first(id, region, true);
+        Some(key)
+    }
+
+    /// Takes news of the data plane.
+    pub fn handle_dataplane(&mut self, now: Instant, event: &channel::Event, activity: &Activity) {
+        if let channel::Event::SessionUp(id) | channel::Event::SessionDown(id) = event {
+            let up = matches!(event, channel::Event::SessionUp(_));
+            let peer = self.peer_name(*id);
+            self.story("session", json!({"peer": peer, "up": up}));
+        }
+        if matches!(event, channel::Event::Kick(_) | channel::Event::Active(_)) {
+            self.active_check = self.active_check.or(Some(now + ACTIVE_CHECK_PERIOD));
+            self.netcheck.set_active(now, true);
+        }
+        self.paths.handle_event(now, event, activity);
+        self.settle(now);
+    }
+
+    /// A datagram of ours could not be sent.
+    pub fn handle_send_error(&mut self, now: Instant, to: SocketAddr, errno: i32) {
+        self.drop_one("discovery_send_error");
+        self.netcheck.handle_send_error(to);
+        self.paths.handle_send_error(now, to, errno);
+        self.settle(now);
+    }
+
+    /// The host's network changed: read its addresses again, then decide how deep it went.
+    pub fn handle_link_change(&mut self, now: Instant, change: LinkChange) {
+        self.paths.handle_link_change(now, change);
+        self.out.push_back(Output::ListInterfaces);
+        self.settle(now);
+    }
+
+    /// Pings a peer for the question `question`; the answers follow as [`Output::Answer`].
+    pub fn handle_ping(&mut self, now: Instant, question: u64, peer: &str) {
+        let started = self.directory.find(peer).and_then(|id| {
+            if self.pings.len() >= PINGS_MAX {
+                return Err("too many pings are under way; try again".into());
+            }
+            let name = self.peer_name(id);
+            self.paths
+                .ping(now, id)
+                .ok_or_else(|| format!("{name} has neither a relay nor an address to ping"))
+        });
+        match started {
+            Ok(ping) => {
+                self.pings.insert(ping, question);
+            }
+            Err(error) => {
+                self.out
+                    .push_back(Output::Answer(question, json!({"error": error})));
+                self.out.push_back(Output::AnswerEnd(question));
+            }
+        }
+        self.settle(now);
+    }
+
+    /// Does what is due. `activity` reads what the shards know of a peer's traffic.
+    pub fn handle_timeout(&mut self, now: Instant, activity: &dyn Fn(PeerId) -> Activity) {
+        self.paths.handle_timeout(now, activity);
+        self.netcheck.handle_timeout(now);
+        if self.active_check.is_some_and(|at| at <= now) {
+            let used = |id| {
+                let last = activity(id);
+                last.last_sent
+                    .max(last.last_received)
+                    .is_some_and(|t| now < t + TUNNEL_ACTIVE)
+            };
+            let active = self.directory.iter().any(|(id, _)| used(id));
+            self.active_check = active.then(|| now + ACTIVE_CHECK_PERIOD);
+            self.netcheck.set_active(now, active);
+        }
+        self.settle(now);
+    }
+
+    /// When [`Self::handle_timeout`] is wanted next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        [
+            self.paths.poll_timeout(),
+            self.netcheck.poll_timeout(),
+            self.active_check,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// The next thing to do.
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.out.pop_front()
+    }
+
+    /// The home region.
+    pub fn home(&self) -> Option<RegionId> {
+        self.home
+    }
+
+    /// Paths worth remembering over a restart.
+    pub fn cached_paths(&self, now: Instant) -> Vec<path::CachedPath> {
+        self.paths.cached_paths(now)
+    }
+
+    /// Takes paths remembered from an earlier run, once there are peers.
+    pub fn load_cached_paths(&mut self, now: Instant, paths: &[path::CachedPath]) {
+        self.paths.load_cached_paths(now, paths);
+        self.settle(now);
+    }
+
+    /// A region's code by its number, or the number.
+    pub fn region_code(&self, id: RegionId) -> String {
+        let regions = self
+            .network
+            .as_ref()
+            .map(|network| &network.derp_map.regions);
+        match regions.and_then(|regions| regions.get(&id.0)) {
+            Some(region) if !region.region_code.is_empty() => region.region_code.clone(),
+            Some(_) | None => id.0.to_string(),
+        }
+    }
+
+    /// Adds an event to the story.
+    pub fn story(&mut self, event: &'static str, fields: Value) {
+        self.out.push_back(Output::Story(event, fields));
+    }
+
+    fn peer_name(&self, id: PeerId) -> String {
+        self.directory
+            .peer(id)
+            .map_or_else(|| format!("#{}", id.0), |peer| short_name(&peer.name))
+    }
+
+    fn drop_one(&mut self, reason: &'static str) {
+        self.drop_many(reason, 1);
+    }
+
+    fn drop_many(&mut self, reason: &'static str, count: usize) {
+        *self.drops.entry(reason).or_default() += count as u64;
+    }
+
+    /// Drains the path machine and netcheck into outputs.
+    fn settle(&mut self, now: Instant) {
+        while let Some((id, decision)) = self.paths.poll_decision() {
+            self.out.push_back(Output::SetPath(id, decision));
+        }
+        while let Some(transmit) = self.paths.poll_transmit() {
+            match transmit.via {
+                Via::Udp(_) if self.setup.relay_only => {}
+                // The discovery sockets set don't-fragment on everything: only large Pings need it,
+                // and the others are far below any MTU.
+                Via::Udp(to) => self.out.push_back(Output::Datagram {
+                    to,
+                    bytes: transmit.bytes,
+                }),
+                Via::Derp { region, node_key } => {
+                    self.out.push_back(Output::Relay {
+                        region,
+                        to: node_key,
+                        bytes: transmit.bytes,
+                    });
+                }
+            }
+        }
+        while let Some(event) = self.paths.poll_event() {
+            self.path_event(now, event);
+        }
+        self.settle_netcheck(now);
+    }
+
+    fn path_event(&mut self, now: Instant, event: path::Event) {
+        match event {
+            // EPERM is a firewall's refusal, and a new socket would meet the same rule: look at our
+            // endpoints again instead of binding anew.
+            path::Event::RestunWanted(_) | path::Event::RebindWanted => {
+                self.netcheck.start(now, false)
+            }
+            path::Event::Reported { peer, addr } => self.reported(now, peer, addr),
+            path::Event::PingReply {
+                id,
+                peer,
+                route,
+                rtt,
+            } => {
+                let peer = self.peer_name(peer);
+                let latency_ms = millis(rtt);
+                let answer = match route {
+                    Route::Direct(address) => json!({"peer": peer, "via": "direct",
+                        "address": address, "latency_ms": latency_ms}),
+                    Route::Relay(region) => json!({"peer": peer, "via": "relay",
+                        "region": self.region_code(region), "latency_ms": latency_ms}),
+                };
+                self.answer_ping(id, answer);
+            }
+            path::Event::PingTimeout { id, peer } => {
+                let peer = self.peer_name(peer);
+                self.answer_ping(id, json!({"peer": peer, "reason": "no answer within 5 s"}));
+            }
+            path::Event::Story { peer, what } => {
+                let name = self.peer_name(peer);
+                let (event, fields) =
+                    story::describe(&name, &what, |id| self.region_code(RegionId(id)));
+                self.story(event, fields);
+            }
+        }
+    }
+
+    /// One answer is enough: the first of any way.
+    fn answer_ping(&mut self, ping: PingId, answer: Value) {
+        if let Some(question) = self.pings.remove(&ping) {
+            self.out.push_back(Output::Answer(question, answer));
+            self.out.push_back(Output::AnswerEnd(question));
+        }
+    }
+
+    fn tell_peers(&mut self, network: &Network) {
+        self.story("netmap", json!({"peers": network.peers.len()}));
+        for peer in &network.peers {
+            let before = self
+                .network
+                .iter()
+                .flat_map(|n| &n.peers)
+                .find(|p| p.node_key == peer.node_key);
+            if before == Some(peer) {
+                continue;
+            }
+            let home = peer.home.and_then(|id| network.derp_map.regions.get(&id));
+            let home = home.map(|region| region.region_code.clone());
+            let fields = json!({"peer": short_name(&peer.name), "home": home,
+                                "endpoints": peer.endpoints, "online": peer.online});
+            self.story("peer", fields);
+        }
+    }
+
+    fn tell_relay_first(&mut self, id: PeerId, region: RegionId, out: bool) {
+        if self.relay_told.insert((id, out)) {
+            let dir = if out { "tx" } else { "rx" };
+            let fields =
+                json!({"peer": self.peer_name(id), "region": self.region_code(region), "dir": dir});
+            self.story("relay_first", fields);
+        }
+    }
+}
+
+/// A name without the network's domain.
+fn short_name(name: &str) -> String {
+    name.split('.').next().unwrap_or(name).to_owned()
+}

@@ -1,0 +1,150 @@
+//! The network as the agent needs it, whoever told us: a coordination server, the static file, or
+//! the cache of an earlier run.
+
+use std::net::SocketAddr;
+
+use ipnet::IpNet;
+use ringtail_dataplane::channel::{Rule, Rules};
+use serde::{Deserialize, Serialize};
+
+use super::directory::prefix;
+use crate::config::StaticNetwork;
+use crate::key::{DiscoPublic, NodePublic};
+use crate::netmap::{DerpMap, Netmap};
+
+/// One whole view of the network.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Network {
+    /// Own inner addresses.
+    pub addresses: Vec<IpNet>,
+    /// The home region others expect us at, when it is not ours to choose.
+    pub fixed_home: Option<u32>,
+    /// The relays.
+    pub derp_map: DerpMap,
+    /// Everybody else.
+    pub peers: Vec<NetworkPeer>,
+    /// Who may reach us; without rules every peer may.
+    pub rules: Option<Vec<NetworkRule>>,
+}
+
+/// One peer.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct NetworkPeer {
+    /// A name for people.
+    pub name: String,
+    /// WireGuard identity and DERP address.
+    pub node_key: NodePublic,
+    /// Without it there is no path discovery with the peer.
+    pub disco_key: Option<DiscoPublic>,
+    /// Home region.
+    pub home: Option<u32>,
+    /// Inner addresses.
+    pub addresses: Vec<IpNet>,
+    /// Prefixes routed to it and accepted from it.
+    pub allowed_ips: Vec<IpNet>,
+    /// Where it may be reached directly.
+    pub endpoints: Vec<SocketAddr>,
+    /// Whether the coordination server sees it, if it says so.
+    pub online: Option<bool>,
+}
+
+/// One filter rule, as [`Rule`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NetworkRule {
+    /// Source prefixes.
+    pub sources: Vec<IpNet>,
+    /// Destination prefixes with first and last port.
+    pub destinations: Vec<(IpNet, u16, u16)>,
+    /// IP protocol numbers.
+    pub protocols: Vec<u8>,
+}
+
+impl From<StaticNetwork> for Network {
+    fn from(file: StaticNetwork) -> Self {
+        let known = |region: u32| (region != 0).then_some(region);
+        Self {
+            addresses: file.addresses,
+            fixed_home: known(file.home),
+            derp_map: file.derp_map,
+            peers: file
+                .peers
+                .into_iter()
+                .map(|peer| NetworkPeer {
+                    name: peer.name,
+                    node_key: peer.node_key,
+                    disco_key: (!peer.disco_key.is_zero()).then_some(peer.disco_key),
+                    home: known(peer.home),
+                    addresses: peer.addresses,
+                    allowed_ips: peer.allowed_ips,
+                    endpoints: peer.endpoints,
+                    online: None,
+                })
+                .collect(),
+            rules: None,
+        }
+    }
+}
+
+impl From<&Netmap> for Network {
+    fn from(map: &Netmap) -> Self {
+        Self {
+            addresses: map.self_node.addresses.clone(),
+            fixed_home: None,
+            derp_map: (*map.derp_map).clone(),
+            peers: map
+                .peers
+                .iter()
+                .map(|peer| NetworkPeer {
+                    name: peer.name.clone(),
+                    node_key: peer.key,
+                    disco_key: peer.disco,
+                    home: peer.home,
+                    addresses: peer.addresses.clone(),
+                    allowed_ips: peer.allowed_ips.clone(),
+                    endpoints: peer.endpoints.clone(),
+                    online: peer.online,
+                })
+                .collect(),
+            rules: match &map.rules {
+                Rules::AllowAll => None,
+                Rules::List(rules) => Some(rules.iter().map(NetworkRule::from).collect()),
+            },
+        }
+    }
+}
+
+impl From<&Rule> for NetworkRule {
+    fn from(rule: &Rule) -> Self {
+        let net = |prefix: &ringtail_dataplane::channel::Prefix| {
+            IpNet::new(prefix.addr, prefix.bits).unwrap_or_else(|_| prefix.addr.into())
+        };
+        Self {
+            sources: rule.sources.iter().map(net).collect(),
+            destinations: rule
+                .destinations
+                .iter()
+                .map(|(p, a, b)| (net(p), *a, *b))
+                .collect(),
+            protocols: rule.protocols.clone(),
+        }
+    }
+}
+
+impl Network {
+    /// The rules in the data plane's form.
+    pub fn rules(&self) -> Rules {
+        let Some(rules) = &self.rules else {
+            return Rules::AllowAll;
+        };
+        let compile = |rule: &NetworkRule| Rule {
+            sources: rule.sources.iter().map(prefix).collect(),
+            destinations: rule
+                .destinations
+                .iter()
+                .map(|(n, a, b)| (prefix(n), *a, *b))
+                .collect(),
+            protocols: rule.protocols.clone(),
+        };
+        Rules::List(rules.iter().map(compile).collect())
+    }
+}

@@ -1,0 +1,133 @@
+//! What a node says of itself: the part of `ringtail status` that the agent knows.
+
+use std::time::Instant;
+
+use ringtail_dataplane::channel::{Activity, PeerId};
+use serde_json::{Value, json};
+
+use super::{Agent, millis};
+use crate::key::{DiscoPublic, NodePublic};
+
+/// What the agent is told about its surroundings, for people only.
+#[derive(Clone, Debug)]
+pub struct Surroundings {
+    /// The node's name.
+    pub hostname: String,
+    /// Own WireGuard key.
+    pub node_key: NodePublic,
+    /// Own DISCO key.
+    pub disco_key: DiscoPublic,
+    /// The TUN interface.
+    pub tun: String,
+    /// Inner MTU in bytes.
+    pub mtu: u16,
+    /// Data plane threads.
+    pub shards: usize,
+    /// The shards' I/O driver.
+    pub driver: &'static str,
+    /// UDP port of the tunnel.
+    pub listen_port: u16,
+    /// URL of the coordination server, if there is one.
+    pub coordination: Option<String>,
+    /// How it stands with coordination.
+    pub coordination_state: String,
+}
+
+impl Agent {
+    /// The node, its peers and what was dropped, as JSON (`README.md` shows an example).
+    pub fn status(
+        &self,
+        now: Instant,
+        around: &Surroundings,
+        activity: &dyn Fn(PeerId) -> Activity,
+    ) -> Value {
+        let addresses: Vec<String> = self
+            .network
+            .iter()
+            .flat_map(|n| &n.addresses)
+            .map(|net| net.addr().to_string())
+            .collect();
+        let peers: Vec<Value> = self
+            .directory
+            .iter()
+            .map(|(id, _)| self.peer_status(now, id, &activity(id)))
+            .collect();
+        let mut drops: serde_json::Map<String, Value> = self
+            .drops
+            .iter()
+            .map(|(name, count)| ((*name).to_owned(), (*count).into()))
+            .collect();
+        for (name, count) in self.paths.drops() {
+            drops.insert(format!("disco_{name}"), count.into());
+        }
+        drops.extend(
+            self.netcheck
+                .drops()
+                .map(|(name, count)| (name, count.into())),
+        );
+        drops.insert("peers_refused".into(), self.directory.refused().into());
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "hostname": around.hostname,
+            "node_key": around.node_key,
+            "disco_key": around.disco_key,
+            "addresses": addresses,
+            "tun": {"name": around.tun, "mtu": around.mtu},
+            "shards": around.shards,
+            "driver": around.driver,
+            "listen_port": around.listen_port,
+            "coordination": {
+                "kind": around.coordination.as_deref().unwrap_or("static"),
+                "state": around.coordination_state,
+            },
+            "home": {"id": self.home.map(|id| id.0), "region": self.home.map(|id| self.region_code(id))},
+            "endpoints": self.endpoints.iter().map(|own| own.addr).collect::<Vec<_>>(),
+            "netcheck": self.netcheck_status(),
+            "peers": peers,
+            "drops": drops,
+        })
+    }
+
+    fn peer_status(&self, now: Instant, id: PeerId, activity: &Activity) -> Value {
+        let Some(peer) = self.directory.peer(id) else {
+            return Value::Null;
+        };
+        let since =
+            |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at).as_secs_f64());
+        let path = self.paths.status(now, id).map(|status| {
+            let best = status.best;
+            json!({
+                "state": status.state.as_str(),
+                "since_s": status.since.as_secs_f64(),
+                "address": best.map(|best| best.addr),
+                "latency_ms": best.map(|best| millis(best.rtt)),
+                "jitter_ms": best.map(|best| millis(best.jitter)),
+                "loss_pct": best.map(|best| best.loss_pct),
+                "mtu": best.map(|best| best.mtu),
+                "last_pong_s": best.map(|best| best.last_pong.as_secs_f64()),
+                "validating": status.validating,
+                "relay": status.region.map(|region| self.region_code(region)),
+                "relay_latency_ms": status.relay_rtt.map(millis),
+                "switches": status.switches,
+                "candidates": status.candidates.iter()
+                    .map(|(addr, rtt)| json!({"address": addr, "latency_ms": rtt.map(millis)}))
+                    .collect::<Vec<_>>(),
+            })
+        });
+        json!({
+            "name": super::short_name(&peer.name),
+            "node_key": peer.node_key,
+            "addresses": peer.addresses.iter().map(|net| net.addr().to_string()).collect::<Vec<_>>(),
+            "allowed_ips": peer.allowed_ips,
+            "home": peer.home.map(|id| self.region_code(ringtail_dataplane::channel::RegionId(id))),
+            "online": peer.online,
+            "path": path,
+            "tx_bytes": activity.tx_bytes,
+            "rx_bytes": activity.rx_bytes,
+            "tx_relay_bytes": activity.tx_relay_bytes,
+            "rx_relay_bytes": activity.rx_relay_bytes,
+            "last_handshake_s": since(activity.last_handshake),
+            "last_received_s": since(activity.last_received),
+        })
+    }
+}

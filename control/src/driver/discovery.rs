@@ -1,0 +1,239 @@
+//! The discovery sockets: DISCO and STUN datagrams on the tunnel's own UDP port.
+//!
+//! The data plane opens them as members of its reuse-port group; here they are read in batches,
+//! with the kernel's time of arrival, and written to. A datagram for the wrong family or without
+//! a route is not an error worth ending anything: it is reported to the caller by its errno.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::Context as _;
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt,
+};
+use std::os::fd::AsRawFd as _;
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+
+/// Largest datagram read whole, in bytes: a jumbo probe fits.
+const DATAGRAM_LEN_MAX: usize = 16 * 1024;
+/// Datagrams taken per wake-up, so that a flood leaves time for everything else.
+const BATCH_LEN_MAX: usize = 64;
+
+/// Both families of the discovery port.
+pub struct Discovery {
+    v4: UdpSocket,
+    v6: Option<UdpSocket>,
+    buffer: Vec<u8>,
+}
+
+/// One datagram as it came.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Datagram {
+    /// When the kernel got it.
+    pub at: Instant,
+    /// The sender; IPv4 is never in its mapped IPv6 form.
+    pub from: SocketAddr,
+    /// The payload.
+    pub bytes: Vec<u8>,
+}
+
+impl Discovery {
+    /// Takes over non-blocking sockets of the data plane.
+    ///
+    /// # Errors
+    /// When the runtime does not take them.
+    pub fn new(v4: std::net::UdpSocket, v6: Option<std::net::UdpSocket>) -> anyhow::Result<Self> {
+        let adopt = |socket: std::net::UdpSocket| -> anyhow::Result<UdpSocket> {
+            socket.set_nonblocking(true)?;
+            setsockopt(&socket, sockopt::ReceiveTimestampns, &true)
+                .context("cannot get receive timestamps")?;
+            UdpSocket::from_std(socket).context("cannot watch the discovery socket")
+        };
+        Ok(Self {
+            v4: adopt(v4)?,
+            v6: v6.map(adopt).transpose()?,
+            buffer: vec![0; DATAGRAM_LEN_MAX],
+        })
+    }
+
+    /// Waits for datagrams and appends up to 64 of them to `out`.
+    ///
+    /// # Errors
+    /// Only when waiting itself fails; errors of single datagrams are skipped.
+    pub async fn receive(&mut self, out: &mut Vec<Datagram>) -> io::Result<()> {
+        let never = std::future::pending;
+        tokio::select! {
+            ready = self.v4.readable() => ready?,
+            ready = async {
+                match &self.v6 {
+                    Some(v6) => v6.readable().await,
+                    None => never().await,
+                }
+            } => ready?,
+        }
+        let clock = Clock::now();
+        for socket in [Some(&self.v4), self.v6.as_ref()].into_iter().flatten() {
+            while out.len() < BATCH_LEN_MAX {
+                match socket.try_io(Interest::READABLE, || {
+                    read_one(socket, &mut self.buffer, &clock)
+                }) {
+                    Ok(Some(datagram)) => out.push(datagram),
+                    Ok(None) => {}
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    // ICMP errors of earlier sends surface here.
+                    Err(_) => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends one datagram.
+    ///
+    /// # Errors
+    /// What the kernel said; `EAFNOSUPPORT` when the family is not to be had.
+    pub fn send(&self, to: SocketAddr, bytes: &[u8]) -> io::Result<()> {
+        let socket = match to {
+            SocketAddr::V4(_) => &self.v4,
+            SocketAddr::V6(_) => self.v6.as_ref().ok_or_else(|| {
+                io::Error::from_raw_os_error(nix::errno::Errno::EAFNOSUPPORT as i32)
+            })?,
+        };
+        socket.try_io(Interest::WRITABLE, || {
+            // tokio's own try_send_to clears readiness on a full buffer, which is right; std's
+            // call is the same without a second readiness check.
+            nix::sys::socket::sendto(
+                socket.as_raw_fd(),
+                bytes,
+                &SockaddrStorage::from(to),
+                MsgFlags::MSG_DONTWAIT,
+            )
+            .map_err(io::Error::from)
+        })?;
+        Ok(())
+    }
+}
+
+fn read_one(socket: &UdpSocket, buffer: &mut [u8], clock: &Clock) -> io::Result<Option<Datagram>> {
+    let mut control = nix::cmsg_space!(nix::sys::time::TimeSpec, [u8; 64]);
+    let mut parts = [io::IoSliceMut::new(buffer)];
+    let message = recvmsg::<SockaddrStorage>(
+        socket.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::MSG_DONTWAIT,
+    )
+    .map_err(io::Error::from)?;
+    let stamp = message.cmsgs().ok().and_then(|mut all| {
+        all.find_map(|one| {
+            let ControlMessageOwned::ScmTimestampns(stamp) = one else {
+                return None;
+            };
+            Some(Duration::from(stamp))
+        })
+    });
+    let (len, truncated) = (message.bytes, message.flags.contains(MsgFlags::MSG_TRUNC));
+    let from = message.address.and_then(socket_addr);
+    let Some(from) = from.filter(|_| !truncated) else {
+        return Ok(None);
+    };
+    Ok(Some(Datagram {
+        at: clock.instant_of(stamp),
+        from,
+        bytes: buffer[..len].to_vec(),
+    }))
+}
+
+fn socket_addr(address: SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = address
+        .as_sockaddr_in()
+        .map(|a| SocketAddr::from((a.ip(), a.port())));
+    v4.or_else(|| {
+        let v6 = address.as_sockaddr_in6()?;
+        Some(match v6.ip().to_canonical() {
+            IpAddr::V4(ip) => (ip, v6.port()).into(),
+            IpAddr::V6(_) => SocketAddr::V6((*v6).into()),
+        })
+    })
+}
+
+/// One reading of both clocks, to carry the kernel's wall-clock stamps over to `Instant`.
+struct Clock {
+    monotonic: Instant,
+    realtime: Duration,
+}
+
+impl Clock {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "arrival times are read here, once per batch"
+    )]
+    fn now() -> Self {
+        let realtime = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
+        Self {
+            monotonic: Instant::now(),
+            realtime,
+        }
+    }
+
+    /// A stamp of the future, or one older than a second (the wall clock was set), counts as now.
+    fn instant_of(&self, stamp: Option<Duration>) -> Instant {
+        let age = stamp
+            .and_then(|stamp| self.realtime.checked_sub(stamp))
+            .unwrap_or_default();
+        if age > Duration::from_secs(1) {
+            return self.monotonic;
+        }
+        self.monotonic.checked_sub(age).unwrap_or(self.monotonic)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::runtime;
+
+    #[test]
+    fn datagrams_of_both_families_arrive_with_their_time() {
+        runtime::block_on(|_| async {
+            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            let v6 = std::net::UdpSocket::bind("[::1]:0")?;
+            let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
+            let mut sockets = Discovery::new(v4, Some(v6))?;
+            let before = Clock::now().monotonic;
+            sockets.send(to4, b"four")?;
+            sockets.send(to6, b"six")?;
+            let mut got = Vec::new();
+            while got.len() < 2 {
+                sockets.receive(&mut got).await?;
+            }
+            got.sort_by_key(|datagram| datagram.bytes.len());
+            anyhow::ensure!(got[0].bytes == b"six" && got[0].from == to6);
+            anyhow::ensure!(got[1].bytes == b"four" && got[1].from == to4);
+            for datagram in &got {
+                anyhow::ensure!(datagram.at >= before && datagram.at <= Clock::now().monotonic);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn a_stamp_from_a_clock_that_jumped_counts_as_now() {
+        let clock = Clock::now();
+        assert_eq!(
+            clock.instant_of(Some(clock.realtime + Duration::from_secs(9))),
+            clock.monotonic
+        );
+        assert_eq!(clock.instant_of(Some(Duration::ZERO)), clock.monotonic);
+        let age = Duration::from_millis(5);
+        assert_eq!(
+            clock.instant_of(Some(clock.realtime - age)),
+            clock.monotonic - age
+        );
+    }
+}
