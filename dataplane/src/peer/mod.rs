@@ -12,7 +12,7 @@ mod waiting;
 
 use std::sync::Arc;
 
-pub(crate) use path::{Kind, Path, Source};
+pub(crate) use path::{Kind, Path, Source, Way};
 use waiting::Waiting;
 
 use crate::channel::{PEERS_MAX, PeerConfig, PeerId};

@@ -28,7 +28,7 @@ use crate::coalesce::Coalescer;
 use crate::config::DriverKind;
 use crate::filter::{CompiledRules, Filter};
 use crate::packet::header::Headers;
-use crate::peer::{Kind, Peers};
+use crate::peer::{Kind, Peers, Way};
 use crate::ring::{Driver, Sources, TunRx, UdpRx};
 use crate::seal;
 use crate::session::{Arena, Change, Engine, MESSAGE_LEN_MAX, TICK};
@@ -278,8 +278,16 @@ impl<'a> Shard<'a> {
         let Some(peer) = self.peers.wake(id, &self.engine) else {
             return;
         };
-        let mut out = [0; MESSAGE_LEN_MAX];
         let now = self.ctx.now;
+        if peer.path.way(now) == Way::default() {
+            // An initiation would go nowhere, and the one that can go would have to keep its
+            // distance from it. The first way to the peer brings us back here.
+            let _silent = peer
+                .path
+                .sending(now, id, Kind::Handshake, &mut self.ctx.events);
+            return;
+        }
+        let mut out = [0; MESSAGE_LEN_MAX];
         let Some(session) = peer.session() else {
             return;
         };
