@@ -39,7 +39,7 @@ usage: bench/iperf-pair.sh [options]
   --rounds N      rounds of --full (default 3)
   --peers         install boringtun-cli, gotatun and wireguard-go into a cache first
   --only LIST     act two: only these programs, by comma (ringtail,ringtail-relay,veth,wireguard-go,
-                  boringtun-cli,gotatun,kernel)
+                  boringtun-cli,gotatun,kernel; dataplane: see start_dataplane)
   --skip-story    no act one
   --skip-figures  no act two
   --json          print the results as JSON instead of tables
@@ -319,6 +319,17 @@ start_ringtail() { # start_ringtail direct|relay
   done
 }
 
+# The data plane without its control thread, for whoever works on it: --only dataplane, and built by
+# cargo build --release -p ringtail-dataplane --example pair
+start_dataplane() {
+  local options=(--mtu "$MTU" --shards "$SHARDS" --tun rt0 --port 41641)
+  [ "$LAYOUT" != pinned ] || options+=(--pin)
+  run_tunnel left left "$RINGTAIL_BIN_DIR/examples/pair" --seed 1 --peer-seed 2 --addr $TUNNEL_LEFT/24 \
+    --peer-ip $TUNNEL_RIGHT --endpoint 192.0.2.2:41641 "${options[@]}"
+  run_tunnel right right "$RINGTAIL_BIN_DIR/examples/pair" --seed 2 --peer-seed 1 --addr $TUNNEL_RIGHT/24 \
+    --peer-ip $TUNNEL_LEFT --endpoint 192.0.2.1:41641 "${options[@]}"
+}
+
 network() { # own name, address, home; the peer's name, address, home, endpoint: a static network file
   cat <<TOML
 addresses = ["$2/24"]
@@ -347,6 +358,7 @@ start_program() {
     boringtun-cli) start_userspace boringtun-cli -f --disable-drop-privileges ;;
     gotatun) start_userspace gotatun -f --disable-drop-privileges --verbosity error ;;
     kernel) start_kernel ;;
+    dataplane) start_dataplane ;;
   esac || return 1
   local label
   for label in left right nyc fra; do
@@ -401,6 +413,7 @@ find_programs() {
   fi
   if [ -n "$ONLY" ]; then
     local chosen=()
+    [[ $ONLY != *,dataplane,* ]] || PROGRAMS+=(dataplane)
     for program in "${PROGRAMS[@]}"; do
       [[ $ONLY != *,$program,* ]] || chosen+=("$program")
     done
