@@ -1,5 +1,6 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 
+mod derp;
 mod keys;
 mod query;
 mod up;
@@ -37,6 +38,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(Box<up::UpArgs>),
+    Derp(derp::DerpArgs),
     Status(query::StatusArgs),
     Ping(query::PingArgs),
     Netcheck(query::NetcheckArgs),
@@ -58,6 +60,7 @@ pub fn main() -> ExitCode {
     start_log(cli.verbose);
     let result = match cli.command {
         Command::Up(args) => up::run(*args),
+        Command::Derp(args) => derp::run(args),
         Command::Status(args) => query::status(&args),
         Command::Ping(args) => query::ping(&args),
         Command::Netcheck(args) => query::netcheck(&args),

@@ -3,6 +3,7 @@
 
 pub mod control_url;
 pub mod coord_client;
+pub mod derp_server;
 pub mod discovery;
 pub mod events;
 pub mod interface;

@@ -453,7 +453,9 @@ impl Inner {
     }
 
     async fn latency(&self, region: &DerpRegion) -> anyhow::Result<Duration> {
-        let mut dialled = self.dialler.dial(region, usize::MAX, &|_| ()).await?;
+        let id = RegionId(region.region_id);
+        let first = self.good_nodes.borrow().get(&id).copied().unwrap_or(0);
+        let mut dialled = self.dialler.dial(region, first, &|_| ()).await?;
         let node = &region.nodes[dialled.index];
         let mut request = Vec::new();
         upgrade::put_latency_request(

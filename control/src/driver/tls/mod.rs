@@ -124,8 +124,10 @@ pub struct Tls<E> {
     /// Ciphertext that came and is not used up; the caller appends.
     pub inbox: Vec<u8>,
     out: Vec<u8>,
-    /// Bytes of `out` that are to be written; the rest is spare and stays initialised, because
-    /// clearing 128 KiB before every write would cost as much as copying it.
+    /// Bytes of `out` that are written.
+    out_start: usize,
+    /// Where what is to be written ends; the rest is spare and stays initialised, because clearing
+    /// 128 KiB before every write would cost as much as copying it.
     out_len: usize,
     established: bool,
     closed: bool,
@@ -181,6 +183,7 @@ impl<E: Engine> Tls<E> {
             engine,
             inbox: Vec::new(),
             out: Vec::new(),
+            out_start: 0,
             out_len: 0,
             established: false,
             closed: false,
@@ -200,12 +203,13 @@ impl<E: Engine> Tls<E> {
 
     /// What is to be written.
     pub fn out(&self) -> &[u8] {
-        &self.out[..self.out_len]
+        &self.out[self.out_start..self.out_len]
     }
 
     /// Takes the buffer that is to be written and its length in bytes, for a transport that owns
     /// what it writes. [`Tls::give_back`] returns it.
     pub fn take_out(&mut self) -> (Vec<u8>, usize) {
+        debug_assert_eq!(self.out_start, 0, "a caller writes in one of the two ways");
         let len = std::mem::take(&mut self.out_len);
         (std::mem::take(&mut self.out), len)
     }
@@ -219,8 +223,26 @@ impl<E: Engine> Tls<E> {
 
     /// Says that the first `len` bytes of [`Tls::out`] are written.
     pub fn sent(&mut self, len: usize) {
-        self.out.copy_within(len..self.out_len, 0);
-        self.out_len -= len;
+        self.out_start += len;
+        debug_assert!(
+            self.out_start <= self.out_len,
+            "only what is there is written"
+        );
+        if self.out_start == self.out_len {
+            (self.out_start, self.out_len) = (0, 0);
+        } else if self.out_start > self.out.len() / 2 {
+            self.out.copy_within(self.out_start..self.out_len, 0);
+            self.out_len -= self.out_start;
+            self.out_start = 0;
+        }
+    }
+
+    /// Gives memory back that a quiet connection does not need.
+    pub fn shrink(&mut self) {
+        if self.out_len == 0 {
+            self.out = Vec::new();
+        }
+        self.inbox.shrink_to(RECORD_LEN);
     }
 
     /// Uses up what is in the inbox: handshake answers go to the output, plaintext to `sink`,

@@ -1,0 +1,413 @@
+//! The relay: DERP over TLS, with STUN beside it.
+//!
+//! One task per client on a runtime of many threads. What a client sends is forwarded in runs: all
+//! packets of one read for one destination become one chunk of frames, put into the destination's
+//! queue under one lock with one wake-up at most. The destination's task takes chunks and has
+//! full TLS records without copying them together. Queues are bounded in bytes and lose their
+//! oldest frames, DISCO has a queue of its own, so no client slows another down.
+//!
+//! Behaviour: `protocol/derp.md` §4 to §8 (derpserver and cmd/derper of tailscale/tailscale).
+//! Differences on purpose: queues in bytes instead of 32 packets, the write limit counts from the
+//! last progress instead of per frame, and no mesh, admission check or WebSocket.
+
+mod connection;
+pub mod identity;
+mod registry;
+mod stun;
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use rustls::ServerConfig;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+
+use crate::driver::tls::{self, stream::USER_TIMEOUT};
+use crate::key::NodePrivate;
+use registry::Registry;
+
+/// Bytes of data frames that wait per client at most.
+pub const DATA_QUEUE_BYTES: usize = 1 << 20;
+
+/// Bytes of DISCO frames that wait per client at most.
+pub const DISCO_QUEUE_BYTES: usize = 64 << 10;
+
+/// Bytes of PeerGone frames that wait per client at most.
+pub const CONTROL_QUEUE_BYTES: usize = 64 << 10;
+
+/// For the TLS handshake.
+pub const TLS_LIMIT: Duration = Duration::from_secs(10);
+
+/// For a request's head, and for the next one on the same connection.
+pub const HEAD_LIMIT: Duration = Duration::from_secs(30);
+
+/// For ClientInfo after the upgrade.
+pub const HELLO_LIMIT: Duration = Duration::from_secs(10);
+
+/// KeepAlive comes this often, plus a fixed random part of [`KEEP_ALIVE_JITTER`].
+pub const KEEP_ALIVE: Duration = Duration::from_secs(60);
+
+/// See [`KEEP_ALIVE`].
+pub const KEEP_ALIVE_JITTER: Duration = Duration::from_secs(5);
+
+/// A client whose socket takes nothing for this long is cut.
+pub const WRITE_LIMIT: Duration = Duration::from_secs(5);
+
+/// Bytes the kernel holds unsent per client before the queues fill, where DISCO overtakes and the
+/// oldest goes first.
+const NOT_SENT_BYTES: u32 = 256 << 10;
+
+/// Pending connections the kernel keeps.
+const BACKLOG: i32 = 1024;
+
+/// Pause after the system ran out of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// How a relay is made.
+#[derive(Debug)]
+pub struct DerpOptions {
+    /// The relay's key.
+    pub private: NodePrivate,
+    /// Certificate chain, leaf first, without meta-certificate.
+    pub chain: Vec<CertificateDer<'static>>,
+    /// The leaf's key.
+    pub key: PrivateKeyDer<'static>,
+    /// Where to listen for DERP. `[::]` is every address of both families; port 0 takes any.
+    pub listen: Vec<SocketAddr>,
+    /// UDP port of STUN on the same addresses; 0 takes any, `None` is no STUN.
+    pub stun_port: Option<u16>,
+    /// Answer any valid Binding request, for debugging.
+    pub stun_any: bool,
+    /// TCP port of `/generate_204` without TLS on the same addresses, if any.
+    pub http_port: Option<u16>,
+    /// Connections at most, of all kinds.
+    pub connections_max: usize,
+}
+
+/// A relay with its sockets bound.
+#[derive(Debug)]
+pub struct DerpServer {
+    shared: Arc<Shared>,
+    listeners: Vec<TcpListener>,
+    plain: Vec<TcpListener>,
+    stun: Vec<UdpSocket>,
+    stun_any: bool,
+}
+
+/// What all tasks share.
+#[derive(Debug)]
+struct Shared {
+    private: NodePrivate,
+    tls: Arc<ServerConfig>,
+    registry: Registry,
+    counters: Counters,
+    started: Instant,
+    connections: AtomicU64,
+    connections_max: u64,
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// What happened, by name.
+        #[derive(Debug, Default)]
+        struct Counters {
+            $($(#[$doc])* $name: AtomicU64,)*
+        }
+
+        impl Counters {
+            fn snapshot(&self) -> BTreeMap<&'static str, u64> {
+                BTreeMap::from([
+                    $((stringify!($name), self.$name.load(Ordering::Relaxed)),)*
+                ])
+            }
+        }
+    };
+}
+
+counters! {
+    /// TCP connections accepted.
+    accepts,
+    /// Closed at once because there are too many.
+    accepts_refused,
+    /// Connections whose TLS handshake failed or took too long.
+    tls_failures,
+    /// Connections that sent no acceptable HTTP head in time.
+    http_failures,
+    /// HTTP requests other than the upgrade.
+    http_requests,
+    /// Upgrades with fast start.
+    fast_starts,
+    /// Connections closed because of ClientInfo, or its absence.
+    hello_failures,
+    /// Clients cut because of a frame they must not send.
+    protocol_errors,
+    /// Clients that came.
+    clients,
+    /// Of them, further connections of a key.
+    duplicate_clients,
+    /// Packets from clients.
+    packets_received,
+    /// Their bytes.
+    bytes_received,
+    /// Of the packets, DISCO.
+    disco_received,
+    /// Packets put into queues.
+    packets_queued,
+    /// Plaintext bytes encrypted for clients.
+    bytes_sent,
+    /// Runs put into queues, to be compared with `packets_queued`.
+    runs_queued,
+    /// Times a client's task was woken for a run.
+    wakes,
+    /// Reads that brought something.
+    reads,
+    /// Write calls that took something.
+    writes,
+    /// Frames of types that mean nothing here.
+    unknown_frames,
+    /// NotePreferred with 1.
+    home_moves_in,
+    /// NotePreferred with 0.
+    home_moves_out,
+    /// Pings of clients.
+    got_ping,
+    /// Pongs sent.
+    sent_pong,
+    /// Pings that found a Pong still waiting.
+    pings_ignored,
+    /// KeepAlives sent.
+    keep_alives,
+    /// PeerGone sent because a peer left.
+    peer_gone_disconnected,
+    /// PeerGone sent because a peer is not here.
+    peer_gone_not_here,
+    /// PeerGone kept back by the rate limit.
+    peer_gone_limited,
+    /// PeerGone lost because the client reads nothing.
+    peer_gone_dropped,
+    /// Data packets lost from the head of a queue.
+    dropped_queue_head_data,
+    /// DISCO packets lost from the head of a queue.
+    dropped_queue_head_disco,
+    /// Packets for a key that is not connected.
+    dropped_unknown_dest,
+    /// Packets for a client that was just leaving, or still queued when it left.
+    dropped_gone_disconnected,
+    /// Clients cut because they read nothing.
+    write_timeouts,
+    /// STUN answers.
+    stun_answered,
+    /// UDP datagrams that are no STUN request of a node.
+    stun_ignored,
+    /// STUN answers the system did not take.
+    stun_send_errors,
+}
+
+fn add(counter: &AtomicU64, n: u64) {
+    counter.fetch_add(n, Ordering::Relaxed);
+}
+
+impl DerpServer {
+    /// Binds the sockets. The meta-certificate is made here, anew at every start.
+    ///
+    /// # Errors
+    /// A port that is taken, or a key that does not fit the certificate.
+    pub fn bind(options: DerpOptions) -> anyhow::Result<Self> {
+        let mut chain = options.chain;
+        chain.push(identity::meta_certificate(&options.private.public())?);
+        let tls = tls::server_config(chain, options.key)
+            .context("the certificate and its key do not work together")?;
+        let on = |port: u16| {
+            let listen = options.listen.iter();
+            listen.map(move |addr| SocketAddr::new(addr.ip(), port))
+        };
+        let listeners = listen_all(options.listen.iter().copied(), listen_tcp)?;
+        let plain = listen_all(options.http_port.into_iter().flat_map(on), listen_tcp)?;
+        let stun = listen_all(options.stun_port.into_iter().flat_map(on), listen_udp)?;
+        let shared = Shared {
+            private: options.private,
+            tls: Arc::new(tls),
+            registry: Registry::default(),
+            counters: Counters::default(),
+            started: now(),
+            connections: AtomicU64::new(0),
+            connections_max: options.connections_max as u64,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+            listeners,
+            plain,
+            stun,
+            stun_any: options.stun_any,
+        })
+    }
+
+    /// Where DERP listens.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn addrs(&self) -> io::Result<Vec<SocketAddr>> {
+        self.listeners.iter().map(TcpListener::local_addr).collect()
+    }
+
+    /// Where STUN listens.
+    ///
+    /// # Errors
+    /// The system does not say.
+    pub fn stun_addrs(&self) -> io::Result<Vec<SocketAddr>> {
+        self.stun.iter().map(UdpSocket::local_addr).collect()
+    }
+
+    /// A reader of the counters and gauges, as JSON text.
+    pub fn vars(&self) -> impl Fn() -> String + Send + Sync + 'static {
+        let shared = self.shared.clone();
+        move || shared.vars()
+    }
+
+    /// Serves until `shutdown` is over; then every connection ends.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) {
+        let mut tasks = tokio::task::JoinSet::new();
+        for listener in self.listeners {
+            tasks.spawn(accept(self.shared.clone(), listener, true));
+        }
+        for plain in self.plain {
+            tasks.spawn(accept(self.shared.clone(), plain, false));
+        }
+        for stun in self.stun {
+            tasks.spawn(stun::serve(self.shared.clone(), stun, self.stun_any));
+        }
+        shutdown.await;
+        tasks.shutdown().await;
+    }
+}
+
+impl Shared {
+    fn vars(&self) -> String {
+        let mut vars = self.counters.snapshot();
+        vars.insert(
+            "gauge_connections",
+            self.connections.load(Ordering::Relaxed),
+        );
+        vars.insert("gauge_keys", self.registry.keys_count() as u64);
+        vars.insert("uptime_secs", self.started.elapsed().as_secs());
+        serde_json::to_string_pretty(&vars).expect("names and numbers always serialise")
+    }
+}
+
+/// Counts a connection for as long as it lives.
+#[derive(Debug)]
+struct Counted(Arc<Shared>);
+
+impl Counted {
+    fn new(shared: &Arc<Shared>) -> Option<Self> {
+        let before = shared.connections.fetch_add(1, Ordering::Relaxed);
+        let counted = Self(shared.clone());
+        (before < shared.connections_max).then_some(counted)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok((stream, from)) => {
+                add(&shared.counters.accepts, 1);
+                let Some(counted) = Counted::new(&shared) else {
+                    add(&shared.counters.accepts_refused, 1);
+                    continue;
+                };
+                let shared = shared.clone();
+                connections.spawn(async move {
+                    let _counted = counted;
+                    if let Err(error) = prepare(&stream) {
+                        tracing::debug!(%from, %error, "socket options");
+                    }
+                    if secure {
+                        connection::serve(shared, stream, from).await;
+                    } else {
+                        connection::serve_plain(shared, stream).await;
+                    }
+                });
+            }
+            Err(error) => {
+                // Connections that died in the queue are nothing; a lack of descriptors passes
+                // when somebody leaves.
+                tracing::debug!(%error, "accept");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+fn prepare(stream: &TcpStream) -> io::Result<()> {
+    let socket = SockRef::from(stream);
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(Duration::from_secs(600)))?;
+    socket.set_tcp_notsent_lowat(NOT_SENT_BYTES)
+}
+
+fn listen_all<T>(
+    addrs: impl Iterator<Item = SocketAddr>,
+    listen: impl Fn(SocketAddr) -> io::Result<T>,
+) -> anyhow::Result<Vec<T>> {
+    addrs
+        .map(|addr| listen(addr).with_context(|| format!("cannot listen on {addr}")))
+        .collect()
+}
+
+fn listen_tcp(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = bound(addr, Type::STREAM, Protocol::TCP)?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+fn listen_udp(addr: SocketAddr) -> io::Result<UdpSocket> {
+    UdpSocket::from_std(bound(addr, Type::DGRAM, Protocol::UDP)?.into())
+}
+
+/// A bound socket; both families on one for `[::]`, or IPv4 alone where the host has no IPv6.
+fn bound(addr: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let everywhere = addr.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let socket = match Socket::new(
+        Domain::for_address(addr),
+        kind.nonblocking(),
+        Some(protocol),
+    ) {
+        Err(_) if everywhere => {
+            let v4 = SocketAddr::from((Ipv4Addr::UNSPECIFIED, addr.port()));
+            return bound(v4, kind, protocol);
+        }
+        socket => socket?,
+    };
+    if protocol == Protocol::TCP {
+        socket.set_reuse_address(true)?;
+    }
+    if addr.is_ipv6() {
+        socket.set_only_v6(!everywhere)?;
+    }
+    socket.bind(&addr.into())?;
+    Ok(socket)
+}
+
+#[expect(clippy::disallowed_methods, reason = "drivers own the clock")]
+fn now() -> Instant {
+    Instant::now()
+}
+
+#[cfg(test)]
+mod tests;

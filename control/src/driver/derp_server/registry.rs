@@ -1,0 +1,243 @@
+//! Who is connected, and what waits for whom.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+
+use tokio::sync::Notify;
+
+use super::{CONTROL_QUEUE_BYTES, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, add};
+use crate::derp::frame::{self, PeerGoneReason};
+use crate::derp::queue::FrameQueue;
+use crate::key::NodePublic;
+
+/// Receivers remembered per sending key, so that they hear when it leaves.
+const DELIVERED_MAX: usize = 64 << 10;
+
+/// All connected keys.
+#[derive(Debug, Default)]
+pub(super) struct Registry {
+    keys: RwLock<HashMap<NodePublic, Arc<Slot>>>,
+    next_id: AtomicU64,
+}
+
+/// One key. Several connections may share it; the one that last wrote gets the traffic.
+#[derive(Debug)]
+pub(super) struct Slot {
+    key: NodePublic,
+    active: AtomicU64,
+    members: Mutex<Vec<Arc<Client>>>,
+    /// Connections that got something from this key.
+    delivered: Mutex<BTreeMap<u64, Weak<Client>>>,
+}
+
+/// One connection.
+#[derive(Debug)]
+pub(super) struct Client {
+    pub(super) id: u64,
+    pub(super) slot: Arc<Slot>,
+    outbox: Mutex<Outbox>,
+    pub(super) wake: Notify,
+}
+
+/// What waits for one connection.
+#[derive(Debug)]
+pub(super) struct Outbox {
+    pub(super) data: FrameQueue,
+    pub(super) disco: FrameQueue,
+    /// PeerGone frames.
+    pub(super) control: Vec<u8>,
+    closed: bool,
+}
+
+impl Outbox {
+    pub(super) fn is_empty(&self) -> bool {
+        self.data.is_empty() && self.disco.is_empty() && self.control.is_empty()
+    }
+}
+
+/// Which queue a run belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    Data,
+    Disco,
+}
+
+/// A lock whose holder panicked guards plain data that is still whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Registry {
+    pub(super) fn keys_count(&self) -> usize {
+        self.keys
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len()
+    }
+
+    /// Adds a connection, which becomes its key's active one.
+    pub(super) fn register(&self, key: NodePublic, counters: &Counters) -> Arc<Client> {
+        let id = self.next_id.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+        let slot = keys.entry(key).or_insert_with(|| {
+            Arc::new(Slot {
+                key,
+                active: AtomicU64::new(id),
+                members: Mutex::default(),
+                delivered: Mutex::default(),
+            })
+        });
+        let client = Arc::new(Client {
+            id,
+            slot: slot.clone(),
+            outbox: Mutex::new(Outbox {
+                data: FrameQueue::new(DATA_QUEUE_BYTES),
+                disco: FrameQueue::new(DISCO_QUEUE_BYTES),
+                control: Vec::new(),
+                closed: false,
+            }),
+            wake: Notify::new(),
+        });
+        let mut members = lock(&slot.members);
+        add(&counters.clients, 1);
+        add(&counters.duplicate_clients, u64::from(!members.is_empty()));
+        members.push(client.clone());
+        slot.active.store(id, Ordering::Relaxed);
+        drop(members);
+        client
+    }
+
+    /// Removes a connection. When it was its key's last, everybody who heard from the key is told.
+    pub(super) fn unregister(&self, client: &Arc<Client>, counters: &Counters) {
+        let slot = &client.slot;
+        {
+            let mut outbox = lock(&client.outbox);
+            outbox.closed = true;
+            let left = outbox.data.clear().frames + outbox.disco.clear().frames;
+            add(&counters.dropped_gone_disconnected, left);
+        }
+        let last = {
+            let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
+            let mut members = lock(&slot.members);
+            members.retain(|member| member.id != client.id);
+            if let Some(newest) = members.last() {
+                let active = slot.active.load(Ordering::Relaxed);
+                if active == client.id {
+                    slot.active.store(newest.id, Ordering::Relaxed);
+                }
+                false
+            } else {
+                keys.remove(&slot.key);
+                true
+            }
+        };
+        if last {
+            let delivered = std::mem::take(&mut *lock(&slot.delivered));
+            for receiver in delivered.values().filter_map(Weak::upgrade) {
+                receiver.tell_gone(&slot.key, PeerGoneReason::Disconnected, counters);
+            }
+        }
+    }
+
+    /// The connection that gets a key's traffic.
+    pub(super) fn find(&self, key: &NodePublic) -> Option<Arc<Client>> {
+        let slot = self
+            .keys
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(key)?
+            .clone();
+        let active = slot.active.load(Ordering::Relaxed);
+        let members = lock(&slot.members);
+        members
+            .iter()
+            .find(|member| member.id == active)
+            .or_else(|| members.last())
+            .cloned()
+    }
+}
+
+impl Slot {
+    pub(super) fn key(&self) -> &NodePublic {
+        &self.key
+    }
+
+    /// Remembers that `receiver` heard from this key.
+    fn remember(&self, receiver: &Arc<Client>) {
+        let mut delivered = lock(&self.delivered);
+        if delivered.len() >= 16 && delivered.len().is_power_of_two() {
+            delivered.retain(|_, client| client.strong_count() > 0);
+        }
+        if delivered.len() < DELIVERED_MAX {
+            delivered.insert(receiver.id, Arc::downgrade(receiver));
+        }
+    }
+}
+
+impl Client {
+    /// The connection wrote something: from now on it gets its key's traffic.
+    pub(super) fn wrote(&self) {
+        if self.slot.active.load(Ordering::Relaxed) != self.id {
+            self.slot.active.store(self.id, Ordering::Relaxed);
+        }
+    }
+
+    /// Remembers that `receiver` got something from this connection's key.
+    pub(super) fn delivered_to(&self, receiver: &Arc<Client>) {
+        self.slot.remember(receiver);
+    }
+
+    /// What waits; locked for the time of a few pointer moves only.
+    pub(super) fn outbox(&self) -> MutexGuard<'_, Outbox> {
+        lock(&self.outbox)
+    }
+
+    /// Puts `frames` whole frames into a queue and leaves `run` empty.
+    pub(super) fn push(&self, lane: Lane, run: &mut Vec<u8>, frames: u64, counters: &Counters) {
+        let mut outbox = self.outbox();
+        if outbox.closed {
+            drop(outbox);
+            run.clear();
+            return add(&counters.dropped_gone_disconnected, frames);
+        }
+        let idle = outbox.is_empty();
+        let dropped = match lane {
+            Lane::Data => outbox.data.push_run(run),
+            Lane::Disco => outbox.disco.push_run(run),
+        };
+        drop(outbox);
+        add(&counters.packets_queued, frames);
+        add(&counters.runs_queued, 1);
+        if dropped.frames > 0 {
+            let counter = match lane {
+                Lane::Data => &counters.dropped_queue_head_data,
+                Lane::Disco => &counters.dropped_queue_head_disco,
+            };
+            add(counter, dropped.frames);
+        }
+        // A task that has something waiting looks again by itself before it sleeps.
+        if idle {
+            add(&counters.wakes, 1);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Queues a PeerGone frame.
+    pub(super) fn tell_gone(&self, peer: &NodePublic, reason: PeerGoneReason, counters: &Counters) {
+        let mut outbox = self.outbox();
+        if outbox.closed || outbox.control.len() >= CONTROL_QUEUE_BYTES {
+            return add(&counters.peer_gone_dropped, 1);
+        }
+        frame::put_peer_gone(&mut outbox.control, peer, reason);
+        drop(outbox);
+        let counter = match reason {
+            PeerGoneReason::NotHere => &counters.peer_gone_not_here,
+            PeerGoneReason::Disconnected | PeerGoneReason::Other(_) => {
+                &counters.peer_gone_disconnected
+            }
+        };
+        add(counter, 1);
+        self.wake.notify_one();
+    }
+}

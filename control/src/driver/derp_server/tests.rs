@@ -1,0 +1,684 @@
+//! The relay on loopback: our own pool of clients, and clients that mean no good.
+
+#![expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "a test says which events it expects"
+)]
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use ringtail_dataplane::channel::{Datagrams, RegionId};
+use serde_json::Value;
+use tokio::task::LocalSet;
+use tokio::time::timeout;
+
+use super::*;
+use crate::derp::client::{Client as ClientMachine, Event, Hello};
+use crate::derp::frame::{FrameType, put, put_send_packet};
+use crate::derp::{cert, info};
+use crate::driver::relay::{RelayEvent, RelayEvents, RelayOptions, RelayPool};
+use crate::driver::runtime::Kind;
+use crate::driver::tls::ClientTls;
+use crate::driver::tls::stream::Stream;
+use crate::driver::tls::verify::{Verifiers, pin_of};
+use crate::netmap::{DerpMap, DerpNode, DerpRegion};
+
+const REGION: RegionId = RegionId(900);
+const PATIENCE: Duration = Duration::from_secs(5);
+
+fn key(n: u8) -> NodePrivate {
+    NodePrivate::from_random([n; 32])
+}
+
+struct Lab {
+    node: DerpNode,
+    addr: SocketAddr,
+    vars: Box<dyn Fn() -> String>,
+    dir: tempfile::TempDir,
+}
+
+impl Lab {
+    /// A relay on loopback, running in this thread's runtime.
+    fn start() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self::start_in(dir, 0)
+    }
+
+    fn start_in(dir: tempfile::TempDir, port: u16) -> Self {
+        let private = identity::relay_key(&dir.path().join("derp-key.json")).unwrap();
+        let (chain, key) = identity::self_signed(dir.path(), "127.0.0.1").unwrap();
+        let pin = pin_of(&chain[0]);
+        let server = DerpServer::bind(DerpOptions {
+            private,
+            chain,
+            key,
+            listen: vec![SocketAddr::from(([127, 0, 0, 1], port))],
+            stun_port: Some(0),
+            stun_any: false,
+            http_port: Some(0),
+            connections_max: 50,
+        })
+        .unwrap();
+        let addr = server.addrs().unwrap()[0];
+        let node = DerpNode {
+            name: "900a".to_owned(),
+            region_id: REGION.0,
+            host_name: "127.0.0.1".to_owned(),
+            ipv4: "127.0.0.1".to_owned(),
+            ipv6: "none".to_owned(),
+            cert_name: pin,
+            derp_port: addr.port(),
+            stun_port: i32::from(server.stun_addrs().unwrap()[0].port()),
+            ..DerpNode::default()
+        };
+        let vars = Box::new(server.vars());
+        tokio::spawn(server.run(std::future::pending()));
+        Self {
+            node,
+            addr,
+            vars,
+            dir,
+        }
+    }
+
+    fn map(&self) -> DerpMap {
+        let region = DerpRegion {
+            region_id: REGION.0,
+            nodes: vec![self.node.clone()],
+            ..DerpRegion::default()
+        };
+        DerpMap {
+            regions: BTreeMap::from([(REGION.0, region)]),
+            ..DerpMap::default()
+        }
+    }
+
+    fn pool(&self, private: NodePrivate) -> (RelayPool, RelayEvents) {
+        let (pool, events) = RelayPool::new(RelayOptions {
+            private,
+            fwmark: 0,
+            io: Kind::Tokio,
+        });
+        pool.set_map(&self.map());
+        (pool, events)
+    }
+
+    fn count(&self, name: &str) -> u64 {
+        let vars: Value = serde_json::from_str(&(self.vars)()).unwrap();
+        vars[name]
+            .as_u64()
+            .unwrap_or_else(|| panic!("no counter {name}"))
+    }
+
+    async fn wait_count(&self, name: &str, at_least: u64) {
+        for _ in 0..1000 {
+            if self.count(name) >= at_least {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("{name} stays at {}: {}", self.count(name), (self.vars)());
+    }
+
+    async fn tls(&self) -> (Stream, ClientTls) {
+        let stream = Stream::connect(self.addr, 0, Kind::Tokio).await.unwrap();
+        let (config, name) = Verifiers::default().client_config(&self.node).unwrap();
+        let mut tls = ClientTls::client(config, name).unwrap();
+        while !tls.is_established() {
+            tls.handle_input(|_| ()).unwrap();
+            flush(&stream, &mut tls).await.unwrap();
+            if !tls.is_established() {
+                assert!(fill(&stream, &mut tls).await.unwrap() > 0);
+            }
+        }
+        (stream, tls)
+    }
+
+    /// A connection on which ClientInfo has been said.
+    async fn raw(&self, private: NodePrivate) -> Raw {
+        let (stream, tls) = self.tls().await;
+        let (chain, _) = tls.peer_chain();
+        let relay = cert::relay_key(chain.iter().map(AsRef::as_ref)).map(|(key, _)| key);
+        let hello = Hello {
+            host: "127.0.0.1",
+            ideal_node: None,
+            relay,
+            home: true,
+        };
+        let client = ClientMachine::new(private, &hello, rand::random(), now());
+        let mut raw = Raw {
+            stream,
+            tls,
+            client,
+        };
+        raw.send(&[]).await;
+        raw
+    }
+}
+
+async fn flush(stream: &Stream, tls: &mut ClientTls) -> io::Result<()> {
+    let (out, len) = tls.take_out();
+    stream.write_all(out, len).await.0
+}
+
+async fn fill(stream: &Stream, tls: &mut ClientTls) -> io::Result<usize> {
+    let (result, mut buffer) = stream.read(Vec::with_capacity(64 << 10)).await;
+    tls.inbox.append(&mut buffer);
+    result
+}
+
+struct Raw {
+    stream: Stream,
+    tls: ClientTls,
+    client: ClientMachine,
+}
+
+impl Raw {
+    async fn send(&mut self, frames: &[u8]) {
+        let mut out = Vec::new();
+        self.client.poll_transmit(&mut out);
+        out.extend_from_slice(frames);
+        self.tls.seal(&out).unwrap();
+        // The relay may have closed already; the test looks at that elsewhere.
+        let _ = flush(&self.stream, &mut self.tls).await;
+    }
+
+    /// Events of the next read; `None` at the end of the connection.
+    async fn recv(&mut self) -> Option<Vec<String>> {
+        let mut events = Vec::new();
+        let len = timeout(PATIENCE, fill(&self.stream, &mut self.tls))
+            .await
+            .expect("the relay says something in time")
+            .unwrap_or(0);
+        let client = &mut self.client;
+        self.tls
+            .handle_input(|plain| {
+                client
+                    .handle_input(now(), plain, &mut |event: Event<'_>| {
+                        events.push(format!("{event:?}"));
+                    })
+                    .unwrap();
+            })
+            .unwrap();
+        (len > 0 && !self.tls.is_closed()).then_some(events)
+    }
+
+    async fn wait_for(&mut self, what: &str) -> String {
+        loop {
+            let events = self.recv().await.expect("the relay keeps the connection");
+            if let Some(found) = events.into_iter().find(|e| e.contains(what)) {
+                return found;
+            }
+        }
+    }
+
+    async fn wait_closed(&mut self) {
+        while self.recv().await.is_some() {}
+    }
+}
+
+async fn next(events: &mut RelayEvents) -> RelayEvent {
+    timeout(PATIENCE, events.recv()).await.unwrap().unwrap()
+}
+
+async fn wait_connected(events: &mut RelayEvents) {
+    loop {
+        if let RelayEvent::Connected { home, .. } = next(events).await {
+            return assert!(home);
+        }
+    }
+}
+
+fn batch(count: usize, len: usize, fill: u8) -> Datagrams {
+    Datagrams {
+        bytes: vec![fill; count * len],
+        lens: vec![u16::try_from(len).unwrap(); count],
+    }
+}
+
+fn disco_packet(n: u8) -> Vec<u8> {
+    let mut packet = b"TS\xf0\x9f\x92\xac".to_vec();
+    packet.extend([n; 80]);
+    packet
+}
+
+fn local<F: Future<Output = ()>>(test: F) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    LocalSet::new().block_on(&runtime, test);
+}
+
+#[test]
+fn two_pools_exchange_batches_and_disco_in_order() {
+    local(async {
+        let lab = Lab::start();
+        let (a, mut a_events) = lab.pool(key(1));
+        let (b, mut b_events) = lab.pool(key(2));
+        a.set_home(Some(REGION));
+        b.set_home(Some(REGION));
+        wait_connected(&mut a_events).await;
+        wait_connected(&mut b_events).await;
+        // Fast start announces before the relay has read ClientInfo.
+        lab.wait_count("clients", 2).await;
+        assert_eq!(lab.count("fast_starts"), 2);
+
+        let to_b = key(2).public();
+        for i in 0..50 {
+            a.send_data(REGION, &to_b, &batch(20, 1300, i));
+            a.send_disco(REGION, &to_b, &disco_packet(i));
+            tokio::task::yield_now().await;
+        }
+        let (mut data, mut disco) = (Vec::new(), Vec::new());
+        while data.len() < 1000 || disco.len() < 50 {
+            match next(&mut b_events).await {
+                RelayEvent::Data {
+                    region,
+                    src,
+                    data: d,
+                } => {
+                    assert_eq!((region, src), (REGION, key(1).public()));
+                    let mut rest = &d.bytes[..];
+                    for &len in &d.lens {
+                        assert_eq!(len, 1300);
+                        let (packet, tail) = rest.split_at(usize::from(len));
+                        assert!(packet.iter().all(|&byte| byte == packet[0]));
+                        data.push(packet[0]);
+                        rest = tail;
+                    }
+                    assert!(rest.is_empty());
+                }
+                RelayEvent::Disco { packet, .. } => {
+                    assert_eq!(packet, disco_packet(packet[10]));
+                    disco.push(packet[10]);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let want: Vec<u8> = (0..50).flat_map(|i| [i; 20]).collect();
+        assert_eq!(data, want);
+        assert_eq!(disco, (0..50).collect::<Vec<u8>>());
+        assert_eq!(b.route(&key(1).public()), Some(REGION));
+        assert!(b.heard(REGION).is_some());
+        // Packets travelled in runs, not one by one.
+        assert!(lab.count("runs_queued") < 200 + 50, "{}", (lab.vars)());
+        let latency = a.https_latency(REGION).await.unwrap();
+        assert!(latency < Duration::from_secs(1));
+        let status = serde_json::to_value(a.status()).unwrap();
+        assert_eq!(status["regions"][0]["connected"], true);
+        assert_eq!(status["counters"]["tx_packets"], 1050);
+    });
+}
+
+#[test]
+fn a_peer_that_leaves_is_told_and_its_route_forgotten() {
+    local(async {
+        let lab = Lab::start();
+        let (a, mut a_events) = lab.pool(key(1));
+        let (b, mut b_events) = lab.pool(key(2));
+        a.set_home(Some(REGION));
+        wait_connected(&mut a_events).await;
+        lab.wait_count("clients", 1).await;
+        // B has no home: the packet itself makes it dial.
+        b.send_data(REGION, &key(1).public(), &batch(1, 100, 7));
+        while !matches!(next(&mut a_events).await, RelayEvent::Data { .. }) {}
+        assert_eq!(a.route(&key(2).public()), Some(REGION));
+        drop(b);
+        while !matches!(next(&mut b_events).await, RelayEvent::Connected { .. }) {}
+        loop {
+            if let RelayEvent::PeerGone { peer, .. } = next(&mut a_events).await {
+                break assert_eq!(peer, key(2).public());
+            }
+        }
+        assert_eq!(a.route(&key(2).public()), None);
+        // Packets to it are counted now, and DISCO is answered, three times at once at most.
+        for i in 0..6 {
+            a.send_disco(REGION, &key(2).public(), &disco_packet(i));
+        }
+        a.send_data(REGION, &key(2).public(), &batch(2, 100, 1));
+        lab.wait_count("dropped_unknown_dest", 8).await;
+        assert_eq!(lab.count("peer_gone_not_here"), 3);
+        assert_eq!(lab.count("peer_gone_limited"), 3);
+    });
+}
+
+#[test]
+fn a_relay_that_dies_is_reported_redialled_and_given_up_as_home() {
+    local(async {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let lab = {
+            let _inside = runtime.enter();
+            Lab::start_in(dir, 0)
+        };
+        let (a, mut events) = lab.pool(key(1));
+        a.set_home(Some(REGION));
+        wait_connected(&mut events).await;
+        runtime.shutdown_background();
+        let lost = now();
+        loop {
+            match next(&mut events).await {
+                RelayEvent::HomeUnreachable { region } => break assert_eq!(region, REGION),
+                RelayEvent::Lost { home, .. } => assert!(home),
+                RelayEvent::Connecting { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        assert!(now() - lost < Duration::from_secs(1));
+        // Back at the same address with the same key, it is found again.
+        let again = Lab::start_in(lab.dir, lab.addr.port());
+        wait_connected(&mut events).await;
+        assert!(a.is_connected(REGION));
+        drop(again);
+    });
+}
+
+#[test]
+fn the_second_node_of_a_region_costs_little_and_is_remembered() {
+    local(async {
+        let lab = Lab::start();
+        // A port where nobody listens, and one where TCP connects but nothing answers.
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut map = lab.map();
+        let nodes = &mut map.regions.get_mut(&REGION.0).unwrap().nodes;
+        let dead = DerpNode {
+            name: "900z".to_owned(),
+            derp_port: silent.local_addr().unwrap().port(),
+            ..lab.node.clone()
+        };
+        nodes.insert(0, dead);
+        let (a, mut events) = lab.pool(key(1));
+        a.set_map(&map);
+        a.set_home(Some(REGION));
+        let took = loop {
+            if let RelayEvent::Connected { took, .. } = next(&mut events).await {
+                break took;
+            }
+        };
+        assert!(took >= Duration::from_millis(250), "{took:?}");
+        assert!(took < Duration::from_millis(1000), "{took:?}");
+        // The next dial of the region begins with the node that worked.
+        let begin = now();
+        a.https_latency(REGION).await.unwrap();
+        assert!(now() - begin < Duration::from_millis(250));
+    });
+}
+
+#[test]
+fn a_newer_connection_of_a_key_gets_the_traffic_until_the_older_writes() {
+    local(async {
+        let lab = Lab::start();
+        let mut sender = lab.raw(key(1)).await;
+        let mut older = lab.raw(key(2)).await;
+        lab.wait_count("clients", 2).await;
+        let mut newer = lab.raw(key(2)).await;
+        lab.wait_count("clients", 3).await;
+        assert_eq!(lab.count("duplicate_clients"), 1);
+        let mut frame = Vec::new();
+        put_send_packet(&mut frame, &key(2).public(), b"first");
+        sender.send(&frame).await;
+        newer.wait_for("Packet").await;
+        // Any frame will do, even one without meaning.
+        let mut odd = Vec::new();
+        put(&mut odd, FrameType(0x66), &[b"hello"]);
+        older.send(&odd).await;
+        let mut ping = Vec::new();
+        put(&mut ping, FrameType::PING, &[b"12345678"]);
+        older.client.ping(*b"12345678", PATIENCE, now());
+        older.send(&[]).await;
+        older.wait_for("Pong").await;
+        sender.send(&frame).await;
+        older.wait_for("Packet").await;
+        drop(older);
+        // The one that is left takes over, and nobody is told of a departure.
+        for _ in 0..200 {
+            if lab.count("gauge_connections") == 2 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        sender.send(&frame).await;
+        newer.wait_for("Packet").await;
+        assert_eq!(lab.count("peer_gone_disconnected"), 0);
+    });
+}
+
+#[test]
+fn hostile_clients_are_closed_and_counted_and_others_go_on() {
+    local(async {
+        let lab = Lab::start();
+        let mut good = lab.raw(key(1)).await;
+        lab.wait_count("clients", 1).await;
+
+        // Random bytes instead of TLS, and a TLS record that never ends.
+        for junk in [
+            &[0xa5; 4000][..],
+            b"GET /derp HTTP/1.1\r\n\r\n",
+            b"\x16\x03\x01\xff\xff",
+        ] {
+            let stream = Stream::connect(lab.addr, 0, Kind::Tokio).await.unwrap();
+            let (result, _) = stream.write_all(junk.to_vec(), junk.len()).await;
+            result.unwrap();
+        }
+        lab.wait_count("tls_failures", 3).await;
+
+        // Random bytes instead of HTTP.
+        let (stream, mut tls) = lab.tls().await;
+        tls.seal(&[0x5a; 40_000]).unwrap();
+        flush(&stream, &mut tls).await.unwrap();
+        lab.wait_count("http_failures", 1).await;
+
+        // A head that never ends.
+        let (stream, mut tls) = lab.tls().await;
+        tls.seal(format!("GET /derp HTTP/1.1\r\nA: {}", "b".repeat(60_000)).as_bytes())
+            .unwrap();
+        flush(&stream, &mut tls).await.unwrap();
+        lab.wait_count("http_failures", 2).await;
+
+        // ClientInfo sealed for another relay, announced with 4 GiB, and another frame first.
+        let mut wrong = Vec::new();
+        let other = key(9).public();
+        info::put_client_info(
+            &mut wrong,
+            &key(3),
+            &other,
+            [1; 24],
+            &info::ClientInfo::node(),
+        );
+        let firsts = [
+            &wrong[..],
+            b"\x02\xff\xff\xff\xff",
+            b"\x12\0\0\0\x0812345678",
+        ];
+        for (i, first) in (1..).zip(firsts) {
+            let (stream, mut tls) = lab.tls().await;
+            let mut hello = Vec::new();
+            crate::derp::upgrade::put_request(&mut hello, "127.0.0.1", None, true);
+            hello.extend_from_slice(first);
+            tls.seal(&hello).unwrap();
+            flush(&stream, &mut tls).await.unwrap();
+            lab.wait_count("hello_failures", i).await;
+        }
+
+        // Frames that break a limit, mesh frames, and random bytes behind ClientInfo.
+        let mut oversized = Vec::new();
+        put(
+            &mut oversized,
+            FrameType::SEND_PACKET,
+            &[&vec![0; 32 + 65_537]],
+        );
+        let bad: [&[u8]; 6] = [
+            b"\x04\xff\xff\xff\xff",
+            b"\x04\0\0\0\x1f",
+            &oversized,
+            b"\x10\0\0\0\0",
+            b"\x0a\xff\xff\xff\xff",
+            b"\x12\0\0\x10\0",
+        ];
+        for (i, frames) in (1..).zip(bad) {
+            let mut raw = lab.raw(key(40 + u8::try_from(i).unwrap())).await;
+            raw.send(frames).await;
+            raw.wait_closed().await;
+            lab.wait_count("protocol_errors", i).await;
+        }
+
+        // A frame cut off by the end of the connection, and an unknown one of 4 GiB: no error.
+        let mut raw = lab.raw(key(60)).await;
+        raw.send(b"\x04\0\0\x10\0abc").await;
+        drop(raw);
+        let mut raw = lab.raw(key(61)).await;
+        raw.send(b"\xff\xff\xff\xff\xff").await;
+        raw.send(&vec![0; 3_000_000]).await;
+        drop(raw);
+
+        assert_eq!(lab.count("protocol_errors"), 6);
+        good.client.ping(*b"stillup!", PATIENCE, now());
+        good.send(&[]).await;
+        good.wait_for("Pong").await;
+        for _ in 0..200 {
+            if lab.count("gauge_keys") == 1 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("clients stay behind: {}", (lab.vars)());
+    });
+}
+
+#[test]
+fn random_frames_never_hurt_anybody_else() {
+    use rand::{Rng as _, RngExt as _, SeedableRng as _};
+    local(async {
+        let lab = Lab::start();
+        let mut good = lab.raw(key(1)).await;
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(5);
+        for i in 0..40 {
+            let mut raw = lab.raw(key(100 + i)).await;
+            let mut frames = Vec::new();
+            for _ in 0..rng.random_range(1..30) {
+                let kind = FrameType(rng.random_range(0..0x18));
+                let mut body = vec![0; rng.random_range(0..200)];
+                rng.fill_bytes(&mut body);
+                put(&mut frames, kind, &[&body]);
+            }
+            raw.send(&frames).await;
+        }
+        good.client.ping(*b"stillup!", PATIENCE, now());
+        good.send(&[]).await;
+        good.wait_for("Pong").await;
+    });
+}
+
+#[test]
+fn a_client_that_reads_nothing_loses_its_oldest_packets_and_is_cut() {
+    local(async {
+        let lab = Lab::start();
+        let mut slow = lab.raw(key(2)).await;
+        let mut good = lab.raw(key(3)).await;
+        let mut sender = lab.raw(key(1)).await;
+        lab.wait_count("clients", 3).await;
+        // Who heard from a client is told when it goes.
+        let mut frame = Vec::new();
+        put_send_packet(&mut frame, &key(1).public(), b"hello");
+        slow.send(&frame).await;
+        sender.wait_for("Packet").await;
+        let mut flood = Vec::new();
+        for _ in 0..40 {
+            put_send_packet(&mut flood, &key(2).public(), &[4; 1400]);
+        }
+        let begin = now();
+        let mut sent = 0_u64;
+        while lab.count("write_timeouts") == 0 {
+            sender.send(&flood).await;
+            sent += 40;
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            assert!(now() - begin < Duration::from_secs(20), "{}", (lab.vars)());
+        }
+        assert!(lab.count("dropped_queue_head_data") > 0, "{}", (lab.vars)());
+        // The sender was never stopped, and hears that the slow one is gone.
+        lab.wait_count("packets_received", sent).await;
+        sender.wait_for("PeerGone").await;
+        let mut frame = Vec::new();
+        put_send_packet(&mut frame, &key(3).public(), b"on we go");
+        sender.send(&frame).await;
+        good.wait_for("Packet").await;
+        drop(slow);
+    });
+}
+
+#[test]
+fn too_many_connections_are_refused() {
+    local(async {
+        let lab = Lab::start();
+        let mut held = Vec::new();
+        for _ in 0..60 {
+            held.push(Stream::connect(lab.addr, 0, Kind::Tokio).await.unwrap());
+        }
+        lab.wait_count("accepts_refused", 10).await;
+        assert_eq!(lab.count("gauge_connections"), 50);
+    });
+}
+
+#[test]
+fn stun_beside_it_answers_nodes_only() {
+    local(async {
+        let lab = Lab::start();
+        let stun = SocketAddr::from(([127, 0, 0, 1], lab.node.stun_port().unwrap()));
+        let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        for junk in [&b"hello"[..], &[0; 1400], &[0xff; 40]] {
+            socket.send_to(junk, stun).await.unwrap();
+        }
+        let tx_id = std::array::from_fn(|i| u8::try_from(i).unwrap());
+        let request = crate::stun::request(tx_id);
+        socket.send_to(&request, stun).await.unwrap();
+        let mut answer = [0; 100];
+        let (len, _) = timeout(PATIENCE, socket.recv_from(&mut answer))
+            .await
+            .unwrap()
+            .unwrap();
+        let response = crate::stun::parse_response(&answer[..len]).unwrap();
+        assert_eq!(response.address, socket.local_addr().unwrap());
+        assert_eq!(lab.count("stun_ignored"), 3);
+        assert_eq!(lab.count("stun_answered"), 1);
+    });
+}
+
+#[test]
+fn the_pool_works_on_tokio_uring_too() {
+    let started = tokio_uring::Runtime::new(&tokio_uring::builder());
+    let Ok(runtime) = started else {
+        println!("io_uring is not to be had here");
+        return;
+    };
+    runtime.block_on(async {
+        let lab = Rc::new(Lab::start());
+        let uring = |private| {
+            let (pool, events) = RelayPool::new(RelayOptions {
+                private,
+                fwmark: 0,
+                io: Kind::Uring,
+            });
+            pool.set_map(&lab.map());
+            pool.set_home(Some(REGION));
+            (pool, events)
+        };
+        let (a, mut a_events) = uring(key(1));
+        let (_b, mut b_events) = uring(key(2));
+        wait_connected(&mut a_events).await;
+        wait_connected(&mut b_events).await;
+        lab.wait_count("clients", 2).await;
+        a.send_data(REGION, &key(2).public(), &batch(500, 1300, 3));
+        let mut got = 0;
+        while got < 500 {
+            if let RelayEvent::Data { data, .. } = next(&mut b_events).await {
+                got += data.lens.len();
+            }
+        }
+    });
+}
