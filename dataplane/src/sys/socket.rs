@@ -381,18 +381,21 @@ pub(crate) fn errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
 }
 
-/// Waits until one of `fds` is readable, or `timeout_ms` has passed (-1: no limit).
+/// Descriptors [`wait_readable`] takes at most.
+const WAIT_MAX: usize = 4;
+
+/// Waits until one of `fds` (the first four) is readable, or `timeout_ms` has passed (-1: no limit).
 pub(crate) fn wait_readable(fds: &[RawFd], timeout_ms: i32) {
-    let mut polls: Vec<libc::pollfd> = fds
-        .iter()
-        .map(|&fd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        })
-        .collect();
-    // SAFETY: `polls` is a valid array for the length of the call.
-    unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout_ms) };
+    let mut polls = [libc::pollfd {
+        fd: -1,
+        events: libc::POLLIN,
+        revents: 0,
+    }; WAIT_MAX];
+    for (poll, fd) in polls.iter_mut().zip(fds) {
+        poll.fd = *fd;
+    }
+    // SAFETY: `polls` is a valid array for the length of the call; entries with fd -1 are skipped.
+    unsafe { libc::poll(polls.as_mut_ptr(), WAIT_MAX as libc::nfds_t, timeout_ms) };
 }
 
 #[cfg(test)]

@@ -1,0 +1,318 @@
+//! Two data planes in two namespaces, with real kernels in between: both drivers, one and two
+//! shards, both families inside and outside, relay and direct paths, a blocked path, a small MTU,
+//! garbage.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests of drivers sleep and read the clock"
+)]
+
+mod support;
+
+use std::net::{SocketAddr, UdpSocket};
+use std::time::{Duration, Instant};
+
+use ringtail_dataplane::stats::{DropReason, Meter};
+use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads};
+use support::{End, PEER, Pair, Setup, can_run, run};
+
+const HOUR: Duration = Duration::from_secs(3600);
+const MIB: usize = 1 << 20;
+
+/// Pings and transfers in both directions and both inner families, over both outer families.
+fn all_families(setup: Setup, kind: DriverKind) {
+    let pair = Pair::new(setup);
+    let shards = setup.shards;
+    assert_eq!(pair.a.driver(), kind);
+    pair.direct();
+    assert!(pair.ping(End::A, End::B.inner4(), 5));
+    assert!(pair.ping(End::B, End::A.inner6(), 5));
+    pair.transfer(End::A, End::B.inner4(), 8 * MIB);
+    pair.transfer(End::B, End::A.inner6(), 8 * MIB);
+    for end in [End::A, End::B] {
+        pair.path(end, Some(end.other().outer6()), false, HOUR);
+    }
+    pair.transfer(End::A, End::B.inner6(), 4 * MIB);
+    pair.transfer(End::B, End::A.inner4(), 4 * MIB);
+    let total = pair.a.stats().total();
+    assert!(
+        total.get(Meter::UdpPacketsOut) > 8000,
+        "the data went this way"
+    );
+    // With two queues and one owner some flow starts on the wrong one: it is handed over whole, and
+    // the kernel learns its queue from our writes.
+    let handed_over = total.get(Meter::HandedOver) + pair.b.stats().total().get(Meter::HandedOver);
+    if shards == 1 {
+        assert_eq!(handed_over, 0);
+    }
+    eprintln!(
+        "handed over: {handed_over} of {}",
+        total.get(Meter::TunPacketsIn)
+    );
+    for reason in [
+        DropReason::OpenFailed,
+        DropReason::InnerMalformed,
+        DropReason::SourceNotAllowed,
+        DropReason::SealFailed,
+    ] {
+        assert_eq!(total.drops(reason), 0, "{}", reason.name());
+    }
+}
+
+#[test]
+fn one_shard_with_io_uring() {
+    if can_run("one_shard_with_io_uring") {
+        let setup = Setup {
+            driver: DriverChoice::IoUring,
+            ..Setup::default()
+        };
+        all_families(setup, DriverKind::IoUring);
+    }
+}
+
+#[test]
+fn two_shards_with_io_uring() {
+    if can_run("two_shards_with_io_uring") {
+        let setup = Setup {
+            driver: DriverChoice::IoUring,
+            shards: 2,
+            ..Setup::default()
+        };
+        all_families(setup, DriverKind::IoUring);
+    }
+}
+
+#[test]
+fn one_shard_with_epoll() {
+    if can_run("one_shard_with_epoll") {
+        let setup = Setup {
+            driver: DriverChoice::Epoll,
+            ..Setup::default()
+        };
+        all_families(setup, DriverKind::Epoll);
+    }
+}
+
+#[test]
+fn two_shards_with_epoll() {
+    if can_run("two_shards_with_epoll") {
+        let setup = Setup {
+            driver: DriverChoice::Epoll,
+            shards: 2,
+            ..Setup::default()
+        };
+        all_families(setup, DriverKind::Epoll);
+    }
+}
+
+#[test]
+fn without_any_offload_everything_still_arrives() {
+    if !can_run("without_any_offload_everything_still_arrives") {
+        return;
+    }
+    let offloads = Offloads {
+        tun: false,
+        gso: false,
+        gro: false,
+    };
+    let pair = Pair::new(Setup {
+        offloads,
+        ..Setup::default()
+    });
+    pair.direct();
+    assert!(pair.ping(End::A, End::B.inner4(), 3));
+    pair.transfer(End::A, End::B.inner4(), 2 * MIB);
+}
+
+#[test]
+fn traffic_moves_from_relay_to_direct_and_back_when_the_path_dies_silently() {
+    if !can_run("traffic_moves_from_relay_to_direct_and_back") {
+        return;
+    }
+    let pair = Pair::new(Setup::default());
+    for end in [End::A, End::B] {
+        pair.path(end, None, true, Duration::ZERO);
+    }
+    assert!(pair.ping(End::A, End::B.inner4(), 3), "by relay");
+    pair.transfer(End::A, End::B.inner4(), MIB);
+    assert_eq!(pair.a.stats().total().get(Meter::UdpPacketsOut), 0);
+    assert!(
+        pair.wait_event(End::A, HOUR / 3600, |e| *e == Event::Kick(PEER))
+            .is_some()
+    );
+    assert!(pair.a.activity(PEER).rx_relay_bytes > 0);
+    assert!(pair.a.activity(PEER).last_handshake.is_some());
+
+    for end in [End::A, End::B] {
+        pair.path(end, Some(end.other().outer4()), true, HOUR);
+    }
+    assert!(pair.ping(End::A, End::B.inner4(), 3), "direct");
+    let by_relay = pair.a.activity(PEER).tx_relay_bytes;
+    pair.transfer(End::A, End::B.inner4(), MIB);
+    assert_eq!(
+        pair.a.activity(PEER).tx_relay_bytes,
+        by_relay,
+        "nothing goes by relay now"
+    );
+    assert!(pair.a.activity(PEER).last_received_direct.is_some());
+
+    pair.lab.cut();
+    while pair.a.poll_event().is_some() {}
+    let start = Instant::now();
+    pair.transfer(End::A, End::B.inner4(), MIB);
+    let blackout = start.elapsed();
+    assert!(
+        blackout < Duration::from_secs(4),
+        "over the relay again after {blackout:?}"
+    );
+    assert!(pair.a.activity(PEER).tx_relay_bytes > by_relay);
+    assert!(
+        pair.wait_event(End::A, HOUR / 3600, |e| *e == Event::Silent(PEER))
+            .is_some()
+    );
+
+    pair.lab.mend();
+    pair.transfer(End::B, End::A.inner4(), MIB);
+    assert!(pair.ping(End::A, End::B.inner4(), 3), "direct speaks again");
+    let by_relay = pair.a.activity(PEER).tx_relay_bytes;
+    pair.transfer(End::A, End::B.inner4(), MIB);
+    assert_eq!(
+        pair.a.activity(PEER).tx_relay_bytes,
+        by_relay,
+        "and is trusted again"
+    );
+}
+
+#[test]
+fn an_untrusted_path_means_both_ways_and_doubles_are_dropped() {
+    if !can_run("an_untrusted_path_means_both_ways") {
+        return;
+    }
+    let pair = Pair::new(Setup::default());
+    for end in [End::A, End::B] {
+        pair.path(end, Some(end.other().outer4()), true, Duration::ZERO);
+    }
+    assert!(pair.ping(End::A, End::B.inner4(), 10));
+    pair.transfer(End::A, End::B.inner4(), MIB);
+    std::thread::sleep(Duration::from_millis(50));
+    let stats = pair.b.stats();
+    assert!(stats.drops(DropReason::Replayed) > 10, "the second copies");
+    let activity = pair.a.activity(PEER);
+    assert!(activity.tx_relay_bytes > 0 && activity.tx_bytes > activity.tx_relay_bytes);
+}
+
+#[test]
+fn an_underlay_with_a_small_mtu_is_crossed_in_fragments() {
+    if !can_run("an_underlay_with_a_small_mtu_is_crossed_in_fragments") {
+        return;
+    }
+    let pair = Pair::new(Setup::default());
+    for end in [End::A, End::B] {
+        run(&format!(
+            "ip -n {} link set v0 mtu 1300",
+            pair.lab.name(end)
+        ));
+    }
+    pair.direct();
+    pair.transfer(End::A, End::B.inner4(), 2 * MIB);
+    for end in [End::A, End::B] {
+        pair.path(end, Some(end.other().outer6()), false, HOUR);
+    }
+    pair.transfer(End::B, End::A.inner4(), 2 * MIB);
+}
+
+#[test]
+fn both_ends_may_start_at_once() {
+    if !can_run("both_ends_may_start_at_once") {
+        return;
+    }
+    for _ in 0..3 {
+        let pair = Pair::new(Setup::default());
+        pair.direct();
+        pair.a.initiate(PEER);
+        pair.b.initiate(PEER);
+        let start = Instant::now();
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        assert!(
+            start.elapsed() < Duration::from_secs(1),
+            "no stall: {:?}",
+            start.elapsed()
+        );
+        assert!(
+            pair.wait_event(End::A, HOUR / 3600, |e| *e == Event::SessionUp(PEER))
+                .is_some()
+        );
+        assert!(
+            pair.wait_event(End::B, HOUR / 3600, |e| *e == Event::SessionUp(PEER))
+                .is_some()
+        );
+    }
+}
+
+#[test]
+fn garbage_is_counted_and_nothing_else_happens() {
+    if !can_run("garbage_is_counted_and_nothing_else_happens") {
+        return;
+    }
+    let pair = Pair::new(Setup {
+        shards: 2,
+        ..Setup::default()
+    });
+    pair.direct();
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let to = SocketAddr::new(End::B.outer4(), pair.b.local_port());
+    pair.lab.inside(End::A, || {
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        let mut seed = 1u32;
+        for round in 0..600usize {
+            let mut datagram: Vec<u8> = (0..round % 300)
+                .map(|_| {
+                    seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    seed.to_be_bytes()[0]
+                })
+                .collect();
+            if datagram.len() >= 4 {
+                datagram[..4].copy_from_slice(&[u8::try_from(round % 5).unwrap(), 0, 0, 0]);
+            }
+            socket.send_to(&datagram, to).unwrap();
+        }
+    });
+    assert!(pair.ping(End::A, End::B.inner4(), 3));
+    std::thread::sleep(Duration::from_millis(50));
+    let stats = pair.b.stats();
+    let dropped = [
+        DropReason::MessageLength,
+        DropReason::UnknownIndex,
+        DropReason::UnknownMessage,
+        DropReason::HandshakeInvalid,
+    ];
+    let counts: Vec<u64> = dropped.iter().map(|reason| stats.drops(*reason)).collect();
+    assert!(counts[0] > 200 && counts[1] > 50, "{counts:?}");
+    // What looks like nothing goes to the discovery socket, which nobody reads here.
+    assert!(counts.iter().sum::<u64>() > 400, "{counts:?}");
+}
+
+#[test]
+fn a_second_node_on_the_same_port_is_refused() {
+    if !can_run("a_second_node_on_the_same_port_is_refused") {
+        return;
+    }
+    use ringtail_dataplane::{Config, Dataplane, Engine, StartError};
+    let pair = Pair::new(Setup::default());
+    let port = pair.a.local_port();
+    let error = pair.lab.inside(End::A, || {
+        Dataplane::start(Config {
+            tun_name: "rt1".to_owned(),
+            mtu: 1420,
+            shards: 1,
+            pin: false,
+            driver: DriverChoice::Auto,
+            offloads: Offloads::default(),
+            listen_port: port,
+            fwmark: 0,
+            private_key: zeroize::Zeroizing::new([9; 32]),
+            engine: Engine::Boringtun,
+        })
+        .err()
+    });
+    assert!(matches!(error, Some(StartError::Udp { .. })), "{error:?}");
+}

@@ -1,0 +1,502 @@
+//! Two namespaces joined by a veth, a data plane in each, and plain sockets to use them.
+//!
+//! ```text
+//!  A: 192.0.2.1, 2001:db8::1  ---- v0 ==veth== v0 ----  B: 192.0.2.2, 2001:db8::2
+//!     inner 10.9.0.1, fd00:9::1                            inner 10.9.0.2, fd00:9::2
+//! ```
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "test support: each file uses a part, and panics are failures"
+)]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests of drivers sleep and read the clock"
+)]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ringtail_dataplane::{
+    Config, Dataplane, DriverChoice, Engine, Event, Offloads, PathDecision, PeerConfig, PeerId,
+    Prefix, RegionId,
+};
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
+
+/// The other end, in both data planes.
+pub(crate) const PEER: PeerId = PeerId(5);
+
+/// True if namespaces can be made; says so otherwise, and fails under `RINGTAIL_NO_SKIP=1`.
+pub(crate) fn can_run(test: &str) -> bool {
+    // SAFETY: no arguments, no memory.
+    let root = unsafe { libc::geteuid() } == 0;
+    let can = root && std::path::Path::new("/dev/net/tun").exists();
+    if !can {
+        assert!(
+            std::env::var("RINGTAIL_NO_SKIP").as_deref() != Ok("1"),
+            "{test} needs root and /dev/net/tun"
+        );
+        eprintln!("{test} skipped: it needs root and /dev/net/tun");
+    }
+    can
+}
+
+pub(crate) fn run(command: &str) {
+    let mut words = command.split_whitespace();
+    let status = Command::new(words.next().unwrap())
+        .args(words)
+        .stdout(Stdio::null())
+        .status()
+        .unwrap();
+    assert!(status.success(), "{command}");
+}
+
+/// Which end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    A,
+    B,
+}
+
+impl End {
+    pub(crate) fn other(self) -> End {
+        match self {
+            End::A => End::B,
+            End::B => End::A,
+        }
+    }
+    fn number(self) -> u8 {
+        match self {
+            End::A => 1,
+            End::B => 2,
+        }
+    }
+    pub(crate) fn outer4(self) -> IpAddr {
+        Ipv4Addr::new(192, 0, 2, self.number()).into()
+    }
+    pub(crate) fn outer6(self) -> IpAddr {
+        Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, self.number().into()).into()
+    }
+    pub(crate) fn inner4(self) -> IpAddr {
+        Ipv4Addr::new(10, 9, 0, self.number()).into()
+    }
+    pub(crate) fn inner6(self) -> IpAddr {
+        Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, self.number().into()).into()
+    }
+    /// A key that makes the owner shard differ between runs would hide failures: it is fixed.
+    pub(crate) fn key(self) -> [u8; 32] {
+        [self.number(); 32]
+    }
+}
+
+/// The two namespaces; gone when dropped.
+pub(crate) struct Lab {
+    prefix: String,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Lab {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let n = COUNT.fetch_add(1, Ordering::Relaxed);
+        let lab = Lab {
+            prefix: format!("rtt{}x{n}", std::process::id()),
+        };
+        let (a, b) = (lab.name(End::A), lab.name(End::B));
+        run(&format!("ip netns add {a}"));
+        run(&format!("ip netns add {b}"));
+        run(&format!(
+            "ip -n {a} link add v0 type veth peer name v0 netns {b}"
+        ));
+        for end in [End::A, End::B] {
+            let name = lab.name(end);
+            run(&format!("ip -n {name} link set lo up"));
+            run(&format!("ip -n {name} link set v0 up"));
+            run(&format!("ip -n {name} addr add {}/24 dev v0", end.outer4()));
+            run(&format!(
+                "ip -n {name} addr add {}/64 dev v0 nodad",
+                end.outer6()
+            ));
+        }
+        lab
+    }
+
+    pub(crate) fn name(&self, end: End) -> String {
+        format!("{}{end:?}", self.prefix)
+    }
+
+    /// Runs `body` on a thread inside the end's namespace.
+    pub(crate) fn inside<T: Send>(&self, end: End, body: impl FnOnce() -> T + Send) -> T {
+        let path = format!("/run/netns/{}", self.name(end));
+        thread::scope(|scope| {
+            scope
+                .spawn(move || {
+                    let namespace = File::open(path).unwrap();
+                    // SAFETY: no memory is passed; only this thread changes its namespace.
+                    let result = unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) };
+                    assert_eq!(result, 0, "setns");
+                    body()
+                })
+                .join()
+                .unwrap()
+        })
+    }
+
+    /// Drops everything between the ends silently: each has a wrong neighbour.
+    pub(crate) fn cut(&self) {
+        self.neighbours("lladdr 02:00:00:00:00:99 nud permanent");
+    }
+
+    pub(crate) fn mend(&self) {
+        for end in [End::A, End::B] {
+            let name = self.name(end);
+            for addr in [end.other().outer4(), end.other().outer6()] {
+                run(&format!("ip -n {name} neigh del {addr} dev v0"));
+            }
+        }
+    }
+
+    fn neighbours(&self, what: &str) {
+        for end in [End::A, End::B] {
+            let name = self.name(end);
+            for addr in [end.other().outer4(), end.other().outer6()] {
+                run(&format!("ip -n {name} neigh replace {addr} dev v0 {what}"));
+            }
+        }
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        for end in [End::A, End::B] {
+            let name = self.name(end);
+            let _status = Command::new("ip").args(["netns", "del", &name]).status();
+        }
+    }
+}
+
+/// How the data planes are to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Setup {
+    pub(crate) driver: DriverChoice,
+    pub(crate) shards: usize,
+    pub(crate) offloads: Offloads,
+    pub(crate) mtu: u16,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            driver: DriverChoice::Auto,
+            shards: 1,
+            offloads: Offloads::default(),
+            mtu: 1420,
+        }
+    }
+}
+
+/// Two data planes in a lab, and a relay between them: a thread that carries batches across.
+pub(crate) struct Pair {
+    pub(crate) a: Arc<Dataplane>,
+    pub(crate) b: Arc<Dataplane>,
+    pub(crate) lab: Lab,
+    stop: Arc<AtomicBool>,
+    relay: Option<thread::JoinHandle<()>>,
+    /// Batches are carried only while this is set.
+    pub(crate) relay_open: Arc<AtomicBool>,
+    generation: AtomicU32,
+    started: Instant,
+}
+
+impl Pair {
+    pub(crate) fn new(setup: Setup) -> Pair {
+        let lab = Lab::new();
+        let start = |end: End| {
+            let dataplane = lab.inside(end, || {
+                Dataplane::start(Config {
+                    tun_name: "rt0".to_owned(),
+                    mtu: setup.mtu,
+                    shards: setup.shards,
+                    pin: false,
+                    driver: setup.driver,
+                    offloads: setup.offloads,
+                    listen_port: 0,
+                    fwmark: 0,
+                    private_key: Zeroizing::new(end.key()),
+                    engine: Engine::Boringtun,
+                })
+                .unwrap()
+            });
+            let name = lab.name(end);
+            run(&format!("ip -n {name} link set rt0 mtu {} up", setup.mtu));
+            run(&format!(
+                "ip -n {name} addr add {}/24 dev rt0",
+                end.inner4()
+            ));
+            run(&format!(
+                "ip -n {name} addr add {}/64 dev rt0 nodad",
+                end.inner6()
+            ));
+            dataplane.set_peers(vec![peer(end.other())]);
+            Arc::new(dataplane)
+        };
+        let (a, b) = (start(End::A), start(End::B));
+        let stop = Arc::new(AtomicBool::new(false));
+        let relay_open = Arc::new(AtomicBool::new(true));
+        let relay = carry(&a, &b, &stop, &relay_open);
+        Pair {
+            a,
+            b,
+            lab,
+            stop,
+            relay: Some(relay),
+            relay_open,
+            generation: AtomicU32::new(0),
+            started: Instant::now(),
+        }
+    }
+
+    pub(crate) fn of(&self, end: End) -> &Dataplane {
+        match end {
+            End::A => &self.a,
+            End::B => &self.b,
+        }
+    }
+
+    /// Sets the path of one end: over IPv4 or IPv6 or not at all, by relay or not, trusted for so
+    /// long.
+    pub(crate) fn path(&self, end: End, udp: Option<IpAddr>, relay: bool, trust: Duration) {
+        let generation = u64::from(self.generation.fetch_add(1, Ordering::Relaxed)) + 1;
+        let port = self.of(end.other()).local_port();
+        self.of(end).set_path(
+            PEER,
+            PathDecision {
+                generation,
+                udp: udp.map(|ip| SocketAddr::new(ip, port)),
+                derp: relay.then_some(RegionId(7)),
+                trust_until: Some(Instant::now() + trust),
+                silence_limit: Duration::from_secs(1),
+                path_mtu: 1500,
+            },
+        );
+    }
+
+    /// Direct in both directions over IPv4, trusted for an hour.
+    pub(crate) fn direct(&self) {
+        for end in [End::A, End::B] {
+            self.path(
+                end,
+                Some(end.other().outer4()),
+                false,
+                Duration::from_secs(3600),
+            );
+        }
+    }
+
+    pub(crate) fn ping(&self, from: End, to: IpAddr, count: u32) -> bool {
+        let name = self.lab.name(from);
+        let command = format!("netns exec {name} ping -q -c {count} -i 0.05 -W 3 {to}");
+        let output = Command::new("ip")
+            .args(command.split_whitespace())
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let all = text.contains(&format!("{count} received"));
+        if !all {
+            eprintln!("{text}");
+            self.report();
+        }
+        all
+    }
+
+    /// Sends `len` bytes by TCP from an end to the other's address and checks every one there.
+    pub(crate) fn transfer(&self, from: End, to: IpAddr, len: usize) {
+        let listener = self
+            .lab
+            .inside(from.other(), || TcpListener::bind((to, 0)).unwrap());
+        let to = listener.local_addr().unwrap();
+        thread::scope(|scope| {
+            let receiver = scope.spawn(move || {
+                let (mut stream, _) = listener.accept().unwrap();
+                stream
+                    .set_read_timeout(Some(Duration::from_secs(20)))
+                    .unwrap();
+                let mut pattern = Pattern::default();
+                let mut bytes = vec![0; 1 << 16];
+                let mut expected = vec![0; 1 << 16];
+                let mut total = 0;
+                loop {
+                    let n = stream.read(&mut bytes).expect("data in time");
+                    if n == 0 {
+                        break;
+                    }
+                    pattern.fill(&mut expected[..n]);
+                    assert!(
+                        bytes[..n] == expected[..n],
+                        "corrupt between {total} and {}",
+                        total + n
+                    );
+                    total += n;
+                }
+                stream.write_all(&[1]).unwrap();
+                total
+            });
+            self.lab.inside(from, || {
+                let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10)).unwrap();
+                stream
+                    .set_write_timeout(Some(Duration::from_secs(20)))
+                    .unwrap();
+                stream
+                    .set_read_timeout(Some(Duration::from_secs(20)))
+                    .unwrap();
+                let mut pattern = Pattern::default();
+                let mut bytes = vec![0; 1 << 16];
+                let mut left = len;
+                while left > 0 {
+                    let n = left.min(bytes.len());
+                    pattern.fill(&mut bytes[..n]);
+                    stream.write_all(&bytes[..n]).expect("room in time");
+                    left -= n;
+                }
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+                stream.read_exact(&mut [0]).expect("the receiver's word");
+            });
+            assert_eq!(receiver.join().unwrap(), len);
+        });
+    }
+
+    /// Waits for an event of one end.
+    pub(crate) fn wait_event(
+        &self,
+        end: End,
+        limit: Duration,
+        wanted: impl Fn(&Event) -> bool,
+    ) -> Option<Event> {
+        let deadline = Instant::now() + limit;
+        loop {
+            while let Some(event) = self.of(end).poll_event() {
+                if wanted(&event) {
+                    return Some(event);
+                }
+            }
+            if Instant::now() > deadline {
+                return None;
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Prints counters, for a test that is about to fail.
+    pub(crate) fn report(&self) {
+        use ringtail_dataplane::stats::{DropReason, Meter};
+        for end in [End::A, End::B] {
+            let total = self.of(end).stats().total();
+            let mut line = format!("{end:?} after {:?}:", self.started.elapsed());
+            for &meter in Meter::ALL {
+                if total.get(meter) > 0 {
+                    line += &format!(" {}={}", meter.name(), total.get(meter));
+                }
+            }
+            for &reason in DropReason::ALL {
+                if total.drops(reason) > 0 {
+                    line += &format!(" DROP {}={}", reason.name(), total.drops(reason));
+                }
+            }
+            eprintln!("{line}");
+        }
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(relay) = self.relay.take() {
+            assert!(
+                relay.join().is_ok() || thread::panicking(),
+                "the relay's thread"
+            );
+        }
+    }
+}
+
+fn peer(end: End) -> PeerConfig {
+    let public = PublicKey::from(&StaticSecret::from(end.key()));
+    PeerConfig {
+        id: PEER,
+        public_key: *public.as_bytes(),
+        preshared_key: None,
+        allowed_ips: vec![
+            Prefix {
+                addr: end.inner4(),
+                bits: 32,
+            },
+            Prefix {
+                addr: end.inner6(),
+                bits: 128,
+            },
+        ],
+        persistent_keepalive: None,
+    }
+}
+
+fn carry(
+    a: &Arc<Dataplane>,
+    b: &Arc<Dataplane>,
+    stop: &Arc<AtomicBool>,
+    open: &Arc<AtomicBool>,
+) -> thread::JoinHandle<()> {
+    let (a, b, stop, open) = (
+        Arc::clone(a),
+        Arc::clone(b),
+        Arc::clone(stop),
+        Arc::clone(open),
+    );
+    thread::spawn(move || {
+        while !stop.load(Ordering::Relaxed) {
+            let mut idle = true;
+            for (from, to) in [(&a, &b), (&b, &a)] {
+                while let Some(out) = from.poll_relay() {
+                    idle = false;
+                    assert_eq!((out.peer, out.region), (PEER, RegionId(7)));
+                    let sum: usize = out.datagrams.lens.iter().map(|len| usize::from(*len)).sum();
+                    assert_eq!(sum, out.datagrams.bytes.len());
+                    if open.load(Ordering::Relaxed) {
+                        to.relay_in(PEER, RegionId(7), out.datagrams);
+                    } else {
+                        from.recycle(out.datagrams);
+                    }
+                }
+            }
+            if idle {
+                thread::sleep(Duration::from_millis(1));
+            }
+        }
+    })
+}
+
+/// Bytes that depend on their position: xorshift.
+struct Pattern(u64);
+
+impl Default for Pattern {
+    fn default() -> Pattern {
+        Pattern(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+impl Pattern {
+    fn fill(&mut self, bytes: &mut [u8]) {
+        for byte in bytes {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            *byte = self.0.to_le_bytes()[3];
+        }
+    }
+}
