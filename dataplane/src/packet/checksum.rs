@@ -1,17 +1,18 @@
 //! Internet checksums: ones'-complement sums (RFC 1071) at memory speed.
 //!
-//! A sum is kept in native byte order as 32-bit halves added into 64-bit lanes: no carry to
-//! propagate inside the loop, and the folded result is the same (RFC 1071 §2 B). The same loop is
-//! compiled for AVX-512, AVX2 and the baseline, and chosen at run time. `bench/benches/checksum.rs`
-//! measures it.
+//! A sum is kept as 32-bit halves added into 64-bit lanes: no carry to propagate inside the loop.
+//! Words are taken in little-endian order and the folded result is swapped, which gives the same
+//! number (RFC 1071 §2 B). AVX2 is used where the processor has it: 1400 bytes then take 20 ns at
+//! 2.45 GHz (Zen 3), half of what the portable loop takes and a quarter of a loop over 16-bit words
+//! (`bench/benches/checksum.rs`).
 
 use super::header::IpVersion;
 
 /// A running ones'-complement sum. Bytes added with [`Sum::add_bytes`] count from an even offset,
 /// so only the last slice may have an odd length.
 ///
-/// The accumulator holds native-order 16-bit words and cannot overflow: 2^31 additions of 32-bit
-/// values fit, which is 8 GiB of data.
+/// The accumulator holds little-endian 16-bit words and cannot overflow: 2^32 additions of 32-bit
+/// values fit, which is 16 GiB of data.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sum(u64);
 
@@ -23,9 +24,9 @@ impl Sum {
     #[must_use]
     #[inline]
     pub fn add_bytes(self, bytes: &[u8]) -> Sum {
-        // The vector set-up costs more than it saves below a few dozen bytes.
-        let sum = if bytes.len() < SHORT_LEN_MAX {
-            sum_short(bytes)
+        // Below this the vector set-up costs more than it saves.
+        let sum = if bytes.len() < VECTOR_LEN_MIN {
+            sum_words(bytes)
         } else {
             sum_long(bytes)
         };
@@ -36,14 +37,14 @@ impl Sum {
     #[must_use]
     #[inline]
     pub fn add_u16(self, value: u16) -> Sum {
-        Sum(self.0 + u64::from(u16::from_ne_bytes(value.to_be_bytes())))
+        Sum(self.0 + u64::from(value.swap_bytes()))
     }
 
     /// Adds a 32-bit field given as a number.
     #[must_use]
     #[inline]
     pub fn add_u32(self, value: u32) -> Sum {
-        Sum(self.0 + u64::from(u32::from_ne_bytes(value.to_be_bytes())))
+        Sum(self.0 + u64::from(value.swap_bytes()))
     }
 
     /// The folded sum, not complemented: what `NEEDS_CSUM` wants in the checksum field.
@@ -58,8 +59,8 @@ impl Sum {
             clippy::cast_possible_truncation,
             reason = "two folds of 32 bits leave 16"
         )]
-        let native = sum as u16;
-        u16::from_be_bytes(native.to_ne_bytes())
+        let swapped = sum as u16;
+        swapped.swap_bytes()
     }
 
     /// The checksum: the complement of [`Sum::fold`].
@@ -85,7 +86,7 @@ pub fn pseudo_header(addresses: &[u8], protocol: u8, len: u32) -> Sum {
         matches!(addresses.len(), 8 | 32),
         "two addresses of one family"
     );
-    Sum(sum_short(addresses))
+    Sum(sum_words(addresses))
         .add_u16(u16::from(protocol))
         .add_u32(len)
 }
@@ -111,69 +112,90 @@ pub fn update(checksum: u16, before: u16, after: u16) -> u16 {
 }
 
 /// Slices shorter than this go through the plain loop.
-const SHORT_LEN_MAX: usize = 64;
+const VECTOR_LEN_MIN: usize = 128;
 
-fn sum_short(bytes: &[u8]) -> u64 {
-    let mut sum = 0u64;
-    let (words, rest) = bytes.as_chunks::<4>();
-    for word in words {
-        sum += u64::from(u32::from_ne_bytes(*word));
+/// The portable loop, by words of 8 bytes.
+#[inline]
+fn sum_words(bytes: &[u8]) -> u64 {
+    let halves = |word: u64| (word & 0xffff_ffff) + (word >> 32);
+    let (words, rest) = bytes.as_chunks::<8>();
+    let sum: u64 = words
+        .iter()
+        .map(|word| halves(u64::from_le_bytes(*word)))
+        .sum();
+    if rest.is_empty() {
+        return sum;
     }
-    let mut last = [0u8; 4];
-    last[..rest.len()].copy_from_slice(rest);
-    sum + u64::from(u32::from_ne_bytes(last))
-}
-
-/// The vectorised loop: the compiler turns the inner loop into mask, shift and two adds per
-/// register of whatever width the caller's target features allow.
-#[inline(always)]
-fn sum_body(bytes: &[u8]) -> u64 {
-    const LANES: usize = 16;
-    let (blocks, rest) = bytes.as_chunks::<{ LANES * 8 }>();
-    let mut low = [0u64; LANES];
-    let mut high = [0u64; LANES];
-    for block in blocks {
-        let (words, _) = block.as_chunks::<8>();
-        for ((word, low), high) in words.iter().zip(&mut low).zip(&mut high) {
-            let word = u64::from_ne_bytes(*word);
-            *low += word & 0xffff_ffff;
-            *high += word >> 32;
-        }
-    }
-    low.iter().sum::<u64>() + high.iter().sum::<u64>() + sum_short(rest)
+    // The last word overlaps the one before it, whose bytes are shifted out: cheaper than copying
+    // up to 7 bytes into a word of zeros.
+    let last = match bytes.last_chunk::<8>() {
+        Some(last) => u64::from_le_bytes(*last) >> (64 - 8 * rest.len()),
+        None => rest
+            .iter()
+            .rev()
+            .fold(0, |word, byte| (word << 8) | u64::from(*byte)),
+    };
+    sum + halves(last)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[inline]
 fn sum_long(bytes: &[u8]) -> u64 {
     // Detection is a cached load and a test.
-    if is_x86_feature_detected!("avx512f") {
-        // SAFETY: the processor has AVX-512F, as detected in the line above.
-        unsafe { sum_avx512(bytes) }
-    } else if is_x86_feature_detected!("avx2") {
+    if is_x86_feature_detected!("avx2") {
         // SAFETY: the processor has AVX2, as detected in the line above.
         unsafe { sum_avx2(bytes) }
     } else {
-        sum_body(bytes)
+        sum_words(bytes)
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
 #[inline]
 fn sum_long(bytes: &[u8]) -> u64 {
-    sum_body(bytes)
+    sum_words(bytes)
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-fn sum_avx512(bytes: &[u8]) -> u64 {
-    sum_body(bytes)
-}
-
+/// The same sum, 64 bytes at a time: even and odd 32-bit words of two registers, each into an
+/// accumulator of its own.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn sum_avx2(bytes: &[u8]) -> u64 {
-    sum_body(bytes)
+    use std::arch::x86_64::{
+        __m256i, _mm_add_epi64, _mm_cvtsi128_si64, _mm_extract_epi64, _mm256_add_epi64,
+        _mm256_and_si256, _mm256_castsi256_si128, _mm256_extracti128_si256, _mm256_loadu_si256,
+        _mm256_set1_epi64x, _mm256_setzero_si256, _mm256_srli_epi64,
+    };
+
+    let (halves, rest) = bytes.as_chunks::<32>();
+    let (blocks, odd) = halves.as_chunks::<2>();
+    let low_half = _mm256_set1_epi64x(0xffff_ffff);
+    let load = |half: &[u8; 32]| -> __m256i {
+        // SAFETY: the array is 32 readable bytes, and the load needs no alignment.
+        unsafe { _mm256_loadu_si256(half.as_ptr().cast()) }
+    };
+    let mut sums = [_mm256_setzero_si256(); 4];
+    for [a, b] in blocks {
+        let (a, b) = (load(a), load(b));
+        sums[0] = _mm256_add_epi64(sums[0], _mm256_and_si256(a, low_half));
+        sums[1] = _mm256_add_epi64(sums[1], _mm256_srli_epi64::<32>(a));
+        sums[2] = _mm256_add_epi64(sums[2], _mm256_and_si256(b, low_half));
+        sums[3] = _mm256_add_epi64(sums[3], _mm256_srli_epi64::<32>(b));
+    }
+    if let Some(a) = odd.first().map(load) {
+        sums[0] = _mm256_add_epi64(sums[0], _mm256_and_si256(a, low_half));
+        sums[1] = _mm256_add_epi64(sums[1], _mm256_srli_epi64::<32>(a));
+    }
+    let sum = _mm256_add_epi64(
+        _mm256_add_epi64(sums[0], sums[1]),
+        _mm256_add_epi64(sums[2], sums[3]),
+    );
+    let sum = _mm_add_epi64(
+        _mm256_castsi256_si128(sum),
+        _mm256_extracti128_si256::<1>(sum),
+    );
+    let [low, high] = [_mm_cvtsi128_si64(sum), _mm_extract_epi64::<1>(sum)];
+    low.cast_unsigned() + high.cast_unsigned() + sum_words(rest)
 }
 
 #[cfg(test)]
@@ -216,7 +238,7 @@ mod tests {
         for fill in [0x00, 0xff, 0x80, 0x01] {
             let bytes = vec![fill; 65_535];
             assert_eq!(Sum::ZERO.add_bytes(&bytes).fold(), reference(&bytes));
-            assert_eq!(sum_body(&bytes), sum_long(&bytes));
+            assert_eq!(sum_words(&bytes), sum_long(&bytes));
         }
     }
 
