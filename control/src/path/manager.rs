@@ -155,9 +155,15 @@ impl Manager {
         self.counted(result)
     }
 
-    /// A WireGuard packet of the peer came by this relay: the way back if it has no known home.
+    /// WireGuard packets of the peer came by this relay: the way back if it has no known home, and
+    /// a reason to ask the direct path whether it still works. Once per batch is enough.
     pub fn handle_relay_arrival(&mut self, now: Instant, peer: PeerId, region: RegionId) {
-        self.with(now, peer, |peer, _| peer.heard_by_relay(region));
+        let news = |peer: &Peer| !peer.expects_relayed(region);
+        if self.peers.get(&peer).is_some_and(news) {
+            self.with(now, peer, |peer, shared| {
+                peer.heard_by_relay(now, shared, region)
+            });
+        }
     }
 
     /// Takes news of the data plane, with the activity of the peer they are about.
@@ -378,14 +384,14 @@ impl Manager {
         }
         let about = match message {
             Message::Ping { tx_id, .. } => self.with(now, id, |peer, shared| {
-                peer.heard_by_relay(region);
+                peer.relay_is(region);
                 peer.relayed_ping_received(now, shared, region, tx_id)
             }),
             Message::Pong { tx_id, source } => {
                 return self.pong(now, &[id], false, &tx_id, source);
             }
             Message::CallMeMaybe { endpoints } => self.with(now, id, |peer, shared| {
-                peer.heard_by_relay(region);
+                peer.relay_is(region);
                 peer.called(now, shared, &endpoints);
                 Ok(())
             }),

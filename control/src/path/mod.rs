@@ -46,6 +46,9 @@ mod score;
 mod shared;
 mod validation;
 
+#[cfg(test)]
+mod sim;
+
 pub use limit::Drop;
 pub use manager::Manager;
 pub use score::{Rank, better};

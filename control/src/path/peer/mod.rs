@@ -94,6 +94,8 @@ struct Suspect {
     gap: Duration,
     /// The path counts as silent then.
     verdict_at: Instant,
+    /// Something else speaks against the path: data unanswered, or the peer's call.
+    urgent: bool,
 }
 
 pub(super) struct Peer {

@@ -9,8 +9,8 @@ use super::super::pings::Sent;
 use super::super::shared::Shared;
 use super::super::validation::Probe;
 use super::super::{
-    CALL_ME_MAYBE_ROUND_INTERVAL, Drop, Event, HEARTBEAT_INTERVAL, PING_BACK_INTERVAL,
-    PING_TIMEOUT, Purpose, Reason, RestunReason, Route, Story,
+    CALL_ME_MAYBE_ROUND_INTERVAL, Drop, Event, HEARTBEAT_INTERVAL, JUDGING_INTERVAL,
+    PING_BACK_INTERVAL, PING_TIMEOUT, Purpose, Reason, RestunReason, Route, Story,
 };
 use super::{Peer, State};
 use crate::disco::{CALL_ME_MAYBE_ENDPOINTS_MAX, DERP_FAKE_IP, Message, TxId};
@@ -79,7 +79,7 @@ impl Peer {
         }
         if new && !untrusted {
             // If the peer has moved, the best address stays silent while this one answers.
-            self.ping_best(now, sh);
+            self.ping_best(now, sh, false);
         }
     }
 
@@ -246,7 +246,8 @@ impl Peer {
         if self.best().is_some_and(|best| removed.contains(&best.addr)) {
             self.clear_best(now, sh, Reason::Withdrawn);
         }
-        self.doubt_unnamed_best(now, sh, &wanted);
+        // It calls because it has no path it trusts: ours may be good in one direction only.
+        self.ping_best(now, sh, true);
         let early = self
             .call_round_at
             .map(|at| at + CALL_ME_MAYBE_ROUND_INTERVAL)
@@ -266,24 +267,6 @@ impl Peer {
             candidate.last_round = None;
         }
         self.start_round(now, sh, false, Reason::CallMeMaybe);
-    }
-
-    /// A peer that names its addresses without the best one, and has not pinged from there, may
-    /// have moved: the best address has a second to answer.
-    fn doubt_unnamed_best(&mut self, now: Instant, sh: &mut Shared, named: &[SocketAddr]) {
-        let Some(best) = self.best().map(|best| best.addr) else {
-            return;
-        };
-        let heard = self
-            .candidates
-            .get(&best)
-            .and_then(|candidate| candidate.heard_at);
-        let lately =
-            heard.is_some_and(|at| now.saturating_duration_since(at) <= HEARTBEAT_INTERVAL);
-        if named.contains(&best) || lately {
-            return;
-        }
-        self.ping_best(now, sh);
     }
 
     /// Data was sent while nothing was trusted.
@@ -306,7 +289,7 @@ impl Peer {
             now.saturating_duration_since(best.last_pong) >= HEARTBEAT_INTERVAL
         });
         if quiet {
-            self.ping_best(now, sh);
+            self.ping_best(now, sh, false);
         }
     }
 
@@ -314,9 +297,12 @@ impl Peer {
     pub(in super::super) fn silent(&mut self, now: Instant, sh: &mut Shared, activity: &Activity) {
         self.sent(now, activity);
         if self.best().is_some() {
-            self.ping_best(now, sh);
+            self.ping_best(now, sh, true);
+            // If it is a stream that nobody answers, heartbeats judge it from now on.
+            let soon = now + JUDGING_INTERVAL;
+            self.heartbeat = self.heartbeat.map(|at| at.min(soon));
             sh.want_restun(now, RestunReason::Silence);
-            self.announce(now, sh, false);
+            self.announce(now, sh, true);
         }
     }
 
@@ -356,15 +342,38 @@ impl Peer {
             }
             _ if is_best => {
                 self.fall_back(now, sh, Reason::SendError);
-                self.ping_best(now, sh);
+                self.ping_best(now, sh, true);
             }
             _ => {}
         }
     }
 
-    /// Packets of the peer came by relay.
-    pub(in super::super) fn heard_by_relay(&mut self, region: RegionId) {
+    /// Whether packets of the peer by this relay are no news.
+    pub(in super::super) fn expects_relayed(&self, region: RegionId) -> bool {
+        self.heard_region == Some(region) && !matches!(self.state, State::Direct(_))
+    }
+
+    /// The peer uses this relay.
+    pub(in super::super) fn relay_is(&mut self, region: RegionId) {
         self.heard_region = Some(region);
+    }
+
+    /// Packets of the peer came by relay. If we are direct, the peer may have lost the direct path:
+    /// the best address must show that it works, which also tells the shards.
+    pub(in super::super) fn heard_by_relay(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        region: RegionId,
+    ) {
+        self.heard_region = Some(region);
+        let State::Direct(best) = &self.state else {
+            return;
+        };
+        let quiet = now.saturating_duration_since(best.last_pong) >= JUDGING_INTERVAL;
+        if quiet && self.suspect.is_none() {
+            self.ping_best(now, sh, true);
+        }
     }
 }
 

@@ -177,13 +177,13 @@ impl Peer {
         true
     }
 
-    /// A heartbeat to the best address.
-    pub(super) fn ping_best(&mut self, now: Instant, sh: &mut Shared) {
+    /// A heartbeat to the best address; an `urgent` one if something speaks against it.
+    pub(super) fn ping_best(&mut self, now: Instant, sh: &mut Shared, urgent: bool) {
         let Some(addr) = self.best().map(|best| best.addr) else {
             return;
         };
         if self.ping(now, sh, Route::Direct(addr), Purpose::Heartbeat) {
-            self.suspect(now);
+            self.suspect(now, urgent);
         }
     }
 
@@ -232,19 +232,20 @@ impl Peer {
     }
 
     /// Tells the peer where to ping us, at its own pace: every [`ANNOUNCE_INTERVAL`] at most, or
-    /// [`ANNOUNCE_CHANGED_INTERVAL`] when our endpoints `changed`. Old endpoints are looked up again
-    /// first, but not waited for longer than [`ANNOUNCE_WAIT`].
-    pub(super) fn announce(&mut self, now: Instant, sh: &mut Shared, changed: bool) {
+    /// [`ANNOUNCE_CHANGED_INTERVAL`] when it is `urgent` because our endpoints changed or the direct
+    /// path went silent. Old endpoints are looked up again first, but not waited for longer than
+    /// [`ANNOUNCE_WAIT`].
+    pub(super) fn announce(&mut self, now: Instant, sh: &mut Shared, urgent: bool) {
         if self.key.is_none() || self.region().is_none() {
             return;
         }
-        let interval = if changed {
+        let interval = if urgent {
             ANNOUNCE_CHANGED_INTERVAL
         } else {
             ANNOUNCE_INTERVAL
         };
         let allowed = self.announce.last.map(|at| at + interval);
-        match (changed, self.announce.pending) {
+        match (urgent, self.announce.pending) {
             (false, Some(_)) => {}
             (false, None) if allowed.is_some_and(|at| now < at) => {}
             (false, None) if sh.own_stale(now) => {

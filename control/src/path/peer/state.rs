@@ -378,19 +378,33 @@ impl Peer {
         self.start_round(now, sh, true, Reason::Quality);
     }
 
-    /// A heartbeat left: if nothing comes back soon, the path counts as silent.
-    pub(super) fn suspect(&mut self, now: Instant) {
+    /// A Ping to the best address left: if no Pong comes back soon, the path counts as silent. With
+    /// another reason to doubt it (`urgent`) there is less patience.
+    pub(super) fn suspect(&mut self, now: Instant, urgent: bool) {
         let Some(best) = self.best() else {
             return;
         };
-        let gap = SUSPECT_GAP_MIN.max(best.quality.rtt() * 2);
-        let patience = SUSPECT_MIN.max(best.quality.rtt() * 4 + best.quality.jitter() * 4);
-        self.suspect.get_or_insert(Suspect {
+        let (least, gap) = if urgent {
+            (SUSPECT_URGENT_MIN, SUSPECT_URGENT_GAP)
+        } else {
+            (SUSPECT_MIN, SUSPECT_GAP)
+        };
+        let gap = gap.max(best.quality.rtt());
+        let patience = least.max(best.quality.rtt() * 4 + best.quality.jitter() * 4);
+        let (next, verdict_at) = (now + gap, now + patience);
+        let fresh = Suspect {
             since: now,
-            next: now + gap,
+            next,
             gap,
-            verdict_at: now + patience,
-        });
+            verdict_at,
+            urgent,
+        };
+        let suspect = self.suspect.get_or_insert(fresh);
+        if urgent && !suspect.urgent {
+            suspect.verdict_at = suspect.verdict_at.min(verdict_at);
+            suspect.next = suspect.next.min(next);
+            (suspect.gap, suspect.urgent) = (gap, true);
+        }
     }
 
     /// The round trip by relay, or how long it has taken so far.
@@ -409,4 +423,7 @@ impl Peer {
 /// A heartbeat unanswered for so long, and its repetitions: silent.
 const SUSPECT_MIN: Duration = Duration::from_secs(1);
 /// Least time between these repetitions.
-const SUSPECT_GAP_MIN: Duration = Duration::from_millis(250);
+const SUSPECT_GAP: Duration = Duration::from_millis(250);
+/// The same where something else speaks against the path already.
+const SUSPECT_URGENT_MIN: Duration = Duration::from_millis(300);
+const SUSPECT_URGENT_GAP: Duration = Duration::from_millis(100);

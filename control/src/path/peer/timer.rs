@@ -16,6 +16,9 @@ use super::{Peer, State};
 /// Sent so lately, a stream counts as running.
 const STREAM_RUNS: Duration = Duration::from_millis(1500);
 
+/// Time that arrivals over the best address buy for an unanswered heartbeat.
+const HEARD_GRACE: Duration = Duration::from_secs(2);
+
 impl Peer {
     /// The next moment at which something is due.
     pub(in super::super) fn next_timeout(&self, now: Instant) -> Option<Instant> {
@@ -153,7 +156,7 @@ impl Peer {
         };
         self.heartbeat = Some(now + interval);
         let alarm = self.best_mut().and_then(|best| best.quality.tick());
-        self.ping_best(now, sh);
+        self.ping_best(now, sh, false);
         if let Some(alarm) = alarm {
             self.alarm(now, sh, alarm);
         }
@@ -184,8 +187,8 @@ impl Peer {
         }
     }
 
-    /// A heartbeat is unanswered: asks again, and in the end goes both ways, unless the shards hear
-    /// the peer over that very address.
+    /// A heartbeat is unanswered: asks again, and in the end goes both ways. Arrivals over that very
+    /// address buy some time: they prove the other direction, and that only Pongs are slow.
     fn check_suspect(&mut self, now: Instant, sh: &mut Shared, activity: &dyn Fn() -> Activity) {
         let Some(mut suspect) = self.suspect else {
             return;
@@ -195,9 +198,17 @@ impl Peer {
             return;
         };
         if suspect.verdict_at <= now {
-            self.suspect = None;
-            let heard = activity().last_received_direct;
-            if heard.is_none_or(|at| at <= suspect.since) {
+            let heard = || {
+                activity()
+                    .last_received_direct
+                    .is_some_and(|at| at > suspect.since)
+            };
+            if !suspect.urgent && heard() {
+                suspect.urgent = true;
+                suspect.verdict_at = now + HEARD_GRACE;
+                self.suspect = Some(suspect);
+            } else {
+                self.suspect = None;
                 self.fall_back(now, sh, Reason::Silent);
             }
             return;
