@@ -166,17 +166,19 @@ act_one() {
     start_node $node "$RESULTS/$node.events"
   done
   for node in a b; do
-    "$BENCH" wait "$RESULTS/$node.events" peer --timeout 15 >/dev/null || fail "node $node never learned its peer"
-    "$BENCH" wait "$RESULTS/$node.events" derp_connected --where home=true --timeout 10 >/dev/null ||
+    "$BENCH" wait "$RESULTS/$node.events" derp_connected --where home=true --timeout 15 >/dev/null ||
       fail "node $node has no home relay"
   done
+  # Each must know where the other is at home now.
+  "$BENCH" wait "$RESULTS/a.events" peer --where home=fra --timeout 15 >/dev/null || fail "A never learned B's home"
+  "$BENCH" wait "$RESULTS/b.events" peer --where home=nyc --timeout 15 >/dev/null || fail "B never learned A's home"
   local address
-  address=$("$BENCH" wait "$RESULTS/a.events" peer --field addresses --timeout 1) || fail "B has no inner address"
-  sleep 0.5
+  address=$(peer_address a) || fail "A does not know B's inner address"
+  lab_pause 1
 
-  note "A starts to ping B (${address%%/*}) through the tunnel, 100 times a second"
+  note "A starts to ping B ($address) through the tunnel, 100 times a second"
   lab_event ping_start
-  lab_spawn a ping "$BENCH" ping "${address%%/*}" --rate 100 --stop-file "$LAB_DIR/ping.stop" \
+  lab_spawn a ping "$BENCH" ping "$address" --rate 100 --stop-file "$LAB_DIR/ping.stop" \
     --events "$RESULTS/ping.events" --out "$RESULTS/ping.json"
   local since since_unblock
   since=$(now_ns)

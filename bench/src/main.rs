@@ -12,6 +12,7 @@
 //! wgkeys   fresh WireGuard key pairs for the peers that are compared
 //! rooms    two `ringtail status --json` snapshots  ->  cycles per room and shard
 //! send, receive   a file over TCP, at a pace
+//! pick     one value of a JSON document
 //! flame    `perf script` output  ->  folded stacks and an SVG
 //! machine  facts for the head of a table;  derp-map  relays' entries joined into one map
 //! ```
@@ -26,6 +27,7 @@ mod flame;
 mod link;
 mod machine;
 mod netns;
+mod pick;
 mod ping;
 mod report;
 mod rooms;
@@ -77,6 +79,8 @@ enum Command {
     Receive(transfer::ReceiveArgs),
     /// One figure of act one.
     Switches(switches::Args),
+    /// One value of the JSON document on standard input.
+    Pick(pick::Args),
     /// Fold `perf script` output and draw a flame graph.
     Flame(flame::Args),
 }
@@ -96,6 +100,7 @@ fn main() -> anyhow::Result<()> {
         Command::Send(args) => transfer::send(&args),
         Command::Receive(args) => transfer::receive(&args),
         Command::Switches(args) => switches::run(&args),
+        Command::Pick(args) => pick::run(&args),
         Command::Uapi(args) => uapi::run(&args),
         Command::Wgkeys => uapi::print_keys(),
         Command::Flame(args) => flame::run(&args),

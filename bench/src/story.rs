@@ -181,6 +181,8 @@ pub(crate) fn sentence(event: &Event) -> String {
             },
             ms("ms")
         ),
+        "derp_closed" => format!("closes its connection to relay {}", f("region")),
+        "endpoints" => format!("can itself be reached at {}", f("endpoints")),
         "derp_lost" => format!("lost relay {}: {}", f("region"), f("error")),
         "netmap" => format!("has the network map: {} peer(s)", f("peers")),
         "peer" => format!(

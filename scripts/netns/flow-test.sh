@@ -83,13 +83,11 @@ start_node b "$LAB_DIR/b.events"
 
 check "A's home is nyc" event a 15 home --where region=nyc
 check "B's home is fra" event b 15 home --where region=fra
-check "A learns of B" event a 15 peer
-check "B learns of A" event b 15 peer
+check "A learns of B and its home" event a 15 peer --where home=fra
+check "B learns of A and its home" event b 15 peer --where home=nyc
 check "A is connected to its home" event a 10 derp_connected --where home=true
 check "B is connected to its home" event b 10 derp_connected --where home=true
-B=$("$BENCH" wait "$LAB_DIR/a.events" peer --field addresses --timeout 1) || fail "A does not know B's address"
-B=${B%%/*}
-B=${B%%,*}
+B=$(peer_address a) || fail "A does not know B's address"
 pause 0.5
 
 head -c "$BYTES" /dev/urandom >"$LAB_DIR/file.in"
@@ -142,7 +140,7 @@ lab_stop fra KILL
 check "B notices that its relay died" event b 20 derp_lost --since-ns "$SINCE"
 check "the direct path goes on without the relay" pings 3 0
 SINCE=$(now_ns)
-check "the relay starts again" start_relay fra fra 203.0.113.2 901 fra
+check "the relay starts again" start_relay fra fra 203.0.113.2 901 fra 2001:db8::2
 check "B is connected to a relay again" event b 40 derp_connected --since-ns "$SINCE"
 
 # Coordination dies: nothing happens to traffic, and a node that restarts meanwhile comes back.

@@ -40,9 +40,8 @@ story_topology() {
 
 # start_relay NS LABEL ADDRESS ID CODE [IPV6]: a relay; its entry for the DERP map lands in $LAB_DIR/LABEL.
 start_relay() {
-  mkdir -p "$LAB_DIR/$2"
   rm -f "$LAB_DIR/$2/derp-node.json"
-  lab_spawn "$1" "$2" "$RINGTAIL" derp --hostname "$3" --addr "$3:443" --stun-port 3478 \
+  lab_spawn "$1" "$2" "$RINGTAIL" derp --hostname "$3" --addr "$3:443" ${6:+--addr "[$6]:443"} --stun-port 3478 \
     --state-dir "$LAB_DIR/$2" --region-id "$4" --region-code "$5"
   lab_wait_file "$LAB_DIR/$2/derp-node.json" 5
 }
@@ -59,8 +58,8 @@ start_coord() {
 
 # Relays, coordination, and a key to join with in $LAB_DIR/auth-key.
 start_story_hosts() {
-  start_relay nyc nyc 203.0.113.1 900 nyc || return 1
-  start_relay fra fra 203.0.113.2 901 fra || return 1
+  start_relay nyc nyc 203.0.113.1 900 nyc 2001:db8::1 || return 1
+  start_relay fra fra 203.0.113.2 901 fra 2001:db8::2 || return 1
   make_derp_map nyc fra || return 1
   start_coord
   for _ in $(seq 100); do
@@ -79,4 +78,9 @@ start_node() {
   shift 2
   lab_spawn "$node" "node-$node" "$RINGTAIL" up --coord http://10.255.0.1:8080 --auth-key-file "$LAB_DIR/auth-key" \
     --state-dir "$LAB_DIR/node-$node" --hostname "$node" --events "$events" "$@"
+}
+
+# peer_address NODE: inner address of the peer that NODE knows.
+peer_address() {
+  "$RINGTAIL" status --json --state-dir "$LAB_DIR/node-$1" | "$BENCH" pick /peers/0/addresses/0
 }
