@@ -555,3 +555,6 @@ impl Agent {
 fn short_name(name: &str) -> String {
     name.split('.').next().unwrap_or(name).to_owned()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,191 @@
+//! The agent as the driver sees it: what goes in, what comes out.
+
+use super::*;
+use crate::key::{DiscoPrivate, NodePrivate};
+
+fn node(seed: u8) -> (NodePublic, DiscoPrivate) {
+    (
+        NodePrivate::from_random([seed; 32]).public(),
+        DiscoPrivate::from_random([seed ^ 0xff; 32]),
+    )
+}
+
+fn agent(seed: u8, relay_only: bool) -> Agent {
+    let (node_key, disco_key) = node(seed);
+    let setup = Setup {
+        node_key,
+        disco_key,
+        hostname: format!("n{seed}"),
+        paths: path::Config::default(),
+        relay_only,
+        local_port: 41641,
+        port_is_fixed: true,
+        tun: "tun0".into(),
+        routes_offered: vec!["10.9.0.0/16".parse().unwrap()],
+    };
+    Agent::new(setup, [seed; 32])
+}
+
+fn network(peer: u8) -> Network {
+    let (node_key, disco_key) = node(peer);
+    let derp_map = r#"{"Regions":{"900":{"RegionID":900,"RegionCode":"nyc","Nodes":[
+        {"Name":"900a","RegionID":900,"HostName":"198.51.100.1","IPv4":"198.51.100.1"}]}}}"#;
+    Network {
+        addresses: vec!["10.7.0.1/32".parse().unwrap()],
+        fixed_home: Some(900),
+        derp_map: serde_json::from_str(derp_map).unwrap(),
+        peers: vec![NetworkPeer {
+            name: "b.tail.test.".into(),
+            node_key,
+            disco_key: Some(disco_key.public()),
+            home: Some(900),
+            addresses: vec!["10.7.0.2/32".parse().unwrap()],
+            allowed_ips: vec!["10.7.0.2/32".parse().unwrap()],
+            endpoints: vec!["203.0.113.2:41641".parse().unwrap()],
+            online: None,
+        }],
+        rules: None,
+    }
+}
+
+fn outputs(agent: &mut Agent) -> Vec<Output> {
+    std::iter::from_fn(|| agent.poll_output()).collect()
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "any instant will do as the start"
+)]
+fn start() -> Instant {
+    Instant::now()
+}
+
+#[test]
+fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed() {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network(2));
+    let out = outputs(&mut agent);
+    assert!(
+        out.iter()
+            .any(|o| matches!(o, Output::SetPeers(peers) if peers.len() == 1))
+    );
+    assert!(
+        out.iter()
+            .any(|o| matches!(o, Output::SetHome(RegionId(900))))
+    );
+    assert!(out.iter().any(|o| matches!(o, Output::SetDerpMap(_))));
+    let local = out.iter().find_map(|o| {
+        let Output::SetRules { local, .. } = o else {
+            return None;
+        };
+        Some(local.len())
+    });
+    assert_eq!(local, Some(2), "own address and the route we offer");
+    let configure = out.iter().find_map(|o| {
+        let Output::Configure { addresses, routes } = o else {
+            return None;
+        };
+        Some((addresses.len(), routes.len()))
+    });
+    assert_eq!(configure, Some((1, 1)));
+    agent.handle_network(now, network(2));
+    assert!(outputs(&mut agent).is_empty());
+}
+
+#[test]
+fn a_kick_pings_the_peer_directly_but_not_in_relay_only_mode() {
+    for relay_only in [false, true] {
+        let (now, mut agent) = (start(), agent(1, relay_only));
+        agent.handle_network(now, network(2));
+        outputs(&mut agent);
+        agent.handle_dataplane(now, &channel::Event::Kick(PeerId(0)), &Activity::default());
+        let to: SocketAddr = "203.0.113.2:41641".parse().unwrap();
+        let out = outputs(&mut agent);
+        let pinged = out
+            .iter()
+            .any(|o| matches!(o, Output::Datagram { to: t, .. } if *t == to));
+        assert_eq!(pinged, !relay_only);
+        let decided = out.iter().find_map(|o| {
+            let Output::SetPath(_, decision) = o else {
+                return None;
+            };
+            Some(decision.clone())
+        });
+        assert!(
+            decided.is_none_or(|d| d.udp.is_none()),
+            "nothing has answered yet"
+        );
+    }
+}
+
+#[test]
+fn strangers_are_counted_wherever_they_come_from() {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network(2));
+    let stranger = node(9).0;
+    assert_eq!(
+        agent.handle_relayed_data(now, RegionId(900), stranger, 3),
+        None
+    );
+    assert!(
+        agent
+            .handle_relayed_data(now, RegionId(900), node(2).0, 1)
+            .is_some()
+    );
+    agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), b"junk");
+    let mut disco = disco::MAGIC.to_vec();
+    disco.resize(120, 7);
+    agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), &disco);
+    let around = Surroundings {
+        hostname: "a".into(),
+        node_key: node(1).0,
+        disco_key: node(1).1.public(),
+        tun: "tun0".into(),
+        mtu: 1280,
+        shards: 1,
+        driver: "io_uring",
+        listen_port: 41641,
+        coordination: None,
+        coordination_state: "static".into(),
+    };
+    let status = agent.status(now, &around, &|_| Activity::default());
+    assert_eq!(status["drops"]["relay_unknown_source"], 3);
+    assert_eq!(status["drops"]["discovery_junk"], 1);
+    let unknown = status["drops"].as_object().unwrap().iter();
+    let unknown = unknown.filter(|(name, count)| name.starts_with("disco_") && **count == 1);
+    assert_eq!(unknown.count(), 1, "{status:#}");
+    assert_eq!(status["peers"][0]["name"], "b");
+    assert_eq!(status["home"]["region"], "nyc");
+}
+
+#[test]
+fn a_ping_ends_with_one_answer_also_for_nobody_and_for_silence() {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network(2));
+    outputs(&mut agent);
+    agent.handle_ping(now, 7, "nobody");
+    let out = outputs(&mut agent);
+    assert!(
+        matches!(&out[0], Output::Answer(7, a) if a["error"].as_str().unwrap().contains("nobody"))
+    );
+    assert!(matches!(out[1], Output::AnswerEnd(7)));
+
+    agent.handle_ping(now, 8, "b");
+    let (mut at, mut answers) = (now, Vec::new());
+    while answers.is_empty() && at < now + Duration::from_secs(20) {
+        at = agent.poll_timeout().unwrap().max(at);
+        agent.handle_timeout(at, &|_| Activity::default());
+        answers = outputs(&mut agent);
+        answers.retain(|o| matches!(o, Output::Answer(..) | Output::AnswerEnd(_)));
+    }
+    assert!(
+        matches!(&answers[..], [Output::Answer(8, a), Output::AnswerEnd(8)] if a["reason"].is_string())
+    );
+}
+
+#[test]
+fn the_network_survives_the_cache_unchanged() {
+    let before = network(2);
+    let text = serde_json::to_string(&before).unwrap();
+    assert_eq!(serde_json::from_str::<Network>(&text).unwrap(), before);
+}
