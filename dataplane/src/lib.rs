@@ -30,6 +30,7 @@ pub mod coalesce;
 mod config;
 mod dataplane;
 pub mod filter;
+pub mod fuzzing;
 mod handshake;
 mod open;
 pub mod packet;

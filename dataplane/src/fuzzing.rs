@@ -1,0 +1,186 @@
+#![forbid(unsafe_code)]
+//! What the fuzz targets run, as ordinary functions from bytes to nothing: `dataplane/fuzz` feeds
+//! them from a fuzzer, the tests below from a seed. Each checks what must hold for any input, on
+//! top of not panicking.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use zerocopy::FromBytes;
+
+use crate::channel::Rules;
+use crate::classify::{Class, DATA_LEN_MIN, classify};
+use crate::coalesce::Coalescer;
+use crate::filter::{CompiledRules, Filter};
+use crate::packet::header::Headers;
+use crate::tun::segment::plan;
+use crate::tun::vnet::VnetHdr;
+
+/// One TUN read: virtio-net header and packet. Whatever is planned is cut, and both ways of cutting
+/// agree.
+pub fn tun_read(bytes: &[u8]) {
+    let Ok((vnet, packet)) = VnetHdr::split(bytes) else {
+        return;
+    };
+    let Ok(plan) = plan(&vnet, packet) else {
+        return;
+    };
+    let mut staged = packet.to_vec();
+    let mut dst = vec![0; plan.segment_len_max()];
+    for i in 0..plan.len() {
+        let len = plan.write(i, packet, &mut dst);
+        let range = plan.stage(i, &mut staged);
+        assert_eq!(staged[range], dst[..len], "segment {i}");
+    }
+}
+
+/// One datagram from the underlay.
+pub fn datagram(bytes: &[u8]) {
+    match classify(bytes) {
+        Class::Data(_) => assert!(bytes.len() >= DATA_LEN_MIN),
+        Class::Handshake => assert!(matches!(bytes.len(), 148 | 92 | 64)),
+        Class::Disco | Class::Stun => assert!(bytes.len() >= 20),
+        Class::Invalid(_) => {}
+    }
+}
+
+/// Opened packets, each behind a length byte that counts in units of 8 bytes and one for the outer
+/// TOS: headers, filter, coalescer, and back through the cutter. `now` is any moment.
+pub fn opened(now: Instant, mut bytes: &[u8]) {
+    let rules = CompiledRules::compile(&Rules::List(Vec::new()), None);
+    let mut filter = Filter::new(now, Arc::new(rules));
+    let mut coalescer = Coalescer::new();
+    let mut committed = 0;
+    while let Ok(([units, tos], rest)) = <[u8; 2]>::read_from_prefix(bytes) {
+        let (packet, rest) = rest.split_at(rest.len().min(usize::from(units) * 8));
+        bytes = rest;
+        let room = coalescer.tail(packet.len());
+        room.copy_from_slice(packet);
+        let Ok(headers) = Headers::parse(room) else {
+            continue;
+        };
+        let _ = filter.admit(now, &headers, packet);
+        let _ = filter.remember(now, &headers, packet);
+        committed += usize::from(coalescer.commit(&headers, tos).is_ok());
+    }
+    let batch = coalescer.take();
+    let mut segments = 0;
+    for (i, write) in batch.iter().enumerate() {
+        let (vnet, packet) = VnetHdr::split(write).expect("a write has its header");
+        let plan = plan(&vnet, packet).expect("what was merged can be cut");
+        assert_eq!(plan.len(), batch.segments(i));
+        segments += plan.len();
+    }
+    assert_eq!(segments, committed, "every packet leaves once");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packet::build::{Builder, Tcp};
+    use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+
+    fn seeded() -> StdRng {
+        let seed = rand::random::<u64>();
+        println!("seed {seed:#x}");
+        StdRng::seed_from_u64(seed)
+    }
+
+    /// A valid packet, damaged now and then.
+    fn packet(rng: &mut StdRng) -> Vec<u8> {
+        let (src, dst) = if rng.random() {
+            ("100.64.0.1:4000", "100.64.0.2:5201")
+        } else {
+            ("[fd7a::1]:4000", "[fd7a::2]:5201")
+        };
+        let builder = Builder::new(src.parse().unwrap(), dst.parse().unwrap());
+        let payload = vec![0x5a; 8 * rng.random_range(0..8)];
+        let seq = 64 * rng.random_range(0..4);
+        let tcp = Tcp {
+            seq,
+            ack: 1,
+            flags: 0x10,
+            window: 500,
+            options: &[1; 12],
+        };
+        let mut packet = if rng.random() {
+            builder.tcp(&tcp, &payload)
+        } else {
+            builder.udp(&payload)
+        };
+        if rng.random_bool(0.3) {
+            let at = rng.random_range(0..packet.len());
+            packet[at] = rng.random();
+        }
+        packet
+    }
+
+    #[test]
+    fn random_tun_reads_hold() {
+        let mut rng = seeded();
+        for _ in 0..20_000 {
+            let mut bytes = [0u8; 10].to_vec();
+            bytes[0] = rng.random_range(0..2);
+            bytes[1] = [0, 1, 4, 5, rng.random()][rng.random_range(0..5)];
+            bytes[4] = rng.random_range(0..32);
+            bytes[6] = [20, 40][rng.random_range(0..2)];
+            bytes[8] = [6, 16][rng.random_range(0..2)];
+            bytes.extend(packet(&mut rng));
+            bytes.truncate(rng.random_range(0..bytes.len() * 4));
+            tun_read(&bytes);
+        }
+    }
+
+    #[test]
+    fn random_datagrams_hold() {
+        let mut rng = seeded();
+        for _ in 0..100_000 {
+            let mut bytes = vec![0u8; rng.random_range(0..200)];
+            rng.fill_bytes(&mut bytes);
+            if let Some(head) = bytes.first_chunk_mut::<4>() {
+                *head = [rng.random_range(0..6), 0, 0, 0];
+            }
+            datagram(&bytes);
+        }
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+    fn random_opened_packets_hold() {
+        let mut rng = seeded();
+        let now = Instant::now();
+        for _ in 0..2_000 {
+            let mut bytes = Vec::new();
+            for _ in 0..rng.random_range(0..20) {
+                let mut packet = packet(&mut rng);
+                packet.resize(packet.len().next_multiple_of(8), 0);
+                bytes.push(u8::try_from(packet.len() / 8).unwrap());
+                bytes.push(rng.random_range(0..4));
+                bytes.extend(packet);
+            }
+            opened(now, &bytes);
+        }
+    }
+
+    /// The seeds that the fuzzer starts from.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+    fn the_corpus_holds() {
+        let corpus = |target: &str| -> Vec<Vec<u8>> {
+            let path = format!("{}/fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
+            let entries = std::fs::read_dir(path).unwrap();
+            entries
+                .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
+                .collect()
+        };
+        for (target, run) in [
+            ("tun_read", tun_read as fn(&[u8])),
+            ("datagram", datagram),
+            ("opened", |bytes: &[u8]| opened(Instant::now(), bytes)),
+        ] {
+            let seeds = corpus(target);
+            assert!(!seeds.is_empty(), "{target} has no corpus");
+            seeds.iter().for_each(|bytes| run(bytes));
+        }
+    }
+}
