@@ -63,7 +63,7 @@ start_story_hosts() {
   make_derp_map nyc fra || return 1
   start_coord
   for _ in $(seq 100); do
-    if "$RINGTAIL" coord keys create --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key" 2>"$LAB_DIR/keys.log" &&
+    if "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key" 2>"$LAB_DIR/keys.log" &&
       [ -s "$LAB_DIR/auth-key" ]; then
       return 0
     fi

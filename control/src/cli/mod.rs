@@ -1,5 +1,6 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 
+mod coord;
 mod derp;
 mod keys;
 mod query;
@@ -40,6 +41,7 @@ struct Cli {
 enum Command {
     Up(Box<up::UpArgs>),
     Derp(derp::DerpArgs),
+    Coord(Box<coord::CoordArgs>),
     Status(query::StatusArgs),
     Ping(query::PingArgs),
     Netcheck(query::NetcheckArgs),
@@ -62,6 +64,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Up(args) => up::run(*args),
         Command::Derp(args) => derp::run(args),
+        Command::Coord(args) => coord::run(*args),
         Command::Status(args) => query::status(&args),
         Command::Ping(args) => query::ping(&args),
         Command::Netcheck(args) => query::netcheck(&args),

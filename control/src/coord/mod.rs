@@ -3,9 +3,13 @@
 //! Protocol ts2021 (`protocol/coordination.md`). The machines here decide and never touch a socket
 //! or a clock; `driver::coord_client` and `driver::coord_server` move the bytes.
 
+pub mod address;
+pub mod auth_key;
 mod backoff;
 pub mod client;
 pub mod frames;
+pub mod limit;
+pub mod server;
 
 pub use backoff::Backoff;
 

@@ -3,6 +3,8 @@
 
 pub mod control_url;
 pub mod coord_client;
+pub mod coord_server;
+pub mod coord_store;
 pub mod derp_server;
 pub mod discovery;
 pub mod events;

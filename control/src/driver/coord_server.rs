@@ -1,0 +1,1053 @@
+//! The coordination server's sockets: listeners, upgrade, Noise, HTTP/2, and the one task that
+//! owns the state.
+//!
+//! ```text
+//! accept -> (TLS) -> HTTP/1: /key /health /verify /metrics
+//!                          /ts2021 -> Noise -> HTTP/2: /machine/register, /machine/map
+//!                                                 |  Ask            ^ MapResponse (per stream)
+//!                                             the actor: coord::server::Server, one Store
+//! ```
+//!
+//! Anybody may finish the Noise handshake, so a connection counts as a stranger's, of which there
+//! are few places, until its first valid request, and is closed when none comes within a minute.
+//! Every refusal is counted in [`Counters`].
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context as TaskContext, Poll, ready};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use base64::Engine as _;
+use bytes::{Bytes, BytesMut};
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::{Body, Frame, Incoming};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde::Deserialize;
+use time::OffsetDateTime;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::control_url::ByteStream;
+use super::coord_store::{Database, Store};
+use super::noise_stream::NoiseStream;
+use crate::coord::auth_key::{self, KeyCheck};
+use crate::coord::frames::{Codec, encode};
+use crate::coord::limit::FailureLimit;
+use crate::coord::server::{
+    CAPABILITY_VERSION_MIN, MapAnswer, MapRefusal, Registration, Server, ServerConfig, SessionId,
+};
+use crate::key::{MachinePrivate, MachinePublic, NodePublic};
+use crate::netmap::DerpMap;
+use crate::netmap::wire::{
+    KeyResponse, MapRequest, MapResponse, RegisterRequest, RegisterResponse,
+};
+use crate::noise::{INITIATION_LEN, encode_early, respond};
+
+/// Connections without a valid request so far.
+const STRANGERS_MAX: usize = 512;
+
+/// All connections.
+const CONNECTIONS_MAX: usize = 8192;
+
+/// Head of the HTTP request, and Noise after the upgrade.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A connection without a valid request is closed after this.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Body of a register or map request.
+const BODY_LEN_MAX: usize = 1 << 20;
+
+/// Body of a `/verify` request.
+const VERIFY_LEN_MAX: usize = 4096;
+
+/// Time for a request's body to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Head of an HTTP request.
+const HEADER_LEN_MAX: usize = 16 * 1024;
+
+/// Requests that may run at a time on one connection.
+const STREAMS_MAX: u32 = 64;
+
+/// HTTP/2 PING and how long its answer may take.
+const PING_EVERY: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Questions that may wait for the actor.
+const ASKS_MAX: usize = 256;
+
+/// Messages a map stream may be behind; what comes later is folded into one difference.
+const STREAM_QUEUE_MAX: usize = 2;
+
+/// How long a change may wait to be written behind.
+const WRITE_DELAY: Duration = Duration::from_secs(2);
+
+/// Requests larger than this have no business in a receive window.
+const STREAM_WINDOW: u32 = 1 << 20;
+
+/// What was served and what was refused, since the start.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Connections accepted.
+    pub connections: AtomicU64,
+    /// Connections closed at once because there were too many.
+    pub refused_full: AtomicU64,
+    /// Connections that ended with broken HTTP or TLS.
+    pub bad_http: AtomicU64,
+    /// Upgrades refused: wrong headers.
+    pub bad_upgrade: AtomicU64,
+    /// Noise handshakes refused: not decodable, or another server's key.
+    pub bad_noise: AtomicU64,
+    /// Connections and requests with a capability version that is too low.
+    pub bad_version: AtomicU64,
+    /// Connections that ended with broken records or broken HTTP/2.
+    pub bad_stream: AtomicU64,
+    /// Requests refused: not JSON, or of a wrong shape.
+    pub bad_request: AtomicU64,
+    /// Requests refused: body over the limit.
+    pub too_large: AtomicU64,
+    /// Requests for paths that do not exist.
+    pub not_found: AtomicU64,
+    /// Map requests of nodes we do not know.
+    pub unknown_node: AtomicU64,
+    /// Registrations refused.
+    pub refused_registration: AtomicU64,
+    /// Registrations put off because of too many failures from one address.
+    pub rate_limited: AtomicU64,
+    /// Connections closed because no valid request came in time.
+    pub timed_out: AtomicU64,
+    /// Registrations that succeeded.
+    pub registrations: AtomicU64,
+    /// Map requests that succeeded.
+    pub map_requests: AtomicU64,
+    /// Messages given to map streams.
+    pub messages: AtomicU64,
+    /// Failures of the store.
+    pub store_errors: AtomicU64,
+}
+
+impl Counters {
+    /// Names and values, as `/metrics` shows them.
+    pub fn list(&self) -> Vec<(&'static str, u64)> {
+        let all = [
+            ("connections", &self.connections),
+            ("refused_full", &self.refused_full),
+            ("bad_http", &self.bad_http),
+            ("bad_upgrade", &self.bad_upgrade),
+            ("bad_noise", &self.bad_noise),
+            ("bad_version", &self.bad_version),
+            ("bad_stream", &self.bad_stream),
+            ("bad_request", &self.bad_request),
+            ("too_large", &self.too_large),
+            ("not_found", &self.not_found),
+            ("unknown_node", &self.unknown_node),
+            ("refused_registration", &self.refused_registration),
+            ("rate_limited", &self.rate_limited),
+            ("timed_out", &self.timed_out),
+            ("registrations", &self.registrations),
+            ("map_requests", &self.map_requests),
+            ("messages", &self.messages),
+            ("store_errors", &self.store_errors),
+        ];
+        all.map(|(name, value)| (name, value.load(Ordering::Relaxed)))
+            .to_vec()
+    }
+}
+
+fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// What a running server is made of.
+pub struct CoordServerConfig {
+    /// Bound sockets.
+    pub listeners: Vec<std::net::TcpListener>,
+    /// Certificate and key, when the listeners speak TLS.
+    pub tls: Option<Arc<rustls::ServerConfig>>,
+    /// The server's Noise key.
+    pub control: MachinePrivate,
+    /// Its state file.
+    pub database: Database,
+    /// Names, addresses, relays.
+    pub server: ServerConfig,
+}
+
+/// A running server; dropping it ends every connection at once, [`CoordServer::stop`] writes what
+/// waits to be written first.
+#[derive(Debug)]
+pub struct CoordServer {
+    shared: Arc<Shared>,
+    actor: JoinHandle<()>,
+    tasks: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    control: MachinePrivate,
+    asks: mpsc::Sender<Ask>,
+    ended: mpsc::UnboundedSender<SessionId>,
+    counters: Counters,
+    strangers: Arc<Semaphore>,
+    connections: Arc<Semaphore>,
+    /// Every connection's task ends when this closes.
+    alive: tokio::sync::watch::Sender<()>,
+}
+
+/// A question to the actor.
+#[derive(Debug)]
+enum Ask {
+    Register(
+        MachinePublic,
+        IpAddr,
+        Box<RegisterRequest>,
+        oneshot::Sender<Registered>,
+    ),
+    Map(
+        MachinePublic,
+        Box<MapRequest>,
+        oneshot::Sender<Result<Mapped, MapRefusal>>,
+    ),
+    Verify(NodePublic, oneshot::Sender<bool>),
+    DerpMap(DerpMap),
+    Stop(oneshot::Sender<()>),
+}
+
+#[derive(Debug)]
+enum Registered {
+    Answer(RegisterResponse),
+    TooMany(Duration),
+    StoreFailed,
+}
+
+#[derive(Debug)]
+enum Mapped {
+    Taken,
+    Once(Box<MapResponse>),
+    Stream(SessionId, Codec, mpsc::Receiver<MapResponse>),
+}
+
+impl CoordServer {
+    /// Loads the state and begins to listen, on the current tokio runtime.
+    ///
+    /// # Errors
+    /// When the state cannot be loaded or a listener is not usable.
+    pub fn start(config: CoordServerConfig) -> anyhow::Result<Self> {
+        let loaded = config.database.load().context("cannot load the state")?;
+        let now = Instant::now().into_std();
+        let server = Server::new(
+            now,
+            config.server,
+            loaded.nodes,
+            loaded.last_id,
+            loaded.last_host,
+        );
+        let (asks, asked) = mpsc::channel(ASKS_MAX);
+        let (ended, ends) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            control: config.control,
+            asks,
+            ended,
+            counters: Counters::default(),
+            strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            alive: tokio::sync::watch::Sender::new(()),
+        });
+        let actor = Actor {
+            server,
+            store: Store::start(config.database)?,
+            shared: Arc::downgrade(&shared),
+            streams: BTreeMap::new(),
+            failures: FailureLimit::default(),
+            write_at: None,
+        };
+        let actor = tokio::spawn(actor.run(asked, ends));
+        let mut tasks = Vec::new();
+        for listener in config.listeners {
+            listener
+                .set_nonblocking(true)
+                .context("cannot use a listener")?;
+            let listener = TcpListener::from_std(listener).context("cannot use a listener")?;
+            let acceptor = config.tls.clone().map(tokio_rustls::TlsAcceptor::from);
+            tasks.push(tokio::spawn(accept(
+                listener,
+                acceptor,
+                Arc::clone(&shared),
+            )));
+        }
+        Ok(Self {
+            shared,
+            actor,
+            tasks,
+        })
+    }
+
+    /// What was served and refused.
+    pub fn counters(&self) -> &Counters {
+        &self.shared.counters
+    }
+
+    /// Replaces the relays; all nodes are told.
+    pub async fn set_derp_map(&self, derp_map: DerpMap) {
+        let _ = self.shared.asks.send(Ask::DerpMap(derp_map)).await;
+    }
+
+    /// Writes what waits to be written and ends.
+    pub async fn stop(self) {
+        let (done, finished) = oneshot::channel();
+        if self.shared.asks.send(Ask::Stop(done)).await.is_ok() {
+            let _ = finished.await;
+        }
+    }
+}
+
+impl Drop for CoordServer {
+    fn drop(&mut self) {
+        self.actor.abort();
+        for task in &self.tasks {
+            task.abort();
+        }
+        // Connections hear of it and end.
+        let _ = self.shared.alive.send(());
+    }
+}
+
+/// Owns the state; every question passes through here, one at a time.
+struct Actor {
+    server: Server,
+    store: Store,
+    shared: std::sync::Weak<Shared>,
+    streams: BTreeMap<SessionId, mpsc::Sender<MapResponse>>,
+    failures: FailureLimit,
+    write_at: Option<Instant>,
+}
+
+impl Actor {
+    async fn run(
+        mut self,
+        mut asked: mpsc::Receiver<Ask>,
+        mut ends: mpsc::UnboundedReceiver<SessionId>,
+    ) {
+        loop {
+            let timeout = self.server.poll_timeout().map(Instant::from_std);
+            tokio::select! {
+                ask = asked.recv() => match ask {
+                    Some(Ask::Stop(done)) => {
+                        self.write().await;
+                        let _ = done.send(());
+                        return;
+                    }
+                    Some(ask) => self.handle(ask).await,
+                    None => return,
+                },
+                Some(id) = ends.recv() => self.end(id),
+                () = at(timeout) => self.server.handle_timeout(now()),
+                () = at(self.write_at) => self.write().await,
+            }
+            self.pump();
+            if self.write_at.is_none() && self.server.has_writes() {
+                self.write_at = Some(Instant::now() + WRITE_DELAY);
+            }
+        }
+    }
+
+    async fn handle(&mut self, ask: Ask) {
+        match ask {
+            Ask::Register(machine, source, request, answer) => {
+                let registered = self.register(machine, source, &request).await;
+                let _ = answer.send(registered);
+            }
+            Ask::Map(machine, request, answer) => {
+                let wall = OffsetDateTime::now_utc();
+                let random = rand::random();
+                let mapped = self
+                    .server
+                    .handle_map(now(), wall, machine, &request, random);
+                let mapped = mapped.map(|mapped| match mapped {
+                    MapAnswer::Taken => Mapped::Taken,
+                    MapAnswer::Once(message) => Mapped::Once(message),
+                    MapAnswer::Stream(id) => {
+                        let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX);
+                        self.streams.insert(id, sender);
+                        Mapped::Stream(id, self.server.codec(id), receiver)
+                    }
+                });
+                // The asker may be gone; then its stream ends with the receiver.
+                if let Err(Ok(Mapped::Stream(id, ..))) = answer.send(mapped) {
+                    self.end(id);
+                }
+            }
+            Ask::Verify(key, answer) => {
+                let member = self.server.is_member(OffsetDateTime::now_utc(), key);
+                let _ = answer.send(member);
+            }
+            Ask::DerpMap(derp_map) => self.server.set_derp_map(now(), derp_map),
+            Ask::Stop(_) => {}
+        }
+    }
+
+    async fn register(
+        &mut self,
+        machine: MachinePublic,
+        source: IpAddr,
+        request: &RegisterRequest,
+    ) -> Registered {
+        let wall = OffsetDateTime::now_utc();
+        let text = request.auth.as_ref().map(|auth| auth.auth_key.clone());
+        let text = text.filter(|text| !text.is_empty());
+        let key = match text {
+            Some(text) if !self.server.needs_no_key(wall, machine, request) => {
+                if let Some(wait) = self.failures.check(now(), source) {
+                    return Registered::TooMany(wait);
+                }
+                let name = auth_key::name(&text);
+                let found = self
+                    .store
+                    .call(move |database| database.find_key(&name))
+                    .await;
+                match found {
+                    Ok(key) => KeyCheck::of(&text, key.as_ref(), wall),
+                    Err(error) => return self.store_failed(&error),
+                }
+            }
+            Some(_) | None => KeyCheck::Absent,
+        };
+        let plan = self.server.plan_register(wall, machine, request, &key);
+        if let KeyCheck::Unknown | KeyCheck::Expired | KeyCheck::Used = key {
+            self.failures.handle_failure(now(), source);
+        }
+        let (record, host) = match &plan {
+            Registration::Answer(answer) => return Registered::Answer(answer.clone()),
+            Registration::Insert(record, _) => (record, self.server.host_number(record)),
+            Registration::Rekey(record, _) | Registration::Expire(record) => (record, 0),
+            Registration::Delete(_) => return self.commit(plan, 0).await,
+        };
+        tracing::info!(node = record.id, name = record.name, machine = %machine.short(),
+                       key = %record.node_key.short(), "registration");
+        self.commit(plan, host).await
+    }
+
+    /// Commits, then applies. What waits to be written goes first, so that names and addresses
+    /// that became free are free in the store too.
+    async fn commit(&mut self, plan: Registration, host: u32) -> Registered {
+        self.write().await;
+        let copy = plan.clone();
+        let committed = self
+            .store
+            .call(move |database| database.commit(&copy, host))
+            .await;
+        match committed {
+            Ok(true) => Registered::Answer(self.server.apply(now(), plan)),
+            Ok(false) => Registered::Answer(RegisterResponse {
+                error: KeyCheck::Used.error().unwrap_or_default().to_owned(),
+                ..RegisterResponse::default()
+            }),
+            Err(error) => self.store_failed(&error),
+        }
+    }
+
+    fn store_failed(&self, error: &anyhow::Error) -> Registered {
+        tracing::error!(
+            error = format!("{error:#}"),
+            "the state file cannot be used"
+        );
+        if let Some(shared) = self.shared.upgrade() {
+            count(&shared.counters.store_errors);
+        }
+        Registered::StoreFailed
+    }
+
+    /// Writes what was collected; what fails stays to be written.
+    async fn write(&mut self) {
+        self.write_at = None;
+        let writes = self.server.take_writes();
+        if writes.is_empty() {
+            return;
+        }
+        let copy = writes.clone();
+        if let Err(error) = self.store.call(move |database| database.write(&copy)).await {
+            self.store_failed(&error);
+            self.server.handle_write_failure(&writes);
+        }
+    }
+
+    fn end(&mut self, id: SessionId) {
+        self.streams.remove(&id);
+        self.server
+            .handle_session_end(now(), OffsetDateTime::now_utc(), id);
+    }
+
+    /// Gives every stream that can take one its next message.
+    fn pump(&mut self) {
+        let (now, wall) = (now(), OffsetDateTime::now_utc());
+        let tick = self.server.tick_is_due(now);
+        let mut behind = false;
+        for id in self.server.session_ids() {
+            let Some(stream) = self.streams.get(&id) else {
+                continue;
+            };
+            // A full queue is a slow reader: it gets one larger difference later.
+            let Ok(permit) = stream.try_reserve() else {
+                behind = true;
+                continue;
+            };
+            if let Some(message) = self.server.poll_session(now, wall, id) {
+                if let Some(shared) = self.shared.upgrade() {
+                    count(&shared.counters.messages);
+                }
+                permit.send(message);
+            }
+        }
+        if tick {
+            self.server.end_tick(now, behind);
+        }
+        for id in self.server.take_ended() {
+            self.end(id);
+        }
+    }
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+async fn at(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A connection's standing: a stranger holds one of few places until its first valid request.
+#[derive(Debug)]
+struct Standing {
+    stranger: Mutex<Option<OwnedSemaphorePermit>>,
+    known: AtomicBool,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Standing {
+    fn becomes_known(&self) {
+        if !self.known.swap(true, Ordering::Relaxed) {
+            let mut stranger = self
+                .stranger
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+            *stranger = None;
+        }
+    }
+
+    fn is_known(&self) -> bool {
+        self.known.load(Ordering::Relaxed)
+    }
+}
+
+async fn accept(
+    listener: TcpListener,
+    tls: Option<tokio_rustls::TlsAcceptor>,
+    shared: Arc<Shared>,
+) {
+    loop {
+        let (stream, source) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                // Out of descriptors, most likely: nothing helps but a moment.
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let place = Arc::clone(&shared.connections).try_acquire_owned();
+        let stranger = Arc::clone(&shared.strangers).try_acquire_owned();
+        let (Ok(place), Ok(stranger)) = (place, stranger) else {
+            count(&shared.counters.refused_full);
+            continue;
+        };
+        count(&shared.counters.connections);
+        let standing = Arc::new(Standing {
+            stranger: Mutex::new(Some(stranger)),
+            known: AtomicBool::new(false),
+            _place: place,
+        });
+        let (tls, shared) = (tls.clone(), Arc::clone(&shared));
+        tokio::spawn(async move {
+            let mut alive = shared.alive.subscribe();
+            tokio::select! {
+                () = connection(stream, source, tls, Arc::clone(&shared), standing) => {}
+                _ = alive.changed() => {}
+            }
+        });
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    source: SocketAddr,
+    tls: Option<tokio_rustls::TlsAcceptor>,
+    shared: Arc<Shared>,
+    standing: Arc<Standing>,
+) {
+    let deadline = Instant::now() + STRANGER_TIMEOUT;
+    // Small messages on long-lived connections.
+    let _ = stream.set_nodelay(true);
+    let stream: Box<dyn ByteStream> = match tls {
+        None => Box::new(stream),
+        Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+            Ok(Ok(stream)) => Box::new(stream),
+            Ok(Err(_)) => return count(&shared.counters.bad_http),
+            Err(_) => return count(&shared.counters.timed_out),
+        },
+    };
+    let (upgrades, mut upgraded) = mpsc::channel(1);
+    let outer = Arc::new(Outer {
+        shared: Arc::clone(&shared),
+        upgrades,
+        source: source.ip(),
+    });
+    let service = service_fn(|request| {
+        let outer = Arc::clone(&outer);
+        async move { Ok::<_, Infallible>(outer.serve(request).await) }
+    });
+    let http = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HANDSHAKE_TIMEOUT)
+        .max_buf_size(HEADER_LEN_MAX)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    match tokio::time::timeout_at(deadline, http).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => {
+            tracing::debug!(%source, %error, "broken HTTP");
+            return count(&shared.counters.bad_http);
+        }
+        Err(_) => return count(&shared.counters.timed_out),
+    }
+    if let Ok(upgrade) = upgraded.try_recv() {
+        inner(upgrade, source.ip(), shared, standing, deadline).await;
+    }
+}
+
+/// A client that was answered 101, with what it sent in its header.
+struct Upgrade {
+    on: hyper::upgrade::OnUpgrade,
+    initiation: Vec<u8>,
+}
+
+/// The outer HTTP/1 paths of one connection.
+struct Outer {
+    shared: Arc<Shared>,
+    upgrades: mpsc::Sender<Upgrade>,
+    source: IpAddr,
+}
+
+type Answer = Response<Full<Bytes>>;
+
+impl Outer {
+    async fn serve(&self, request: Request<Incoming>) -> Answer {
+        let counters = &self.shared.counters;
+        match (request.method(), request.uri().path()) {
+            (&Method::GET, "/key") => self.key(request.uri().query().unwrap_or_default()),
+            (&Method::POST, "/ts2021") => self.upgrade(request),
+            (&Method::GET | &Method::HEAD, "/health") => json(r#"{"status":"pass"}"#.to_owned()),
+            (&Method::POST, "/verify") => self.verify(request).await,
+            (&Method::GET, "/metrics") if self.source.to_canonical().is_loopback() => {
+                let lines = counters.list();
+                let lines = lines
+                    .iter()
+                    .map(|(name, n)| format!("ringtail_coord_{name} {n}\n"));
+                text(StatusCode::OK, &lines.collect::<String>())
+            }
+            _ => {
+                count(&counters.not_found);
+                text(StatusCode::NOT_FOUND, "not found\n")
+            }
+        }
+    }
+
+    fn key(&self, query: &str) -> Answer {
+        let version = query.split('&').find_map(|pair| pair.strip_prefix("v="));
+        if version
+            .and_then(|version| version.parse::<u32>().ok())
+            .is_none()
+        {
+            count(&self.shared.counters.bad_request);
+            return text(
+                StatusCode::BAD_REQUEST,
+                "the parameter v must be a number\n",
+            );
+        }
+        let answer = KeyResponse {
+            legacy_public_key: MachinePublic::default(),
+            public_key: self.shared.control.public(),
+        };
+        json(serde_json::to_string(&answer).unwrap_or_default())
+    }
+
+    fn upgrade(&self, mut request: Request<Incoming>) -> Answer {
+        let refuse = |why: &str| {
+            count(&self.shared.counters.bad_upgrade);
+            text(StatusCode::BAD_REQUEST, why)
+        };
+        let headers = request.headers();
+        match headers
+            .get(header::UPGRADE)
+            .map(http::HeaderValue::as_bytes)
+        {
+            None => return refuse("missing next protocol\n"),
+            Some(b"tailscale-control-protocol") => {}
+            Some(_) => return refuse("unknown next protocol\n"),
+        }
+        let Some(handshake) = headers.get("X-Tailscale-Handshake") else {
+            return refuse("missing Tailscale handshake header\n");
+        };
+        let initiation = base64::engine::general_purpose::STANDARD.decode(handshake.as_bytes());
+        let Ok(initiation) = initiation else {
+            return refuse("invalid tailscale handshake header\n");
+        };
+        if initiation.len() != INITIATION_LEN {
+            return refuse("invalid tailscale handshake header\n");
+        }
+        let on = hyper::upgrade::on(&mut request);
+        // A connection has one upgrade; a second request cannot follow the first 101.
+        if self.upgrades.try_send(Upgrade { on, initiation }).is_err() {
+            return refuse("upgraded already\n");
+        }
+        let mut answer = Response::new(Full::default());
+        *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let headers = answer.headers_mut();
+        let protocol = http::HeaderValue::from_static("tailscale-control-protocol");
+        headers.insert(header::UPGRADE, protocol);
+        headers.insert(
+            header::CONNECTION,
+            http::HeaderValue::from_static("upgrade"),
+        );
+        answer
+    }
+
+    /// A relay asks whether it should serve a node.
+    async fn verify(&self, request: Request<Incoming>) -> Answer {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Verify {
+            node_public: NodePublic,
+        }
+        let body = match read_body(request.into_body(), VERIFY_LEN_MAX, &self.shared).await {
+            Ok(body) => body,
+            Err(answer) => return answer,
+        };
+        let Ok(verify) = serde_json::from_slice::<Verify>(&body) else {
+            count(&self.shared.counters.bad_request);
+            return text(StatusCode::BAD_REQUEST, "not a verify request\n");
+        };
+        let (answer, allow) = oneshot::channel();
+        let _ = self
+            .shared
+            .asks
+            .send(Ask::Verify(verify.node_public, answer))
+            .await;
+        let allow = allow.await.unwrap_or(false);
+        json(format!(r#"{{"Allow":{allow}}}"#))
+    }
+}
+
+/// Noise and HTTP/2 on an upgraded connection.
+async fn inner(
+    upgrade: Upgrade,
+    source: IpAddr,
+    shared: Arc<Shared>,
+    standing: Arc<Standing>,
+    deadline: Instant,
+) {
+    let counters = &shared.counters;
+    let ephemeral = MachinePrivate::generate();
+    let Ok((accepted, answer)) = respond(&shared.control, &upgrade.initiation, &ephemeral) else {
+        return count(&counters.bad_noise);
+    };
+    let Ok(Ok(io)) = timeout(HANDSHAKE_TIMEOUT, upgrade.on).await else {
+        return count(&counters.bad_http);
+    };
+    if i64::from(accepted.version) < CAPABILITY_VERSION_MIN {
+        return count(&counters.bad_version);
+    }
+    let mut session = accepted.session;
+    let challenge = MachinePrivate::generate().public().to_hex();
+    let early = encode_early(format!(r#"{{"nodeKeyChallenge":"chalpub:{challenge}"}}"#).as_bytes());
+    let mut first = BytesMut::from(&answer[..]);
+    if session.sealer.seal(&early, &mut first).is_err() {
+        return count(&counters.bad_stream);
+    }
+    let mut io = TokioIo::new(io);
+    match timeout(HANDSHAKE_TIMEOUT, io.write_all(&first)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => return count(&counters.bad_stream),
+        Err(_) => return count(&counters.timed_out),
+    }
+    let inner = Arc::new(Inner {
+        shared: Arc::clone(&shared),
+        standing: Arc::clone(&standing),
+        machine: accepted.machine,
+        source,
+    });
+    let service = service_fn(move |request| {
+        let inner = Arc::clone(&inner);
+        async move { Ok::<_, Infallible>(inner.serve(request).await) }
+    });
+    let mut http = pin!(
+        http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .max_header_list_size(u32::try_from(HEADER_LEN_MAX).unwrap_or(u32::MAX))
+            .max_concurrent_streams(STREAMS_MAX)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(2 * STREAM_WINDOW)
+            .serve_connection(TokioIo::new(NoiseStream::server(io, session)), service)
+    );
+    let served = tokio::select! {
+        served = &mut http => served,
+        () = sleep_until(deadline) => {
+            if !standing.is_known() {
+                return count(&counters.timed_out);
+            }
+            http.await
+        }
+    };
+    if let Err(error) = served {
+        tracing::debug!(%source, %error, "a connection broke");
+        count(&counters.bad_stream);
+    }
+}
+
+/// The paths inside one Noise connection.
+struct Inner {
+    shared: Arc<Shared>,
+    standing: Arc<Standing>,
+    machine: MachinePublic,
+    source: IpAddr,
+}
+
+type InnerAnswer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+
+impl Inner {
+    async fn serve(&self, request: Request<Incoming>) -> InnerAnswer {
+        let answer = match (request.method(), request.uri().path()) {
+            (&Method::POST, "/machine/register") => self.register(request).await,
+            (&Method::POST, "/machine/map") => return self.map(request).await,
+            _ => {
+                count(&self.shared.counters.not_found);
+                text(StatusCode::NOT_IMPLEMENTED, "not implemented\n")
+            }
+        };
+        answer.map(BodyExt::boxed_unsync)
+    }
+
+    async fn register(&self, request: Request<Incoming>) -> Answer {
+        let counters = &self.shared.counters;
+        let request: RegisterRequest = match self.read(request).await {
+            Ok(request) => request,
+            Err(answer) => return answer,
+        };
+        if request.version < CAPABILITY_VERSION_MIN {
+            count(&counters.bad_version);
+            let why = format!("unsupported client version: ({})\n", request.version);
+            return text(StatusCode::BAD_REQUEST, &why);
+        }
+        let (answer, registered) = oneshot::channel();
+        let ask = Ask::Register(self.machine, self.source, Box::new(request), answer);
+        let _ = self.shared.asks.send(ask).await;
+        match registered.await {
+            Ok(Registered::Answer(answer)) => {
+                if answer.error.is_empty() {
+                    count(&counters.registrations);
+                    self.standing.becomes_known();
+                } else {
+                    count(&counters.refused_registration);
+                }
+                json(serde_json::to_string(&answer).unwrap_or_default())
+            }
+            Ok(Registered::TooMany(wait)) => {
+                count(&counters.rate_limited);
+                let why = "too many bad auth keys from this address\n";
+                let mut answer = text(StatusCode::TOO_MANY_REQUESTS, why);
+                let seconds = http::HeaderValue::from(wait.as_secs() + 1);
+                answer.headers_mut().insert(header::RETRY_AFTER, seconds);
+                answer
+            }
+            Ok(Registered::StoreFailed) | Err(_) => text(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "the server cannot store this now\n",
+            ),
+        }
+    }
+
+    async fn map(&self, request: Request<Incoming>) -> InnerAnswer {
+        let counters = &self.shared.counters;
+        let request: MapRequest = match self.read(request).await {
+            Ok(request) => request,
+            Err(answer) => return answer.map(BodyExt::boxed_unsync),
+        };
+        let codec = if request.compress == "zstd" {
+            Codec::Zstd
+        } else {
+            Codec::Plain
+        };
+        let (answer, mapped) = oneshot::channel();
+        let ask = Ask::Map(self.machine, Box::new(request), answer);
+        let _ = self.shared.asks.send(ask).await;
+        let mapped = match mapped.await {
+            Ok(Ok(mapped)) => mapped,
+            Ok(Err(refusal)) => {
+                let status = match refusal {
+                    MapRefusal::NotFound => {
+                        count(&counters.unknown_node);
+                        StatusCode::NOT_FOUND
+                    }
+                    MapRefusal::Version(_) => {
+                        count(&counters.bad_version);
+                        StatusCode::BAD_REQUEST
+                    }
+                    MapRefusal::Hostinfo => {
+                        count(&counters.too_large);
+                        StatusCode::BAD_REQUEST
+                    }
+                };
+                return text(status, &format!("{refusal}\n")).map(BodyExt::boxed_unsync);
+            }
+            Err(_) => {
+                let answer = text(
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    "the server is stopping\n",
+                );
+                return answer.map(BodyExt::boxed_unsync);
+            }
+        };
+        count(&counters.map_requests);
+        self.standing.becomes_known();
+        match mapped {
+            Mapped::Taken => Response::new(Full::default().boxed_unsync()),
+            Mapped::Once(message) => {
+                let bytes = encode(codec, &message).unwrap_or_default();
+                Response::new(Full::new(Bytes::from(bytes)).boxed_unsync())
+            }
+            Mapped::Stream(id, codec, messages) => {
+                let body = MapBody {
+                    id,
+                    codec,
+                    messages,
+                    ended: self.shared.ended.clone(),
+                };
+                Response::new(body.boxed_unsync())
+            }
+        }
+    }
+
+    async fn read<T: serde::de::DeserializeOwned>(
+        &self,
+        request: Request<Incoming>,
+    ) -> Result<T, Answer> {
+        let body = read_body(request.into_body(), BODY_LEN_MAX, &self.shared).await?;
+        serde_json::from_slice(&body).map_err(|error| {
+            count(&self.shared.counters.bad_request);
+            text(
+                StatusCode::BAD_REQUEST,
+                &format!("cannot read the request: {error}\n"),
+            )
+        })
+    }
+}
+
+/// The never-ending body of a map stream; when it is dropped, the session ends.
+struct MapBody {
+    id: SessionId,
+    codec: Codec,
+    messages: mpsc::Receiver<MapResponse>,
+    ended: mpsc::UnboundedSender<SessionId>,
+}
+
+impl Body for MapBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let Some(message) = ready!(self.messages.poll_recv(cx)) else {
+            return Poll::Ready(None);
+        };
+        match encode(self.codec, &message) {
+            Ok(bytes) => Poll::Ready(Some(Ok(Frame::data(Bytes::from(bytes))))),
+            Err(error) => {
+                tracing::error!(%error, "a map cannot be sent");
+                Poll::Ready(None)
+            }
+        }
+    }
+}
+
+impl Drop for MapBody {
+    fn drop(&mut self) {
+        // The actor is gone when the server stops.
+        let _ = self.ended.send(self.id);
+    }
+}
+
+fn text(status: StatusCode, body: &str) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(body.to_owned())));
+    *answer.status_mut() = status;
+    let kind = http::HeaderValue::from_static("text/plain; charset=utf-8");
+    answer.headers_mut().insert(header::CONTENT_TYPE, kind);
+    answer
+}
+
+fn json(body: String) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    let kind = http::HeaderValue::from_static("application/json");
+    answer.headers_mut().insert(header::CONTENT_TYPE, kind);
+    answer
+}
+
+/// Reads a whole body within a limit and in time.
+fn read_body(
+    body: Incoming,
+    len_max: usize,
+    shared: &Shared,
+) -> impl Future<Output = Result<Bytes, Answer>> + Send {
+    let counters = &shared.counters;
+    async move {
+        match timeout(BODY_TIMEOUT, Limited::new(body, len_max).collect()).await {
+            Ok(Ok(body)) => Ok(body.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => {
+                count(&counters.too_large);
+                Err(text(
+                    StatusCode::PAYLOAD_TOO_LARGE,
+                    "the body is too large\n",
+                ))
+            }
+            Ok(Err(_)) => {
+                count(&counters.bad_request);
+                Err(text(StatusCode::BAD_REQUEST, "the body was cut off\n"))
+            }
+            Err(_) => {
+                count(&counters.timed_out);
+                Err(text(
+                    StatusCode::REQUEST_TIMEOUT,
+                    "the body came too slowly\n",
+                ))
+            }
+        }
+    }
+}

@@ -1,0 +1,529 @@
+//! Our coordination client and our server, over loopback.
+#![expect(
+    clippy::unwrap_used,
+    clippy::wildcard_enum_match_arm,
+    reason = "test helpers outside test functions; a test waits for one event and skips the rest"
+)]
+
+use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ringtail::coord::auth_key::{self, AuthKey};
+use ringtail::coord::server::ServerConfig;
+use ringtail::coord::{CoordConfig, CoordEvent, SelfState};
+use ringtail::driver::coord_client::CoordClient;
+use ringtail::driver::coord_server::{CoordServer, CoordServerConfig};
+use ringtail::driver::coord_store::Database;
+use ringtail::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
+use ringtail::netmap::wire::EndpointKind;
+use ringtail::netmap::{DerpMap, Netmap};
+use time::OffsetDateTime;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::sync::{mpsc, watch};
+use tokio::task::LocalSet;
+use tokio::time::Instant;
+
+const CONTROL: [u8; 32] = [0x42; 32];
+
+fn derp_map() -> DerpMap {
+    serde_json::from_str(
+        r#"{"Regions":{"900":{"RegionID":900,"RegionCode":"lab","RegionName":"Lab",
+            "Nodes":[{"Name":"900a","RegionID":900,"HostName":"127.0.0.1"}]}}}"#,
+    )
+    .unwrap()
+}
+
+fn put_key(dir: &Path, text: &str, reusable: bool) {
+    let key = AuthKey {
+        id: 0,
+        name: auth_key::name(text),
+        hash: auth_key::hash(text),
+        reusable,
+        ephemeral: false,
+        used: false,
+        expires: None,
+        created: OffsetDateTime::now_utc(),
+    };
+    Database::open(&dir.join("coord.db"))
+        .unwrap()
+        .put_key(&key)
+        .unwrap();
+}
+
+/// A server with its state in `dir`, on this port or any; the noise key may differ.
+fn serve(dir: &Path, port: u16, control: [u8; 32]) -> (CoordServer, SocketAddr) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.set_reuse_address(true).unwrap();
+    socket
+        .bind(&SocketAddr::from(([127, 0, 0, 1], port)).into())
+        .unwrap();
+    socket.listen(128).unwrap();
+    let listener = TcpListener::from(socket);
+    let address = listener.local_addr().unwrap();
+    let server = CoordServer::start(CoordServerConfig {
+        listeners: vec![listener],
+        tls: None,
+        control: MachinePrivate::from_random(control),
+        database: Database::open(&dir.join("coord.db")).unwrap(),
+        server: ServerConfig {
+            base_domain: "tail.test".to_owned(),
+            user: "ringtail".to_owned(),
+            domain: "tail.test".to_owned(),
+            addresses: ringtail::coord::address::AddressPlan::default(),
+            derp_map: derp_map(),
+            approved_routes: vec!["10.20.0.0/16".parse().unwrap()],
+            ephemeral_timeout: Duration::from_secs(300),
+        },
+    });
+    (server.unwrap(), address)
+}
+
+struct Node {
+    // Dropped first: the client ends before its channels.
+    _client: CoordClient,
+    events: mpsc::Receiver<CoordEvent>,
+    state: watch::Sender<SelfState>,
+    config: CoordConfig,
+}
+
+impl Node {
+    fn config(address: SocketAddr, seed: u8, auth_key: Option<&str>) -> CoordConfig {
+        CoordConfig {
+            url: format!("http://{address}"),
+            auth_key: auth_key.map(|key| key.to_owned().into()),
+            hostname: format!("node{seed}"),
+            machine: MachinePrivate::from_random([seed; 32]),
+            node: NodePrivate::from_random([seed ^ 0x80; 32]).public(),
+            disco: DiscoPrivate::from_random([seed ^ 0xc0; 32]).public(),
+            control_key: None,
+        }
+    }
+
+    fn start(config: CoordConfig) -> Self {
+        let (state, own_state) = watch::channel(SelfState::default());
+        let (client, events) = CoordClient::start(config.clone(), own_state).unwrap();
+        Self {
+            _client: client,
+            events,
+            state,
+            config,
+        }
+    }
+
+    fn join(address: SocketAddr, seed: u8, auth_key: &str) -> Self {
+        Self::start(Self::config(address, seed, Some(auth_key)))
+    }
+
+    /// The first event the function takes, within ten seconds.
+    async fn event<T>(&mut self, mut take: impl FnMut(CoordEvent) -> Option<T>) -> T {
+        let wait = async {
+            loop {
+                let event = self.events.recv().await.expect("the client runs");
+                if let Some(taken) = take(event) {
+                    return taken;
+                }
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(10), wait).await;
+        waited.expect("the event comes within ten seconds")
+    }
+
+    async fn netmap(&mut self, good: impl Fn(&Netmap) -> bool) -> Arc<Netmap> {
+        self.event(|event| match event {
+            CoordEvent::Netmap(netmap) if good(&netmap) => Some(netmap),
+            CoordEvent::Fatal(text) => panic!("fatal: {text}"),
+            _ => None,
+        })
+        .await
+    }
+
+    async fn fatal(&mut self) -> String {
+        self.event(|event| match event {
+            CoordEvent::Fatal(text) => Some(text),
+            CoordEvent::Netmap(_) => panic!("let in"),
+            _ => None,
+        })
+        .await
+    }
+
+    fn report(&self, endpoint: &str, home: u32) {
+        self.state.send_modify(|state| {
+            state.endpoints = vec![(endpoint.parse().unwrap(), EndpointKind::Local)];
+            state.home_derp = Some(home);
+        });
+    }
+}
+
+fn all(netmap: &Netmap) -> Vec<i64> {
+    let peers = netmap.peers.iter().chain(&netmap.held_back);
+    let mut ids: Vec<i64> = peers.map(|peer| peer.id).collect();
+    ids.sort_unstable();
+    ids
+}
+
+#[tokio::test]
+async fn nodes_join_see_each_other_and_hear_of_changes_within_a_second() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "the key", true);
+    let (_server, address) = serve(dir.path(), 0, CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let mut first = Node::join(address, 1, "the key");
+            let key = first.event(|event| match event {
+                CoordEvent::ControlKey(key) => Some(key),
+                _ => None,
+            });
+            assert_eq!(key.await, MachinePrivate::from_random(CONTROL).public());
+            let user = first.event(|event| match event {
+                CoordEvent::Registered { user } => Some(user),
+                _ => None,
+            });
+            assert_eq!(user.await, "ringtail");
+            let alone = first.netmap(|_| true).await;
+            assert_eq!(all(&alone), [0; 0]);
+            assert_eq!(alone.self_node.name, "node1.tail.test.");
+            assert_eq!(alone.self_node.addresses[0].to_string(), "100.64.0.1/32");
+            assert_eq!(
+                alone.self_node.addresses[1].to_string(),
+                "fd7a:115c:a1e0::1/128"
+            );
+            assert_eq!(*alone.derp_map, derp_map());
+            assert!(alone.self_node.machine_authorized);
+            assert!(matches!(
+                alone.rules,
+                ringtail_dataplane::channel::Rules::AllowAll
+            ));
+
+            let begun = Instant::now();
+            let mut second = Node::join(address, 2, "the key");
+            let disco = second.config.disco;
+            let both = first.netmap(|netmap| netmap.peers.iter().any(|p| p.disco == Some(disco)));
+            let both = both.await;
+            assert!(
+                begun.elapsed() < Duration::from_secs(1),
+                "{:?}",
+                begun.elapsed()
+            );
+            assert_eq!(both.peers[0].key, second.config.node);
+            assert_eq!(both.peers[0].name, "node2.tail.test.");
+            assert_eq!(both.peers[0].online, Some(true));
+            let seen = second.netmap(|_| true).await;
+            assert_eq!(all(&seen), [1]);
+
+            let begun = Instant::now();
+            second.report("192.0.2.7:41641", 900);
+            let seen = first
+                .netmap(|netmap| netmap.peers[0].home == Some(900))
+                .await;
+            assert!(
+                begun.elapsed() < Duration::from_secs(1),
+                "{:?}",
+                begun.elapsed()
+            );
+            assert_eq!(
+                seen.peers[0].endpoints,
+                ["192.0.2.7:41641".parse().unwrap()]
+            );
+
+            second
+                .state
+                .send_modify(|state| state.routes = vec!["10.20.0.0/16".parse().unwrap()]);
+            let routed = first
+                .netmap(|netmap| netmap.peers[0].allowed_ips.len() == 3)
+                .await;
+            assert_eq!(routed.peers[0].allowed_ips[2].to_string(), "10.20.0.0/16");
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_killed_server_comes_back_with_everything_and_so_do_its_nodes() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "the key", true);
+    let (server, address) = serve(dir.path(), 0, CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let mut first = Node::join(address, 1, "the key");
+            let second = Node::join(address, 2, "the key");
+            second.report("192.0.2.7:41641", 900);
+            let before = first
+                .netmap(|netmap| {
+                    netmap
+                        .peers
+                        .first()
+                        .is_some_and(|peer| peer.home == Some(900) && !peer.endpoints.is_empty())
+                })
+                .await;
+            // Long enough for the endpoints to be written behind.
+            tokio::time::sleep(Duration::from_millis(2500)).await;
+            drop(server);
+            let lost = first.event(|event| match event {
+                CoordEvent::Lost { error, .. } => Some(error),
+                _ => None,
+            });
+            assert!(!lost.await.is_empty());
+            // The second node stays away, so what is told of it comes from the store.
+            drop(second);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            let (_server, _) = serve(dir.path(), address.port(), CONTROL);
+            let after = first.netmap(|netmap| !netmap.peers.is_empty()).await;
+            assert_eq!(after.self_node.id, before.self_node.id);
+            assert_eq!(after.self_node.addresses, before.self_node.addresses);
+            assert_eq!(after.self_node.name, before.self_node.name);
+            let (old, new) = (&before.peers[0], &after.peers[0]);
+            assert_eq!(
+                (old.id, &old.addresses, old.key),
+                (new.id, &new.addresses, new.key)
+            );
+            assert_eq!(
+                (&old.endpoints, old.disco, old.home),
+                (&new.endpoints, new.disco, new.home)
+            );
+            assert_eq!(new.online, None, "not known so soon after a start");
+            // A new node gets a new id and address.
+            let mut third = Node::join(address, 3, "the key");
+            let netmap = third.netmap(|_| true).await;
+            assert_eq!(netmap.self_node.id, 3);
+            assert_eq!(all(&netmap), [1, 2]);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_node_restarts_without_its_key_and_keeps_its_address_with_a_new_node_key() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "once", false);
+    put_key(dir.path(), "again", false);
+    let (_server, address) = serve(dir.path(), 0, CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let mut node = Node::join(address, 1, "once");
+            let first = node.netmap(|_| true).await;
+            drop(node);
+            let mut node = Node::start(Node::config(address, 1, None));
+            assert_eq!(node.netmap(|_| true).await.self_node, first.self_node);
+            drop(node);
+            // The used key does no harm to a node that is known.
+            let mut node = Node::join(address, 1, "once");
+            node.netmap(|_| true).await;
+            drop(node);
+            let mut config = Node::config(address, 1, Some("again"));
+            config.node = NodePrivate::from_random([9; 32]).public();
+            let mut node = Node::start(config);
+            let renewed = node.netmap(|_| true).await;
+            assert_eq!(renewed.self_node.id, first.self_node.id);
+            assert_eq!(renewed.self_node.addresses, first.self_node.addresses);
+            assert_ne!(renewed.self_node.key, first.self_node.key);
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn bad_credentials_and_a_wrong_server_are_final_and_say_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "the key", true);
+    let (server, address) = serve(dir.path(), 0, CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let text = Node::join(address, 1, "another key").fatal().await;
+            assert!(
+                text.contains("keys create") && text.contains("invalid pre auth key"),
+                "{text}"
+            );
+            assert!(!text.contains("another key"), "{text}");
+            let text = Node::start(Node::config(address, 1, None)).fatal().await;
+            assert!(text.contains("by auth key only"), "{text}");
+            let mut config = Node::config(address, 1, Some("the key"));
+            config.control_key = Some(MachinePublic([7; 32]));
+            let text = Node::start(config).fatal().await;
+            assert!(text.contains("--control-key"), "{text}");
+        })
+        .await;
+    let refused: u64 = server
+        .counters()
+        .list()
+        .iter()
+        .map(|(name, n)| match *name {
+            "refused_registration" | "bad_noise" => *n,
+            _ => 0,
+        })
+        .sum();
+    assert_eq!(refused, 3);
+}
+
+#[tokio::test]
+async fn a_server_that_shows_another_key_later_is_outwaited() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "the key", true);
+    let (server, address) = serve(dir.path(), 0, CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let mut node = Node::join(address, 1, "the key");
+            node.netmap(|_| true).await;
+            drop(server);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let (server, _) = serve(dir.path(), address.port(), [0x43; 32]);
+            let shown = node.event(|event| match event {
+                CoordEvent::Lost { error, .. } => error.contains("shows the key").then_some(()),
+                CoordEvent::Fatal(text) => panic!("{text}"),
+                _ => None,
+            });
+            shown.await;
+            drop(server);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let (_server, _) = serve(dir.path(), address.port(), CONTROL);
+            node.netmap(|_| true).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_single_use_key_raced_by_two_machines_lets_exactly_one_in() {
+    for round in 0..5 {
+        let dir = tempfile::tempdir().unwrap();
+        put_key(dir.path(), "once", false);
+        let (_server, address) = serve(dir.path(), 0, CONTROL);
+        LocalSet::new()
+            .run_until(async {
+                let mut nodes = [1, 2].map(|seed| Node::join(address, seed, "once"));
+                let mut outcomes = Vec::new();
+                for node in &mut nodes {
+                    outcomes.push(
+                        node.event(|event| match event {
+                            CoordEvent::Netmap(_) => Some(true),
+                            CoordEvent::Fatal(text) => {
+                                assert!(text.contains("used"), "{text}");
+                                Some(false)
+                            }
+                            _ => None,
+                        })
+                        .await,
+                    );
+                }
+                outcomes.sort_unstable();
+                assert_eq!(outcomes, [false, true], "round {round}");
+            })
+            .await;
+    }
+}
+
+async fn exchange(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    // The server may close before it has read everything.
+    let _ = stream.write_all(bytes).await;
+    let _ = stream.shutdown().await;
+    let mut answer = Vec::new();
+    let read = stream.read_to_end(&mut answer);
+    let _ = tokio::time::timeout(Duration::from_secs(5), read)
+        .await
+        .expect("an end");
+    answer
+}
+
+#[tokio::test]
+async fn malformed_input_is_counted_and_disturbs_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "the key", true);
+    let (server, address) = serve(dir.path(), 0, CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let mut node = Node::join(address, 1, "the key");
+            node.netmap(|_| true).await;
+            let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+            let mut random = move |len: usize| -> Vec<u8> {
+                (0..len)
+                    .map(|_| {
+                        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                        seed.to_be_bytes()[0]
+                    })
+                    .collect()
+            };
+            for len in [0, 1, 20, 1000, 40_000] {
+                exchange(address, &random(len)).await;
+            }
+            for path in ["/", "/key", "/key?v=x", "/machine/map", "/%00", "/verify"] {
+                for method in ["GET", "POST", "PUT"] {
+                    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\n");
+                    let mut request = format!("{head}Content-Length: 100\r\n\r\n").into_bytes();
+                    request.extend(random(100));
+                    exchange(address, &request).await;
+                }
+            }
+            let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(100_000));
+            exchange(address, long.as_bytes()).await;
+            let large = "POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n";
+            let answer =
+                exchange(address, format!("{large}{}", "x".repeat(99_999)).as_bytes()).await;
+            assert!(
+                answer.starts_with(b"HTTP/1.1 413"),
+                "{}",
+                String::from_utf8_lossy(&answer)
+            );
+            let upgrade = |handshake: &str, more: &[u8]| -> Vec<u8> {
+                let head = format!(
+                    "POST /ts2021 HTTP/1.1\r\nHost: x\r\nUpgrade: tailscale-control-protocol\r\n\
+                     Connection: upgrade\r\n{handshake}Content-Length: 0\r\n\r\n"
+                );
+                [head.as_bytes(), more].concat()
+            };
+            for (handshake, answer) in [
+                (String::new(), "missing Tailscale handshake header"),
+                (
+                    "X-Tailscale-Handshake: !\r\n".to_owned(),
+                    "invalid tailscale handshake header",
+                ),
+                (
+                    "X-Tailscale-Handshake: AAAA\r\n".to_owned(),
+                    "invalid tailscale handshake header",
+                ),
+            ] {
+                let got = exchange(address, &upgrade(&handshake, b"")).await;
+                let got = String::from_utf8_lossy(&got).into_owned();
+                assert!(got.contains(answer), "{got}");
+            }
+            // A good handshake of a stranger, then noise instead of Noise.
+            use base64::Engine as _;
+            let control = MachinePrivate::from_random(CONTROL).public();
+            for (version, garbage) in [
+                (130, random(5000)),
+                (130, vec![4, 0xff, 0xff]),
+                (112, Vec::new()),
+            ] {
+                let stranger = MachinePrivate::from_random([0x77; 32]);
+                let e = MachinePrivate::generate();
+                let (_, message) =
+                    ringtail::noise::Initiator::new(version, &stranger, &control, e).unwrap();
+                let message = base64::engine::general_purpose::STANDARD.encode(message);
+                let handshake = format!("X-Tailscale-Handshake: {message}\r\n");
+                let answer = exchange(address, &upgrade(&handshake, &garbage)).await;
+                assert!(answer.starts_with(b"HTTP/1.1 101"));
+            }
+            let random_handshake = base64::engine::general_purpose::STANDARD.encode(random(101));
+            let handshake = format!("X-Tailscale-Handshake: {random_handshake}\r\n");
+            exchange(address, &upgrade(&handshake, b"")).await;
+
+            // Nobody else noticed.
+            node.report("192.0.2.9:1", 900);
+            let mut other = Node::join(address, 2, "the key");
+            other
+                .netmap(|netmap| netmap.peers.iter().any(|p| p.home == Some(900)))
+                .await;
+        })
+        .await;
+    let counted: std::collections::BTreeMap<_, _> = server.counters().list().into_iter().collect();
+    for name in [
+        "bad_http",
+        "bad_upgrade",
+        "bad_noise",
+        "bad_version",
+        "bad_stream",
+        "bad_request",
+        "too_large",
+        "not_found",
+    ] {
+        assert!(counted[name] > 0, "{name}: {counted:?}");
+    }
+    assert_eq!(counted["registrations"], 2);
+}
