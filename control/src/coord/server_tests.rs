@@ -1,1 +1,682 @@
+//! Tests of [`super::Server`].
 
+use super::*;
+use crate::coord::frames::{FrameReader, encode};
+use crate::netmap::MapState;
+use crate::netmap::wire::RegisterAuth;
+
+const WALL: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
+
+fn config() -> ServerConfig {
+    ServerConfig {
+        base_domain: "tail.test".to_owned(),
+        user: "ringtail".to_owned(),
+        domain: "tail.test".to_owned(),
+        addresses: AddressPlan::default(),
+        derp_map: serde_json::from_str(r#"{"Regions":{"900":{"RegionID":900}}}"#).unwrap(),
+        approved_routes: vec![
+            "10.20.0.0/16".parse().unwrap(),
+            "0.0.0.0/0".parse().unwrap(),
+        ],
+        ephemeral_timeout: Duration::from_secs(300),
+    }
+}
+
+fn machine(n: u8) -> MachinePublic {
+    MachinePublic([n; 32])
+}
+
+fn node_key(n: u8) -> NodePublic {
+    NodePublic([n ^ 0x80; 32])
+}
+
+const VALID: KeyCheck = KeyCheck::Valid {
+    id: 1,
+    ephemeral: false,
+};
+
+fn registration(n: u8) -> RegisterRequest {
+    RegisterRequest {
+        version: 130,
+        node_key: node_key(n),
+        hostinfo: Some(json!({"Hostname": format!("host{n}")})),
+        ..RegisterRequest::default()
+    }
+}
+
+fn poll(n: u8) -> MapRequest {
+    MapRequest {
+        version: 130,
+        keep_alive: true,
+        stream: true,
+        node_key: node_key(n),
+        disco_key: DiscoPublic([n ^ 0x40; 32]),
+        hostinfo: Some(json!({"Hostname": format!("host{n}")})),
+        ..MapRequest::default()
+    }
+}
+
+fn lite(n: u8, endpoint: &str) -> MapRequest {
+    MapRequest {
+        stream: false,
+        omit_peers: true,
+        endpoints: Some(vec![endpoint.parse().unwrap()]),
+        ..poll(n)
+    }
+}
+
+/// A server, its streams, and what a client on each of them has merged.
+struct Lab {
+    now: Instant,
+    server: Server,
+    streams: BTreeMap<SessionId, (u8, MapState)>,
+    messages: u64,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let now = crate::coord::tests::start();
+        Self {
+            now,
+            server: Server::new(now, config(), Vec::new(), 0, 0),
+            streams: BTreeMap::new(),
+            messages: 0,
+        }
+    }
+
+    fn register(&mut self, n: u8, key: &KeyCheck) -> RegisterResponse {
+        let plan = self
+            .server
+            .plan_register(WALL, machine(n), &registration(n), key);
+        self.server.apply(self.now, plan)
+    }
+
+    fn open(&mut self, n: u8) -> SessionId {
+        let answer = self
+            .server
+            .handle_map(self.now, WALL, machine(n), &poll(n), 0.0);
+        let Ok(MapAnswer::Stream(id)) = answer else {
+            panic!("{answer:?}");
+        };
+        self.streams.insert(id, (n, MapState::new(node_key(n))));
+        id
+    }
+
+    fn join(&mut self, n: u8) -> SessionId {
+        assert_eq!(self.register(n, &VALID).error, "");
+        self.open(n)
+    }
+
+    fn report(&mut self, n: u8, request: &MapRequest) {
+        let answer = self
+            .server
+            .handle_map(self.now, WALL, machine(n), request, 0.0);
+        assert_eq!(answer, Ok(MapAnswer::Taken));
+    }
+
+    /// Gives every stream what is due; returns the messages that are no keep-alives.
+    fn pump(&mut self) -> Vec<(u8, MapResponse)> {
+        let mut out = Vec::new();
+        self.server.handle_timeout(self.now);
+        for id in self.server.session_ids() {
+            let Some(message) = self.server.poll_session(self.now, WALL, id) else {
+                continue;
+            };
+            let (n, map) = self.streams.get_mut(&id).unwrap();
+            // As it travels: what JSON cannot say must not be relied on.
+            let mut reader = FrameReader::new(Codec::Plain);
+            reader.handle_bytes(&encode(Codec::Plain, &message).unwrap());
+            let message = reader.poll_message().unwrap().unwrap();
+            map.handle_response(WALL, message.clone()).unwrap();
+            self.messages += 1;
+            if !message.keep_alive {
+                out.push((*n, message));
+            }
+        }
+        if self.server.tick_is_due(self.now) {
+            self.server.end_tick(self.now, false);
+        }
+        for id in self.server.take_ended() {
+            self.end(id);
+        }
+        out
+    }
+
+    fn end(&mut self, id: SessionId) {
+        self.streams.remove(&id);
+        self.server.handle_session_end(self.now, WALL, id);
+    }
+
+    fn wait(&mut self, time: Duration) -> Vec<(u8, MapResponse)> {
+        self.now += time;
+        self.pump()
+    }
+
+    /// Every client's merged table is the server's.
+    fn check(&self, context: &str) {
+        for (n, map) in self.streams.values() {
+            let peers = self
+                .server
+                .nodes
+                .values()
+                .filter(|entry| entry.record.node_key != node_key(*n));
+            let want: BTreeMap<i64, Node> = peers
+                .map(|entry| (entry.record.id, comparable(&entry.wire)))
+                .collect();
+            let have: BTreeMap<i64, Node> = map
+                .peers()
+                .iter()
+                .map(|(id, node)| (*id, comparable(node)))
+                .collect();
+            assert_eq!(have, want, "{context}: what node {n} knows");
+        }
+    }
+}
+
+/// Without what may stay behind: when an online node was last seen.
+fn comparable(node: &Node) -> Node {
+    let mut node = node.clone();
+    node.normalise();
+    if node.online != Some(false) {
+        node.last_seen = None;
+    }
+    node
+}
+
+#[test]
+fn registrations_are_decided_as_the_page_says() {
+    let mut lab = Lab::new();
+    for (key, error) in [
+        (KeyCheck::Absent, "auth key needed"),
+        (KeyCheck::Unknown, "invalid pre auth key"),
+        (KeyCheck::Expired, "authkey expired"),
+        (KeyCheck::Used, "authkey already used"),
+    ] {
+        let answer = lab.register(1, &key);
+        assert!(answer.error.contains(error), "{answer:?}");
+        assert!(!answer.machine_authorized);
+    }
+    let answer = lab.register(1, &VALID);
+    assert_eq!(
+        (answer.error.as_str(), answer.user.id, answer.login.id),
+        ("", 1, 1)
+    );
+    assert!(answer.machine_authorized);
+    // Known and good: the key is not looked at.
+    for key in [KeyCheck::Absent, KeyCheck::Used, KeyCheck::Unknown] {
+        assert_eq!(lab.register(1, &key).error, "");
+    }
+    assert!(lab.server.needs_no_key(WALL, machine(1), &registration(1)));
+    // Somebody else with that node key.
+    let plan = lab
+        .server
+        .plan_register(WALL, machine(2), &registration(1), &VALID);
+    let Registration::Answer(answer) = plan else {
+        panic!("{plan:?}");
+    };
+    assert!(answer.error.contains("another machine"));
+    // The same machine with a new node key keeps id, name and addresses.
+    let before = lab.server.nodes[&1].record.clone();
+    let mut request = registration(1);
+    request.node_key = node_key(9);
+    let plan = lab
+        .server
+        .plan_register(WALL, machine(1), &request, &KeyCheck::Absent);
+    assert!(
+        matches!(plan, Registration::Answer(answer) if answer.error.contains("auth key needed"))
+    );
+    let plan = lab.server.plan_register(WALL, machine(1), &request, &VALID);
+    assert!(matches!(plan, Registration::Rekey(..)));
+    lab.server.apply(lab.now, plan);
+    let after = lab.server.nodes[&1].record.clone();
+    assert_eq!(
+        (after.id, after.v4, after.v6, &after.name),
+        (1, before.v4, before.v6, &before.name)
+    );
+    assert_eq!(after.node_key, node_key(9));
+    assert!(!lab.server.is_member(WALL, node_key(1)) && lab.server.is_member(WALL, node_key(9)));
+    // A name already taken is numbered; ids and addresses go up.
+    let mut request = registration(3);
+    request.hostinfo = Some(json!({"Hostname": "host1"}));
+    let plan = lab.server.plan_register(WALL, machine(3), &request, &VALID);
+    let Registration::Insert(record, _) = &plan else {
+        panic!("{plan:?}");
+    };
+    assert_eq!((record.id, record.name.as_str()), (2, "host1-1"));
+    assert_eq!(record.v4.to_string(), "100.64.0.2");
+    let mut zero = registration(4);
+    zero.node_key = NodePublic::default();
+    let plan = lab.server.plan_register(WALL, machine(4), &zero, &VALID);
+    assert!(matches!(plan, Registration::Answer(answer) if !answer.error.is_empty()));
+}
+
+#[test]
+fn a_log_out_expires_the_key_and_forgets_an_ephemeral_node() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    lab.join(2);
+    lab.pump();
+    let mut request = registration(1);
+    request.expiry = Some(WireTime(time::macros::datetime!(1970-01-01 00:02:03 UTC)));
+    // A used key in the same request does no harm.
+    request.auth = Some(RegisterAuth::default());
+    let plan = lab
+        .server
+        .plan_register(WALL, machine(1), &request, &KeyCheck::Used);
+    let answer = lab.server.apply(lab.now, plan);
+    assert!(answer.node_key_expired && answer.error.is_empty());
+    let messages = lab.wait(TICK);
+    let (_, told) = messages.iter().find(|(n, _)| *n == 2).unwrap();
+    assert!(told.peers_changed.as_ref().unwrap()[0].expired);
+    let (_, own) = messages.iter().find(|(n, _)| *n == 1).unwrap();
+    assert!(!own.node.as_ref().unwrap().machine_authorized);
+    assert!(lab.register(1, &KeyCheck::Absent).node_key_expired);
+    assert_eq!(lab.register(1, &VALID).error, "");
+    lab.wait(TICK);
+    lab.check("after coming back");
+
+    let ephemeral = KeyCheck::Valid {
+        id: 2,
+        ephemeral: true,
+    };
+    lab.register(3, &ephemeral);
+    let stream = lab.open(3);
+    lab.wait(TICK);
+    request.node_key = node_key(3);
+    let plan = lab
+        .server
+        .plan_register(WALL, machine(3), &request, &KeyCheck::Absent);
+    assert!(lab.server.apply(lab.now, plan).node_key_expired);
+    lab.wait(TICK);
+    assert!(!lab.streams.contains_key(&stream), "its stream ends");
+    lab.check("after the ephemeral node left");
+    assert_eq!(lab.server.counts().0, 2);
+}
+
+#[test]
+fn requests_of_unknown_nodes_and_old_clients_are_refused() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    let mut ask =
+        |machine, request: &MapRequest| lab.server.handle_map(lab.now, WALL, machine, request, 0.0);
+    assert_eq!(
+        ask(machine(2), &poll(1)),
+        Err(MapRefusal::NotFound),
+        "key of another machine"
+    );
+    assert_eq!(ask(machine(2), &poll(2)), Err(MapRefusal::NotFound));
+    let old = MapRequest {
+        version: 112,
+        ..poll(1)
+    };
+    assert_eq!(ask(machine(1), &old), Err(MapRefusal::Version(112)));
+    let fat = MapRequest {
+        hostinfo: Some(json!({"Hostname": "x".repeat(20_000)})),
+        ..poll(1)
+    };
+    assert_eq!(ask(machine(1), &fat), Err(MapRefusal::Hostinfo));
+    let once = MapRequest {
+        stream: false,
+        ..poll(1)
+    };
+    assert!(matches!(ask(machine(1), &once), Ok(MapAnswer::Once(_))));
+}
+
+#[test]
+fn identical_requests_cause_no_message_and_changes_travel_as_patches() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    lab.join(2);
+    lab.wait(TICK);
+    lab.report(2, &lite(2, "192.0.2.2:1"));
+    let first = lab.wait(TICK);
+    // From no endpoints to some: a patch can say that.
+    let (_, message) = first.iter().find(|(n, _)| *n == 1).unwrap();
+    let patch = &message.peers_changed_patch.as_ref().unwrap()[0];
+    assert_eq!(
+        patch.endpoints.as_ref().unwrap()[0].to_string(),
+        "192.0.2.2:1"
+    );
+    assert_eq!(message.peers_changed, None);
+    for _ in 0..3 {
+        lab.report(2, &lite(2, "192.0.2.2:1"));
+    }
+    assert_eq!(lab.wait(TICK), []);
+    // The home moves: still a patch, because measurements are not shown to peers.
+    let mut request = lite(2, "192.0.2.2:1");
+    request.hostinfo =
+        Some(json!({"Hostname": "host2", "NetInfo": {"PreferredDERP": 900, "x": 1}}));
+    lab.report(2, &request);
+    let (_, message) = lab.wait(TICK).into_iter().find(|(n, _)| *n == 1).unwrap();
+    assert_eq!(message.peers_changed_patch.unwrap()[0].derp_region, 900);
+    // No measurements, no endpoints and no disco key in a request leave the stored ones alone.
+    let mut quiet = poll(2);
+    (quiet.stream, quiet.omit_peers, quiet.disco_key) = (false, true, DiscoPublic::default());
+    lab.report(2, &quiet);
+    assert_eq!(lab.wait(TICK), []);
+    // An empty list cannot be patched.
+    let mut none = request.clone();
+    none.endpoints = Some(Vec::new());
+    lab.report(2, &none);
+    let (_, message) = lab.wait(TICK).into_iter().find(|(n, _)| *n == 1).unwrap();
+    assert!(message.peers_changed.unwrap()[0].endpoints.is_empty());
+    lab.check("at the end");
+}
+
+#[test]
+fn a_burst_of_changes_is_one_message_and_a_late_reader_gets_one_difference() {
+    let mut lab = Lab::new();
+    let reader = lab.join(1);
+    lab.join(2);
+    lab.wait(TICK);
+    lab.messages = 0;
+    for port in 1..100 {
+        lab.report(2, &lite(2, &format!("192.0.2.2:{port}")));
+    }
+    assert_eq!(
+        lab.wait(TICK).len(),
+        2,
+        "one for the peer, one for the node itself"
+    );
+    // The reader cannot take messages for many ticks: nothing piles up.
+    for port in 100..200 {
+        lab.report(2, &lite(2, &format!("192.0.2.2:{port}")));
+        lab.now += TICK;
+        for id in lab
+            .server
+            .session_ids()
+            .into_iter()
+            .filter(|id| *id != reader)
+        {
+            lab.server.poll_session(lab.now, WALL, id);
+        }
+        lab.server.end_tick(lab.now, true);
+    }
+    let messages = lab.wait(TICK);
+    let to_reader: Vec<_> = messages.iter().filter(|(n, _)| *n == 1).collect();
+    assert_eq!(to_reader.len(), 1);
+    let patches = to_reader[0].1.peers_changed_patch.as_ref().unwrap();
+    assert_eq!(patches.len(), 1);
+    assert_eq!(patches[0].endpoints.as_ref().unwrap()[0].port(), 199);
+}
+
+#[test]
+fn a_short_interruption_disturbs_nobody_and_a_long_one_means_offline() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    let stream = lab.join(2);
+    lab.wait(TICK);
+    lab.end(stream);
+    assert_eq!(lab.wait(Duration::from_secs(9)), []);
+    let again = lab.open(2);
+    let told = lab.wait(TICK);
+    assert!(
+        told.iter().all(|(n, _)| *n == 2),
+        "only its own new stream: {told:?}"
+    );
+    lab.end(again);
+    assert_eq!(lab.wait(Duration::from_secs(9)), []);
+    lab.now += Duration::from_secs(1);
+    lab.server.handle_timeout(lab.now);
+    let (_, message) = lab.wait(TICK).pop().unwrap();
+    let patch = &message.peers_changed_patch.unwrap()[0];
+    assert_eq!(
+        (patch.online, patch.last_seen),
+        (Some(false), Some(WireTime(WALL)))
+    );
+    lab.open(2);
+    let told = lab.wait(TICK);
+    let (_, message) = told.iter().find(|(n, _)| *n == 1).unwrap();
+    assert_eq!(
+        message.peers_changed_patch.as_ref().unwrap()[0].online,
+        Some(true)
+    );
+    lab.check("back again");
+}
+
+#[test]
+fn the_newest_stream_of_a_node_ends_the_older_one_and_keeps_it_online() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    let old = lab.join(2);
+    lab.wait(TICK);
+    let new = lab.open(2);
+    lab.pump();
+    assert!(!lab.streams.contains_key(&old) && lab.streams.contains_key(&new));
+    assert_eq!(lab.wait(Duration::from_secs(20)), [], "nobody heard of it");
+    assert_eq!(lab.server.counts(), (2, 2));
+}
+
+#[test]
+fn streams_get_signs_of_life_between_50_and_59_seconds() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    lab.wait(TICK);
+    lab.messages = 0;
+    lab.wait(Duration::from_secs(49));
+    assert_eq!(lab.messages, 0);
+    lab.wait(Duration::from_secs(2));
+    assert_eq!(lab.messages, 1);
+    assert_eq!(
+        lab.server.poll_timeout(),
+        Some(lab.now + Duration::from_secs(50))
+    );
+}
+
+#[test]
+fn an_ephemeral_node_is_forgotten_five_minutes_after_it_left_also_over_a_restart() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    let ephemeral = KeyCheck::Valid {
+        id: 2,
+        ephemeral: true,
+    };
+    lab.register(2, &ephemeral);
+    let stream = lab.open(2);
+    lab.wait(TICK);
+    lab.end(stream);
+    lab.wait(OFFLINE_DELAY);
+    lab.wait(TICK);
+    let records: Vec<NodeRecord> = lab
+        .server
+        .nodes
+        .values()
+        .map(|entry| entry.record.clone())
+        .collect();
+    lab.wait(Duration::from_secs(299));
+    assert_eq!(lab.server.counts().0, 2);
+    lab.wait(Duration::from_secs(2));
+    lab.wait(TICK);
+    assert_eq!(lab.server.counts().0, 1);
+    lab.check("after it was forgotten");
+    assert!(lab.server.take_writes().contains(&Write::Delete(2)));
+
+    let mut restarted = Server::new(lab.now, config(), records, 2, 2);
+    let later = lab.now + START_GRACE;
+    restarted.handle_timeout(later);
+    restarted.handle_timeout(later + Duration::from_secs(299));
+    assert_eq!(restarted.counts().0, 2);
+    restarted.handle_timeout(later + Duration::from_secs(300));
+    assert_eq!(restarted.counts().0, 1);
+}
+
+#[test]
+fn after_a_restart_nodes_are_not_called_offline_before_they_could_come_back() {
+    let mut lab = Lab::new();
+    for n in 1..=3 {
+        lab.join(n);
+    }
+    let records: Vec<NodeRecord> = lab
+        .server
+        .nodes
+        .values()
+        .map(|entry| entry.record.clone())
+        .collect();
+    lab.server = Server::new(lab.now, config(), records, 3, 3);
+    lab.streams.clear();
+    lab.open(1);
+    let (_, full) = lab.pump().pop().unwrap();
+    assert!(full.peers.unwrap().iter().all(|peer| peer.online.is_none()));
+    lab.open(2);
+    lab.wait(TICK);
+    lab.wait(START_GRACE);
+    lab.wait(TICK);
+    let (_, map) = lab.streams.values().next().unwrap();
+    let online: Vec<_> = map.peers().values().map(|peer| peer.online).collect();
+    assert_eq!(online, [Some(true), Some(false)]);
+}
+
+#[test]
+fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
+    let mut lab = Lab::new();
+    let route: IpNet = "10.20.0.0/16".parse().unwrap();
+    let mut streams = BTreeMap::new();
+    for n in 1..=3 {
+        streams.insert(n, lab.join(n));
+        if n == 3 {
+            break;
+        }
+        let mut request = lite(n, "192.0.2.2:1");
+        request.hostinfo = Some(json!({"Hostname": format!("host{n}"),
+            "RoutableIPs": ["10.20.0.0/16", "0.0.0.0/0", "10.99.0.0/16", "10.20.0.1/16", 7]}));
+        lab.report(n, &request);
+    }
+    lab.wait(TICK);
+    let routers = |lab: &Lab| -> Vec<i64> {
+        let (_, map) = lab.streams.values().find(|(n, _)| *n == 3).unwrap();
+        let with = |node: &&Arc<Node>| node.allowed_ips.as_ref().unwrap().contains(&route);
+        map.peers()
+            .values()
+            .filter(with)
+            .map(|node| node.id)
+            .collect()
+    };
+    assert_eq!(routers(&lab), [1]);
+    let exit: IpNet = "0.0.0.0/0".parse().unwrap();
+    let wire = &lab.server.nodes[&1].wire;
+    let allowed = wire.allowed_ips.as_ref().unwrap();
+    assert!(
+        allowed.contains(&exit) && allowed.len() == 4,
+        "only approved ones: {allowed:?}"
+    );
+    assert_eq!(wire.primary_routes, [route]);
+    lab.end(streams[&1]);
+    lab.wait(OFFLINE_DELAY);
+    lab.wait(TICK);
+    assert_eq!(routers(&lab), [2]);
+    lab.open(1);
+    lab.wait(TICK);
+    lab.wait(TICK);
+    assert_eq!(routers(&lab), [2]);
+    lab.check("after the switch");
+}
+
+#[test]
+fn endpoints_that_cannot_be_are_left_out() {
+    for (text, good) in [
+        ("192.0.2.1:41641", true),
+        ("127.0.0.1:1", true),
+        ("[2001:db8::1]:1", true),
+        ("[fe80::1]:1", false),
+        ("0.0.0.0:1", false),
+        ("224.0.0.1:1", false),
+        ("[ff02::1]:1", false),
+        ("192.0.2.1:0", false),
+    ] {
+        assert_eq!(is_endpoint(&text.parse().unwrap()), good, "{text}");
+    }
+    let mut lab = Lab::new();
+    lab.join(1);
+    let mut many = lite(1, "192.0.2.1:1");
+    many.endpoints = Some((1..200).map(|port| ([192, 0, 2, 1], port).into()).collect());
+    lab.report(1, &many);
+    assert_eq!(lab.server.nodes[&1].record.endpoints.len(), ENDPOINTS_MAX);
+}
+
+#[test]
+fn new_relays_reach_every_stream() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    lab.wait(TICK);
+    let map: DerpMap = serde_json::from_str(r#"{"Regions":{"901":{"RegionID":901}}}"#).unwrap();
+    lab.server.set_derp_map(lab.now, map.clone());
+    lab.wait(TICK);
+    assert_eq!(*lab.streams.values().next().unwrap().1.derp_map(), map);
+    lab.check("after the new map");
+}
+
+/// Random operations; after each quiet moment every client's table is the server's.
+#[test]
+fn merged_state_equals_the_servers_view_after_any_operations() {
+    for seed in 1..=20_u64 {
+        let mut state = seed;
+        let mut random = move |below: u64| {
+            // xorshift64*: enough for a test, and the seed is in every message.
+            state ^= state >> 12;
+            state ^= state << 25;
+            state ^= state >> 27;
+            state.wrapping_mul(0x2545_f491_4f6c_dd1d) % below
+        };
+        let mut lab = Lab::new();
+        for step in 0..300 {
+            let n = u8::try_from(random(6) + 1).unwrap();
+            let known = lab.server.by_key.contains_key(&node_key(n));
+            match random(8) {
+                0 if !known => {
+                    let ephemeral = random(3) == 0;
+                    let key = KeyCheck::Valid { id: 1, ephemeral };
+                    lab.register(n, &key);
+                }
+                1 | 2 if known => {
+                    lab.open(n);
+                }
+                3 => {
+                    let of_node = lab.streams.iter().find(|(_, (m, _))| *m == n);
+                    if let Some(id) = of_node.map(|(id, _)| *id) {
+                        lab.end(id);
+                    }
+                }
+                4 | 5 if known => {
+                    let mut request = lite(n, &format!("192.0.2.{n}:{}", 1 + random(3)));
+                    if random(3) == 0 {
+                        request.endpoints = Some(Vec::new());
+                    }
+                    request.hostinfo = Some(json!({
+                        "Hostname": format!("host{}", random(3)),
+                        "NetInfo": {"PreferredDERP": random(3)},
+                        "RoutableIPs": if random(4) == 0 { json!(["10.20.0.0/16"]) } else { Value::Null },
+                    }));
+                    lab.report(n, &request);
+                }
+                6 if known && random(4) == 0 => {
+                    let mut request = registration(n);
+                    request.expiry = Some(WireTime(WALL - time::Duration::HOUR));
+                    let plan =
+                        lab.server
+                            .plan_register(WALL, machine(n), &request, &KeyCheck::Absent);
+                    lab.server.apply(lab.now, plan);
+                }
+                7 => {
+                    let waits = [50, 100, 5_000, 11_000, 40_000, 400_000];
+                    let wait = waits[usize::try_from(random(6)).unwrap()];
+                    lab.wait(Duration::from_millis(wait));
+                }
+                _ => {
+                    lab.pump();
+                }
+            }
+            if random(10) == 0 {
+                lab.wait(TICK);
+                lab.wait(TICK);
+                lab.check(&format!("seed {seed}, step {step}"));
+            }
+        }
+        let names: BTreeSet<&String> = lab
+            .server
+            .nodes
+            .values()
+            .map(|entry| &entry.record.name)
+            .collect();
+        assert_eq!(names.len(), lab.server.nodes.len(), "names are unique");
+    }
+}
