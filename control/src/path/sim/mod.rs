@@ -8,7 +8,11 @@
 //! ([`weather`]) and junk ([`junk`]).
 
 mod blocks;
+mod junk;
 mod matrix;
 mod net;
+mod script;
 mod shard;
+mod timelines;
+mod weather;
 mod world;
