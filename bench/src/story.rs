@@ -106,30 +106,45 @@ impl Teller {
         })
     }
 
-    /// Events that come in numbers: shown a few times each, then left out until a path changes.
+    /// Events that come in numbers are told a few times, then left out until a path changes.
     fn repeats(&mut self, event: &Event) -> bool {
-        if event.event == "path" || event.node == "lab" {
-            self.said.clear();
+        if event.node == "lab" {
+            self.said.retain(|key, _| key.starts_with(FOR_GOOD));
             return false;
         }
-        let key = match event.event.as_str() {
-            "heartbeat" | "ping_rx" => format!("{}/{}", event.node, event.event),
-            "ping_tx" | "pong_rx" => format!(
-                "{}/{}/{}/{}/{}",
-                event.node,
-                event.event,
-                event.text("to"),
-                event.text("from"),
-                event.text("purpose")
-            ),
-            "netcheck" => format!("{}/{}/{}", event.node, event.event, event.text("region")),
+        if event.event == "path" {
+            return false;
+        }
+        let f = |field: &str| event.text(field);
+        let (key, most) = match event.event.as_str() {
+            // The test of a path is told by its result.
+            "ping_tx" | "pong_rx" | "ping_rx"
+                if matches!(f("purpose").as_str(), "validate" | "mtu" | "heartbeat") =>
+            {
+                return true;
+            }
+            "ping_tx" => (format!("{}{}", f("to"), f("via")), 1),
+            "pong_rx" | "ping_rx" => (format!("{}{}", f("from"), f("via")), 1),
+            "heartbeat" | "cmm_tx" | "cmm_rx" => (String::new(), REPEATS_MAX),
+            "netmap" => (format!("{FOR_GOOD}{}", f("peers")), 1),
+            "netcheck" => (format!("{FOR_GOOD}{}{}", f("region"), f("family")), 1),
+            "derp_map" | "endpoints" => (format!("{FOR_GOOD}{}", f(&event.event)), REPEATS_MAX),
             _ => return false,
         };
+        let mark = if key.starts_with(FOR_GOOD) {
+            FOR_GOOD
+        } else {
+            ""
+        };
+        let key = format!("{mark}{}/{}/{key}", event.node, event.event);
         let count = self.said.entry(key).or_insert(0);
         *count += 1;
-        *count > REPEATS_MAX
+        *count > most
     }
 }
+
+/// Starts the keys of what stays said, whatever the lab does.
+const FOR_GOOD: &str = "!";
 
 fn colour(event: &Event) -> &'static str {
     match (
@@ -152,9 +167,10 @@ pub(crate) fn sentence(event: &Event) -> String {
     let f = |field: &str| event.text(field);
     let ms = |field: &str| event.number(field).map_or_else(String::new, short_ms);
     let peer = || f("peer").to_uppercase();
-    let via = || match f("via").as_str() {
-        "" | "udp" | "direct" => String::new(),
-        relay => format!(" over the relay ({})", relay.trim_start_matches("derp:")),
+    // Where a disco message went to or came from: an address, or a relay.
+    let place = |field: &str| match f("via").as_str() {
+        "relay" => format!("relay {}", f(field)),
+        _ => f(field),
     };
     match event.event.as_str() {
         "note" => f("text"),
@@ -185,12 +201,16 @@ pub(crate) fn sentence(event: &Event) -> String {
         "endpoints" => format!("can itself be reached at {}", f("endpoints")),
         "derp_lost" => format!("lost relay {}: {}", f("region"), f("error")),
         "netmap" => format!("has the network map: {} peer(s)", f("peers")),
-        "peer" => format!(
-            "learns of {}: home {}, endpoints {}",
-            peer(),
-            f("home"),
-            f("endpoints")
-        ),
+        "peer" => match f("home").as_str() {
+            "" => format!("learns of {}, which has no home relay yet", peer()),
+            home => {
+                format!(
+                    "learns of {}: home {home}, endpoints {}",
+                    peer(),
+                    f("endpoints")
+                )
+            }
+        },
         "relay_first" if f("dir") == "rx" => {
             format!(
                 "gets the first packet from {} over relay {}",
@@ -203,26 +223,19 @@ pub(crate) fn sentence(event: &Event) -> String {
             peer(),
             f("region")
         ),
-        "ping_tx" => format!(
-            "disco Ping to {} at {}{} ({})",
-            peer(),
-            f("to"),
-            via(),
-            f("purpose")
-        ),
-        "pong_rx" => format!(
-            "disco Pong from {} at {}{}: {}",
-            peer(),
-            f("from"),
-            via(),
-            ms("rtt_ms")
-        ),
-        "ping_rx" => format!(
-            "answers a disco Ping of {} from {}{}",
-            peer(),
-            f("from"),
-            via()
-        ),
+        "ping_tx" => {
+            let purpose = f("purpose").replace('_', " ");
+            format!("disco Ping to {} at {} ({purpose})", peer(), place("to"))
+        }
+        "pong_rx" => {
+            format!(
+                "disco Pong from {} at {}: {}",
+                peer(),
+                place("from"),
+                ms("rtt_ms")
+            )
+        }
+        "ping_rx" => format!("answers a disco Ping of {} from {}", peer(), place("from")),
         "cmm_tx" => format!("sends CallMeMaybe to {}: {}", peer(), f("endpoints")),
         "cmm_rx" => format!("gets CallMeMaybe from {}: {}", peer(), f("endpoints")),
         "validate" => match f("phase").as_str() {
@@ -318,10 +331,10 @@ mod tests {
     fn heartbeats_are_not_repeated_for_ever_but_come_back_after_a_change() {
         let mut teller = Teller::default();
         let beat = event(r#"{"t_ns":1,"node":"a","event":"heartbeat","peer":"b","rtt_ms":1}"#);
-        let path = event(r#"{"t_ns":1,"node":"a","event":"path","peer":"b","state":"direct"}"#);
+        let lab = event(r#"{"t_ns":1,"node":"lab","event":"note","text":"blocked"}"#);
         let shown = (0..10).filter(|_| teller.line(0, &beat).is_some()).count();
         assert_eq!(shown, 2);
-        assert!(teller.line(0, &path).is_some());
+        assert!(teller.line(0, &lab).is_some());
         assert!(teller.line(0, &beat).is_some());
     }
 
