@@ -316,3 +316,87 @@ fn a_second_node_on_the_same_port_is_refused() {
     });
     assert!(matches!(error, Some(StartError::Udp { .. })), "{error:?}");
 }
+
+/// A CE mark set on the way reaches the inner packet if that is ECN-capable, and drops it if not
+/// (RFC 6040 §4.2); what the sender says inside is seen outside.
+#[test]
+fn congestion_marks_travel_through_the_tunnel() {
+    if !can_run("congestion_marks_travel_through_the_tunnel") {
+        return;
+    }
+    let pair = Pair::new(Setup::default());
+    pair.direct();
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let b = pair.lab.name(End::B);
+    let nft = |rules: &str| {
+        let status = std::process::Command::new("ip")
+            .args(["netns", "exec", &b, "nft", rules])
+            .status()
+            .unwrap();
+        assert!(status.success(), "{rules}");
+    };
+    nft(
+        "add table ip t; add chain ip t pre { type filter hook prerouting priority -300; };
+         add rule ip t pre iifname \"v0\" ip ecn ect0 counter comment outer;
+         add rule ip t pre iifname \"v0\" udp dport != 9 ip ecn set ce;
+         add rule ip t pre iifname \"rt0\" udp dport 9 ip ecn ce counter comment inner;
+         add rule ip t pre iifname \"rt0\" udp dport 9 ip ecn != ce counter comment unmarked",
+    );
+    let send = |tos: u32| {
+        pair.lab.inside(End::A, || {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket2::SockRef::from(&socket).set_tos_v4(tos).unwrap();
+            for _ in 0..20 {
+                socket.send_to(b"mark me", (End::B.inner4(), 9)).unwrap();
+            }
+        });
+        std::thread::sleep(Duration::from_millis(100));
+    };
+    let counters = || {
+        let output = std::process::Command::new("ip")
+            .args(["netns", "exec", &b, "nft", "list", "table", "ip", "t"])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        ["outer", "inner", "unmarked"].map(|name| {
+            let line = text
+                .lines()
+                .find(|line| line.ends_with(&format!("\"{name}\"")))
+                .unwrap();
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let at = words.iter().position(|word| *word == "packets").unwrap();
+            words[at + 1].parse::<u32>().unwrap()
+        })
+    };
+    send(2);
+    let [outer, inner, unmarked] = counters();
+    assert!(outer >= 1, "ECT(0) outside as inside");
+    assert_eq!((inner, unmarked), (20, 0));
+    assert_eq!(pair.b.stats().total().get(Meter::CongestionMarks), 20);
+    send(0);
+    assert_eq!(counters()[1..], [20, 0], "not ECN-capable: dropped");
+    assert_eq!(pair.b.stats().drops(DropReason::EcnCongested), 20);
+}
+
+/// The mark is on the sockets: a rule of the underlay's routing can tell our packets apart.
+#[test]
+fn underlay_packets_carry_the_fwmark() {
+    if !can_run("underlay_packets_carry_the_fwmark") {
+        return;
+    }
+    let pair = Pair::new(Setup {
+        fwmark: 0x1234,
+        ..Setup::default()
+    });
+    pair.direct();
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let a = pair.lab.name(End::A);
+    run(&format!("ip -n {a} rule add fwmark 0x1234 prohibit"));
+    run(&format!("ip -n {a} route flush cache"));
+    while pair.a.poll_event().is_some() {}
+    pair.a.initiate(PEER);
+    let error = pair.wait_event(End::A, Duration::from_secs(2), |e| {
+        matches!(e, Event::SendError(PEER, _, libc::EACCES))
+    });
+    assert!(error.is_some(), "the rule caught it");
+}

@@ -40,6 +40,9 @@ use segment::{FlowId, HEADERS_LEN_MAX, Segment, Shape, Transport};
 /// Offset of the flags in a TCP header.
 const TCP_FLAGS_OFFSET: usize = 13;
 
+/// Datagrams of a UDP super-packet at most: a TUN refuses more than the kernel's `UDP_MAX_SEGMENTS`
+/// with EINVAL, and that is 64 on older kernels (128 on newer).
+pub const UDP_SEGMENTS_MAX: usize = 64;
 /// Flows open at once. With more the longest open one is closed.
 pub const FLOWS_OPEN_MAX: usize = 16;
 /// Slabs of a batch after which [`Coalescer::is_full`] asks for the batch to be taken (132 KiB
@@ -310,7 +313,7 @@ impl Coalescer {
             && item.len + next.payload_len <= SUPER_PACKET_LEN_MAX
             && match next.transport {
                 Transport::Tcp { seq, .. } => seq == open.next_seq,
-                Transport::Udp => true,
+                Transport::Udp => item.segments < UDP_SEGMENTS_MAX,
             }
             && segment::headers_fit(next, item.segments, &open.header, packet)
     }

@@ -146,6 +146,15 @@ fn a_udp_train_becomes_one_super_packet() {
     }
 }
 
+/// A TUN refuses UDP super-packets of more.
+#[test]
+fn a_long_udp_train_becomes_several_super_packets() {
+    let packets: Vec<_> = (0..150u16)
+        .map(|id| Builder { id, ..v4(1) }.udp(&[7; 200]))
+        .collect();
+    check(&packets, &[64, 64, 22]);
+}
+
 /// Packets 0, 1, 2, … of a connection, 1000 bytes each, with one of them changed.
 fn train_with(n: usize, changed: usize, change: impl Fn(Builder, u32) -> Vec<u8>) -> Vec<Vec<u8>> {
     (0..n)
@@ -517,7 +526,7 @@ impl Traffic {
                 builder.tcp(&tcp, &payload)
             }
         };
-        if rng.random_bool(0.03) {
+        if packet.len() > 20 && rng.random_bool(0.03) {
             let at = rng.random_range(20..packet.len());
             packet[at] ^= 1 << rng.random_range(0..8);
         }

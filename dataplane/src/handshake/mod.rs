@@ -212,3 +212,113 @@ enum Refused {
     /// The first so many bytes of the reply buffer are a cookie for the sender.
     NeedsCookie(usize),
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::channel::PeerConfig;
+    use crate::session::{Engine, MESSAGE_LEN_MAX};
+
+    const FROM: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+
+    fn key(n: u8) -> Zeroizing<[u8; 32]> {
+        Zeroizing::new([n; 32])
+    }
+
+    fn public(n: u8) -> [u8; 32] {
+        *PublicKey::from(&StaticSecret::from([n; 32])).as_bytes()
+    }
+
+    fn gate() -> Gate {
+        let mut gate = Gate::new(&key(1));
+        let peer = PeerConfig {
+            id: PeerId(4),
+            public_key: public(2),
+            preshared_key: None,
+            allowed_ips: vec![],
+            persistent_keepalive: None,
+        };
+        gate.set_peers(&Arc::new(PeerTable::new(vec![peer], 1)));
+        gate
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "boringtun reads the clock itself"
+    )]
+    fn initiation(from: u8) -> [u8; MESSAGE_LEN_MAX] {
+        let mut session = Engine::new(&key(from), 1420).session(&public(1), None, None, 5);
+        let mut out = [0; MESSAGE_LEN_MAX];
+        session
+            .initiate(std::time::Instant::now(), false, &mut out)
+            .unwrap();
+        out
+    }
+
+    #[test]
+    fn an_initiation_of_a_known_peer_passes_with_its_name() {
+        let passed = gate().check(FROM, &initiation(2), &mut [0; COOKIE_LEN]);
+        assert_eq!(
+            passed,
+            Ok(Passed {
+                peer: Some(PeerId(4)),
+                shard: 0
+            })
+        );
+    }
+
+    #[test]
+    fn strangers_bad_macs_and_wrong_lengths_go_no_further() {
+        let mut reply = [0; COOKIE_LEN];
+        let mut gate = gate();
+        let dropped = |reason| Err(Refused::Dropped(reason));
+        assert_eq!(
+            gate.check(FROM, &initiation(3), &mut reply),
+            dropped(DropReason::HandshakeInvalid)
+        );
+        let mut broken = initiation(2);
+        broken[20] ^= 1;
+        assert_eq!(
+            gate.check(FROM, &broken, &mut reply),
+            dropped(DropReason::HandshakeInvalid)
+        );
+        assert_eq!(
+            gate.check(FROM, &broken[..147], &mut reply),
+            dropped(DropReason::MessageLength)
+        );
+        assert_eq!(
+            gate.check(FROM, &[0; 40], &mut reply),
+            dropped(DropReason::UnknownMessage)
+        );
+    }
+
+    #[test]
+    fn a_cookie_reply_goes_to_the_shard_its_index_names() {
+        let mut message = [0; COOKIE_LEN];
+        message[0] = 3;
+        message[4..8].copy_from_slice(&[0x11, 0x02, 0x33, 0x44]);
+        let passed = gate().check(FROM, &message, &mut [0; COOKIE_LEN]);
+        assert_eq!(
+            passed,
+            Ok(Passed {
+                peer: None,
+                shard: 2
+            })
+        );
+    }
+
+    #[test]
+    fn a_flood_is_answered_with_cookies() {
+        let mut gate = gate();
+        let message = initiation(3);
+        let mut reply = [0; COOKIE_LEN];
+        let mut cookies = 0;
+        for _ in 0..MESSAGES_PER_SECOND_MAX + 10 {
+            if let Err(Refused::NeedsCookie(len)) = gate.check(FROM, &message, &mut reply) {
+                assert_eq!((len, reply[0]), (COOKIE_LEN, 3));
+                cookies += 1;
+            }
+        }
+        assert!(cookies >= 10 - 1, "{cookies}");
+    }
+}

@@ -229,3 +229,6 @@ impl Peer {
         self.waiting.is_empty() && self.session.as_ref().is_none_or(Session::dormant)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,10 +3,15 @@
 #![forbid(unsafe_code)]
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 /// Packets and bytes that wait per peer at most; the oldest go first, as in the kernel's WireGuard.
 const PACKETS_MAX: usize = 128;
 const BYTES_MAX: usize = 512 << 10;
+
+/// After this without a new packet the others are dropped: as long as WireGuard tries to reach a
+/// peer (`REKEY_ATTEMPT_TIME`).
+const AGE_MAX: Duration = Duration::from_secs(90);
 
 /// The queue of one peer. Without memory until first used.
 #[derive(Debug, Default)]
@@ -14,11 +19,13 @@ pub(crate) struct Waiting {
     /// Each with its virtio-net header.
     packets: VecDeque<Box<[u8]>>,
     bytes: usize,
+    newest: Option<Instant>,
 }
 
 impl Waiting {
     /// Appends a packet; returns how many older ones had to go.
-    pub(crate) fn push(&mut self, packet: &[u8]) -> u64 {
+    pub(crate) fn push(&mut self, now: Instant, packet: &[u8]) -> u64 {
+        self.newest = Some(now);
         self.bytes += packet.len();
         self.packets.push_back(packet.into());
         let mut dropped = 0;
@@ -44,6 +51,12 @@ impl Waiting {
         dropped
     }
 
+    /// True if nothing was added for so long that what is here is of no use to anybody.
+    pub(crate) fn is_stale(&self, now: Instant) -> bool {
+        self.newest
+            .is_some_and(|newest| now.saturating_duration_since(newest) > AGE_MAX)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.packets.is_empty()
     }
@@ -53,13 +66,18 @@ impl Waiting {
 mod tests {
     use super::*;
 
+    #[expect(clippy::disallowed_methods, reason = "any instant will do")]
+    fn now() -> Instant {
+        Instant::now()
+    }
+
     #[test]
     fn the_oldest_go_when_there_are_too_many() {
         let mut waiting = Waiting::default();
         for i in 0..PACKETS_MAX {
-            assert_eq!(waiting.push(&[u8::try_from(i).unwrap()]), 0);
+            assert_eq!(waiting.push(now(), &[u8::try_from(i).unwrap()]), 0);
         }
-        assert_eq!(waiting.push(&[200]), 1);
+        assert_eq!(waiting.push(now(), &[200]), 1);
         assert_eq!(waiting.pop().as_deref(), Some(&[1][..]));
         assert_eq!(waiting.clear(), PACKETS_MAX as u64 - 1);
         assert!(waiting.is_empty());
@@ -69,12 +87,22 @@ mod tests {
     fn the_oldest_go_when_they_are_too_large() {
         let mut waiting = Waiting::default();
         let large = vec![0; 60_000];
-        let dropped: u64 = (0..20).map(|_| waiting.push(&large)).sum();
+        let dropped: u64 = (0..20).map(|_| waiting.push(now(), &large)).sum();
         assert_eq!(dropped, 20 - (BYTES_MAX / 60_000) as u64);
         assert_eq!(
-            waiting.push(&vec![0; BYTES_MAX + 1]),
+            waiting.push(now(), &vec![0; BYTES_MAX + 1]),
             BYTES_MAX as u64 / 60_000
         );
         assert!(waiting.pop().is_some(), "the newest always stays");
+    }
+
+    #[test]
+    fn packets_grow_stale() {
+        let start = now();
+        let mut waiting = Waiting::default();
+        assert!(!waiting.is_stale(start + 2 * AGE_MAX));
+        waiting.push(start, &[1]);
+        assert!(!waiting.is_stale(start + AGE_MAX));
+        assert!(waiting.is_stale(start + AGE_MAX + Duration::from_millis(1)));
     }
 }

@@ -172,3 +172,6 @@ pub(crate) fn packet(
         next += now;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -354,8 +354,11 @@ impl<'a> Shard<'a> {
                 };
                 tx.message(ctx, peer, kind, &out[..len]);
             }
-            if outcome.change == Change::Down {
+            let down = outcome.change == Change::Down;
+            if down {
                 ctx.events.push(Event::SessionDown(peer.id));
+            }
+            if down || peer.waiting.is_stale(now) {
                 ctx.counters
                     .drop_many(DropReason::NoSession, peer.waiting.clear());
             }

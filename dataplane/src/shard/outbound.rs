@@ -98,7 +98,7 @@ impl Shard<'_> {
         let Some(peer) = self.peers.get(id) else {
             return;
         };
-        let dropped = peer.waiting.push(bytes);
+        let dropped = peer.waiting.push(ctx.now, bytes);
         ctx.counters.drop_many(DropReason::NoSession, dropped);
         let went_silent = peer
             .path

@@ -189,6 +189,7 @@ pub(crate) struct Setup {
     pub(crate) shards: usize,
     pub(crate) offloads: Offloads,
     pub(crate) mtu: u16,
+    pub(crate) fwmark: u32,
 }
 
 impl Default for Setup {
@@ -198,6 +199,7 @@ impl Default for Setup {
             shards: 1,
             offloads: Offloads::default(),
             mtu: 1420,
+            fwmark: 0,
         }
     }
 }
@@ -228,7 +230,7 @@ impl Pair {
                     driver: setup.driver,
                     offloads: setup.offloads,
                     listen_port: 0,
-                    fwmark: 0,
+                    fwmark: setup.fwmark,
                     private_key: Zeroizing::new(end.key()),
                     engine: Engine::Boringtun,
                 })

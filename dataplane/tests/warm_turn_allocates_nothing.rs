@@ -1,0 +1,111 @@
+//! A counting allocator proves that a shard that is warm allocates nothing.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests of drivers sleep and read the clock"
+)]
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+use ringtail_dataplane::DriverChoice;
+use ringtail_dataplane::stats::Meter;
+use support::{End, Pair, Setup, can_run};
+
+/// The threads that are watched: the shards of both ends.
+static WATCHED: [AtomicI32; 4] = [const { AtomicI32::new(0) }; 4];
+static COUNTING: AtomicBool = AtomicBool::new(false);
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+struct Counting;
+
+fn count() {
+    if COUNTING.load(SeqCst) {
+        // SAFETY: no arguments, no memory.
+        let thread = unsafe { libc::gettid() };
+        if WATCHED.iter().any(|watched| watched.load(SeqCst) == thread) {
+            ALLOCATIONS.fetch_add(1, SeqCst);
+        }
+    }
+}
+
+// SAFETY: everything is passed to the system's allocator unchanged; counting does not allocate.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps the contract of `dealloc`.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        count();
+        // SAFETY: the caller keeps the contract of `realloc`.
+        unsafe { System.realloc(pointer, layout, new_size) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Finds the shards among our threads; returns how many.
+fn watch_shards() -> usize {
+    let mut found = 0;
+    for task in std::fs::read_dir("/proc/self/task")
+        .expect("procfs")
+        .flatten()
+    {
+        let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+        if name.starts_with("rt-shard") {
+            let thread = task
+                .file_name()
+                .to_string_lossy()
+                .parse()
+                .expect("a thread id");
+            WATCHED[found].store(thread, SeqCst);
+            found += 1;
+        }
+    }
+    found
+}
+
+/// The first full batches make the coalescer grow to its size, so a round may still see that; but
+/// soon there is a round of thousands of packets without a single allocation.
+#[test]
+fn a_warm_shard_allocates_nothing() {
+    if !can_run("a_warm_shard_allocates_nothing") {
+        return;
+    }
+    for driver in [DriverChoice::IoUring, DriverChoice::Epoll] {
+        let pair = Pair::new(Setup {
+            driver,
+            ..Setup::default()
+        });
+        pair.direct();
+        assert_eq!(watch_shards(), 2);
+        pair.transfer(End::A, End::B.inner4(), 16 << 20);
+        pair.transfer(End::B, End::A.inner4(), 16 << 20);
+        let mut rounds = Vec::new();
+        for _ in 0..6 {
+            let packets = || pair.a.stats().total().get(Meter::TunPacketsIn);
+            let before = packets();
+            ALLOCATIONS.store(0, SeqCst);
+            COUNTING.store(true, SeqCst);
+            pair.transfer(End::A, End::B.inner4(), 8 << 20);
+            COUNTING.store(false, SeqCst);
+            std::thread::sleep(Duration::from_millis(20));
+            assert!(packets() - before > 5000, "they went through here");
+            rounds.push(ALLOCATIONS.load(SeqCst));
+            if rounds.last() == Some(&0) {
+                break;
+            }
+        }
+        assert_eq!(rounds.last(), Some(&0), "allocations per round: {rounds:?}");
+    }
+}
