@@ -139,9 +139,8 @@ SINCE=$(now_ns)
 lab_stop fra KILL
 check "B notices that its relay died" event b 20 derp_lost --since-ns "$SINCE"
 check "the direct path goes on without the relay" pings 3 0
-SINCE=$(now_ns)
 check "the relay starts again" start_relay fra fra 203.0.113.2 901 fra 2001:db8::2
-check "B is connected to a relay again" event b 40 derp_connected --since-ns "$SINCE"
+check "B is connected to a relay again, this or the other" event b 40 derp_connected --where home=true --since-ns "$SINCE"
 
 # Coordination dies: nothing happens to traffic, and a node that restarts meanwhile comes back.
 lab_stop coord KILL

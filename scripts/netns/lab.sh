@@ -87,14 +87,17 @@ lab_stop() {
   local pid signal=${2:-TERM} waited=0
   pid=$(cat "$LAB_DIR/$1.pid" 2>/dev/null) || return 0
   rm -f "$LAB_DIR/$1.pid"
-  kill "-$signal" "$pid" 2>/dev/null || return 0
-  while kill -0 "$pid" 2>/dev/null; do
-    sleep 0.05
-    waited=$((waited + 1))
-    [ $waited -lt 60 ] || kill -9 "$pid" 2>/dev/null || true
-    [ $waited -lt 80 ] || return 1
-  done
-  wait "$pid" 2>/dev/null || true
+  # The shell would print how each of its children ended.
+  {
+    kill "-$signal" "$pid" || return 0
+    while kill -0 "$pid"; do
+      sleep 0.05
+      waited=$((waited + 1))
+      [ $waited -lt 60 ] || kill -9 "$pid" || true
+      [ $waited -lt 80 ] || return 1
+    done
+    wait "$pid" || true
+  } 2>/dev/null
 }
 
 # A foreground child would hold back traps until it ends; waiting for a background one does not.
