@@ -91,9 +91,12 @@ impl From<&Netmap> for Network {
             addresses: map.self_node.addresses.clone(),
             fixed_home: None,
             derp_map: (*map.derp_map).clone(),
+            // A jailed peer may not open connections to us. The filter has no rule per peer, and
+            // letting it in would be worse than keeping it out.
             peers: map
                 .peers
                 .iter()
+                .filter(|peer| !peer.jailed)
                 .map(|peer| NetworkPeer {
                     name: peer.name.clone(),
                     node_key: peer.key,
