@@ -176,7 +176,7 @@ impl Agent {
 
     pub(super) fn settle_netcheck(&mut self, now: Instant) {
         while let Some(transmit) = self.netcheck.poll_transmit() {
-            self.out.push_back(Output::Datagram {
+            self.out.push_back(Output::Stun {
                 to: transmit.to,
                 bytes: transmit.bytes,
             });

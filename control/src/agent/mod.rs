@@ -87,9 +87,18 @@ pub enum Output {
         /// What is routed into the tunnel.
         routes: BTreeSet<IpNet>,
     },
-    /// Send a datagram from the discovery socket.
+    /// Send a DISCO datagram from the discovery socket; a failure goes to
+    /// [`Agent::handle_send_error`].
     Datagram {
         /// Where to.
+        to: SocketAddr,
+        /// The payload.
+        bytes: Vec<u8>,
+    },
+    /// Send a STUN request from the discovery socket; a failure goes to
+    /// [`Agent::handle_stun_error`].
+    Stun {
+        /// The relay's STUN address.
         to: SocketAddr,
         /// The payload.
         bytes: Vec<u8>,
@@ -329,10 +338,25 @@ impl Agent {
 
     /// A datagram of ours could not be sent.
     pub fn handle_send_error(&mut self, now: Instant, to: SocketAddr, errno: i32) {
-        self.drop_one("discovery_send_error");
-        self.netcheck.handle_send_error(to);
+        self.drop_one("disco_send_error");
         self.paths.handle_send_error(now, to, errno);
         self.settle(now);
+    }
+
+    /// A STUN request could not be sent.
+    pub fn handle_stun_error(&mut self, now: Instant, to: SocketAddr, errno: i32) {
+        self.drop_one("stun_send_error");
+        // A host firewall's refusal is a loss on the way, not a missing route.
+        if errno != nix::libc::EPERM {
+            self.netcheck.handle_send_error(to);
+        }
+        self.settle(now);
+    }
+
+    /// Coordination can be told of a new home, or not; without it the home stays where peers
+    /// expect us.
+    pub fn handle_coordination(&mut self, up: bool) {
+        self.netcheck.set_control_up(up);
     }
 
     /// The host's network changed: read its addresses again, then decide how deep it went.

@@ -430,6 +430,12 @@ impl Node {
                         self.agent.handle_send_error(now(), to, errno);
                     }
                 }
+                Output::Stun { to, bytes } => {
+                    if let Err(error) = self.discovery.send(to, &bytes) {
+                        let errno = error.raw_os_error().unwrap_or_default();
+                        self.agent.handle_stun_error(now(), to, errno);
+                    }
+                }
                 Output::Relay { region, to, bytes } => self.relays.send_disco(region, &to, &bytes),
                 Output::SetDerpMap(map) => self.relays.set_map(&map),
                 Output::SetHome(region) => self.relays.set_home(Some(region)),
@@ -552,10 +558,12 @@ impl Node {
                 }
             }
             CoordEvent::Registered { user } => {
+                self.agent.handle_coordination(true);
                 self.surroundings.coordination_state = format!("registered as {user}");
                 tracing::info!(%user, "registered");
             }
             CoordEvent::Netmap(map) => {
+                self.agent.handle_coordination(true);
                 self.surroundings.coordination_state = "connected".into();
                 let network = Network::from(&*map);
                 self.agent.handle_network(now(), network.clone());
@@ -566,6 +574,7 @@ impl Node {
                 tracing::warn!(%url, "a person must let this node in: visit the address");
             }
             CoordEvent::Lost { error, retry_in } => {
+                self.agent.handle_coordination(false);
                 self.surroundings.coordination_state = format!("unreachable: {error}");
                 tracing::warn!(%error, ?retry_in, "coordination lost; the last network map stays in force");
             }
