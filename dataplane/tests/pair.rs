@@ -371,10 +371,11 @@ fn congestion_marks_travel_through_the_tunnel() {
     send(2);
     let [outer, inner, unmarked] = counters();
     assert!(outer >= 1, "ECT(0) outside as inside");
-    assert_eq!((inner, unmarked), (20, 0));
+    assert!(inner >= 1, "as one or more super-packets");
+    assert_eq!(unmarked, 0);
     assert_eq!(pair.b.stats().total().get(Meter::CongestionMarks), 20);
     send(0);
-    assert_eq!(counters()[1..], [20, 0], "not ECN-capable: dropped");
+    assert_eq!(counters()[1..], [inner, 0], "not ECN-capable: dropped");
     assert_eq!(pair.b.stats().drops(DropReason::EcnCongested), 20);
 }
 
