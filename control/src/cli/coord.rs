@@ -359,7 +359,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     }
     let tls = tls_on.then(|| tls_config(args, &dir)).transpose()?;
     let public = control.public();
-    announce(&database, &urls, public, first_start)?;
+    announce(&database, &urls, public, first_start, &args.state.state_dir)?;
     let server = ServerConfig {
         base_domain: args.base_domain.trim_matches('.').to_owned(),
         user: "ringtail".to_owned(),
@@ -415,6 +415,7 @@ fn announce(
     urls: &[String],
     public: MachinePublic,
     first_start: bool,
+    state_dir: &Path,
 ) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     let url = urls.first().map_or("", String::as_str);
@@ -432,7 +433,12 @@ fn announce(
             out,
             "\nTo let a machine in, make a key here and use it there:\n"
         )?;
-        writeln!(out, "  ringtail coord keys create > auth-key")?;
+        let place = if state_dir == Path::new(STATE_DIR) {
+            String::new()
+        } else {
+            format!(" --state-dir {}", state_dir.display())
+        };
+        writeln!(out, "  ringtail coord keys create{place} > auth-key")?;
     }
     writeln!(
         out,

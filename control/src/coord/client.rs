@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use serde_json::{Map, Value, json};
 
 use super::{Backoff, CoordConfig, SelfState};
-use crate::key::NodePublic;
 use crate::netmap::wire::{
     CAPABILITY_VERSION, MapRequest, RegisterAuth, RegisterRequest, RegisterResponse,
 };
@@ -346,15 +345,10 @@ pub fn map_request(
     }
 }
 
-/// Whether a server's answer is about the node we are; a netmap for another key must not be used.
-pub fn is_ours(own: NodePublic, told: NodePublic) -> bool {
-    told.is_zero() || own == told
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::{DiscoPublic, MachinePrivate};
+    use crate::key::{DiscoPublic, MachinePrivate, NodePublic};
     use crate::netmap::wire::EndpointKind;
 
     #[test]

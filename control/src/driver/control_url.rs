@@ -128,7 +128,13 @@ impl ControlUrl {
         let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
             .connect(name, stream)
             .await
-            .with_context(|| format!("TLS with {} failed", self.host))?;
+            .with_context(|| {
+                format!(
+                    "TLS with {} failed (a certificate nobody vouches for is taken with \
+                     --control-key)",
+                    self.host
+                )
+            })?;
         Ok(Box::new(stream))
     }
 }
