@@ -35,7 +35,7 @@ OUT=${OUT:-ringtail-$(date +%H%M%S)}
 
 # shellcheck source=../scripts/netns/packages.sh
 . "$ROOT/scripts/netns/packages.sh"
-need_packages perf=linux-perf
+need_packages perf=linux-perf pgrep=procps
 
 BENCH=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/release}/ringtail-bench
 if [ ! -x "$BENCH" ]; then

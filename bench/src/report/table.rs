@@ -34,20 +34,39 @@ pub(super) fn act_two(results: &Results) -> String {
         return String::new();
     }
     let mut text = format!("\n{}", head(&results.machine));
-    for (layout, cc) in results.layouts() {
-        let rows: Vec<&Row> = results.rows_of(&layout, &cc).collect();
+    let mut layouts: Vec<String> = Vec::new();
+    for (layout, _) in results.layouts() {
+        if !layouts.contains(&layout) {
+            layouts.push(layout);
+        }
+    }
+    for layout in layouts {
+        let controls: Vec<String> = results
+            .layouts()
+            .into_iter()
+            .filter(|(l, _)| *l == layout)
+            .map(|(_, cc)| cc)
+            .collect();
+        let Some(cc) = controls.first() else { continue };
+        let rows: Vec<&Row> = results.rows_of(&layout, cc).collect();
         let _ = writeln!(text, "\n{layout}, {}", cc.to_uppercase());
         text.push_str(&grid(&throughput(&rows)));
-        text.push('\n');
-        text.push_str(&grid(&costs(&rows)));
-        let udp = packets(&rows);
-        if udp.len() > 1 {
+        text.push_str(
+            "retransmits with one stream; pings p50 / p99 in us, loaded by four streams\n\n",
+        );
+        for other in &controls[1..] {
+            let others: Vec<&Row> = results.rows_of(&layout, other).collect();
+            text.push_str(&grid(&side_by_side(&rows, &others)));
             text.push('\n');
-            text.push_str(&grid(&udp));
         }
-        text.push('\n');
-        text.push_str(&grid(&ratios(&rows)));
-        for row in rows {
+        text.push_str(&grid(&costs(&rows)));
+        for table in [packets(&rows), ratios(&rows)] {
+            if table.len() > 1 {
+                text.push('\n');
+                text.push_str(&grid(&table));
+            }
+        }
+        for row in results.rows.iter().filter(|row| row.layout == layout) {
             for (kind, figures) in &row.figures {
                 for error in &figures.errors {
                     let _ = writeln!(text, "  {} {}: {error}", row.name(), kind.title());
@@ -56,6 +75,35 @@ pub(super) fn act_two(results: &Results) -> String {
         }
     }
     text
+}
+
+/// TCP under a second congestion control, each figure beside the first one's.
+fn side_by_side(first: &[&Row], second: &[&Row]) -> Vec<Vec<String>> {
+    let name = |rows: &[&Row]| {
+        rows.first()
+            .map_or_else(String::new, |row| row.cc.to_uppercase())
+    };
+    let mut heads = Vec::new();
+    for kind in TCP {
+        heads.push(format!("{} {}", kind.title(), name(first)));
+        heads.push(name(second));
+    }
+    let mut table = vec![header(
+        &format!("{} beside {}", name(first), name(second)),
+        heads.iter().map(String::as_str),
+    )];
+    for row in first {
+        let beside = second.iter().find(|other| other.name() == row.name());
+        let mut line = vec![row.name()];
+        for kind in TCP {
+            for row in [Some(row), beside] {
+                let figures = row.and_then(|row| row.figures.get(&kind));
+                line.push(figures.map_or_else(dash, rate_and_cost));
+            }
+        }
+        table.push(line);
+    }
+    table
 }
 
 /// What was aimed at and what was reached.
@@ -370,6 +418,18 @@ mod tests {
             "{text}"
         );
         assert!(targets(&got).contains("met"), "{text}");
+    }
+
+    #[test]
+    fn a_second_congestion_control_stands_beside_the_first() {
+        let mut bbr = cell("ringtail", "direct", Kind::Tcp1, 1, 5.5);
+        bbr.cc = "bbr".into();
+        let text = act_two(&results(vec![
+            cell("ringtail", "direct", Kind::Tcp1, 1, 4.0),
+            bbr,
+        ]));
+        let line = text.lines().find(|line| line.contains("5.50"));
+        assert!(line.is_some_and(|line| line.contains("4.00")), "{text}");
     }
 
     #[test]
