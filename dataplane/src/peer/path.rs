@@ -66,6 +66,8 @@ pub(crate) enum Kind {
 pub(crate) struct Path {
     decision: Option<PathDecision>,
     unanswered_since: Option<Instant>,
+    /// Like the one above, whatever way data went and answers come.
+    quiet_since: Option<Instant>,
     silent: bool,
     outrun: bool,
     heard: Option<Source>,
@@ -168,6 +170,7 @@ impl Path {
                 events.push(Event::Active(peer));
             }
             self.last_data = Some(now);
+            self.quiet_since.get_or_insert(now);
         }
         if trusted && kind != Kind::Keepalive {
             self.check_silence(now, peer, events);
@@ -195,6 +198,7 @@ impl Path {
         events: &mut Vec<Event>,
     ) -> Arrived {
         self.heard = Some(source);
+        self.quiet_since = None;
         let decided = self.decision.as_ref().and_then(|d| d.udp);
         match source {
             Source::Udp(from) if decided == Some(from) => {
@@ -218,6 +222,12 @@ impl Path {
                 Arrived::Relay
             }
         }
+    }
+
+    /// How long data has been sent without anything authentic coming back on any way.
+    pub(crate) fn quiet_for(&self, now: Instant) -> Duration {
+        self.quiet_since
+            .map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
     /// Notes a failed send.
@@ -434,6 +444,17 @@ mod tests {
                 .count();
             assert_eq!(active, told, "at {ms}");
         }
+    }
+
+    #[test]
+    fn quiet_is_measured_over_all_ways() {
+        let mut rig = Rig::new();
+        rig.decide(0, Some(1), Some(9), Some(60_000));
+        rig.send(100);
+        rig.send(900);
+        assert_eq!(rig.path.quiet_for(rig.at(1100)), LIMIT);
+        rig.arrive(1200, Source::Relay(RegionId(9)));
+        assert_eq!(rig.path.quiet_for(rig.at(5000)), Duration::ZERO);
     }
 
     #[test]

@@ -56,6 +56,12 @@ const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
 /// A second initiation to a peer is not sent sooner than this: responders ignore more than fifty a
 /// second, and a new path deserves a new try at once.
 const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// Data without any answer for this long makes a new handshake, if the keys are not fresh: a peer
+/// that lost them in a restart cannot say so. WireGuard itself waits 15 s (paper §6.5).
+const QUIET_LIMIT: Duration = Duration::from_secs(3);
+/// And keys are fresh for this long, so that a stream that gets no answers by its nature costs a
+/// handshake only so often.
+const FRESH: Duration = Duration::from_secs(15);
 /// Data messages are padded to a multiple of this (WireGuard paper §5.4.6).
 const PADDING: usize = 16;
 
@@ -114,6 +120,7 @@ impl Engine {
             tunn: Box::new(tunn),
             ready: false,
             attempt: None,
+            fresh_since: None,
             known: [None; 2],
             keepalive: keepalive.is_some_and(|secs| secs > 0),
         }
@@ -144,6 +151,8 @@ pub(crate) struct Session {
     tunn: Box<Tunn>,
     ready: bool,
     attempt: Option<Attempt>,
+    /// When the last handshake completed, by the caller's clock; the first tick after it.
+    fresh_since: Option<Instant>,
     /// The receiver indexes whose handshakes have been reported, newest first.
     known: [Option<u32>; 2],
     keepalive: bool,
@@ -315,6 +324,7 @@ impl Session {
     fn learn(&mut self, index: u32) {
         self.known = [Some(index), self.known[0]];
         self.attempt = None;
+        self.fresh_since = None;
         self.ready = self.tunn.time_since_last_handshake().is_some();
     }
 
@@ -340,8 +350,9 @@ impl Session {
         }
     }
 
-    /// Lets time pass: retries, rekeying, keep-alives, expiry.
-    pub(crate) fn tick(&mut self, now: Instant, out: &mut [u8]) -> Outcome {
+    /// Lets time pass: retries, rekeying, keep-alives, expiry. `quiet_for` is how long data has been
+    /// sent without an answer.
+    pub(crate) fn tick(&mut self, now: Instant, quiet_for: Duration, out: &mut [u8]) -> Outcome {
         let was_ready = self.ready;
         let mut outcome = Outcome::default();
         match self.tunn.update_timers(out) {
@@ -369,6 +380,12 @@ impl Session {
         }
         if outcome.message.is_none() {
             self.retry(now, out, &mut outcome);
+        }
+        let fresh_since = *self.fresh_since.get_or_insert(now);
+        let stale = now.saturating_duration_since(fresh_since) >= FRESH;
+        if outcome.message.is_none() && self.ready && stale && quiet_for >= QUIET_LIMIT {
+            outcome.message = self.initiate(now, false, out);
+            outcome.handshake = true;
         }
         outcome
     }

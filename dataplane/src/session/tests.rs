@@ -225,11 +225,13 @@ fn crossing_initiations_survive_the_loss_of_both_responses() {
     let mut out = [0; MESSAGE_LEN_MAX];
     assert_eq!(
         a.session
-            .tick(now + Duration::from_secs(4), &mut out)
+            .tick(now + Duration::from_secs(4), Duration::ZERO, &mut out)
             .message,
         None
     );
-    let outcome = a.session.tick(now + Duration::from_millis(5400), &mut out);
+    let outcome = a
+        .session
+        .tick(now + Duration::from_millis(5400), Duration::ZERO, &mut out);
     assert_eq!((outcome.message, outcome.handshake), (Some(148), true));
     let (_, response) = b.handshake(&out).unwrap();
     assert_eq!(a.handshake(&response).unwrap().0.change, Change::Up);
@@ -245,12 +247,16 @@ fn an_unanswered_initiation_is_given_up_after_ninety_seconds() {
     let mut out = [0; MESSAGE_LEN_MAX];
     let mut sent = 0;
     for secs in 1..90 {
-        let outcome = a.session.tick(now + Duration::from_secs(secs), &mut out);
+        let outcome = a
+            .session
+            .tick(now + Duration::from_secs(secs), Duration::ZERO, &mut out);
         sent += usize::from(outcome.message.is_some());
         assert_eq!(outcome.change, Change::Same);
     }
     assert_eq!(sent, 14, "every six seconds of this clock");
-    let outcome = a.session.tick(now + Duration::from_secs(90), &mut out);
+    let outcome = a
+        .session
+        .tick(now + Duration::from_secs(90), Duration::ZERO, &mut out);
     assert_eq!((outcome.message, outcome.change), (None, Change::Down));
     assert!(a.session.dormant());
 }
@@ -301,4 +307,31 @@ fn shake_again(a: &mut End, b: &mut End) {
     let (outcome, keepalive) = a.handshake(&response).unwrap();
     assert_eq!(outcome.change, Change::Up);
     assert_eq!(b.open(&[&keepalive]).0.change, Change::Up);
+}
+
+#[test]
+fn unanswered_data_makes_a_handshake_once_the_keys_are_not_fresh() {
+    let (mut a, mut b) = pair();
+    shake(&mut a, &mut b);
+    let now = Instant::now();
+    let at = |secs| now + Duration::from_secs(secs);
+    let mut out = [0; MESSAGE_LEN_MAX];
+    let quiet = Duration::from_secs(3);
+    assert_eq!(a.session.tick(at(0), quiet, &mut out).message, None);
+    assert_eq!(a.session.tick(at(14), quiet, &mut out).message, None);
+    assert_eq!(a.session.tick(at(15), quiet / 2, &mut out).message, None);
+    let outcome = a.session.tick(at(15), quiet, &mut out);
+    assert_eq!((outcome.message, outcome.handshake), (Some(148), true));
+    assert_eq!(
+        a.session.tick(at(16), quiet, &mut out).message,
+        None,
+        "one is out"
+    );
+    let (_, response) = b.handshake(&out).unwrap();
+    assert_eq!(a.handshake(&response).unwrap().0.change, Change::Up);
+    assert_eq!(
+        a.session.tick(at(17), quiet, &mut out).message,
+        None,
+        "fresh again"
+    );
 }

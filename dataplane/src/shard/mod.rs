@@ -342,10 +342,11 @@ impl<'a> Shard<'a> {
         let (ctx, tx) = (&mut self.ctx, &mut self.tx);
         self.peers.tick(TICKS_PER_TURN_MAX, |peer| {
             let mut out = [0; MESSAGE_LEN_MAX];
+            let quiet_for = peer.path.quiet_for(now);
             let Some(session) = peer.session() else {
                 return false;
             };
-            let outcome = session.tick(now, &mut out);
+            let outcome = session.tick(now, quiet_for, &mut out);
             if let Some(len) = outcome.message {
                 let kind = if outcome.handshake {
                     Kind::Handshake
