@@ -274,7 +274,7 @@ impl Dataplane {
     }
 
     /// Replaces the packet filter. `local` are our own addresses and the routes we advertise:
-    /// packets to others are refused unless the rules are [`Rules::AllowAll`]; `None` skips that.
+    /// packets to others are refused, whatever the rules; `None` skips that.
     pub fn set_rules(&self, rules: &Rules, local: Option<&[Prefix]>) {
         let compiled = Arc::new(CompiledRules::compile(rules, local));
         for inbox in &self.hub.inboxes {

@@ -232,10 +232,11 @@ impl Agent {
             let known: BTreeSet<PeerId> = self.directory.iter().map(|(id, _)| id).collect();
             self.relay_told.retain(|(id, _)| known.contains(id));
         }
-        let local = addresses
-            .iter()
-            .chain(&self.setup.routes_offered)
-            .map(directory::prefix)
+        let own = addresses.iter().map(|net| IpNet::from(net.addr()));
+        let offered = self.setup.routes_offered.iter().copied();
+        let local = own
+            .chain(offered)
+            .map(|net| directory::prefix(&net))
             .collect();
         self.out.push_back(Output::SetRules { rules, local });
         self.out.push_back(Output::Configure { addresses, routes });

@@ -61,7 +61,7 @@ pub struct PathDecision {
 /// Whole-table and per-peer instructions for the shards.
 #[derive(Clone, Debug, Default)]
 pub enum Rules {
-    /// Every authenticated peer may send anything its allowed IPs cover.
+    /// Every authenticated peer may send anything its allowed IPs cover to what is ours.
     #[default]
     AllowAll,
     /// Inbound packets need a rule or a remembered outbound flow; an empty list denies all.

@@ -69,6 +69,8 @@ pub struct Filter {
     rules: Arc<CompiledRules>,
     /// Exists from the first rule list on.
     flows: Option<FlowMemory>,
+    /// The last destination found to be ours, under these rules: nearly every packet has it again.
+    local_before: Option<IpAddr>,
 }
 
 /// What becomes of a packet.
@@ -88,6 +90,7 @@ impl Filter {
         let mut filter = Filter {
             rules: Arc::new(CompiledRules::allow_all()),
             flows: None,
+            local_before: None,
         };
         filter.set_rules(now, rules);
         filter
@@ -99,6 +102,7 @@ impl Filter {
             self.flows = Some(FlowMemory::new(now));
         }
         self.rules = rules;
+        self.local_before = None;
     }
 
     /// Lets an opened packet in or says why not. `headers` are those of `packet`.
@@ -114,7 +118,7 @@ impl Filter {
         packet: &[u8],
     ) -> Result<(), DropReason> {
         if self.rules.is_allow_all() {
-            return Ok(());
+            return self.admit_local(headers.dst);
         }
         match self.decide(now, headers, packet) {
             Verdict::Accept => Ok(()),
@@ -151,6 +155,19 @@ impl Filter {
     /// Remembered flows that made room for newer ones, since the last call.
     pub fn take_evicted(&mut self) -> u64 {
         self.flows.as_mut().map_or(0, FlowMemory::take_evicted)
+    }
+
+    /// Everybody may reach us; nobody may use us as a router to what we do not offer.
+    #[inline]
+    fn admit_local(&mut self, dst: IpAddr) -> Result<(), DropReason> {
+        if self.local_before == Some(dst) {
+            return Ok(());
+        }
+        if !self.rules.is_local(dst) {
+            return Err(DropReason::FilterNotLocal);
+        }
+        self.local_before = Some(dst);
+        Ok(())
     }
 
     /// The verdict of the rules.

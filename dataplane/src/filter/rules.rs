@@ -54,7 +54,7 @@ impl CompiledRules {
     }
 
     /// Compiles rules. `local`, if given, are our own addresses and the routes we advertise:
-    /// packets to others are refused unless the rules are [`Rules::AllowAll`].
+    /// packets to others are refused, whatever the rules.
     pub fn compile(rules: &Rules, local: Option<&[Prefix]>) -> CompiledRules {
         let mut compiled = CompiledRules {
             allow_all: false,

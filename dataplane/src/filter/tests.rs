@@ -209,6 +209,37 @@ fn allow_all_admits_everything_and_remembers_nothing() {
 }
 
 #[test]
+fn allow_all_makes_no_router_of_us_for_what_we_do_not_offer() {
+    let now = start();
+    let local = [
+        Prefix {
+            addr: "10.0.0.1".parse().unwrap(),
+            bits: 32,
+        },
+        Prefix {
+            addr: "10.9.0.0".parse().unwrap(),
+            bits: 16,
+        },
+    ];
+    let rules = |local: &[Prefix]| Arc::new(CompiledRules::compile(&Rules::AllowAll, Some(local)));
+    let mut filter = Filter::new(now, rules(&local));
+    let to = |dst: &str| v4("10.0.0.2:1", dst).udp(b"x");
+    for _ in 0..2 {
+        assert_eq!(admit(&mut filter, now, &to("10.0.0.1:2")), Ok(()));
+        assert_eq!(admit(&mut filter, now, &to("10.9.1.1:2")), Ok(()));
+        let refused = admit(&mut filter, now, &to("172.17.0.1:2"));
+        assert_eq!(refused, Err(DropReason::FilterNotLocal));
+    }
+    // What was local under the old rules is asked for anew.
+    assert_eq!(admit(&mut filter, now, &to("10.9.1.1:2")), Ok(()));
+    filter.set_rules(now, rules(&local[..1]));
+    assert_eq!(
+        admit(&mut filter, now, &to("10.9.1.1:2")),
+        Err(DropReason::FilterNotLocal)
+    );
+}
+
+#[test]
 fn a_flow_is_forgotten_after_its_timeout_unless_it_is_used() {
     let now = start();
     let mut filter = deny_all(now);
