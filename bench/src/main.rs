@@ -13,6 +13,7 @@
 //! rooms    two `ringtail status --json` snapshots  ->  cycles per room and shard
 //! send, receive   a file over TCP, at a pace
 //! pick     one value of a JSON document
+//! garbage  what no peer would send, at every socket
 //! flame    `perf script` output  ->  folded stacks and an SVG
 //! machine  facts for the head of a table;  derp-map  relays' entries joined into one map
 //! ```
@@ -24,6 +25,7 @@ mod cpu;
 mod derp_map;
 mod events;
 mod flame;
+mod garbage;
 mod link;
 mod machine;
 mod netns;
@@ -81,6 +83,8 @@ enum Command {
     Switches(switches::Args),
     /// One value of the JSON document on standard input.
     Pick(pick::Args),
+    /// Send what no peer would send.
+    Garbage(garbage::Args),
     /// Fold `perf script` output and draw a flame graph.
     Flame(flame::Args),
 }
@@ -101,6 +105,7 @@ fn main() -> anyhow::Result<()> {
         Command::Receive(args) => transfer::receive(&args),
         Command::Switches(args) => switches::run(&args),
         Command::Pick(args) => pick::run(&args),
+        Command::Garbage(args) => garbage::run(&args),
         Command::Uapi(args) => uapi::run(&args),
         Command::Wgkeys => uapi::print_keys(),
         Command::Flame(args) => flame::run(&args),

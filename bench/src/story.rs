@@ -81,7 +81,9 @@ const REPEATS_MAX: u32 = 2;
 impl Teller {
     /// The line for one event, none when it would only repeat.
     pub(crate) fn line(&mut self, start_ns: u64, event: &Event) -> Option<String> {
-        if !self.all && self.repeats(event) {
+        // The lab's marks are for the report; what it has to say it says in notes.
+        let mark = event.node == "lab" && event.event != "note";
+        if !self.all && (mark || self.repeats(event)) {
             return None;
         }
         let since_ms = (i128::from(event.t_ns) - i128::from(start_ns)) / 1_000_000;

@@ -76,6 +76,8 @@ at_most() { awk -v got="$1" -v most="$2" 'BEGIN { print got " (at most " most ")
 mark() { printf '{"t_ns":%s,"node":"lab","event":"%s"}\n' "$(now_ns)" "$1" >>"$LAB_DIR/lab.events"; }
 
 story_topology
+check "the farther relay is 20 ms farther" sh -c '"$1" netns exec "$2" "$3" ping 203.0.113.2 --rate 20 --seconds 1 \
+  --lost-max 0 | grep -E "p50 2[0-2][0-9]{3} us"' - ip "${LAB}a" "$BENCH"
 check "relays and coordination start" start_story_hosts
 mark start
 start_node a "$LAB_DIR/a.events"
@@ -154,6 +156,14 @@ SINCE=$(now_ns)
 start_coord
 check "the nodes find coordination again" event a 60 netmap --since-ns "$SINCE"
 check "traffic goes on" pings 2 0
+
+# Noise at every socket: dropped and counted, and traffic goes on.
+check "noise at a node's socket" lab_in ra "$BENCH" garbage --udp 192.168.1.2:41641
+check "noise at the relays and at coordination" lab_in a "$BENCH" garbage --udp 203.0.113.1:3478 \
+  --tcp 203.0.113.1:443 --tcp 203.0.113.2:443 --tcp 10.255.0.1:8080
+counted() { "$RINGTAIL" status --json --state-dir "$LAB_DIR/node-a" | grep -E '"(unknown_message|message_length|unknown_index|handshake_invalid|disco_[a-z_]*|stun_[a-z_]*)": [1-9]'; }
+check "the noise was counted" counted
+check "traffic goes on after the noise" pings 3 0
 
 # A node that stops tidily leaves nothing behind in its namespace.
 lab_stop node-a TERM

@@ -182,11 +182,9 @@ const TCP: [Kind; 4] = [Kind::Tcp1, Kind::Tcp4, Kind::Reverse, Kind::Bidir];
 fn throughput(rows: &[&Row]) -> Vec<Vec<String>> {
     let mut table = vec![header(
         "Gb/s @ CPU s/GB",
-        TCP.iter().map(|kind| kind.title()).chain([
-            "retransmits (1 stream)",
-            "ping idle p50/p99 us",
-            "loaded (4 streams)",
-        ]),
+        TCP.iter()
+            .map(|kind| kind.title())
+            .chain(["retransm.", "idle ping", "loaded ping"]),
     )];
     for row in rows {
         let mut line = vec![row.name()];
