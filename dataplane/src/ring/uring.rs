@@ -33,6 +33,9 @@ const GROUP_UDP: u16 = 1;
 const REST_TURNS: u32 = 64;
 /// Waits are cut to this while a request rests.
 const REST_WAIT: Duration = Duration::from_millis(10);
+/// And to this while all buffers of a request are with other shards: they come home without a
+/// bell, and packets are waiting.
+const STARVED_WAIT: Duration = Duration::from_micros(100);
 
 /// The armed requests, by `user_data`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,20 +148,16 @@ impl<'a> Uring<'a> {
     ) -> io::Result<Found> {
         self.tun.lend();
         self.udp.lend();
-        let starved = self.arm();
-        let wait = match wait {
-            // Buffers that other shards hold come home without a bell.
-            None if starved => Some(REST_WAIT),
-            Some(wait) if starved => Some(wait.min(REST_WAIT)),
-            wait => wait,
-        };
-        self.enter(wait)?;
+        let limit = self.arm();
+        self.enter([wait, limit].into_iter().flatten().min())?;
         Ok(self.reap(tun, udp, counters))
     }
 
-    /// Arms what is not armed; true if something had to be left out.
-    fn arm(&mut self) -> bool {
-        let mut left_out = false;
+    /// Arms what is not armed. Gives the longest wait until it should be tried again with what had
+    /// to be left out.
+    fn arm(&mut self) -> Option<Duration> {
+        let mut limit: Option<Duration> = None;
+        let mut leave_out = |wait: Duration| limit = Some(limit.map_or(wait, |l| l.min(wait)));
         for request in REQUESTS {
             let state = &mut self.states[request as usize];
             let Some(fd) = state.fd else { continue };
@@ -167,7 +166,7 @@ impl<'a> Uring<'a> {
             }
             if state.rest > 0 {
                 state.rest -= 1;
-                left_out = true;
+                leave_out(REST_WAIT);
                 continue;
             }
             let starved = match request {
@@ -176,7 +175,7 @@ impl<'a> Uring<'a> {
                 Request::Wake => false,
             };
             if starved {
-                left_out = true;
+                leave_out(STARVED_WAIT);
                 continue;
             }
             let fd = Fd(fd);
@@ -194,7 +193,7 @@ impl<'a> Uring<'a> {
             };
             state.armed = push(&mut self.ring, &entry.user_data(request as u64));
         }
-        left_out
+        limit
     }
 
     /// Submits, runs deferred work, and waits for a completion if told to.
