@@ -324,13 +324,14 @@ impl Dataplane {
     }
 
     /// Delivers what came from a relay for the peer whose key the relay named. Bounded: the oldest
-    /// batches go, counted.
-    pub fn relay_in(&self, peer: PeerId, region: RegionId, datagrams: Datagrams) {
+    /// batches go, counted. False if the peer went while its datagrams were on their way: they are
+    /// dropped, and the caller counts them.
+    #[must_use]
+    pub fn relay_in(&self, peer: PeerId, region: RegionId, datagrams: Datagrams) -> bool {
         let owner = self.table().owner(peer);
         let Some(inbox) = owner.and_then(|owner| self.hub.inboxes.get(usize::from(owner))) else {
-            // The peer went while its datagrams were on their way.
             self.recycle(datagrams);
-            return;
+            return false;
         };
         inbox.relay.push(RelayIn {
             peer,
@@ -338,6 +339,7 @@ impl Dataplane {
             datagrams,
         });
         inbox.wake.ring();
+        true
     }
 
     /// What the shards know of a peer's traffic; all `None` and 0 for an id out of range.

@@ -307,6 +307,11 @@ impl Agent {
         Some(id)
     }
 
+    /// Packets came by relay for a peer that the data plane no longer has.
+    pub fn count_relayed_too_late(&mut self, packets: usize) {
+        self.drop_many("relay_peer_gone", packets);
+    }
+
     /// Tells the node key behind a batch that leaves by relay.
     pub fn handle_relay_out(
         &mut self,

@@ -523,11 +523,11 @@ impl Node {
     fn take_relay_event(&mut self, now: Instant, event: RelayEvent) {
         match event {
             RelayEvent::Data { region, src, data } => {
-                if let Some(peer) =
-                    self.agent
-                        .handle_relayed_data(now, region, src, data.lens.len())
+                let packets = data.lens.len();
+                if let Some(peer) = self.agent.handle_relayed_data(now, region, src, packets)
+                    && !self.dataplane.relay_in(peer, region, data)
                 {
-                    self.dataplane.relay_in(peer, region, data);
+                    self.agent.count_relayed_too_late(packets);
                 }
             }
             RelayEvent::Disco {

@@ -60,9 +60,31 @@ pub(crate) fn runs<'a>(bytes: &'a [u8], stride: usize, shard: u8, mut each: impl
     }
 }
 
+/// Splits lengths into groups that [`runs`] takes as one batch: equal ones, and at most one shorter
+/// at the end. No group is empty; they give back `lens` in order.
+pub(crate) fn groups(mut lens: &[u16]) -> impl Iterator<Item = &[u16]> {
+    std::iter::from_fn(move || {
+        let stride = *lens.first()?;
+        let equal = lens.iter().take_while(|len| **len == stride).count();
+        let tail = lens.get(equal).is_some_and(|len| *len < stride);
+        let (group, rest) = lens.split_at(equal + usize::from(tail));
+        lens = rest;
+        Some(group)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn lengths_are_grouped_as_gro_would_have_them() {
+        let groups = |lens: &[u16]| groups(lens).map(<[u16]>::to_vec).collect::<Vec<_>>();
+        assert_eq!(groups(&[]), Vec::<Vec<u16>>::new());
+        assert_eq!(groups(&[9, 9, 9, 5, 9]), [vec![9, 9, 9, 5], vec![9]]);
+        assert_eq!(groups(&[5, 9, 5, 5]), [vec![5], vec![9, 5], vec![5]]);
+        assert_eq!(groups(&[7, 7]), [vec![7, 7]]);
+    }
 
     fn data(index: u32) -> Vec<u8> {
         let mut datagram = vec![4, 0, 0, 0];

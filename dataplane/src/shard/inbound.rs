@@ -6,7 +6,7 @@ use super::{HANDSHAKES_PER_TURN_MAX, RELAYED_PER_TURN_MAX, Shard};
 use crate::channel::hub::{Handed, HandshakeMessage};
 use crate::channel::{Event, PeerId};
 use crate::filter::source_allowed;
-use crate::open::{Run, runs};
+use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
 use crate::peer::{Kind, Source};
@@ -90,19 +90,24 @@ impl Shard<'_> {
         }
     }
 
-    /// Datagrams of unlike lengths: those next to each other for one session are opened together.
+    /// Datagrams of any lengths. Equal ones next to each other, with a shorter one behind them, are
+    /// what a GRO batch looks like, and are opened like one: a relayed super-packet is just that.
     fn relayed_batch(&mut self, peer: PeerId, source: Source, bytes: &[u8], lens: &[u16]) {
         let mut rest = bytes;
-        for len in lens.iter().map(|len| usize::from(*len)) {
-            let Some((datagram, after)) = rest.split_at_checked(len) else {
+        for group in groups(lens) {
+            let stride = usize::from(group[0]);
+            let len = group.iter().map(|len| usize::from(*len)).sum();
+            let Some((datagrams, after)) = rest.split_at_checked(len) else {
                 // The relay client keeps lengths and bytes in step.
-                self.ctx.counters.drop_one(DropReason::MessageLength);
+                self.ctx
+                    .counters
+                    .drop_many(DropReason::MessageLength, group.len() as u64);
                 return;
             };
             rest = after;
-            runs(datagram, 0, self.id, |run| match run {
-                Run::Data(index, datagram) => {
-                    self.open_run(index, std::iter::once(datagram), source, 0);
+            runs(datagrams, stride, self.id, |run| match run {
+                Run::Data(index, datagrams) => {
+                    self.open_run(index, datagrams.chunks(stride), source, 0);
                 }
                 Run::Handshake(message) => {
                     // An initiation does not name a session; whom the relay names, must have made

@@ -470,7 +470,7 @@ fn carry(
                     let sum: usize = out.datagrams.lens.iter().map(|len| usize::from(*len)).sum();
                     assert_eq!(sum, out.datagrams.bytes.len());
                     if open.load(Ordering::Relaxed) {
-                        to.relay_in(PEER, RegionId(7), out.datagrams);
+                        assert!(to.relay_in(PEER, RegionId(7), out.datagrams));
                     } else {
                         from.recycle(out.datagrams);
                     }
