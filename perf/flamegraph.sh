@@ -9,7 +9,7 @@
 #   --seconds N   how long without a command (default 10)     --out PREFIX  PREFIX.svg and PREFIX.folded
 #   --hz N        samples a second (default 499)              --user        no kernel stacks
 #
-# A line per thread: shards are called shard-0, shard-1, ...; the control thread has the program's name.
+# Stacks start with the thread: shards are rt-shard-0, rt-shard-1, ...; the control thread has the program's name.
 # Release builds keep frame pointers and line tables, so stacks are whole and cheap to take.
 set -euo pipefail
 
