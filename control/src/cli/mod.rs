@@ -95,8 +95,9 @@ fn start_log(verbose: u8) {
         1 => "debug",
         _ => "trace",
     };
-    // Other crates' chatter only when asked for by RUST_LOG.
-    let default = format!("warn,ringtail={level},ringtail_dataplane={level}");
+    // Other crates' chatter only when asked for by RUST_LOG; boringtun calls every timeout an
+    // error.
+    let default = format!("warn,boringtun=off,ringtail={level},ringtail_dataplane={level}");
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
