@@ -1,7 +1,7 @@
 //! Throughput of a relay, any relay: two of our clients, one stream of packets between them.
 //!
 //! ```text
-//! relay_blast MAP.json [--seconds 5] [--packet 1400] [--window-kib 1024] [--io tokio|uring]
+//! relay_blast MAP.json [--seconds 5] [--packet 1400] [--window-kib 1024] [--io tokio|uring|mixed]
 //!             [--min-gbit 0]
 //! ```
 //!
@@ -48,8 +48,12 @@ struct Args {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Io {
+    /// tokio's streams on tokio's runtime.
     Tokio,
+    /// tokio-uring's streams on its runtime.
     Uring,
+    /// tokio's streams on tokio-uring's runtime.
+    Mixed,
 }
 
 /// What the two threads know of each other.
@@ -116,7 +120,9 @@ fn main() -> anyhow::Result<()> {
 
 fn run<F: Future<Output = anyhow::Result<()>>>(io: Io, future: F) -> anyhow::Result<()> {
     match io {
-        Io::Uring => tokio_uring::Runtime::new(&tokio_uring::builder())?.block_on(future),
+        Io::Uring | Io::Mixed => {
+            tokio_uring::Runtime::new(&tokio_uring::builder())?.block_on(future)
+        }
         Io::Tokio => {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -131,7 +137,7 @@ fn pool(private: NodePrivate, io: Io, map: &DerpMap) -> (RelayPool, RelayEvents)
         private,
         fwmark: 0,
         io: match io {
-            Io::Tokio => Kind::Tokio,
+            Io::Tokio | Io::Mixed => Kind::Tokio,
             Io::Uring => Kind::Uring,
         },
     });

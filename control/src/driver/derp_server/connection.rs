@@ -17,7 +17,7 @@ use super::{
 };
 use crate::derp::frame::{self, FrameType, HEADER_LEN, PeerGoneReason};
 use crate::derp::is_disco;
-use crate::derp::queue::CHUNK_LEN;
+use crate::derp::queue::{CHUNK_LEN, Chunk};
 use crate::derp::server::{Event, ServerError, Session};
 use crate::derp::upgrade::{self, HEAD_LEN_MAX, Port, Request};
 use crate::driver::tls::{ServerTls, TlsError};
@@ -293,11 +293,11 @@ struct Router<'a> {
     me: Option<Arc<Client>>,
     hello: Option<NodePublic>,
     /// Packets in a row for one destination, as RecvPacket frames.
-    run: Vec<u8>,
+    run: Chunk,
     run_frames: u64,
     run_to: NodePublic,
     /// A single DISCO frame on its way.
-    disco: Vec<u8>,
+    disco: Chunk,
     /// Receivers that are remembered already.
     known: HashSet<u64>,
     pong: Option<[u8; 8]>,
@@ -316,10 +316,10 @@ impl<'a> Relay<'a> {
                 shared,
                 me: None,
                 hello: None,
-                run: Vec::new(),
+                run: Chunk::default(),
                 run_frames: 0,
                 run_to: NodePublic::default(),
-                disco: Vec::new(),
+                disco: Chunk::default(),
                 known: HashSet::new(),
                 pong: None,
                 not_here: NOT_HERE_BURST,
@@ -478,7 +478,7 @@ impl<'a> Relay<'a> {
         }
         let mut more = false;
         if let Some(me) = &self.router.me {
-            let mut used: Option<(Lane, Vec<u8>)> = None;
+            let mut used: Option<(Lane, Chunk)> = None;
             loop {
                 let taken = {
                     let mut outbox = me.outbox();
@@ -503,7 +503,7 @@ impl<'a> Relay<'a> {
                     self.control.clear();
                 }
                 let Some((lane, chunk)) = taken else { break };
-                conn.tls.seal(&chunk)?;
+                conn.tls.seal(chunk.frames())?;
                 bytes += chunk.len();
                 used = Some((lane, chunk));
             }
@@ -555,7 +555,7 @@ impl Router<'_> {
         let source = *me.slot.key();
         if is_disco(packet) {
             add(&self.shared.counters.disco_received, 1);
-            frame::put_recv_packet(&mut self.disco, &source, packet);
+            frame::put_recv_packet(self.disco.buffer(), &source, packet);
             let mut disco = std::mem::take(&mut self.disco);
             self.deliver(destination, Lane::Disco, &mut disco, 1);
             self.disco = disco;
@@ -566,7 +566,7 @@ impl Router<'_> {
             self.flush();
             self.run_to = destination;
         }
-        frame::put_recv_packet(&mut self.run, &source, packet);
+        frame::put_recv_packet(self.run.buffer(), &source, packet);
         self.run_frames += 1;
     }
 
@@ -580,7 +580,7 @@ impl Router<'_> {
     }
 
     /// Puts a run into the destination's queue and leaves it empty.
-    fn deliver(&mut self, destination: NodePublic, lane: Lane, run: &mut Vec<u8>, frames: u64) {
+    fn deliver(&mut self, destination: NodePublic, lane: Lane, run: &mut Chunk, frames: u64) {
         let shared = self.shared;
         let Some(me) = &self.me else { return };
         let Some(receiver) = shared.registry.find(&destination) else {

@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 
 use super::{CONTROL_QUEUE_BYTES, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, add};
 use crate::derp::frame::{self, PeerGoneReason};
-use crate::derp::queue::FrameQueue;
+use crate::derp::queue::{Chunk, FrameQueue};
 use crate::key::NodePublic;
 
 /// Receivers remembered per sending key, so that they hear when it leaves.
@@ -194,7 +194,7 @@ impl Client {
     }
 
     /// Puts `frames` whole frames into a queue and leaves `run` empty.
-    pub(super) fn push(&self, lane: Lane, run: &mut Vec<u8>, frames: u64, counters: &Counters) {
+    pub(super) fn push(&self, lane: Lane, run: &mut Chunk, frames: u64, counters: &Counters) {
         let mut outbox = self.outbox();
         if outbox.closed {
             drop(outbox);

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::derp::client::{Client, Event, Hello};
 use crate::derp::frame::{self, HEADER_LEN};
-use crate::derp::queue::FrameQueue;
+use crate::derp::queue::{Chunk, FrameQueue};
 use crate::derp::{cert, is_disco, upgrade};
 use crate::driver::tls::ClientTls;
 use crate::driver::tls::stream::Stream;
@@ -481,7 +481,7 @@ async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<
                 if client.is_limited() {
                     limit(counters, &mut client, &mut chunk);
                 }
-                tls.seal(&chunk)?;
+                tls.seal(chunk.frames())?;
                 add(&counters.tx_chunks, 1);
                 queue.borrow_mut().recycle(chunk);
             }
@@ -500,9 +500,9 @@ async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<
 }
 
 /// Cuts off the frames above the relay's rate.
-fn limit(counters: &Counters, client: &mut Client, chunk: &mut Vec<u8>) {
+fn limit(counters: &Counters, client: &mut Client, chunk: &mut Chunk) {
     let mut lens = Vec::new();
-    let mut rest = &chunk[..];
+    let mut rest = chunk.frames();
     while let Some((_, body)) = frame::header(rest) {
         let len = HEADER_LEN + body as usize;
         lens.push(len);
