@@ -4,9 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-use ringtail_dataplane::channel::{PEERS_MAX, PeerConfig, PeerId, Prefix};
+use ringtail_dataplane::channel::{PEERS_MAX, PeerConfig, PeerId};
 
-use super::network::NetworkPeer;
+use super::network::{NetworkPeer, prefix};
 use crate::key::NodePublic;
 
 /// The peers of the current network. A node key keeps its index for as long as it is here; an
@@ -119,14 +119,6 @@ impl Directory {
     /// Peers left out for lack of room so far.
     pub fn refused(&self) -> u64 {
         self.refused
-    }
-}
-
-/// A prefix in the data plane's form.
-pub(super) fn prefix(net: &ipnet::IpNet) -> Prefix {
-    Prefix {
-        addr: net.network(),
-        bits: net.prefix_len(),
     }
 }
 

@@ -205,7 +205,7 @@ impl Agent {
         let inner = routes
             .iter()
             .chain(&addresses)
-            .map(directory::prefix)
+            .map(network::prefix)
             .collect();
         let map = network.derp_map.clone();
         let fixed_home = network.fixed_home;
@@ -236,7 +236,7 @@ impl Agent {
         let offered = self.setup.routes_offered.iter().copied();
         let local = own
             .chain(offered)
-            .map(|net| directory::prefix(&net))
+            .map(|net| network::prefix(&net))
             .collect();
         self.out.push_back(Output::SetRules { rules, local });
         self.out.push_back(Output::Configure { addresses, routes });

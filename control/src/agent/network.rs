@@ -4,10 +4,9 @@
 use std::net::SocketAddr;
 
 use ipnet::IpNet;
-use ringtail_dataplane::channel::{Rule, Rules};
+use ringtail_dataplane::channel::{Prefix, Rule, Rules};
 use serde::{Deserialize, Serialize};
 
-use super::directory::prefix;
 use crate::config::StaticNetwork;
 use crate::key::{DiscoPublic, NodePublic};
 use crate::netmap::{DerpMap, Netmap};
@@ -118,7 +117,7 @@ impl From<&Netmap> for Network {
 
 impl From<&Rule> for NetworkRule {
     fn from(rule: &Rule) -> Self {
-        let net = |prefix: &ringtail_dataplane::channel::Prefix| {
+        let net = |prefix: &Prefix| {
             IpNet::new(prefix.addr, prefix.bits).unwrap_or_else(|_| prefix.addr.into())
         };
         Self {
@@ -149,5 +148,13 @@ impl Network {
             protocols: rule.protocols.clone(),
         };
         Rules::List(rules.iter().map(compile).collect())
+    }
+}
+
+/// A prefix in the data plane's form.
+pub(super) fn prefix(net: &IpNet) -> Prefix {
+    Prefix {
+        addr: net.network(),
+        bits: net.prefix_len(),
     }
 }

@@ -1,0 +1,83 @@
+//! What a node remembers over a restart besides its keys: the network map and direct addresses.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Node, now};
+use crate::key::NodePublic;
+use crate::path::CachedPath;
+
+pub(super) const NETMAP_CACHE: &str = "netmap.json";
+const ENDPOINTS_CACHE: &str = "endpoints.json";
+
+/// A direct path remembered over a restart, on disk.
+#[derive(Serialize, Deserialize)]
+struct StoredPath {
+    node_key: NodePublic,
+    addr: SocketAddr,
+    /// Seconds since 1970 of the last Pong.
+    at: u64,
+    rtt_us: u64,
+    mtu: u16,
+}
+
+impl Node {
+    /// Writes caches that changed; a full disk must not end a node.
+    pub(super) fn save(&mut self) {
+        if let Some(network) = self.unsaved.take()
+            && let Err(error) = self.state.write_cache(NETMAP_CACHE, &network)
+        {
+            tracing::warn!(error = format!("{error:#}"), "the network map is not saved");
+        }
+        let wall = since_1970();
+        let paths: Vec<StoredPath> = self
+            .agent
+            .cached_paths(now())
+            .into_iter()
+            .map(|path| StoredPath {
+                node_key: path.node_key,
+                addr: path.addr,
+                at: wall.saturating_sub(path.age).as_secs(),
+                rtt_us: u64::try_from(path.rtt.as_micros()).unwrap_or(u64::MAX),
+                mtu: path.mtu,
+            })
+            .collect();
+        if paths.is_empty() {
+            return;
+        }
+        if let Err(error) = self.state.write_cache(ENDPOINTS_CACHE, &paths) {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "direct addresses are not saved"
+            );
+        }
+    }
+
+    pub(super) fn load_paths(&mut self, now: Instant) {
+        let wall = since_1970();
+        let stored: Vec<StoredPath> = self.state.read_cache(ENDPOINTS_CACHE).unwrap_or_default();
+        let paths: Vec<CachedPath> = stored
+            .into_iter()
+            .map(|path| CachedPath {
+                node_key: path.node_key,
+                addr: path.addr,
+                age: wall.saturating_sub(Duration::from_secs(path.at)),
+                rtt: Duration::from_micros(path.rtt_us),
+                mtu: path.mtu,
+            })
+            .collect();
+        self.agent.load_cached_paths(now, &paths);
+    }
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "ages on disk are told by wall time"
+)]
+fn since_1970() -> Duration {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+}

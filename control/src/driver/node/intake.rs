@@ -1,0 +1,268 @@
+//! What reaches a running node, each from its own side, and on to the agent.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use anyhow::bail;
+use ringtail_dataplane::channel::RegionId;
+
+use super::{Node, now};
+use crate::agent::Network;
+use crate::coord::CoordEvent;
+use crate::driver::interface::{interfaces, source_address};
+use crate::driver::local_api::{Call, Request};
+use crate::driver::relay::RelayEvent;
+use crate::driver::status;
+use crate::path::LinkChange;
+
+/// Batches and events taken from the shards before the loop looks elsewhere.
+const SHARD_BATCH_MAX: usize = 256;
+/// The same for the relay connections.
+const RELAY_BATCH_MAX: usize = 256;
+
+/// What a visit to the shards' queues found.
+pub(super) enum Taken {
+    /// All there was.
+    All,
+    /// Enough for now; more waits.
+    More,
+    /// The end: the TUN is gone.
+    TunGone,
+}
+
+/// What look-ups and measurements in tasks of their own bring back.
+pub(super) enum Finding {
+    Resolved(Vec<(String, Vec<IpAddr>)>),
+    HttpsLatency(RegionId, Option<Duration>),
+}
+
+impl Node {
+    /// Takes events, relayed batches and strays of the shards.
+    pub(super) fn take_from_shards(&mut self) -> Taken {
+        let now = now();
+        for _ in 0..SHARD_BATCH_MAX {
+            let event = self.dataplane.poll_event();
+            let relayed = self.dataplane.poll_relay();
+            let stray = self.dataplane.poll_stray();
+            if event.is_none() && relayed.is_none() && stray.is_none() {
+                return Taken::All;
+            }
+            if let Some((from, bytes)) = stray {
+                self.agent.handle_datagram(now, now, from, &bytes);
+            }
+            if let Some(event) = event {
+                use ringtail_dataplane::channel::Event;
+                let activity = match &event {
+                    Event::TunGone => return Taken::TunGone,
+                    Event::Kick(id)
+                    | Event::Active(id)
+                    | Event::NewSource(id, _)
+                    | Event::Silent(id)
+                    | Event::SendError(id, ..)
+                    | Event::SessionUp(id)
+                    | Event::SessionDown(id) => self.dataplane.activity(*id),
+                };
+                self.agent.handle_dataplane(now, &event, &activity);
+            }
+            if let Some(batch) = relayed {
+                let packets = batch.datagrams.lens.len();
+                if let Some(key) = self
+                    .agent
+                    .handle_relay_out(batch.peer, batch.region, packets)
+                {
+                    self.relays.send_data(batch.region, &key, &batch.datagrams);
+                }
+                self.dataplane.recycle(batch.datagrams);
+            }
+        }
+        Taken::More
+    }
+
+    pub(super) fn take_from_relays(&mut self, first: RelayEvent) {
+        let now = now();
+        let mut next = Some(first);
+        let mut taken = 0;
+        while let Some(event) = next {
+            self.take_relay_event(now, event);
+            taken += 1;
+            next = if taken < RELAY_BATCH_MAX {
+                self.relay_events.try_recv()
+            } else {
+                None
+            };
+        }
+    }
+
+    fn take_relay_event(&mut self, now: Instant, event: RelayEvent) {
+        match event {
+            RelayEvent::Data { region, src, data } => {
+                let packets = data.lens.len();
+                if let Some(peer) = self.agent.handle_relayed_data(now, region, src, packets)
+                    && !self.dataplane.relay_in(peer, region, data)
+                {
+                    self.agent.count_relayed_too_late(packets);
+                }
+            }
+            RelayEvent::Disco {
+                region,
+                src,
+                packet,
+            } => {
+                self.agent.handle_relayed_disco(now, region, src, &packet);
+            }
+            event @ (RelayEvent::Connecting { .. }
+            | RelayEvent::Connected { .. }
+            | RelayEvent::Lost { .. }
+            | RelayEvent::Closed { .. }
+            | RelayEvent::HomeUnreachable { .. }
+            | RelayEvent::PeerGone { .. }
+            | RelayEvent::Health { .. }
+            | RelayEvent::Restarting { .. }) => self.agent.handle_relay_news(now, &event),
+        }
+    }
+
+    /// An error means that the node may not join, and says why.
+    pub(super) fn take_from_coord(&mut self, event: CoordEvent) -> anyhow::Result<()> {
+        match event {
+            CoordEvent::ControlKey(key) => {
+                if let Some(url) = self.surroundings.coordination.clone() {
+                    self.keys.control = Some((url, key));
+                    self.state.save_keys(&self.keys)?;
+                }
+            }
+            CoordEvent::Registered { user } => {
+                self.agent.handle_coordination(true);
+                self.surroundings.coordination_state = format!("registered as {user}");
+                tracing::info!(%user, "registered");
+            }
+            CoordEvent::Netmap(map) => {
+                self.agent.handle_coordination(true);
+                self.surroundings.coordination_state = "connected".into();
+                let network = Network::from(&*map);
+                self.agent.handle_network(now(), network.clone());
+                self.unsaved = Some(network);
+            }
+            CoordEvent::AuthUrl(url) => {
+                self.surroundings.coordination_state = format!("waiting for approval at {url}");
+                tracing::warn!(%url, "a person must let this node in: visit the address");
+            }
+            CoordEvent::Lost { error, retry_in } => {
+                self.agent.handle_coordination(false);
+                self.surroundings.coordination_state = format!("unreachable: {error}");
+                tracing::warn!(%error, ?retry_in, "coordination lost; the last network map stays in force");
+            }
+            CoordEvent::Fatal(text) => bail!("{text}"),
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_call(&mut self, call: Call) {
+        let now = now();
+        match &call.request {
+            Request::Status => {
+                let dataplane = &self.dataplane;
+                let mut status = self
+                    .agent
+                    .status(now, &self.surroundings, &|id| dataplane.activity(id));
+                let relays = self.relays.status();
+                let shards = self.dataplane.stats();
+                status::complete(&mut status, &relays, &shards, self.log.lost());
+                let _ = call.answers.try_send(status);
+            }
+            Request::Ping { peer } => {
+                let (question, peer) = (self.next_question(), peer.clone());
+                self.questions.insert(question, call);
+                self.agent.handle_ping(now, question, &peer);
+            }
+            Request::Netcheck => {
+                let question = self.next_question();
+                self.questions.insert(question, call);
+                self.agent.handle_netcheck_question(now, question);
+            }
+        }
+    }
+
+    fn next_question(&mut self) -> u64 {
+        // Whoever gave up waiting makes room.
+        self.questions.retain(|_, call| !call.answers.is_closed());
+        self.questions_asked += 1;
+        self.questions_asked
+    }
+
+    pub(super) fn take_finding(&mut self, finding: Finding) {
+        match finding {
+            Finding::Resolved(found) => self.agent.handle_resolved(now(), found),
+            Finding::HttpsLatency(region, latency) => {
+                self.agent.handle_https_latency(now(), region, latency);
+            }
+        }
+    }
+
+    /// Another default route or source address makes every path doubtful; anything else may only
+    /// have changed our endpoints.
+    pub(super) fn link_changed(&mut self) {
+        let change = if self.note_default_sources() {
+            LinkChange::Major
+        } else {
+            LinkChange::Minor
+        };
+        tracing::info!(?change, "the host's network changed");
+        self.relays.link_changed();
+        if let (LinkChange::Major, Some(coord)) = (change, &self.coord_client) {
+            coord.redial();
+        }
+        self.agent.handle_link_change(now(), change);
+    }
+
+    fn note_default_sources(&mut self) -> bool {
+        let fresh = FAR_AWAY.map(source_address);
+        let changed = fresh != self.default_sources;
+        self.default_sources = fresh;
+        changed
+    }
+
+    pub(super) fn list_interfaces(&mut self, now: Instant) {
+        self.note_default_sources();
+        match interfaces() {
+            Ok(found) => {
+                let os_has_ipv6 = std::net::UdpSocket::bind((Ipv6Addr::LOCALHOST, 0)).is_ok();
+                self.agent.handle_interfaces(now, &found, os_has_ipv6);
+            }
+            Err(error) => tracing::warn!(%error, "own addresses stay unknown"),
+        }
+    }
+
+    pub(super) fn resolve(&self, hosts: Vec<String>) {
+        let findings = self.findings.0.clone();
+        tokio::task::spawn_local(async move {
+            let mut found = Vec::with_capacity(hosts.len());
+            for host in hosts {
+                let addresses = match tokio::net::lookup_host((host.as_str(), 0)).await {
+                    Ok(addresses) => addresses.map(|addr| addr.ip()).collect(),
+                    Err(_) => Vec::new(),
+                };
+                found.push((host, addresses));
+            }
+            let _ = findings.send(Finding::Resolved(found)).await;
+        });
+    }
+
+    pub(super) fn measure_https(&self, regions: &[RegionId]) {
+        for &region in regions {
+            let (findings, latency) = (self.findings.0.clone(), self.relays.https_latency(region));
+            tokio::task::spawn_local(async move {
+                let latency = latency.await.ok();
+                let _ = findings.send(Finding::HttpsLatency(region, latency)).await;
+            });
+        }
+    }
+}
+
+/// Addresses of the internet, to ask the kernel which source it would use; nothing is sent.
+const FAR_AWAY: [SocketAddr; 2] = [
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8)), 53),
+    SocketAddr::new(
+        IpAddr::V6(Ipv6Addr::new(0x2001, 0x4860, 0x4860, 0, 0, 0, 0, 0x8888)),
+        53,
+    ),
+];

@@ -1,0 +1,238 @@
+//! A running node: the loop that feeds the agent from the outside and carries out what it says.
+//!
+//! Start: state directory and lock, keys, data plane (TUN, sockets, shards), then on this thread
+//! the runtime with the discovery sockets, relay connections, coordination client, netlink and the
+//! status socket. Everything that happens reaches the agent here, one at a time; relayed packets
+//! pass between the shards and the relay connections without it. A node ends on SIGTERM or SIGINT,
+//! when the TUN is taken away, or when coordination says for good that it may not join.
+//!
+//! Rooms: `start` builds it, `intake` takes what comes from every side, `caches` is its memory on disk.
+
+mod caches;
+mod intake;
+mod start;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use ringtail_dataplane::Dataplane;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use super::coord_client::CoordClient;
+use super::discovery::{Datagram, Discovery};
+use super::events::EventLog;
+use super::local_api::Call;
+use super::relay::{RelayEvents, RelayPool};
+use super::runtime;
+use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
+use crate::agent::{Agent, Network, Output, Surroundings};
+use crate::config::NodeConfig;
+use crate::coord::{CoordEvent, SelfState};
+use intake::{Finding, Taken};
+use start::{Parts, Source, dataplane_config, host_name};
+
+/// Caches are written this often when they changed.
+const SAVE_PERIOD: Duration = Duration::from_secs(10);
+
+/// Runs a node until it is told to stop.
+///
+/// # Errors
+/// When it cannot start, or cannot go on.
+pub fn run(config: NodeConfig) -> anyhow::Result<()> {
+    let dir = config
+        .state_dir
+        .clone()
+        .unwrap_or_else(|| PathBuf::from(STATE_DIR_DEFAULT));
+    let state = StateDir::open(&dir)?;
+    let _lock = state.lock()?;
+    let keys = state.keys()?;
+    let hostname = config.hostname.clone().unwrap_or_else(host_name);
+    let source = Source::read(&config, &state)?;
+    let dataplane = Dataplane::start(dataplane_config(&config, &keys)).context("cannot start")?;
+    runtime::block_on(async |kind| {
+        let parts = Parts {
+            config,
+            state,
+            keys,
+            hostname,
+            source,
+            dataplane,
+            kind,
+        };
+        Node::start(parts).await?.run().await
+    })
+}
+
+struct Node {
+    agent: Agent,
+    dataplane: Dataplane,
+    discovery: Discovery,
+    relays: RelayPool,
+    relay_events: RelayEvents,
+    coord: Option<mpsc::Receiver<CoordEvent>>,
+    coord_client: Option<CoordClient>,
+    self_state: watch::Sender<SelfState>,
+    interface: watch::Sender<Option<(BTreeSet<IpNet>, BTreeSet<IpNet>)>>,
+    link_changed: mpsc::Receiver<()>,
+    calls: mpsc::Receiver<Call>,
+    questions: BTreeMap<u64, Call>,
+    questions_asked: u64,
+    findings: (mpsc::Sender<Finding>, mpsc::Receiver<Finding>),
+    log: EventLog,
+    state: StateDir,
+    keys: Keys,
+    surroundings: Surroundings,
+    default_sources: [Option<IpAddr>; 2],
+    unsaved: Option<Network>,
+}
+
+impl Node {
+    async fn run(mut self) -> anyhow::Result<()> {
+        let shards = watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut save = tokio::time::interval(SAVE_PERIOD);
+        let mut datagrams: Vec<Datagram> = Vec::new();
+        tracing::info!(
+            tun = self.dataplane.tun_name(),
+            port = self.dataplane.local_port(),
+            driver = self.dataplane.driver().as_str(),
+            node_key = %self.keys.node.public(),
+            "node is up"
+        );
+        let ended = loop {
+            self.carry_out();
+            let due = self.agent.poll_timeout();
+            tokio::select! {
+                _ = terminate.recv() => break Ok(()),
+                _ = interrupt.recv() => break Ok(()),
+                ready = shards.readable() => {
+                    let mut ready = ready?;
+                    match self.take_from_shards() {
+                        Taken::More => ready.retain_ready(),
+                        // The data plane has made its descriptor unreadable again.
+                        Taken::All => ready.clear_ready(),
+                        Taken::TunGone => break Err(anyhow::anyhow!("the TUN interface was taken away")),
+                    }
+                }
+                event = self.relay_events.recv() => {
+                    if let Some(event) = event {
+                        self.take_from_relays(event);
+                    }
+                }
+                received = self.discovery.receive(&mut datagrams) => {
+                    received?;
+                    let now = now();
+                    for datagram in datagrams.drain(..) {
+                        self.agent.handle_datagram(now, datagram.at, datagram.from, &datagram.bytes);
+                    }
+                }
+                event = next(&mut self.coord) => {
+                    if let Some(event) = event && let Err(error) = self.take_from_coord(event) {
+                        break Err(error);
+                    }
+                }
+                Some(call) = self.calls.recv() => self.take_call(call),
+                Some(finding) = self.findings.1.recv() => self.take_finding(finding),
+                Some(()) = self.link_changed.recv() => self.link_changed(),
+                () = sleep_until(due) => {
+                    let dataplane = &self.dataplane;
+                    self.agent.handle_timeout(now(), &|id| dataplane.activity(id));
+                }
+                _ = save.tick() => self.save(),
+            }
+        };
+        self.save();
+        ended
+    }
+
+    /// Does everything the agent asks for; nothing here waits.
+    fn carry_out(&mut self) {
+        while let Some(output) = self.agent.poll_output() {
+            match output {
+                Output::SetPeers(peers) => self.dataplane.set_peers(peers),
+                Output::SetRules { rules, local } => self.dataplane.set_rules(&rules, Some(&local)),
+                Output::SetPath(peer, decision) => self.dataplane.set_path(peer, decision),
+                Output::Configure { addresses, routes } => {
+                    self.interface.send_replace(Some((addresses, routes)));
+                }
+                Output::Datagram { to, bytes } => {
+                    if let Err(error) = self.discovery.send(to, &bytes) {
+                        let errno = error.raw_os_error().unwrap_or_default();
+                        self.agent.handle_send_error(now(), to, errno);
+                    }
+                }
+                Output::Stun { to, bytes } => {
+                    if let Err(error) = self.discovery.send(to, &bytes) {
+                        let errno = error.raw_os_error().unwrap_or_default();
+                        self.agent.handle_stun_error(now(), to, errno);
+                    }
+                }
+                Output::Relay { region, to, bytes } => self.relays.send_disco(region, &to, &bytes),
+                Output::SetDerpMap(map) => self.relays.set_map(&map),
+                Output::SetHome(region) => self.relays.set_home(Some(region)),
+                Output::Publish => {
+                    let report = self.agent.self_report();
+                    self.self_state.send_if_modified(|old| {
+                        let changed = *old != report;
+                        *old = report;
+                        changed
+                    });
+                }
+                Output::Resolve(hosts) => self.resolve(hosts),
+                Output::MeasureHttps(regions) => self.measure_https(&regions),
+                Output::ListInterfaces => self.list_interfaces(now()),
+                Output::Story(event, fields) => self.log.write(event, fields),
+                Output::Answer(question, answer) => {
+                    if let Some(call) = self.questions.get(&question) {
+                        // A client that does not read its answers loses them.
+                        let _ = call.answers.try_send(answer);
+                    }
+                }
+                Output::AnswerEnd(question) => {
+                    self.questions.remove(&question);
+                }
+            }
+        }
+    }
+}
+
+#[expect(
+    deprecated,
+    reason = "the caveat is about types that lend their descriptor; this one owns it"
+)]
+fn watch_descriptor(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
+}
+
+/// The next event, or never where there is no source or it has ended.
+async fn next<T>(source: &mut Option<mpsc::Receiver<T>>) -> Option<T> {
+    let Some(receiver) = source else {
+        return std::future::pending().await;
+    };
+    let event = receiver.recv().await;
+    if event.is_none() {
+        *source = None;
+    }
+    event
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "drivers own the clock")]
+fn now() -> Instant {
+    Instant::now()
+}

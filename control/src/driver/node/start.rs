@@ -1,0 +1,275 @@
+//! Starting a node: from settings and keys to everything that runs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use anyhow::Context as _;
+use ipnet::IpNet;
+use ringtail_dataplane::{Config, Dataplane, DriverChoice, Engine, Offloads};
+use tokio::sync::{mpsc, watch};
+use zeroize::Zeroizing;
+
+use super::caches::NETMAP_CACHE;
+use super::{Node, now};
+use crate::agent::{Agent, Network, Setup, Surroundings};
+use crate::config::{DriverName, NodeConfig, StaticNetwork, ValidateMode};
+use crate::coord::CoordConfig;
+use crate::driver::coord_client::CoordClient;
+use crate::driver::discovery::Discovery;
+use crate::driver::events::EventLog;
+use crate::driver::interface::Interface;
+use crate::driver::relay::{RelayOptions, RelayPool};
+use crate::driver::runtime::Kind;
+use crate::driver::state::{Keys, StateDir};
+use crate::driver::{link, local_api};
+use crate::key::MachinePublic;
+use crate::path::{self, Validate};
+
+/// Questions of the status socket that wait for an answer.
+const QUESTIONS_MAX: usize = 64;
+/// Results of look-ups and measurements that wait for the loop.
+const RESULTS_MAX: usize = 64;
+/// Inner MTU unless told otherwise: what every Tailscale node uses.
+const MTU_DEFAULT: u16 = 1280;
+/// Name of the TUN interface unless told otherwise.
+const TUN_DEFAULT: &str = "ringtail0";
+
+/// Who tells us about the network.
+pub(super) enum Source {
+    Static(Box<Network>),
+    Coord {
+        url: String,
+        auth_key: Option<Zeroizing<String>>,
+        control_key: Option<MachinePublic>,
+    },
+}
+
+impl Source {
+    pub(super) fn read(config: &NodeConfig, state: &StateDir) -> anyhow::Result<Self> {
+        if let Some(path) = &config.network {
+            return Ok(Self::Static(Box::new(StaticNetwork::read(path)?.into())));
+        }
+        let url = config
+            .coord
+            .clone()
+            .context("neither --coord nor --network is given")?;
+        let auth_key = match &config.auth_key_file {
+            None => None,
+            Some(path) => {
+                let text = std::fs::read_to_string(path).map(Zeroizing::new);
+                let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+                Some(Zeroizing::new(text.trim().to_owned()))
+            }
+        };
+        let given = config.control_key.as_deref().map(str::parse).transpose();
+        let given = given.context("--control-key")?;
+        let stored = state
+            .keys()?
+            .control
+            .filter(|(of, _)| *of == url)
+            .map(|(_, key)| key);
+        Ok(Self::Coord {
+            url,
+            auth_key,
+            control_key: given.or(stored),
+        })
+    }
+}
+
+pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    Config {
+        tun_name: config.tun.clone().unwrap_or_else(|| TUN_DEFAULT.to_owned()),
+        mtu: config.mtu.unwrap_or(MTU_DEFAULT),
+        shards: config
+            .shards
+            .unwrap_or(cores)
+            .min(ringtail_dataplane::SHARDS_MAX),
+        pin: config.pin.unwrap_or(true),
+        driver: match config.driver.unwrap_or_default() {
+            DriverName::Auto => DriverChoice::Auto,
+            DriverName::IoUring => DriverChoice::IoUring,
+            DriverName::Epoll => DriverChoice::Epoll,
+        },
+        offloads: Offloads {
+            tun: config.tun_offload.unwrap_or(true),
+            gso: config.udp_gso.unwrap_or(true),
+            gro: config.udp_gro.unwrap_or(true),
+        },
+        listen_port: config.listen_port.unwrap_or(NodeConfig::LISTEN_PORT),
+        fwmark: config.fwmark.unwrap_or(0),
+        private_key: Zeroizing::new(*keys.node.as_bytes()),
+        engine: Engine::default(),
+    }
+}
+
+pub(super) fn host_name() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let name = name.trim();
+    if name.is_empty() {
+        "ringtail".into()
+    } else {
+        name.to_owned()
+    }
+}
+
+pub(super) struct Parts {
+    pub(super) config: NodeConfig,
+    pub(super) state: StateDir,
+    pub(super) keys: Keys,
+    pub(super) hostname: String,
+    pub(super) source: Source,
+    pub(super) dataplane: Dataplane,
+    pub(super) kind: Kind,
+}
+
+impl Node {
+    pub(super) async fn start(parts: Parts) -> anyhow::Result<Self> {
+        let Parts {
+            config,
+            state,
+            keys,
+            hostname,
+            source,
+            dataplane,
+            kind,
+        } = parts;
+        let mtu = config.mtu.unwrap_or(MTU_DEFAULT);
+        let log = EventLog::open(config.events.as_deref(), &hostname)?;
+        let (v4, v6) = dataplane.discovery_sockets()?;
+        let interface = Interface::open(dataplane.tun_name()).await?;
+        interface.up(mtu).await?;
+        let tun_index = interface.index();
+        let (link_sender, link_changed) = mpsc::channel(1);
+        tokio::task::spawn_local(async move {
+            if let Err(error) = link::watch(tun_index, link_sender).await {
+                tracing::warn!(%error, "changes of the network will not be noticed");
+            }
+        });
+        let (calls_sender, calls) = mpsc::channel(QUESTIONS_MAX);
+        tokio::task::spawn_local(local_api::serve(
+            local_api::listen(&state.socket())?,
+            calls_sender,
+        ));
+        let (relays, relay_events) = RelayPool::new(RelayOptions {
+            private: keys.node.clone(),
+            fwmark: config.fwmark.unwrap_or(0),
+            io: kind,
+        });
+        let agent = Agent::new(
+            Setup {
+                node_key: keys.node.public(),
+                disco_key: keys.disco.clone(),
+                hostname: hostname.clone(),
+                paths: path::Config {
+                    tunnel_mtu: mtu,
+                    validate: match config.validate.unwrap_or_default() {
+                        ValidateMode::Full => Validate::Full,
+                        ValidateMode::Fast => Validate::Fast,
+                    },
+                    retry_limit: config.retry_limit.unwrap_or(path::RETRY_LIMIT),
+                    ..path::Config::default()
+                },
+                relay_only: config.relay_only,
+                local_port: dataplane.local_port(),
+                port_is_fixed: config.listen_port.is_some_and(|port| port != 0),
+                tun: dataplane.tun_name().to_owned(),
+                routes_offered: config.advertise_routes.clone(),
+            },
+            rand::random(),
+        );
+        let surroundings = Surroundings {
+            hostname: hostname.clone(),
+            node_key: keys.node.public(),
+            disco_key: keys.disco.public(),
+            tun: dataplane.tun_name().to_owned(),
+            mtu,
+            shards: dataplane.stats().shards.len(),
+            driver: dataplane.driver().as_str(),
+            listen_port: dataplane.local_port(),
+            coordination: None,
+            coordination_state: "static network file".into(),
+        };
+        let mut node = Self {
+            agent,
+            discovery: Discovery::new(v4, v6)?,
+            relays,
+            relay_events,
+            coord: None,
+            coord_client: None,
+            self_state: watch::Sender::default(),
+            interface: watch::Sender::default(),
+            link_changed,
+            calls,
+            questions: BTreeMap::new(),
+            questions_asked: 0,
+            findings: mpsc::channel(RESULTS_MAX),
+            log,
+            state,
+            keys,
+            surroundings,
+            default_sources: [None, None],
+            unsaved: None,
+            dataplane,
+        };
+        tokio::task::spawn_local(configure_interface(interface, node.interface.subscribe()));
+        node.join(source, hostname)?;
+        Ok(node)
+    }
+
+    /// Takes the static network, or the last one known and the coordination client.
+    fn join(&mut self, source: Source, hostname: String) -> anyhow::Result<()> {
+        let now = now();
+        self.list_interfaces(now);
+        match source {
+            Source::Static(network) => self.agent.handle_network(now, *network),
+            Source::Coord {
+                url,
+                auth_key,
+                control_key,
+            } => {
+                self.surroundings.coordination = Some(url.clone());
+                self.surroundings.coordination_state = "connecting".into();
+                if let Some(network) = self.state.read_cache::<Network>(NETMAP_CACHE) {
+                    tracing::info!(
+                        peers = network.peers.len(),
+                        "using the network map of the last run"
+                    );
+                    self.agent.handle_network(now, network);
+                }
+                let config = CoordConfig {
+                    url,
+                    auth_key,
+                    hostname,
+                    machine: self.keys.machine.clone(),
+                    node: self.keys.node.public(),
+                    disco: self.keys.disco.public(),
+                    control_key,
+                };
+                let (client, events) = CoordClient::start(config, self.self_state.subscribe())?;
+                self.coord = Some(events);
+                self.coord_client = Some(client);
+            }
+        }
+        self.load_paths(now);
+        Ok(())
+    }
+}
+
+/// Keeps the interface as the latest wish says; a refusal is logged and the next wish tried.
+async fn configure_interface(
+    mut interface: Interface,
+    mut wishes: watch::Receiver<Option<(BTreeSet<IpNet>, BTreeSet<IpNet>)>>,
+) {
+    while wishes.changed().await.is_ok() {
+        let wish = wishes.borrow_and_update().clone();
+        let Some((addresses, routes)) = wish else {
+            continue;
+        };
+        if let Err(error) = interface.configure(&addresses, &routes).await {
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the interface is not as it should be"
+            );
+        }
+    }
+}
