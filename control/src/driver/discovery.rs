@@ -101,17 +101,14 @@ impl Discovery {
                 io::Error::from_raw_os_error(nix::errno::Errno::EAFNOSUPPORT as i32)
             })?,
         };
-        socket.try_io(Interest::WRITABLE, || {
-            // tokio's own try_send_to clears readiness on a full buffer, which is right; std's
-            // call is the same without a second readiness check.
-            nix::sys::socket::sendto(
-                socket.as_raw_fd(),
-                bytes,
-                &SockaddrStorage::from(to),
-                MsgFlags::MSG_DONTWAIT,
-            )
-            .map_err(io::Error::from)
-        })?;
+        // Straight to the kernel: nobody waits for room here, and the runtime may not have noticed
+        // yet that a new socket can be written to.
+        nix::sys::socket::sendto(
+            socket.as_raw_fd(),
+            bytes,
+            &SockaddrStorage::from(to),
+            MsgFlags::MSG_DONTWAIT,
+        )?;
         Ok(())
     }
 }
