@@ -13,5 +13,6 @@ if [ "$(id -u)" = 0 ]; then
 fi
 scripts/check.sh
 cargo test --workspace --locked
-cargo build --workspace --bins --locked
+# With --tests the dependencies are those of the line above, and not built anew with fewer features.
+cargo build --workspace --bins --tests --locked
 scripts/netns/flow-test.sh
