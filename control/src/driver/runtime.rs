@@ -28,7 +28,7 @@ where
         // tokio-uring's runtime brings its own LocalSet.
         Ok(runtime) => runtime.block_on(make(Kind::Uring)),
         Err(error) => {
-            tracing::info!(%error, "io_uring is not to be had here: the control thread uses epoll");
+            tracing::debug!(%error, "io_uring is not to be had here: the control thread uses epoll");
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
                 .build()
