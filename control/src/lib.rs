@@ -1,6 +1,6 @@
 //! The control side of ringtail: everything but moving packets.
 //!
-//! Cores decide and touch neither socket nor clock: `key`, `netmap`, `config`. The rim is
+//! Cores decide and touch neither socket nor clock: `key`, `netmap`, `uapi`. The rim is
 //! `agent`, which wires the cores together, `driver`, which touches the outside, and `cli`.
 #![forbid(unsafe_code)]
 
@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod coord;
 pub mod derp;
+pub mod device;
 pub mod disco;
 pub mod driver;
 pub mod key;
@@ -17,3 +18,4 @@ pub mod netmap;
 pub mod noise;
 pub mod path;
 pub mod stun;
+pub mod uapi;
