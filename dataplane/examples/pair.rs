@@ -72,6 +72,9 @@ struct Args {
     /// No GRO.
     #[arg(long)]
     no_gro: bool,
+    /// Device mode: endpoints follow their peers.
+    #[arg(long)]
+    roam: bool,
     /// Print counters every second.
     #[arg(long)]
     stats: bool,
@@ -115,7 +118,8 @@ fn main() -> anyhow::Result<()> {
         },
         listen_port: args.port,
         fwmark: 0,
-        private_key: Zeroizing::new([args.seed; 32]),
+        private_key: Some(Zeroizing::new([args.seed; 32])),
+        roam: args.roam,
         engine: Engine::Boringtun,
     })?;
     let tun = dataplane.tun_name().to_owned();

@@ -25,8 +25,14 @@ pub struct Config {
     pub listen_port: u16,
     /// `SO_MARK` on every underlay socket, unless 0.
     pub fwmark: u32,
-    /// Own WireGuard private key (Curve25519, 32 bytes).
-    pub private_key: Zeroizing<[u8; 32]>,
+    /// Own WireGuard private key (Curve25519, 32 bytes); without one nothing handshakes.
+    pub private_key: Option<Zeroizing<[u8; 32]>>,
+    /// Device mode: a peer's endpoint is the source of its newest authentic datagram, and answers
+    /// leave from the local address that it was sent to. Otherwise [`PathDecision`]s alone say
+    /// where to send. There are no discovery sockets then.
+    ///
+    /// [`PathDecision`]: crate::PathDecision
+    pub roam: bool,
     /// Which implementation of the WireGuard transport seals and opens.
     pub engine: Engine,
 }
@@ -42,6 +48,7 @@ impl std::fmt::Debug for Config {
             .field("offloads", &self.offloads)
             .field("listen_port", &self.listen_port)
             .field("fwmark", &self.fwmark)
+            .field("roam", &self.roam)
             .field("engine", &self.engine)
             .finish_non_exhaustive()
     }

@@ -5,21 +5,23 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, PoisonError, RwLock, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::channel::hub::{PeerTable, RelayIn};
+use zeroize::Zeroizing;
+
+use crate::channel::hub::{PeerTable, RelayIn, Settings};
 use crate::channel::{
     Activity, Datagrams, Event, Hub, PathDecision, PeerConfig, PeerId, Prefix, RegionId, RelayOut,
-    Rules,
+    Rules, Whereabouts,
 };
 use crate::config::{Config, DriverChoice, DriverKind, Engine, MTU_MIN, SHARDS_MAX, StartError};
 use crate::filter::CompiledRules;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::Device;
-use crate::udp::{Group, Sockets, Wanted};
+use crate::udp::{Group, Wanted};
 use crate::{handshake, ring, sys};
 
 /// A running data plane. Dropping it stops and joins its threads and removes the interface.
@@ -31,15 +33,27 @@ pub struct Dataplane {
     threads: Vec<JoinHandle<()>>,
     epoch: Instant,
     tun_name: String,
-    port: u16,
     driver: DriverKind,
     offloads: OffloadsInUse,
-    discovery: Sockets,
+    roam: bool,
+    settings: Mutex<Arc<Settings>>,
+    underlay: Mutex<Underlay>,
     shards: Vec<Published>,
     handshake: Published,
     /// For the control side's own look-ups; shards have it by message.
     table: RwLock<Arc<PeerTable>>,
 }
+
+/// The sockets as they are now.
+struct Underlay {
+    group: Group,
+    wanted: Wanted,
+    /// Datagrams dropped by full sockets that have been replaced since.
+    overflowed: u64,
+}
+
+/// The longest time for which a decision can be trusted: for ever, for all that matters.
+const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 
 /// Offloads that the kernel agreed to at start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +79,8 @@ pub struct Stats {
     pub relay_out_dropped: u64,
     /// Datagrams dropped because a lane from the relay client was full.
     pub relay_in_dropped: u64,
+    /// Datagrams that the kernel dropped because a socket's buffer was full.
+    pub sockets_overflowed: u64,
     /// Events lost because nobody polled.
     pub events_lost: u64,
 }
@@ -85,6 +101,8 @@ impl Stats {
             self.relay_out_dropped
         } else if reason == DropReason::RelayInFull {
             self.relay_in_dropped
+        } else if reason == DropReason::SocketFull {
+            self.sockets_overflowed
         } else {
             0
         };
@@ -109,24 +127,21 @@ impl Dataplane {
                 source,
             },
         )?;
-        let group = Group::open(Wanted {
+        let wanted = Wanted {
             port: config.listen_port,
             shards: config.shards,
             fwmark: config.fwmark,
             gso: config.offloads.gso,
             gro: config.offloads.gro,
-        })
-        .map_err(|source| StartError::Udp {
-            port: config.listen_port,
-            source,
-        })?;
+            device: config.roam,
+        };
+        let group = open_group(wanted)?;
         let hub = Arc::new(Hub::new(epoch, config.shards).map_err(StartError::Threads)?);
         let mut dataplane = Dataplane {
             hub,
             threads: Vec::new(),
             epoch,
             tun_name: device.name.clone(),
-            port: group.port,
             driver: kind,
             offloads: OffloadsInUse {
                 tso: device.offloads.tso,
@@ -134,18 +149,27 @@ impl Dataplane {
                 gso: group.gso,
                 gro: group.gro,
             },
-            discovery: group.discovery,
+            roam: config.roam,
+            settings: Mutex::new(Arc::new(Settings {
+                private_key: config.private_key.clone(),
+                mtu: usize::from(config.mtu),
+            })),
+            underlay: Mutex::new(Underlay {
+                group,
+                wanted,
+                overflowed: 0,
+            }),
             shards: (0..config.shards).map(|_| Published::default()).collect(),
             handshake: Published::default(),
-            table: RwLock::new(Arc::new(PeerTable::new(Vec::new(), config.shards))),
+            table: RwLock::default(),
         };
         // Dropping `dataplane` on the way out stops what has been started.
         dataplane
-            .spawn(&config, device, group.data, group.handshake)
+            .spawn(&config, device)
             .map_err(StartError::Threads)?;
         tracing::info!(
             tun = dataplane.tun_name,
-            port = dataplane.port,
+            port = dataplane.local_port(),
             shards = config.shards,
             driver = kind.as_str(),
             offloads = ?dataplane.offloads,
@@ -154,18 +178,17 @@ impl Dataplane {
         Ok(dataplane)
     }
 
-    fn spawn(
-        &mut self,
-        config: &Config,
-        device: Device,
-        data: Vec<Sockets>,
-        handshake: Sockets,
-    ) -> io::Result<()> {
+    fn spawn(&mut self, config: &Config, device: Device) -> io::Result<()> {
         let cpus = if config.pin {
             sys::allowed_cpus()
         } else {
             Vec::new()
         };
+        let (data, handshake) = {
+            let group = &self.underlay().group;
+            (group.data.clone(), Arc::clone(&group.handshake))
+        };
+        let settings = Arc::clone(&lock(&self.settings));
         let (ready, started) = mpsc::channel();
         for (index, (queue, sockets)) in device.queues.into_iter().zip(data).enumerate() {
             let seat = Seat {
@@ -176,8 +199,8 @@ impl Dataplane {
                 gso: self.offloads.gso,
                 driver: self.driver,
                 cpu: cpus.get(index % cpus.len().max(1)).copied(),
-                private_key: config.private_key.clone(),
-                mtu: usize::from(config.mtu),
+                settings: Arc::clone(&settings),
+                roam: config.roam,
                 published: self.shards[index].clone(),
             };
             let ready = ready.clone();
@@ -193,19 +216,90 @@ impl Dataplane {
                 .unwrap_or_else(|_| Err(io::Error::other("a shard's thread died at its start")))?;
         }
         let hub = Arc::clone(&self.hub);
-        let key = config.private_key.clone();
         let published = self.handshake.clone();
         let thread = thread::Builder::new()
             .name("rt-handshake".to_owned())
-            .spawn(move || handshake::run(&hub, &handshake, &key, &published))?;
+            .spawn(move || handshake::run(&hub, handshake, &settings, &published))?;
         self.threads.push(thread);
         Ok(())
+    }
+
+    fn underlay(&self) -> MutexGuard<'_, Underlay> {
+        lock(&self.underlay)
     }
 
     /// The UDP port of both families.
     #[must_use]
     pub fn local_port(&self) -> u16 {
-        self.port
+        self.underlay().group.port
+    }
+
+    /// Moves to another UDP port of both families, 0 for any free one, and returns it. The new
+    /// sockets are ready before the old ones are given up; what is on its way to those is lost.
+    /// For device mode: the discovery sockets, which the control side has duplicates of, change too.
+    ///
+    /// # Errors
+    /// The port is taken ([`StartError::Udp`]); everything stays as it was.
+    pub fn set_listen_port(&self, port: u16) -> Result<u16, StartError> {
+        let mut underlay = self.underlay();
+        if port != 0 && port == underlay.group.port {
+            return Ok(port);
+        }
+        let wanted = Wanted {
+            port,
+            ..underlay.wanted
+        };
+        let group = open_group(wanted)?;
+        let port = group.port;
+        for (inbox, sockets) in self.hub.inboxes.iter().zip(&group.data) {
+            drop(inbox.sockets.force_push(Arc::clone(sockets)));
+            inbox.wake.ring();
+        }
+        let handshake = Arc::clone(&group.handshake);
+        drop(self.hub.handshake_sockets.force_push(handshake));
+        self.hub.handshake_wake.signal();
+        underlay.overflowed += underlay.group.overflowed();
+        underlay.wanted = wanted;
+        underlay.group = group;
+        Ok(port)
+    }
+
+    /// Sets the mark (`SO_MARK`) of every underlay socket, present and future; 0 is none.
+    ///
+    /// # Errors
+    /// No `CAP_NET_ADMIN`.
+    pub fn set_fwmark(&self, mark: u32) -> io::Result<()> {
+        let mut underlay = self.underlay();
+        underlay.group.set_mark(mark)?;
+        underlay.wanted.fwmark = mark;
+        Ok(())
+    }
+
+    /// Changes our private key, or removes it: then nothing handshakes. Sessions end; the next
+    /// packet, or a persistent keep-alive, handshakes anew.
+    pub fn set_private_key(&self, key: Option<&Zeroizing<[u8; 32]>>) {
+        self.change_settings(|settings| settings.private_key = key.cloned());
+    }
+
+    /// Changes the largest inner packet, up to which sealing pads. The interface's MTU is the
+    /// caller's to set.
+    pub fn set_mtu(&self, mtu: u16) {
+        self.change_settings(|settings| settings.mtu = usize::from(mtu));
+    }
+
+    fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
+        let mut current = lock(&self.settings);
+        let mut settings = Settings::clone(&current);
+        change(&mut settings);
+        let settings = Arc::new(settings);
+        for inbox in &self.hub.inboxes {
+            drop(inbox.settings.force_push(Arc::clone(&settings)));
+            inbox.wake.ring();
+        }
+        let newest = Arc::clone(&settings);
+        drop(self.hub.handshake_settings.force_push(newest));
+        self.hub.handshake_wake.signal();
+        *current = settings;
     }
 
     /// The interface's name.
@@ -236,28 +330,30 @@ impl Dataplane {
     /// and STUN arrive here, and leave from here, on the node's port.
     ///
     /// # Errors
-    /// No more file descriptors.
+    /// No more file descriptors. In device mode there are none to begin with.
     pub fn discovery_sockets(&self) -> io::Result<(UdpSocket, Option<UdpSocket>)> {
-        let v6 = self
-            .discovery
-            .v6
-            .as_ref()
-            .map(UdpSocket::try_clone)
-            .transpose()?;
-        Ok((self.discovery.v4.try_clone()?, v6))
+        let underlay = self.underlay();
+        let sockets = underlay.group.discovery.as_ref();
+        let sockets = sockets.ok_or(io::ErrorKind::Unsupported)?;
+        let v6 = sockets.v6.as_ref().map(UdpSocket::try_clone).transpose()?;
+        Ok((sockets.v4.try_clone()?, v6))
     }
 
-    /// Replaces all peers. Those whose keys, preshared keys and keep-alive are unchanged keep their
-    /// sessions and paths. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX) are not used.
+    /// Replaces all peers. Those whose id and key are unchanged keep their sessions, paths and
+    /// counters; another preshared key counts from the next handshake, another keep-alive at once.
+    /// Of equal prefixes the last peer's counts. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX)
+    /// are not used.
     pub fn set_peers(&self, peers: Vec<PeerConfig>) {
-        let table = Arc::new(PeerTable::new(peers, self.hub.inboxes.len()));
+        let mut current = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let shards = self.hub.inboxes.len();
+        let table = Arc::new(PeerTable::new(peers, shards, &current));
         for inbox in &self.hub.inboxes {
             drop(inbox.peers.force_push(Arc::clone(&table)));
             inbox.wake.ring();
         }
         drop(self.hub.handshake_peers.force_push(Arc::clone(&table)));
         self.hub.handshake_wake.signal();
-        *self.table.write().unwrap_or_else(PoisonError::into_inner) = table;
+        *current = table;
     }
 
     fn table(&self) -> Arc<PeerTable> {
@@ -271,6 +367,35 @@ impl Dataplane {
             inbox.paths.set(peer, decision.clone());
             inbox.wake.ring();
         }
+    }
+
+    /// Where a peer is, in device mode: its configured endpoint, or where it has roamed to since.
+    #[must_use]
+    pub fn endpoint(&self, peer: PeerId) -> Option<SocketAddr> {
+        self.table().get(peer)?.shared.whereabouts().endpoint
+    }
+
+    /// Sets a peer's endpoint in device mode; the peer may roam from there. For a new peer call
+    /// [`Dataplane::set_peers`] first.
+    #[expect(clippy::disallowed_methods, reason = "how long is for ever")]
+    pub fn set_endpoint(&self, peer: PeerId, endpoint: SocketAddr) {
+        debug_assert!(self.roam, "elsewhere paths are decided");
+        let table = self.table();
+        let Some(entry) = table.get(peer) else { return };
+        // Whoever asks sees it at once; the owner shard says the same when it gets there.
+        entry.shared.set_whereabouts(Whereabouts {
+            endpoint: Some(endpoint),
+            local: None,
+        });
+        let decision = PathDecision {
+            generation: 0,
+            udp: Some(endpoint),
+            derp: None,
+            trust_until: Instant::now().checked_add(FOR_EVER),
+            silence_limit: FOR_EVER,
+            path_mtu: u16::MAX,
+        };
+        self.set_path(peer, decision);
     }
 
     /// Replaces the packet filter. `local` are our own addresses and the routes we advertise:
@@ -345,14 +470,18 @@ impl Dataplane {
     /// What the shards know of a peer's traffic; all `None` and 0 for an id out of range.
     #[must_use]
     pub fn activity(&self, peer: PeerId) -> Activity {
-        let block = self.hub.activity.get(peer.0 as usize);
-        block.map_or_else(Activity::default, |block| block.snapshot(self.epoch))
+        let table = self.table();
+        table.get(peer).map_or_else(Activity::default, |entry| {
+            entry.shared.activity.snapshot(self.epoch)
+        })
     }
 
     /// Reads all counters; they are a few milliseconds old.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        let underlay = self.underlay();
         Stats {
+            sockets_overflowed: underlay.overflowed + underlay.group.overflowed(),
             shards: self.shards.iter().map(Published::read).collect(),
             handshake: self.handshake.read(),
             relay_out_dropped: self.hub.outbox.relay_dropped(),
@@ -376,6 +505,17 @@ impl Drop for Dataplane {
             }
         }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn open_group(wanted: Wanted) -> Result<Group, StartError> {
+    Group::open(wanted).map_err(|source| StartError::Udp {
+        port: wanted.port,
+        source,
+    })
 }
 
 fn check(config: &Config) -> Result<(), StartError> {

@@ -309,7 +309,8 @@ fn a_second_node_on_the_same_port_is_refused() {
             offloads: Offloads::default(),
             listen_port: port,
             fwmark: 0,
-            private_key: zeroize::Zeroizing::new([9; 32]),
+            private_key: Some(zeroize::Zeroizing::new([9; 32])),
+            roam: false,
             engine: Engine::Boringtun,
         })
         .err()

@@ -64,22 +64,6 @@ impl ActivityBlock {
         self.last_handshake.store(to_ns(epoch, now), Relaxed);
     }
 
-    /// Forgets everything: the id has a new holder.
-    pub(crate) fn reset(&self) {
-        for field in [
-            &self.last_received,
-            &self.last_received_direct,
-            &self.last_sent,
-            &self.last_handshake,
-            &self.tx_bytes,
-            &self.rx_bytes,
-            &self.tx_relay_bytes,
-            &self.rx_relay_bytes,
-        ] {
-            field.store(0, Relaxed);
-        }
-    }
-
     /// Reads the line. Fields written at about the same time may be of neighbouring batches.
     pub(crate) fn snapshot(&self, epoch: Instant) -> Activity {
         Activity {
@@ -129,7 +113,5 @@ mod tests {
         assert_eq!(seen.last_sent, Some(at(7)));
         assert_eq!((seen.rx_bytes, seen.rx_relay_bytes), (150, 50));
         assert_eq!((seen.tx_bytes, seen.tx_relay_bytes), (30, 20));
-        block.reset();
-        assert!(block.snapshot(epoch).last_sent.is_none());
     }
 }

@@ -12,14 +12,18 @@ use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
 
+use zeroize::Zeroizing;
+
 use super::{
-    ActivityBlock, Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId,
-    RegionId, RelayOut, Wake,
+    Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId, PeerShared, RegionId,
+    RelayOut, Wake,
 };
 use crate::filter::CompiledRules;
 use crate::ring::{TunRx, UdpRx};
 use crate::route;
 use crate::sys::EventFd;
+use crate::sys::socket::Local;
+use crate::udp::Sockets;
 
 /// Batches that wait for the control thread at most, and their bytes.
 const RELAY_OUT_ENTRIES_MAX: usize = 1024;
@@ -40,43 +44,75 @@ const STRAYS_MAX: usize = 64;
 /// Emptied relay buffers kept for reuse.
 const SPARE_MAX: usize = 64;
 
+/// What may change at run time and concerns every session.
+#[derive(Clone)]
+pub(crate) struct Settings {
+    /// Without one nothing handshakes.
+    pub(crate) private_key: Option<Zeroizing<[u8; 32]>>,
+    /// Packets are padded up to this many bytes at most.
+    pub(crate) mtu: usize,
+}
+
+/// One peer of the table.
+#[derive(Clone)]
+pub(crate) struct PeerEntry {
+    pub(crate) config: Arc<PeerConfig>,
+    /// The same in every table for as long as id and key are.
+    pub(crate) shared: Arc<PeerShared>,
+    /// The shard that owns the peer.
+    pub(crate) owner: u8,
+}
+
 /// The peers and the routes to them, replaced whole.
+#[derive(Default)]
 pub(crate) struct PeerTable {
-    pub(crate) peers: Vec<Arc<PeerConfig>>,
     pub(crate) routes: route::Table,
-    /// The shard that owns each peer, by peer id.
-    owners: Vec<Option<u8>>,
+    by_id: Vec<Option<PeerEntry>>,
 }
 
 impl PeerTable {
-    pub(crate) fn new(peers: Vec<PeerConfig>, shards: usize) -> PeerTable {
-        let mut owners = Vec::new();
-        for peer in &peers {
-            let at = peer.id.0 as usize;
-            if at >= PEERS_MAX {
-                tracing::error!(peer = peer.id.0, "peer id out of range: not used");
-                continue;
-            }
-            if owners.len() <= at {
-                owners.resize(at + 1, None);
-            }
-            owners[at] = Some(owner_of(&peer.public_key, shards));
-        }
+    /// Builds the table that comes after `before`.
+    pub(crate) fn new(peers: Vec<PeerConfig>, shards: usize, before: &PeerTable) -> PeerTable {
         let routes = route::Table::from_peers(
             peers
                 .iter()
                 .map(|peer| (peer.id, peer.allowed_ips.as_slice())),
         );
-        PeerTable {
-            peers: peers.into_iter().map(Arc::new).collect(),
-            routes,
-            owners,
+        let mut by_id = Vec::new();
+        for config in peers {
+            let at = config.id.0 as usize;
+            if at >= PEERS_MAX {
+                tracing::error!(peer = config.id.0, "peer id out of range: not used");
+                continue;
+            }
+            if by_id.len() <= at {
+                by_id.resize_with(at + 1, || None);
+            }
+            let known = before
+                .get(config.id)
+                .filter(|known| known.config.public_key == config.public_key);
+            by_id[at] = Some(PeerEntry {
+                owner: owner_of(&config.public_key, shards),
+                shared: known.map_or_else(Arc::default, |known| Arc::clone(&known.shared)),
+                config: Arc::new(config),
+            });
         }
+        PeerTable { routes, by_id }
+    }
+
+    /// A peer.
+    pub(crate) fn get(&self, peer: PeerId) -> Option<&PeerEntry> {
+        self.by_id.get(peer.0 as usize)?.as_ref()
+    }
+
+    /// Every peer.
+    pub(crate) fn peers(&self) -> impl Iterator<Item = &PeerEntry> {
+        self.by_id.iter().flatten()
     }
 
     /// The shard that owns a peer.
     pub(crate) fn owner(&self, peer: PeerId) -> Option<u8> {
-        self.owners.get(peer.0 as usize).copied().flatten()
+        self.get(peer).map(|peer| peer.owner)
     }
 }
 
@@ -115,6 +151,8 @@ pub(crate) struct HandshakeMessage {
     /// The peer, where the message names it (an initiation); else the receiver index does.
     pub(crate) peer: Option<PeerId>,
     pub(crate) from: SocketAddr,
+    /// Where it arrived, in device mode.
+    pub(crate) local: Option<Local>,
     bytes: [u8; HANDSHAKE_LEN_MAX],
     len: usize,
 }
@@ -124,6 +162,7 @@ impl HandshakeMessage {
     pub(crate) fn new(
         peer: Option<PeerId>,
         from: SocketAddr,
+        local: Option<Local>,
         message: &[u8],
     ) -> Option<HandshakeMessage> {
         let mut bytes = [0; HANDSHAKE_LEN_MAX];
@@ -131,6 +170,7 @@ impl HandshakeMessage {
         Some(HandshakeMessage {
             peer,
             from,
+            local,
             bytes,
             len: message.len(),
         })
@@ -153,6 +193,8 @@ pub(crate) enum Handed {
 /// What waits for one shard.
 pub(crate) struct Inbox {
     pub(crate) wake: Wake,
+    pub(crate) settings: ArrayQueue<Arc<Settings>>,
+    pub(crate) sockets: ArrayQueue<Arc<Sockets>>,
     pub(crate) peers: ArrayQueue<Arc<PeerTable>>,
     pub(crate) rules: ArrayQueue<Arc<CompiledRules>>,
     pub(crate) paths: PathSlots,
@@ -166,6 +208,8 @@ impl Inbox {
     fn new() -> io::Result<Inbox> {
         Ok(Inbox {
             wake: Wake::new()?,
+            settings: ArrayQueue::new(1),
+            sockets: ArrayQueue::new(1),
             peers: ArrayQueue::new(1),
             rules: ArrayQueue::new(1),
             paths: PathSlots::new(),
@@ -185,6 +229,8 @@ impl Inbox {
             && self.peers.is_empty()
             && self.rules.is_empty()
             && self.asks.is_empty()
+            && self.settings.is_empty()
+            && self.sockets.is_empty()
     }
 }
 
@@ -298,13 +344,14 @@ pub(crate) struct Hub {
     pub(crate) epoch: Instant,
     pub(crate) stop: AtomicBool,
     pub(crate) inboxes: Box<[Inbox]>,
-    /// For the handshake thread: its bell and the newest peers.
+    /// For the handshake thread: its bell, and the newest of what it works with.
     pub(crate) handshake_wake: EventFd,
+    pub(crate) handshake_settings: ArrayQueue<Arc<Settings>>,
+    pub(crate) handshake_sockets: ArrayQueue<Arc<Sockets>>,
     pub(crate) handshake_peers: ArrayQueue<Arc<PeerTable>>,
     /// Handshake messages that reached a shard instead.
     pub(crate) handshake_strays: ArrayQueue<HandshakeMessage>,
     pub(crate) outbox: Outbox,
-    pub(crate) activity: Box<[ActivityBlock]>,
 }
 
 impl Hub {
@@ -316,10 +363,11 @@ impl Hub {
                 .map(|_| Inbox::new())
                 .collect::<io::Result<_>>()?,
             handshake_wake: EventFd::new()?,
+            handshake_settings: ArrayQueue::new(1),
+            handshake_sockets: ArrayQueue::new(1),
             handshake_peers: ArrayQueue::new(1),
             handshake_strays: ArrayQueue::new(STRAYS_MAX),
             outbox: Outbox::new()?,
-            activity: (0..PEERS_MAX).map(|_| ActivityBlock::default()).collect(),
         })
     }
 

@@ -8,6 +8,7 @@
 mod activity;
 mod lane;
 mod paths;
+mod shared;
 mod types;
 mod wake;
 
@@ -17,5 +18,6 @@ pub(crate) use activity::{ActivityBlock, Arrived};
 pub(crate) use hub::Hub;
 pub(crate) use lane::{Lane, Load};
 pub(crate) use paths::PathSlots;
+pub(crate) use shared::{PeerShared, Whereabouts};
 pub use types::*;
 pub(crate) use wake::Wake;

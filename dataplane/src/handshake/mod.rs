@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
 
 use boringtun::noise::handshake::parse_handshake_anon;
@@ -19,11 +19,11 @@ use boringtun::noise::{Packet, TunnResult};
 use boringtun::x25519::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use crate::channel::hub::{HandshakeMessage, PeerTable};
+use crate::channel::hub::{HandshakeMessage, PeerTable, Settings};
 use crate::channel::{Hub, PeerId};
 use crate::classify::{COOKIE_LEN, Class, classify};
 use crate::stats::{Counters, DropReason, Meter, Published};
-use crate::sys::socket::{receive, send, wait_readable};
+use crate::sys::socket::{Leave, Local, receive, send, wait_readable};
 use crate::udp::Sockets;
 
 /// Messages a second above which senders must prove their address by a cookie.
@@ -39,39 +39,41 @@ const DATAGRAM_LEN_MAX: usize = 256;
 /// The body of the thread; ends when the hub stops.
 pub(crate) fn run(
     hub: &Hub,
-    sockets: &Sockets,
-    private_key: &Zeroizing<[u8; 32]>,
+    mut sockets: Arc<Sockets>,
+    settings: &Settings,
     published: &Published,
 ) {
-    let mut gate = Gate::new(private_key);
-    let mut fds = vec![
-        hub.handshake_wake.as_fd().as_raw_fd(),
-        sockets.v4.as_raw_fd(),
-    ];
-    fds.extend(sockets.v6.as_ref().map(AsRawFd::as_raw_fd));
+    let mut gate = Gate::new(settings.private_key.as_ref());
+    let mut fds = readable(hub, &sockets);
     while !hub.stopping() {
         wait_readable(&fds, SECOND_MS);
         hub.handshake_wake.clear();
-        gate.limiter.reset_count();
+        gate.tick();
+        if let Some(settings) = hub.handshake_settings.pop() {
+            gate.set_key(settings.private_key.as_ref());
+        }
+        if let Some(newer) = hub.handshake_sockets.pop() {
+            sockets = newer;
+            fds = readable(hub, &sockets);
+        }
         if let Some(table) = hub.handshake_peers.pop() {
             gate.set_peers(&table);
         }
         while let Some(stray) = hub.handshake_strays.pop() {
-            gate.handle(
-                hub,
-                stray.from,
-                stray.bytes(),
-                reply_socket(sockets, stray.from),
-            );
+            let socket = reply_socket(&sockets, stray.from);
+            gate.handle(hub, stray.from, stray.local, stray.bytes(), socket);
         }
-        for socket in [Some(&sockets.v4), sockets.v6.as_ref()]
-            .into_iter()
-            .flatten()
-        {
+        for socket in sockets.both() {
             gate.drain(hub, socket);
         }
         published.publish(&gate.counters);
     }
+}
+
+fn readable(hub: &Hub, sockets: &Sockets) -> Vec<RawFd> {
+    let bell = hub.handshake_wake.as_fd().as_raw_fd();
+    let sockets = sockets.both().map(AsRawFd::as_raw_fd);
+    std::iter::once(bell).chain(sockets).collect()
 }
 
 fn reply_socket(sockets: &Sockets, to: SocketAddr) -> Option<&UdpSocket> {
@@ -84,12 +86,30 @@ fn reply_socket(sockets: &Sockets, to: SocketAddr) -> Option<&UdpSocket> {
 
 /// What a message must pass.
 struct Gate {
-    private: StaticSecret,
-    public: PublicKey,
-    limiter: RateLimiter,
+    /// None while we have no key: then nothing passes.
+    keys: Option<Keys>,
     /// Peers by public key, with their owner shards.
     peers: HashMap<[u8; 32], (PeerId, u8)>,
     counters: Counters,
+}
+
+/// What follows from our private key.
+struct Keys {
+    private: StaticSecret,
+    public: PublicKey,
+    limiter: RateLimiter,
+}
+
+impl Keys {
+    fn new(private_key: &Zeroizing<[u8; 32]>) -> Keys {
+        let private = StaticSecret::from(**private_key);
+        let public = PublicKey::from(&private);
+        Keys {
+            limiter: RateLimiter::new(&public, MESSAGES_PER_SECOND_MAX),
+            private,
+            public,
+        }
+    }
 }
 
 /// Where a message goes.
@@ -101,23 +121,28 @@ struct Passed {
 }
 
 impl Gate {
-    fn new(private_key: &Zeroizing<[u8; 32]>) -> Gate {
-        let private = StaticSecret::from(**private_key);
-        let public = PublicKey::from(&private);
+    fn new(private_key: Option<&Zeroizing<[u8; 32]>>) -> Gate {
         Gate {
-            limiter: RateLimiter::new(&public, MESSAGES_PER_SECOND_MAX),
-            private,
-            public,
+            keys: private_key.map(Keys::new),
             peers: HashMap::new(),
             counters: Counters::default(),
         }
     }
 
+    fn set_key(&mut self, private_key: Option<&Zeroizing<[u8; 32]>>) {
+        self.keys = private_key.map(Keys::new);
+    }
+
+    fn tick(&mut self) {
+        if let Some(keys) = &self.keys {
+            keys.limiter.reset_count();
+        }
+    }
+
     fn set_peers(&mut self, table: &Arc<PeerTable>) {
         self.peers = table
-            .peers
-            .iter()
-            .filter_map(|peer| Some((peer.public_key, (peer.id, table.owner(peer.id)?))))
+            .peers()
+            .map(|peer| (peer.config.public_key, (peer.config.id, peer.owner)))
             .collect();
     }
 
@@ -131,16 +156,25 @@ impl Gate {
             self.counters.add(Meter::UdpReceives, 1);
             self.counters.add(Meter::UdpPacketsIn, 1);
             self.counters.add(Meter::UdpBytesIn, received.len as u64);
-            self.handle(hub, received.from, &bytes[..received.len], Some(socket));
+            let local = received.ancillary.local;
+            let message = &bytes[..received.len];
+            self.handle(hub, received.from, local, message, Some(socket));
         }
     }
 
-    fn handle(&mut self, hub: &Hub, from: SocketAddr, message: &[u8], socket: Option<&UdpSocket>) {
+    fn handle(
+        &mut self,
+        hub: &Hub,
+        from: SocketAddr,
+        local: Option<Local>,
+        message: &[u8],
+        socket: Option<&UdpSocket>,
+    ) {
         let mut reply = [0; COOKIE_LEN];
         match self.check(from.ip(), message, &mut reply) {
             Ok(passed) => {
                 let queued =
-                    HandshakeMessage::new(passed.peer, from, message).and_then(|message| {
+                    HandshakeMessage::new(passed.peer, from, local, message).and_then(|message| {
                         let inbox = hub.inboxes.get(usize::from(passed.shard))?;
                         inbox.handshakes.push(message).ok()?;
                         inbox.wake.ring();
@@ -153,7 +187,11 @@ impl Gate {
             Err(Refused::Dropped(reason)) => self.counters.drop_one(reason),
             Err(Refused::NeedsCookie(len)) => {
                 self.counters.drop_one(DropReason::HandshakeLimited);
-                let sent = socket.map(|socket| send(socket.as_fd(), from, &reply[..len], None, 0));
+                let leave = Leave {
+                    local,
+                    ..Leave::to(from)
+                };
+                let sent = socket.map(|socket| send(socket.as_fd(), &leave, &reply[..len], None));
                 if sent == Some(Ok(())) {
                     self.counters.add(Meter::UdpSends, 1);
                     self.counters.add(Meter::UdpPacketsOut, 1);
@@ -172,7 +210,10 @@ impl Gate {
             }
         }
         let invalid = Refused::Dropped(DropReason::HandshakeInvalid);
-        let packet = match self.limiter.verify_packet(Some(from), message, reply) {
+        let Some(keys) = &self.keys else {
+            return Err(invalid);
+        };
+        let packet = match keys.limiter.verify_packet(Some(from), message, reply) {
             Ok(packet) => packet,
             Err(TunnResult::WriteToNetwork(cookie)) => {
                 return Err(Refused::NeedsCookie(cookie.len()));
@@ -181,7 +222,7 @@ impl Gate {
         };
         match packet {
             Packet::HandshakeInit(initiation) => {
-                let half = parse_handshake_anon(&self.private, &self.public, &initiation);
+                let half = parse_handshake_anon(&keys.private, &keys.public, &initiation);
                 let Ok(half) = half else { return Err(invalid) };
                 let known = self.peers.get(&half.peer_static_public);
                 known.map_or(Err(invalid), |&(peer, shard)| {
@@ -230,7 +271,7 @@ mod tests {
     }
 
     fn gate() -> Gate {
-        let mut gate = Gate::new(&key(1));
+        let mut gate = Gate::new(Some(&key(1)));
         let peer = PeerConfig {
             id: PeerId(4),
             public_key: public(2),
@@ -238,7 +279,8 @@ mod tests {
             allowed_ips: vec![],
             persistent_keepalive: None,
         };
-        gate.set_peers(&Arc::new(PeerTable::new(vec![peer], 1)));
+        let table = PeerTable::new(vec![peer], 1, &PeerTable::default());
+        gate.set_peers(&Arc::new(table));
         gate
     }
 

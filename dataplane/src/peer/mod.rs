@@ -11,12 +11,15 @@ mod path;
 mod waiting;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 pub(crate) use path::{Kind, Path, Source, Way};
 use waiting::Waiting;
 
-use crate::channel::{PEERS_MAX, PeerConfig, PeerId};
+use crate::channel::hub::PeerEntry;
+use crate::channel::{Arrived, Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared};
 use crate::session::{Engine, Session};
+use crate::sys::socket::Local;
 
 /// Slots of the index table: the upper 16 bits of a receiver index.
 const SLOTS: usize = 1 << 16;
@@ -28,6 +31,7 @@ const _: () = assert!(PEERS_MAX < FREE as usize);
 pub(crate) struct Peer {
     pub(crate) id: PeerId,
     pub(crate) config: Arc<PeerConfig>,
+    pub(crate) shared: Arc<PeerShared>,
     /// Made when first needed: it costs a Diffie-Hellman computation.
     session: Option<Session>,
     slot: u16,
@@ -40,6 +44,8 @@ pub(crate) struct Peer {
 /// The table.
 pub(crate) struct Peers {
     shard: u8,
+    /// Endpoints follow the peers: device mode.
+    roam: bool,
     by_id: Vec<Option<Box<Peer>>>,
     by_slot: Box<[u16]>,
     ticking: Vec<PeerId>,
@@ -48,9 +54,10 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    pub(crate) fn new(shard: u8) -> Peers {
+    pub(crate) fn new(shard: u8, roam: bool) -> Peers {
         Peers {
             shard,
+            roam,
             by_id: Vec::new(),
             by_slot: vec![FREE; SLOTS].into(),
             ticking: Vec::new(),
@@ -70,16 +77,17 @@ impl Peers {
     }
 
     /// Takes over a new table of the peers this shard owns. Peers whose keys are the same keep
-    /// their sessions and paths. Returns those that are new or had another holder, and how many
-    /// packets waited for peers that are gone.
+    /// their sessions and paths. Returns those that shall have a session although nobody has
+    /// anything to send (a persistent keep-alive is new), and how many packets waited for peers
+    /// that are gone.
     pub(crate) fn replace(
         &mut self,
-        configs: impl Iterator<Item = Arc<PeerConfig>>,
+        entries: impl Iterator<Item = PeerEntry>,
     ) -> (Vec<PeerId>, u64) {
         let mut old = std::mem::take(&mut self.by_id);
-        let mut fresh = Vec::new();
+        let mut wanted = Vec::new();
         let mut dropped = 0;
-        for config in configs {
+        for PeerEntry { config, shared, .. } in entries {
             let at = config.id.0 as usize;
             if at >= PEERS_MAX {
                 continue;
@@ -88,24 +96,30 @@ impl Peers {
                 self.by_id.resize_with(at + 1, || None);
             }
             let kept = old.get_mut(at).and_then(Option::take).and_then(|mut peer| {
-                if same_session(&peer.config, &config) {
+                if peer.config.public_key == config.public_key {
                     return Some(peer);
                 }
                 self.by_slot[usize::from(peer.slot)] = FREE;
                 dropped += peer.waiting.clear();
                 None
             });
-            self.by_id[at] = Some(match kept {
+            let kept_alive = kept
+                .as_ref()
+                .is_some_and(|peer| keepalive(&peer.config).is_some());
+            let peer = match kept {
                 Some(mut peer) => {
-                    peer.config = config;
+                    peer.reconfigure(config);
                     peer
                 }
                 None => {
-                    fresh.push(config.id);
                     let slot = self.claim_slot(config.id);
-                    Box::new(Peer::new(config, slot))
+                    Box::new(Peer::new(config, shared, slot, self.roam))
                 }
-            });
+            };
+            if keepalive(&peer.config).is_some() && (!kept_alive || peer.session.is_none()) {
+                wanted.push(peer.id);
+            }
+            self.by_id[at] = Some(peer);
         }
         for mut gone in old.into_iter().flatten() {
             self.by_slot[usize::from(gone.slot)] = FREE;
@@ -118,7 +132,20 @@ impl Peers {
                 .is_some_and(|peer| peer.as_ref().is_some_and(|peer| peer.ticking))
         });
         self.tick_at = None;
-        (fresh, dropped)
+        (wanted, dropped)
+    }
+
+    /// Ends every session: our key has changed. Returns those that shall have a new one at once,
+    /// because packets wait or a persistent keep-alive is set.
+    pub(crate) fn end_sessions(&mut self) -> Vec<PeerId> {
+        let mut wanted = Vec::new();
+        for peer in self.by_id.iter_mut().flatten() {
+            peer.session = None;
+            if !peer.waiting.is_empty() || keepalive(&peer.config).is_some() {
+                wanted.push(peer.id);
+            }
+        }
+        wanted
     }
 
     fn claim_slot(&mut self, id: PeerId) -> u16 {
@@ -194,23 +221,72 @@ impl Peers {
     }
 }
 
-/// True if a session of one goes on under the other.
-fn same_session(a: &PeerConfig, b: &PeerConfig) -> bool {
-    a.public_key == b.public_key
-        && a.preshared_key == b.preshared_key
-        && a.persistent_keepalive == b.persistent_keepalive
+/// The interval in seconds, if there is one; 0 means none.
+fn keepalive(config: &PeerConfig) -> Option<u16> {
+    config.persistent_keepalive.filter(|&seconds| seconds > 0)
 }
 
 impl Peer {
-    fn new(config: Arc<PeerConfig>, slot: u16) -> Peer {
+    fn new(config: Arc<PeerConfig>, shared: Arc<PeerShared>, slot: u16, roam: bool) -> Peer {
         Peer {
             id: config.id,
             config,
+            shared,
             session: None,
             slot,
-            path: Path::default(),
+            path: if roam {
+                Path::following()
+            } else {
+                Path::default()
+            },
             waiting: Waiting::default(),
             ticking: false,
+        }
+    }
+
+    /// Takes over a configuration with the same public key. What the session cannot change while it
+    /// lives ends it.
+    fn reconfigure(&mut self, config: Arc<PeerConfig>) {
+        let goes_on = self
+            .session
+            .as_mut()
+            .is_none_or(|session| session.reconfigure(&self.config, &config));
+        if !goes_on {
+            self.session = None;
+        }
+        self.config = config;
+    }
+
+    /// Takes a path decision over, in device mode an endpoint. True if the peer can be reached in a
+    /// way it could not before.
+    pub(crate) fn decide(&mut self, now: Instant, decision: PathDecision) -> bool {
+        let reachable = self.path.decide(now, decision);
+        self.tell_whereabouts();
+        reachable
+    }
+
+    /// Notes an authentic arrival and says how it came.
+    pub(crate) fn arrived(
+        &mut self,
+        now: Instant,
+        source: Source,
+        local: Option<Local>,
+        events: &mut Vec<Event>,
+    ) -> Arrived {
+        let way = self.path.arrived(now, self.id, source, local, events);
+        self.tell_whereabouts();
+        way
+    }
+
+    /// The kernel refuses the local address, or routes have changed: routing chooses again.
+    pub(crate) fn unstick(&mut self) {
+        self.path.unstick();
+        self.tell_whereabouts();
+    }
+
+    fn tell_whereabouts(&mut self) {
+        if let Some(whereabouts) = self.path.take_move() {
+            self.shared.set_whereabouts(whereabouts);
         }
     }
 

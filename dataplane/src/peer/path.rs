@@ -15,6 +15,10 @@
 //! ways. Both states end with an authentic datagram from the decided address, or with a decision
 //! whose trust has been renewed: a Pong came over that address.
 //!
+//! *In device mode* there is no control side that knows better: the endpoint follows the peer. It is
+//! the source of the newest authentic datagram, whatever was configured, and answers leave from the
+//! local address which that datagram was sent to.
+//!
 //! A renewal gives a stream that gets no answers by its nature (one-way UDP) a third of the limit
 //! more than the limit, so that heartbeats one limit apart keep it on one path.
 
@@ -23,7 +27,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::channel::{Arrived, Event, PathDecision, PeerId, RegionId};
+use crate::channel::{Arrived, Event, PathDecision, PeerId, RegionId, Whereabouts};
+use crate::sys::socket::Local;
 
 /// At most one [`Event::Kick`] per peer in this time.
 const KICK_INTERVAL: Duration = Duration::from_millis(100);
@@ -48,6 +53,8 @@ pub(crate) enum Source {
 pub(crate) struct Way {
     pub(crate) udp: Option<SocketAddr>,
     pub(crate) relay: Option<RegionId>,
+    /// Where to send from, if it matters.
+    pub(crate) local: Option<Local>,
     /// Send datagrams one by one.
     pub(crate) singly: bool,
 }
@@ -76,6 +83,9 @@ pub(crate) struct Path {
     new_source: Option<(SocketAddr, Instant)>,
     send_error: Option<(SocketAddr, Instant)>,
     gso_rests_until: Option<Instant>,
+    /// Device mode: the endpoint, which follows the peer, and whether it has moved.
+    follow: Option<Whereabouts>,
+    moved: bool,
 }
 
 fn within(now: Instant, at: Option<Instant>, limit: Duration) -> bool {
@@ -83,9 +93,52 @@ fn within(now: Instant, at: Option<Instant>, limit: Duration) -> bool {
 }
 
 impl Path {
+    /// The path of device mode.
+    pub(crate) fn following() -> Path {
+        Path {
+            follow: Some(Whereabouts::default()),
+            ..Path::default()
+        }
+    }
+
+    /// Where the peer is, if it has moved since the last call (device mode).
+    pub(crate) fn take_move(&mut self) -> Option<Whereabouts> {
+        if std::mem::take(&mut self.moved) {
+            self.follow
+        } else {
+            None
+        }
+    }
+
+    fn move_to(&mut self, to: Whereabouts) {
+        if let Some(at) = &mut self.follow
+            && *at != to
+        {
+            if at.endpoint != to.endpoint {
+                self.gso_rests_until = None;
+            }
+            *at = to;
+            self.moved = true;
+        }
+    }
+
+    /// Lets routing choose the local address, until the peer is heard again.
+    pub(crate) fn unstick(&mut self) {
+        if let Some(at) = self.follow {
+            self.move_to(Whereabouts { local: None, ..at });
+        }
+    }
+
     /// Takes a decision over. True if the peer can now be reached in a way it could not before:
     /// what waits for a handshake deserves a new try.
     pub(crate) fn decide(&mut self, now: Instant, decision: PathDecision) -> bool {
+        if let Some(at) = self.follow {
+            self.move_to(Whereabouts {
+                endpoint: decision.udp,
+                local: None,
+            });
+            return decision.udp.is_some() && decision.udp != at.endpoint;
+        }
         let old = self.decision.take();
         let (old_udp, old_derp, old_trust) = old.as_ref().map_or((None, None, None), |old| {
             (old.udp, old.derp, old.trust_until)
@@ -113,6 +166,14 @@ impl Path {
     /// The way to send now.
     pub(crate) fn way(&self, now: Instant) -> Way {
         let singly = self.gso_rests_until.is_some_and(|until| now < until);
+        if let Some(at) = self.follow {
+            return Way {
+                udp: at.endpoint,
+                relay: None,
+                local: at.local,
+                singly,
+            };
+        }
         let (udp, derp) = self
             .decision
             .as_ref()
@@ -120,6 +181,7 @@ impl Path {
         let way = Way {
             udp,
             relay: derp,
+            local: None,
             singly,
         };
         if self.trusted(now) && !self.silent && !self.outrun {
@@ -154,6 +216,12 @@ impl Path {
         kind: Kind,
         events: &mut Vec<Event>,
     ) -> bool {
+        if self.follow.is_some() {
+            if kind == Kind::Data {
+                self.quiet_since.get_or_insert(now);
+            }
+            return false;
+        }
         let was_silent = self.silent;
         let trusted = self.trusted(now);
         let kick = match kind {
@@ -195,10 +263,18 @@ impl Path {
         now: Instant,
         peer: PeerId,
         source: Source,
+        local: Option<Local>,
         events: &mut Vec<Event>,
     ) -> Arrived {
-        self.heard = Some(source);
         self.quiet_since = None;
+        if let (true, Source::Udp(from)) = (self.follow.is_some(), source) {
+            self.move_to(Whereabouts {
+                endpoint: Some(from),
+                local,
+            });
+            return Arrived::Direct;
+        }
+        self.heard = Some(source);
         let decided = self.decision.as_ref().and_then(|d| d.udp);
         match source {
             Source::Udp(from) if decided == Some(from) => {
@@ -318,9 +394,45 @@ mod tests {
 
         fn arrive(&mut self, ms: u64, source: Source) -> (Arrived, Vec<Event>) {
             let mut events = Vec::new();
-            let arrived = self.path.arrived(self.at(ms), PEER, source, &mut events);
+            let arrived = self
+                .path
+                .arrived(self.at(ms), PEER, source, None, &mut events);
             (arrived, events)
         }
+    }
+
+    #[test]
+    fn in_device_mode_the_endpoint_follows_the_peer() {
+        let mut rig = Rig::new();
+        rig.path = Path::following();
+        let local = |last: u8| Local {
+            addr: [192, 0, 2, last].into(),
+            interface: 3,
+        };
+        let at = |endpoint, local| Some(Whereabouts { endpoint, local });
+        assert_eq!(rig.send(0), (None, None, vec![]));
+        assert!(rig.decide(0, Some(1), None, None), "reachable now");
+        assert_eq!(rig.path.take_move(), at(Some(addr(1)), None));
+        assert!(!rig.decide(0, Some(1), None, None), "nothing new");
+        assert_eq!(rig.path.take_move(), None);
+        assert_eq!(rig.send(9_000), (Some(addr(1)), None, vec![]));
+
+        let mut events = Vec::new();
+        let mut arrive = |path: &mut Path, from, here| {
+            let source = Source::Udp(addr(from));
+            path.arrived(rig.start, PEER, source, Some(local(here)), &mut events)
+        };
+        assert_eq!(arrive(&mut rig.path, 2, 7), Arrived::Direct);
+        assert_eq!(rig.path.way(rig.start).udp, Some(addr(2)));
+        assert_eq!(rig.path.way(rig.start).local, Some(local(7)));
+        assert_eq!(rig.path.take_move(), at(Some(addr(2)), Some(local(7))));
+        arrive(&mut rig.path, 2, 7);
+        assert_eq!(rig.path.take_move(), None, "told only when it moves");
+        arrive(&mut rig.path, 2, 8);
+        assert_eq!(rig.path.take_move(), at(Some(addr(2)), Some(local(8))));
+        rig.path.unstick();
+        assert_eq!(rig.path.take_move(), at(Some(addr(2)), None));
+        assert!(events.is_empty(), "the control side has nothing to decide");
     }
 
     #[test]

@@ -4,14 +4,18 @@ use zeroize::Zeroizing;
 
 use super::*;
 
-fn config(id: u32, key: u8) -> Arc<PeerConfig> {
-    Arc::new(PeerConfig {
-        id: PeerId(id),
-        public_key: [key; 32],
-        preshared_key: None,
-        allowed_ips: vec![],
-        persistent_keepalive: None,
-    })
+fn config(id: u32, key: u8) -> PeerEntry {
+    PeerEntry {
+        config: Arc::new(PeerConfig {
+            id: PeerId(id),
+            public_key: [key; 32],
+            preshared_key: None,
+            allowed_ips: vec![],
+            persistent_keepalive: None,
+        }),
+        shared: Arc::default(),
+        owner: 0,
+    }
 }
 
 fn engine() -> Engine {
@@ -20,7 +24,7 @@ fn engine() -> Engine {
 
 #[test]
 fn an_index_finds_its_peer_whatever_the_session_counts_below() {
-    let mut peers = Peers::new(3);
+    let mut peers = Peers::new(3, false);
     peers.replace((0..50).map(|i| config(i, u8::try_from(i).unwrap())));
     for i in 0..50 {
         let slot = peers.get(PeerId(i)).unwrap().slot;
@@ -35,28 +39,28 @@ fn an_index_finds_its_peer_whatever_the_session_counts_below() {
 
 #[test]
 fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
-    let (mut peers, engine) = (Peers::new(0), engine());
+    let (mut peers, engine) = (Peers::new(0, false), engine());
     peers.replace([config(1, 1), config(2, 2)].into_iter());
     for id in [PeerId(1), PeerId(2)] {
         assert!(peers.wake(id, &engine).is_some());
     }
     let now = crate::shard::Context::new(epoch()).now;
     peers.get(PeerId(2)).unwrap().waiting.push(now, &[0; 30]);
-    let (fresh, dropped) = peers.replace([config(1, 1), config(2, 9)].into_iter());
-    assert_eq!((fresh, dropped), (vec![PeerId(2)], 1));
+    let (wanted, dropped) = peers.replace([config(1, 1), config(2, 9)].into_iter());
+    assert_eq!((wanted, dropped), (vec![], 1));
     assert!(peers.get(PeerId(1)).unwrap().session().is_some());
     assert!(peers.get(PeerId(2)).unwrap().session().is_none());
     assert_eq!(peers.ticking, [PeerId(1)]);
 }
 
 #[expect(clippy::disallowed_methods, reason = "any instant will do")]
-fn epoch() -> std::time::Instant {
-    std::time::Instant::now()
+fn epoch() -> Instant {
+    Instant::now()
 }
 
 #[test]
 fn rounds_visit_everyone_in_pieces_and_forget_those_that_are_done() {
-    let (mut peers, engine) = (Peers::new(0), engine());
+    let (mut peers, engine) = (Peers::new(0, false), engine());
     peers.replace((0..10).map(|i| config(i, u8::try_from(i).unwrap())));
     for i in 0..10 {
         peers.wake(PeerId(i), &engine);
@@ -80,7 +84,32 @@ fn rounds_visit_everyone_in_pieces_and_forget_those_that_are_done() {
 
 #[test]
 fn an_id_out_of_range_is_not_used() {
-    let mut peers = Peers::new(0);
-    let (fresh, _) = peers.replace([config(u32::try_from(PEERS_MAX).unwrap(), 1)].into_iter());
-    assert!(fresh.is_empty());
+    let mut peers = Peers::new(0, false);
+    let beyond = u32::try_from(PEERS_MAX).unwrap();
+    peers.replace([config(beyond, 1)].into_iter());
+    assert!(peers.get(PeerId(beyond)).is_none());
+}
+
+#[test]
+fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
+    let kept_alive = |id, key, seconds| {
+        let mut entry = config(id, key);
+        let mut config = PeerConfig::clone(&entry.config);
+        config.persistent_keepalive = seconds;
+        entry.config = Arc::new(config);
+        entry
+    };
+    let (mut peers, engine) = (Peers::new(0, true), engine());
+    let replace = |peers: &mut Peers, seconds| {
+        let entries = [kept_alive(1, 1, seconds), config(2, 2)];
+        peers.replace(entries.into_iter()).0
+    };
+    assert_eq!(replace(&mut peers, None), []);
+    assert_eq!(replace(&mut peers, Some(0)), [], "0 is off");
+    assert_eq!(replace(&mut peers, Some(25)), [PeerId(1)]);
+    for id in [PeerId(1), PeerId(2)] {
+        assert!(peers.wake(id, &engine).is_some());
+    }
+    assert_eq!(peers.end_sessions(), [PeerId(1)]);
+    assert!(peers.get(PeerId(2)).unwrap().session().is_none());
 }

@@ -5,6 +5,7 @@
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Found, Sources, TUN_BUFFERS, TunRx, UDP_BUFFERS, UdpRx, means_gone};
@@ -12,6 +13,7 @@ use crate::packet::{BUF_LEN, Pool};
 use crate::stats::{Counters, DropReason};
 use crate::sys::poll::Poll;
 use crate::sys::{read, socket};
+use crate::udp::Sockets;
 
 const TOKEN_TUN: u64 = 0;
 const TOKEN_UDP4: u64 = 1;
@@ -38,10 +40,7 @@ impl<'a> Epoll<'a> {
     pub(super) fn new(sources: Sources<'a>) -> io::Result<Epoll<'a>> {
         let poll = Poll::new()?;
         poll.add(sources.tun, TOKEN_TUN)?;
-        poll.add(sources.udp4.as_fd(), TOKEN_UDP4)?;
-        if let Some(udp6) = sources.udp6 {
-            poll.add(udp6.as_fd(), TOKEN_UDP6)?;
-        }
+        watch(&poll, &sources.udp)?;
         poll.add(sources.wake, TOKEN_WAKE)?;
         Ok(Epoll {
             sources,
@@ -50,6 +49,17 @@ impl<'a> Epoll<'a> {
             udp_pool: Pool::new(UDP_BUFFERS),
             ready: Ready::default(),
         })
+    }
+
+    /// The old sockets leave the instance when their last descriptor is closed, which is not ours
+    /// to know: they are taken out by hand.
+    pub(super) fn rebind(&mut self, udp: Arc<Sockets>) -> io::Result<()> {
+        for socket in self.sources.udp.both() {
+            self.poll.remove(socket.as_fd())?;
+        }
+        watch(&self.poll, &udp)?;
+        self.sources.udp = udp;
+        Ok(())
     }
 
     pub(super) fn turn(
@@ -68,9 +78,10 @@ impl<'a> Epoll<'a> {
             _ => found.woken = true,
         })?;
         if self.ready.udp4 {
-            self.ready.udp4 = drain_udp(self.sources.udp4, &mut self.udp_pool, udp, counters);
+            let udp4 = &self.sources.udp.v4;
+            self.ready.udp4 = drain_udp(udp4, &mut self.udp_pool, udp, counters);
         }
-        if let Some(udp6) = self.sources.udp6
+        if let Some(udp6) = &self.sources.udp.v6
             && self.ready.udp6
         {
             self.ready.udp6 = drain_udp(udp6, &mut self.udp_pool, udp, counters);
@@ -101,6 +112,14 @@ impl<'a> Epoll<'a> {
     }
 }
 
+fn watch(poll: &Poll, udp: &Sockets) -> io::Result<()> {
+    poll.add(udp.v4.as_fd(), TOKEN_UDP4)?;
+    match &udp.v6 {
+        Some(udp6) => poll.add(udp6.as_fd(), TOKEN_UDP6),
+        None => Ok(()),
+    }
+}
+
 /// Receives until nothing is left (false) or no buffer is free (true).
 fn drain_udp(
     socket: &UdpSocket,
@@ -122,6 +141,7 @@ fn drain_udp(
                     from: received.from,
                     stride: received.ancillary.stride,
                     tos: received.ancillary.tos,
+                    local: received.ancillary.local,
                 });
             }
             // An error is one the socket has kept for us, such as a bad ICMP; it is gone now.

@@ -14,13 +14,16 @@ mod epoll;
 mod uring;
 
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::DriverKind;
 use crate::packet::PacketBuf;
 use crate::stats::Counters;
+use crate::sys::socket::Local;
+use crate::udp::Sockets;
 
 pub(crate) use uring::probe;
 
@@ -45,14 +48,15 @@ pub(crate) struct UdpRx {
     pub(crate) stride: u16,
     /// Outer TOS or traffic class byte, the same for all.
     pub(crate) tos: u8,
+    /// Where it arrived, in device mode.
+    pub(crate) local: Option<Local>,
 }
 
-/// What a driver receives from. All outlive the driver, and belong to the shard.
-#[derive(Clone, Copy)]
+/// What a driver receives from. The first and the last belong to the shard and outlive the driver.
+#[derive(Clone)]
 pub(crate) struct Sources<'a> {
     pub(crate) tun: BorrowedFd<'a>,
-    pub(crate) udp4: &'a UdpSocket,
-    pub(crate) udp6: Option<&'a UdpSocket>,
+    pub(crate) udp: Arc<Sockets>,
     /// The shard's bell.
     pub(crate) wake: BorrowedFd<'a>,
 }
@@ -81,6 +85,20 @@ impl<'a> Driver<'a> {
             DriverKind::IoUring => Driver::IoUring(Box::new(uring::Uring::new(sources)?)),
             DriverKind::Epoll => Driver::Epoll(Box::new(epoll::Epoll::new(sources)?)),
         })
+    }
+
+    /// Receives from other UDP sockets from now on, and gives up the old ones.
+    ///
+    /// # Errors
+    /// The kernel cannot watch them. The old ones are given up all the same.
+    pub(crate) fn rebind(&mut self, udp: Arc<Sockets>) -> io::Result<()> {
+        match self {
+            Driver::IoUring(driver) => {
+                driver.rebind(udp);
+                Ok(())
+            }
+            Driver::Epoll(driver) => driver.rebind(udp),
+        }
     }
 
     /// Waits up to `wait` (`None`: until something comes; zero: not at all) and appends what has

@@ -11,6 +11,7 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use super::{Found, Sources, TUN_BUFFERS, TunRx, UDP_BUFFERS, UdpRx, means_gone};
 use crate::packet::{BUF_LEN, Pool};
 use crate::stats::{Counters, DropReason, Meter};
 use crate::sys::socket::{CONTROL_LEN, NAME_LEN, parse_control, parse_name};
+use crate::udp::Sockets;
 
 /// Submissions in flight are one per request below.
 const ENTRIES: u32 = 16;
@@ -37,7 +39,7 @@ const REST_WAIT: Duration = Duration::from_millis(10);
 /// bell, and packets are waiting.
 const STARVED_WAIT: Duration = Duration::from_micros(100);
 
-/// The armed requests, by `user_data`.
+/// The armed requests, by the low byte of `user_data`; the rest counts the generations of sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Request {
     Tun,
@@ -47,12 +49,23 @@ enum Request {
 }
 
 const REQUESTS: [Request; 4] = [Request::Tun, Request::Udp4, Request::Udp6, Request::Wake];
+const GENERATION_SHIFT: u32 = 8;
+/// A cancellation of a request that the kernel holds finishes at once; this is for one that hangs.
+const CANCEL_SECONDS: u64 = 1;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
     fd: Option<RawFd>,
     armed: bool,
     rest: u32,
+    /// Completions of an older generation are of a socket that was given up.
+    generation: u64,
+}
+
+impl State {
+    fn user_data(&self, request: Request) -> u64 {
+        request as u64 | self.generation << GENERATION_SHIFT
+    }
 }
 
 pub(crate) struct Uring<'a> {
@@ -64,7 +77,7 @@ pub(crate) struct Uring<'a> {
     /// holds its address as long as a request is armed.
     header: Box<libc::msghdr>,
     /// Keeps the descriptors open.
-    _sources: Sources<'a>,
+    sources: Sources<'a>,
 }
 
 /// Says whether this kernel, and whoever guards it, lets us use what the driver needs.
@@ -126,8 +139,8 @@ impl<'a> Uring<'a> {
         header.msg_controllen = CONTROL_LEN as _;
         let mut states = [State::default(); 4];
         states[Request::Tun as usize].fd = Some(sources.tun.as_raw_fd());
-        states[Request::Udp4 as usize].fd = Some(sources.udp4.as_raw_fd());
-        states[Request::Udp6 as usize].fd = sources.udp6.map(AsRawFd::as_raw_fd);
+        states[Request::Udp4 as usize].fd = Some(sources.udp.v4.as_raw_fd());
+        states[Request::Udp6 as usize].fd = sources.udp.v6.as_ref().map(AsRawFd::as_raw_fd);
         states[Request::Wake as usize].fd = Some(sources.wake.as_raw_fd());
         Ok(Uring {
             ring,
@@ -135,8 +148,39 @@ impl<'a> Uring<'a> {
             udp,
             states,
             header,
-            _sources: sources,
+            sources,
         })
+    }
+
+    /// Receives from other sockets. A request holds its socket, and with it the port, for as long
+    /// as it is armed: those of the old ones are cancelled. What they have received already is
+    /// handed out by the next turn.
+    pub(super) fn rebind(&mut self, udp: Arc<Sockets>) {
+        let fds = [
+            (Request::Udp4, Some(udp.v4.as_raw_fd())),
+            (Request::Udp6, udp.v6.as_ref().map(AsRawFd::as_raw_fd)),
+        ];
+        for (request, fd) in fds {
+            let state = &mut self.states[request as usize];
+            if state.armed {
+                let wanted = CancelBuilder::user_data(state.user_data(request));
+                let timeout = Timespec::new().sec(CANCEL_SECONDS);
+                let result = self
+                    .ring
+                    .submitter()
+                    .register_sync_cancel(Some(timeout), wanted);
+                // One that has just ended by itself is not found.
+                if let Err(error) = result {
+                    tracing::debug!(%error, "an old receive cannot be cancelled");
+                }
+            }
+            *state = State {
+                fd,
+                generation: state.generation + 1,
+                ..State::default()
+            };
+        }
+        self.sources.udp = udp;
     }
 
     pub(super) fn turn(
@@ -191,7 +235,8 @@ impl<'a> Uring<'a> {
                     .multi(true)
                     .build(),
             };
-            state.armed = push(&mut self.ring, &entry.user_data(request as u64));
+            let entry = entry.user_data(state.user_data(request));
+            state.armed = push(&mut self.ring, &entry);
         }
         limit
     }
@@ -223,13 +268,17 @@ impl<'a> Uring<'a> {
     ) -> Found {
         let mut found = Found::default();
         for completion in self.ring.completion() {
-            let Some(request) = usize::try_from(completion.user_data())
-                .ok()
-                .and_then(|i| REQUESTS.get(i).copied())
-            else {
+            let [kind, ..] = completion.user_data().to_le_bytes();
+            let Some(request) = REQUESTS.get(usize::from(kind)).copied() else {
                 continue;
             };
             let state = &mut self.states[request as usize];
+            let mut given_up = State::default();
+            let state = if completion.user_data() == state.user_data(request) {
+                state
+            } else {
+                &mut given_up
+            };
             if !cqueue::more(completion.flags()) {
                 state.armed = false;
             }
@@ -309,6 +358,7 @@ fn datagrams(udp: &mut Buffers, index: u16, len: usize, header: &libc::msghdr) -
         from,
         stride: ancillary.stride,
         tos: ancillary.tos,
+        local: ancillary.local,
     })
 }
 

@@ -12,6 +12,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::channel::PeerConfig;
+use crate::channel::hub::PeerEntry;
 use crate::packet::build::{Builder, Tcp};
 use crate::peer::Peers;
 use crate::session::{Arena, Session};
@@ -52,7 +53,7 @@ impl Rig {
         let engine = Engine::new(&Zeroizing::new([1; 32]), MTU);
         let far_engine = Engine::new(&Zeroizing::new([2; 32]), MTU);
         let mut far = far_engine.session(&public(1), None, None, 0x0012_3400);
-        let mut peers = Peers::new(0);
+        let mut peers = Peers::new(0, false);
         let config = PeerConfig {
             id: PEER,
             public_key: public(2),
@@ -60,10 +61,12 @@ impl Rig {
             allowed_ips: vec![],
             persistent_keepalive: None,
         };
-        assert_eq!(
-            peers.replace([Arc::new(config)].into_iter()),
-            (vec![PEER], 0)
-        );
+        let entry = PeerEntry {
+            config: Arc::new(config),
+            shared: Arc::default(),
+            owner: 0,
+        };
+        assert_eq!(peers.replace([entry].into_iter()), (vec![], 0));
         let session = peers.wake(PEER, &engine).unwrap().session().unwrap();
         let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);
         let len = session.initiate(now, false, &mut there).unwrap();

@@ -38,6 +38,7 @@ use zeroize::Zeroizing;
 
 pub(crate) use arena::Arena;
 
+use crate::channel::PeerConfig;
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
 
@@ -89,6 +90,11 @@ impl Engine {
             mtu,
             scratch: vec![0; PACKET_LEN_MAX + PADDING].into(),
         }
+    }
+
+    /// Pads up to another MTU from now on.
+    pub(crate) fn set_mtu(&mut self, mtu: usize) {
+        self.mtu = mtu;
     }
 
     /// Length of the data message for an inner packet of `len` bytes.
@@ -179,6 +185,13 @@ pub(crate) struct OpenReport {
 }
 
 impl Session {
+    /// Takes over another preshared key or keep-alive. False if it cannot: `Tunn` holds both for its
+    /// life, so the session has to be made anew.
+    pub(crate) fn reconfigure(&mut self, old: &PeerConfig, new: &PeerConfig) -> bool {
+        old.preshared_key == new.preshared_key
+            && old.persistent_keepalive == new.persistent_keepalive
+    }
+
     /// True if it has keys to seal with.
     pub(crate) fn ready(&self) -> bool {
         self.ready

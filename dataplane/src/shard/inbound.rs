@@ -13,6 +13,10 @@ use crate::peer::{Kind, Source};
 use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
 use crate::stats::{DropReason, Meter, Room};
+use crate::sys::socket::Local;
+
+/// Type of a cookie reply (WireGuard paper §5.4.7).
+const COOKIE_REPLY: u8 = 3;
 
 impl Shard<'_> {
     /// Takes one receive batch. One that has crossed shards already is not passed on again, and
@@ -38,7 +42,8 @@ impl Shard<'_> {
             Run::Data(index, datagrams) => {
                 self.ctx.lap(Room::Classify);
                 let step = if stride == 0 { datagrams.len() } else { stride };
-                self.open_run(index, datagrams.chunks(step), source, batch.tos);
+                let local = batch.local;
+                self.open_run(index, datagrams.chunks(step), source, local, batch.tos);
             }
             Run::Handshake(_) | Run::Control(_) | Run::Foreign(_) | Run::Invalid(_) if crossed => {}
             Run::Foreign(shard) => match &mut foreign {
@@ -48,7 +53,7 @@ impl Shard<'_> {
                 Some(_) => self.ctx.counters.drop_one(DropReason::HandOverFull),
             },
             Run::Handshake(message) => {
-                let pushed = HandshakeMessage::new(None, batch.from, message)
+                let pushed = HandshakeMessage::new(None, batch.from, batch.local, message)
                     .is_some_and(|message| self.hub.handshake_strays.push(message).is_ok());
                 if pushed {
                     self.hub.handshake_wake.signal();
@@ -107,13 +112,13 @@ impl Shard<'_> {
             rest = after;
             runs(datagrams, stride, self.id, |run| match run {
                 Run::Data(index, datagrams) => {
-                    self.open_run(index, datagrams.chunks(stride), source, 0);
+                    self.open_run(index, datagrams.chunks(stride), source, None, 0);
                 }
                 Run::Handshake(message) => {
                     // An initiation does not name a session; whom the relay names, must have made
                     // it.
                     let peer = (message[0] == 1).then_some(peer);
-                    self.handshake(peer, source, message);
+                    self.handshake(peer, source, None, message);
                 }
                 Run::Control(_) => self.ctx.counters.drop_one(DropReason::UnknownMessage),
                 // The control thread gave it to the owner of the peer; its sessions are here.
@@ -129,6 +134,7 @@ impl Shard<'_> {
         index: u32,
         datagrams: impl Iterator<Item = &'d [u8]>,
         source: Source,
+        local: Option<Local>,
         tos: u8,
     ) {
         let ctx = &mut self.ctx;
@@ -149,8 +155,10 @@ impl Shard<'_> {
             counters.drop_one(reason);
         });
         if report.datagrams > 0 {
-            let way = peer.path.arrived(ctx.now, id, source, &mut ctx.events);
-            self.hub.activity[id.0 as usize].received(self.hub.epoch, ctx.now, report.bytes, way);
+            let way = peer.arrived(ctx.now, source, local, &mut ctx.events);
+            peer.shared
+                .activity
+                .received(self.hub.epoch, ctx.now, report.bytes, way);
         }
         ctx.lap(Room::Open);
         self.filter_and_merge(id, tos);
@@ -219,18 +227,26 @@ impl Shard<'_> {
             let Some(message) = self.inbox.handshakes.pop() else {
                 break;
             };
-            self.handshake(message.peer, Source::Udp(message.from), message.bytes());
+            let source = Source::Udp(message.from);
+            self.handshake(message.peer, source, message.local, message.bytes());
         }
     }
 
     /// Handles one handshake message for a peer of ours, named or (other than an initiation) found
     /// by its receiver index.
-    fn handshake(&mut self, named: Option<PeerId>, source: Source, message: &[u8]) {
+    fn handshake(
+        &mut self,
+        named: Option<PeerId>,
+        source: Source,
+        local: Option<Local>,
+        message: &[u8],
+    ) {
         let found = named.or_else(|| {
             let index = receiver_index(message)?;
             self.peers.by_index(index).map(|peer| peer.id)
         });
-        let Some(peer) = found.and_then(|id| self.peers.wake(id, &self.engine)) else {
+        let engine = self.engine.as_ref();
+        let Some(peer) = found.and_then(|id| self.peers.wake(id, engine?)) else {
             self.ctx.counters.drop_one(DropReason::UnknownIndex);
             return;
         };
@@ -247,8 +263,13 @@ impl Shard<'_> {
             }
         };
         let ctx = &mut self.ctx;
-        let way = peer.path.arrived(ctx.now, id, source, &mut ctx.events);
-        self.hub.activity[id.0 as usize].received(self.hub.epoch, ctx.now, message.len(), way);
+        // A cookie reply is proof of nothing but that somebody saw our message.
+        if message.first() != Some(&COOKIE_REPLY) {
+            let way = peer.arrived(ctx.now, source, local, &mut ctx.events);
+            peer.shared
+                .activity
+                .received(self.hub.epoch, ctx.now, message.len(), way);
+        }
         if let Some(len) = outcome.message {
             let kind = if outcome.handshake {
                 Kind::Handshake
@@ -266,7 +287,10 @@ impl Shard<'_> {
     /// Tells of fresh keys and sends what waited for them.
     fn session_up(&mut self, id: PeerId) {
         self.ctx.events.push(Event::SessionUp(id));
-        self.hub.activity[id.0 as usize].handshaken(self.hub.epoch, self.ctx.now);
+        if let Some(peer) = self.peers.get(id) {
+            let activity = &peer.shared.activity;
+            activity.handshaken(self.hub.epoch, self.ctx.now);
+        }
         while let Some(mut packet) = self
             .peers
             .get(id)

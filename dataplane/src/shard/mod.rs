@@ -17,12 +17,10 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use zeroize::Zeroizing;
-
 pub(crate) use context::Context;
 use transmit::Transmit;
 
-use crate::channel::hub::{Handed, Inbox, PeerTable};
+use crate::channel::hub::{Handed, Inbox, PeerTable, Settings};
 use crate::channel::{Event, Hub, PeerId};
 use crate::coalesce::Coalescer;
 use crate::config::DriverKind;
@@ -55,12 +53,12 @@ pub(crate) struct Seat {
     pub(crate) id: u8,
     pub(crate) hub: Arc<Hub>,
     pub(crate) queue: Queue,
-    pub(crate) sockets: Sockets,
+    pub(crate) sockets: Arc<Sockets>,
     pub(crate) gso: bool,
     pub(crate) driver: DriverKind,
     pub(crate) cpu: Option<usize>,
-    pub(crate) private_key: Zeroizing<[u8; 32]>,
-    pub(crate) mtu: usize,
+    pub(crate) settings: Arc<Settings>,
+    pub(crate) roam: bool,
     pub(crate) published: Published,
 }
 
@@ -79,12 +77,11 @@ pub(crate) fn run(seat: Seat, ready: &mpsc::Sender<io::Result<()>>) {
     let inbox = &hub.inboxes[usize::from(seat.id)];
     let sources = Sources {
         tun: seat.queue.as_fd(),
-        udp4: &seat.sockets.v4,
-        udp6: seat.sockets.v6.as_ref(),
+        udp: Arc::clone(&seat.sockets),
         wake: inbox.wake.as_fd(),
     };
     let started = Driver::new(seat.driver, sources)
-        .and_then(|driver| Ok((driver, Shard::new(&seat, inbox, Instant::now())?)));
+        .map(|driver| (driver, Shard::new(&seat, inbox, Instant::now())));
     let (mut driver, mut shard) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -121,7 +118,18 @@ pub(crate) fn run(seat: Seat, ready: &mpsc::Sender<io::Result<()>>) {
         shard.ctx.now = Instant::now();
         shard.ctx.lap(Room::Ring);
         shard.turn(&mut tun, &mut udp);
+        if let Some(sockets) = inbox.sockets.pop() {
+            if let Err(error) = driver.rebind(Arc::clone(&sockets)) {
+                tracing::error!(shard = seat.id, %error, "the new sockets cannot be read");
+            }
+            shard.tx.rebind(sockets);
+        }
     }
+}
+
+fn engine(settings: &Settings) -> Option<Engine> {
+    let key = settings.private_key.as_ref()?;
+    Some(Engine::new(key, settings.mtu))
 }
 
 /// Everything one shard owns but its driver.
@@ -131,7 +139,9 @@ struct Shard<'a> {
     inbox: &'a Inbox,
     queue: &'a Queue,
     ctx: Context,
-    engine: Engine,
+    settings: Arc<Settings>,
+    /// None while there is no private key.
+    engine: Option<Engine>,
     peers: Peers,
     table: Arc<PeerTable>,
     filter: Filter,
@@ -147,35 +157,28 @@ struct Shard<'a> {
 }
 
 impl<'a> Shard<'a> {
-    fn new(seat: &'a Seat, inbox: &'a Inbox, now: Instant) -> io::Result<Shard<'a>> {
-        let sending = Sockets {
-            v4: seat.sockets.v4.try_clone()?,
-            v6: seat
-                .sockets
-                .v6
-                .as_ref()
-                .map(|v6| v6.try_clone())
-                .transpose()?,
-        };
-        Ok(Shard {
+    fn new(seat: &'a Seat, inbox: &'a Inbox, now: Instant) -> Shard<'a> {
+        let sender = Sender::new(Arc::clone(&seat.sockets), seat.gso);
+        Shard {
             id: seat.id,
             hub: &seat.hub,
             inbox,
             queue: &seat.queue,
             ctx: Context::new(now),
-            engine: Engine::new(&seat.private_key, seat.mtu),
-            peers: Peers::new(seat.id),
-            table: Arc::new(PeerTable::new(Vec::new(), seat.hub.inboxes.len())),
+            settings: Arc::clone(&seat.settings),
+            engine: engine(&seat.settings),
+            peers: Peers::new(seat.id, seat.roam),
+            table: Arc::default(),
             filter: Filter::new(now, Arc::new(CompiledRules::allow_all())),
             arena: Arena::new(),
             passed: Vec::with_capacity(128),
             coalescer: Coalescer::new(),
             run: seal::Run::new(),
-            tx: Transmit::new(Arc::clone(&seat.hub), Sender::new(sending, seat.gso)),
+            tx: Transmit::new(Arc::clone(&seat.hub), sender),
             published: seat.published.clone(),
             publish_at: now,
             tick_at: now,
-        })
+        }
     }
 
     /// How long the driver may wait for packets; called with the bell armed.
@@ -221,8 +224,11 @@ impl<'a> Shard<'a> {
         self.ctx.lap(Room::Shard);
     }
 
-    /// Takes new peers, rules, path decisions and requests.
+    /// Takes new settings, peers, rules, path decisions and requests.
     fn commands(&mut self) {
+        if let Some(settings) = self.inbox.settings.pop() {
+            self.apply(settings);
+        }
         if let Some(table) = self.inbox.peers.pop() {
             self.replace_peers(table);
         }
@@ -233,12 +239,16 @@ impl<'a> Shard<'a> {
             let Some((id, decision)) = self.inbox.paths.take() else {
                 break;
             };
+            // Made after a table that came while we were here: it is for a peer of that one.
+            if let Some(table) = self.inbox.peers.pop() {
+                self.replace_peers(table);
+            }
             let now = self.ctx.now;
             let Some(peer) = self.peers.get(id) else {
                 continue;
             };
             // What waits for an answer to an initiation that may have gone nowhere gets a new one.
-            let again = peer.path.decide(now, decision) && !peer.ready();
+            let again = peer.decide(now, decision) && !peer.ready();
             if again && (!peer.waiting.is_empty() || peer.session().is_some_and(|s| s.initiating()))
             {
                 self.initiate(id, true);
@@ -252,30 +262,44 @@ impl<'a> Shard<'a> {
     fn replace_peers(&mut self, table: Arc<PeerTable>) {
         self.flush_run();
         let id = self.id;
-        let mine = table
-            .peers
-            .iter()
-            .filter(|peer| table.owner(peer.id) == Some(id))
-            .cloned();
-        let (fresh, dropped) = self.peers.replace(mine);
+        let mine = table.peers().filter(|peer| peer.owner == id).cloned();
+        let (wanted, dropped) = self.peers.replace(mine);
         self.ctx.counters.drop_many(DropReason::NoSession, dropped);
         self.table = table;
-        for id in fresh {
-            self.hub.activity[id.0 as usize].reset();
-            let keepalive = self
-                .peers
-                .get(id)
-                .is_some_and(|peer| peer.config.persistent_keepalive.is_some());
-            // Ticks make its session, and keep it.
-            if keepalive {
-                let _woken = self.peers.wake(id, &self.engine);
+        self.want_sessions(&wanted);
+    }
+
+    /// Takes over our key and the MTU. Another key ends every session.
+    fn apply(&mut self, settings: Arc<Settings>) {
+        self.flush_run();
+        let same_key = settings.private_key == self.settings.private_key;
+        self.settings = settings;
+        match &mut self.engine {
+            Some(engine) if same_key => engine.set_mtu(self.settings.mtu),
+            _ if same_key => {}
+            _ => {
+                self.engine = engine(&self.settings);
+                let wanted = self.peers.end_sessions();
+                self.want_sessions(&wanted);
             }
+        }
+    }
+
+    /// Makes sessions that handshake by themselves: ticks begin it, and keep it going.
+    fn want_sessions(&mut self, peers: &[PeerId]) {
+        let Some(engine) = &self.engine else { return };
+        for id in peers {
+            let _woken = self.peers.wake(*id, engine);
+        }
+        for id in peers {
+            self.initiate(*id, false);
         }
     }
 
     /// Sends an initiation to a peer of ours, unless one is outstanding (`again`: even then).
     fn initiate(&mut self, id: PeerId, again: bool) {
-        let Some(peer) = self.peers.wake(id, &self.engine) else {
+        let engine = self.engine.as_ref();
+        let Some(peer) = engine.and_then(|engine| self.peers.wake(id, engine)) else {
             return;
         };
         let now = self.ctx.now;

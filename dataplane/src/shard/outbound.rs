@@ -74,21 +74,15 @@ impl Shard<'_> {
             self.wait_for_session(id, bytes);
             return;
         }
-        let ctx = &mut self.ctx;
+        let (ctx, Some(engine)) = (&mut self.ctx, &mut self.engine) else {
+            return;
+        };
         let Ok((_, packet)) = VnetHdr::split_mut(bytes) else {
             return;
         };
         // Under one owner per peer the flow is remembered where its replies arrive.
         let _reply = self.filter.remember(ctx.now, plan.headers(), packet);
-        seal::packet(
-            ctx,
-            &mut self.engine,
-            peer,
-            plan,
-            packet,
-            &mut self.run,
-            &mut self.tx,
-        );
+        seal::packet(ctx, engine, peer, plan, packet, &mut self.run, &mut self.tx);
         ctx.lap(Room::Seal);
     }
 

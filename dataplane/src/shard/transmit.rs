@@ -2,15 +2,15 @@
 
 #![forbid(unsafe_code)]
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::Context;
 use crate::channel::{Hub, PeerId, RegionId, RelayOut};
-use crate::peer::{Kind, Peer};
+use crate::peer::{Kind, Peer, Way};
 use crate::seal::{Batch, Outlet};
 use crate::stats::{DropReason, Meter, Room};
-use crate::udp::Sender;
+use crate::sys::socket::Leave;
+use crate::udp::{Sender, Sockets};
 
 /// Batches to one relay are joined up to this many bytes.
 const RELAY_JOIN_MAX: usize = 64 << 10;
@@ -29,6 +29,11 @@ impl Transmit {
             sender,
             relay: None,
         }
+    }
+
+    /// Sends from other sockets from now on.
+    pub(crate) fn rebind(&mut self, sockets: Arc<Sockets>) {
+        self.sender.rebind(sockets);
     }
 
     /// Hands what is open to the relay lane.
@@ -55,21 +60,25 @@ impl Transmit {
         self.send(ctx, peer, batch);
     }
 
-    fn by_udp(
-        &mut self,
-        ctx: &mut Context,
-        peer: &mut Peer,
-        to: SocketAddr,
-        singly: bool,
-        batch: &Batch<'_>,
-    ) {
+    /// Sends by UDP and returns the bytes that left.
+    fn by_udp(&mut self, ctx: &mut Context, peer: &mut Peer, way: Way, batch: &Batch<'_>) -> usize {
+        let Some(to) = way.udp else { return 0 };
+        let leave = Leave {
+            to,
+            local: way.local,
+            tos: batch.tos,
+        };
         let sent = self
             .sender
-            .send(to, batch.bytes, batch.stride, batch.tos, singly);
+            .send(leave, batch.bytes, batch.stride, way.singly);
+        let bytes = batch.bytes.len().min(sent.datagrams * batch.stride);
         let counters = &mut ctx.counters;
         counters.add(Meter::UdpSends, sent.calls as u64);
         counters.add(Meter::UdpPacketsOut, sent.datagrams as u64);
-        counters.add(Meter::UdpBytesOut, batch.bytes.len() as u64);
+        counters.add(Meter::UdpBytesOut, bytes as u64);
+        if sent.source_refused {
+            peer.unstick();
+        }
         if sent.gso_refused && self.sender.gso() {
             peer.path.rest_gso(ctx.now);
         }
@@ -83,6 +92,7 @@ impl Transmit {
                     .failed(ctx.now, peer.id, to, errno, &mut ctx.events);
             }
         }
+        bytes
     }
 
     fn by_relay(&mut self, ctx: &mut Context, peer: PeerId, region: RegionId, batch: &Batch<'_>) {
@@ -120,9 +130,7 @@ impl Outlet for Transmit {
         peer.path
             .sending(ctx.now, peer.id, batch.kind, &mut ctx.events);
         let way = peer.path.way(ctx.now);
-        if let Some(to) = way.udp {
-            self.by_udp(ctx, peer, to, way.singly, &batch);
-        }
+        let udp_bytes = self.by_udp(ctx, peer, way, &batch);
         if let Some(region) = way.relay {
             self.by_relay(ctx, peer.id, region, &batch);
         }
@@ -130,14 +138,10 @@ impl Outlet for Transmit {
             ctx.counters
                 .drop_many(DropReason::NoPath, batch.datagrams() as u64);
         } else {
-            let len = batch.bytes.len();
-            let activity = &self.hub.activity[peer.id.0 as usize];
-            activity.sent(
-                self.hub.epoch,
-                ctx.now,
-                if way.udp.is_some() { len } else { 0 },
-                if way.relay.is_some() { len } else { 0 },
-            );
+            let relay_bytes = way.relay.map_or(0, |_| batch.bytes.len());
+            peer.shared
+                .activity
+                .sent(self.hub.epoch, ctx.now, udp_bytes, relay_bytes);
         }
         ctx.lap(Room::Udp);
     }

@@ -58,6 +58,8 @@ drop_reasons! {
     HandOverFull = "hand_over_full",
     /// The lane to the handshake or control thread was full.
     StrayFull = "stray_full",
+    /// A socket's buffer was full: the kernel dropped the datagram before anybody saw it.
+    SocketFull = "socket_full",
     /// A received datagram was cut short by our buffer.
     UdpTruncated = "udp_truncated",
     /// Not WireGuard, DISCO or STUN.

@@ -44,6 +44,24 @@ impl Poll {
         }
     }
 
+    /// Watches `fd` no more.
+    pub(crate) fn remove(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        // SAFETY: a removal takes no event.
+        let result = unsafe {
+            libc::epoll_ctl(
+                self.0.as_raw_fd(),
+                libc::EPOLL_CTL_DEL,
+                fd.as_raw_fd(),
+                std::ptr::null_mut(),
+            )
+        };
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
+    }
+
     /// Waits for readers, up to `timeout` (rounded up to a millisecond; `None`: no limit), and
     /// calls `ready` with the token of each.
     pub(crate) fn wait(

@@ -5,8 +5,8 @@ use std::mem::{MaybeUninit, size_of};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
-/// Space for control messages in bytes: GRO size (24), TOS or traffic class (24), and room to
-/// spare; 32 is known to be too little.
+/// Space for control messages in bytes: GRO size (24), TOS or traffic class (24), packet info (32
+/// or 40), and room to spare; 32 is known to be too little.
 pub(crate) const CONTROL_LEN: usize = 128;
 
 /// Longest socket address of the two families, in bytes.
@@ -42,6 +42,26 @@ pub(crate) fn set_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> 
     } else {
         Ok(())
     }
+}
+
+/// Datagrams that a socket has dropped because its buffer was full; wraps at 2^32.
+pub(crate) fn drops(fd: BorrowedFd<'_>) -> u32 {
+    /// `SK_MEMINFO_DROPS` of `linux/sock_diag.h` is the last of so many numbers.
+    const SK_MEMINFO_VARS: usize = 9;
+    let mut numbers = [0u32; SK_MEMINFO_VARS];
+    let mut len = socklen(size_of_val(&numbers));
+    // SAFETY: `numbers` is writable for `len` bytes, and `len` for the length of the call.
+    unsafe {
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            numbers.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    };
+    // A kernel that does not know the option leaves the zeros.
+    numbers[SK_MEMINFO_VARS - 1]
 }
 
 /// Attaches a classic BPF program that picks the member of a reuse-port group.
@@ -143,6 +163,27 @@ pub(crate) fn parse_name(bytes: &[u8]) -> Option<SocketAddr> {
     }
 }
 
+/// Where a datagram arrived: what an answer leaves from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Local {
+    /// The address it was sent to.
+    pub(crate) addr: IpAddr,
+    /// The interface it came in by.
+    pub(crate) interface: u32,
+}
+
+impl Local {
+    /// The interface that a send must name: link-local addresses mean nothing without. Elsewhere
+    /// routing, which knows the source address, picks the interface: forcing one would send what
+    /// has no route there to the wrong link.
+    fn forced_interface(self) -> u32 {
+        match self.addr {
+            IpAddr::V6(addr) if addr.is_unicast_link_local() => self.interface,
+            IpAddr::V4(_) | IpAddr::V6(_) => 0,
+        }
+    }
+}
+
 /// What control messages say of a received datagram or GRO batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Ancillary {
@@ -150,6 +191,29 @@ pub(crate) struct Ancillary {
     pub(crate) stride: u16,
     /// TOS or traffic class byte.
     pub(crate) tos: u8,
+    /// Where it arrived, if the socket was told to say so.
+    pub(crate) local: Option<Local>,
+}
+
+/// `struct in_pktinfo`: the interface (native order), the address to answer from, the address it
+/// was sent to. They differ for broadcasts, which nobody can answer from.
+fn parse_info4(data: &[u8]) -> Option<Local> {
+    let interface = u32::from_ne_bytes(*data.first_chunk::<4>()?);
+    let octets = *data.get(4..)?.first_chunk::<4>()?;
+    Some(Local {
+        addr: Ipv4Addr::from(octets).into(),
+        interface,
+    })
+}
+
+/// `struct in6_pktinfo`: the address it was sent to, the interface (native order).
+fn parse_info6(data: &[u8]) -> Option<Local> {
+    let octets = *data.first_chunk::<16>()?;
+    let interface = u32::from_ne_bytes(*data.get(16..)?.first_chunk::<4>()?);
+    Some(Local {
+        addr: Ipv6Addr::from(octets).into(),
+        interface,
+    })
 }
 
 /// Reads control messages: `struct cmsghdr` of 16 bytes, then data, each aligned to 8 bytes.
@@ -177,6 +241,8 @@ pub(crate) fn parse_control(mut control: &[u8]) -> Ancillary {
             (libc::IPPROTO_IPV6, libc::IPV6_TCLASS) => {
                 found.tos = int.and_then(|class| u8::try_from(class).ok()).unwrap_or(0);
             }
+            (libc::IPPROTO_IP, libc::IP_PKTINFO) => found.local = parse_info4(data),
+            (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO) => found.local = parse_info6(data),
             _ => {}
         }
         let step = len.next_multiple_of(size_of::<usize>());
@@ -200,9 +266,32 @@ fn push_control(control: &mut Control, used: usize, level: i32, kind: i32, data:
     used + len.next_multiple_of(size_of::<usize>())
 }
 
-/// Control messages of a send: the segment size if the payload is more than one datagram, and the
-/// TOS byte if it is not 0.
-fn send_control(to: SocketAddr, stride: Option<u16>, tos: u8) -> (Control, usize) {
+/// How a send leaves, besides its bytes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Leave {
+    /// Where to.
+    pub(crate) to: SocketAddr,
+    /// Where from, unless routing is to choose; ignored if it is of the other family.
+    pub(crate) local: Option<Local>,
+    /// TOS or traffic class byte.
+    pub(crate) tos: u8,
+}
+
+impl Leave {
+    /// To `to`, from where routing says, with TOS 0.
+    pub(crate) fn to(to: SocketAddr) -> Leave {
+        Leave {
+            to,
+            local: None,
+            tos: 0,
+        }
+    }
+}
+
+/// Control messages of a send: the segment size if the payload is more than one datagram, the TOS
+/// byte if it is not 0, the source if one is wanted.
+fn send_control(leave: &Leave, stride: Option<u16>) -> (Control, usize) {
+    let Leave { to, local, tos } = *leave;
     let mut control = Control([0; CONTROL_LEN]);
     let mut used = 0;
     if let Some(stride) = stride {
@@ -222,20 +311,40 @@ fn send_control(to: SocketAddr, stride: Option<u16>, tos: u8) -> (Control, usize
             &i32::from(tos).to_ne_bytes(),
         );
     }
+    if let Some(local) = local {
+        let interface = local.forced_interface().to_ne_bytes();
+        match (to.ip(), local.addr) {
+            (IpAddr::V4(_), IpAddr::V4(addr)) => {
+                // The source goes into the second field; the third only means something on arrival.
+                let mut info = [0; 12];
+                info[..4].copy_from_slice(&interface);
+                info[4..8].copy_from_slice(&addr.octets());
+                let (level, kind) = (libc::IPPROTO_IP, libc::IP_PKTINFO);
+                used = push_control(&mut control, used, level, kind, &info);
+            }
+            (IpAddr::V6(_), IpAddr::V6(addr)) => {
+                let mut info = [0; 20];
+                info[..16].copy_from_slice(&addr.octets());
+                info[16..].copy_from_slice(&interface);
+                let (level, kind) = (libc::IPPROTO_IPV6, libc::IPV6_PKTINFO);
+                used = push_control(&mut control, used, level, kind, &info);
+            }
+            (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => {}
+        }
+    }
     (control, used)
 }
 
-/// Sends `bytes` to `to` without waiting, as datagrams of `stride` bytes (the last may be shorter)
-/// or, without a stride, as one. The error is the errno.
+/// Sends `bytes` without waiting, as datagrams of `stride` bytes (the last may be shorter) or,
+/// without a stride, as one. The error is the errno.
 pub(crate) fn send(
     fd: BorrowedFd<'_>,
-    to: SocketAddr,
+    leave: &Leave,
     bytes: &[u8],
     stride: Option<u16>,
-    tos: u8,
 ) -> Result<(), i32> {
-    let mut name = Name::new(to);
-    let (mut control, used) = send_control(to, stride, tos);
+    let mut name = Name::new(leave.to);
+    let (mut control, used) = send_control(leave, stride);
     let mut iov = libc::iovec {
         iov_base: bytes.as_ptr().cast_mut().cast(),
         iov_len: bytes.len(),
@@ -261,13 +370,12 @@ const EACH_MAX: usize = 64;
 /// left, and the errno of the first that did not, after which nothing more is tried.
 pub(crate) fn send_each(
     fd: BorrowedFd<'_>,
-    to: SocketAddr,
+    leave: &Leave,
     bytes: &[u8],
     stride: u16,
-    tos: u8,
 ) -> (usize, Option<i32>) {
-    let mut name = Name::new(to);
-    let (mut control, used) = send_control(to, None, tos);
+    let mut name = Name::new(leave.to);
+    let (mut control, used) = send_control(leave, None);
     let mut sent = 0;
     let mut rest = bytes.chunks(usize::from(stride.max(1)));
     loop {
@@ -376,6 +484,20 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Option
     }))
 }
 
+/// True for errors of a send that naming another source, or none, may cure: the address is no
+/// longer ours, or its interface is gone.
+pub(crate) fn source_refused(errno: i32) -> bool {
+    matches!(
+        errno,
+        libc::EINVAL
+            | libc::EADDRNOTAVAIL
+            | libc::ENETUNREACH
+            | libc::EHOSTUNREACH
+            | libc::ENETDOWN
+            | libc::ENODEV
+    )
+}
+
 /// The calling thread's last error number.
 pub(crate) fn errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
@@ -428,7 +550,11 @@ mod tests {
             } else {
                 set_int(b.as_fd(), libc::IPPROTO_IP, libc::IP_RECVTOS, 1).unwrap();
             }
-            send(a.as_fd(), b.local_addr().unwrap(), b"hello", None, 2).unwrap();
+            let leave = Leave {
+                tos: 2,
+                ..Leave::to(b.local_addr().unwrap())
+            };
+            send(a.as_fd(), &leave, b"hello", None).unwrap();
             let mut bytes = [0; 100];
             let got = receive_soon(&b, &mut bytes);
             assert_eq!(&bytes[..got.len], b"hello");
@@ -444,7 +570,8 @@ mod tests {
         let (a, b) = pair("127.0.0.1");
         set_int(b.as_fd(), libc::SOL_UDP, libc::UDP_GRO, 1).unwrap();
         let payload: Vec<u8> = (0..250u8).collect();
-        send(a.as_fd(), b.local_addr().unwrap(), &payload, Some(100), 0).unwrap();
+        let leave = Leave::to(b.local_addr().unwrap());
+        send(a.as_fd(), &leave, &payload, Some(100)).unwrap();
         let mut bytes = [0; 1000];
         let got = receive_soon(&b, &mut bytes);
         assert_eq!((got.len, got.ancillary.stride), (250, 100));
@@ -455,7 +582,12 @@ mod tests {
     fn single_sends_arrive_singly_and_in_order() {
         let (a, b) = pair("127.0.0.1");
         let payload = vec![9u8; 100 * 70 + 30];
-        let (sent, error) = send_each(a.as_fd(), b.local_addr().unwrap(), &payload, 100, 1);
+        let (sent, error) = send_each(
+            a.as_fd(),
+            &Leave::to(b.local_addr().unwrap()),
+            &payload,
+            100,
+        );
         assert_eq!((sent, error), (71, None));
         let mut bytes = [0; 1000];
         for i in 0..71 {
@@ -470,13 +602,59 @@ mod tests {
         let to = a.local_addr().unwrap();
         let payload = vec![0u8; 129 * 10];
         assert_eq!(
-            send(a.as_fd(), to, &payload, Some(10), 0),
+            send(a.as_fd(), &Leave::to(to), &payload, Some(10)),
             Err(libc::EINVAL)
         );
         assert_eq!(
-            send(a.as_fd(), to, &vec![0; 65508], None, 0),
+            send(a.as_fd(), &Leave::to(to), &vec![0; 65508], None),
             Err(libc::EMSGSIZE)
         );
+    }
+
+    #[test]
+    fn an_answer_leaves_from_where_the_question_arrived() {
+        for (any, local, other) in [
+            ("0.0.0.0:0", "127.0.0.7", "127.0.0.1:0"),
+            ("[::]:0", "::1", "[::1]:0"),
+        ] {
+            let server = UdpSocket::bind(any).unwrap();
+            let (level, option) = if server.local_addr().unwrap().is_ipv4() {
+                (libc::IPPROTO_IP, libc::IP_PKTINFO)
+            } else {
+                (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)
+            };
+            set_int(server.as_fd(), level, option, 1).unwrap();
+            let client = UdpSocket::bind(other).unwrap();
+            let port = server.local_addr().unwrap().port();
+            let local: IpAddr = local.parse().unwrap();
+            client.send_to(b"?", (local, port)).unwrap();
+            let mut bytes = [0; 10];
+            let question = receive_soon(&server, &mut bytes);
+            let arrived = question.ancillary.local.unwrap();
+            assert_eq!(arrived.addr, local);
+            assert!(arrived.interface > 0, "loopback has a number");
+            let leave = Leave {
+                local: Some(arrived),
+                ..Leave::to(question.from)
+            };
+            send(server.as_fd(), &leave, b"!", None).unwrap();
+            let answer = receive_soon(&client, &mut bytes);
+            assert_eq!(answer.from, SocketAddr::new(local, port));
+        }
+    }
+
+    #[test]
+    fn a_source_that_is_not_ours_is_refused() {
+        let a = UdpSocket::bind("0.0.0.0:0").unwrap();
+        let leave = Leave {
+            local: Some(Local {
+                addr: "192.0.2.77".parse().unwrap(),
+                interface: 1,
+            }),
+            ..Leave::to("127.0.0.1:9".parse().unwrap())
+        };
+        let error = send(a.as_fd(), &leave, b"!", None).unwrap_err();
+        assert!(source_refused(error), "{error}");
     }
 
     #[test]

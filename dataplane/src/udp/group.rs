@@ -9,11 +9,12 @@
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
-use socket2::{Domain, Protocol, Socket, Type};
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::steer;
-use crate::sys::socket::{attach_reuseport_filter, set_int};
+use crate::sys::socket::{attach_reuseport_filter, drops, set_int};
 
 /// Socket buffers in bytes. One 64 KiB GSO batch is charged by its true size, which takes a large
 /// part of the default: 25 % throughput and 100k retransmits.
@@ -30,15 +31,22 @@ pub(crate) struct Sockets {
     pub(crate) v6: Option<UdpSocket>,
 }
 
-/// All sockets of a node.
+impl Sockets {
+    /// Those that there are.
+    pub(crate) fn both(&self) -> impl Iterator<Item = &UdpSocket> {
+        [Some(&self.v4), self.v6.as_ref()].into_iter().flatten()
+    }
+}
+
+/// All sockets of a node, shared with the threads that use them.
 #[derive(Debug)]
 pub(crate) struct Group {
     pub(crate) port: u16,
     /// One per shard.
-    pub(crate) data: Vec<Sockets>,
-    pub(crate) handshake: Sockets,
-    /// Non-blocking.
-    pub(crate) discovery: Sockets,
+    pub(crate) data: Vec<Arc<Sockets>>,
+    pub(crate) handshake: Arc<Sockets>,
+    /// Non-blocking; none in device mode.
+    pub(crate) discovery: Option<Arc<Sockets>>,
     /// Whether the kernel takes `UDP_SEGMENT` and `UDP_GRO`.
     pub(crate) gso: bool,
     pub(crate) gro: bool,
@@ -52,6 +60,14 @@ pub(crate) struct Wanted {
     pub(crate) fwmark: u32,
     pub(crate) gso: bool,
     pub(crate) gro: bool,
+    /// Device mode: receives say where they arrived, and there is no discovery socket.
+    pub(crate) device: bool,
+}
+
+impl Wanted {
+    fn members(&self) -> usize {
+        self.shards + if self.device { 1 } else { 2 }
+    }
 }
 
 impl Group {
@@ -83,12 +99,10 @@ impl Group {
             }
         };
         let mut pairs = pair_up(v4, v6);
-        let (Some(discovery), Some(handshake)) = (pairs.pop(), pairs.pop()) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        discovery.v4.set_nonblocking(true)?;
-        if let Some(v6) = &discovery.v6 {
-            v6.set_nonblocking(true)?;
+        let discovery = if wanted.device { None } else { pairs.pop() };
+        let handshake = pairs.pop().ok_or(io::ErrorKind::InvalidInput)?;
+        for socket in discovery.iter().flat_map(|sockets| sockets.both()) {
+            socket.set_nonblocking(true)?;
         }
         let gso = wanted.gso && probe(&pairs, "UDP_SEGMENT", libc::UDP_SEGMENT, 0);
         let gro = wanted.gro && probe(&pairs, "UDP_GRO", libc::UDP_GRO, 1);
@@ -101,15 +115,32 @@ impl Group {
             gro,
         })
     }
+
+    /// Sets the mark of every socket; what leaves from now on carries it. 0 is none.
+    pub(crate) fn set_mark(&self, mark: u32) -> io::Result<()> {
+        self.all()
+            .try_for_each(|socket| SockRef::from(socket).set_mark(mark))
+    }
+
+    /// Datagrams that the kernel has dropped because a socket's buffer was full.
+    pub(crate) fn overflowed(&self) -> u64 {
+        self.all()
+            .map(|socket| u64::from(drops(socket.as_fd())))
+            .sum()
+    }
+
+    fn all(&self) -> impl Iterator<Item = &UdpSocket> {
+        let sockets = self.data.iter().chain([&self.handshake]);
+        sockets
+            .chain(&self.discovery)
+            .flat_map(|sockets| sockets.both())
+    }
 }
 
 /// Sets an offload on every data socket; false, with one log line, if the kernel refuses.
-fn probe(data: &[Sockets], what: &str, option: i32, value: i32) -> bool {
+fn probe(data: &[Arc<Sockets>], what: &str, option: i32, value: i32) -> bool {
     for sockets in data {
-        for socket in [Some(&sockets.v4), sockets.v6.as_ref()]
-            .into_iter()
-            .flatten()
-        {
+        for socket in sockets.both() {
             if let Err(error) = set_int(socket.as_fd(), libc::SOL_UDP, option, value) {
                 tracing::warn!(%error, "the kernel refuses {what}: going on without");
                 return false;
@@ -119,14 +150,14 @@ fn probe(data: &[Sockets], what: &str, option: i32, value: i32) -> bool {
     true
 }
 
-fn pair_up(v4: Vec<UdpSocket>, v6: Option<Vec<UdpSocket>>) -> Vec<Sockets> {
+fn pair_up(v4: Vec<UdpSocket>, v6: Option<Vec<UdpSocket>>) -> Vec<Arc<Sockets>> {
     let v6: Vec<Option<UdpSocket>> = match v6 {
         Some(v6) => v6.into_iter().map(Some).collect(),
         None => v4.iter().map(|_| None).collect(),
     };
     v4.into_iter()
         .zip(v6)
-        .map(|(v4, v6)| Sockets { v4, v6 })
+        .map(|(v4, v6)| Arc::new(Sockets { v4, v6 }))
         .collect()
 }
 
@@ -135,14 +166,14 @@ fn members(at: SocketAddr, wanted: Wanted) -> io::Result<Vec<UdpSocket>> {
     let first = member(at, wanted, true)?;
     let at = SocketAddr::new(at.ip(), first.local_addr()?.port());
     let mut sockets = vec![first];
-    while sockets.len() < wanted.shards + 2 {
+    while sockets.len() < wanted.members() {
         sockets.push(member(at, wanted, false)?);
     }
     for (index, socket) in sockets.iter().enumerate() {
         set_up(socket, at, wanted, index < wanted.shards)?;
     }
     let shards = u32::try_from(wanted.shards).map_err(|_| io::ErrorKind::InvalidInput)?;
-    attach_reuseport_filter(sockets[0].as_fd(), &steer::program(shards))?;
+    attach_reuseport_filter(sockets[0].as_fd(), &steer::program(shards, !wanted.device))?;
     Ok(sockets)
 }
 
@@ -192,6 +223,9 @@ fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, data: bool) -> io:
             libc::IP_PMTUDISC_DONT,
         )?;
         set_int(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
+        if wanted.device {
+            set_int(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
+        }
     } else {
         set_int(
             fd,
@@ -200,6 +234,9 @@ fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, data: bool) -> io:
             libc::IPV6_PMTUDISC_DONT,
         )?;
         set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
+        if wanted.device {
+            set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
+        }
     }
     debug_assert!(wanted.shards > 0, "checked by the configuration");
     Ok(())
@@ -217,6 +254,7 @@ mod tests {
         fwmark: 0,
         gso: true,
         gro: true,
+        device: false,
     };
 
     #[test]
@@ -229,7 +267,7 @@ mod tests {
             &group.data[0].v4,
             &group.data[1].v4,
             &group.handshake.v4,
-            &group.discovery.v4,
+            &group.discovery.as_ref().unwrap().v4,
         ];
         let cases: [(&[u8], usize); 9] = [
             (&data(0), 0),
@@ -255,6 +293,44 @@ mod tests {
                 .unwrap_or_else(|e| panic!("{datagram:?}: {e}"));
             assert_eq!(&bytes[..len], datagram);
         }
+    }
+
+    #[test]
+    fn in_device_mode_the_handshake_thread_gets_the_rest() {
+        let group = Group::open(Wanted {
+            device: true,
+            ..WANTED
+        })
+        .unwrap();
+        assert!(group.discovery.is_none());
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, group.port));
+        let socket = &group.handshake.v4;
+        socket
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        for datagram in [&b"whatever"[..], &[1, 0, 0, 0, 9]] {
+            sender.send_to(datagram, to).unwrap();
+            let mut bytes = [0; 64];
+            let len = socket.recv(&mut bytes).unwrap();
+            assert_eq!(&bytes[..len], datagram);
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_drops_is_known() {
+        let group = Group::open(Wanted {
+            device: true,
+            ..WANTED
+        })
+        .unwrap();
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, group.port));
+        assert_eq!(group.overflowed(), 0);
+        for _ in 0..3 * SMALL_SOCKET_BUFFER / 1400 {
+            sender.send_to(&[1; 1400], to).unwrap();
+        }
+        assert!(group.overflowed() > 0);
     }
 
     #[test]

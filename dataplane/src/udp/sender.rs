@@ -2,11 +2,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 
 use super::Sockets;
-use crate::sys::socket::{send, send_each};
+use crate::sys::socket::{Leave, send, send_each, source_refused};
 
 /// Bytes one send takes at most: a UDP payload over IPv4.
 pub(crate) const SEND_BYTES_MAX: usize = 65_507;
@@ -28,26 +29,32 @@ pub(crate) struct Sent {
     /// The kernel refused the batch but took its datagrams one by one: the path does not carry
     /// GSO, usually because its MTU is too small.
     pub(crate) gso_refused: bool,
+    /// The kernel refused the source asked for; the datagrams left from where routing said, if they
+    /// left.
+    pub(crate) source_refused: bool,
 }
 
 /// The two sockets of a shard, for sending.
 #[derive(Debug)]
 pub(crate) struct Sender {
-    v4: UdpSocket,
-    v6: Option<UdpSocket>,
+    sockets: Arc<Sockets>,
     gso: bool,
     segments_max: usize,
 }
 
 impl Sender {
-    /// Takes over the sockets (which the receiving side keeps duplicates of).
-    pub(crate) fn new(sockets: Sockets, gso: bool) -> Sender {
+    /// Shares the sockets with the receiving side.
+    pub(crate) fn new(sockets: Arc<Sockets>, gso: bool) -> Sender {
         Sender {
-            v4: sockets.v4,
-            v6: sockets.v6,
+            sockets,
             gso,
             segments_max: SEGMENTS_MAX,
         }
+    }
+
+    /// Sends from other sockets from now on.
+    pub(crate) fn rebind(&mut self, sockets: Arc<Sockets>) {
+        self.sockets = sockets;
     }
 
     /// Whether batches leave as batches.
@@ -55,14 +62,13 @@ impl Sender {
         self.gso
     }
 
-    /// Sends `bytes`, datagrams of `stride` bytes of which the last may be shorter, to `to`, with
-    /// the TOS byte `tos`. `singly` keeps GSO out of it. Never waits.
+    /// Sends `bytes`, datagrams of `stride` bytes of which the last may be shorter. `singly` keeps
+    /// GSO out of it. Never waits.
     pub(crate) fn send(
         &mut self,
-        to: SocketAddr,
+        mut leave: Leave,
         bytes: &[u8],
         stride: usize,
-        tos: u8,
         singly: bool,
     ) -> Sent {
         let mut total = Sent::default();
@@ -71,7 +77,17 @@ impl Sender {
         while !rest.is_empty() {
             let most = self.segments_max.min(SEND_BYTES_MAX / stride).max(1) * stride;
             let (chunk, after) = rest.split_at(most.min(rest.len()));
-            match self.send_chunk(to, chunk, stride, tos, singly || total.gso_refused) {
+            match self.send_chunk(&leave, chunk, stride, singly || total.gso_refused) {
+                Ok(Sent {
+                    error: Some(errno),
+                    datagrams: 0,
+                    calls,
+                    ..
+                }) if leave.local.is_some() && source_refused(errno) => {
+                    total.calls += calls;
+                    total.source_refused = true;
+                    leave.local = None;
+                }
                 Ok(sent) => {
                     total.datagrams += sent.datagrams;
                     total.failed += sent.failed;
@@ -89,26 +105,26 @@ impl Sender {
 
     fn send_chunk(
         &mut self,
-        to: SocketAddr,
+        leave: &Leave,
         chunk: &[u8],
         stride: usize,
-        tos: u8,
         singly: bool,
     ) -> Result<Sent, Again> {
+        let to = leave.to;
         let datagrams = chunk.len().div_ceil(stride);
         let failure = |error, failed| Sent {
             datagrams: datagrams - failed,
             failed,
             calls: 1,
             error: Some(error),
-            gso_refused: false,
+            ..Sent::default()
         };
         let (Some(fd), Ok(size)) = (self.socket(to), u16::try_from(stride)) else {
             return Ok(failure(libc::EAFNOSUPPORT, datagrams));
         };
         let single = datagrams == 1;
         if single || (self.gso && !singly) {
-            let error = match send(fd, to, chunk, (!single).then_some(size), tos) {
+            let error = match send(fd, leave, chunk, (!single).then_some(size)) {
                 Ok(()) => {
                     return Ok(Sent {
                         datagrams,
@@ -129,6 +145,8 @@ impl Sender {
                         "the kernel refuses UDP GSO on the way to {to}: sending singly from now on"
                     );
                 }
+                // Which of the two is refused shows without the source.
+                libc::EINVAL if leave.local.is_some() => return Ok(failure(error, datagrams)),
                 libc::EINVAL if datagrams > SEGMENTS_MAX_OLD => {
                     self.segments_max = SEGMENTS_MAX_OLD;
                     return Err(Again);
@@ -136,37 +154,37 @@ impl Sender {
                 libc::EINVAL | libc::EMSGSIZE => {}
                 other => return Ok(failure(other, datagrams)),
             }
-            let mut sent = self.send_singly(to, chunk, size, tos);
+            let mut sent = self.send_singly(leave, chunk, size);
             sent.calls += 1;
             sent.gso_refused = true;
             return Ok(sent);
         }
-        Ok(self.send_singly(to, chunk, size, tos))
+        Ok(self.send_singly(leave, chunk, size))
     }
 
-    fn send_singly(&self, to: SocketAddr, chunk: &[u8], stride: u16, tos: u8) -> Sent {
+    fn send_singly(&self, leave: &Leave, chunk: &[u8], stride: u16) -> Sent {
         let datagrams = chunk.len().div_ceil(usize::from(stride));
-        let Some(fd) = self.socket(to) else {
+        let Some(fd) = self.socket(leave.to) else {
             return Sent {
                 failed: datagrams,
                 error: Some(libc::EAFNOSUPPORT),
                 ..Sent::default()
             };
         };
-        let (sent, error) = send_each(fd, to, chunk, stride, tos);
+        let (sent, error) = send_each(fd, leave, chunk, stride);
         Sent {
             datagrams: sent,
             failed: datagrams - sent,
             calls: datagrams.div_ceil(SEGMENTS_MAX_OLD),
             error,
-            gso_refused: false,
+            ..Sent::default()
         }
     }
 
     fn socket(&self, to: SocketAddr) -> Option<BorrowedFd<'_>> {
         match to {
-            SocketAddr::V4(_) => Some(self.v4.as_fd()),
-            SocketAddr::V6(_) => self.v6.as_ref().map(AsFd::as_fd),
+            SocketAddr::V4(_) => Some(self.sockets.v4.as_fd()),
+            SocketAddr::V6(_) => self.sockets.v6.as_ref().map(AsFd::as_fd),
         }
     }
 }
@@ -176,9 +194,11 @@ struct Again;
 
 #[cfg(test)]
 mod tests {
+    use std::net::UdpSocket;
     use std::time::Duration;
 
     use super::*;
+    use crate::sys::socket::Local;
 
     fn pair() -> (Sender, UdpSocket, SocketAddr) {
         let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -187,10 +207,10 @@ mod tests {
             .unwrap();
         let to = receiver.local_addr().unwrap();
         let sockets = Sockets {
-            v4: UdpSocket::bind("127.0.0.1:0").unwrap(),
+            v4: UdpSocket::bind("0.0.0.0:0").unwrap(),
             v6: None,
         };
-        (Sender::new(sockets, true), receiver, to)
+        (Sender::new(Arc::new(sockets), true), receiver, to)
     }
 
     fn lengths(receiver: &UdpSocket, count: usize) -> Vec<usize> {
@@ -203,7 +223,7 @@ mod tests {
     #[test]
     fn a_run_leaves_in_one_call() {
         let (mut sender, receiver, to) = pair();
-        let sent = sender.send(to, &[1; 350], 100, 0, false);
+        let sent = sender.send(Leave::to(to), &[1; 350], 100, false);
         assert_eq!((sent.datagrams, sent.calls, sent.error), (4, 1, None));
         assert_eq!(lengths(&receiver, 4), [100, 100, 100, 50]);
     }
@@ -211,7 +231,7 @@ mod tests {
     #[test]
     fn a_run_longer_than_the_limit_is_cut() {
         let (mut sender, receiver, to) = pair();
-        let sent = sender.send(to, &[1; 10 * 200], 10, 0, false);
+        let sent = sender.send(Leave::to(to), &[1; 10 * 200], 10, false);
         assert_eq!((sent.datagrams, sent.error), (200, None));
         assert!(sent.calls >= 2);
         assert_eq!(lengths(&receiver, 200), vec![10; 200]);
@@ -220,7 +240,7 @@ mod tests {
     #[test]
     fn singly_means_without_gso() {
         let (mut sender, receiver, to) = pair();
-        let sent = sender.send(to, &[1; 250], 100, 0, true);
+        let sent = sender.send(Leave::to(to), &[1; 250], 100, true);
         assert_eq!((sent.datagrams, sent.failed), (3, 0));
         assert!(!sent.gso_refused);
         assert_eq!(lengths(&receiver, 3), [100, 100, 50]);
@@ -229,8 +249,32 @@ mod tests {
     #[test]
     fn a_family_without_socket_fails_whole() {
         let (mut sender, _receiver, _to) = pair();
-        let sent = sender.send("[::1]:9".parse().unwrap(), &[1; 250], 100, 0, false);
+        let sent = sender.send(Leave::to("[::1]:9".parse().unwrap()), &[1; 250], 100, false);
         assert_eq!((sent.datagrams, sent.failed), (0, 3));
         assert_eq!(sent.error, Some(libc::EAFNOSUPPORT));
+    }
+
+    #[test]
+    fn a_source_that_is_gone_is_left_out() {
+        let (mut sender, receiver, to) = pair();
+        let leave = |addr: &str| Leave {
+            local: Some(Local {
+                addr: addr.parse().unwrap(),
+                interface: 1,
+            }),
+            ..Leave::to(to)
+        };
+        let mut from = [0; 100];
+        let sent = sender.send(leave("127.0.0.9"), &[1; 250], 100, false);
+        assert_eq!((sent.datagrams, sent.source_refused), (3, false));
+        let (_, source) = receiver.recv_from(&mut from).unwrap();
+        assert_eq!(source.ip().to_string(), "127.0.0.9");
+        assert_eq!(lengths(&receiver, 2), [100, 50]);
+        for singly in [false, true] {
+            let sent = sender.send(leave("192.0.2.9"), &[1; 250], 100, singly);
+            assert_eq!((sent.datagrams, sent.failed, sent.error), (3, 0, None));
+            assert!(sent.source_refused && !sent.gso_refused);
+            assert_eq!(lengths(&receiver, 3), [100, 100, 50]);
+        }
     }
 }

@@ -1,10 +1,10 @@
 //! Which socket of the group gets a datagram: a classic BPF program over the payload.
 //!
 //! The members of the group, in order of joining: a data socket per shard, the handshake socket,
-//! the discovery socket. The first four bytes decide as one word (a STUN answer begins with 01 01,
+//! and, unless in device mode, the discovery socket. The first four bytes decide as one word (a STUN answer begins with 01 01,
 //! so one byte is not enough): transport data goes to the shard named by byte 5, which is bits 8 to
 //! 15 of the receiver index that we chose; handshake messages to the handshake socket; everything
-//! else to the discovery socket. A datagram shorter than a load makes the program fail, which
+//! else to the discovery socket, or where there is none to the handshake thread, which counts it. A datagram shorter than a load makes the program fail, which
 //! counts as index 0: shard 0 takes it in its stride.
 //!
 //! The program sees the first datagram of a GRO batch only; shards hand on what is not theirs.
@@ -30,10 +30,10 @@ fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
     }
 }
 
-/// Builds the program for a group with `shards` data sockets.
-pub(crate) fn program(shards: u32) -> Vec<sock_filter> {
+/// Builds the program for a group with `shards` data sockets, and a discovery socket or none.
+pub(crate) fn program(shards: u32, discovery: bool) -> Vec<sock_filter> {
     let handshake = shards;
-    let discovery = shards + 1;
+    let discovery = shards + u32::from(discovery);
     let load_word = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let load_byte = libc::BPF_LD | libc::BPF_B | libc::BPF_ABS;
     let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;

@@ -190,6 +190,8 @@ pub(crate) struct Setup {
     pub(crate) offloads: Offloads,
     pub(crate) mtu: u16,
     pub(crate) fwmark: u32,
+    /// Device mode.
+    pub(crate) roam: bool,
 }
 
 impl Default for Setup {
@@ -200,6 +202,7 @@ impl Default for Setup {
             offloads: Offloads::default(),
             mtu: 1420,
             fwmark: 0,
+            roam: false,
         }
     }
 }
@@ -231,7 +234,8 @@ impl Pair {
                     offloads: setup.offloads,
                     listen_port: 0,
                     fwmark: setup.fwmark,
-                    private_key: Zeroizing::new(end.key()),
+                    private_key: Some(Zeroizing::new(end.key())),
+                    roam: setup.roam,
                     engine: Engine::Boringtun,
                 })
                 .unwrap()
@@ -316,6 +320,17 @@ impl Pair {
             self.report();
         }
         all
+    }
+
+    /// One ping that is expected to be lost, given little time.
+    pub(crate) fn quiet_ping(&self, from: End, to: IpAddr) -> bool {
+        let name = self.lab.name(from);
+        let command = format!("netns exec {name} ping -q -c 1 -W 0.5 {to}");
+        let output = Command::new("ip")
+            .args(command.split_whitespace())
+            .output()
+            .unwrap();
+        output.status.success()
     }
 
     /// Sends `len` bytes by TCP from an end to the other's address and checks every one there.
@@ -428,7 +443,8 @@ impl Drop for Pair {
     }
 }
 
-fn peer(end: End) -> PeerConfig {
+/// An end as the other one's peer.
+pub(crate) fn peer(end: End) -> PeerConfig {
     let public = PublicKey::from(&StaticSecret::from(end.key()));
     PeerConfig {
         id: PEER,

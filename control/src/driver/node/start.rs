@@ -97,7 +97,8 @@ pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
         },
         listen_port: config.listen_port.unwrap_or(NodeConfig::LISTEN_PORT),
         fwmark: config.fwmark.unwrap_or(0),
-        private_key: Zeroizing::new(*keys.node.as_bytes()),
+        private_key: Some(Zeroizing::new(*keys.node.as_bytes())),
+        roam: false,
         engine: Engine::default(),
     }
 }

@@ -1,0 +1,44 @@
+//! What all threads share of one peer, for as long as its key stays the same.
+
+#![forbid(unsafe_code)]
+
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+
+use super::ActivityBlock;
+use crate::sys::socket::Local;
+
+/// Where a peer was last seen, and where it found us: the two ends of the path in device mode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Whereabouts {
+    /// The peer's address.
+    pub(crate) endpoint: Option<SocketAddr>,
+    /// Our address that its datagrams arrive at.
+    pub(crate) local: Option<Local>,
+}
+
+/// One peer's part of the shared memory. A new holder of its id gets a new one, so nothing of the
+/// old one can leak into it.
+#[derive(Debug, Default)]
+pub(crate) struct PeerShared {
+    pub(crate) activity: ActivityBlock,
+    whereabouts: Mutex<Whereabouts>,
+}
+
+impl PeerShared {
+    /// Where the peer is. Off the warm path: it takes a lock.
+    pub(crate) fn whereabouts(&self) -> Whereabouts {
+        *self
+            .whereabouts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes where the peer is now. Called when it has moved, which is rare.
+    pub(crate) fn set_whereabouts(&self, now: Whereabouts) {
+        *self
+            .whereabouts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = now;
+    }
+}
