@@ -24,6 +24,7 @@
 //! # Ok(()) }
 //! ```
 
+pub mod aead;
 pub mod channel;
 pub mod classify;
 pub mod coalesce;

@@ -1,0 +1,51 @@
+#![forbid(unsafe_code)]
+//! The fallback: ring's one-packet ChaCha20-Poly1305, packet after packet.
+
+use ring::aead::{Aad, LessSafeKey, Nonce};
+
+use super::{HEADER_LEN, Open, Seal, TAG_LEN, well_formed};
+
+/// Seals every packet of the batch; headers are written already.
+pub(super) fn seal(batch: &mut [Seal<'_>]) {
+    for packet in batch {
+        let text_end = packet.message.len() - TAG_LEN;
+        let (text, tag) = packet.message[HEADER_LEN..].split_at_mut(text_end - HEADER_LEN);
+        let sealed = seal_text(packet.key.ring(), packet.counter, text);
+        tag.copy_from_slice(&sealed);
+    }
+}
+
+/// Opens every packet of the batch.
+pub(super) fn open(batch: &mut [Open<'_>]) {
+    for packet in batch {
+        packet.ok = well_formed(packet.message)
+            && packet
+                .key
+                .ring()
+                .open_in_place(
+                    nonce(packet.counter),
+                    Aad::empty(),
+                    &mut packet.message[HEADER_LEN..],
+                )
+                .is_ok();
+        if !packet.ok {
+            packet.wipe();
+        }
+    }
+}
+
+fn seal_text(key: &LessSafeKey, counter: u64, text: &mut [u8]) -> [u8; TAG_LEN] {
+    let tag = key
+        .seal_in_place_separate_tag(nonce(counter), Aad::empty(), text)
+        .expect("a message is far shorter than ring's limit of 256 GiB");
+    let mut bytes = [0; TAG_LEN];
+    bytes.copy_from_slice(tag.as_ref());
+    bytes
+}
+
+/// Four zero bytes and the counter, little-endian (WireGuard paper §5.4.6).
+fn nonce(counter: u64) -> Nonce {
+    let mut bytes = [0; 12];
+    bytes[4..].copy_from_slice(&counter.to_le_bytes());
+    Nonce::assume_unique_for_key(bytes)
+}
