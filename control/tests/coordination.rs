@@ -98,6 +98,7 @@ impl Node {
             node: NodePrivate::from_random([seed ^ 0x80; 32]).public(),
             disco: DiscoPrivate::from_random([seed ^ 0xc0; 32]).public(),
             control_key: None,
+            fwmark: 0,
         }
     }
 

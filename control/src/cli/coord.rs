@@ -579,6 +579,7 @@ fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
         node,
         disco,
         control_key: args.control_key,
+        fwmark: 0,
     };
     runtime::block_on(|_| async move {
         let state = SelfState {

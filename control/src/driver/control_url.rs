@@ -17,6 +17,8 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use super::underlay;
+
 /// A connected byte stream, plain or TLS.
 pub trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send {}
 
@@ -28,6 +30,8 @@ pub struct ControlUrl {
     tls: bool,
     host: String,
     port: u16,
+    /// `SO_MARK` of connections, unless 0.
+    fwmark: u32,
 }
 
 impl ControlUrl {
@@ -59,11 +63,18 @@ impl ControlUrl {
                 .trim_end_matches(']')
                 .to_owned(),
             port: authority.port_u16().unwrap_or(if tls { 443 } else { 80 }),
+            fwmark: 0,
         };
         if let Ok(address) = url.host.parse() {
             url.check_address(address)?;
         }
         Ok(url)
+    }
+
+    /// The same, for connections with this `SO_MARK` (0: none), as all of the underlay's.
+    #[must_use]
+    pub fn marked(self, fwmark: u32) -> Self {
+        Self { fwmark, ..self }
     }
 
     /// Host name or address, without brackets.
@@ -104,11 +115,8 @@ impl ControlUrl {
         let mut last = anyhow::anyhow!("{} has no address", self.host);
         for address in addresses {
             self.check_address(address.ip())?;
-            match TcpStream::connect(address).await {
-                Ok(stream) => {
-                    stream.set_nodelay(true).context("cannot set TCP_NODELAY")?;
-                    return self.secure(stream, authenticated_inside).await;
-                }
+            match underlay::connect(address, self.fwmark).await {
+                Ok(stream) => return self.secure(stream, authenticated_inside).await,
                 Err(error) => last = anyhow::anyhow!("cannot connect to {address}: {error}"),
             }
         }

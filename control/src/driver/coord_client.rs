@@ -93,7 +93,7 @@ impl CoordClient {
         config: CoordConfig,
         own_state: watch::Receiver<SelfState>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<CoordEvent>)> {
-        let url = ControlUrl::parse(&config.url)?;
+        let url = ControlUrl::parse(&config.url)?.marked(config.fwmark);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let redial = Arc::new(Notify::new());
         let os_release = std::fs::read_to_string("/proc/sys/kernel/osrelease");

@@ -1,6 +1,7 @@
 //! Everything that touches the outside: sockets, TLS, netlink, files, clocks. One file per
 //! outside thing; drivers decide nothing.
 
+pub mod clock;
 pub mod control_url;
 pub mod coord_client;
 pub mod coord_server;
@@ -18,3 +19,4 @@ pub mod runtime;
 pub mod state;
 pub mod status;
 pub mod tls;
+pub mod underlay;

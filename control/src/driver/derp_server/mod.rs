@@ -29,7 +29,9 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
-use crate::driver::tls::{self, stream::USER_TIMEOUT};
+use crate::driver::clock::now;
+use crate::driver::tls;
+use crate::driver::underlay::USER_TIMEOUT;
 use crate::key::NodePrivate;
 use registry::Registry;
 
@@ -402,11 +404,6 @@ fn bound(addr: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket>
     }
     socket.bind(&addr.into())?;
     Ok(socket)
-}
-
-#[expect(clippy::disallowed_methods, reason = "drivers own the clock")]
-fn now() -> Instant {
-    Instant::now()
 }
 
 #[cfg(test)]

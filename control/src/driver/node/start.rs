@@ -40,6 +40,7 @@ pub(super) enum Source {
         url: String,
         auth_key: Option<Zeroizing<String>>,
         control_key: Option<MachinePublic>,
+        fwmark: u32,
     },
 }
 
@@ -71,6 +72,7 @@ impl Source {
             url,
             auth_key,
             control_key: given.or(stored),
+            fwmark: config.fwmark.unwrap_or(0),
         })
     }
 }
@@ -227,6 +229,7 @@ impl Node {
                 url,
                 auth_key,
                 control_key,
+                fwmark,
             } => {
                 self.surroundings.coordination = Some(url.clone());
                 self.surroundings.coordination_state = "connecting".into();
@@ -245,6 +248,7 @@ impl Node {
                     node: self.keys.node.public(),
                     disco: self.keys.disco.public(),
                     control_key,
+                    fwmark,
                 };
                 let (client, events) = CoordClient::start(config, self.self_state.subscribe())?;
                 self.coord = Some(events);

@@ -22,6 +22,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use crate::driver::clock::now;
 use anyhow::{Context as _, bail};
 use ringtail_dataplane::channel::{Datagrams, PEERS_MAX, RegionId};
 use serde::Serialize;
@@ -486,9 +487,4 @@ impl Inner {
             }
         }
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "drivers own the clock")]
-fn now() -> Instant {
-    Instant::now()
 }

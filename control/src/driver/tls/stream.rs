@@ -3,15 +3,11 @@
 use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::time::Duration;
 
-use socket2::{Domain, Protocol, Socket, Type};
 use tokio_uring::buf::BoundedBuf as _;
 
 use crate::driver::runtime::Kind;
-
-/// Unacknowledged data for this long means that the connection is dead.
-pub const USER_TIMEOUT: Duration = Duration::from_secs(15);
+use crate::driver::underlay;
 
 /// A connected TCP stream on the control thread.
 #[derive(Clone)]
@@ -37,19 +33,7 @@ impl Stream {
     /// # Errors
     /// What the socket calls give; setting a mark needs CAP_NET_ADMIN.
     pub async fn connect(addr: SocketAddr, fwmark: u32, kind: Kind) -> io::Result<Self> {
-        let socket = Socket::new(
-            Domain::for_address(addr),
-            Type::STREAM.nonblocking(),
-            Some(Protocol::TCP),
-        )?;
-        if fwmark != 0 {
-            socket.set_mark(fwmark)?;
-        }
-        socket.set_tcp_nodelay(true)?;
-        socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
-        let stream = tokio::net::TcpSocket::from_std_stream(socket.into())
-            .connect(addr)
-            .await?;
+        let stream = underlay::connect(addr, fwmark).await?;
         Ok(match kind {
             Kind::Tokio => Self::Tokio(Rc::new(stream)),
             Kind::Uring => {
