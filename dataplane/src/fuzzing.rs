@@ -3,8 +3,11 @@
 //! them from a fuzzer, the tests below from a seed. Each checks what must hold for any input, on
 //! top of not panicking.
 
-use std::sync::Arc;
-use std::time::Instant;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
+
+use rand::SeedableRng as _;
+use rand::rngs::StdRng;
 
 use zerocopy::FromBytes;
 
@@ -12,6 +15,7 @@ use crate::channel::Rules;
 use crate::classify::{Class, DATA_LEN_MIN, classify};
 use crate::coalesce::Coalescer;
 use crate::filter::{CompiledRules, Filter};
+use crate::noise::{self, Gate, Initiated, LocalKeys, Remote, Tai64n, Verdict};
 use crate::packet::header::Headers;
 use crate::tun::segment::plan;
 use crate::tun::vnet::VnetHdr;
@@ -74,11 +78,96 @@ pub fn opened(now: Instant, mut bytes: &[u8]) {
     assert_eq!(segments, committed, "every packet leaves once");
 }
 
+/// Two ends and the true messages between them.
+struct Handshake {
+    initiator: (LocalKeys, Remote),
+    responder: (LocalKeys, Remote),
+    initiated: Initiated,
+    initiation: [u8; noise::INITIATION_LEN],
+    response: [u8; noise::RESPONSE_LEN],
+}
+
+static HANDSHAKE: LazyLock<Handshake> = LazyLock::new(|| {
+    let mut rng = StdRng::seed_from_u64(1);
+    let (a, b) = (LocalKeys::new(&[1; 32]), LocalKeys::new(&[2; 32]));
+    let to_b = Remote::new(&a, b.public(), Some(&[3; 32]));
+    let to_a = Remote::new(&b, a.public(), Some(&[3; 32]));
+    let stamp = Tai64n::next(Duration::from_secs(1), None);
+    let mut initiation = [0; noise::INITIATION_LEN];
+    let initiated = noise::initiation(&a, &to_b, 7, stamp, None, &mut rng, &mut initiation)
+        .expect("usable keys");
+    let half = noise::peek_initiation(&b, &initiation).expect("made for b");
+    let received = noise::consume_initiation(&half, &to_a).expect("made by a");
+    let mut response = [0; noise::RESPONSE_LEN];
+    noise::response(&to_a, received, 8, None, &mut rng, &mut response).expect("usable keys");
+    Handshake {
+        initiator: (a, to_b),
+        responder: (b, to_a),
+        initiated,
+        initiation,
+        response,
+    }
+});
+
+/// A handshake message. The first byte says what the others are: 0 the message itself; 1 and 2 what
+/// to change in a true initiation or response, which then gets a right MAC1, as an attacker can
+/// give it. Only the true ones are authentic, up to the index their sender chose and the MACs.
+pub fn handshake(now: Instant, bytes: &[u8]) {
+    let Some((&mode, change)) = bytes.split_first() else {
+        return;
+    };
+    let known = &*HANDSHAKE;
+    let (a, to_b) = &known.initiator;
+    let (b, to_a) = &known.responder;
+    let base: &[u8] = match mode {
+        1 => &known.initiation,
+        2 => &known.response,
+        _ => &[],
+    };
+    let mut message = base.to_vec();
+    message.resize(base.len().max(change.len()), 0);
+    for (byte, change) in message.iter_mut().zip(change) {
+        *byte ^= change;
+    }
+    match mode {
+        1 if message.len() == base.len() => noise::remake_macs(to_b, &mut message),
+        2 if message.len() == base.len() => noise::remake_macs(to_a, &mut message),
+        _ => {}
+    }
+    let same = |base: &[u8]| {
+        let sealed = 8..base.len() - 2 * noise::MAC_LEN;
+        message.len() == base.len()
+            && message[..4] == base[..4]
+            && message[sealed.clone()] == base[sealed]
+    };
+
+    let half = noise::peek_initiation(b, &message);
+    let received = half.and_then(|half| noise::consume_initiation(&half, to_a));
+    assert!(received.is_err() || same(&known.initiation));
+    assert!(received.is_ok() || mode != 1 || !same(&known.initiation));
+    let keys = noise::consume_response(a, to_b, &known.initiated, &message);
+    assert!(keys.is_err() || same(&known.response));
+    assert!(keys.is_ok() || mode != 2 || !same(&known.response));
+    assert!(noise::consume_cookie_reply(to_b, &message, known.initiated.mac1()).is_err());
+
+    let mut gate = Gate::new(now, Some(Arc::new(LocalKeys::new(&[2; 32]))));
+    let mut reply = [0; noise::COOKIE_REPLY_LEN];
+    let mut rng = StdRng::seed_from_u64(2);
+    let from = ([192, 0, 2, 1], 7).into();
+    match gate.handle(now, from, &message, &mut rng, &mut reply) {
+        Verdict::Initiation(half) => assert_eq!(half.peer().len(), noise::KEY_LEN),
+        Verdict::Response(index) => assert_eq!(message[8..12], index.to_le_bytes()),
+        Verdict::CookieReply(index) => assert_eq!(message[4..8], index.to_le_bytes()),
+        Verdict::Challenge => panic!("one message is no load"),
+        Verdict::Drop(_) => {}
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::packet::build::{Builder, Tcp};
-    use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+    use rand::{Rng, RngExt};
 
     fn seeded() -> StdRng {
         let seed = rand::random::<u64>();
@@ -146,6 +235,31 @@ mod tests {
 
     #[test]
     #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+    fn random_handshake_messages_hold() {
+        let mut rng = seeded();
+        let now = Instant::now();
+        handshake(now, &[1]);
+        handshake(now, &[2]);
+        for round in 0..400usize {
+            let mode = [0u8, 1, 2][round % 3];
+            let len = [148, 92, 64, rng.random_range(0..200)][rng.random_range(0..4)];
+            let mut bytes = vec![0; len];
+            if mode == 0 {
+                rng.fill_bytes(&mut bytes);
+                if let Some(kind) = bytes.first_chunk_mut::<4>() {
+                    *kind = [rng.random_range(0..5), 0, 0, 0];
+                }
+            } else if len > 0 {
+                let at = rng.random_range(0..len);
+                bytes[at] = rng.random();
+            }
+            bytes.insert(0, mode);
+            handshake(now, &bytes);
+        }
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
     fn random_opened_packets_hold() {
         let mut rng = seeded();
         let now = Instant::now();
@@ -177,6 +291,7 @@ mod tests {
             ("tun_read", tun_read as fn(&[u8])),
             ("datagram", datagram),
             ("opened", |bytes: &[u8]| opened(Instant::now(), bytes)),
+            ("handshake", |bytes: &[u8]| handshake(Instant::now(), bytes)),
         ] {
             let seeds = corpus(target);
             assert!(!seeds.is_empty(), "{target} has no corpus");

@@ -33,6 +33,7 @@ mod dataplane;
 pub mod filter;
 pub mod fuzzing;
 mod handshake;
+pub mod noise;
 mod open;
 pub mod packet;
 mod peer;

@@ -74,10 +74,28 @@ drop_reasons! {
     Replayed = "replayed",
     /// The session is past `REJECT_AFTER_TIME` or has no keys yet.
     SessionExpired = "session_expired",
-    /// A handshake message was invalid or came from nobody we know.
-    HandshakeInvalid = "handshake_invalid",
+    /// A handshake message whose MAC1 is wrong: the sender does not know our public key.
+    HandshakeMac = "handshake_mac",
+    /// Under load, a handshake message without proof of its source: answered with a cookie.
+    HandshakeCookie = "handshake_cookie",
     /// A handshake message was over the rate limit.
     HandshakeLimited = "handshake_limited",
+    /// A handshake message could not be authenticated.
+    HandshakeInvalid = "handshake_invalid",
+    /// A handshake message carries a public key of low order, or came for a peer that has one.
+    HandshakeLowOrder = "handshake_low_order",
+    /// A handshake initiation of nobody we know.
+    HandshakeUnknownPeer = "handshake_unknown_peer",
+    /// A handshake initiation whose timestamp is not newer than the last one.
+    HandshakeReplayed = "handshake_replayed",
+    /// A handshake initiation less than 20 ms after its peer's last one.
+    HandshakeTooSoon = "handshake_too_soon",
+    /// A cookie reply that answers nothing we sent.
+    CookieInvalid = "cookie_invalid",
+    /// A handshake message came while we have no private key.
+    HandshakeNoKey = "handshake_no_key",
+    /// The queue of handshake messages of the shard that owns the peer was full.
+    HandshakeQueueFull = "handshake_queue_full",
     /// The outer header says CE and the inner packet is not ECN-capable (RFC 6040 §4.2).
     EcnCongested = "ecn_congested",
     /// The inner source is not among the sender's allowed IPs.

@@ -1,0 +1,142 @@
+//! What is computed once per key: ours and a peer's.
+
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::{Zeroize as _, ZeroizeOnDrop, Zeroizing};
+
+use super::transcript::{dh, hash, start_hash};
+use super::{Error, KEY_LEN};
+
+/// Paper §5.4.4.
+const LABEL_MAC1: &[u8] = b"mac1----";
+/// Paper §5.4.7.
+const LABEL_COOKIE: &[u8] = b"cookie--";
+
+/// The keys of messages towards a static public key; whoever knows that one knows them.
+#[derive(Clone)]
+pub(super) struct Labels {
+    /// Key of MAC1.
+    pub(super) mac1: [u8; KEY_LEN],
+    /// Key that cookie replies are sealed with.
+    pub(super) cookie: [u8; KEY_LEN],
+    /// Hash that a handshake starts from where this is the responder's key.
+    pub(super) start: [u8; KEY_LEN],
+}
+
+impl Labels {
+    fn new(public: &[u8; KEY_LEN]) -> Labels {
+        Labels {
+            mac1: hash(LABEL_MAC1, public),
+            cookie: hash(LABEL_COOKIE, public),
+            start: start_hash(public),
+        }
+    }
+}
+
+/// Our static key pair and what follows from it.
+pub struct LocalKeys {
+    pub(super) private: StaticSecret,
+    pub(super) public: [u8; KEY_LEN],
+    pub(super) labels: Labels,
+}
+
+impl LocalKeys {
+    /// Computes the public key and the keys of messages to us.
+    #[must_use]
+    pub fn new(private: &[u8; KEY_LEN]) -> LocalKeys {
+        let private = StaticSecret::from(*private);
+        let public = PublicKey::from(&private).to_bytes();
+        LocalKeys {
+            private,
+            public,
+            labels: Labels::new(&public),
+        }
+    }
+
+    /// Our public key.
+    #[must_use]
+    pub fn public(&self) -> &[u8; KEY_LEN] {
+        &self.public
+    }
+}
+
+impl std::fmt::Debug for LocalKeys {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("LocalKeys(secret)")
+    }
+}
+
+/// A peer's static public key, the preshared key, and what follows from them and our own key.
+pub struct Remote {
+    pub(super) public: [u8; KEY_LEN],
+    /// `DH(ours, theirs)`; all zero for a key of low order.
+    shared: [u8; KEY_LEN],
+    /// All zero where there is none.
+    pub(super) preshared: [u8; KEY_LEN],
+    pub(super) labels: Labels,
+}
+
+impl Drop for Remote {
+    fn drop(&mut self) {
+        self.shared.zeroize();
+        self.preshared.zeroize();
+    }
+}
+
+impl ZeroizeOnDrop for Remote {}
+
+impl Remote {
+    /// Computes what both static keys share. A public key of low order gives a remote that can
+    /// never handshake.
+    #[must_use]
+    pub fn new(
+        local: &LocalKeys,
+        public: &[u8; KEY_LEN],
+        preshared: Option<&[u8; KEY_LEN]>,
+    ) -> Remote {
+        let mut remote = Remote {
+            public: *public,
+            shared: [0; KEY_LEN],
+            preshared: preshared.copied().unwrap_or_default(),
+            labels: Labels::new(public),
+        };
+        remote.set_local(local);
+        remote
+    }
+
+    /// The peer's public key.
+    #[must_use]
+    pub fn public(&self) -> &[u8; KEY_LEN] {
+        &self.public
+    }
+
+    /// Changes the preshared key, for handshakes from now on.
+    pub fn set_preshared(&mut self, preshared: Option<&[u8; KEY_LEN]>) {
+        self.preshared = preshared.copied().unwrap_or_default();
+    }
+
+    /// Changes our own key, for handshakes from now on.
+    pub fn set_local(&mut self, local: &LocalKeys) {
+        self.shared.zeroize();
+        if let Ok(shared) = dh(&local.private, &self.public) {
+            self.shared = *shared;
+        }
+    }
+
+    /// What both static keys share.
+    ///
+    /// # Errors
+    /// [`Error::LowOrder`].
+    pub(super) fn shared(&self) -> Result<Zeroizing<[u8; KEY_LEN]>, Error> {
+        if self.shared == [0; KEY_LEN] {
+            Err(Error::LowOrder)
+        } else {
+            Ok(Zeroizing::new(self.shared))
+        }
+    }
+}
+
+impl std::fmt::Debug for Remote {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Remote(secret)")
+    }
+}

@@ -1,0 +1,391 @@
+//! The gate's refusals, in their order, under virtual time.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use super::*;
+use crate::noise::message::put_macs;
+use crate::stats::DropReason;
+
+struct Lab {
+    now: Instant,
+    rng: StdRng,
+    gate: Gate,
+    a: End,
+    b: End,
+    reply: [u8; 64],
+}
+
+fn from(n: u32) -> SocketAddr {
+    SocketAddr::from((std::net::Ipv4Addr::from(0x0a00_0000 + n), 4000))
+}
+
+impl Lab {
+    fn new() -> Lab {
+        let mut rng = seeded();
+        let (a, b) = ends(&mut rng, false);
+        let now = start();
+        let local = LocalKeys::new(b.local.private.as_bytes());
+        Lab {
+            now,
+            rng,
+            gate: Gate::new(now, Some(Arc::new(local))),
+            a,
+            b,
+            reply: [0; 64],
+        }
+    }
+
+    fn handle(&mut self, from: SocketAddr, message: &[u8]) -> Verdict {
+        self.reply = [0; 64];
+        let verdict = self
+            .gate
+            .handle(self.now, from, message, &mut self.rng, &mut self.reply);
+        let written = self.reply != [0; 64];
+        assert_eq!(written, matches!(verdict, Verdict::Challenge));
+        verdict
+    }
+
+    fn refusal(&mut self, message: &[u8]) -> DropReason {
+        let verdict = self.handle(from(1), message);
+        let Verdict::Drop(reason) = verdict else {
+            panic!("{verdict:?}");
+        };
+        reason
+    }
+
+    /// A response that nobody asked for, with a right MAC1: the cheapest thing that makes load.
+    fn forged(&mut self) -> [u8; 92] {
+        let mut message = [0; 92];
+        self.rng.fill(&mut message[4..]);
+        message[0] = 2;
+        put_macs(&self.a.remote.labels.mac1, None, &mut message);
+        message
+    }
+
+    /// Sends until the gate is under load.
+    fn flood(&mut self) {
+        let message = self.forged();
+        for _ in 0..LOAD_BURST {
+            assert!(matches!(
+                self.handle(from(9), &message),
+                Verdict::Response(_)
+            ));
+            assert!(!self.gate.under_load(self.now));
+        }
+        assert!(matches!(self.handle(from(9), &message), Verdict::Challenge));
+        assert!(self.gate.under_load(self.now));
+    }
+
+    /// Gets a cookie for an address by being refused there.
+    fn cookie(&mut self, from: SocketAddr) -> Cookie {
+        let (initiated, message) = self.a.initiate(&mut self.rng, None);
+        assert!(matches!(self.handle(from, &message), Verdict::Challenge));
+        let receiver = u32::from_le_bytes(self.reply[4..8].try_into().unwrap());
+        assert_eq!(receiver, initiated.index());
+        consume_cookie_reply(&self.a.remote, &self.reply, initiated.mac1()).unwrap()
+    }
+
+    fn initiate(&mut self, cookie: Option<&Cookie>) -> [u8; 148] {
+        self.a.initiate(&mut self.rng, cookie).1
+    }
+}
+
+#[test]
+fn an_initiation_passes_with_its_makers_name() {
+    let mut lab = Lab::new();
+    let message = lab.initiate(None);
+    let Verdict::Initiation(half) = lab.handle(from(1), &message) else {
+        panic!("not taken");
+    };
+    assert_eq!(half.peer(), lab.a.local.public());
+    assert!(consume_initiation(&half, &lab.b.remote).is_ok());
+}
+
+#[test]
+fn responses_and_cookie_replies_pass_with_the_index_they_name() {
+    let mut lab = Lab::new();
+    let mut message = lab.forged();
+    message[8..12].copy_from_slice(&[1, 2, 3, 4]);
+    put_macs(&lab.a.remote.labels.mac1, None, &mut message);
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::Response(0x0403_0201)
+    ));
+    let mut message = [0; 64];
+    message[..8].copy_from_slice(&[3, 0, 0, 0, 5, 6, 7, 8]);
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::CookieReply(0x0807_0605)
+    ));
+}
+
+#[test]
+fn each_refusal_has_its_reason() {
+    let mut lab = Lab::new();
+    let message = lab.initiate(None);
+    for len in (0..=200).filter(|len| *len != 148) {
+        let mut cut = message.to_vec();
+        cut.resize(len, 0);
+        assert_eq!(lab.refusal(&cut), DropReason::MessageLength, "{len}");
+    }
+    for kind in [0u8, 4, 5, 255] {
+        let mut other = message;
+        other[0] = kind;
+        assert_eq!(lab.refusal(&other), DropReason::UnknownMessage);
+    }
+    for reserved in 1..4 {
+        let mut other = message;
+        other[reserved] = 1;
+        assert_eq!(lab.refusal(&other), DropReason::UnknownMessage);
+    }
+    let mut damaged = message;
+    damaged[50] ^= 1;
+    assert_eq!(lab.refusal(&damaged), DropReason::HandshakeMac);
+    put_macs(&lab.a.remote.labels.mac1, None, &mut damaged);
+    assert_eq!(lab.refusal(&damaged), DropReason::HandshakeInvalid);
+    damaged[8..40].fill(0);
+    put_macs(&lab.a.remote.labels.mac1, None, &mut damaged);
+    assert_eq!(lab.refusal(&damaged), DropReason::HandshakeLowOrder);
+    lab.gate.set_local(None);
+    assert_eq!(lab.refusal(&message), DropReason::HandshakeNoKey);
+}
+
+#[test]
+fn a_new_private_key_counts_at_once() {
+    let mut lab = Lab::new();
+    let old = lab.initiate(None);
+    let local = Arc::new(LocalKeys::new(&[7; 32]));
+    lab.gate.set_local(Some(Arc::clone(&local)));
+    assert_eq!(lab.refusal(&old), DropReason::HandshakeMac);
+    lab.a.remote = Remote::new(&lab.a.local, local.public(), None);
+    let new = lab.initiate(None);
+    assert!(matches!(lab.handle(from(1), &new), Verdict::Initiation(_)));
+}
+
+#[test]
+fn under_load_only_a_cookie_opens_the_gate() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let cookie = lab.cookie(from(1));
+    let message = lab.initiate(Some(&cookie));
+    assert!(matches!(lab.handle(from(2), &message), Verdict::Challenge));
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::Initiation(_)
+    ));
+    // A damaged MAC2 is no cookie; a damaged MAC1 is not even answered.
+    for at in 132..148 {
+        let mut damaged = message;
+        damaged[at] ^= 1;
+        assert!(matches!(lab.handle(from(1), &damaged), Verdict::Challenge));
+        damaged[116] ^= 1;
+        assert_eq!(lab.refusal(&damaged), DropReason::HandshakeMac);
+    }
+}
+
+#[test]
+fn a_cookie_dies_with_the_secret() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let cookie = lab.cookie(from(1));
+    lab.now += COOKIE_LIFE - Duration::from_millis(1);
+    lab.flood();
+    let message = lab.initiate(Some(&cookie));
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::Initiation(_)
+    ));
+    lab.now += Duration::from_millis(1);
+    assert!(matches!(lab.handle(from(1), &message), Verdict::Challenge));
+}
+
+#[test]
+fn without_load_nobody_needs_a_cookie_and_no_source_is_limited() {
+    let mut lab = Lab::new();
+    for _ in 0..LOAD_BURST {
+        let message = lab.forged();
+        assert!(matches!(
+            lab.handle(from(1), &message),
+            Verdict::Response(_)
+        ));
+    }
+    // Exactly the allowed rate, for a while.
+    for _ in 0..2 * LOAD_PER_SECOND {
+        lab.now += Duration::from_secs(1) / LOAD_PER_SECOND;
+        let message = lab.forged();
+        assert!(matches!(
+            lab.handle(from(1), &message),
+            Verdict::Response(_)
+        ));
+    }
+}
+
+#[test]
+fn wrong_macs_make_no_load() {
+    let mut lab = Lab::new();
+    let mut message = lab.forged();
+    message[70] ^= 1;
+    for _ in 0..10 * LOAD_BURST {
+        assert_eq!(lab.refusal(&message), DropReason::HandshakeMac);
+    }
+    assert!(!lab.gate.under_load(lab.now));
+}
+
+#[test]
+fn load_lasts_a_second_beyond_the_last_message_too_many() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let message = lab.initiate(None);
+    lab.now += LOAD_LASTS - Duration::from_millis(1);
+    assert!(lab.gate.under_load(lab.now));
+    assert!(matches!(lab.handle(from(1), &message), Verdict::Challenge));
+    lab.now += Duration::from_millis(1);
+    assert!(!lab.gate.under_load(lab.now));
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::Initiation(_)
+    ));
+    // It begins anew when the messages go on.
+    lab.now += Duration::from_secs(1);
+    lab.flood();
+}
+
+#[test]
+fn under_load_a_source_has_five_messages_and_twenty_a_second() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let cookie = lab.cookie(from(1));
+    let message = lab.initiate(Some(&cookie));
+    let mut taken = 0;
+    let mut elapsed = Duration::ZERO;
+    while elapsed < Duration::from_secs(2) {
+        lab.flood_on();
+        let verdict = lab.handle(from(1), &message);
+        if matches!(verdict, Verdict::Initiation(_)) {
+            taken += 1;
+        } else {
+            assert!(matches!(
+                verdict,
+                Verdict::Drop(DropReason::HandshakeLimited)
+            ));
+        }
+        if elapsed < Duration::from_millis(10) {
+            assert_eq!(taken, 1 + elapsed.as_millis());
+            assert!(taken <= 5);
+        }
+        let step = Duration::from_millis(if elapsed < Duration::from_millis(4) {
+            1
+        } else {
+            7
+        });
+        elapsed += step;
+        lab.now += step;
+    }
+    assert!((43..=45).contains(&taken), "{taken}");
+    // Another source has its own.
+    let other = lab.cookie(from(2));
+    let message = lab.initiate(Some(&other));
+    assert!(matches!(
+        lab.handle(from(2), &message),
+        Verdict::Initiation(_)
+    ));
+}
+
+impl Lab {
+    /// Keeps the gate under load.
+    fn flood_on(&mut self) {
+        let message = self.forged();
+        while !matches!(self.handle(from(9), &message), Verdict::Challenge) {}
+        while self.gate_has_room() {
+            assert!(matches!(self.handle(from(9), &message), Verdict::Challenge));
+        }
+    }
+
+    fn gate_has_room(&mut self) -> bool {
+        !self
+            .gate
+            .under_load(self.now + LOAD_LASTS - Duration::from_millis(1))
+    }
+}
+
+#[test]
+fn a_whole_network_of_ipv6_is_one_source() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let host = |n: u16| -> SocketAddr {
+        SocketAddr::from((std::net::Ipv6Addr::new(0x2001, 0xdb8, 0, 1, n, 0, 0, n), 9))
+    };
+    let mut verdicts = Vec::new();
+    for n in 0..8 {
+        let cookie = lab.cookie(host(n));
+        let message = lab.initiate(Some(&cookie));
+        verdicts.push(matches!(
+            lab.handle(host(n), &message),
+            Verdict::Initiation(_)
+        ));
+    }
+    assert_eq!(verdicts.iter().filter(|taken| **taken).count(), 5);
+    let elsewhere: SocketAddr = "[2001:db8:0:2::]:9".parse().unwrap();
+    let cookie = lab.cookie(elsewhere);
+    let message = lab.initiate(Some(&cookie));
+    assert!(matches!(
+        lab.handle(elsewhere, &message),
+        Verdict::Initiation(_)
+    ));
+}
+
+#[test]
+fn cookie_replies_are_limited_all_together() {
+    let mut lab = Lab::new();
+    let mut message = [0; 64];
+    message[0] = 3;
+    let passed = (0..2000)
+        .filter(|n| matches!(lab.handle(from(*n), &message), Verdict::CookieReply(_)))
+        .count();
+    assert_eq!(passed, COOKIE_REPLIES_PER_SECOND as usize);
+    assert_eq!(lab.refusal(&message), DropReason::HandshakeLimited);
+    lab.now += Duration::from_secs(1) / COOKIE_REPLIES_PER_SECOND;
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::CookieReply(_)
+    ));
+}
+
+/// The table has a fixed size; what does not fit is refused, and nobody gets more than the limit.
+#[test]
+fn a_flood_of_sources_fills_a_fixed_table() {
+    use crate::noise::sources::Sources;
+    let now = start();
+    let mut sources = Sources::new(now);
+    let mut allowed = 0;
+    for n in 0..100_000u32 {
+        allowed += usize::from(sources.allow(now, IpAddr::from(n.to_be_bytes())));
+    }
+    assert!(allowed <= SOURCES_MAX, "{allowed}");
+    assert!(allowed > SOURCES_MAX * 9 / 10, "{allowed}");
+    // A source that found its place keeps its bucket through the flood.
+    let mine = (0..100_000u32)
+        .map(|n| IpAddr::from(n.to_be_bytes()))
+        .find(|ip| sources.allow(now, *ip))
+        .unwrap();
+    let more = (0..10).filter(|_| sources.allow(now, mine)).count();
+    assert_eq!(more, 3, "two of five are used");
+    // Later, everybody's place is free again.
+    let later = now + Duration::from_millis(250);
+    let fresh = IpAddr::from([203, 0, 113, 9]);
+    assert!(sources.allow(later, fresh));
+}
+
+#[test]
+fn time_that_stands_still_or_jumps_is_no_harm() {
+    use crate::noise::sources::Sources;
+    let now = start();
+    let mut sources = Sources::new(now + Duration::from_secs(5));
+    let ip = IpAddr::from([192, 0, 2, 1]);
+    for _ in 0..5 {
+        assert!(sources.allow(now, ip));
+    }
+    assert!(!sources.allow(now, ip));
+    assert!(sources.allow(now + Duration::from_secs(1 << 40), ip));
+}
