@@ -283,7 +283,7 @@ fn garbage_is_counted_and_nothing_else_happens() {
         DropReason::MessageLength,
         DropReason::UnknownIndex,
         DropReason::UnknownMessage,
-        DropReason::HandshakeInvalid,
+        DropReason::HandshakeMac,
     ];
     let counts: Vec<u64> = dropped.iter().map(|reason| stats.drops(*reason)).collect();
     assert!(counts[0] > 200 && counts[1] > 50, "{counts:?}");

@@ -19,6 +19,7 @@ use super::{
     RelayOut, Wake,
 };
 use crate::filter::CompiledRules;
+use crate::noise::Half;
 use crate::ring::{TunRx, UdpRx};
 use crate::route;
 use crate::sys::EventFd;
@@ -146,13 +147,16 @@ impl Load for RelayOut {
 pub(crate) const HANDSHAKE_LEN_MAX: usize = 148;
 
 /// A handshake message that passed the handshake thread.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct HandshakeMessage {
     /// The peer, where the message names it (an initiation); else the receiver index does.
     pub(crate) peer: Option<PeerId>,
     pub(crate) from: SocketAddr,
     /// Where it arrived, in device mode.
     pub(crate) local: Option<Local>,
+    /// Of an initiation, what the handshake thread has computed already; boxed, so that its
+    /// secrets stay in one place until they are overwritten.
+    pub(crate) half: Option<Box<Half>>,
     bytes: [u8; HANDSHAKE_LEN_MAX],
     len: usize,
 }
@@ -171,6 +175,7 @@ impl HandshakeMessage {
             peer,
             from,
             local,
+            half: None,
             bytes,
             len: message.len(),
         })

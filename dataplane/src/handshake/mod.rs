@@ -1,72 +1,79 @@
 //! The thread that reads handshake messages, so that a flood of them fills one socket's buffer and
 //! nothing else.
 //!
-//! Cheap checks come first: form, MAC1 (a keyed hash that proves the sender knows our public key),
-//! and above a rate of messages per second a cookie that proves its address (WireGuard paper §5.3,
-//! §5.4.7). Only then one Diffie-Hellman computation says who made an initiation. The owner shard
-//! gets what passes, and does the rest.
+//! What passes the [`Gate`] goes to the shard that owns the peer: an initiation with the one
+//! Diffie-Hellman computation that told whose it is, other messages as they came. The thread's work
+//! is bounded by its [`Budget`] of processor time.
 
 #![forbid(unsafe_code)]
 
+mod budget;
+
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::Instant;
 
-use boringtun::noise::handshake::parse_handshake_anon;
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Packet, TunnResult};
-use boringtun::x25519::{PublicKey, StaticSecret};
-use zeroize::Zeroizing;
+use budget::{Budget, PAUSE};
 
 use crate::channel::hub::{HandshakeMessage, PeerTable, Settings};
 use crate::channel::{Hub, PeerId};
-use crate::classify::{COOKIE_LEN, Class, classify};
+use crate::classify::{COOKIE_LEN, owner_shard};
+use crate::noise::{Gate, Half, LocalKeys, Verdict};
 use crate::stats::{Counters, DropReason, Meter, Published};
-use crate::sys::socket::{Leave, Local, receive, send, wait_readable};
+use crate::sys::socket::{Leave, Local, Many, receive_many, send, wait_readable};
+use crate::sys::thread_time;
 use crate::udp::Sockets;
 
-/// Messages a second above which senders must prove their address by a cookie.
-const MESSAGES_PER_SECOND_MAX: u64 = 200;
-/// Messages read from one socket before the other gets its turn.
+/// Messages read from one socket before the other gets its turn, and the budget is looked at.
 const BURST_MAX: usize = 32;
-/// The rate limiter counts per second, and is told of time by us.
-const SECOND_MS: i32 = 1000;
 /// Longest datagram read; a handshake message has 148 bytes, and longer ones only need to be seen
 /// to be too long.
 const DATAGRAM_LEN_MAX: usize = 256;
+/// No limit for a wait.
+const FOREVER: i32 = -1;
 
 /// The body of the thread; ends when the hub stops.
+#[expect(clippy::disallowed_methods, reason = "this thread has the clock")]
 pub(crate) fn run(
     hub: &Hub,
     mut sockets: Arc<Sockets>,
     settings: &Settings,
     published: &Published,
 ) {
-    let mut gate = Gate::new(settings.private_key.as_ref());
+    let pause_ms = i32::try_from(PAUSE.as_millis()).unwrap_or(FOREVER);
     let mut fds = readable(hub, &sockets);
+    let mut doorman = Doorman::new(Instant::now(), settings);
+    let mut budget = Budget::new(Instant::now());
+    let mut used = thread_time();
+    let mut many = Many::<BURST_MAX, DATAGRAM_LEN_MAX>::new();
     while !hub.stopping() {
-        wait_readable(&fds, SECOND_MS);
-        hub.handshake_wake.clear();
-        gate.tick();
-        if let Some(settings) = hub.handshake_settings.pop() {
-            gate.set_key(settings.private_key.as_ref());
+        if budget.spent() {
+            wait_readable(&fds[..1], pause_ms);
+        } else {
+            wait_readable(&fds, FOREVER);
         }
+        hub.handshake_wake.clear();
+        doorman.hear(hub);
         if let Some(newer) = hub.handshake_sockets.pop() {
             sockets = newer;
             fds = readable(hub, &sockets);
         }
-        if let Some(table) = hub.handshake_peers.pop() {
-            gate.set_peers(&table);
+        let mut work = true;
+        while work {
+            let now = Instant::now();
+            let before = std::mem::replace(&mut used, thread_time());
+            budget.charge(now, used.saturating_sub(before));
+            if budget.spent() {
+                break;
+            }
+            work = doorman.strays(now, hub, &sockets);
+            for socket in sockets.both() {
+                work |= doorman.drain(now, hub, socket, &mut many);
+            }
         }
-        while let Some(stray) = hub.handshake_strays.pop() {
-            let socket = reply_socket(&sockets, stray.from);
-            gate.handle(hub, stray.from, stray.local, stray.bytes(), socket);
-        }
-        for socket in sockets.both() {
-            gate.drain(hub, socket);
-        }
-        published.publish(&gate.counters);
+        published.publish(&doorman.counters);
     }
 }
 
@@ -84,58 +91,44 @@ fn reply_socket(sockets: &Sockets, to: SocketAddr) -> Option<&UdpSocket> {
     }
 }
 
-/// What a message must pass.
-struct Gate {
-    /// None while we have no key: then nothing passes.
-    keys: Option<Keys>,
+fn local_keys(settings: &Settings) -> Option<Arc<LocalKeys>> {
+    let key = settings.private_key.as_ref()?;
+    Some(Arc::new(LocalKeys::new(key)))
+}
+
+/// The gate and what is behind it.
+struct Doorman {
+    gate: Gate,
     /// Peers by public key, with their owner shards.
     peers: HashMap<[u8; 32], (PeerId, u8)>,
     counters: Counters,
 }
 
-/// What follows from our private key.
-struct Keys {
-    private: StaticSecret,
-    public: PublicKey,
-    limiter: RateLimiter,
-}
-
-impl Keys {
-    fn new(private_key: &Zeroizing<[u8; 32]>) -> Keys {
-        let private = StaticSecret::from(**private_key);
-        let public = PublicKey::from(&private);
-        Keys {
-            limiter: RateLimiter::new(&public, MESSAGES_PER_SECOND_MAX),
-            private,
-            public,
-        }
-    }
-}
-
 /// Where a message goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Passed {
     /// Known for an initiation.
     peer: Option<PeerId>,
+    half: Option<Box<Half>>,
     shard: u8,
 }
 
-impl Gate {
-    fn new(private_key: Option<&Zeroizing<[u8; 32]>>) -> Gate {
-        Gate {
-            keys: private_key.map(Keys::new),
+impl Doorman {
+    fn new(now: Instant, settings: &Settings) -> Doorman {
+        Doorman {
+            gate: Gate::new(now, local_keys(settings)),
             peers: HashMap::new(),
             counters: Counters::default(),
         }
     }
 
-    fn set_key(&mut self, private_key: Option<&Zeroizing<[u8; 32]>>) {
-        self.keys = private_key.map(Keys::new);
-    }
-
-    fn tick(&mut self) {
-        if let Some(keys) = &self.keys {
-            keys.limiter.reset_count();
+    /// Takes the newest key and peers.
+    fn hear(&mut self, hub: &Hub) {
+        if let Some(settings) = hub.handshake_settings.pop() {
+            self.gate.set_local(local_keys(&settings));
+        }
+        if let Some(table) = hub.handshake_peers.pop() {
+            self.set_peers(&table);
         }
     }
 
@@ -146,24 +139,41 @@ impl Gate {
             .collect();
     }
 
-    fn drain(&mut self, hub: &Hub, socket: &UdpSocket) {
-        let mut bytes = [0; DATAGRAM_LEN_MAX];
+    /// Takes what reached a shard instead; true if there may be more.
+    fn strays(&mut self, now: Instant, hub: &Hub, sockets: &Sockets) -> bool {
         for _ in 0..BURST_MAX {
-            // An error is one the socket has kept for us; there is nothing to read then.
-            let Ok(Some(received)) = receive(socket.as_fd(), &mut bytes) else {
-                return;
+            let Some(stray) = hub.handshake_strays.pop() else {
+                return false;
             };
-            self.counters.add(Meter::UdpReceives, 1);
-            self.counters.add(Meter::UdpPacketsIn, 1);
-            self.counters.add(Meter::UdpBytesIn, received.len as u64);
-            let local = received.ancillary.local;
-            let message = &bytes[..received.len];
-            self.handle(hub, received.from, local, message, Some(socket));
+            let socket = reply_socket(sockets, stray.from);
+            self.handle(now, hub, stray.from, stray.local, stray.bytes(), socket);
         }
+        true
+    }
+
+    /// Takes one burst from a socket; true if there may be more.
+    fn drain(
+        &mut self,
+        now: Instant,
+        hub: &Hub,
+        socket: &UdpSocket,
+        many: &mut Many<BURST_MAX, DATAGRAM_LEN_MAX>,
+    ) -> bool {
+        let count = receive_many(socket.as_fd(), many);
+        if count > 0 {
+            self.counters.add(Meter::UdpReceives, 1);
+        }
+        for (from, local, message) in many.iter() {
+            self.counters.add(Meter::UdpPacketsIn, 1);
+            self.counters.add(Meter::UdpBytesIn, message.len() as u64);
+            self.handle(now, hub, from, local, message, Some(socket));
+        }
+        count == BURST_MAX
     }
 
     fn handle(
         &mut self,
+        now: Instant,
         hub: &Hub,
         from: SocketAddr,
         local: Option<Local>,
@@ -171,196 +181,81 @@ impl Gate {
         socket: Option<&UdpSocket>,
     ) {
         let mut reply = [0; COOKIE_LEN];
-        match self.check(from.ip(), message, &mut reply) {
+        match self.check(now, from, message, &mut reply) {
             Ok(passed) => {
-                let queued =
-                    HandshakeMessage::new(passed.peer, from, local, message).and_then(|message| {
-                        let inbox = hub.inboxes.get(usize::from(passed.shard))?;
-                        inbox.handshakes.push(message).ok()?;
-                        inbox.wake.ring();
-                        Some(())
-                    });
-                if queued.is_none() {
-                    self.counters.drop_one(DropReason::StrayFull);
+                if let Err(reason) = hand_on(hub, from, local, message, passed) {
+                    self.counters.drop_one(reason);
                 }
             }
-            Err(Refused::Dropped(reason)) => self.counters.drop_one(reason),
-            Err(Refused::NeedsCookie(len)) => {
-                self.counters.drop_one(DropReason::HandshakeLimited);
+            Err(DropReason::HandshakeCookie) => {
+                self.counters.drop_one(DropReason::HandshakeCookie);
                 let leave = Leave {
                     local,
                     ..Leave::to(from)
                 };
-                let sent = socket.map(|socket| send(socket.as_fd(), &leave, &reply[..len], None));
+                let sent = socket.map(|socket| send(socket.as_fd(), &leave, &reply, None));
                 if sent == Some(Ok(())) {
                     self.counters.add(Meter::UdpSends, 1);
                     self.counters.add(Meter::UdpPacketsOut, 1);
-                    self.counters.add(Meter::UdpBytesOut, len as u64);
+                    self.counters.add(Meter::UdpBytesOut, COOKIE_LEN as u64);
                 }
             }
+            Err(reason) => self.counters.drop_one(reason),
         }
     }
 
-    fn check(&mut self, from: IpAddr, message: &[u8], reply: &mut [u8]) -> Result<Passed, Refused> {
-        match classify(message) {
-            Class::Handshake => {}
-            Class::Invalid(reason) => return Err(Refused::Dropped(reason)),
-            Class::Data(_) | Class::Disco | Class::Stun => {
-                return Err(Refused::Dropped(DropReason::UnknownMessage));
-            }
-        }
-        let invalid = Refused::Dropped(DropReason::HandshakeInvalid);
-        let Some(keys) = &self.keys else {
-            return Err(invalid);
-        };
-        let packet = match keys.limiter.verify_packet(Some(from), message, reply) {
-            Ok(packet) => packet,
-            Err(TunnResult::WriteToNetwork(cookie)) => {
-                return Err(Refused::NeedsCookie(cookie.len()));
-            }
-            Err(_) => return Err(invalid),
-        };
-        match packet {
-            Packet::HandshakeInit(initiation) => {
-                let half = parse_handshake_anon(&keys.private, &keys.public, &initiation);
-                let Ok(half) = half else { return Err(invalid) };
-                let known = self.peers.get(&half.peer_static_public);
-                known.map_or(Err(invalid), |&(peer, shard)| {
-                    Ok(Passed {
-                        peer: Some(peer),
-                        shard,
-                    })
+    /// Judges a message. With [`DropReason::HandshakeCookie`] the answer to send is in `reply`.
+    fn check(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        message: &[u8],
+        reply: &mut [u8; COOKIE_LEN],
+    ) -> Result<Passed, DropReason> {
+        match self
+            .gate
+            .handle(now, from, message, &mut rand::rng(), reply)
+        {
+            Verdict::Initiation(half) => {
+                let known = self.peers.get(half.peer());
+                let &(peer, shard) = known.ok_or(DropReason::HandshakeUnknownPeer)?;
+                Ok(Passed {
+                    peer: Some(peer),
+                    half: Some(Box::new(half)),
+                    shard,
                 })
             }
-            // Bits 8 to 15 of the receiver index name the shard.
-            Packet::HandshakeResponse(response) => {
-                let shard = response.receiver_idx.to_le_bytes()[1];
-                Ok(Passed { peer: None, shard })
-            }
-            Packet::PacketCookieReply(cookie) => {
-                let shard = cookie.receiver_idx.to_le_bytes()[1];
-                Ok(Passed { peer: None, shard })
-            }
-            Packet::PacketData(_) => Err(invalid),
+            Verdict::Response(index) | Verdict::CookieReply(index) => Ok(Passed {
+                peer: None,
+                half: None,
+                shard: owner_shard(index),
+            }),
+            Verdict::Challenge => Err(DropReason::HandshakeCookie),
+            Verdict::Drop(reason) => Err(reason),
         }
     }
 }
 
-/// Why a message goes no further.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refused {
-    Dropped(DropReason),
-    /// The first so many bytes of the reply buffer are a cookie for the sender.
-    NeedsCookie(usize),
+/// Gives a message to its shard.
+///
+/// # Errors
+/// No shard has sessions under the index it names, or the shard's queue is full.
+fn hand_on(
+    hub: &Hub,
+    from: SocketAddr,
+    local: Option<Local>,
+    message: &[u8],
+    passed: Passed,
+) -> Result<(), DropReason> {
+    let inbox = hub.inboxes.get(usize::from(passed.shard));
+    let inbox = inbox.ok_or(DropReason::UnknownIndex)?;
+    let message = HandshakeMessage::new(passed.peer, from, local, message);
+    let mut message = message.ok_or(DropReason::MessageLength)?;
+    message.half = passed.half;
+    let pushed = inbox.handshakes.push(message);
+    inbox.wake.ring();
+    pushed.map_err(|_| DropReason::HandshakeQueueFull)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::channel::PeerConfig;
-    use crate::session::{Engine, MESSAGE_LEN_MAX};
-
-    const FROM: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
-
-    fn key(n: u8) -> Zeroizing<[u8; 32]> {
-        Zeroizing::new([n; 32])
-    }
-
-    fn public(n: u8) -> [u8; 32] {
-        *PublicKey::from(&StaticSecret::from([n; 32])).as_bytes()
-    }
-
-    fn gate() -> Gate {
-        let mut gate = Gate::new(Some(&key(1)));
-        let peer = PeerConfig {
-            id: PeerId(4),
-            public_key: public(2),
-            preshared_key: None,
-            allowed_ips: vec![],
-            persistent_keepalive: None,
-        };
-        let table = PeerTable::new(vec![peer], 1, &PeerTable::default());
-        gate.set_peers(&Arc::new(table));
-        gate
-    }
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "boringtun reads the clock itself"
-    )]
-    fn initiation(from: u8) -> [u8; MESSAGE_LEN_MAX] {
-        let mut session = Engine::new(&key(from), 1420).session(&public(1), None, None, 5);
-        let mut out = [0; MESSAGE_LEN_MAX];
-        session
-            .initiate(std::time::Instant::now(), false, &mut out)
-            .unwrap();
-        out
-    }
-
-    #[test]
-    fn an_initiation_of_a_known_peer_passes_with_its_name() {
-        let passed = gate().check(FROM, &initiation(2), &mut [0; COOKIE_LEN]);
-        assert_eq!(
-            passed,
-            Ok(Passed {
-                peer: Some(PeerId(4)),
-                shard: 0
-            })
-        );
-    }
-
-    #[test]
-    fn strangers_bad_macs_and_wrong_lengths_go_no_further() {
-        let mut reply = [0; COOKIE_LEN];
-        let mut gate = gate();
-        let dropped = |reason| Err(Refused::Dropped(reason));
-        assert_eq!(
-            gate.check(FROM, &initiation(3), &mut reply),
-            dropped(DropReason::HandshakeInvalid)
-        );
-        let mut broken = initiation(2);
-        broken[20] ^= 1;
-        assert_eq!(
-            gate.check(FROM, &broken, &mut reply),
-            dropped(DropReason::HandshakeInvalid)
-        );
-        assert_eq!(
-            gate.check(FROM, &broken[..147], &mut reply),
-            dropped(DropReason::MessageLength)
-        );
-        assert_eq!(
-            gate.check(FROM, &[0; 40], &mut reply),
-            dropped(DropReason::UnknownMessage)
-        );
-    }
-
-    #[test]
-    fn a_cookie_reply_goes_to_the_shard_its_index_names() {
-        let mut message = [0; COOKIE_LEN];
-        message[0] = 3;
-        message[4..8].copy_from_slice(&[0x11, 0x02, 0x33, 0x44]);
-        let passed = gate().check(FROM, &message, &mut [0; COOKIE_LEN]);
-        assert_eq!(
-            passed,
-            Ok(Passed {
-                peer: None,
-                shard: 2
-            })
-        );
-    }
-
-    #[test]
-    fn a_flood_is_answered_with_cookies() {
-        let mut gate = gate();
-        let message = initiation(3);
-        let mut reply = [0; COOKIE_LEN];
-        let mut cookies = 0;
-        for _ in 0..MESSAGES_PER_SECOND_MAX + 10 {
-            if let Err(Refused::NeedsCookie(len)) = gate.check(FROM, &message, &mut reply) {
-                assert_eq!((len, reply[0]), (COOKIE_LEN, 3));
-                cookies += 1;
-            }
-        }
-        assert!(cookies >= 10 - 1, "{cookies}");
-    }
-}
+mod tests;

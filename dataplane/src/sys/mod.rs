@@ -1,5 +1,5 @@
 //! Safe functions over the system calls the drivers need: sockets and control messages, TUN
-//! ioctls, event descriptors, CPU affinity, the cycle counter.
+//! ioctls, event descriptors, CPU affinity, the clocks of processor time.
 //!
 //! All unsafe code of the drivers except io_uring's shared memory is in this folder.
 
@@ -10,7 +10,7 @@ mod file;
 pub(crate) mod poll;
 pub(crate) mod socket;
 
-pub(crate) use clock::cycles;
+pub(crate) use clock::{cycles, thread_time};
 pub(crate) use cpu::{allowed_cpus, pin_to};
 pub(crate) use event::EventFd;
 pub(crate) use file::{read, set_nonblocking, set_tun_offload, write};

@@ -498,6 +498,98 @@ pub(crate) fn source_refused(errno: i32) -> bool {
     )
 }
 
+/// Room for up to `COUNT` datagrams of up to `LEN` bytes, for [`receive_many`].
+pub(crate) struct Many<const COUNT: usize, const LEN: usize> {
+    names: [[u8; NAME_LEN]; COUNT],
+    bytes: [[u8; LEN]; COUNT],
+    controls: [Control; COUNT],
+    /// Bytes of payload and of control messages.
+    lens: [(usize, usize); COUNT],
+    count: usize,
+}
+
+impl<const COUNT: usize, const LEN: usize> Many<COUNT, LEN> {
+    pub(crate) fn new() -> Box<Many<COUNT, LEN>> {
+        Box::new(Many {
+            names: [[0; NAME_LEN]; COUNT],
+            bytes: [[0; LEN]; COUNT],
+            controls: [Control([0; CONTROL_LEN]); COUNT],
+            lens: [(0, 0); COUNT],
+            count: 0,
+        })
+    }
+
+    /// What the last call received: from whom, where it arrived if the socket says so, and the
+    /// datagram, cut to `LEN`.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (SocketAddr, Option<Local>, &[u8])> {
+        (0..self.count).filter_map(|i| {
+            let (len, control) = self.lens[i];
+            let local = parse_control(&self.controls[i].0[..control]).local;
+            Some((parse_name(&self.names[i])?, local, &self.bytes[i][..len]))
+        })
+    }
+}
+
+/// Receives what waits on a socket, up to the room there is, with one system call and without
+/// waiting. Returns how many datagrams came.
+pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
+    fd: BorrowedFd<'_>,
+    many: &mut Many<COUNT, LEN>,
+) -> usize {
+    let mut iovs: [MaybeUninit<libc::iovec>; COUNT] = [const { MaybeUninit::uninit() }; COUNT];
+    let mut messages: [MaybeUninit<libc::mmsghdr>; COUNT] =
+        [const { MaybeUninit::uninit() }; COUNT];
+    let Many {
+        names,
+        bytes,
+        controls,
+        lens,
+        count,
+    } = many;
+    let buffers = bytes.iter_mut().zip(names).zip(controls);
+    for ((slot, iov), ((bytes, name), control)) in messages.iter_mut().zip(&mut iovs).zip(buffers) {
+        let iov = iov.write(libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: LEN,
+        });
+        // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_name = name.as_mut_ptr().cast();
+        header.msg_namelen = socklen(NAME_LEN);
+        header.msg_iov = iov;
+        header.msg_iovlen = 1;
+        header.msg_control = control.0.as_mut_ptr().cast();
+        header.msg_controllen = CONTROL_LEN as _;
+        slot.write(libc::mmsghdr {
+            msg_hdr: header,
+            msg_len: 0,
+        });
+    }
+    let room = libc::c_uint::try_from(COUNT).expect("a small number");
+    let first = messages.as_mut_ptr().cast::<libc::mmsghdr>();
+    // SAFETY: all `COUNT` entries are initialised; names, vectors, buffers and controls are
+    // writable and outlive the call. No timeout is passed.
+    let received = unsafe {
+        libc::recvmmsg(
+            fd.as_raw_fd(),
+            first,
+            room,
+            libc::MSG_DONTWAIT,
+            std::ptr::null_mut(),
+        )
+    };
+    // An error is one the socket has kept for us, or there is nothing.
+    *count = usize::try_from(received).unwrap_or(0);
+    for (lens, message) in lens.iter_mut().zip(&messages).take(*count) {
+        // SAFETY: every entry was initialised above, and the call wrote this one's lengths.
+        let message = unsafe { message.assume_init_ref() };
+        let len = usize::try_from(message.msg_len).unwrap_or(LEN);
+        let control = message.msg_hdr.msg_controllen;
+        *lens = (len.min(LEN), control.min(CONTROL_LEN));
+    }
+    *count
+}
+
 /// The calling thread's last error number.
 pub(crate) fn errno() -> i32 {
     io::Error::last_os_error().raw_os_error().unwrap_or(0)
@@ -593,6 +685,48 @@ mod tests {
         for i in 0..71 {
             let got = receive_soon(&b, &mut bytes);
             assert_eq!(got.len, if i == 70 { 30 } else { 100 });
+        }
+    }
+
+    #[test]
+    fn many_are_received_at_once_with_their_senders() {
+        for ip in ["127.0.0.1", "::1"] {
+            let (a, b) = pair(ip);
+            let c = UdpSocket::bind((ip, 0)).unwrap();
+            let to = b.local_addr().unwrap();
+            let (level, name) = if to.is_ipv4() {
+                (libc::IPPROTO_IP, libc::IP_PKTINFO)
+            } else {
+                (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)
+            };
+            set_int(b.as_fd(), level, name, 1).unwrap();
+            let mut many = Many::<4, 10>::new();
+            assert_eq!(receive_many(b.as_fd(), &mut many), 0);
+            let sent: [(&UdpSocket, &[u8]); 6] = [
+                (&a, b"one"),
+                (&c, b"two"),
+                (&a, b""),
+                (&c, b"longer than ten"),
+                (&a, b"five"),
+                (&c, b"six"),
+            ];
+            for (socket, bytes) in sent {
+                send(socket.as_fd(), &Leave::to(to), bytes, None).unwrap();
+            }
+            let mut got = Vec::new();
+            while got.len() < 6 {
+                wait_readable(&[b.as_raw_fd()], 2000);
+                let count = receive_many(b.as_fd(), &mut many);
+                assert!((1..=4).contains(&count), "{count}");
+                for (from, local, bytes) in many.iter() {
+                    assert_eq!(local.unwrap().addr, to.ip());
+                    got.push((from, bytes.to_vec()));
+                }
+            }
+            for ((socket, bytes), (from, seen)) in sent.iter().zip(&got) {
+                assert_eq!(socket.local_addr().unwrap(), *from);
+                assert_eq!(&bytes[..bytes.len().min(10)], seen);
+            }
         }
     }
 

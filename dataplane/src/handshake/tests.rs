@@ -1,0 +1,156 @@
+//! The doorman without its sockets.
+
+use std::time::Duration;
+
+use zeroize::Zeroizing;
+
+use super::*;
+use crate::channel::PeerConfig;
+use crate::noise::{Jar, LOAD_BURST, Remote, Tai64n, consume_initiation, initiation};
+
+#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+fn start() -> Instant {
+    Instant::now()
+}
+
+fn from() -> SocketAddr {
+    "192.0.2.1:5000".parse().unwrap()
+}
+
+fn local(n: u8) -> LocalKeys {
+    LocalKeys::new(&[n; 32])
+}
+
+fn settings(n: Option<u8>) -> Settings {
+    Settings {
+        private_key: n.map(|n| Zeroizing::new([n; 32])),
+        mtu: 1420,
+    }
+}
+
+fn doorman(now: Instant) -> Doorman {
+    let mut doorman = Doorman::new(now, &settings(Some(1)));
+    let peer = PeerConfig {
+        id: PeerId(4),
+        public_key: *local(2).public(),
+        preshared_key: None,
+        allowed_ips: vec![],
+        persistent_keepalive: None,
+    };
+    let table = PeerTable::new(vec![peer], 1, &PeerTable::default());
+    doorman.set_peers(&Arc::new(table));
+    doorman
+}
+
+/// An initiation to us.
+fn made_by(n: u8, jar: &mut Jar, now: Instant) -> [u8; 148] {
+    let maker = local(n);
+    let remote = Remote::new(&maker, local(1).public(), None);
+    let stamp = Tai64n::next(Duration::from_secs(1), None);
+    let mut out = [0; 148];
+    let cookie = jar.cookie(now).cloned();
+    let initiated = initiation(
+        &maker,
+        &remote,
+        5,
+        stamp,
+        cookie.as_ref(),
+        &mut rand::rng(),
+        &mut out,
+    )
+    .unwrap();
+    jar.sent(initiated.mac1());
+    out
+}
+
+#[test]
+fn an_initiation_of_a_known_peer_passes_with_what_was_computed() {
+    let now = start();
+    let message = made_by(2, &mut Jar::default(), now);
+    let mut reply = [0; COOKIE_LEN];
+    let passed = doorman(now).check(now, from(), &message, &mut reply);
+    let passed = passed.unwrap();
+    assert_eq!((passed.peer, passed.shard), (Some(PeerId(4)), 0));
+    let half = passed.half.unwrap();
+    let remote = Remote::new(&local(1), half.peer(), None);
+    assert!(consume_initiation(&half, &remote).is_ok());
+}
+
+#[test]
+fn strangers_go_no_further_under_their_own_reason() {
+    let now = start();
+    let message = made_by(3, &mut Jar::default(), now);
+    let refused = doorman(now).check(now, from(), &message, &mut [0; COOKIE_LEN]);
+    assert_eq!(refused.unwrap_err(), DropReason::HandshakeUnknownPeer);
+}
+
+#[test]
+fn a_cookie_reply_goes_to_the_shard_its_index_names() {
+    let now = start();
+    let mut message = [0; COOKIE_LEN];
+    message[0] = 3;
+    message[4..8].copy_from_slice(&[0x11, 0x02, 0x33, 0x44]);
+    let passed = doorman(now).check(now, from(), &message, &mut [0; COOKIE_LEN]);
+    let passed = passed.unwrap();
+    assert_eq!((passed.peer, passed.shard), (None, 2));
+}
+
+#[test]
+fn a_flood_is_answered_with_cookies_that_open_the_door() {
+    let now = start();
+    let mut doorman = doorman(now);
+    let mut jar = Jar::default();
+    let message = made_by(2, &mut jar, now);
+    let mut reply = [0; COOKIE_LEN];
+    for _ in 0..LOAD_BURST {
+        assert!(doorman.check(now, from(), &message, &mut reply).is_ok());
+    }
+    let refused = doorman.check(now, from(), &message, &mut reply);
+    assert_eq!(refused.unwrap_err(), DropReason::HandshakeCookie);
+    let remote = Remote::new(&local(2), local(1).public(), None);
+    jar.receive(now, &remote, &reply).unwrap();
+    let message = made_by(2, &mut jar, now);
+    assert!(doorman.check(now, from(), &message, &mut reply).is_ok());
+}
+
+#[test]
+fn the_newest_key_counts() {
+    let now = start();
+    let hub = Hub::new(now, 1).unwrap();
+    let mut doorman = doorman(now);
+    let message = made_by(2, &mut Jar::default(), now);
+    let mut reply = [0; COOKIE_LEN];
+    for (key, expected) in [
+        (None, Err(DropReason::HandshakeNoKey)),
+        (Some(9), Err(DropReason::HandshakeMac)),
+        (Some(1), Ok(())),
+    ] {
+        let newer = Arc::new(settings(key));
+        drop(hub.handshake_settings.force_push(newer));
+        doorman.hear(&hub);
+        let judged = doorman.check(now, from(), &message, &mut reply);
+        assert_eq!(judged.map(|_| ()), expected);
+    }
+}
+
+#[test]
+fn a_full_shard_costs_messages_not_memory() {
+    let now = start();
+    let hub = Hub::new(now, 1).unwrap();
+    let mut doorman = doorman(now);
+    let mut message = [0; COOKIE_LEN];
+    message[0] = 3;
+    for _ in 0..400 {
+        doorman.handle(now, &hub, from(), None, &message, None);
+    }
+    message[5] = 7;
+    doorman.handle(now, &hub, from(), None, &message, None);
+    let queued = hub.inboxes[0].handshakes.len() as u64;
+    let published = Published::default();
+    published.publish(&doorman.counters);
+    let dropped = published.read().drops(DropReason::HandshakeQueueFull);
+    assert!(
+        queued < 400 && queued + dropped == 400,
+        "{queued} {dropped}"
+    );
+}
