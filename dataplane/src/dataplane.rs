@@ -5,7 +5,8 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, mpsc};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use crate::filter::CompiledRules;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::Device;
-use crate::udp::{Group, Wanted};
+use crate::udp::{Group, Routes, Wanted};
 use crate::{handshake, ring, sys};
 
 /// A running data plane. Dropping it stops and joins its threads and removes the interface.
@@ -40,8 +41,6 @@ pub struct Dataplane {
     underlay: Mutex<Underlay>,
     shards: Vec<Published>,
     handshake: Published,
-    /// For the control side's own look-ups; shards have it by message.
-    table: RwLock<Arc<PeerTable>>,
 }
 
 /// The sockets as they are now.
@@ -137,6 +136,7 @@ impl Dataplane {
         };
         let group = open_group(wanted)?;
         let hub = Arc::new(Hub::new(epoch, config.shards).map_err(StartError::Threads)?);
+        hub.mark.store(config.fwmark, Ordering::Relaxed);
         let mut dataplane = Dataplane {
             hub,
             threads: Vec::new(),
@@ -161,7 +161,6 @@ impl Dataplane {
             }),
             shards: (0..config.shards).map(|_| Published::default()).collect(),
             handshake: Published::default(),
-            table: RwLock::default(),
         };
         // Dropping `dataplane` on the way out stops what has been started.
         dataplane
@@ -195,7 +194,6 @@ impl Dataplane {
                 id: u8::try_from(index).map_err(io::Error::other)?,
                 hub: Arc::clone(&self.hub),
                 queue,
-                sockets,
                 gso: self.offloads.gso,
                 driver: self.driver,
                 cpu: cpus.get(index % cpus.len().max(1)).copied(),
@@ -206,7 +204,7 @@ impl Dataplane {
             let ready = ready.clone();
             let thread = thread::Builder::new()
                 .name(format!("rt-shard-{index}"))
-                .spawn(move || shard::run(seat, &ready))?;
+                .spawn(move || shard::run(seat, sockets, &ready))?;
             self.threads.push(thread);
         }
         drop(ready);
@@ -221,7 +219,24 @@ impl Dataplane {
             .name("rt-handshake".to_owned())
             .spawn(move || handshake::run(&hub, handshake, &settings, &published))?;
         self.threads.push(thread);
+        if self.roam {
+            self.watch_routes();
+        }
         Ok(())
+    }
+
+    /// Without it, answers stick to an address until a send from there fails.
+    fn watch_routes(&mut self) {
+        let hub = Arc::clone(&self.hub);
+        let started = Routes::open().and_then(|routes| {
+            thread::Builder::new()
+                .name("rt-routes".to_owned())
+                .spawn(move || routes.run(&hub))
+        });
+        match started {
+            Ok(thread) => self.threads.push(thread),
+            Err(error) => tracing::warn!(%error, "routes cannot be watched"),
+        }
     }
 
     fn underlay(&self) -> MutexGuard<'_, Underlay> {
@@ -272,6 +287,7 @@ impl Dataplane {
         let mut underlay = self.underlay();
         underlay.group.set_mark(mark)?;
         underlay.wanted.fwmark = mark;
+        self.hub.mark.store(mark, Ordering::Relaxed);
         Ok(())
     }
 
@@ -344,7 +360,11 @@ impl Dataplane {
     /// Of equal prefixes the last peer's counts. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX)
     /// are not used.
     pub fn set_peers(&self, peers: Vec<PeerConfig>) {
-        let mut current = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self
+            .hub
+            .table
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         let shards = self.hub.inboxes.len();
         let table = Arc::new(PeerTable::new(peers, shards, &current));
         for inbox in &self.hub.inboxes {
@@ -354,10 +374,6 @@ impl Dataplane {
         drop(self.hub.handshake_peers.force_push(Arc::clone(&table)));
         self.hub.handshake_wake.signal();
         *current = table;
-    }
-
-    fn table(&self) -> Arc<PeerTable> {
-        Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Replaces a peer's path. The latest decision counts; none is lost. For a new peer call
@@ -372,7 +388,7 @@ impl Dataplane {
     /// Where a peer is, in device mode: its configured endpoint, or where it has roamed to since.
     #[must_use]
     pub fn endpoint(&self, peer: PeerId) -> Option<SocketAddr> {
-        self.table().get(peer)?.shared.whereabouts().endpoint
+        self.hub.table().get(peer)?.shared.whereabouts().endpoint
     }
 
     /// Sets a peer's endpoint in device mode; the peer may roam from there. For a new peer call
@@ -380,7 +396,7 @@ impl Dataplane {
     #[expect(clippy::disallowed_methods, reason = "how long is for ever")]
     pub fn set_endpoint(&self, peer: PeerId, endpoint: SocketAddr) {
         debug_assert!(self.roam, "elsewhere paths are decided");
-        let table = self.table();
+        let table = self.hub.table();
         let Some(entry) = table.get(peer) else { return };
         // Whoever asks sees it at once; the owner shard says the same when it gets there.
         entry.shared.set_whereabouts(Whereabouts {
@@ -453,7 +469,7 @@ impl Dataplane {
     /// dropped, and the caller counts them.
     #[must_use]
     pub fn relay_in(&self, peer: PeerId, region: RegionId, datagrams: Datagrams) -> bool {
-        let owner = self.table().owner(peer);
+        let owner = self.hub.table().owner(peer);
         let Some(inbox) = owner.and_then(|owner| self.hub.inboxes.get(usize::from(owner))) else {
             self.recycle(datagrams);
             return false;
@@ -470,7 +486,7 @@ impl Dataplane {
     /// What the shards know of a peer's traffic; all `None` and 0 for an id out of range.
     #[must_use]
     pub fn activity(&self, peer: PeerId) -> Activity {
-        let table = self.table();
+        let table = self.hub.table();
         table.get(peer).map_or_else(Activity::default, |entry| {
             entry.shared.activity.snapshot(self.epoch)
         })

@@ -6,8 +6,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
@@ -357,6 +357,11 @@ pub(crate) struct Hub {
     /// Handshake messages that reached a shard instead.
     pub(crate) handshake_strays: ArrayQueue<HandshakeMessage>,
     pub(crate) outbox: Outbox,
+    /// The newest peers and mark, for who may wait for a lock: never a shard.
+    pub(crate) table: RwLock<Arc<PeerTable>>,
+    pub(crate) mark: AtomicU32,
+    /// The bell of the thread that watches routes.
+    pub(crate) routes_wake: EventFd,
 }
 
 impl Hub {
@@ -373,6 +378,9 @@ impl Hub {
             handshake_peers: ArrayQueue::new(1),
             handshake_strays: ArrayQueue::new(STRAYS_MAX),
             outbox: Outbox::new()?,
+            table: RwLock::default(),
+            mark: AtomicU32::new(0),
+            routes_wake: EventFd::new()?,
         })
     }
 
@@ -380,9 +388,15 @@ impl Hub {
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
         self.handshake_wake.signal();
+        self.routes_wake.signal();
         for inbox in &self.inboxes {
             inbox.wake.ring();
         }
+    }
+
+    /// The newest peers.
+    pub(crate) fn table(&self) -> Arc<PeerTable> {
+        Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(crate) fn stopping(&self) -> bool {

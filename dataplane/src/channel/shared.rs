@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use super::ActivityBlock;
@@ -23,6 +24,8 @@ pub(crate) struct Whereabouts {
 pub(crate) struct PeerShared {
     pub(crate) activity: ActivityBlock,
     whereabouts: Mutex<Whereabouts>,
+    /// Routes have changed: the local address is not the right one any more.
+    unstick: AtomicBool,
 }
 
 impl PeerShared {
@@ -40,5 +43,15 @@ impl PeerShared {
             .whereabouts
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = now;
+    }
+
+    /// Makes the owner forget which local address the peer is answered from.
+    pub(crate) fn unstick(&self) {
+        self.unstick.store(true, Ordering::Relaxed);
+    }
+
+    /// True once after [`PeerShared::unstick`]; one load where nothing was asked.
+    pub(crate) fn take_unstick(&self) -> bool {
+        self.unstick.load(Ordering::Relaxed) && self.unstick.swap(false, Ordering::Relaxed)
     }
 }

@@ -102,10 +102,12 @@ impl<'a> Epoll<'a> {
                     buf.narrow(0, len);
                     tun.push(TunRx { buf });
                 }
-                Err(errno) => {
-                    found.tun_gone |= means_gone(errno);
+                Err(errno) if means_gone(errno) => {
+                    // It would be readable for ever.
+                    found.tun_gone = self.poll.remove(self.sources.tun).is_ok();
                     return false;
                 }
+                Err(_) => return false,
             }
         }
         true

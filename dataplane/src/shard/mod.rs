@@ -53,7 +53,6 @@ pub(crate) struct Seat {
     pub(crate) id: u8,
     pub(crate) hub: Arc<Hub>,
     pub(crate) queue: Queue,
-    pub(crate) sockets: Arc<Sockets>,
     pub(crate) gso: bool,
     pub(crate) driver: DriverKind,
     pub(crate) cpu: Option<usize>,
@@ -62,12 +61,13 @@ pub(crate) struct Seat {
     pub(crate) published: Published,
 }
 
-/// The body of a shard's thread. Says through `ready` whether it could start.
+/// The body of a shard's thread. Says through `ready` whether it could start. The sockets are those
+/// it begins with; nobody here may hold on to them when others come.
 #[expect(
     clippy::disallowed_methods,
     reason = "the shard's clock, read once per turn"
 )]
-pub(crate) fn run(seat: Seat, ready: &mpsc::Sender<io::Result<()>>) {
+pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Result<()>>) {
     if let Some(cpu) = seat.cpu
         && !sys::pin_to(cpu)
     {
@@ -77,11 +77,11 @@ pub(crate) fn run(seat: Seat, ready: &mpsc::Sender<io::Result<()>>) {
     let inbox = &hub.inboxes[usize::from(seat.id)];
     let sources = Sources {
         tun: seat.queue.as_fd(),
-        udp: Arc::clone(&seat.sockets),
+        udp: Arc::clone(&sockets),
         wake: inbox.wake.as_fd(),
     };
     let started = Driver::new(seat.driver, sources)
-        .map(|driver| (driver, Shard::new(&seat, inbox, Instant::now())));
+        .map(|driver| (driver, Shard::new(&seat, inbox, sockets, Instant::now())));
     let (mut driver, mut shard) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -157,8 +157,8 @@ struct Shard<'a> {
 }
 
 impl<'a> Shard<'a> {
-    fn new(seat: &'a Seat, inbox: &'a Inbox, now: Instant) -> Shard<'a> {
-        let sender = Sender::new(Arc::clone(&seat.sockets), seat.gso);
+    fn new(seat: &'a Seat, inbox: &'a Inbox, sockets: Arc<Sockets>, now: Instant) -> Shard<'a> {
+        let sender = Sender::new(sockets, seat.gso);
         Shard {
             id: seat.id,
             hub: &seat.hub,

@@ -129,6 +129,9 @@ impl Outlet for Transmit {
         ctx.lap(Room::Seal);
         peer.path
             .sending(ctx.now, peer.id, batch.kind, &mut ctx.events);
+        if peer.shared.take_unstick() {
+            peer.unstick();
+        }
         let way = peer.path.way(ctx.now);
         let udp_bytes = self.by_udp(ctx, peer, way, &batch);
         if let Some(region) = way.relay {

@@ -7,6 +7,7 @@ mod clock;
 mod cpu;
 mod event;
 mod file;
+pub(crate) mod netlink;
 pub(crate) mod poll;
 pub(crate) mod socket;
 

@@ -17,7 +17,7 @@ pub(crate) const NAME_LEN: usize = size_of::<libc::sockaddr_in6>();
 #[repr(C, align(8))]
 struct Control([u8; CONTROL_LEN]);
 
-fn socklen(len: usize) -> libc::socklen_t {
+pub(crate) fn socklen(len: usize) -> libc::socklen_t {
     libc::socklen_t::try_from(len).expect("small")
 }
 

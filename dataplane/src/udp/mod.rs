@@ -3,8 +3,10 @@
 #![forbid(unsafe_code)]
 
 mod group;
+mod routes;
 mod sender;
 mod steer;
 
 pub(crate) use group::{Group, Sockets, Wanted};
+pub(crate) use routes::Routes;
 pub(crate) use sender::{SEND_BYTES_MAX, Sender};

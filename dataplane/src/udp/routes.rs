@@ -1,0 +1,90 @@
+//! Device mode's watch over routes: answers stick to the local address that a peer's datagrams are
+//! sent to, but not when routing has moved the peer to another interface.
+//!
+//! A thread of its own, asleep until the kernel tells of a changed route or rule. Then it asks, for
+//! every peer with a local address, by which interface a datagram from there would leave now. If
+//! that is not the one the peer's datagrams arrive by, the address is given up, and routing chooses
+//! one until the peer is heard again. A host whose routes change all the time costs a tenth of a
+//! core at most.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::channel::{Hub, PeerShared};
+use crate::sys::netlink::{RouteNotices, RouteQuery};
+use crate::sys::socket::wait_readable;
+
+/// After a round of questions it rests so many times as long as that took.
+const REST_FACTOR: u32 = 10;
+/// And at least so long: routes change in bursts.
+const REST_MIN: Duration = Duration::from_millis(20);
+
+/// What the thread works with, opened where the data plane is started.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    notices: RouteNotices,
+    query: RouteQuery,
+}
+
+impl Routes {
+    pub(crate) fn open() -> io::Result<Routes> {
+        Ok(Routes {
+            notices: RouteNotices::new()?,
+            query: RouteQuery::new()?,
+        })
+    }
+
+    /// The body of the thread; ends when the hub stops.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a driver: it measures and bounds its own work"
+    )]
+    pub(crate) fn run(mut self, hub: &Hub) {
+        let fds = [hub.routes_wake.as_fd(), self.notices.as_fd()].map(|fd| fd.as_raw_fd());
+        while !hub.stopping() {
+            wait_readable(&fds, -1);
+            let start = Instant::now();
+            if self.notices.take() {
+                self.check(hub);
+                let rest = (start.elapsed() * REST_FACTOR).max(REST_MIN);
+                let rest = i32::try_from(rest.as_millis()).unwrap_or(i32::MAX);
+                wait_readable(&fds[..1], rest);
+            }
+        }
+    }
+
+    fn check(&mut self, hub: &Hub) {
+        let (table, mark) = (hub.table(), hub.mark.load(Ordering::Relaxed));
+        for peer in table.peers() {
+            if self.left(&peer.shared, mark) {
+                peer.shared.unstick();
+            }
+        }
+    }
+
+    /// True if datagrams to the peer leave by another interface than its own arrive by.
+    fn left(&mut self, peer: &PeerShared, mark: u32) -> bool {
+        let at = peer.whereabouts();
+        let (Some(to), Some(local)) = (at.endpoint, at.local) else {
+            return false;
+        };
+        if is_link_local(&to) {
+            return false;
+        }
+        let interface = self.query.interface(local.addr, to.ip(), mark);
+        interface.ok() != Some(local.interface)
+    }
+}
+
+/// Its interface is part of the address.
+fn is_link_local(addr: &SocketAddr) -> bool {
+    match addr.ip() {
+        IpAddr::V4(_) => false,
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    }
+}

@@ -1,0 +1,672 @@
+//! Device mode between real kernels: endpoints that follow their peers, answers from where they
+//! were asked, and everything that may change while packets flow.
+#![expect(
+    clippy::disallowed_methods,
+    reason = "tests of drivers sleep and read the clock"
+)]
+
+mod support;
+
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use ringtail_dataplane::stats::{DropReason, Meter};
+use ringtail_dataplane::{DriverChoice, PeerConfig, StartError};
+use support::{End, PEER, Pair, Setup, can_run, peer, run};
+use zeroize::Zeroizing;
+
+const MIB: usize = 1 << 20;
+
+fn device(setup: Setup) -> Pair {
+    Pair::new(Setup {
+        roam: true,
+        ..setup
+    })
+}
+
+/// Both drivers, with two shards.
+fn drivers() -> [Setup; 2] {
+    [DriverChoice::IoUring, DriverChoice::Epoll].map(|driver| Setup {
+        driver,
+        shards: 2,
+        ..Setup::default()
+    })
+}
+
+fn at(pair: &Pair, end: End, ip: IpAddr) -> SocketAddr {
+    SocketAddr::new(ip, pair.of(end).local_port())
+}
+
+/// Tells `end` that the other one is at `ip`.
+fn endpoint(pair: &Pair, end: End, ip: IpAddr) {
+    let to = at(pair, end.other(), ip);
+    pair.of(end).set_endpoint(PEER, to);
+    assert_eq!(pair.of(end).endpoint(PEER), Some(to), "seen at once");
+}
+
+fn soon(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn addr(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn the_endpoint_follows_the_peer_and_nobody_else() {
+    if !can_run("the_endpoint_follows_the_peer_and_nobody_else") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        let a = pair.lab.name(End::A);
+        assert_eq!(pair.b.endpoint(PEER), None);
+        endpoint(&pair, End::A, End::B.outer4());
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        assert_eq!(
+            pair.b.endpoint(PEER),
+            Some(at(&pair, End::A, End::A.outer4()))
+        );
+
+        // Another address.
+        run(&format!("ip -n {a} addr del 192.0.2.1/24 dev v0"));
+        run(&format!("ip -n {a} addr add 192.0.2.11/24 dev v0"));
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        assert_eq!(
+            pair.b.endpoint(PEER),
+            Some(at(&pair, End::A, addr("192.0.2.11")))
+        );
+        pair.transfer(End::B, End::A.inner4(), MIB);
+
+        // Another family, chosen by the other end; nothing of the old one is on its way.
+        thread::sleep(Duration::from_millis(200));
+        endpoint(&pair, End::B, End::A.outer6());
+        assert!(pair.ping(End::B, End::A.inner6(), 1));
+        assert_eq!(
+            pair.a.endpoint(PEER),
+            Some(at(&pair, End::B, End::B.outer6()))
+        );
+
+        // What does not authenticate moves nothing.
+        let to = at(&pair, End::B, End::B.outer4());
+        pair.lab.inside(End::A, || {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            for kind in 1..=4u8 {
+                for len in [32, 64, 92, 148, 1000] {
+                    let mut bytes = vec![7; len];
+                    bytes[..4].copy_from_slice(&[kind, 0, 0, 0]);
+                    socket.send_to(&bytes, to).unwrap();
+                }
+            }
+        });
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(
+            pair.b.endpoint(PEER),
+            Some(at(&pair, End::A, End::A.outer6()))
+        );
+    }
+}
+
+#[test]
+fn answers_leave_from_the_address_that_was_asked() {
+    if !can_run("answers_leave_from_the_address_that_was_asked") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        let b = pair.lab.name(End::B);
+        for (second, bits, first, inner) in [
+            ("192.0.2.22", 24, End::B.outer4(), End::B.inner4()),
+            ("2001:db8::22", 64, End::B.outer6(), End::B.inner6()),
+        ] {
+            let nodad = if bits == 64 { "nodad" } else { "" };
+            run(&format!(
+                "ip -n {b} addr add {second}/{bits} dev v0 {nodad}"
+            ));
+            endpoint(&pair, End::A, addr(second));
+            assert!(pair.ping(End::A, inner, 3));
+            pair.transfer(End::A, inner, MIB);
+            let asked = at(&pair, End::B, addr(second));
+            assert_eq!(pair.a.endpoint(PEER), Some(asked), "and the handshake too");
+            // The address goes: not too sticky.
+            run(&format!("ip -n {b} addr del {second}/{bits} dev v0"));
+            if first.is_ipv6() {
+                run(&format!("ip -n {b} addr del {first}/{bits} dev v0"));
+                run(&format!("ip -n {b} addr add {first}/{bits} dev v0 nodad"));
+            }
+            assert!(pair.ping(
+                End::B,
+                if first.is_ipv4() {
+                    End::A.inner4()
+                } else {
+                    End::A.inner6()
+                },
+                2
+            ));
+            assert_eq!(pair.a.endpoint(PEER), Some(at(&pair, End::B, first)));
+        }
+    }
+}
+
+#[test]
+fn link_local_endpoints_have_a_scope() {
+    if !can_run("link_local_endpoints_have_a_scope") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        for end in [End::A, End::B] {
+            let name = pair.lab.name(end);
+            let own = if end == End::A { "fe80::a" } else { "fe80::b" };
+            run(&format!("ip -n {name} addr add {own}/64 dev v0 nodad"));
+        }
+        let index = pair.lab.inside(End::A, || {
+            let text = std::fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap();
+            let line = text.lines().find(|line| line.ends_with("v0")).unwrap();
+            u32::from_str_radix(line.split_whitespace().nth(1).unwrap(), 16).unwrap()
+        });
+        let to =
+            std::net::SocketAddrV6::new("fe80::b".parse().unwrap(), pair.b.local_port(), 0, index);
+        pair.a.set_endpoint(PEER, to.into());
+        assert!(pair.ping(End::A, End::B.inner4(), 2));
+        pair.transfer(End::A, End::B.inner6(), MIB);
+        pair.transfer(End::B, End::A.inner4(), MIB);
+        assert_eq!(pair.a.endpoint(PEER), Some(to.into()));
+        let Some(SocketAddr::V6(from)) = pair.b.endpoint(PEER) else {
+            panic!("{:?}", pair.b.endpoint(PEER));
+        };
+        assert!(from.scope_id() > 0, "{from}");
+    }
+}
+
+/// Ends the traffic of a test, also of one that fails.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+#[test]
+fn the_port_changes_while_packets_flow() {
+    if !can_run("the_port_changes_while_packets_flow") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        endpoint(&pair, End::A, End::B.outer4());
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        let old = pair.a.local_port();
+        let before = descriptors();
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let stopper = Stop(&stop);
+            let traffic = scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    pair.transfer(End::A, End::B.inner4(), 4 * MIB);
+                }
+            });
+            let mut last = old;
+            for _ in 0..20 {
+                let port = pair
+                    .lab
+                    .inside(End::A, || pair.a.set_listen_port(0).unwrap());
+                assert_ne!(port, last);
+                assert_eq!(pair.a.local_port(), port);
+                soon("the other end follows", || {
+                    pair.b.endpoint(PEER).map(|at| at.port()) == Some(port)
+                });
+                last = port;
+            }
+            drop(stopper);
+            traffic.join().unwrap();
+        });
+        pair.transfer(End::B, End::A.inner6(), MIB);
+        soon("the old sockets are closed", || descriptors() <= before);
+
+        // A port that is taken: nothing changes.
+        let port = pair.a.local_port();
+        let taken = pair
+            .lab
+            .inside(End::A, || UdpSocket::bind("0.0.0.0:0").unwrap());
+        let error = pair
+            .lab
+            .inside(End::A, || {
+                pair.a.set_listen_port(taken.local_addr().unwrap().port())
+            })
+            .unwrap_err();
+        let StartError::Udp { source, .. } = &error else {
+            panic!("{error}");
+        };
+        assert_eq!(source.raw_os_error(), Some(libc::EADDRINUSE));
+        assert_eq!(pair.a.local_port(), port);
+        assert!(pair.ping(End::A, End::B.inner4(), 2));
+        // The first one is free again.
+        let again = pair
+            .lab
+            .inside(End::A, || pair.a.set_listen_port(old))
+            .unwrap();
+        assert_eq!(again, old);
+        assert!(pair.ping(End::A, End::B.inner4(), 2));
+        assert_eq!(pair.b.endpoint(PEER).unwrap().port(), old);
+    }
+}
+
+#[test]
+fn the_mark_changes_on_every_socket_and_on_later_ones() {
+    if !can_run("the_mark_changes_on_every_socket_and_on_later_ones") {
+        return;
+    }
+    let pair = device(Setup {
+        shards: 2,
+        ..Setup::default()
+    });
+    endpoint(&pair, End::A, End::B.outer4());
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let a = pair.lab.name(End::A);
+    for family in ["-4", "-6"] {
+        run(&format!("ip {family} -n {a} rule add fwmark 0x77 prohibit"));
+    }
+    let lost = || pair.a.stats().drops(DropReason::SendFailed);
+    assert_eq!(lost(), 0);
+    pair.a.set_fwmark(0x77).unwrap();
+    assert!(!pair.quiet_ping(End::A, End::B.inner4()));
+    soon("the rule caught it", || lost() > 0);
+    pair.lab
+        .inside(End::A, || pair.a.set_listen_port(0).unwrap());
+    let before = lost();
+    assert!(!pair.quiet_ping(End::A, End::B.inner4()));
+    soon("and the new port's", || lost() > before);
+    pair.a.set_fwmark(0).unwrap();
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+}
+
+#[test]
+fn our_key_changes_with_sessions_up() {
+    if !can_run("our_key_changes_with_sessions_up") {
+        return;
+    }
+    let pair = device(Setup::default());
+    endpoint(&pair, End::A, End::B.outer4());
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    pair.a.set_private_key(None);
+    assert!(!pair.quiet_ping(End::A, End::B.inner4()));
+    assert!(!pair.quiet_ping(End::B, End::A.inner4()));
+    // The other end knows us by this key from now on.
+    let key = Zeroizing::new([77; 32]);
+    let public = x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from(*key));
+    pair.b.set_peers(vec![PeerConfig {
+        public_key: *public.as_bytes(),
+        ..peer(End::A)
+    }]);
+    assert_eq!(
+        pair.b.endpoint(PEER),
+        None,
+        "another peer under the same id"
+    );
+    assert_eq!(pair.b.activity(PEER).rx_bytes, 0);
+    pair.a.set_private_key(Some(&key));
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    pair.transfer(End::B, End::A.inner4(), MIB);
+}
+
+#[test]
+fn peers_come_and_go_with_traffic_flowing() {
+    if !can_run("peers_come_and_go_with_traffic_flowing") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        endpoint(&pair, End::A, End::B.outer4());
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let _stopper = Stop(&stop);
+            scope.spawn(|| {
+                pair.lab.inside(End::A, || {
+                    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                    while !stop.load(Ordering::Relaxed) {
+                        // Without a route it is refused.
+                        let _sent = socket.send_to(&[1; 1000], (End::B.inner4(), 9));
+                    }
+                });
+            });
+            for round in 0..50u32 {
+                pair.a.set_peers(Vec::new());
+                thread::sleep(Duration::from_millis(u64::from(round % 4)));
+                pair.a.set_peers(vec![peer(End::B)]);
+                endpoint(&pair, End::A, End::B.outer4());
+                if round % 10 == 0 {
+                    // One may be pushed out by the others while they wait for keys.
+                    soon("it works again", || {
+                        pair.quiet_ping(End::A, End::B.inner4())
+                    });
+                }
+            }
+        });
+        assert!(pair.ping(End::A, End::B.inner4(), 2));
+    }
+}
+
+#[test]
+fn prefixes_move_between_peers() {
+    if !can_run("prefixes_move_between_peers") {
+        return;
+    }
+    let pair = device(Setup::default());
+    endpoint(&pair, End::A, End::B.outer4());
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let other = PeerConfig {
+        id: ringtail_dataplane::PeerId(6),
+        public_key: [9; 32],
+        allowed_ips: vec![peer(End::B).allowed_ips[0]],
+        ..peer(End::B)
+    };
+    pair.a.set_peers(vec![peer(End::B), other.clone()]);
+    assert!(
+        !pair.quiet_ping(End::A, End::B.inner4()),
+        "it is the other's"
+    );
+    assert!(pair.ping(End::A, End::B.inner6(), 1), "this one stayed");
+    let before = pair.a.stats().drops(DropReason::SourceNotAllowed);
+    assert!(!pair.quiet_ping(End::B, End::A.inner4()));
+    assert!(pair.a.stats().drops(DropReason::SourceNotAllowed) > before);
+    pair.a.set_peers(vec![other, peer(End::B)]);
+    assert!(pair.ping(End::A, End::B.inner4(), 1), "the last one has it");
+}
+
+#[test]
+fn a_keep_alive_starts_at_once_and_a_preshared_key_counts_from_the_next_handshake() {
+    if !can_run("a_keep_alive_starts_at_once") {
+        return;
+    }
+    let pair = device(Setup::default());
+    endpoint(&pair, End::A, End::B.outer4());
+    pair.a.set_peers(vec![PeerConfig {
+        persistent_keepalive: Some(25),
+        ..peer(End::B)
+    }]);
+    soon("it handshakes by itself", || {
+        pair.b.activity(PEER).last_handshake.is_some()
+    });
+    let secret = Zeroizing::new([5; 32]);
+    for (dataplane, end) in [(&pair.a, End::B), (&pair.b, End::A)] {
+        dataplane.set_peers(vec![PeerConfig {
+            preshared_key: Some(secret.clone()),
+            ..peer(end)
+        }]);
+    }
+    assert!(pair.ping(End::A, End::B.inner4(), 2));
+    pair.transfer(End::B, End::A.inner4(), MIB);
+}
+
+/// `../shared/protocol/uapi.md` 5.3: ten pings of 84 bytes in a fresh session.
+#[test]
+fn bytes_are_counted_as_wireguard_counts_them() {
+    if !can_run("bytes_are_counted_as_wireguard_counts_them") {
+        return;
+    }
+    let pair = device(Setup::default());
+    endpoint(&pair, End::A, End::B.outer4());
+    assert!(pair.ping(End::A, End::B.inner4(), 10));
+    let (a, b) = (pair.a.activity(PEER), pair.b.activity(PEER));
+    let data = 10 * 128;
+    let keepalive = 32;
+    assert!(
+        [data + 148, data + 148 + keepalive].contains(&a.tx_bytes),
+        "{a:?}"
+    );
+    assert_eq!(a.rx_bytes, data + 92);
+    assert_eq!(b.rx_bytes, a.tx_bytes);
+    assert_eq!(b.tx_bytes, a.rx_bytes);
+}
+
+/// The kernel's own conformance test has this: a route by another interface takes precedence.
+#[test]
+fn answers_do_not_stick_when_the_route_moves_to_another_interface() {
+    if !can_run("answers_do_not_stick_when_the_route_moves") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        let (a, b) = (pair.lab.name(End::A), pair.lab.name(End::B));
+        run(&format!(
+            "ip -n {a} link add v1 type veth peer name v1 netns {b}"
+        ));
+        run(&format!("ip -n {b} link set v1 up"));
+        run(&format!("ip -n {a} addr add 192.0.2.3/24 dev v1"));
+        run(&format!("ip -n {a} link set v1 up"));
+        for name in [&a, &b] {
+            for device in ["all", "v0", "v1"] {
+                run(&format!(
+                    "ip netns exec {name} sysctl -qw net.ipv4.conf.{device}.rp_filter=0"
+                ));
+            }
+        }
+        run(&format!("ip -n {a} route flush dev v0"));
+        run(&format!("ip -n {a} route flush dev v1"));
+        run(&format!(
+            "ip -n {a} route add 192.0.2.0/24 dev v0 src 192.0.2.1 metric 2"
+        ));
+        endpoint(&pair, End::A, End::B.outer4());
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        assert_eq!(
+            pair.b.endpoint(PEER),
+            Some(at(&pair, End::A, End::A.outer4()))
+        );
+        run(&format!(
+            "ip -n {a} route add 192.0.2.0/24 dev v1 src 192.0.2.3 metric 1"
+        ));
+        thread::sleep(Duration::from_millis(100));
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        assert_eq!(
+            pair.b.endpoint(PEER),
+            Some(at(&pair, End::A, addr("192.0.2.3")))
+        );
+    }
+}
+
+/// Every inner and outer family, in super-packets.
+#[test]
+fn all_four_combinations_carry_super_packets() {
+    if !can_run("all_four_combinations_carry_super_packets") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        let used = pair.a.offloads();
+        assert!(used.tso && used.uso && used.gso && used.gro, "{used:?}");
+        for outer in [End::B.outer4(), End::B.outer6()] {
+            endpoint(&pair, End::A, outer);
+            for inner in [End::B.inner4(), End::B.inner6()] {
+                let before = (pair.a.stats().total(), pair.b.stats().total());
+                pair.transfer(End::A, inner, 8 * MIB);
+                let datagrams = udp_segments(&pair, inner);
+                let after = (pair.a.stats().total(), pair.b.stats().total());
+                let more = |which: fn(&(_, _)) -> _, meter| -> u64 {
+                    let get = |pair: &_| -> ringtail_dataplane::stats::Snapshot { which(pair) };
+                    get(&after).get(meter) - get(&before).get(meter)
+                };
+                let a = |meter| more(|pair| pair.0, meter);
+                let b = |meter| more(|pair| pair.1, meter);
+                let what = format!("{inner} over {outer}");
+                assert_eq!(datagrams, 40 * 20, "{what}");
+                assert!(
+                    a(Meter::TunPacketsIn) > 6 * a(Meter::TunReads),
+                    "{what}: read as super-packets"
+                );
+                assert!(
+                    a(Meter::UdpPacketsOut) > 6 * a(Meter::UdpSends),
+                    "{what}: sent in batches"
+                );
+                assert!(
+                    b(Meter::UdpPacketsIn) > 4 * b(Meter::UdpReceives),
+                    "{what}: received in batches"
+                );
+                assert!(
+                    b(Meter::TunPacketsOut) > 4 * b(Meter::TunWrites),
+                    "{what}: written as super-packets"
+                );
+            }
+        }
+    }
+}
+
+/// Sends 20 UDP super-packets of 40 datagrams of 1000 bytes and returns how many datagrams arrive.
+fn udp_segments(pair: &Pair, to: IpAddr) -> usize {
+    let receiver = pair.lab.inside(End::B, || {
+        let socket = UdpSocket::bind((to, 0)).unwrap();
+        socket2::SockRef::from(&socket)
+            .set_recv_buffer_size(4 * MIB)
+            .unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_millis(500)))
+            .unwrap();
+        socket
+    });
+    let to = receiver.local_addr().unwrap();
+    pair.lab.inside(End::A, || {
+        let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any).unwrap();
+        let size: libc::c_int = 1000;
+        // SAFETY: the value is 4 readable bytes for the length of the call.
+        let result = unsafe {
+            libc::setsockopt(
+                std::os::fd::AsRawFd::as_raw_fd(&socket),
+                libc::SOL_UDP,
+                libc::UDP_SEGMENT,
+                (&raw const size).cast(),
+                4,
+            )
+        };
+        assert_eq!(result, 0);
+        for _ in 0..20 {
+            socket.send_to(&[6; 40_000], to).unwrap();
+            thread::sleep(Duration::from_millis(2));
+        }
+    });
+    let mut bytes = [0; 2000];
+    std::iter::from_fn(|| receiver.recv(&mut bytes).ok())
+        .inspect(|&len| assert_eq!(len, 1000))
+        .count()
+}
+
+#[test]
+fn the_interface_goes_down_and_up() {
+    if !can_run("the_interface_goes_down_and_up") {
+        return;
+    }
+    for setup in drivers() {
+        let pair = device(setup);
+        endpoint(&pair, End::A, End::B.outer4());
+        pair.transfer(End::A, End::B.inner4(), MIB);
+        let a = pair.lab.name(End::A);
+        for _ in 0..3 {
+            run(&format!("ip -n {a} link set rt0 down"));
+            // What arrives meanwhile cannot be written.
+            assert!(!pair.quiet_ping(End::B, End::A.inner4()));
+            let turns = || pair.a.stats().total().get(Meter::Turns);
+            let before = turns();
+            thread::sleep(Duration::from_millis(300));
+            assert!(
+                turns() - before < 200,
+                "{} turns while down",
+                turns() - before
+            );
+            run(&format!("ip -n {a} link set rt0 up"));
+            run(&format!(
+                "ip -n {a} addr replace {}/64 dev rt0 nodad",
+                End::A.inner6()
+            ));
+            assert!(pair.ping(End::B, End::A.inner4(), 2));
+            assert!(pair.ping(End::A, End::B.inner6(), 2));
+            pair.transfer(End::A, End::B.inner4(), 2 * MIB);
+        }
+        assert!(
+            pair.wait_event(End::A, Duration::ZERO, |e| *e
+                == ringtail_dataplane::Event::TunGone)
+                .is_none(),
+            "it was never gone"
+        );
+    }
+}
+
+#[test]
+fn the_removal_of_the_interface_is_told_and_costs_nothing() {
+    if !can_run("the_removal_of_the_interface_is_told_and_costs_nothing") {
+        return;
+    }
+    for setup in drivers() {
+        for up in [true, false] {
+            let pair = device(setup);
+            endpoint(&pair, End::A, End::B.outer4());
+            assert!(pair.ping(End::A, End::B.inner4(), 1));
+            let a = pair.lab.name(End::A);
+            if !up {
+                run(&format!("ip -n {a} link set rt0 down"));
+            }
+            run(&format!("ip -n {a} link del rt0"));
+            let start = Instant::now();
+            let event = pair.wait_event(End::A, Duration::from_secs(5), |e| {
+                *e == ringtail_dataplane::Event::TunGone
+            });
+            assert!(event.is_some(), "{setup:?} up {up}");
+            assert!(start.elapsed() < Duration::from_secs(1));
+            let turns = || pair.a.stats().total().get(Meter::Turns);
+            let before = turns();
+            thread::sleep(Duration::from_millis(300));
+            assert!(
+                turns() - before < 200,
+                "{} turns without TUN",
+                turns() - before
+            );
+            // And only once by each shard.
+            let mut more = 0;
+            while let Some(event) = pair.a.poll_event() {
+                more += usize::from(event == ringtail_dataplane::Event::TunGone);
+            }
+            assert!(more < setup.shards, "{more} more");
+        }
+    }
+}
+
+#[test]
+fn jumbo_tunnels_work_and_what_is_too_large_for_the_underlay_is_fragmented() {
+    if !can_run("jumbo_tunnels_work") {
+        return;
+    }
+    for mtu in [1420, 8900, 65_400] {
+        let pair = device(Setup {
+            mtu,
+            ..Setup::default()
+        });
+        endpoint(&pair, End::A, End::B.outer4());
+        pair.transfer(End::A, End::B.inner4(), 4 * MIB);
+        pair.transfer(End::B, End::A.inner6(), 4 * MIB);
+        pair.a.set_mtu(1280);
+        run(&format!(
+            "ip -n {} link set rt0 mtu 1280",
+            pair.lab.name(End::A)
+        ));
+        pair.transfer(End::A, End::B.inner4(), MIB);
+        let total = pair.a.stats().total();
+        for reason in [
+            DropReason::TooBig,
+            DropReason::SendFailed,
+            DropReason::SealFailed,
+        ] {
+            assert_eq!(total.drops(reason), 0, "{} at {mtu}", reason.name());
+        }
+    }
+}
