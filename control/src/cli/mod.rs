@@ -2,12 +2,14 @@
 
 mod coord;
 mod derp;
+mod device;
 mod keys;
 mod query;
 mod up;
 
+use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
@@ -22,6 +24,10 @@ use crate::driver::state::STATE_DIR_DEFAULT;
 ///   ringtail coord --derp-map map.json               the coordination server; prints how to join
 ///   ringtail up    --coord URL --auth-key-file KEY   a node; repeat on every machine
 ///   ringtail ping  NAME                              how a peer is reached, and how fast
+///
+/// Without any of that, a plain WireGuard interface for `wg` and `wg-quick`:
+///
+///   ringtail device wg0
 #[derive(Debug, Parser)]
 #[command(
     name = "ringtail",
@@ -40,6 +46,7 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(Box<up::UpArgs>),
+    Device(device::DeviceArgs),
     Derp(derp::DerpArgs),
     Coord(Box<coord::CoordArgs>),
     Status(query::StatusArgs),
@@ -59,10 +66,11 @@ struct StateDirArg {
 
 /// Runs the program and says how it ended.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
-    start_log(cli.verbose);
+    let cli = Cli::parse_from(arguments(std::env::args_os()));
+    start_log(level(&cli));
     let result = match cli.command {
         Command::Up(args) => up::run(*args),
+        Command::Device(args) => device::run(args, cli.verbose > 0),
         Command::Derp(args) => derp::run(args),
         Command::Coord(args) => coord::run(*args),
         Command::Status(args) => query::status(&args),
@@ -88,13 +96,30 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
         .is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
-fn start_log(verbose: u8) {
+/// What was typed. Called by the name `ringtail-wg`, as `wg-quick` does through a link, the program
+/// is `ringtail device`.
+fn arguments(typed: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut typed: Vec<OsString> = typed.collect();
+    let name = typed.first().map(Path::new).and_then(Path::file_name);
+    if name == Some(OsStr::new(device::LINK_NAME)) {
+        typed.insert(1, "device".into());
+    }
+    typed
+}
+
+/// How much is logged: as `-v` says, else for a device as LOG_LEVEL says, like other WireGuard
+/// daemons.
+fn level(cli: &Cli) -> &'static str {
+    match (cli.verbose, &cli.command) {
+        (0, Command::Device(_)) => device::log_level().unwrap_or("info"),
+        (0, _) => "info",
+        (1, _) => "debug",
+        (_, _) => "trace",
+    }
+}
+
+fn start_log(level: &str) {
     use tracing_subscriber::EnvFilter;
-    let level = match verbose {
-        0 => "info",
-        1 => "debug",
-        _ => "trace",
-    };
     // Other crates' chatter only when asked for by RUST_LOG; boringtun calls every timeout an
     // error.
     let default = format!("warn,boringtun=off,ringtail={level},ringtail_dataplane={level}");
@@ -115,5 +140,18 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_link_named_ringtail_wg_is_a_device() {
+        let meant = |typed: &[&str]| -> Vec<OsString> {
+            arguments(typed.iter().map(|word| OsString::from(*word)))
+        };
+        let device = ["/usr/bin/ringtail-wg", "device", "wg0"];
+        assert_eq!(meant(&["/usr/bin/ringtail-wg", "wg0"]), device);
+        let cli = Cli::parse_from(meant(&["ringtail-wg", "-f", "wg0"]));
+        assert!(matches!(cli.command, Command::Device(_)));
+        assert_eq!(meant(&["./ringtail", "status"]), ["./ringtail", "status"]);
+        assert!(meant(&[]).is_empty());
     }
 }

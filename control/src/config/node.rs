@@ -19,6 +19,16 @@ pub enum DriverName {
     Epoll,
 }
 
+impl From<DriverName> for ringtail_dataplane::DriverChoice {
+    fn from(name: DriverName) -> Self {
+        match name {
+            DriverName::Auto => Self::Auto,
+            DriverName::IoUring => Self::IoUring,
+            DriverName::Epoll => Self::Epoll,
+        }
+    }
+}
+
 /// How a direct path is tested before traffic moves to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]

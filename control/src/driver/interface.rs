@@ -70,6 +70,23 @@ impl Interface {
             .with_context(|| format!("cannot bring {} up with MTU {mtu}", self.name))
     }
 
+    /// Sets the MTU (bytes) and leaves the interface up or down as it is.
+    ///
+    /// # Errors
+    /// When the kernel refuses, as for an MTU it does not support.
+    pub async fn set_mtu(&self, mtu: u16) -> anyhow::Result<()> {
+        let link = LinkMessageBuilder::<LinkUnspec>::default()
+            .index(self.index)
+            .append_extra_attribute(LinkAttribute::Mtu(mtu.into()))
+            .build();
+        self.handle
+            .link()
+            .set(link)
+            .execute()
+            .await
+            .with_context(|| format!("cannot give {} the MTU {mtu}", self.name))
+    }
+
     /// Makes the interface's addresses and the routes through it exactly these.
     ///
     /// Own addresses are set with their full length, so that only `routes` decide what goes into

@@ -1,14 +1,17 @@
 //! Everything that touches the outside: sockets, TLS, netlink, files, clocks. One file per
 //! outside thing; drivers decide nothing.
 
+pub mod background;
 pub mod clock;
 pub mod control_url;
 pub mod coord_client;
 pub mod coord_server;
 pub mod coord_store;
 pub mod derp_server;
+pub mod device;
 pub mod discovery;
 pub mod events;
+pub mod handshakes;
 pub mod interface;
 pub mod link;
 pub mod local_api;
@@ -19,4 +22,5 @@ pub mod runtime;
 pub mod state;
 pub mod status;
 pub mod tls;
+pub mod uapi;
 pub mod underlay;

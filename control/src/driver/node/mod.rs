@@ -210,7 +210,7 @@ impl Node {
     deprecated,
     reason = "the caveat is about types that lend their descriptor; this one owns it"
 )]
-fn watch_descriptor(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+pub(super) fn watch_descriptor(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
     AsyncFd::with_interest(fd, Interest::READABLE)
 }
 

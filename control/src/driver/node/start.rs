@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use ringtail_dataplane::{Config, Dataplane, DriverChoice, Engine, Offloads};
+use ringtail_dataplane::{Config, Dataplane, Engine, Offloads};
 use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
 use super::{Node, now};
 use crate::agent::{Agent, Network, Setup, Surroundings};
-use crate::config::{DriverName, NodeConfig, StaticNetwork, ValidateMode};
+use crate::config::{NodeConfig, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
@@ -87,11 +87,7 @@ pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
             .unwrap_or(cores)
             .min(ringtail_dataplane::SHARDS_MAX),
         pin: config.pin.unwrap_or(true),
-        driver: match config.driver.unwrap_or_default() {
-            DriverName::Auto => DriverChoice::Auto,
-            DriverName::IoUring => DriverChoice::IoUring,
-            DriverName::Epoll => DriverChoice::Epoll,
-        },
+        driver: config.driver.unwrap_or_default().into(),
         offloads: Offloads {
             tun: config.tun_offload.unwrap_or(true),
             gso: config.udp_gso.unwrap_or(true),

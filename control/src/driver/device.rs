@@ -1,0 +1,370 @@
+//! A running WireGuard device: the loop between the configuration socket, the data plane and the
+//! interface.
+//!
+//! Start: the socket, which keeps the name; the data plane (TUN, UDP sockets, shards); then on this
+//! thread the runtime with the socket's clients and netlink. The interface is left down and without
+//! addresses, as `wg-quick` expects. A device ends on SIGTERM, SIGINT or SIGHUP, when its interface
+//! is removed, or when its socket's file is deleted; interface and socket go with it.
+
+use std::cell::RefCell;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use ringtail_dataplane::stats::DropReason;
+use ringtail_dataplane::{
+    Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId,
+};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use zeroize::Zeroizing;
+
+use super::handshakes::Handshakes;
+use super::interface::Interface;
+use super::link::{self, OwnLink};
+use super::node::watch_descriptor;
+use super::runtime;
+use super::uapi::{self, Call, SOCKET_DIR, Socket};
+use crate::device::{Device, Status, Traffic};
+use crate::key::NodePrivate;
+use crate::uapi::{Errno, Reply, Request, Transaction};
+
+/// The socket's file is looked for this often: so long a device outlives its deletion.
+const SOCKET_CHECK_PERIOD: Duration = Duration::from_millis(250);
+/// Requests that wait for the loop.
+const CALLS_MAX: usize = 16;
+/// News of the interface that wait for the loop.
+const LINK_NEWS_MAX: usize = 16;
+/// Events taken before the loop looks elsewhere.
+const EVENTS_MAX: usize = 256;
+
+/// How a device is to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Name of the interface; `%d` stands for the first free number.
+    pub name: String,
+    /// Inner MTU at first, in bytes; later the interface's counts.
+    pub mtu: u16,
+    /// Data plane threads.
+    pub shards: usize,
+    /// Keep each shard on one core.
+    pub pin: bool,
+    /// The shards' I/O driver.
+    pub driver: DriverChoice,
+    /// Offloads to try.
+    pub offloads: Offloads,
+    /// The WireGuard transport.
+    pub engine: Engine,
+}
+
+/// Runs a device until it is told to stop. `ready` is called once interface and socket exist.
+///
+/// # Errors
+/// When it cannot start, or cannot go on.
+pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let dir = Path::new(SOCKET_DIR);
+    // With a pattern the kernel sees to it that the name is free.
+    let socket = if options.name.contains('%') {
+        None
+    } else {
+        Some(Socket::bind(dir, &options.name)?)
+    };
+    let dataplane = Dataplane::start(config(&options)).context("cannot start")?;
+    let socket = match socket {
+        Some(socket) => socket,
+        None => Socket::bind(dir, dataplane.tun_name())?,
+    };
+    runtime::block_on(async |_| {
+        let interface = Interface::open(dataplane.tun_name()).await?;
+        interface.set_mtu(options.mtu).await?;
+        let index = interface.index();
+        let (link_sender, link_news) = mpsc::channel(LINK_NEWS_MAX);
+        tokio::task::spawn_local(async move {
+            if let Err(error) = link::watch_own(index, link_sender).await {
+                tracing::warn!(%error, "changes of the interface will not be noticed");
+            }
+        });
+        let (calls_sender, calls) = mpsc::channel(CALLS_MAX);
+        tokio::task::spawn_local(uapi::serve(socket.listener()?, calls_sender));
+        ready()?;
+        let running = Running {
+            device: Device::default(),
+            handshakes: RefCell::default(),
+            link: OwnLink {
+                up: false,
+                mtu: options.mtu.into(),
+            },
+            dataplane,
+            options,
+        };
+        running.run(&socket, calls, link_news).await
+    })
+}
+
+fn config(options: &Options) -> Config {
+    Config {
+        tun_name: options.name.clone(),
+        mtu: options.mtu,
+        shards: options.shards,
+        pin: options.pin,
+        driver: options.driver,
+        offloads: options.offloads,
+        listen_port: 0,
+        fwmark: 0,
+        private_key: None,
+        roam: true,
+        engine: options.engine,
+    }
+}
+
+struct Running {
+    device: Device,
+    dataplane: Dataplane,
+    handshakes: RefCell<Handshakes>,
+    link: OwnLink,
+    options: Options,
+}
+
+/// What a visit to the shards' queues found.
+enum Taken {
+    All,
+    More,
+    TunGone,
+}
+
+impl Running {
+    async fn run(
+        mut self,
+        socket: &Socket,
+        mut calls: mpsc::Receiver<Call>,
+        mut link_news: mpsc::Receiver<OwnLink>,
+    ) -> anyhow::Result<()> {
+        let shards = watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut hang_up = signal(SignalKind::hangup())?;
+        let mut socket_check = tokio::time::interval(SOCKET_CHECK_PERIOD);
+        tracing::info!(
+            interface = self.dataplane.tun_name(),
+            shards = self.options.shards,
+            driver = self.dataplane.driver().as_str(),
+            "device is there"
+        );
+        let why = loop {
+            tokio::select! {
+                _ = terminate.recv() => break "SIGTERM",
+                _ = interrupt.recv() => break "SIGINT",
+                _ = hang_up.recv() => break "SIGHUP",
+                ready = shards.readable() => {
+                    let mut ready = ready?;
+                    match self.take_from_shards() {
+                        Taken::More => ready.retain_ready(),
+                        // The data plane has made its descriptor unreadable again.
+                        Taken::All => ready.clear_ready(),
+                        Taken::TunGone => break "the interface is gone",
+                    }
+                }
+                Some(Call { request, reply }) = calls.recv() => {
+                    // A client that went away does not want it.
+                    let _ = reply.send(self.answer(request));
+                }
+                Some(link) = link_news.recv() => self.link_changed(link),
+                _ = socket_check.tick() => {
+                    if !socket.is_there() {
+                        break "the socket's file is gone";
+                    }
+                }
+            }
+        };
+        tracing::info!(why, "device ends");
+        Ok(())
+    }
+
+    fn take_from_shards(&mut self) -> Taken {
+        for _ in 0..EVENTS_MAX {
+            let event = self.dataplane.poll_event();
+            let relayed = self.dataplane.poll_relay();
+            let stray = self.dataplane.poll_stray();
+            if event.is_none() && relayed.is_none() && stray.is_none() {
+                return Taken::All;
+            }
+            if let Some(batch) = relayed {
+                // There are no relays here: nothing asks for them.
+                self.dataplane.recycle(batch.datagrams);
+            }
+            match event {
+                None => {}
+                Some(Event::TunGone) => return Taken::TunGone,
+                Some(Event::SessionUp(id)) => {
+                    // Its time is read now, while it is new.
+                    let _ = self.last_handshake(id);
+                    tracing::debug!(peer = id.0, "session up");
+                }
+                Some(Event::SendError(id, to, errno)) => {
+                    tracing::debug!(peer = id.0, %to, errno, "cannot send");
+                }
+                Some(
+                    Event::Kick(_)
+                    | Event::Active(_)
+                    | Event::NewSource(..)
+                    | Event::Silent(_)
+                    | Event::SessionDown(_),
+                ) => {}
+            }
+        }
+        Taken::More
+    }
+
+    /// Follows the interface. A peer with a keep-alive is greeted as soon as it is up.
+    fn link_changed(&mut self, link: OwnLink) {
+        if link.mtu != self.link.mtu
+            && let Ok(mtu) = u16::try_from(link.mtu)
+        {
+            tracing::debug!(mtu, "the interface's MTU changed");
+            self.dataplane.set_mtu(mtu);
+        }
+        if link.up && !self.link.up {
+            let greeted = self.device.peers().filter(|(_, peer)| peer.keepalive() > 0);
+            for (id, _) in greeted {
+                self.dataplane.initiate(id);
+            }
+        }
+        self.link = link;
+    }
+
+    fn answer(&mut self, request: Request) -> Reply {
+        match request {
+            Request::Get => self.status(),
+            Request::BadGet(errno) => Reply::to_bad_get(errno),
+            Request::Set(transaction) => {
+                let done = transaction.and_then(|transaction| self.set(transaction));
+                if let Err(errno) = done {
+                    tracing::debug!(errno = errno.0, "a configuration was refused");
+                }
+                Reply::to_set(done)
+            }
+        }
+    }
+
+    /// Carries out a transaction, or leaves everything as it was.
+    fn set(&mut self, transaction: Transaction) -> Result<(), Errno> {
+        self.device.check(&transaction)?;
+        let port_before = self.dataplane.local_port();
+        if let Some(port) = transaction.listen_port {
+            self.dataplane.set_listen_port(port).map_err(|error| {
+                tracing::warn!(%error, "the port stays as it was");
+                Errno::ADDRESS_IN_USE
+            })?;
+        }
+        if let Some(mark) = transaction.fwmark
+            && mark != self.device.fwmark()
+            && let Err(error) = self.dataplane.set_fwmark(mark)
+        {
+            tracing::warn!(%error, "the mark stays as it was");
+            if transaction.listen_port.is_some()
+                && let Err(error) = self.dataplane.set_listen_port(port_before)
+            {
+                tracing::warn!(%error, "the port before is taken meanwhile");
+            }
+            return Err(Errno::ADDRESS_IN_USE);
+        }
+        let changes = self.device.apply(transaction);
+        if changes.private_key {
+            let key = self.device.private_key();
+            let key = key.map(|key| Zeroizing::new(*NodePrivate::as_bytes(key)));
+            self.dataplane.set_private_key(key.as_ref());
+        }
+        if changes.peers {
+            self.dataplane.set_peers(self.device.peer_configs());
+        }
+        for (id, endpoint) in changes.endpoints {
+            self.dataplane.set_endpoint(id, endpoint);
+        }
+        if self.link.up {
+            for id in changes.keepalives {
+                self.dataplane.initiate(id);
+            }
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> Reply {
+        let stats = self.dataplane.stats();
+        let mut extras = vec![
+            ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+            ("shards".to_owned(), stats.shards.len().to_string()),
+            (
+                "driver".to_owned(),
+                self.dataplane.driver().as_str().to_owned(),
+            ),
+            ("engine".to_owned(), engine(self.options.engine).to_owned()),
+            ("offloads".to_owned(), offloads(self.dataplane.offloads())),
+            ("mtu".to_owned(), self.link.mtu.to_string()),
+        ];
+        extras.extend(drops(&stats));
+        let status = Status {
+            listen_port: self.dataplane.local_port(),
+            extras,
+        };
+        self.device.reply(&status, &|id| self.traffic(id))
+    }
+
+    fn traffic(&self, id: PeerId) -> Traffic {
+        let activity = self.dataplane.activity(id);
+        let endpoint = self.dataplane.endpoint(id);
+        Traffic {
+            endpoint,
+            last_handshake: self.last_handshake(id),
+            tx_bytes: activity.tx_bytes,
+            rx_bytes: activity.rx_bytes,
+            extras: vec![("path", endpoint.map_or("none", |_| "direct").to_owned())],
+        }
+    }
+
+    fn last_handshake(&self, id: PeerId) -> Option<Duration> {
+        let at: Instant = self.dataplane.activity(id).last_handshake?;
+        Some(self.handshakes.borrow_mut().wall_time(id, at))
+    }
+}
+
+fn engine(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Boringtun => "boringtun",
+    }
+}
+
+/// The offloads in use by name, with commas, or `none`.
+pub(super) fn offloads(offloads: OffloadsInUse) -> String {
+    let names = [
+        ("tso", offloads.tso),
+        ("uso", offloads.uso),
+        ("gso", offloads.gso),
+        ("gro", offloads.gro),
+    ];
+    let used: Vec<&str> = names
+        .iter()
+        .filter_map(|(name, used)| used.then_some(*name))
+        .collect();
+    if used.is_empty() {
+        "none".to_owned()
+    } else {
+        used.join(",")
+    }
+}
+
+/// Dropped packets: all, then by reason those that are not zero.
+pub(super) fn drops(stats: &ringtail_dataplane::Stats) -> Vec<(String, String)> {
+    let counts: Vec<(&str, u64)> = DropReason::ALL
+        .iter()
+        .map(|reason| (reason.name(), stats.drops(*reason)))
+        .filter(|(_, count)| *count > 0)
+        .collect();
+    let total: u64 = counts.iter().map(|(_, count)| count).sum();
+    std::iter::once(("drops".to_owned(), total.to_string()))
+        .chain(
+            counts
+                .iter()
+                .map(|(name, count)| (format!("drops_{name}"), count.to_string())),
+        )
+        .collect()
+}

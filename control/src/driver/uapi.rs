@@ -1,0 +1,331 @@
+//! The configuration socket of a WireGuard device: `/var/run/wireguard/IFNAME.sock`.
+//!
+//! [`Socket::bind`] comes first in the life of a device: holding the name is what keeps a second
+//! instance away. Every connection is a task of its own that reads, parses and writes at its
+//! client's pace; only whole requests reach the device's loop, as [`Call`]s, and the reply it gives
+//! is complete, so nobody waits for a slow client. `wg` connects once without sending anything
+//! before each request, and may go away before its reply: neither is an error.
+
+use std::io::ErrorKind;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::{Mode, umask};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use zeroize::Zeroizing;
+
+use crate::uapi::{Parser, READ_LEN_MAX, Reply, Request};
+
+/// Where `wg` looks for sockets.
+pub const SOCKET_DIR: &str = "/var/run/wireguard";
+/// Connections served at once.
+const CLIENTS_MAX: usize = 256;
+/// How long a client may pause inside a request, and in taking its reply.
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection may be silent between requests.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A request on its way to the device, with the way back.
+pub struct Call {
+    /// What is asked.
+    pub request: Request,
+    /// Takes the answer; dropping it closes the connection.
+    pub reply: oneshot::Sender<Reply>,
+}
+
+/// A bound socket; its file goes with it.
+pub struct Socket {
+    listener: std::os::unix::net::UnixListener,
+    path: PathBuf,
+    /// Device and inode of the file, to know it from another's in its place.
+    identity: (u64, u64),
+}
+
+impl Socket {
+    /// Binds the socket of the interface in `dir` ([`SOCKET_DIR`]), which is made if it is missing.
+    /// One left behind by a process that is gone is replaced.
+    ///
+    /// # Errors
+    /// Somebody answers on the socket already, or it cannot be made.
+    pub fn bind(dir: &Path, interface: &str) -> anyhow::Result<Self> {
+        let path = dir.join(format!("{interface}.sock"));
+        make_dir(dir)?;
+        // Two instances that start at once take turns here.
+        let turn =
+            std::fs::File::open(dir).with_context(|| format!("cannot open {}", dir.display()))?;
+        let _turn = Flock::lock(turn, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| errno)
+            .with_context(|| format!("cannot lock {}", dir.display()))?;
+        if answers(&path)? {
+            bail!(
+                "{interface} is in use: another WireGuard daemon answers on {}",
+                path.display()
+            );
+        }
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot replace {}", path.display()));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        // Never open to others, not even for the moment before the mode is set.
+        let before = umask(Mode::from_bits_truncate(0o077));
+        let bound = std::os::unix::net::UnixListener::bind(&path);
+        umask(before);
+        let listener = bound.with_context(|| format!("cannot listen on {}", path.display()))?;
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+        listener.set_nonblocking(true)?;
+        let identity = identity(&path).context("the socket has just been made and is gone")?;
+        Ok(Self {
+            listener,
+            path,
+            identity,
+        })
+    }
+
+    /// Whether the socket's file is still there and still ours.
+    pub fn is_there(&self) -> bool {
+        identity(&self.path) == Some(self.identity)
+    }
+
+    /// The listening end, for [`serve`].
+    ///
+    /// # Errors
+    /// No more descriptors, or no runtime.
+    pub fn listener(&self) -> std::io::Result<UnixListener> {
+        UnixListener::from_std(self.listener.try_clone()?)
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if self.is_there() {
+            // Somebody else may have been quicker: then there is nothing left to do.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    let found = std::fs::symlink_metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+fn make_dir(dir: &Path) -> anyhow::Result<()> {
+    let before = umask(Mode::from_bits_truncate(0o022));
+    let made = std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(dir);
+    umask(before);
+    made.with_context(|| format!("cannot make {}", dir.display()))
+}
+
+/// Whether somebody listens on the socket.
+fn answers(path: &Path) -> anyhow::Result<bool> {
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    let address = socket2::SockAddr::unix(path)
+        .with_context(|| format!("{} is no name for a socket", path.display()))?;
+    match socket.connect(&address) {
+        Ok(()) => Ok(true),
+        // Its queue is full: it lives, if slowly.
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(true),
+        Err(error)
+            if matches!(
+                error.kind(),
+                ErrorKind::NotFound | ErrorKind::ConnectionRefused
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(error).with_context(|| format!("cannot look at {}", path.display())),
+    }
+}
+
+/// Takes connections for ever and turns what they ask into [`Call`]s.
+pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
+    let slots = Arc::new(Semaphore::new(CLIENTS_MAX));
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else {
+            return;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let calls = calls.clone();
+                tokio::task::spawn_local(async move {
+                    let _slot = slot;
+                    if let Err(error) = serve_client(stream, calls).await {
+                        tracing::debug!(%error, "configuration client");
+                    }
+                });
+            }
+            Err(error) => {
+                // Out of descriptors, most likely: wait for some to come back.
+                tracing::warn!(%error, "configuration socket");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn serve_client(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> anyhow::Result<()> {
+    if timed(IDLE_TIMEOUT, stream.readable()).await.is_err() {
+        return Ok(());
+    }
+    let mut parser = Parser::new(interface_index);
+    let mut piece = Zeroizing::new(vec![0; READ_LEN_MAX]);
+    loop {
+        while let Some(request) = parser.poll_request() {
+            let (reply, answer) = oneshot::channel();
+            let call = Call { request, reply };
+            calls.send(call).await.ok().context("the device is going")?;
+            let answer = answer.await.context("the device is going")?;
+            send(&mut stream, answer.as_bytes()).await?;
+        }
+        if parser.is_closed() {
+            return Ok(());
+        }
+        let patience = if parser.is_idle() {
+            IDLE_TIMEOUT
+        } else {
+            CLIENT_TIMEOUT
+        };
+        match timed(patience, stream.read(&mut piece)).await? {
+            0 => parser.handle_end(),
+            len => parser.handle_bytes(&piece[..len]),
+        }
+    }
+}
+
+/// Sends all of it; a client may take its time for the whole, but not for a part.
+async fn send(stream: &mut UnixStream, mut bytes: &[u8]) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        let sent = timed(CLIENT_TIMEOUT, stream.write(bytes)).await?;
+        bytes = &bytes[sent..];
+    }
+    Ok(())
+}
+
+async fn timed<T>(
+    limit: Duration,
+    work: impl Future<Output = std::io::Result<T>>,
+) -> std::io::Result<T> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(result) => result,
+        Err(_) => Err(ErrorKind::TimedOut.into()),
+    }
+}
+
+/// The index of an interface, for the scope of a link-local endpoint.
+fn interface_index(name: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(name).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream as Client;
+
+    use super::*;
+    use crate::driver::runtime;
+    use crate::uapi::Errno;
+
+    #[test]
+    fn a_second_instance_is_refused_and_a_dead_one_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("deep/wireguard");
+        let first = Socket::bind(&dir, "wg0").unwrap();
+        let path = dir.join("wg0.sock");
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert_eq!(std::fs::metadata(&dir).unwrap().mode() & 0o777, 0o755);
+        let second = Socket::bind(&dir, "wg0").err().unwrap().to_string();
+        assert!(second.contains("wg0 is in use"), "{second}");
+        assert!(first.is_there(), "the attempt did no harm");
+        drop(first);
+        assert!(!path.exists());
+
+        // A listener that is gone leaves its file behind.
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let next = Socket::bind(&dir, "wg0").unwrap();
+        std::fs::remove_file(&path).unwrap();
+        assert!(!next.is_there());
+        std::fs::write(&path, "another's").unwrap();
+        assert!(!next.is_there());
+        drop(next);
+        assert!(path.exists(), "what is not ours stays");
+    }
+
+    /// Answers every `get` with a large reply and refuses every `set`.
+    async fn device(mut calls: mpsc::Receiver<Call>, large: usize) {
+        while let Some(Call { request, reply }) = calls.recv().await {
+            let answer = match request {
+                Request::Get => {
+                    let extras = (0..large).map(|n| (format!("n{n}"), "x".repeat(60)));
+                    let status = crate::uapi::DeviceStatus {
+                        extras: extras.collect(),
+                        ..Default::default()
+                    };
+                    Reply::to_get(&status, 0, 0).finish()
+                }
+                Request::BadGet(errno) => Reply::to_bad_get(errno),
+                Request::Set(_) => Reply::to_set(Err(Errno::PERMISSION)),
+            };
+            let _ = reply.send(answer);
+        }
+    }
+
+    #[test]
+    fn probes_garbage_and_sleepy_clients_leave_the_others_served() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = Socket::bind(dir.path(), "wg0").unwrap();
+        let path = dir.path().join("wg0.sock");
+        runtime::block_on(|_| async {
+            let (sender, calls) = mpsc::channel(4);
+            tokio::task::spawn_local(serve(socket.listener()?, sender));
+            tokio::task::spawn_local(device(calls, 50_000));
+            tokio::task::spawn_blocking(move || {
+                let mut silent = Client::connect(&path).unwrap();
+                let mut half = Client::connect(&path).unwrap();
+                half.write_all(b"set=1\nprivate_key=90").unwrap();
+                // Asks for a large reply and does not take it.
+                let mut sleepy = Client::connect(&path).unwrap();
+                sleepy.write_all(b"get=1\n\n").unwrap();
+                for garbage in [&b"\0\xff\r\n"[..], &[b'x'; 1 << 20], b"get=1\n"] {
+                    let mut client = Client::connect(&path).unwrap();
+                    // The other side may close before it has read all.
+                    let _ = client.write_all(garbage);
+                }
+                for _ in 0..300 {
+                    drop(Client::connect(&path).unwrap());
+                }
+                let mut gone = Client::connect(&path).unwrap();
+                gone.write_all(b"get=1\n\nget=1\n\n").unwrap();
+                drop(gone);
+
+                let mut client = Client::connect(&path).unwrap();
+                client.write_all(b"set=1\n\nget=1\n\nget=1\n\n").unwrap();
+                client.shutdown(std::net::Shutdown::Write).unwrap();
+                let mut text = String::new();
+                client.read_to_string(&mut text).unwrap();
+                assert!(text.starts_with("errno=-1\n\nringtail_n0="));
+                assert_eq!(text.matches("errno=0\n\n").count(), 2);
+                assert_eq!(text.lines().count(), 2 + 2 * 50_002);
+                silent.write_all(b"get=1\n\n").unwrap();
+                let mut first = [0; 12];
+                silent.read_exact(&mut first).unwrap();
+                assert_eq!(&first, b"ringtail_n0=");
+                drop((half, sleepy));
+            })
+            .await?;
+            Ok(())
+        })
+        .unwrap();
+    }
+}
