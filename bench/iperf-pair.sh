@@ -38,8 +38,8 @@ usage: bench/iperf-pair.sh [options]
   --full          three interleaved rounds with median and spread, unpinned and pinned, CUBIC and BBR
   --rounds N      rounds of --full (default 3)
   --peers         install boringtun-cli, gotatun and wireguard-go into a cache first
-  --only LIST     act two: only these programs, by comma (ringtail,ringtail-relay,veth,wireguard-go,
-                  boringtun-cli,gotatun,kernel; dataplane: see start_dataplane)
+  --only LIST     act two: only these programs, by comma (ringtail,ringtail-device,ringtail-relay,veth,
+                  wireguard-go,boringtun-cli,gotatun,kernel; dataplane: see start_dataplane)
   --skip-story    no act one
   --skip-figures  no act two
   --json          print the results as JSON instead of tables
@@ -94,8 +94,8 @@ need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping taskset=u
 # For profiles of these runs; the figures do not need it.
 need_packages perf=linux-perf || true
 
-CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/ringtail-bench
-export PATH="$PATH:$CACHE/bin:${CARGO_HOME:-${HOME:-/root}/.cargo}/bin:/usr/local/go/bin"
+# shellcheck source=../scripts/netns/peers.sh
+. scripts/netns/peers.sh
 
 command -v cargo >/dev/null || { echo "no cargo: install Rust from https://rustup.rs first" >&2; exit 1; }
 if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then
@@ -106,23 +106,12 @@ fi
 RINGTAIL=$RINGTAIL_BIN_DIR/ringtail
 BENCH=$RINGTAIL_BIN_DIR/ringtail-bench
 
-install_peers() {
-  mkdir -p "$CACHE/bin"
-  command -v boringtun-cli >/dev/null ||
-    cargo install --quiet --locked --root "$CACHE" boringtun-cli || echo "boringtun-cli: could not be installed"
-  command -v gotatun >/dev/null ||
-    cargo install --quiet --locked --root "$CACHE" gotatun-cli || echo "gotatun: could not be installed"
-  if ! command -v wireguard-go >/dev/null; then
-    if command -v go >/dev/null; then
-      # As a module: it carries the newest version. Its binary is called "wireguard".
-      GOBIN=$CACHE/go-bin GOFLAGS=-mod=mod go install golang.zx2c4.com/wireguard@latest &&
-        mv "$CACHE/go-bin/wireguard" "$CACHE/bin/wireguard-go" || echo "wireguard-go: could not be installed"
-    else
-      need_packages wireguard-go=wireguard-go
-    fi
-  fi
-}
-[ -z "$PEERS" ] || { echo "installing the programs to compare with ..."; install_peers; }
+if [ -n "$PEERS" ]; then
+  echo "installing the programs to compare with ..."
+  install_peers wireguard-go boringtun-cli gotatun
+  # Without Go the packaged one, which is years older, stands in.
+  peer_path wireguard-go >/dev/null || install_peers wireguard-go-debian
+fi
 
 # ---- results and lab -------------------------------------------------------------------------
 
@@ -286,16 +275,36 @@ tunnel_up() { # NS INTERFACE ADDRESS
   ip -n "$LAB$1" link set "$2" mtu "$MTU" up && ip -n "$LAB$1" addr add "$3/24" dev "$2"
 }
 
-start_kernel() {
+# set_by_wg INTERFACE_LEFT INTERFACE_RIGHT: keys, ports and peers, by wg(8).
+set_by_wg() {
   local lkey rkey
+  lkey=$(wg genkey) rkey=$(wg genkey)
+  lab_in left wg set "$1" listen-port 51820 private-key <(echo "$lkey") peer "$(wg pubkey <<<"$rkey")" \
+    endpoint 192.0.2.2:51820 allowed-ips $TUNNEL_RIGHT/32 || return 1
+  lab_in right wg set "$2" listen-port 51820 private-key <(echo "$rkey") peer "$(wg pubkey <<<"$lkey")" \
+    endpoint 192.0.2.1:51820 allowed-ips $TUNNEL_LEFT/32 || return 1
+  tunnel_up left "$1" $TUNNEL_LEFT && tunnel_up right "$2" $TUNNEL_RIGHT
+}
+
+start_kernel() {
   need_packages wg=wireguard-tools
   ip -n "${LAB}left" link add wg0 type wireguard && ip -n "${LAB}right" link add wg0 type wireguard || return 1
-  lkey=$(wg genkey) rkey=$(wg genkey)
-  lab_in left wg set wg0 listen-port 51820 private-key <(echo "$lkey") peer "$(wg pubkey <<<"$rkey")" \
-    endpoint 192.0.2.2:51820 allowed-ips $TUNNEL_RIGHT/32 || return 1
-  lab_in right wg set wg0 listen-port 51820 private-key <(echo "$rkey") peer "$(wg pubkey <<<"$lkey")" \
-    endpoint 192.0.2.1:51820 allowed-ips $TUNNEL_LEFT/32 || return 1
-  tunnel_up left wg0 $TUNNEL_LEFT && tunnel_up right wg0 $TUNNEL_RIGHT
+  set_by_wg wg0 wg0
+}
+
+# Ours as a plain WireGuard device: no coordination, no relay, nothing but wg(8).
+start_device() {
+  local left=l$$ right=r$$ options=(--shards "$SHARDS")
+  need_packages wg=wireguard-tools
+  [ "$LAYOUT" = pinned ] || options+=(--no-pin)
+  printf '/var/run/wireguard/%s.sock\n' $left $right >>"$LAB_DIR/files"
+  run_tunnel left left "$RINGTAIL" device -f "${options[@]}" $left
+  run_tunnel right right "$RINGTAIL" device -f "${options[@]}" $right
+  local side
+  for side in $left $right; do
+    lab_wait_file "/var/run/wireguard/$side.sock" 5 || return 1
+  done
+  set_by_wg $left $right
 }
 
 start_ringtail() { # start_ringtail direct|relay
@@ -355,10 +364,12 @@ start_program() {
     veth) TARGET=$PLAIN_RIGHT ;;
     ringtail) start_ringtail direct ;;
     ringtail-relay) start_ringtail relay ;;
+    ringtail-device) start_device ;;
     # In the foreground, so that its process is the one we started.
-    wireguard-go) start_userspace env LOG_LEVEL=error "$(command -v wireguard-go)" -f ;;
-    boringtun-cli) start_userspace boringtun-cli -f --disable-drop-privileges ;;
-    gotatun) start_userspace gotatun -f --disable-drop-privileges --verbosity error ;;
+    wireguard-go)
+      peer_command wireguard-go || peer_command wireguard-go-debian
+      start_userspace "${PEER_COMMAND[@]}" ;;
+    boringtun-cli | gotatun) peer_command "$1" && start_userspace "${PEER_COMMAND[@]}" ;;
     kernel) start_kernel ;;
     dataplane) start_dataplane ;;
   esac || return 1
@@ -397,11 +408,11 @@ title() { [ "$1" = ringtail-relay ] && echo "ringtail relay" || echo "$1 direct"
 find_programs() {
   PROGRAMS=()
   local program
-  [ -n "$RELAY_ONLY" ] || PROGRAMS+=(ringtail)
+  [ -n "$RELAY_ONLY" ] || PROGRAMS+=(ringtail ringtail-device)
   [ -n "$DIRECT_ONLY" ] || PROGRAMS+=(ringtail-relay)
   PROGRAMS+=(veth)
   for program in wireguard-go boringtun-cli gotatun; do
-    if command -v $program >/dev/null; then
+    if peer_path $program >/dev/null || { [ $program = wireguard-go ] && peer_path wireguard-go-debian >/dev/null; }; then
       PROGRAMS+=("$program")
     else
       MISSING+=("$program")

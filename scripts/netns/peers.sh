@@ -1,0 +1,73 @@
+# shellcheck shell=bash
+# The other WireGuard programs: where they are, how they are had, how they are started. Source it after packages.sh.
+#
+#   install_peers [PROGRAM...]     what is missing of them (all, by default), into a cache; says what it cannot have
+#   peer_command PROGRAM           PEER_COMMAND: what runs it in the foreground; the interface name goes behind
+#   peer_version PROGRAM           in its own words
+#
+# Programs: wireguard-go (newest), wireguard-go-debian (as packaged), boringtun-cli, gotatun. What is on the PATH
+# is used as it is.
+
+CACHE=${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/ringtail-bench
+export PATH="$PATH:$CACHE/bin:${CARGO_HOME:-${HOME:-/root}/.cargo}/bin:/usr/local/go/bin"
+
+# The packaged wireguard-go is years older than the newest and has none of the offloads.
+packaged() { [ "$(command -v dpkg)" ] && dpkg -S "$1" >/dev/null 2>&1; }
+
+# peer_path PROGRAM: its path, if it is there.
+peer_path() {
+  local path
+  case $1 in
+    wireguard-go)
+      for path in $(type -ap wireguard-go); do
+        packaged "$path" || { echo "$path"; return; }
+      done
+      return 1 ;;
+    wireguard-go-debian)
+      for path in $(type -ap wireguard-go) "$CACHE/debian-wireguard-go/usr/bin/wireguard-go"; do
+        [ -x "$path" ] || continue
+        if packaged "$path" || [[ $path == "$CACHE"/debian-* ]]; then
+          echo "$path"
+          return
+        fi
+      done
+      return 1 ;;
+    *) type -P "$1" ;;
+  esac
+}
+
+peer_command() {
+  local path
+  path=$(peer_path "$1") || return 1
+  case $1 in
+    wireguard-go*) PEER_COMMAND=(env LOG_LEVEL=error "$path" -f) ;;
+    boringtun-cli) PEER_COMMAND=("$path" -f --disable-drop-privileges) ;;
+    gotatun) PEER_COMMAND=("$path" -f --disable-drop-privileges --verbosity error) ;;
+    *) return 1 ;;
+  esac
+}
+
+peer_version() { "$(peer_path "$1")" --version 2>&1 | head -n 1; }
+
+install_peers() {
+  local program
+  [ $# -gt 0 ] || set -- wireguard-go boringtun-cli gotatun
+  mkdir -p "$CACHE/bin"
+  for program in "$@"; do
+    peer_path "$program" >/dev/null || install_peer "$program" || echo "$program: could not be installed"
+  done
+}
+
+install_peer() {
+  case $1 in
+    boringtun-cli) cargo install --quiet --locked --root "$CACHE" boringtun-cli ;;
+    gotatun) cargo install --quiet --locked --root "$CACHE" gotatun-cli ;;
+    wireguard-go)
+      command -v go >/dev/null || { echo "wireguard-go: the newest needs Go"; return 1; }
+      # As a module: it carries the newest version. Its binary is called "wireguard".
+      GOBIN=$CACHE/go-bin GOFLAGS=-mod=mod go install golang.zx2c4.com/wireguard@latest &&
+        mv "$CACHE/go-bin/wireguard" "$CACHE/bin/wireguard-go" ;;
+    wireguard-go-debian) unpack_package wireguard-go "$CACHE/debian-wireguard-go" ;;
+    *) return 1 ;;
+  esac
+}
