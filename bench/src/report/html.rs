@@ -6,10 +6,10 @@ use std::fmt::Write as _;
 
 const STYLE: &str = "
 :root { --bg:#fcfcfa; --fg:#1d1d1b; --muted:#8a8a84; --line:#e2e2dc; --bad:#c8372d;
-  --c1:#0b6e4f; --c2:#59a686; --c3:#c06a1c; --c4:#7a5195; --c5:#3a6ea5; --c6:#a8842c;
+  --c1:#0b6e4f; --c2:#59a686; --c3:#c06a1c; --c4:#7a5195; --c5:#3a6ea5; --c6:#a8842c; --c7:#157a86;
   --direct:#0b6e4f; --relay:#b9b9b2; --probing:#8fb3d0; --fallback:#dd8a2f; --held:#7d7d77; --in:#fff }
 @media (prefers-color-scheme: dark) { :root { --bg:#161715; --fg:#e6e6e1; --muted:#8d8d86; --line:#33342f;
-  --bad:#ff6b5e; --c1:#3ecf9a; --c2:#7fb8a0; --c3:#f0a35c; --c4:#c39bd8; --c5:#7fb2e5; --c6:#d9b960;
+  --bad:#ff6b5e; --c1:#3ecf9a; --c2:#7fb8a0; --c3:#f0a35c; --c4:#c39bd8; --c5:#7fb2e5; --c6:#d9b960; --c7:#5ec6d2;
   --direct:#1f8f68; --relay:#55564f; --probing:#3f6a8c; --fallback:#b86a17; --held:#3b3c37 } }
 body { background:var(--bg); color:var(--fg); font:15px/1.5 system-ui,sans-serif; margin:2rem auto; max-width:960px; padding:0 1rem }
 h1 { font-size:1.5rem } h2 { font-size:1.15rem; margin-top:2.2rem; border-bottom:1px solid var(--line) }

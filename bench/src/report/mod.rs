@@ -338,6 +338,12 @@ fn targets(rows: &[Row], act_one: Option<&ActOne>) -> Vec<Target> {
             ratio,
         );
     }
+    let device = over(tcp1("ringtail-device", "direct"), direct);
+    at_least(
+        "TCP 1 stream, ringtail device / ringtail direct".into(),
+        0.9,
+        device,
+    );
     let relay = over(tcp1("ringtail", "relay"), direct);
     at_least(
         "TCP 1 stream, ringtail relay / ringtail direct".into(),

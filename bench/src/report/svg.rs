@@ -10,6 +10,7 @@ pub(super) fn colour(name: &str) -> &'static str {
     match name {
         "ringtail direct" => "var(--c1)",
         "ringtail relay" => "var(--c2)",
+        "ringtail-device" => "var(--c7)",
         "wireguard-go" => "var(--c3)",
         "boringtun-cli" => "var(--c4)",
         "gotatun" => "var(--c5)",
