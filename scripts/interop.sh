@@ -1,0 +1,156 @@
+#!/usr/bin/env bash
+# `ringtail device` against every other WireGuard implementation, in network namespaces.
+#
+#   scripts/interop.sh [--only LIST] [--keep]
+#
+#   --only LIST   only these, by comma: wireguard-go, wireguard-go-debian, boringtun-cli, gotatun, kernel, wg-quick
+#   --keep        leave the lab up, and print how to enter it
+#
+# Each program is met twice, and all of the meetings run side by side:
+#
+#   "a begins"   we have its endpoint and it has none of ours: we are the initiator. Outside is IPv4.
+#   "b begins"   the other way round. Outside is IPv6.
+#
+#      a  192.0.2.1     ---  m  ---     198.51.100.1  b
+#         2001:db8:1::1                2001:db8:2::1
+#      10.77.0.1, fd77::1            10.77.0.2, fd77::2      inside
+#
+# a is ours, b the other program (for the kernel's WireGuard a virtual machine on a tap in m), m a router, which
+# becomes a NAT with a short memory at the end.
+#
+# Our command is $RINGTAIL_DEVICE, `ringtail device -f` of a release build by default. Needs root; without it, and
+# for a program that cannot be had, says aloud what it leaves out, which is a failure when RINGTAIL_NO_SKIP=1.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+cd "$ROOT"
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+ONLY='' KEEP=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --only) [ $# -ge 2 ] || { usage >&2; exit 2; }; ONLY=,$2, && shift ;;
+    --keep) KEEP=1 ;;
+    --help | -h) usage; exit ;;
+    *) usage >&2; exit 2 ;;
+  esac
+  shift
+done
+if [ "$(id -u)" != 0 ] || [ ! -c /dev/net/tun ]; then
+  echo "SKIPPED: interop.sh needs root and /dev/net/tun" >&2
+  [ "${RINGTAIL_NO_SKIP:-}" != 1 ] || exit 1
+  exit 0
+fi
+
+# Bytes of a file at full speed, and of one across a rekey; of both for the emulated kernel.
+BYTES=200000000 BYTES_PACED=30000000 BYTES_VM=20000000 BYTES_VM_PACED=5000000
+# A transfer of so many seconds, begun with a session, sees its rekey: REKEY_AFTER_TIME is 120 s.
+PACED_S=145
+# The middle forgets a UDP mapping after so many seconds of silence. Less than the 10 s of KEEPALIVE_TIMEOUT, after
+# which an end that only received says something of its own accord.
+MAPPING_S=4
+
+# shellcheck source=netns/packages.sh
+. scripts/netns/packages.sh
+# shellcheck source=netns/lab.sh
+. scripts/netns/lab.sh
+# shellcheck source=netns/peers.sh
+. scripts/netns/peers.sh
+# shellcheck source=netns/vm.sh
+. scripts/netns/vm.sh
+# shellcheck source=netns/pair.sh
+. scripts/netns/pair.sh
+# shellcheck source=netns/quick.sh
+. scripts/netns/quick.sh
+
+wanted() { [ -z "$ONLY" ] || [[ $ONLY == *,$1,* ]]; }
+skipped() { echo "skip  $1" | tee -a "$RESULTS"; }
+took() { echo "      ($1: $((SECONDS - BEGAN)) s)" && BEGAN=$SECONDS; }
+
+need_packages ip=iproute2 nft=nftables ping=iputils-ping awk=mawk wg=wireguard-tools sysctl=procps cc=gcc /usr/include/stdio.h=libc6-dev
+lab_init
+[ -z "$KEEP" ] || : >"$LAB_DIR/keep"
+RESULTS=$LAB_DIR/results
+: >"$RESULTS"
+
+BEGAN=$SECONDS
+if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then
+  cargo build --release --locked --quiet -p ringtail -p ringtail-bench
+  RINGTAIL_BIN_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/release
+  took "release build"
+fi
+BENCH=$RINGTAIL_BIN_DIR/ringtail-bench
+read -ra OURS <<<"${RINGTAIL_DEVICE:-$RINGTAIL_BIN_DIR/ringtail device -f}"
+
+PROGRAMS=()
+for program in wireguard-go wireguard-go-debian boringtun-cli gotatun; do
+  wanted $program || continue
+  install_peers $program
+  if peer_path $program >/dev/null; then
+    PROGRAMS+=("$program")
+    echo "      $program: $(peer_version $program)"
+  else
+    skipped "$program: not here"
+  fi
+done
+if wanted kernel; then
+  if vm_prepare "$BENCH"; then
+    PROGRAMS+=(kernel)
+    echo "      kernel: Linux $KERNEL_VERSION, emulated"
+  else
+    skipped "kernel: no virtual machine"
+  fi
+fi
+took "other programs"
+
+head -c $BYTES /dev/urandom >"$LAB_DIR/full.in"
+head -c $BYTES_PACED "$LAB_DIR/full.in" >"$LAB_DIR/paced.in"
+head -c $BYTES_VM "$LAB_DIR/full.in" >"$LAB_DIR/vm-full.in"
+head -c $BYTES_VM_PACED "$LAB_DIR/full.in" >"$LAB_DIR/vm-paced.in"
+MEETINGS=()
+meet() { # COMMAND...: beside the others
+  "$@" &
+  MEETINGS+=($!)
+  lab_note_pid $! meeting
+}
+for program in ${PROGRAMS[@]+"${PROGRAMS[@]}"}; do
+  meet meeting "$program" a
+  meet meeting "$program" b
+done
+if wanted wg-quick; then
+  lab_ns probe
+  QUICK_WITH=
+  for program in wireguard-go wireguard-go-debian gotatun; do
+    [ -n "$QUICK_WITH" ] || ! peer_path $program >/dev/null || QUICK_WITH=$program
+  done
+  if [ -z "$QUICK_WITH" ]; then
+    skipped "wg-quick: nobody to meet"
+  elif ip -n "${LAB}probe" link add wg0 type wireguard 2>/dev/null; then
+    skipped "wg-quick: takes the WireGuard of this machine's kernel for every interface"
+  else
+    meet quick_meeting $QUICK_WITH a
+    meet quick_meeting $QUICK_WITH b
+  fi
+fi
+for meeting in ${MEETINGS[@]+"${MEETINGS[@]}"}; do
+  # A meeting that broke off has not passed, whatever it counted.
+  wait "$meeting" || echo "FAIL  a meeting broke off" | tee -a "$RESULTS"
+done
+took "meetings"
+
+PASSED=$(grep -c '^ok' "$RESULTS" || true)
+FAILED=$(grep -c '^FAIL' "$RESULTS" || true)
+SKIPPED=$(grep -c '^skip' "$RESULTS" || true)
+echo
+if [ "$FAILED" -gt 0 ]; then
+  show_logs
+  echo
+  grep '^FAIL' "$RESULTS"
+  if [ -n "${RINGTAIL_TEST_LOGS:-}" ]; then
+    mkdir -p "$RINGTAIL_TEST_LOGS" && cp "$LAB_DIR"/*.log "$RINGTAIL_TEST_LOGS/"
+  fi
+fi
+[ "$SKIPPED" = 0 ] || grep '^skip' "$RESULTS"
+[ -z "$KEEP" ] || echo "the lab stays up; take it down: scripts/netns/lab.sh remove $LAB $LAB_DIR"
+echo "interop: $PASSED passed, $FAILED failed$([ "$SKIPPED" = 0 ] || echo ", $SKIPPED skipped")"
+[ "$FAILED" = 0 ] && [ "$PASSED" -gt 0 ] || exit 1
+[ "$SKIPPED" = 0 ] || [ "${RINGTAIL_NO_SKIP:-}" != 1 ] || exit 1
