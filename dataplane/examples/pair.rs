@@ -27,6 +27,12 @@ enum DriverArg {
     Epoll,
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum EngineArg {
+    Ringtail,
+    Boringtun,
+}
+
 /// One end of a static tunnel with keys made from seeds.
 #[derive(Debug, Parser)]
 struct Args {
@@ -60,6 +66,9 @@ struct Args {
     /// Driver.
     #[arg(long, value_enum, default_value_t = DriverArg::Auto)]
     driver: DriverArg,
+    /// What seals and opens.
+    #[arg(long, value_enum, default_value_t = EngineArg::Ringtail)]
+    engine: EngineArg,
     /// Pin shards to CPUs.
     #[arg(long)]
     pin: bool,
@@ -120,7 +129,10 @@ fn main() -> anyhow::Result<()> {
         fwmark: 0,
         private_key: Some(Zeroizing::new([args.seed; 32])),
         roam: args.roam,
-        engine: Engine::Boringtun,
+        engine: match args.engine {
+            EngineArg::Ringtail => Engine::Ringtail,
+            EngineArg::Boringtun => Engine::Boringtun,
+        },
     })?;
     let tun = dataplane.tun_name().to_owned();
     ip(&["link", "set", &tun, "mtu", &args.mtu.to_string(), "up"])?;

@@ -117,8 +117,10 @@ impl Default for Offloads {
 /// Implementation of the WireGuard transport.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Engine {
-    /// boringtun 0.7's `Tunn`: one peer is one shard's work in both directions.
+    /// Our own: batches through a multi-packet AEAD, counters that many threads may take from.
     #[default]
+    Ringtail,
+    /// boringtun 0.7's `Tunn`: one peer is one shard's work in both directions.
     Boringtun,
 }
 

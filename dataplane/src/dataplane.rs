@@ -17,7 +17,7 @@ use crate::channel::{
     Activity, Datagrams, Event, Hub, PathDecision, PeerConfig, PeerId, Prefix, RegionId, RelayOut,
     Rules, Whereabouts,
 };
-use crate::config::{Config, DriverChoice, DriverKind, Engine, MTU_MIN, SHARDS_MAX, StartError};
+use crate::config::{Config, DriverChoice, DriverKind, MTU_MIN, SHARDS_MAX, StartError};
 use crate::filter::CompiledRules;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
@@ -199,6 +199,7 @@ impl Dataplane {
                 cpu: cpus.get(index % cpus.len().max(1)).copied(),
                 settings: Arc::clone(&settings),
                 roam: config.roam,
+                kind: config.engine,
                 published: self.shards[index].clone(),
             };
             let ready = ready.clone();
@@ -541,9 +542,7 @@ fn check(config: &Config) -> Result<(), StartError> {
     if config.mtu < MTU_MIN {
         return Err(StartError::Config("mtu must be at least 576"));
     }
-    match config.engine {
-        Engine::Boringtun => Ok(()),
-    }
+    Ok(())
 }
 
 fn choose_driver(choice: DriverChoice) -> Result<DriverKind, StartError> {

@@ -249,6 +249,31 @@ fn both_ends_may_start_at_once() {
 }
 
 #[test]
+fn either_engine_talks_to_the_other_on_several_shards() {
+    if !can_run("either_engine_talks_to_the_other_on_several_shards") {
+        return;
+    }
+    use ringtail_dataplane::Engine::{Boringtun, Ringtail};
+    for engines in [
+        [Ringtail, Boringtun],
+        [Boringtun, Ringtail],
+        [Boringtun, Boringtun],
+    ] {
+        let pair = Pair::new(Setup {
+            engines,
+            shards: 2,
+            ..Setup::default()
+        });
+        pair.direct();
+        for (from, to) in [(End::A, End::B), (End::B, End::A)] {
+            assert!(pair.ping(from, to.inner4(), 2), "{engines:?}");
+            pair.transfer(from, to.inner4(), 4 << 20);
+            pair.transfer(from, to.inner6(), 4 << 20);
+        }
+    }
+}
+
+#[test]
 fn garbage_is_counted_and_nothing_else_happens() {
     if !can_run("garbage_is_counted_and_nothing_else_happens") {
         return;
@@ -311,7 +336,7 @@ fn a_second_node_on_the_same_port_is_refused() {
             fwmark: 0,
             private_key: Some(zeroize::Zeroizing::new([9; 32])),
             roam: false,
-            engine: Engine::Boringtun,
+            engine: Engine::Ringtail,
         })
         .err()
     });
@@ -396,7 +421,7 @@ fn underlay_packets_carry_the_fwmark() {
     run(&format!("ip -n {a} rule add fwmark 0x1234 prohibit"));
     run(&format!("ip -n {a} route flush cache"));
     while pair.a.poll_event().is_some() {}
-    pair.a.initiate(PEER);
+    assert!(!pair.ping(End::A, End::B.inner4(), 1));
     let error = pair.wait_event(End::A, Duration::from_secs(2), |e| {
         matches!(e, Event::SendError(PEER, _, libc::EACCES))
     });

@@ -5,9 +5,9 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use ringtail_dataplane::{Engine, Offloads, SHARDS_MAX};
+use ringtail_dataplane::{Offloads, SHARDS_MAX};
 
-use crate::config::DriverName;
+use crate::config::{DriverName, EngineName};
 use crate::driver::background::{self, Child};
 use crate::driver::device::{self, Options};
 
@@ -45,6 +45,9 @@ pub(super) struct DeviceArgs {
     /// I/O driver of the shards.
     #[arg(long, value_enum, default_value_t = DriverName::Auto)]
     driver: DriverName,
+    /// Transport engine: our own, or boringtun's for comparison.
+    #[arg(long, value_enum, default_value_t = EngineName::Ringtail)]
+    engine: EngineName,
     /// Inner MTU in bytes at first; `ip link set` changes it later.
     #[arg(long, value_name = "BYTES", default_value_t = MTU_DEFAULT)]
     mtu: u16,
@@ -145,7 +148,7 @@ impl DeviceArgs {
                 gso: self.udp_gso,
                 gro: self.udp_gro,
             },
-            engine: Engine::default(),
+            engine: self.engine.into(),
         })
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use crate::config::{DriverName, NodeConfig, ValidateMode};
+use crate::config::{DriverName, EngineName, NodeConfig, ValidateMode};
 
 /// Run a node: join a network and move its traffic until stopped.
 ///
@@ -55,6 +55,9 @@ pub(super) struct UpArgs {
     /// I/O driver of the shards [default: auto].
     #[arg(long, value_enum)]
     driver: Option<DriverName>,
+    /// Transport engine: our own, or boringtun's for comparison [default: ringtail].
+    #[arg(long, value_enum)]
+    engine: Option<EngineName>,
     /// TUN segmentation offloads: true or false [default: true].
     #[arg(long, value_name = "BOOL")]
     tun_offload: Option<bool>,
@@ -105,6 +108,7 @@ impl UpArgs {
             shards: self.shards,
             pin: if self.no_pin { Some(false) } else { self.pin },
             driver: self.driver,
+            engine: self.engine,
             tun_offload: self.tun_offload,
             udp_gso: self.udp_gso,
             udp_gro: self.udp_gro,

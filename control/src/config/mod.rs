@@ -8,7 +8,7 @@ mod network;
 mod node;
 
 pub use network::{StaticNetwork, StaticPeer};
-pub use node::{DriverName, NodeConfig, ValidateMode};
+pub use node::{DriverName, EngineName, NodeConfig, ValidateMode};
 
 use std::path::{Path, PathBuf};
 

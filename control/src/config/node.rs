@@ -29,6 +29,26 @@ impl From<DriverName> for ringtail_dataplane::DriverChoice {
     }
 }
 
+/// What seals and opens in the shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineName {
+    /// Our own transport engine.
+    #[default]
+    Ringtail,
+    /// boringtun's, for comparison.
+    Boringtun,
+}
+
+impl From<EngineName> for ringtail_dataplane::Engine {
+    fn from(name: EngineName) -> Self {
+        match name {
+            EngineName::Ringtail => Self::Ringtail,
+            EngineName::Boringtun => Self::Boringtun,
+        }
+    }
+}
+
 /// How a direct path is tested before traffic moves to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -60,6 +80,8 @@ pub struct NodeConfig {
     pub pin: Option<bool>,
     /// The shards' I/O driver.
     pub driver: Option<DriverName>,
+    /// The transport engine.
+    pub engine: Option<EngineName>,
     /// TUN segmentation offloads; on by default.
     pub tun_offload: Option<bool>,
     /// UDP GSO on sends; on by default.
@@ -131,6 +153,7 @@ impl NodeConfig {
             shards: flags.shards.or(self.shards),
             pin: flags.pin.or(self.pin),
             driver: flags.driver.or(self.driver),
+            engine: flags.engine.or(self.engine),
             tun_offload: flags.tun_offload.or(self.tun_offload),
             udp_gso: flags.udp_gso.or(self.udp_gso),
             udp_gro: flags.udp_gro.or(self.udp_gro),

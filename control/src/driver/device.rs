@@ -329,6 +329,7 @@ impl Running {
 
 fn engine(engine: Engine) -> &'static str {
     match engine {
+        Engine::Ringtail => "ringtail",
         Engine::Boringtun => "boringtun",
     }
 }

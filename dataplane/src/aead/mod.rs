@@ -23,7 +23,7 @@ use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use ::ring::aead::{CHACHA20_POLY1305, LessSafeKey, UnboundKey};
-use zeroize::{Zeroize, ZeroizeOnDrop};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 /// Bytes before the text: type, three zero bytes, receiver index, counter.
 pub const HEADER_LEN: usize = 16;
@@ -53,6 +53,16 @@ impl Key {
             words: std::array::from_fn(|i| u32::from_le_bytes(words[i])),
             ring: MaybeUninit::new(LessSafeKey::new(ring)),
         }
+    }
+
+    /// The 32 bytes, for an export of the session.
+    #[must_use]
+    pub fn to_bytes(&self) -> Zeroizing<[u8; 32]> {
+        let mut bytes = Zeroizing::new([0; 32]);
+        for (chunk, word) in bytes.as_chunks_mut::<4>().0.iter_mut().zip(self.words) {
+            *chunk = word.to_le_bytes();
+        }
+        bytes
     }
 
     fn ring(&self) -> &LessSafeKey {

@@ -187,10 +187,35 @@ impl HandshakeMessage {
     }
 }
 
-/// What one shard hands to another, whole and once.
+/// Some of the shards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ShardSet(u64);
+
+const _: () = assert!(crate::SHARDS_MAX <= u64::BITS as usize);
+
+impl ShardSet {
+    /// Adds a shard, which is below `SHARDS_MAX`.
+    pub(crate) fn insert(&mut self, shard: u8) {
+        self.0 |= 1 << shard;
+    }
+
+    pub(crate) fn contains(self, shard: u8) -> bool {
+        usize::from(shard) < crate::SHARDS_MAX && self.0 & (1 << shard) != 0
+    }
+
+    /// Takes one out.
+    pub(crate) fn take(&mut self) -> Option<u8> {
+        let shard = u8::try_from(self.0.trailing_zeros()).ok()?;
+        // Of an empty set that is 64, and nothing to clear.
+        self.0 &= self.0.wrapping_sub(1);
+        (usize::from(shard) < crate::SHARDS_MAX).then_some(shard)
+    }
+}
+
+/// What one shard hands to another, whole.
 pub(crate) enum Handed {
-    /// A GRO batch with datagrams of the other's sessions.
-    Udp(UdpRx),
+    /// A GRO batch with datagrams of the other's sessions, and who is to see it after it.
+    Udp(UdpRx, ShardSet),
     /// A packet or super-packet from the TUN for a peer of the other.
     Tun(TunRx),
 }
@@ -419,6 +444,17 @@ pub(crate) fn owner_of(public_key: &[u8; 32], shards: usize) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_set_of_shards_gives_each_once() {
+        let mut set = ShardSet::default();
+        for shard in [63, 5, 0, 5] {
+            set.insert(shard);
+        }
+        assert!(set.contains(63) && !set.contains(1) && !set.contains(64) && !set.contains(255));
+        let all: Vec<u8> = std::iter::from_fn(|| set.take()).collect();
+        assert_eq!((all, set), (vec![0, 5, 63], ShardSet::default()));
+    }
 
     #[test]
     fn keys_spread_over_the_shards() {

@@ -90,11 +90,51 @@ impl Jar {
         Ok(())
     }
 
+    /// The whole state, with the cookie's age.
+    #[must_use]
+    pub fn export(&self, now: Instant) -> JarState {
+        JarState {
+            last_mac1: self.last_mac1,
+            cookie: self.cookie.as_ref().map(|(cookie, since)| {
+                let age = now.saturating_duration_since(*since);
+                (Zeroizing::new(cookie.0), age)
+            }),
+        }
+    }
+
+    /// The opposite of [`Jar::export`]. A cookie older than the clock is dropped.
+    #[must_use]
+    pub fn import(now: Instant, state: &JarState) -> Jar {
+        let cookie = state.cookie.as_ref().and_then(|(cookie, age)| {
+            let since = now.checked_sub(*age)?;
+            Some((Cookie(**cookie), since))
+        });
+        Jar {
+            last_mac1: state.last_mac1,
+            cookie,
+        }
+    }
+
     /// The cookie for the next message's MAC2, unless it is [`COOKIE_LIFE`] old.
     #[must_use]
     pub fn cookie(&self, now: Instant) -> Option<&Cookie> {
         let (cookie, since) = self.cookie.as_ref()?;
         (now.saturating_duration_since(*since) < COOKIE_LIFE).then_some(cookie)
+    }
+}
+
+/// A [`Jar`] as plain data.
+#[derive(Clone, Default)]
+pub struct JarState {
+    /// MAC1 of the last message.
+    pub last_mac1: Option<[u8; MAC_LEN]>,
+    /// The cookie and its age.
+    pub cookie: Option<(Zeroizing<[u8; MAC_LEN]>, Duration)>,
+}
+
+impl std::fmt::Debug for JarState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("JarState(secret)")
     }
 }
 

@@ -59,7 +59,7 @@ mod transcript;
 
 use std::time::Duration;
 
-pub use cookie::{COOKIE_LIFE, Cookie, Jar, consume_cookie_reply};
+pub use cookie::{COOKIE_LIFE, Cookie, Jar, JarState, consume_cookie_reply};
 pub use gate::{COOKIE_REPLIES_PER_SECOND, Gate, LOAD_BURST, LOAD_LASTS, LOAD_PER_SECOND, Verdict};
 pub use handshake::{
     Half, INITIATED_LEN, Initiated, Received, TransportKeys, consume_initiation, consume_response,

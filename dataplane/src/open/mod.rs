@@ -7,10 +7,10 @@ use crate::classify::{Class, classify, owner_shard};
 use crate::stats::DropReason;
 
 /// Datagrams of a receive batch that are next to each other and of one kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Run<'a> {
-    /// Data for one of our receiver indexes; the bytes of all its datagrams.
-    Data(u32, &'a [u8]),
+    /// Data for one of our receiver indexes; the bytes of all its datagrams, to be opened in place.
+    Data(u32, &'a mut [u8]),
     /// One handshake message.
     Handshake(&'a [u8]),
     /// One DISCO or STUN message.
@@ -23,7 +23,7 @@ pub(crate) enum Run<'a> {
 
 /// Splits a batch (datagrams of `stride` bytes, the last may be shorter; 0 means one datagram) into
 /// runs, in order.
-pub(crate) fn runs<'a>(bytes: &'a [u8], stride: usize, shard: u8, mut each: impl FnMut(Run<'a>)) {
+pub(crate) fn runs(bytes: &mut [u8], stride: usize, shard: u8, mut each: impl FnMut(Run<'_>)) {
     let stride = if stride == 0 {
         bytes.len().max(1)
     } else {
@@ -33,12 +33,11 @@ pub(crate) fn runs<'a>(bytes: &'a [u8], stride: usize, shard: u8, mut each: impl
     let mut at = 0;
     loop {
         let end = (at + stride).min(bytes.len());
-        let datagram = &bytes[at..end];
-        let class = classify(datagram);
+        let class = classify(&bytes[at..end]);
         if let Some((index, start)) = open
             && class != Class::Data(index)
         {
-            each(Run::Data(index, &bytes[start..at]));
+            each(Run::Data(index, &mut bytes[start..at]));
             open = None;
         }
         match class {
@@ -46,8 +45,8 @@ pub(crate) fn runs<'a>(bytes: &'a [u8], stride: usize, shard: u8, mut each: impl
                 open.get_or_insert((index, at));
             }
             Class::Data(index) => each(Run::Foreign(owner_shard(index))),
-            Class::Handshake => each(Run::Handshake(datagram)),
-            Class::Disco | Class::Stun => each(Run::Control(datagram)),
+            Class::Handshake => each(Run::Handshake(&bytes[at..end])),
+            Class::Disco | Class::Stun => each(Run::Control(&bytes[at..end])),
             Class::Invalid(reason) => each(Run::Invalid(reason)),
         }
         at = end;
@@ -56,7 +55,7 @@ pub(crate) fn runs<'a>(bytes: &'a [u8], stride: usize, shard: u8, mut each: impl
         }
     }
     if let Some((index, start)) = open {
-        each(Run::Data(index, &bytes[start..]));
+        each(Run::Data(index, &mut bytes[start..]));
     }
 }
 
@@ -95,7 +94,7 @@ mod tests {
 
     fn collect(bytes: &[u8], stride: usize) -> Vec<(&'static str, usize)> {
         let mut all = Vec::new();
-        runs(bytes, stride, 1, |run| {
+        runs(&mut bytes.to_vec(), stride, 1, |run| {
             all.push(match run {
                 Run::Data(_, bytes) => ("data", bytes.len()),
                 Run::Handshake(_) => ("handshake", 1),

@@ -1,18 +1,18 @@
-//! The peers a shard owns: session, path, packets that wait, and how to find them by receiver
-//! index.
+//! The peers a shard owns: session, path, packets that wait, and when they want to be called.
 //!
-//! A receiver index has 32 bits: 16 random ones that name a slot of this table, 8 that name the
-//! shard, and 8 that boringtun counts up per handshake. So an index is looked up with one load, and
-//! says nothing about the peer to whoever guesses.
+//! Nobody walks through all peers: whoever wants to be called at some time stands in a queue of
+//! [`Deadlines`], and the others cost nothing.
 
 #![forbid(unsafe_code)]
 
+mod deadlines;
 mod path;
 mod waiting;
 
 use std::sync::Arc;
 use std::time::Instant;
 
+use deadlines::Deadlines;
 pub(crate) use path::{Kind, Path, Source, Way};
 use waiting::Waiting;
 
@@ -21,12 +21,6 @@ use crate::channel::{Arrived, Event, PEERS_MAX, PathDecision, PeerConfig, PeerId
 use crate::session::{Engine, Session};
 use crate::sys::socket::Local;
 
-/// Slots of the index table: the upper 16 bits of a receiver index.
-const SLOTS: usize = 1 << 16;
-/// No peer has this slot.
-const FREE: u16 = u16::MAX;
-const _: () = assert!(PEERS_MAX < FREE as usize);
-
 /// One peer that this shard owns.
 pub(crate) struct Peer {
     pub(crate) id: PeerId,
@@ -34,34 +28,24 @@ pub(crate) struct Peer {
     pub(crate) shared: Arc<PeerShared>,
     /// Made when first needed: it costs a Diffie-Hellman computation.
     session: Option<Session>,
-    slot: u16,
     pub(crate) path: Path,
     pub(crate) waiting: Waiting,
-    /// In the list of those that are ticked.
-    ticking: bool,
 }
 
 /// The table.
 pub(crate) struct Peers {
-    shard: u8,
     /// Endpoints follow the peers: device mode.
     roam: bool,
     by_id: Vec<Option<Box<Peer>>>,
-    by_slot: Box<[u16]>,
-    ticking: Vec<PeerId>,
-    /// Where the round of ticks stands; `None` between rounds.
-    tick_at: Option<usize>,
+    deadlines: Deadlines,
 }
 
 impl Peers {
-    pub(crate) fn new(shard: u8, roam: bool) -> Peers {
+    pub(crate) fn new(roam: bool) -> Peers {
         Peers {
-            shard,
             roam,
             by_id: Vec::new(),
-            by_slot: vec![FREE; SLOTS].into(),
-            ticking: Vec::new(),
-            tick_at: None,
+            deadlines: Deadlines::default(),
         }
     }
 
@@ -70,23 +54,24 @@ impl Peers {
         self.by_id.get_mut(id.0 as usize)?.as_deref_mut()
     }
 
-    /// The peer whose session has the receiver index.
-    pub(crate) fn by_index(&mut self, receiver_index: u32) -> Option<&mut Peer> {
-        let id = self.by_slot[(receiver_index >> 16) as usize];
-        self.by_id.get_mut(usize::from(id))?.as_deref_mut()
-    }
-
     /// Takes over a new table of the peers this shard owns. Peers whose keys are the same keep
     /// their sessions and paths. Returns those that shall have a session although nobody has
     /// anything to send (a persistent keep-alive is new), and how many packets waited for peers
     /// that are gone.
     pub(crate) fn replace(
         &mut self,
+        now: Instant,
+        mut engine: Option<&mut Engine>,
         entries: impl Iterator<Item = PeerEntry>,
     ) -> (Vec<PeerId>, u64) {
+        let mut close = |session: Option<Session>| {
+            // Without an engine there are no sessions.
+            if let (Some(engine), Some(session)) = (engine.as_deref_mut(), session) {
+                engine.close(session);
+            }
+        };
         let mut old = std::mem::take(&mut self.by_id);
         let mut wanted = Vec::new();
-        let mut dropped = 0;
         for PeerEntry { config, shared, .. } in entries {
             let at = config.id.0 as usize;
             if at >= PEERS_MAX {
@@ -95,47 +80,40 @@ impl Peers {
             if self.by_id.len() <= at {
                 self.by_id.resize_with(at + 1, || None);
             }
-            let kept = old.get_mut(at).and_then(Option::take).and_then(|mut peer| {
-                if peer.config.public_key == config.public_key {
-                    return Some(peer);
-                }
-                self.by_slot[usize::from(peer.slot)] = FREE;
-                dropped += peer.waiting.clear();
-                None
-            });
+            let kept = old
+                .get_mut(at)
+                .and_then(|old| old.take_if(|old| old.config.public_key == config.public_key));
             let kept_alive = kept
                 .as_ref()
                 .is_some_and(|peer| keepalive(&peer.config).is_some());
             let peer = match kept {
                 Some(mut peer) => {
-                    peer.reconfigure(config);
+                    close(peer.reconfigure(now, config));
                     peer
                 }
-                None => {
-                    let slot = self.claim_slot(config.id);
-                    Box::new(Peer::new(config, shared, slot, self.roam))
-                }
+                None => Box::new(Peer::new(config, shared, self.roam)),
             };
             if keepalive(&peer.config).is_some() && (!kept_alive || peer.session.is_none()) {
                 wanted.push(peer.id);
             }
             self.by_id[at] = Some(peer);
         }
+        let mut dropped = 0;
         for mut gone in old.into_iter().flatten() {
-            self.by_slot[usize::from(gone.slot)] = FREE;
             dropped += gone.waiting.clear();
+            close(gone.session.take());
+            self.deadlines.remove(gone.id);
         }
-        let by_id = &self.by_id;
-        self.ticking.retain(|id| {
-            by_id
-                .get(id.0 as usize)
-                .is_some_and(|peer| peer.as_ref().is_some_and(|peer| peer.ticking))
-        });
-        self.tick_at = None;
+        self.deadlines.make_room(self.by_id.len());
+        for at in 0..self.by_id.len() {
+            if let Some(id) = self.by_id[at].as_ref().map(|peer| peer.id) {
+                self.touch(id);
+            }
+        }
         (wanted, dropped)
     }
 
-    /// Ends every session: our key has changed. Returns those that shall have a new one at once,
+    /// Ends every session: our key has changed, and the engine with it. Returns those that shall have a new one at once,
     /// because packets wait or a persistent keep-alive is set.
     pub(crate) fn end_sessions(&mut self) -> Vec<PeerId> {
         let mut wanted = Vec::new();
@@ -148,76 +126,39 @@ impl Peers {
         wanted
     }
 
-    fn claim_slot(&mut self, id: PeerId) -> u16 {
-        // Fewer peers than slots: a free one is near.
-        let mut slot: u16 = rand::random();
-        while self.by_slot[usize::from(slot)] != FREE {
-            slot = slot.wrapping_add(1);
-        }
-        self.by_slot[usize::from(slot)] = u16::try_from(id.0).expect("below PEERS_MAX");
-        slot
-    }
-
-    /// The peer with a session, made if it has none, and ticked from now on.
-    pub(crate) fn wake(&mut self, id: PeerId, engine: &Engine) -> Option<&mut Peer> {
-        let shard = self.shard;
+    /// The peer with a session, made if it has none.
+    pub(crate) fn wake(
+        &mut self,
+        now: Instant,
+        id: PeerId,
+        engine: &mut Engine,
+    ) -> Option<&mut Peer> {
         let peer = self.by_id.get_mut(id.0 as usize)?.as_deref_mut()?;
         if peer.session.is_none() {
-            let index = (u32::from(peer.slot) << 8) | u32::from(shard);
-            peer.session = Some(engine.session(
-                &peer.config.public_key,
-                peer.config.preshared_key.as_ref().map(|key| **key),
-                peer.config.persistent_keepalive,
-                index,
-            ));
+            peer.session = Some(engine.session(now, &peer.config));
         }
-        if !peer.ticking {
-            peer.ticking = true;
-            self.ticking.push(id);
+        self.touch(id);
+        self.get(id)
+    }
+
+    /// Looks at when a peer wants to be called next. To be called once after each batch that
+    /// concerned it.
+    #[inline]
+    pub(crate) fn touch(&mut self, id: PeerId) {
+        let peer = self.by_id.get(id.0 as usize).and_then(Option::as_ref);
+        if let Some(at) = peer.and_then(|peer| peer.deadline()) {
+            self.deadlines.no_later(id, at);
         }
-        Some(peer)
     }
 
-    /// True while some peer wants ticks.
-    pub(crate) fn wants_ticks(&self) -> bool {
-        !self.ticking.is_empty()
+    /// When the first peer may want to be called.
+    pub(crate) fn next_deadline(&self) -> Option<Instant> {
+        self.deadlines.next()
     }
 
-    /// Starts a round of ticks.
-    pub(crate) fn start_round(&mut self) {
-        self.tick_at = Some(0);
-    }
-
-    /// True while a round is not finished.
-    pub(crate) fn in_round(&self) -> bool {
-        self.tick_at.is_some()
-    }
-
-    /// Calls `tick` for up to `max` peers of the round; those for which it returns false want no
-    /// more ticks.
-    pub(crate) fn tick(&mut self, max: usize, mut tick: impl FnMut(&mut Peer) -> bool) {
-        let Some(mut at) = self.tick_at else { return };
-        for _ in 0..max {
-            let Some(&id) = self.ticking.get(at) else {
-                self.tick_at = None;
-                return;
-            };
-            let peer = self
-                .by_id
-                .get_mut(id.0 as usize)
-                .and_then(Option::as_deref_mut);
-            let goes_on = peer.is_some_and(|peer| {
-                let goes_on = tick(peer);
-                peer.ticking = goes_on;
-                goes_on
-            });
-            if goes_on {
-                at += 1;
-            } else {
-                self.ticking.swap_remove(at);
-            }
-        }
-        self.tick_at = Some(at);
+    /// Takes a peer whose time may have come out of the queue; [`Peers::touch`] puts it back.
+    pub(crate) fn take_due(&mut self, now: Instant) -> Option<PeerId> {
+        self.deadlines.take_due(now)
     }
 }
 
@@ -227,34 +168,28 @@ fn keepalive(config: &PeerConfig) -> Option<u16> {
 }
 
 impl Peer {
-    fn new(config: Arc<PeerConfig>, shared: Arc<PeerShared>, slot: u16, roam: bool) -> Peer {
+    fn new(config: Arc<PeerConfig>, shared: Arc<PeerShared>, roam: bool) -> Peer {
         Peer {
             id: config.id,
             config,
             shared,
             session: None,
-            slot,
             path: if roam {
                 Path::following()
             } else {
                 Path::default()
             },
             waiting: Waiting::default(),
-            ticking: false,
         }
     }
 
     /// Takes over a configuration with the same public key. What the session cannot change while it
-    /// lives ends it.
-    fn reconfigure(&mut self, config: Arc<PeerConfig>) {
-        let goes_on = self
-            .session
-            .as_mut()
-            .is_none_or(|session| session.reconfigure(&self.config, &config));
-        if !goes_on {
-            self.session = None;
-        }
-        self.config = config;
+    /// lives ends it: then it is returned.
+    fn reconfigure(&mut self, now: Instant, config: Arc<PeerConfig>) -> Option<Session> {
+        let old = std::mem::replace(&mut self.config, config);
+        let new = &self.config;
+        self.session
+            .take_if(|session| !session.reconfigure(now, &old, new))
     }
 
     /// Takes a path decision over, in device mode an endpoint. True if the peer can be reached in a
@@ -296,13 +231,18 @@ impl Peer {
     }
 
     /// True if packets can be sealed now.
-    pub(crate) fn ready(&self) -> bool {
-        self.session.as_ref().is_some_and(Session::ready)
+    pub(crate) fn ready(&self, now: Instant) -> bool {
+        self.session
+            .as_ref()
+            .is_some_and(|session| session.ready(now))
     }
 
-    /// True if nothing will happen before somebody sends or receives.
-    pub(crate) fn dormant(&self) -> bool {
-        self.waiting.is_empty() && self.session.as_ref().is_none_or(Session::dormant)
+    /// When something is to be done here although nobody sends or receives.
+    #[inline]
+    fn deadline(&self) -> Option<Instant> {
+        let session = self.session.as_ref().and_then(Session::poll_timeout);
+        let waiting = self.waiting.stale_at();
+        session.into_iter().chain(waiting).min()
     }
 }
 

@@ -51,10 +51,10 @@ impl Waiting {
         dropped
     }
 
-    /// True if nothing was added for so long that what is here is of no use to anybody.
-    pub(crate) fn is_stale(&self, now: Instant) -> bool {
-        self.newest
-            .is_some_and(|newest| now.saturating_duration_since(newest) > AGE_MAX)
+    /// When so long nothing will have been added that what is here is of no use to anybody.
+    pub(crate) fn stale_at(&self) -> Option<Instant> {
+        let newest = self.newest.filter(|_| !self.packets.is_empty())?;
+        newest.checked_add(AGE_MAX)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -100,9 +100,10 @@ mod tests {
     fn packets_grow_stale() {
         let start = now();
         let mut waiting = Waiting::default();
-        assert!(!waiting.is_stale(start + 2 * AGE_MAX));
+        assert_eq!(waiting.stale_at(), None);
         waiting.push(start, &[1]);
-        assert!(!waiting.is_stale(start + AGE_MAX));
-        assert!(waiting.is_stale(start + AGE_MAX + Duration::from_millis(1)));
+        assert_eq!(waiting.stale_at(), Some(start + AGE_MAX));
+        waiting.pop();
+        assert_eq!(waiting.stale_at(), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Cuts super-packets into segments and seals them into the tail of a send run.
+//! Cuts super-packets into segments at the tail of a send run, and seals the run.
 //!
 //! A run is what one GSO send takes: datagrams of one length back to back, of which only the last
 //! may be shorter, for one peer and with one TOS byte. It closes at the first shorter datagram, at
@@ -10,14 +10,12 @@
 use crate::channel::PeerId;
 use crate::packet::ecn;
 use crate::peer::{Kind, Peer};
-use crate::session::{Engine, MESSAGE_LEN_MAX};
+use crate::session::{BATCH_MAX, Engine, MESSAGE_LEN_MAX};
 use crate::shard::Context;
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
 use crate::udp::SEND_BYTES_MAX;
 
-/// Datagrams of one run at most: the kernel's `UDP_MAX_SEGMENTS`.
-const RUN_DATAGRAMS_MAX: usize = 128;
 /// Memory of a run: a full send, and room behind it for the engine's largest message.
 const RUN_LEN: usize = SEND_BYTES_MAX + MESSAGE_LEN_MAX;
 
@@ -44,7 +42,8 @@ pub(crate) trait Outlet {
     fn send(&mut self, ctx: &mut Context, peer: &mut Peer, batch: Batch<'_>);
 }
 
-/// The run that is being filled.
+/// The run that is being filled. Its datagrams are sealed together when it is sent, so a batch is as
+/// long as can be, also where the TUN gives lone packets.
 pub(crate) struct Run {
     bytes: Box<[u8]>,
     len: usize,
@@ -77,12 +76,12 @@ impl Run {
     /// How many datagrams of `len` bytes may still join.
     fn room_for(&self, len: usize, tos: u8) -> usize {
         if self.datagrams == 0 {
-            return (SEND_BYTES_MAX / len).min(RUN_DATAGRAMS_MAX);
+            return (SEND_BYTES_MAX / len).min(BATCH_MAX);
         }
         if self.closed || len > self.stride || tos != self.tos {
             return 0;
         }
-        let room = ((SEND_BYTES_MAX - self.len) / len).min(RUN_DATAGRAMS_MAX - self.datagrams);
+        let room = ((SEND_BYTES_MAX - self.len) / len).min(BATCH_MAX - self.datagrams);
         // A shorter one is the last.
         if len < self.stride { room.min(1) } else { room }
     }
@@ -98,10 +97,25 @@ impl Run {
         self.len += datagrams * len;
     }
 
-    /// Sends what is there. `peer` is the one the run is for.
-    pub(crate) fn flush(&mut self, ctx: &mut Context, peer: &mut Peer, outlet: &mut impl Outlet) {
+    /// Seals and sends what is there. `peer` is the one the run is for.
+    pub(crate) fn flush(
+        &mut self,
+        ctx: &mut Context,
+        engine: &mut Engine,
+        peer: &mut Peer,
+        outlet: &mut impl Outlet,
+    ) {
         if self.datagrams > 0 {
             debug_assert_eq!(self.peer, Some(peer.id), "a run has one peer");
+            let messages = &mut self.bytes[..self.len];
+            let sealed = peer
+                .session()
+                .ok_or(DropReason::NoSession)
+                .and_then(|session| session.seal(engine, ctx.now, messages, self.stride));
+            if let Err(reason) = sealed {
+                ctx.counters.drop_many(reason, self.clear() as u64);
+                return;
+            }
             let batch = Batch {
                 kind: Kind::Data,
                 bytes: &self.bytes[..self.len],
@@ -123,8 +137,8 @@ impl Run {
     }
 }
 
-/// Seals a planned packet for a peer whose session is ready into the run, which must be empty or
-/// the same peer's, sending it as often as it is full. What remains in the run is the caller's to
+/// Cuts a planned packet for a peer whose session is ready into the run, which must be empty or
+/// the same peer's, sealing and sending it as often as it is full. What remains in the run is the caller's to
 /// flush.
 pub(crate) fn packet(
     ctx: &mut Context,
@@ -154,7 +168,7 @@ pub(crate) fn packet(
         };
         let room = run.room_for(len, tos);
         if room == 0 {
-            run.flush(ctx, peer, outlet);
+            run.flush(ctx, engine, peer, outlet);
             continue;
         }
         let now = alike.min(room);
@@ -162,12 +176,15 @@ pub(crate) fn packet(
             return;
         };
         let tail = &mut run.bytes[run.len..];
-        match session.seal(engine, plan, packet, next..next + now, tail) {
-            Ok(written) => {
-                debug_assert_eq!(written, now * len, "sealed_len is exact");
-                run.extend(peer.id, now, len, tos);
-            }
-            Err(reason) => ctx.counters.drop_many(reason, now as u64),
+        let staged = session.stage(engine, plan, packet, next..next + now, tail);
+        debug_assert_eq!(staged.bytes, staged.segments * len, "sealed_len is exact");
+        if staged.segments > 0 {
+            run.extend(peer.id, staged.segments, len, tos);
+        }
+        if staged.segments < now {
+            let failed = now - staged.segments;
+            ctx.counters
+                .drop_many(DropReason::SealFailed, failed as u64);
         }
         next += now;
     }

@@ -1,94 +1,206 @@
-//! WireGuard sessions: handshake, timers, keys. The only user of boringtun.
+//! WireGuard sessions: handshakes, timers, keys, counters, replay windows.
 //!
-//! This is the seam where our own engine goes. A [`Session`] takes batches and gives batches: it
-//! seals the segments of one super-packet back to back into the caller's send buffer, and opens the
-//! datagrams of one GRO batch into an [`Arena`]. Nothing outside this folder knows how.
+//! A [`Session`] takes batches and gives batches: it seals the segments of one run in the caller's
+//! send buffer, and opens the datagrams of one GRO batch. Nothing outside this folder knows how.
+//! There are two kinds, chosen by [`crate::Engine`]: our own ([`Machine`]), and boringtun's `Tunn`
+//! ([`Tunnel`]) for comparison and as oracle.
 //!
-//! Life of a session under boringtun:
+//! # Life of a session of ours
 //!
-//! 1. No keys: packets wait with the caller. [`Session::initiate`] makes an initiation; the shard
-//!    retries by [`Session::tick`] every `REKEY_TIMEOUT` for `REKEY_ATTEMPT_TIME`.
-//! 2. A response (as initiator), or the first data under a new index (as responder), makes the
-//!    session [ready](Session::ready): [`Change::Up`].
-//! 3. Ticks ask for a new handshake after `REKEY_AFTER_TIME`, send keep-alives, and drop keys after
-//!    `REJECT_AFTER_TIME`: [`Change::Down`].
+//! 1. No keys: packets wait with the caller. [`Session::initiate`] makes an initiation, which an
+//!    alarm repeats. The peer's initiations are answered at any time, also while our own one is
+//!    outstanding.
+//! 2. A response completes our handshake: its keypair is the current one, and a keep-alive shows the
+//!    peer that it is. As responder we have a *next* keypair, which becomes current with the first
+//!    message under it. Either is [`Change::Up`].
+//! 3. The current keypair seals; it, the next one and the two before it open. Alarms ask for new
+//!    keys, send keep-alives, and end what is too old ([`Change::Down`]).
 //!
-//! `Tunn` rounds its clock to its last tick, so a session that slept is ticked before it is used,
-//! and one that is in use is ticked every [`TICK`]. It is never given a packet while it has no
-//! keys: it would queue it where nobody sees it.
+//! A keypair is two halves. The sealing half is a key and an atomic counter: a batch takes its
+//! counters by one addition, so any shard may seal. The opening half is a key and a replay window,
+//! which belong to the shard that owns the peer: bits 8 to 15 of the receiver index name it, and
+//! [`Indexes`] knows which peer an index belongs to.
 //!
-//! **Crossing handshakes.** When both ends initiate at once, `Tunn` answers the peer's initiation
-//! and keeps its own outstanding one beside it, so either response completes. But it forgets the
-//! retransmission timer of its own one; if responses are lost both ends would wait for each other.
-//! So the session keeps a timer of its own and initiates again.
+//! # The rules, and the tests that show them
+//!
+//! Sections are the WireGuard paper's. Messages themselves (§5.4) are [`crate::noise`]'s; the tests
+//! named here are in `session/tests`, in `rules` unless said otherwise.
+//!
+//! | Rule | Test |
+//! |---|---|
+//! | §5.1 an initiation whose timestamp is not newer is a replay | `an_initiation_that_is_not_newer_is_a_replay` |
+//! | §5.1 initiations less than 20 ms apart are not answered | `initiations_less_than_twenty_milliseconds_apart_are_not_answered` |
+//! | §5.2 a preshared key, which may change | `without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_the_next` |
+//! | §5.3, §5.4.7 a cookie goes into the next message, for 120 s, and makes none by itself | `a_cookie_goes_into_the_next_message_for_two_minutes` |
+//! | §5.4 exact message lengths | `basics::messages_of_wrong_lengths_are_dropped` |
+//! | §5.4 MAC1 | `basics::a_message_with_a_wrong_mac_or_from_a_stranger_is_dropped` |
+//! | §5.4.6 padding to 16 bytes with zeros, not past the MTU | `basics::packets_of_every_length_pass_padded_to_sixteen_but_not_past_the_mtu`, `basics::padding_is_zeros` |
+//! | §5.4.6 replay window, counters below `REJECT_AFTER_MESSAGES` | those of `window` |
+//! | §6.1 the responder waits for the first message under new keys | `the_responder_does_not_seal_before_the_initiator_has`, `a_bad_message_does_not_confirm_the_next_keys` |
+//! | §6.1 previous keys still open | `basics::a_second_handshake_replaces_the_keys_while_data_flows`, `crossing_rekeys_lose_nothing_that_is_under_way` |
+//! | §6.1, §6.4 `REKEY_TIMEOUT` and jitter between initiations, `REKEY_ATTEMPT_TIME` | `an_initiation_is_repeated_after_five_seconds_and_jitter_for_ninety_seconds`, `no_initiation_follows_a_handshake_message_within_five_seconds` |
+//! | §6.4 new data begins the attempt anew | `new_data_begins_the_ninety_seconds_anew` |
+//! | §6.2 `REKEY_AFTER_MESSAGES` | `after_two_to_the_sixty_messages_whoever_sends_rekeys` |
+//! | §6.2 `REKEY_AFTER_TIME` when sending, initiator only | `the_initiator_that_sends_rekeys_after_two_minutes_and_the_responder_does_not`, `a_keepalive_after_two_minutes_rekeys_too` |
+//! | §6.2 165 s when receiving, initiator only | `the_initiator_that_receives_rekeys_after_165_seconds_once` |
+//! | §6.2 `REJECT_AFTER_TIME` | `keys_are_not_used_after_three_minutes` |
+//! | §6.2 `REJECT_AFTER_MESSAGES` | `the_last_counter_is_below_reject_after_messages`, those of `keypair` and `model` |
+//! | §6.3 zeroing after three times `REJECT_AFTER_TIME` | `keys_are_erased_after_nine_minutes_without_new_ones` |
+//! | §6.5 passive keep-alive after `KEEPALIVE_TIMEOUT` | `data_that_is_not_answered_for_ten_seconds_is_answered_by_a_keepalive`, `data_that_goes_on_is_answered_by_a_keepalive_every_ten_seconds` |
+//! | §6.5 data without any answer: a new handshake | `data_that_gets_no_answer_makes_a_handshake` |
+//! | persistent keep-alive (not in the paper; as in the kernel) | `a_persistent_keepalive_is_sent_when_nothing_else_was`, `a_persistent_keepalive_tries_without_end` |
+//! | public keys of low order are refused | `a_peer_with_a_key_of_low_order_is_never_spoken_to` |
+//! | initiations that cross stall nobody | `basics::crossing_*`, `network::simultaneous_starts_never_stall` |
+//!
+//! # Where we differ
+//!
+//! * Our outstanding initiation survives that we answer the peer's. The kernel and wireguard-go
+//!   forget theirs, and two of them that start at once wait for the retry.
+//! * Two previous keypairs are kept, since handshakes that cross make two at once.
+//! * Data without an answer makes a handshake after [`QUIET_LIMIT`] instead of 15 s, once keys are
+//!   older than [`FRESH`]: a peer that was restarted is reached again soon.
+//! * A new way to the peer gets a new initiation at once ([`INITIATION_INTERVAL_MIN`]).
+//! * An attempt that is given up drops its ephemeral key at once, and each retry the one before, so
+//!   none lives until §6.3 erases it.
 
 #![forbid(unsafe_code)]
 
-mod arena;
+mod counter;
+mod indexes;
+mod keypair;
+mod machine;
+#[cfg(test)]
+mod model;
+mod opened;
+mod state;
+mod timers;
+mod tunn;
+mod window;
+
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicU64, Ordering};
+}
 
 use std::ops::Range;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use boringtun::noise::errors::WireGuardError;
-use boringtun::noise::rate_limiter::RateLimiter;
-use boringtun::noise::{Tunn, TunnResult};
-use boringtun::x25519::{PublicKey, StaticSecret};
+use rand::rngs::StdRng;
 use zeroize::Zeroizing;
 
-pub(crate) use arena::Arena;
+use machine::Machine;
+pub(crate) use opened::Opened;
+use tunn::Tunnel;
 
-use crate::channel::PeerConfig;
+use crate::aead::Aead;
+use crate::channel::{PeerConfig, PeerId};
+use crate::classify::DATA_HEADER_LEN;
+use crate::config;
+use crate::noise::{Half, LocalKeys, Remote};
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
+use indexes::Indexes;
 
 /// Bytes a data message adds: header of 16 and tag of 16.
 pub(crate) const OVERHEAD: usize = 32;
 /// Space any message of [`Session`] but a data message needs at most.
 pub(crate) const MESSAGE_LEN_MAX: usize = 148;
-/// How often a session in use is ticked.
-pub(crate) const TICK: Duration = Duration::from_millis(250);
-/// WireGuard paper §6.1: an initiation is repeated after this, plus jitter.
-const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
-/// Jitter on top of it, at most.
-const REKEY_JITTER: Duration = Duration::from_millis(334);
-/// WireGuard paper §6.1: and given up after this.
-const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
-/// A second initiation to a peer is not sent sooner than this: responders ignore more than fifty a
-/// second, and a new path deserves a new try at once.
-const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(100);
-/// Data without any answer for this long makes a new handshake, if the keys are not fresh: a peer
-/// that lost them in a restart cannot say so. WireGuard itself waits 15 s (paper §6.5).
-const QUIET_LIMIT: Duration = Duration::from_secs(3);
-/// And keys are fresh for this long, so that a stream that gets no answers by its nature costs a
-/// handshake only so often.
-const FRESH: Duration = Duration::from_secs(15);
+/// Messages sealed or opened at once at most: the kernel's `UDP_MAX_SEGMENTS`.
+pub(crate) const BATCH_MAX: usize = 128;
 /// Data messages are padded to a multiple of this (WireGuard paper §5.4.6).
 const PADDING: usize = 16;
 
-/// What all sessions of a shard have in common.
-pub(crate) struct Engine {
-    private: StaticSecret,
-    /// Only checks MAC1: load is measured before a message gets here.
-    limiter: Arc<RateLimiter>,
-    mtu: usize,
-    /// One padded packet.
-    scratch: Box<[u8]>,
+// WireGuard paper §6.1, by its names.
+/// Messages after which whoever sends asks for new keys.
+const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
+/// Messages after which a key is not used any more: the room above is for the replay window there,
+/// and for batches of several threads here.
+const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
+/// Age at which the initiator of a key that sends asks for a new one.
+const REKEY_AFTER_TIME: Duration = Duration::from_secs(120);
+/// Age at which a key is not used any more.
+const REJECT_AFTER_TIME: Duration = Duration::from_secs(180);
+/// How long initiations are repeated.
+const REKEY_ATTEMPT_TIME: Duration = Duration::from_secs(90);
+/// Time between initiations.
+const REKEY_TIMEOUT: Duration = Duration::from_secs(5);
+/// Data that was received and not answered for this long is answered by a keep-alive.
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What is added to `REKEY_TIMEOUT` at random at most, so that two ends do not keep step (§6.1).
+const REKEY_TIMEOUT_JITTER_MAX: Duration = Duration::from_millis(334);
+/// Age at which the initiator of a key that receives asks for a new one (§6.2): 165 s.
+const RECEIVE_REKEY_AFTER_TIME: Duration = Duration::from_secs(
+    REJECT_AFTER_TIME.as_secs() - KEEPALIVE_TIMEOUT.as_secs() - REKEY_TIMEOUT.as_secs(),
+);
+/// Time without new keys after which all old ones are erased (§6.3).
+const ZERO_AFTER_TIME: Duration = Duration::from_secs(3 * REJECT_AFTER_TIME.as_secs());
+
+// Ours.
+/// A new way to the peer deserves a new initiation at once, but not more often than this:
+/// responders ignore more than fifty a second.
+const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(100);
+/// Data without any answer for this long makes a new handshake, if the keys are not fresh: a peer
+/// that lost them in a restart cannot say so. The paper waits 15 s (§6.5), and so do we under keys
+/// that are younger than [`FRESH`]: a stream that gets no answers by its nature costs a handshake
+/// only so often.
+const QUIET_LIMIT: Duration = Duration::from_secs(3);
+/// And keys are fresh for this long.
+const FRESH: Duration = Duration::from_secs(15);
+
+/// When a call happens: a time to reckon with, and the wall clock (since the start of 1970), which
+/// goes into initiations and nowhere else.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    pub(crate) now: Instant,
+    pub(crate) wall: Duration,
 }
 
-/// Longest inner packet, in bytes.
-const PACKET_LEN_MAX: usize = 65_535;
+/// What all sessions of a shard have in common.
+pub(crate) struct Engine {
+    mtu: usize,
+    own: Own,
+    /// Present if sessions are boringtun's.
+    tunn: Option<Box<tunn::Common>>,
+}
+
+/// The parts that our own sessions use.
+struct Own {
+    local: LocalKeys,
+    aead: Aead,
+    rng: StdRng,
+    indexes: Indexes,
+}
+
+fn padded_len(len: usize, mtu: usize) -> usize {
+    len.next_multiple_of(PADDING).min(mtu).max(len)
+}
 
 impl Engine {
-    /// An engine for our private key; packets are padded up to `mtu` bytes at most.
-    pub(crate) fn new(private_key: &Zeroizing<[u8; 32]>, mtu: usize) -> Engine {
-        let private = StaticSecret::from(**private_key);
-        let limiter = Arc::new(RateLimiter::new(&PublicKey::from(&private), u64::MAX));
+    /// An engine of the kind for our private key, on one shard; packets are padded up to `mtu`
+    /// bytes at most.
+    pub(crate) fn new(
+        kind: config::Engine,
+        private_key: &Zeroizing<[u8; 32]>,
+        mtu: usize,
+        shard: u8,
+        rng: StdRng,
+    ) -> Engine {
+        let (tunn, counted_bits) = match kind {
+            config::Engine::Ringtail => (None, 0),
+            config::Engine::Boringtun => (
+                Some(Box::new(tunn::Common::new(private_key))),
+                tunn::COUNTED_BITS,
+            ),
+        };
         Engine {
-            private,
-            limiter,
             mtu,
-            scratch: vec![0; PACKET_LEN_MAX + PADDING].into(),
+            own: Own {
+                local: LocalKeys::new(private_key),
+                aead: Aead::detect(),
+                rng,
+                indexes: Indexes::new(shard, counted_bits),
+            },
+            tunn,
         }
     }
 
@@ -98,38 +210,86 @@ impl Engine {
     }
 
     /// Length of the data message for an inner packet of `len` bytes.
+    #[inline]
     pub(crate) fn sealed_len(&self, len: usize) -> usize {
-        self.padded_len(len) + OVERHEAD
+        padded_len(len, self.mtu) + OVERHEAD
     }
 
-    fn padded_len(&self, len: usize) -> usize {
-        len.next_multiple_of(PADDING).min(self.mtu).max(len)
+    /// The peer whose session has the receiver index.
+    #[inline]
+    pub(crate) fn holder(&self, receiver_index: u32) -> Option<PeerId> {
+        self.own.indexes.holder(receiver_index)
     }
 
-    /// A session with a peer. `index` is 24 bits; the session adds eight of its own below.
-    pub(crate) fn session(
-        &self,
-        public_key: &[u8; 32],
-        preshared_key: Option<[u8; 32]>,
-        keepalive: Option<u16>,
-        index: u32,
-    ) -> Session {
-        let tunn = Tunn::new(
-            self.private.clone(),
-            PublicKey::from(*public_key),
-            preshared_key,
-            keepalive.filter(|&secs| secs > 0),
-            index,
-            Some(Arc::clone(&self.limiter)),
-        );
-        Session {
-            tunn: Box::new(tunn),
-            ready: false,
-            attempt: None,
-            fresh_since: None,
-            known: [None; 2],
-            keepalive: keepalive.is_some_and(|secs| secs > 0),
+    /// A session with a peer.
+    pub(crate) fn session(&mut self, now: Instant, config: &PeerConfig) -> Session {
+        let preshared = config.preshared_key.as_deref();
+        let keepalive = config.persistent_keepalive;
+        match &self.tunn {
+            None => {
+                let remote = Remote::new(&self.own.local, &config.public_key, preshared);
+                Session::Ours(Box::new(Machine::new(now, config.id, remote, keepalive)))
+            }
+            Some(common) => {
+                let index = self.own.indexes.claim(&mut self.own.rng, config.id);
+                let key = &config.public_key;
+                let tunnel = Tunnel::new(common, now, key, preshared.copied(), keepalive, index);
+                Session::Boringtun(Box::new(tunnel))
+            }
         }
+    }
+
+    /// Ends a session.
+    pub(crate) fn close(&mut self, session: Session) {
+        match session {
+            Session::Ours(mut machine) => machine.close(&mut self.own),
+            Session::Boringtun(tunnel) => self.own.indexes.release(tunnel.index),
+        }
+    }
+
+    /// Ends a session and returns what another process goes on with; boringtun's cannot.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "for the hand-over to a new process, design decision 16"
+        )
+    )]
+    pub(crate) fn export(&mut self, now: Instant, session: Session) -> Option<state::SessionState> {
+        match session {
+            Session::Ours(machine) => Some(machine.export(&mut self.own, now)),
+            Session::Boringtun(_) => {
+                self.close(session);
+                None
+            }
+        }
+    }
+
+    /// Takes up a session that was exported; `None` if it cannot be.
+    #[cfg_attr(
+        not(test),
+        expect(
+            dead_code,
+            reason = "for the hand-over to a new process, design decision 16"
+        )
+    )]
+    pub(crate) fn import(
+        &mut self,
+        now: Instant,
+        config: &PeerConfig,
+        state: &state::SessionState,
+    ) -> Option<Session> {
+        let preshared = config.preshared_key.as_deref();
+        let remote = Remote::new(&self.own.local, &config.public_key, preshared);
+        let mut machine = Machine::import(&mut self.own, now, config.id, remote, state)?;
+        machine.set_keepalive(now, config.persistent_keepalive);
+        Some(Session::Ours(Box::new(machine)))
+    }
+
+    /// What a session of boringtun's needs.
+    fn common(&mut self) -> &mut tunn::Common {
+        let common = self.tunn.as_deref_mut();
+        common.expect("sessions of this kind come from an engine that has it")
     }
 }
 
@@ -145,26 +305,7 @@ pub(crate) enum Change {
     Down,
 }
 
-/// An outstanding initiation of ours.
-#[derive(Clone, Copy, Debug)]
-struct Attempt {
-    started: Instant,
-    last: Instant,
-}
-
-/// One peer's session.
-pub(crate) struct Session {
-    tunn: Box<Tunn>,
-    ready: bool,
-    attempt: Option<Attempt>,
-    /// When the last handshake completed, by the caller's clock; the first tick after it.
-    fresh_since: Option<Instant>,
-    /// The receiver indexes whose handshakes have been reported, newest first.
-    known: [Option<u32>; 2],
-    keepalive: bool,
-}
-
-/// What a message or a tick brought.
+/// What a message or the passing of time brought.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Outcome {
     /// Length of a message to send, at the start of the caller's buffer.
@@ -174,7 +315,15 @@ pub(crate) struct Outcome {
     pub(crate) change: Change,
 }
 
-/// What opening a batch brought, besides the packets in the arena.
+impl Outcome {
+    /// There may be a handshake message to send.
+    fn handshake(&mut self, message: Option<usize>) {
+        self.message = message;
+        self.handshake = message.is_some();
+    }
+}
+
+/// What opening a batch brought, besides the packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct OpenReport {
     /// Datagrams that were authentic and new, keep-alives included.
@@ -184,282 +333,198 @@ pub(crate) struct OpenReport {
     pub(crate) change: Change,
 }
 
+/// Messages that were put into a send buffer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Staged {
+    pub(crate) segments: usize,
+    pub(crate) bytes: usize,
+}
+
+/// One peer's session.
+pub(crate) enum Session {
+    /// Our own.
+    Ours(Box<Machine>),
+    /// boringtun's.
+    Boringtun(Box<Tunnel>),
+}
+
 impl Session {
-    /// Takes over another preshared key or keep-alive. False if it cannot: `Tunn` holds both for its
-    /// life, so the session has to be made anew.
-    pub(crate) fn reconfigure(&mut self, old: &PeerConfig, new: &PeerConfig) -> bool {
-        old.preshared_key == new.preshared_key
-            && old.persistent_keepalive == new.persistent_keepalive
+    /// Takes over another preshared key, which counts from the next handshake, or keep-alive. False
+    /// if it cannot: `Tunn` holds both for its life, so the session has to be made anew.
+    pub(crate) fn reconfigure(&mut self, now: Instant, old: &PeerConfig, new: &PeerConfig) -> bool {
+        match self {
+            Session::Ours(machine) => {
+                machine.set_preshared(new.preshared_key.as_deref());
+                machine.set_keepalive(now, new.persistent_keepalive);
+                true
+            }
+            Session::Boringtun(_) => {
+                old.preshared_key == new.preshared_key
+                    && old.persistent_keepalive == new.persistent_keepalive
+            }
+        }
     }
 
     /// True if it has keys to seal with.
-    pub(crate) fn ready(&self) -> bool {
-        self.ready
-    }
-
-    /// True if nothing will happen here until somebody has something to send or receive: ticks may
-    /// stop.
-    pub(crate) fn dormant(&self) -> bool {
-        !self.ready && self.attempt.is_none() && !self.keepalive
+    pub(crate) fn ready(&self, now: Instant) -> bool {
+        match self {
+            Session::Ours(machine) => machine.ready(now),
+            Session::Boringtun(tunnel) => tunnel.ready(),
+        }
     }
 
     /// True while an initiation of ours waits for its response.
     pub(crate) fn initiating(&self) -> bool {
-        self.attempt.is_some()
+        match self {
+            Session::Ours(machine) => machine.initiating(),
+            Session::Boringtun(tunnel) => tunnel.initiating(),
+        }
     }
 
-    /// Seals segments `range` of a planned packet, back to back, and returns the bytes written.
-    /// Segments are staged inside `packet`, which is used up front to back.
+    /// When [`Session::handle_timeout`] wants to be called; `None` while only somebody who sends or
+    /// receives can make anything happen.
+    #[inline]
+    pub(crate) fn poll_timeout(&self) -> Option<Instant> {
+        match self {
+            Session::Ours(machine) => machine.poll_timeout(),
+            Session::Boringtun(tunnel) => tunnel.poll_timeout(),
+        }
+    }
+
+    /// Puts segments `range` of a planned packet, all of one sealed length, back to back into a
+    /// send buffer, for [`Session::seal`]. Our engine leaves them as they are, boringtun has sealed
+    /// them. What is missing behind the range's end could not be sealed.
     ///
     /// # Panics
     /// If `out` is shorter than the sealed lengths together, or the session is not ready.
-    pub(crate) fn seal(
+    pub(crate) fn stage(
         &mut self,
         engine: &mut Engine,
         plan: &Plan,
         packet: &mut [u8],
         range: Range<usize>,
         out: &mut [u8],
-    ) -> Result<usize, DropReason> {
-        assert!(self.ready, "packets wait with the caller");
-        let mut written = 0;
-        for i in range {
-            let segment = plan.stage(i, packet);
-            let len = segment.len();
-            let padded = engine.padded_len(len);
-            let plain = if padded == len {
-                &packet[segment]
-            } else {
-                engine.scratch[..len].copy_from_slice(&packet[segment]);
-                engine.scratch[len..padded].fill(0);
-                &engine.scratch[..padded]
-            };
-            // `Tunn` wants 148 bytes of room for any message.
-            match self.tunn.encapsulate(plain, &mut out[written..]) {
-                TunnResult::WriteToNetwork(message) => written += message.len(),
-                TunnResult::Done
-                | TunnResult::Err(_)
-                | TunnResult::WriteToTunnelV4(..)
-                | TunnResult::WriteToTunnelV6(..) => return Err(DropReason::SealFailed),
+    ) -> Staged {
+        let mtu = engine.mtu;
+        match self {
+            Session::Ours(_) => stage(plan, packet, range, mtu, out),
+            Session::Boringtun(tunnel) => {
+                tunnel.seal(engine.common(), mtu, plan, packet, range, out)
             }
         }
-        Ok(written)
     }
 
-    /// Opens datagrams that all carry the receiver index `index` into the arena; what fails is
-    /// given to `dropped`.
-    pub(crate) fn open<'a>(
+    /// Seals staged messages of `stride` bytes, of which only the last may be shorter: the whole
+    /// batch, or nothing. At most [`BATCH_MAX`].
+    ///
+    /// # Errors
+    /// The reason to drop it.
+    pub(crate) fn seal(
         &mut self,
-        index: u32,
-        datagrams: impl Iterator<Item = &'a [u8]>,
-        arena: &mut Arena,
-        mut dropped: impl FnMut(DropReason),
-    ) -> OpenReport {
-        let mut report = OpenReport::default();
-        for datagram in datagrams {
-            let Some(room) = arena.room(datagram.len()) else {
-                dropped(DropReason::TooBig);
-                continue;
-            };
-            match self.tunn.decapsulate(None, datagram, room) {
-                TunnResult::WriteToTunnelV4(packet, _) | TunnResult::WriteToTunnelV6(packet, _) => {
-                    let len = packet.len();
-                    arena.push(len);
-                }
-                // A keep-alive.
-                TunnResult::Done => {}
-                TunnResult::WriteToNetwork(_) => {
-                    dropped(DropReason::MessageLength);
-                    continue;
-                }
-                TunnResult::Err(error) => {
-                    dropped(reason(&error));
-                    continue;
-                }
-            }
-            report.datagrams += 1;
-            report.bytes += datagram.len();
+        engine: &mut Engine,
+        now: Instant,
+        messages: &mut [u8],
+        stride: usize,
+    ) -> Result<(), DropReason> {
+        match self {
+            Session::Ours(machine) => machine.seal(&mut engine.own, now, messages, stride),
+            Session::Boringtun(_) => Ok(()),
         }
-        if report.datagrams > 0 && !self.known.contains(&Some(index)) {
-            self.learn(index);
-            report.change = Change::Up;
-        }
-        report
     }
 
-    /// Handles a handshake message that names this session (or, an initiation, its peer).
+    /// Opens a run of datagrams that all carry the receiver index `index`: `stride` bytes each, of
+    /// which only the last may be shorter. The packets are in `opened` (their plaintext perhaps in
+    /// `datagrams`); what fails is given to `dropped`.
+    pub(crate) fn open(
+        &mut self,
+        engine: &mut Engine,
+        now: Instant,
+        index: u32,
+        datagrams: &mut [u8],
+        stride: usize,
+        opened: &mut Opened,
+        dropped: impl FnMut(DropReason),
+    ) -> OpenReport {
+        opened.clear();
+        match self {
+            Session::Ours(machine) => {
+                let own = &mut engine.own;
+                machine.open(own, now, index, datagrams, stride, opened, dropped)
+            }
+            Session::Boringtun(tunnel) => {
+                tunnel.open(index, datagrams.chunks(stride.max(1)), opened, dropped)
+            }
+        }
+    }
+
+    /// Handles a handshake message that names this session (or, an initiation, its peer). `half` is
+    /// what the handshake thread has found out about an initiation already.
     ///
     /// # Errors
     /// The reason to drop it.
     pub(crate) fn handle_handshake(
         &mut self,
+        engine: &mut Engine,
+        at: Moment,
         message: &[u8],
-        out: &mut [u8],
+        half: Option<&Half>,
+        out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
-        self.wake_clock();
-        match self.tunn.decapsulate(None, message, out) {
-            TunnResult::WriteToNetwork(reply) => {
-                let len = reply.len();
-                // A response completes our initiation at once; an initiation only once the peer
-                // has shown that it got our response.
-                let index = response_receiver(message);
-                if let Some(index) = index {
-                    self.learn(index);
-                }
-                Ok(Outcome {
-                    message: Some(len),
-                    handshake: index.is_none(),
-                    change: if index.is_some() {
-                        Change::Up
-                    } else {
-                        Change::Same
-                    },
-                })
+        match self {
+            Session::Ours(machine) => {
+                machine.handle_handshake(&mut engine.own, at, message, half, out)
             }
-            // A cookie was taken; it is used by the next initiation.
-            TunnResult::Done => Ok(Outcome::default()),
-            TunnResult::Err(error) => Err(reason(&error)),
-            TunnResult::WriteToTunnelV4(..) | TunnResult::WriteToTunnelV6(..) => {
-                Err(DropReason::HandshakeInvalid)
-            }
+            Session::Boringtun(tunnel) => tunnel.handle_handshake(message, out),
         }
-    }
-
-    /// Brings `Tunn`'s clock, which is that of its last tick, up to date after a sleep. A sleeping
-    /// session has no keys and no attempt, so there is nothing it could ask for.
-    fn wake_clock(&mut self) {
-        if self.dormant() {
-            let mut spare = [0; MESSAGE_LEN_MAX];
-            let _expired = self.tunn.update_timers(&mut spare);
-        }
-    }
-
-    fn learn(&mut self, index: u32) {
-        self.known = [Some(index), self.known[0]];
-        self.attempt = None;
-        self.fresh_since = None;
-        self.ready = self.tunn.time_since_last_handshake().is_some();
     }
 
     /// Makes an initiation, unless one went out a moment ago; `again` makes another although one is
     /// outstanding.
-    pub(crate) fn initiate(&mut self, now: Instant, again: bool, out: &mut [u8]) -> Option<usize> {
-        if let Some(attempt) = self.attempt
-            && (!again || now.saturating_duration_since(attempt.last) < INITIATION_INTERVAL_MIN)
-        {
-            return None;
-        }
-        self.wake_clock();
-        match self.tunn.format_handshake_initiation(out, true) {
-            TunnResult::WriteToNetwork(message) => {
-                let started = self.attempt.map_or(now, |attempt| attempt.started);
-                self.attempt = Some(Attempt { started, last: now });
-                Some(message.len())
-            }
-            TunnResult::Done
-            | TunnResult::Err(_)
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => None,
+    pub(crate) fn initiate(
+        &mut self,
+        engine: &mut Engine,
+        at: Moment,
+        again: bool,
+        out: &mut [u8; MESSAGE_LEN_MAX],
+    ) -> Option<usize> {
+        match self {
+            Session::Ours(machine) => machine.initiate(&mut engine.own, at, again, out),
+            Session::Boringtun(tunnel) => tunnel.initiate(at.now, again, out),
         }
     }
 
-    /// Lets time pass: retries, rekeying, keep-alives, expiry. `quiet_for` is how long data has been
-    /// sent without an answer.
-    pub(crate) fn tick(&mut self, now: Instant, quiet_for: Duration, out: &mut [u8]) -> Outcome {
-        let was_ready = self.ready;
-        let mut outcome = Outcome::default();
-        match self.tunn.update_timers(out) {
-            TunnResult::WriteToNetwork(message) => {
-                outcome.message = Some(message.len());
-                outcome.handshake = message.first() == Some(&1);
-                if outcome.handshake {
-                    let started = self.attempt.map_or(now, |attempt| attempt.started);
-                    self.attempt = Some(Attempt { started, last: now });
-                }
-            }
-            TunnResult::Err(_) => {
-                // Expired: 90 s without answer, or nothing for three lives of a key.
-                if self.attempt.take().is_some() {
-                    outcome.change = Change::Down;
-                }
-            }
-            TunnResult::Done
-            | TunnResult::WriteToTunnelV4(..)
-            | TunnResult::WriteToTunnelV6(..) => {}
-        }
-        self.ready = self.tunn.time_since_last_handshake().is_some();
-        if was_ready && !self.ready {
-            outcome.change = Change::Down;
-        }
-        if outcome.message.is_none() {
-            self.retry(now, out, &mut outcome);
-        }
-        let fresh_since = *self.fresh_since.get_or_insert(now);
-        let stale = now.saturating_duration_since(fresh_since) >= FRESH;
-        if outcome.message.is_none() && self.ready && stale && quiet_for >= QUIET_LIMIT {
-            outcome.message = self.initiate(now, false, out);
-            outcome.handshake = true;
-        }
-        outcome
-    }
-
-    /// The timer that `Tunn` forgets when handshakes cross, and the endless retries of a peer with
-    /// a persistent keep-alive.
-    fn retry(&mut self, now: Instant, out: &mut [u8], outcome: &mut Outcome) {
-        match self.attempt {
-            Some(attempt)
-                if now.saturating_duration_since(attempt.started) >= REKEY_ATTEMPT_TIME =>
-            {
-                self.attempt = None;
-                if !self.ready {
-                    outcome.change = Change::Down;
-                }
-            }
-            Some(attempt)
-                if now.saturating_duration_since(attempt.last) >= REKEY_TIMEOUT + REKEY_JITTER =>
-            {
-                outcome.message = self.initiate(now, true, out);
-                outcome.handshake = true;
-            }
-            None if self.keepalive && !self.ready => {
-                outcome.message = self.initiate(now, false, out);
-                outcome.handshake = true;
-            }
-            Some(_) | None => {}
+    /// Lets time pass: retries, rekeying, keep-alives, expiry. To be called again while
+    /// [`Session::poll_timeout`] is not in the future. `quiet_for` is how long data has been sent
+    /// without an answer, which boringtun does not tell.
+    pub(crate) fn handle_timeout(
+        &mut self,
+        engine: &mut Engine,
+        at: Moment,
+        quiet_for: Duration,
+        out: &mut [u8; MESSAGE_LEN_MAX],
+    ) -> Outcome {
+        match self {
+            Session::Ours(machine) => machine.handle_timeout(&mut engine.own, at, out),
+            Session::Boringtun(tunnel) => tunnel.tick(at.now, quiet_for, out),
         }
     }
 }
 
-/// The receiver index of a handshake response; `None` for other messages.
-fn response_receiver(message: &[u8]) -> Option<u32> {
-    if message.first() != Some(&2) {
-        return None;
+/// Writes segments with the room that [`Machine::seal`] wants: header, plaintext padded with zeros,
+/// tag.
+fn stage(plan: &Plan, packet: &[u8], range: Range<usize>, mtu: usize, out: &mut [u8]) -> Staged {
+    let mut staged = Staged::default();
+    for i in range {
+        let len = plan.segment_len(i);
+        let padded = padded_len(len, mtu);
+        let message = &mut out[staged.bytes..][..padded + OVERHEAD];
+        let plain = &mut message[DATA_HEADER_LEN..][..padded];
+        plan.write(i, packet, plain);
+        plain[len..].fill(0);
+        staged.bytes += message.len();
+        staged.segments += 1;
     }
-    Some(u32::from_le_bytes(*message.get(8..)?.first_chunk::<4>()?))
-}
-
-fn reason(error: &WireGuardError) -> DropReason {
-    match error {
-        WireGuardError::InvalidCounter
-        | WireGuardError::DuplicateCounter
-        | WireGuardError::WrongTai64nTimestamp => DropReason::Replayed,
-        WireGuardError::InvalidAeadTag => DropReason::OpenFailed,
-        WireGuardError::NoCurrentSession | WireGuardError::ConnectionExpired => {
-            DropReason::SessionExpired
-        }
-        WireGuardError::WrongIndex => DropReason::UnknownIndex,
-        WireGuardError::InvalidPacket | WireGuardError::IncorrectPacketLength => {
-            DropReason::InnerMalformed
-        }
-        WireGuardError::UnderLoad => DropReason::HandshakeLimited,
-        WireGuardError::DestinationBufferTooSmall => DropReason::TooBig,
-        WireGuardError::UnexpectedPacket
-        | WireGuardError::WrongPacketType
-        | WireGuardError::WrongKey
-        | WireGuardError::InvalidTai64nTimestamp
-        | WireGuardError::InvalidMac
-        | WireGuardError::LockFailed => DropReason::HandshakeInvalid,
-    }
+    staged
 }
 
 #[cfg(test)]

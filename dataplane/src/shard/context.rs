@@ -2,9 +2,10 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::channel::Event;
+use crate::session::Moment;
 use crate::stats::{Counters, Room};
 use crate::sys::cycles;
 
@@ -27,6 +28,20 @@ impl Context {
             counters: Counters::default(),
             events: Vec::with_capacity(EVENTS_ROOM),
             lap: cycles(),
+        }
+    }
+
+    /// The time of this turn with the wall clock, which is read now: a handshake may begin.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the shard's wall clock, for the timestamps of initiations"
+    )]
+    pub(crate) fn moment(&self) -> Moment {
+        let wall = SystemTime::now().duration_since(UNIX_EPOCH);
+        Moment {
+            now: self.now,
+            // Before 1970 a timestamp is as good as any.
+            wall: wall.unwrap_or_default(),
         }
     }
 

@@ -3,9 +3,10 @@
 #![forbid(unsafe_code)]
 
 use super::{HANDSHAKES_PER_TURN_MAX, RELAYED_PER_TURN_MAX, Shard};
-use crate::channel::hub::{Handed, HandshakeMessage};
+use crate::channel::hub::{Handed, HandshakeMessage, ShardSet};
 use crate::channel::{Event, PeerId};
 use crate::filter::source_allowed;
+use crate::noise::Half;
 use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
@@ -19,13 +20,16 @@ use crate::sys::socket::Local;
 const COOKIE_REPLY: u8 = 3;
 
 impl Shard<'_> {
-    /// Takes one receive batch. One that has crossed shards already is not passed on again, and
-    /// only its data for our sessions counts: the first shard has seen to the rest.
-    pub(super) fn inbound(&mut self, batch: UdpRx, crossed: bool) {
-        let bytes = batch.buf.bytes();
+    /// Takes one receive batch. Of one that has crossed shards, only the data for our sessions
+    /// counts: the first shard has seen to the rest. `crossed` then says which shards are to see it
+    /// after us.
+    pub(super) fn inbound(&mut self, mut batch: UdpRx, crossed: Option<ShardSet>) {
         let stride = usize::from(batch.stride);
-        let source = Source::Udp(batch.from);
-        let mut foreign: Option<(u8, u64)> = None;
+        let (from, local, tos) = (batch.from, batch.local, batch.tos);
+        let bytes = batch.buf.bytes_mut();
+        let mut others = crossed.unwrap_or_default();
+        let mut foreign = 0;
+        let crossed = crossed.is_some();
         if !crossed {
             let datagrams = if stride == 0 {
                 1
@@ -41,19 +45,18 @@ impl Shard<'_> {
         runs(bytes, stride, self.id, |run| match run {
             Run::Data(index, datagrams) => {
                 self.ctx.lap(Room::Classify);
-                let step = if stride == 0 { datagrams.len() } else { stride };
-                let local = batch.local;
-                self.open_run(index, datagrams.chunks(step), source, local, batch.tos);
+                let stride = if stride == 0 { datagrams.len() } else { stride };
+                self.open_run(index, datagrams, stride, Source::Udp(from), local, tos);
             }
-            Run::Handshake(_) | Run::Control(_) | Run::Foreign(_) | Run::Invalid(_) if crossed => {}
-            Run::Foreign(shard) => match &mut foreign {
-                None => foreign = Some((shard, 1)),
-                Some((first, count)) if *first == shard => *count += 1,
-                // One batch crosses once.
-                Some(_) => self.ctx.counters.drop_one(DropReason::HandOverFull),
-            },
+            Run::Foreign(shard) if crossed => foreign += u64::from(others.contains(shard)),
+            Run::Handshake(_) | Run::Control(_) | Run::Invalid(_) if crossed => {}
+            Run::Foreign(shard) if usize::from(shard) < self.hub.inboxes.len() => {
+                others.insert(shard);
+                foreign += 1;
+            }
+            Run::Foreign(_) => self.ctx.counters.drop_one(DropReason::UnknownIndex),
             Run::Handshake(message) => {
-                let pushed = HandshakeMessage::new(None, batch.from, batch.local, message)
+                let pushed = HandshakeMessage::new(None, from, local, message)
                     .is_some_and(|message| self.hub.handshake_strays.push(message).is_ok());
                 if pushed {
                     self.hub.handshake_wake.signal();
@@ -62,14 +65,15 @@ impl Shard<'_> {
                 }
             }
             Run::Control(datagram) => {
-                if !self.hub.outbox.stray(batch.from, datagram) {
+                if !self.hub.outbox.stray(from, datagram) {
                     self.ctx.counters.drop_one(DropReason::StrayFull);
                 }
             }
             Run::Invalid(reason) => self.ctx.counters.drop_one(reason),
         });
-        if let Some((shard, packets)) = foreign {
-            self.hand_over(shard, packets, Handed::Udp(batch));
+        // Each of the others opens its own and passes the batch on.
+        if let Some(shard) = others.take() {
+            self.hand_over(shard, foreign, Handed::Udp(batch, others));
         }
         self.ctx.lap(Room::Classify);
     }
@@ -77,7 +81,7 @@ impl Shard<'_> {
     /// Takes batches that came by relay.
     pub(super) fn relayed(&mut self) {
         for _ in 0..RELAYED_PER_TURN_MAX {
-            let Some(batch) = self.inbox.relay.pop() else {
+            let Some(mut batch) = self.inbox.relay.pop() else {
                 break;
             };
             let source = Source::Relay(batch.region);
@@ -88,7 +92,7 @@ impl Shard<'_> {
             self.relayed_batch(
                 batch.peer,
                 source,
-                &batch.datagrams.bytes,
+                &mut batch.datagrams.bytes,
                 &batch.datagrams.lens,
             );
             self.hub.outbox.recycle(batch.datagrams);
@@ -97,12 +101,12 @@ impl Shard<'_> {
 
     /// Datagrams of any lengths. Equal ones next to each other, with a shorter one behind them, are
     /// what a GRO batch looks like, and are opened like one: a relayed super-packet is just that.
-    fn relayed_batch(&mut self, peer: PeerId, source: Source, bytes: &[u8], lens: &[u16]) {
+    fn relayed_batch(&mut self, peer: PeerId, source: Source, bytes: &mut [u8], lens: &[u16]) {
         let mut rest = bytes;
         for group in groups(lens) {
             let stride = usize::from(group[0]);
             let len = group.iter().map(|len| usize::from(*len)).sum();
-            let Some((datagrams, after)) = rest.split_at_checked(len) else {
+            let Some((datagrams, after)) = rest.split_at_mut_checked(len) else {
                 // The relay client keeps lengths and bytes in step.
                 self.ctx
                     .counters
@@ -112,13 +116,13 @@ impl Shard<'_> {
             rest = after;
             runs(datagrams, stride, self.id, |run| match run {
                 Run::Data(index, datagrams) => {
-                    self.open_run(index, datagrams.chunks(stride), source, None, 0);
+                    self.open_run(index, datagrams, stride, source, None, 0);
                 }
                 Run::Handshake(message) => {
                     // An initiation does not name a session; whom the relay names, must have made
                     // it.
                     let peer = (message[0] == 1).then_some(peer);
-                    self.handshake(peer, source, None, message);
+                    self.handshake(peer, source, None, message, None);
                 }
                 Run::Control(_) => self.ctx.counters.drop_one(DropReason::UnknownMessage),
                 // The control thread gave it to the owner of the peer; its sessions are here.
@@ -128,51 +132,62 @@ impl Shard<'_> {
         }
     }
 
-    /// Opens data of one session, filters it, and hands it to the coalescer.
-    fn open_run<'d>(
+    /// Opens data of one session (datagrams of `stride` bytes, of which the last may be shorter),
+    /// filters it, and hands it to the coalescer.
+    fn open_run(
         &mut self,
         index: u32,
-        datagrams: impl Iterator<Item = &'d [u8]>,
+        datagrams: &mut [u8],
+        stride: usize,
         source: Source,
         local: Option<Local>,
         tos: u8,
     ) {
         let ctx = &mut self.ctx;
-        let Some(peer) = self.peers.by_index(index) else {
+        let holder = self.engine.as_ref().and_then(|e| e.holder(index));
+        let peer = holder.and_then(|id| self.peers.get(id));
+        let (Some(engine), Some(peer)) = (&mut self.engine, peer) else {
+            let count = datagrams.len().div_ceil(stride.max(1));
             ctx.counters
-                .drop_many(DropReason::UnknownIndex, datagrams.count() as u64);
+                .drop_many(DropReason::UnknownIndex, count as u64);
             return;
         };
         let id = peer.id;
         let Some(session) = peer.session() else {
-            ctx.counters
-                .drop_many(DropReason::UnknownIndex, datagrams.count() as u64);
+            // An index is held by a session.
             return;
         };
-        self.arena.clear();
         let counters = &mut ctx.counters;
-        let report = session.open(index, datagrams, &mut self.arena, |reason| {
-            counters.drop_one(reason);
-        });
+        let report = session.open(
+            engine,
+            ctx.now,
+            index,
+            datagrams,
+            stride,
+            &mut self.opened,
+            |reason| counters.drop_one(reason),
+        );
         if report.datagrams > 0 {
             let way = peer.arrived(ctx.now, source, local, &mut ctx.events);
             peer.shared
                 .activity
                 .received(self.hub.epoch, ctx.now, report.bytes, way);
         }
+        self.peers.touch(id);
         ctx.lap(Room::Open);
-        self.filter_and_merge(id, tos);
+        self.filter_and_merge(id, datagrams, tos);
         if report.change == Change::Up {
             self.session_up(id);
         }
     }
 
-    fn filter_and_merge(&mut self, sender: PeerId, tos: u8) {
+    /// `run` is what was opened.
+    fn filter_and_merge(&mut self, sender: PeerId, run: &[u8], tos: u8) {
         let ctx = &mut self.ctx;
         let mut routes = self.table.routes.cursor();
         self.passed.clear();
-        for i in 0..self.arena.len() {
-            let packet = self.arena.packet(i);
+        for i in 0..self.opened.len() {
+            let packet = self.opened.packet(i, run);
             let verdict = Headers::parse(packet).and_then(|headers| {
                 source_allowed(&mut routes, sender, &headers)?;
                 self.filter.admit(ctx.now, &headers, packet)?;
@@ -185,7 +200,10 @@ impl Shard<'_> {
         }
         ctx.lap(Room::Filter);
         for (i, headers) in &self.passed {
-            match self.coalescer.push(headers, self.arena.packet(*i), tos) {
+            match self
+                .coalescer
+                .push(headers, self.opened.packet(*i, run), tos)
+            {
                 Ok(()) if tos & ECN_MASK == CE => ctx.counters.add(Meter::CongestionMarks, 1),
                 Ok(()) => {}
                 Err(reason) => ctx.counters.drop_one(reason),
@@ -228,7 +246,8 @@ impl Shard<'_> {
                 break;
             };
             let source = Source::Udp(message.from);
-            self.handshake(message.peer, source, message.local, message.bytes());
+            let half = message.half.as_deref();
+            self.handshake(message.peer, source, message.local, message.bytes(), half);
         }
     }
 
@@ -240,22 +259,27 @@ impl Shard<'_> {
         source: Source,
         local: Option<Local>,
         message: &[u8],
+        half: Option<&Half>,
     ) {
-        let found = named.or_else(|| {
-            let index = receiver_index(message)?;
-            self.peers.by_index(index).map(|peer| peer.id)
+        let at = self.ctx.moment();
+        let found = self.engine.as_mut().and_then(|engine| {
+            let id = match named {
+                Some(id) => id,
+                None => engine.holder(receiver_index(message)?)?,
+            };
+            let peer = self.peers.wake(at.now, id, engine)?;
+            Some((engine, peer))
         });
-        let engine = self.engine.as_ref();
-        let Some(peer) = found.and_then(|id| self.peers.wake(id, engine?)) else {
+        let Some((engine, peer)) = found else {
             self.ctx.counters.drop_one(DropReason::UnknownIndex);
             return;
         };
-        let mut out = [0; MESSAGE_LEN_MAX];
         let id = peer.id;
         let Some(session) = peer.session() else {
             return;
         };
-        let outcome = match session.handle_handshake(message, &mut out) {
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let outcome = match session.handle_handshake(engine, at, message, half, &mut out) {
             Ok(outcome) => outcome,
             Err(reason) => {
                 self.ctx.counters.drop_one(reason);
@@ -278,6 +302,7 @@ impl Shard<'_> {
             };
             self.tx.message(ctx, peer, kind, &out[..len]);
         }
+        self.peers.touch(id);
         if outcome.change == Change::Up {
             self.session_up(id);
         }
@@ -294,7 +319,7 @@ impl Shard<'_> {
         while let Some(mut packet) = self
             .peers
             .get(id)
-            .filter(|peer| peer.ready())
+            .filter(|peer| peer.ready(self.ctx.now))
             .and_then(|peer| peer.waiting.pop())
         {
             self.seal(id, &mut packet);

@@ -23,13 +23,13 @@ use transmit::Transmit;
 use crate::channel::hub::{Handed, Inbox, PeerTable, Settings};
 use crate::channel::{Event, Hub, PeerId};
 use crate::coalesce::Coalescer;
-use crate::config::DriverKind;
+use crate::config::{self, DriverKind};
 use crate::filter::{CompiledRules, Filter};
 use crate::packet::header::Headers;
 use crate::peer::{Kind, Peers, Way};
 use crate::ring::{Driver, Sources, TunRx, UdpRx};
 use crate::seal;
-use crate::session::{Arena, Change, Engine, MESSAGE_LEN_MAX, TICK};
+use crate::session::{Change, Engine, MESSAGE_LEN_MAX, Opened};
 use crate::stats::{DropReason, Meter, Published, Room};
 use crate::sys;
 use crate::tun::Queue;
@@ -43,8 +43,8 @@ const HANDSHAKES_PER_TURN_MAX: usize = 8;
 const HANDED_PER_TURN_MAX: usize = 16;
 /// Batches taken from relays per turn at most.
 const RELAYED_PER_TURN_MAX: usize = 16;
-/// Sessions ticked per turn at most.
-const TICKS_PER_TURN_MAX: usize = 256;
+/// Sessions whose time has come that are called per turn at most.
+const TIMEOUTS_PER_TURN_MAX: usize = 256;
 /// Counters are published this often while packets flow, and once after.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -58,6 +58,7 @@ pub(crate) struct Seat {
     pub(crate) cpu: Option<usize>,
     pub(crate) settings: Arc<Settings>,
     pub(crate) roam: bool,
+    pub(crate) kind: config::Engine,
     pub(crate) published: Published,
 }
 
@@ -127,9 +128,10 @@ pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Re
     }
 }
 
-fn engine(settings: &Settings) -> Option<Engine> {
+fn engine(id: u8, kind: config::Engine, settings: &Settings) -> Option<Engine> {
     let key = settings.private_key.as_ref()?;
-    Some(Engine::new(key, settings.mtu))
+    let rng = rand::make_rng();
+    Some(Engine::new(kind, key, settings.mtu, id, rng))
 }
 
 /// Everything one shard owns but its driver.
@@ -140,20 +142,20 @@ struct Shard<'a> {
     queue: &'a Queue,
     ctx: Context,
     settings: Arc<Settings>,
+    kind: config::Engine,
     /// None while there is no private key.
     engine: Option<Engine>,
     peers: Peers,
     table: Arc<PeerTable>,
     filter: Filter,
-    arena: Arena,
-    /// Packets of the arena that passed the filter, with their headers.
+    opened: Opened,
+    /// Packets of `opened` that passed the filter, with their headers.
     passed: Vec<(usize, Headers)>,
     coalescer: Coalescer,
     run: seal::Run,
     tx: Transmit,
     published: Published,
     publish_at: Instant,
-    tick_at: Instant,
 }
 
 impl<'a> Shard<'a> {
@@ -166,28 +168,28 @@ impl<'a> Shard<'a> {
             queue: &seat.queue,
             ctx: Context::new(now),
             settings: Arc::clone(&seat.settings),
-            engine: engine(&seat.settings),
-            peers: Peers::new(seat.id, seat.roam),
+            kind: seat.kind,
+            engine: engine(seat.id, seat.kind, &seat.settings),
+            peers: Peers::new(seat.roam),
             table: Arc::default(),
             filter: Filter::new(now, Arc::new(CompiledRules::allow_all())),
-            arena: Arena::new(),
+            opened: Opened::new(seat.kind),
             passed: Vec::with_capacity(128),
             coalescer: Coalescer::new(),
             run: seal::Run::new(),
             tx: Transmit::new(Arc::clone(&seat.hub), sender),
             published: seat.published.clone(),
             publish_at: now,
-            tick_at: now,
         }
     }
 
     /// How long the driver may wait for packets; called with the bell armed.
     fn wait(&self, more: bool) -> Option<Duration> {
-        if more || self.peers.in_round() || !self.inbox.is_empty() {
+        if more || !self.inbox.is_empty() {
             return Some(Duration::ZERO);
         }
         let next = [
-            self.peers.wants_ticks().then_some(self.tick_at),
+            self.peers.next_deadline(),
             (self.publish_at > self.ctx.now).then_some(self.publish_at),
         ];
         let next = next.into_iter().flatten().min()?;
@@ -201,12 +203,13 @@ impl<'a> Shard<'a> {
         self.ctx.lap(Room::Shard);
 
         for batch in udp.drain(..) {
-            self.inbound(batch, false);
+            self.inbound(batch, None);
         }
         self.handed();
         self.relayed();
-        self.handshakes();
+        // What is opened waits for no handshake.
         self.write_tun();
+        self.handshakes();
 
         let table = Arc::clone(&self.table);
         let mut routes = table.routes.cursor();
@@ -248,7 +251,7 @@ impl<'a> Shard<'a> {
                 continue;
             };
             // What waits for an answer to an initiation that may have gone nowhere gets a new one.
-            let again = peer.decide(now, decision) && !peer.ready();
+            let again = peer.decide(now, decision) && !peer.ready(now);
             if again && (!peer.waiting.is_empty() || peer.session().is_some_and(|s| s.initiating()))
             {
                 self.initiate(id, true);
@@ -263,7 +266,7 @@ impl<'a> Shard<'a> {
         self.flush_run();
         let id = self.id;
         let mine = table.peers().filter(|peer| peer.owner == id).cloned();
-        let (wanted, dropped) = self.peers.replace(mine);
+        let (wanted, dropped) = self.peers.replace(self.ctx.now, self.engine.as_mut(), mine);
         self.ctx.counters.drop_many(DropReason::NoSession, dropped);
         self.table = table;
         self.want_sessions(&wanted);
@@ -278,19 +281,15 @@ impl<'a> Shard<'a> {
             Some(engine) if same_key => engine.set_mtu(self.settings.mtu),
             _ if same_key => {}
             _ => {
-                self.engine = engine(&self.settings);
+                self.engine = engine(self.id, self.kind, &self.settings);
                 let wanted = self.peers.end_sessions();
                 self.want_sessions(&wanted);
             }
         }
     }
 
-    /// Makes sessions that handshake by themselves: ticks begin it, and keep it going.
+    /// Makes sessions that handshake by themselves, and begins.
     fn want_sessions(&mut self, peers: &[PeerId]) {
-        let Some(engine) = &self.engine else { return };
-        for id in peers {
-            let _woken = self.peers.wake(*id, engine);
-        }
         for id in peers {
             self.initiate(*id, false);
         }
@@ -298,11 +297,13 @@ impl<'a> Shard<'a> {
 
     /// Sends an initiation to a peer of ours, unless one is outstanding (`again`: even then).
     fn initiate(&mut self, id: PeerId, again: bool) {
-        let engine = self.engine.as_ref();
-        let Some(peer) = engine.and_then(|engine| self.peers.wake(id, engine)) else {
+        let now = self.ctx.now;
+        let Some(engine) = &mut self.engine else {
             return;
         };
-        let now = self.ctx.now;
+        let Some(peer) = self.peers.wake(now, id, engine) else {
+            return;
+        };
         if peer.path.way(now) == Way::default() {
             // An initiation would go nowhere, and the one that can go would have to keep its
             // distance from it. The first way to the peer brings us back here.
@@ -315,17 +316,18 @@ impl<'a> Shard<'a> {
         let Some(session) = peer.session() else {
             return;
         };
-        if let Some(len) = session.initiate(now, again, &mut out) {
+        if let Some(len) = session.initiate(engine, self.ctx.moment(), again, &mut out) {
             self.tx
                 .message(&mut self.ctx, peer, Kind::Handshake, &out[..len]);
         }
+        self.peers.touch(id);
     }
 
     /// Takes what other shards have handed over.
     fn handed(&mut self) {
         for _ in 0..HANDED_PER_TURN_MAX {
             match self.inbox.handed.pop() {
-                Some(Handed::Udp(batch)) => self.inbound(batch, true),
+                Some(Handed::Udp(batch, others)) => self.inbound(batch, Some(others)),
                 Some(Handed::Tun(packet)) => {
                     let table = Arc::clone(&self.table);
                     self.outbound(packet, &mut table.routes.cursor(), true);
@@ -353,42 +355,46 @@ impl<'a> Shard<'a> {
         }
     }
 
-    /// Lets time pass for sessions in use, in rounds.
+    /// Lets time pass for the peers that want it now.
     fn timers(&mut self) {
-        let now = self.ctx.now;
-        if !self.peers.in_round() {
-            if now < self.tick_at || !self.peers.wants_ticks() {
+        for _ in 0..TIMEOUTS_PER_TURN_MAX {
+            let Some(id) = self.peers.take_due(self.ctx.now) else {
                 return;
-            }
-            self.peers.start_round();
-            self.tick_at = now + TICK;
-        }
-        let (ctx, tx) = (&mut self.ctx, &mut self.tx);
-        self.peers.tick(TICKS_PER_TURN_MAX, |peer| {
-            let mut out = [0; MESSAGE_LEN_MAX];
-            let quiet_for = peer.path.quiet_for(now);
-            let Some(session) = peer.session() else {
-                return false;
             };
-            let outcome = session.tick(now, quiet_for, &mut out);
+            self.timeout(id);
+            self.peers.touch(id);
+        }
+    }
+
+    fn timeout(&mut self, id: PeerId) {
+        let (now, Some(peer)) = (self.ctx.now, self.peers.get(id)) else {
+            return;
+        };
+        let quiet_for = peer.path.quiet_for(now);
+        let mut down = false;
+        if let (Some(engine), Some(session)) = (&mut self.engine, peer.session())
+            && session.poll_timeout().is_some_and(|at| at <= now)
+        {
+            let at = self.ctx.moment();
+            let mut out = [0; MESSAGE_LEN_MAX];
+            let outcome = session.handle_timeout(engine, at, quiet_for, &mut out);
             if let Some(len) = outcome.message {
                 let kind = if outcome.handshake {
                     Kind::Handshake
                 } else {
                     Kind::Keepalive
                 };
-                tx.message(ctx, peer, kind, &out[..len]);
+                self.tx.message(&mut self.ctx, peer, kind, &out[..len]);
             }
-            let down = outcome.change == Change::Down;
-            if down {
-                ctx.events.push(Event::SessionDown(peer.id));
-            }
-            if down || peer.waiting.is_stale(now) {
-                ctx.counters
-                    .drop_many(DropReason::NoSession, peer.waiting.clear());
-            }
-            !peer.dormant()
-        });
+            down = outcome.change == Change::Down;
+        }
+        if down {
+            self.ctx.events.push(Event::SessionDown(id));
+        }
+        if down || peer.waiting.stale_at().is_some_and(|at| at <= now) {
+            let dropped = peer.waiting.clear();
+            self.ctx.counters.drop_many(DropReason::NoSession, dropped);
+        }
     }
 
     /// Makes the counters visible every few milliseconds while packets flow, and once after.

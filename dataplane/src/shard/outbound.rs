@@ -70,7 +70,7 @@ impl Shard<'_> {
         let Some(peer) = self.peers.get(id) else {
             return;
         };
-        if !peer.ready() {
+        if !peer.ready(self.ctx.now) {
             self.wait_for_session(id, bytes);
             return;
         }
@@ -84,6 +84,7 @@ impl Shard<'_> {
         let _reply = self.filter.remember(ctx.now, plan.headers(), packet);
         seal::packet(ctx, engine, peer, plan, packet, &mut self.run, &mut self.tx);
         ctx.lap(Room::Seal);
+        self.peers.touch(id);
     }
 
     /// Keeps a packet until there are keys, and sees to it that there will be.
@@ -97,6 +98,7 @@ impl Shard<'_> {
         let went_silent = peer
             .path
             .sending(ctx.now, id, crate::peer::Kind::Data, &mut ctx.events);
+        self.peers.touch(id);
         // The path just turned out to be doubtful: the next initiation goes both ways.
         self.initiate(id, went_silent);
         self.ctx.lap(Room::Shard);
@@ -105,9 +107,12 @@ impl Shard<'_> {
     /// Sends what is in the run.
     pub(super) fn flush_run(&mut self) {
         let Some(id) = self.run.peer() else { return };
-        match self.peers.get(id) {
-            Some(peer) => self.run.flush(&mut self.ctx, peer, &mut self.tx),
-            None => {
+        match (self.peers.get(id), &mut self.engine) {
+            (Some(peer), Some(engine)) => {
+                self.run.flush(&mut self.ctx, engine, peer, &mut self.tx);
+                self.peers.touch(id);
+            }
+            _ => {
                 let lost = self.run.clear() as u64;
                 self.ctx.counters.drop_many(DropReason::NoRoute, lost);
             }

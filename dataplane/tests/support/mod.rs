@@ -192,6 +192,8 @@ pub(crate) struct Setup {
     pub(crate) fwmark: u32,
     /// Device mode.
     pub(crate) roam: bool,
+    /// Of A and of B.
+    pub(crate) engines: [Engine; 2],
 }
 
 impl Default for Setup {
@@ -203,6 +205,7 @@ impl Default for Setup {
             mtu: 1420,
             fwmark: 0,
             roam: false,
+            engines: [Engine::Ringtail; 2],
         }
     }
 }
@@ -236,7 +239,10 @@ impl Pair {
                     fwmark: setup.fwmark,
                     private_key: Some(Zeroizing::new(end.key())),
                     roam: setup.roam,
-                    engine: Engine::Boringtun,
+                    engine: match end {
+                        End::A => setup.engines[0],
+                        End::B => setup.engines[1],
+                    },
                 })
                 .unwrap()
             });

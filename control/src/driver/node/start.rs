@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use ringtail_dataplane::{Config, Dataplane, Engine, Offloads};
+use ringtail_dataplane::{Config, Dataplane, Offloads};
 use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
 
@@ -97,7 +97,7 @@ pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
         fwmark: config.fwmark.unwrap_or(0),
         private_key: Some(Zeroizing::new(*keys.node.as_bytes())),
         roam: false,
-        engine: Engine::default(),
+        engine: config.engine.unwrap_or_default().into(),
     }
 }
 

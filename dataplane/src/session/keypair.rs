@@ -1,0 +1,312 @@
+//! The keys of one session: a sealing half that any shard may use, and an opening half with its
+//! replay window; and which keypairs a session holds.
+
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arrayvec::ArrayVec;
+
+use super::counter::Counter;
+use super::indexes::Indexes;
+use super::window::Window;
+use super::{BATCH_MAX, OVERHEAD, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES};
+use crate::SHARDS_MAX;
+use crate::aead::{Aead, Key, Seal};
+use crate::stats::DropReason;
+
+// However many shards pass the limit at once, the counter does not wrap.
+const _: () = assert!((SHARDS_MAX * BATCH_MAX) as u64 <= u64::MAX - REJECT_AFTER_MESSAGES);
+
+/// The sealing half of a keypair: a key, the peer's index, and a counter that any number of threads
+/// may take from.
+pub(crate) struct Sealing {
+    key: Key,
+    remote_index: u32,
+    counter: Counter,
+    born: Instant,
+    initiator: bool,
+}
+
+impl std::fmt::Debug for Sealing {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Sealing")
+            .field("remote_index", &self.remote_index)
+            .field("counter", &self.counter)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Sealing {
+    /// Takes `n` counters in a row and returns the first; `None` if there are not so many left
+    /// before `REJECT_AFTER_MESSAGES`. At most [`BATCH_MAX`] at a time.
+    #[inline]
+    pub(crate) fn reserve(&self, n: usize) -> Option<u64> {
+        debug_assert!(
+            n <= BATCH_MAX,
+            "the counter has room for so many per thread"
+        );
+        self.counter.reserve(n as u64)
+    }
+
+    /// True if the key may still be used (WireGuard paper §6.2).
+    #[inline]
+    pub(crate) fn usable(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.born) < REJECT_AFTER_TIME
+            && self.counter.peek() < REJECT_AFTER_MESSAGES
+    }
+
+    /// True if the key is to be replaced although it may still be used: after
+    /// `REKEY_AFTER_MESSAGES` by whoever sends, after `age` by who began the handshake (§6.2).
+    #[inline]
+    pub(crate) fn wants_rekey(&self, now: Instant, age: Duration) -> bool {
+        self.counter.peek() >= REKEY_AFTER_MESSAGES
+            || (self.initiator && now.saturating_duration_since(self.born) >= age)
+    }
+
+    /// Seals a batch in place: messages of `stride` bytes, of which only the last may be shorter,
+    /// each with its plaintext behind 16 bytes of room for the header and 16 for the tag behind it.
+    /// At most [`BATCH_MAX`].
+    ///
+    /// # Errors
+    /// [`DropReason::SessionExpired`] if the key may no longer be used; nothing is sealed then.
+    pub(crate) fn seal(
+        &self,
+        aead: &Aead,
+        now: Instant,
+        messages: &mut [u8],
+        stride: usize,
+    ) -> Result<(), DropReason> {
+        let count = messages.len().div_ceil(stride.max(1));
+        let first = Some(count)
+            .filter(|_| self.usable(now))
+            .and_then(|count| self.reserve(count))
+            .ok_or(DropReason::SessionExpired)?;
+        let mut batch: ArrayVec<Seal<'_>, BATCH_MAX> = ArrayVec::new();
+        for (message, counter) in messages.chunks_mut(stride.max(OVERHEAD)).zip(first..) {
+            batch.push(Seal {
+                key: &self.key,
+                receiver: self.remote_index,
+                counter,
+                message,
+            });
+        }
+        aead.seal(&mut batch);
+        Ok(())
+    }
+
+    /// The parts that an export holds.
+    pub(super) fn parts(&self) -> (&Key, u32, u64) {
+        (&self.key, self.remote_index, self.counter.peek())
+    }
+}
+
+/// A keypair, from a handshake's end to when it is replaced or too old.
+pub(crate) struct Keypair {
+    pub(super) sealing: Arc<Sealing>,
+    pub(super) opening: Key,
+    pub(super) window: Window,
+    /// The index the peer writes into what it sends us.
+    pub(super) local_index: u32,
+    pub(super) born: Instant,
+    pub(super) initiator: bool,
+}
+
+/// What a keypair is made of.
+pub(super) struct Material<'a> {
+    pub(super) send: &'a [u8; 32],
+    pub(super) receive: &'a [u8; 32],
+    pub(super) local_index: u32,
+    pub(super) remote_index: u32,
+    pub(super) born: Instant,
+    pub(super) initiator: bool,
+    pub(super) next_counter: u64,
+    pub(super) window: Window,
+}
+
+impl Keypair {
+    pub(super) fn new(material: Material<'_>) -> Box<Keypair> {
+        let Material {
+            born, initiator, ..
+        } = material;
+        Box::new(Keypair {
+            sealing: Arc::new(Sealing {
+                key: Key::new(material.send),
+                remote_index: material.remote_index,
+                counter: Counter::new(material.next_counter, REJECT_AFTER_MESSAGES),
+                born,
+                initiator,
+            }),
+            opening: Key::new(material.receive),
+            window: material.window,
+            local_index: material.local_index,
+            born,
+            initiator,
+        })
+    }
+
+    /// True if what was sealed under it may still be opened (WireGuard paper §6.2).
+    pub(super) fn opens(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.born) < REJECT_AFTER_TIME
+    }
+}
+
+/// The keypairs of a session.
+///
+/// `next` is one that we answered and the peer has not used yet: we may not seal with it, since the
+/// peer may never have got our response (paper §6.1). It becomes `current` with its first message.
+/// Two that were replaced still open what is under way; the kernel keeps one, but handshakes that
+/// cross make two at once, and then the one in use would go.
+#[derive(Default)]
+pub(crate) struct Keypairs {
+    pub(super) current: Option<Box<Keypair>>,
+    pub(super) next: Option<Box<Keypair>>,
+    pub(super) previous: [Option<Box<Keypair>>; 2],
+}
+
+impl Keypairs {
+    /// The keypair we began is complete: it is the current one.
+    pub(super) fn completed(&mut self, keypair: Box<Keypair>, indexes: &mut Indexes) {
+        // The peer may seal with `next` before it hears of ours.
+        let next = self.next.take();
+        self.retire(next, indexes);
+        let current = self.current.replace(keypair);
+        self.retire(current, indexes);
+    }
+
+    /// We answered an initiation.
+    pub(super) fn answered(&mut self, keypair: Box<Keypair>, indexes: &mut Indexes) {
+        if let Some(old) = self.next.replace(keypair) {
+            indexes.release(old.local_index);
+        }
+    }
+
+    /// The peer has used `next`.
+    pub(super) fn confirmed(&mut self, indexes: &mut Indexes) {
+        if let Some(next) = self.next.take() {
+            let current = self.current.replace(next);
+            self.retire(current, indexes);
+        }
+    }
+
+    fn retire(&mut self, keypair: Option<Box<Keypair>>, indexes: &mut Indexes) {
+        if keypair.is_none() {
+            return;
+        }
+        let [newer, older] = &mut self.previous;
+        if let Some(oldest) = older.take() {
+            indexes.release(oldest.local_index);
+        }
+        *older = newer.take();
+        *newer = keypair;
+    }
+
+    /// The keypair with the index, and whether it is `next`.
+    #[inline]
+    pub(super) fn find(&mut self, index: u32) -> Option<(&mut Keypair, bool)> {
+        let next = self
+            .next
+            .as_ref()
+            .is_some_and(|next| next.local_index == index);
+        let keypair = [&mut self.current, &mut self.next]
+            .into_iter()
+            .chain(&mut self.previous)
+            .flatten()
+            .find(|keypair| keypair.local_index == index)?;
+        Some((keypair, next))
+    }
+
+    /// Forgets all keys, which erases them once no shard uses them any more.
+    pub(super) fn clear(&mut self, indexes: &mut Indexes) {
+        let Keypairs {
+            current,
+            next,
+            previous: [newer, older],
+        } = std::mem::take(self);
+        for keypair in [current, next, newer, older].into_iter().flatten() {
+            indexes.release(keypair.local_index);
+        }
+    }
+
+    /// True if there are none.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        self.current.is_none() && self.next.is_none() && self.previous.iter().all(Option::is_none)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+    fn now() -> Instant {
+        Instant::now()
+    }
+
+    fn sealing(next: u64) -> Arc<Sealing> {
+        let keypair = Keypair::new(Material {
+            send: &[1; 32],
+            receive: &[2; 32],
+            local_index: 1,
+            remote_index: 2,
+            born: now(),
+            initiator: false,
+            next_counter: next,
+            window: Window::new(),
+        });
+        Arc::clone(&keypair.sealing)
+    }
+
+    #[test]
+    fn many_threads_take_each_counter_once_and_overshoot_without_wrapping() {
+        let sealing = sealing(REJECT_AFTER_MESSAGES - 50_000);
+        let take = || {
+            let mut taken = Vec::new();
+            while let Some(first) = sealing.reserve(BATCH_MAX) {
+                taken.push(first);
+            }
+            // Refused stays refused, and costs no more room.
+            for _ in 0..100 {
+                assert_eq!(sealing.reserve(BATCH_MAX), None);
+            }
+            taken
+        };
+        let all: Vec<u64> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..SHARDS_MAX).map(|_| scope.spawn(take)).collect();
+            threads
+                .into_iter()
+                .flat_map(|thread| thread.join().unwrap())
+                .collect()
+        });
+        assert_eq!(all.len(), 50_000 / BATCH_MAX);
+        assert_eq!(all.iter().collect::<HashSet<_>>().len(), all.len());
+        assert!(
+            all.iter()
+                .all(|first| first + BATCH_MAX as u64 <= REJECT_AFTER_MESSAGES)
+        );
+        assert!(!sealing.usable(now()));
+    }
+
+    #[test]
+    fn the_last_counters_are_used_and_none_above() {
+        let sealing = sealing(REJECT_AFTER_MESSAGES - 3);
+        assert_eq!(sealing.reserve(2), Some(REJECT_AFTER_MESSAGES - 3));
+        assert_eq!(sealing.reserve(1), Some(REJECT_AFTER_MESSAGES - 1));
+        assert_eq!(sealing.reserve(1), None);
+    }
+
+    #[test]
+    fn a_used_up_key_seals_nothing_of_a_batch() {
+        let aead = Aead::detect();
+        let sealing = sealing(REJECT_AFTER_MESSAGES - 2);
+        let mut messages = [7u8; 48 * 3];
+        let untouched = messages;
+        let result = sealing.seal(&aead, now(), &mut messages, 48);
+        assert_eq!(result, Err(DropReason::SessionExpired));
+        assert_eq!(messages, untouched);
+    }
+}

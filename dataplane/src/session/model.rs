@@ -1,0 +1,52 @@
+//! The counter and the hand-over of a keypair under loom, which tries every order of loads and
+//! stores the memory model allows: the very file, compiled against loom's atomics.
+
+mod sync {
+    pub(super) use loom::sync::atomic::{AtomicU64, Ordering};
+}
+
+#[expect(clippy::duplicate_mod, reason = "the point of this module")]
+#[path = "counter.rs"]
+mod counter;
+
+use counter::Counter;
+use loom::sync::Arc;
+
+/// Three threads take batches of two where there is room for three numbers: no number goes out
+/// twice, none at or above the limit, and the sum never wraps.
+#[test]
+fn no_order_gives_a_number_twice_or_wraps() {
+    const NEXT: u64 = LIMIT - 3;
+    const LIMIT: u64 = u64::MAX - 6;
+    loom::model(|| {
+        let counter = Arc::new(Counter::new(NEXT, LIMIT));
+        let take = |counter: Arc<Counter>| move || counter.reserve(2);
+        let threads = [(), ()].map(|()| loom::thread::spawn(take(counter.clone())));
+        let mut taken: Vec<u64> = take(counter.clone())().into_iter().collect();
+        for thread in threads {
+            taken.extend(thread.join().unwrap());
+        }
+        assert_eq!(taken, [NEXT], "all that fit, once");
+        assert_eq!(counter.peek(), LIMIT);
+        assert_eq!(counter.reserve(1), None, "and it stays used up");
+    });
+}
+
+/// Batches of different threads never overlap.
+#[test]
+fn no_order_makes_batches_overlap() {
+    loom::model(|| {
+        let counter = Arc::new(Counter::new(0, 100));
+        let take = |counter: Arc<Counter>, n| move || [counter.reserve(n), counter.reserve(n)];
+        let other = loom::thread::spawn(take(counter.clone(), 3));
+        let ours = take(counter.clone(), 2)().map(|first| (first, 2));
+        let theirs = other.join().unwrap().map(|first| (first, 3));
+        let mut batches = [ours, theirs].concat();
+        batches.sort_unstable();
+        let mut next = 0;
+        for (first, len) in batches {
+            assert_eq!(first, Some(next));
+            next += len;
+        }
+    });
+}

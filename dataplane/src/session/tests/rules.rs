@@ -1,0 +1,599 @@
+//! One timeline per rule of the WireGuard paper's sections 5 and 6. The clock is jumped to where
+//! the session wants to be called.
+
+use std::sync::Arc;
+
+use super::*;
+use crate::noise::{self, Gate, Verdict};
+
+const OURS: config::Engine = config::Engine::Ringtail;
+
+/// What a session said by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Said {
+    Initiation,
+    Keepalive,
+    /// It has no keys any more, or gave up.
+    Down,
+}
+
+/// Lets time pass from one moment to another and lists what was said when, in seconds.
+fn pass(end: &mut End, from: f64, until: f64) -> Vec<(f64, Said)> {
+    let mut said = Vec::new();
+    let mut now = secs(from);
+    while let Some(next) = end.session.poll_timeout()
+        && next <= secs(until).now
+    {
+        let offset = next.max(now.now) - *START;
+        now = at(offset);
+        let (outcome, message) = end.step(now);
+        let seconds = offset.as_secs_f64();
+        if let Some(message) = message {
+            assert_eq!(outcome.handshake, message[0] == 1);
+            said.push((
+                seconds,
+                match (message[0], message.len()) {
+                    (1, 148) => Said::Initiation,
+                    (4, KEEPALIVE_LEN) => Said::Keepalive,
+                    other => panic!("{other:?}"),
+                },
+            ));
+        }
+        assert_ne!(outcome.change, Change::Up);
+        if outcome.change == Change::Down {
+            said.push((seconds, Said::Down));
+        }
+    }
+    said
+}
+
+fn times(said: &[(f64, Said)], what: Said) -> Vec<f64> {
+    let of_kind = said.iter().filter(|(_, said)| *said == what);
+    of_kind.map(|(at, _)| *at).collect()
+}
+
+#[track_caller]
+fn assert_near(got: f64, from: f64, to: f64) {
+    assert!(
+        got >= from - 1e-6 && got <= to + 1e-6,
+        "{got} in {from}..={to}"
+    );
+}
+
+/// A pair with keys from second 0, begun by `a`.
+fn joined() -> (End, End) {
+    let (mut a, mut b) = pair(OURS);
+    shake(secs(0.0), &mut a, &mut b);
+    (a, b)
+}
+
+/// Carries one packet from `a` to `b`.
+fn carry(seconds: f64, a: &mut End, b: &mut End) {
+    let packet = ipv4(100);
+    let datagram = a.seal(secs(seconds), &packet);
+    assert_eq!(b.open(secs(seconds), &[&datagram]).packets, [packet]);
+}
+
+#[test]
+fn an_initiation_is_repeated_after_five_seconds_and_jitter_for_ninety_seconds() {
+    let (mut a, _) = pair(OURS);
+    assert_eq!(a.session.poll_timeout(), None, "an idle session sleeps");
+    let first = a.initiate(secs(0.0));
+    let said = pass(&mut a, 0.0, 1000.0);
+    let initiations = times(&said, Said::Initiation);
+    assert_eq!(initiations.len(), 17);
+    let mut last = 0.0;
+    let mut gaps = Vec::new();
+    for at in initiations {
+        assert_near(at - last, 5.0, 5.334);
+        gaps.push(((at - last) * 1000.0).round().to_string());
+        last = at;
+    }
+    gaps.dedup();
+    assert!(gaps.len() > 5, "jitter: {gaps:?}");
+    let (down, what) = said[said.len() - 1];
+    assert_eq!(what, Said::Down);
+    assert_near(down, 90.0, 90.0 + 5.334);
+    assert!(!a.session.initiating());
+    assert_eq!(a.session.poll_timeout(), None, "and sleeps again");
+    assert_eq!(a.engine.own.indexes.len(), 0, "its index is free");
+    let again = a.initiate(secs(1000.0));
+    assert_ne!(
+        first[4..40],
+        again[4..40],
+        "another index, another ephemeral key"
+    );
+}
+
+#[test]
+fn new_data_begins_the_ninety_seconds_anew() {
+    let (mut a, _) = pair(OURS);
+    a.initiate(secs(0.0));
+    assert_eq!(times(&pass(&mut a, 0.0, 60.0), Said::Down), [0.0; 0]);
+    // A packet that waits asks again; none is sent sooner for it.
+    assert_eq!(a.try_initiate(secs(60.0), false), None);
+    let said = pass(&mut a, 60.0, 1000.0);
+    assert_near(times(&said, Said::Down)[0], 150.0, 156.0);
+}
+
+#[test]
+fn a_persistent_keepalive_tries_without_end() {
+    let mut a = End::new(OURS, 1, &peer_config(2, Some(25)));
+    let said = pass(&mut a, 0.0, 3600.0);
+    let initiations = times(&said, Said::Initiation);
+    assert_near(initiations[0], 0.0, 0.0);
+    let gaps: Vec<f64> = initiations.windows(2).map(|two| two[1] - two[0]).collect();
+    // It begins anew one interval after each attempt's last initiation.
+    assert!(
+        gaps.iter().all(|gap| *gap <= 25.0),
+        "an hour of it: {gaps:?}"
+    );
+    let attempts = gaps.iter().filter(|gap| **gap > 5.4).count();
+    assert!((28..36).contains(&attempts), "{attempts}");
+    assert_near(
+        times(&said, Said::Down).len() as f64,
+        attempts as f64,
+        attempts as f64 + 1.0,
+    );
+}
+
+#[test]
+fn the_initiator_that_sends_rekeys_after_two_minutes_and_the_responder_does_not() {
+    let (mut a, mut b) = joined();
+    for seconds in [1.0, 60.0, 119.9] {
+        carry(seconds, &mut a, &mut b);
+        carry(seconds, &mut b, &mut a);
+    }
+    assert_eq!(
+        times(&pass(&mut a, 119.9, 119.99), Said::Initiation),
+        [0.0; 0]
+    );
+    carry(120.0, &mut b, &mut a);
+    carry(120.0, &mut a, &mut b);
+    carry(121.0, &mut b, &mut a);
+    let said = pass(&mut a, 120.0, 124.9);
+    assert_near(times(&said, Said::Initiation)[0], 120.0, 120.0);
+    assert_eq!(said.len(), 1, "{said:?}");
+    assert_eq!(
+        times(&pass(&mut b, 120.0, 123.9), Said::Initiation),
+        [0.0; 0]
+    );
+    // Unanswered it is repeated; an initiator that is idle would not have begun.
+    assert_near(
+        times(&pass(&mut a, 124.9, 131.0), Said::Initiation)[0],
+        125.0,
+        125.334,
+    );
+    let (mut idle, _) = joined();
+    assert_eq!(pass(&mut idle, 0.0, 1000.0), [(180.0, Said::Down)]);
+}
+
+#[test]
+fn a_keepalive_after_two_minutes_rekeys_too() {
+    let mut a = End::new(OURS, 1, &peer_config(2, Some(25)));
+    let mut b = End::new(OURS, 2, &peer_config(1, None));
+    shake(secs(0.0), &mut a, &mut b);
+    let said = pass(&mut a, 0.0, 126.0);
+    assert_eq!(
+        times(&said, Said::Keepalive),
+        [25.0, 50.0, 75.0, 100.0, 125.0]
+    );
+    assert_eq!(times(&said, Said::Initiation), [125.0]);
+}
+
+#[test]
+fn the_initiator_that_receives_rekeys_after_165_seconds_once() {
+    let (mut a, mut b) = joined();
+    // Nothing was sent for two minutes: that would ask for new keys as well.
+    carry(164.9, &mut b, &mut a);
+    assert_eq!(
+        times(&pass(&mut a, 0.0, 164.95), Said::Initiation),
+        [0.0; 0]
+    );
+    carry(165.0, &mut b, &mut a);
+    let said = pass(&mut a, 165.0, 165.0);
+    assert_eq!(times(&said, Said::Initiation), [165.0]);
+    // Without an answer the retries go on; more data does not ask for more.
+    carry(166.0, &mut b, &mut a);
+    assert_eq!(pass(&mut a, 166.0, 169.9), []);
+    let (mut c, mut d) = joined();
+    carry(170.0, &mut c, &mut d);
+    assert_eq!(
+        times(&pass(&mut d, 170.0, 170.0), Said::Initiation),
+        [0.0; 0]
+    );
+}
+
+#[test]
+fn keys_are_not_used_after_three_minutes() {
+    let (mut a, mut b) = joined();
+    carry(179.9, &mut a, &mut b);
+    let late = a.seal(secs(179.9), &ipv4(50));
+    assert!(a.ready(secs(179.9)) && !a.ready(secs(180.0)));
+    assert_eq!(
+        a.try_seal(secs(180.0), &ipv4(50)).unwrap_err(),
+        DropReason::SessionExpired
+    );
+    let got = b.open(secs(180.0), &[&late]);
+    assert_eq!(got.dropped, [DropReason::SessionExpired]);
+    assert_eq!(times(&pass(&mut b, 179.9, 200.0), Said::Down), [180.0]);
+}
+
+/// Puts the sealing counter of the current keypair to a value.
+fn set_counter(end: &mut End, now: Moment, next: u64) {
+    let config = peer_config(
+        if end.machine().peer == PeerId(2) {
+            2
+        } else {
+            1
+        },
+        None,
+    );
+    let fresh = end.engine.session(now.now, &config);
+    let session = std::mem::replace(&mut end.session, fresh);
+    let mut state = end.engine.export(now.now, session).unwrap();
+    state.keypairs[0].next_counter = next;
+    end.session = end.engine.import(now.now, &config, &state).unwrap();
+}
+
+#[test]
+fn after_two_to_the_sixty_messages_whoever_sends_rekeys() {
+    for initiator in [true, false] {
+        let (mut a, mut b) = joined();
+        let (sender, receiver) = if initiator {
+            (&mut a, &mut b)
+        } else {
+            (&mut b, &mut a)
+        };
+        set_counter(sender, secs(10.0), REKEY_AFTER_MESSAGES - 2);
+        carry(10.0, sender, receiver);
+        assert_eq!(pass(sender, 10.0, 11.0), []);
+        carry(11.0, sender, receiver);
+        assert_eq!(pass(sender, 11.0, 12.0), [(11.0, Said::Initiation)]);
+    }
+}
+
+#[test]
+fn the_last_counter_is_below_reject_after_messages() {
+    let (mut a, mut b) = joined();
+    set_counter(&mut a, secs(10.0), REJECT_AFTER_MESSAGES - 1);
+    carry(10.0, &mut a, &mut b);
+    assert!(!a.ready(secs(10.0)));
+    assert_eq!(
+        a.try_seal(secs(10.0), &ipv4(50)).unwrap_err(),
+        DropReason::SessionExpired
+    );
+    assert_eq!(pass(&mut a, 10.0, 11.0), [(10.0, Said::Initiation)]);
+}
+
+#[test]
+fn data_that_is_not_answered_for_ten_seconds_is_answered_by_a_keepalive() {
+    let (mut a, mut b) = joined();
+    carry(1.0, &mut a, &mut b);
+    assert_eq!(pass(&mut b, 1.0, 100.0), [(11.0, Said::Keepalive)]);
+    // What is sent in time makes it needless, and a keep-alive asks for none.
+    let (mut a, mut b) = joined();
+    carry(1.0, &mut a, &mut b);
+    carry(5.0, &mut b, &mut a);
+    assert_eq!(pass(&mut b, 5.0, 14.9), []);
+    let keepalive = pass(&mut a, 5.0, 16.0);
+    assert_eq!(keepalive, [(15.0, Said::Keepalive)]);
+    // A keep-alive that arrives is not answered.
+    let (mut a, mut b) = joined();
+    carry(1.0, &mut a, &mut b);
+    let (_, keepalive) = b.step(secs(11.0));
+    assert_eq!(
+        a.open(secs(11.0), &[&keepalive.unwrap()]).report.datagrams,
+        1
+    );
+    assert_eq!(pass(&mut a, 11.0, 100.0), []);
+}
+
+#[test]
+fn data_that_goes_on_is_answered_by_a_keepalive_every_ten_seconds() {
+    let (mut a, mut b) = joined();
+    let mut said = Vec::new();
+    for tenth in 10..350 {
+        let seconds = f64::from(tenth) / 10.0;
+        carry(seconds, &mut a, &mut b);
+        said.extend(pass(&mut b, seconds, seconds + 0.09));
+    }
+    assert_eq!(said, [11.0, 21.0, 31.0].map(|at| (at, Said::Keepalive)));
+}
+
+#[test]
+fn a_persistent_keepalive_is_sent_when_nothing_else_was() {
+    let mut a = End::new(OURS, 1, &peer_config(2, None));
+    let mut b = End::new(OURS, 2, &peer_config(1, None));
+    shake(secs(0.0), &mut a, &mut b);
+    let mut kept = peer_config(2, Some(20));
+    let plain = peer_config(2, None);
+    assert!(a.session.reconfigure(secs(1.0).now, &plain, &kept));
+    assert_eq!(
+        pass(&mut a, 1.0, 45.0),
+        [1.0, 21.0, 41.0].map(|at| (at, Said::Keepalive)),
+        "at once, then by the interval"
+    );
+    // Anything authentic puts it off, either way.
+    let datagram = b.seal(secs(50.0), &ipv4(40));
+    assert_eq!(a.open(secs(50.0), &[&datagram]).packets.len(), 1);
+    let said = pass(&mut a, 50.0, 81.0);
+    assert_eq!(
+        times(&said, Said::Keepalive),
+        [60.0, 80.0],
+        "a passive one, and the interval after it"
+    );
+    kept.persistent_keepalive = Some(0);
+    assert!(a.session.reconfigure(secs(81.0).now, &plain, &kept));
+    assert_eq!(times(&pass(&mut a, 81.0, 115.0), Said::Keepalive), [0.0; 0]);
+}
+
+#[test]
+fn data_that_gets_no_answer_makes_a_handshake() {
+    // Fresh keys: after the paper's fifteen seconds, of which QUIET_LIMIT is a part.
+    let (mut a, _) = joined();
+    a.seal(secs(0.0), &ipv4(40));
+    let said = pass(&mut a, 0.0, 19.0);
+    assert_near(times(&said, Said::Initiation)[0], 15.0, 15.334);
+    // Older ones: after QUIET_LIMIT, counted from the first packet.
+    let (mut a, mut b) = joined();
+    for tenth in 0..29 {
+        a.seal(secs(30.0 + f64::from(tenth) / 10.0), &ipv4(40));
+    }
+    let said = pass(&mut a, 32.8, 37.0);
+    assert_near(times(&said, Said::Initiation)[0], 33.0, 33.0);
+    // An answer of any kind ends the wait.
+    let (mut a2, mut b2) = joined();
+    carry(30.0, &mut a2, &mut b2);
+    carry(32.0, &mut b2, &mut a2);
+    assert_eq!(
+        times(&pass(&mut a2, 32.0, 100.0), Said::Initiation),
+        [0.0; 0]
+    );
+    // A handshake too.
+    carry(40.0, &mut a, &mut b);
+    let initiation = b.initiate(secs(41.0));
+    a.handshake(secs(41.0), &initiation).unwrap();
+    a.machine().initiated.take();
+    a.machine().alarms.clear(timers::Alarm::Retransmit);
+    assert_eq!(times(&pass(&mut a, 41.0, 60.0), Said::Initiation), [0.0; 0]);
+}
+
+#[test]
+fn keys_are_erased_after_nine_minutes_without_new_ones() {
+    let (mut a, mut b) = joined();
+    carry(1.0, &mut a, &mut b);
+    assert_eq!(a.engine.own.indexes.len(), 1);
+    pass(&mut a, 1.0, 539.9);
+    assert!(a.machine().keys.current.is_some());
+    pass(&mut a, 539.9, 540.0);
+    assert!(a.machine().keys.is_empty());
+    assert_eq!(a.engine.own.indexes.len(), 0);
+    assert_eq!(a.session.poll_timeout(), None);
+    // New keys put it off.
+    let (mut a, mut b) = joined();
+    shake(secs(100.0), &mut b, &mut a);
+    pass(&mut a, 100.0, 639.0);
+    assert!(!a.machine().keys.is_empty());
+    pass(&mut a, 639.0, 640.0);
+    assert!(a.machine().keys.is_empty());
+}
+
+#[test]
+fn the_responder_does_not_seal_before_the_initiator_has() {
+    let (mut a, mut b) = pair(OURS);
+    let initiation = a.initiate(secs(0.0));
+    let (_, response) = b.handshake(secs(0.0), &initiation).unwrap();
+    assert!(!b.ready(secs(0.0)));
+    assert_eq!(
+        b.try_seal(secs(0.0), &ipv4(40)).unwrap_err(),
+        DropReason::SessionExpired
+    );
+    let (_, keepalive) = a.handshake(secs(0.0), &response).unwrap();
+    b.open(secs(0.0), &[&keepalive]);
+    // With keys from before it goes on with those.
+    let initiation = a.initiate(secs(20.0));
+    let (_, response) = b.handshake(secs(20.0), &initiation).unwrap();
+    let old = b.seal(secs(20.0), &ipv4(40));
+    let (_, keepalive) = a.handshake(secs(20.0), &response).unwrap();
+    assert_eq!(a.open(secs(20.0), &[&old]).packets.len(), 1);
+    assert_eq!(b.open(secs(20.0), &[&keepalive]).report.change, Change::Up);
+    let new = b.seal(secs(20.0), &ipv4(40));
+    assert_ne!(old[4..8], new[4..8]);
+}
+
+#[test]
+fn a_bad_message_does_not_confirm_the_next_keys() {
+    let (mut a, mut b) = pair(OURS);
+    let initiation = a.initiate(secs(0.0));
+    let (_, response) = b.handshake(secs(0.0), &initiation).unwrap();
+    let (_, mut keepalive) = a.handshake(secs(0.0), &response).unwrap();
+    keepalive[31] ^= 1;
+    let got = b.open(secs(0.0), &[&keepalive]);
+    assert_eq!(got.report, OpenReport::default());
+    assert_eq!(got.dropped, [DropReason::OpenFailed]);
+    assert!(!b.ready(secs(0.0)));
+}
+
+#[test]
+fn an_initiation_that_is_not_newer_is_a_replay() {
+    let (mut a, mut b) = pair(OURS);
+    let first = a.initiate(secs(0.0));
+    let second = a.initiate(secs(1.0));
+    b.handshake(secs(1.0), &second).unwrap();
+    for old in [&second, &first] {
+        assert_eq!(
+            b.handshake(secs(2.0), old).unwrap_err(),
+            DropReason::HandshakeReplayed
+        );
+    }
+    // Not even after the keys are erased.
+    pass(&mut b, 2.0, 2000.0);
+    assert_eq!(
+        b.handshake(secs(2000.0), &first).unwrap_err(),
+        DropReason::HandshakeReplayed
+    );
+    // A clock that was set back does not keep us from making newer ones.
+    let mut back = secs(2001.0);
+    back.wall = Duration::from_secs(1000);
+    let third = a.initiate(back);
+    b.handshake(secs(2001.0), &third).unwrap();
+}
+
+#[test]
+fn initiations_less_than_twenty_milliseconds_apart_are_not_answered() {
+    let (mut a, mut b) = pair(OURS);
+    let messages = [0.0, 1.0, 2.0].map(|seconds| a.initiate(secs(seconds)));
+    assert!(b.handshake(secs(3.0), &messages[0]).is_ok());
+    assert_eq!(
+        b.handshake(secs(3.0199), &messages[1]).unwrap_err(),
+        DropReason::HandshakeTooSoon
+    );
+    assert!(
+        b.handshake(secs(3.02), &messages[1]).is_ok(),
+        "it was not used up"
+    );
+    assert!(b.handshake(secs(3.05), &messages[2]).is_ok());
+}
+
+#[test]
+fn no_initiation_follows_a_handshake_message_within_five_seconds() {
+    let (mut a, mut b) = pair(OURS);
+    let initiation = a.initiate(secs(0.0));
+    b.handshake(secs(1.0), &initiation).unwrap();
+    // `b` has data, but `a` will complete its handshake any moment; if not, `b` begins.
+    assert_eq!(b.try_initiate(secs(2.0), false), None);
+    assert_eq!(pass(&mut b, 2.0, 6.5), [(6.0, Said::Initiation)]);
+    // A handshake that completes in between makes it needless.
+    let (mut a, mut b) = pair(OURS);
+    let initiation = a.initiate(secs(0.0));
+    let (_, response) = b.handshake(secs(1.0), &initiation).unwrap();
+    assert_eq!(b.try_initiate(secs(2.0), false), None);
+    let (_, keepalive) = a.handshake(secs(2.5), &response).unwrap();
+    b.open(secs(3.0), &[&keepalive]);
+    assert_eq!(pass(&mut b, 3.0, 100.0), []);
+}
+
+#[test]
+fn a_cookie_goes_into_the_next_message_for_two_minutes() {
+    let (mut a, b) = pair(OURS);
+    let local = Arc::new(LocalKeys::new(&private(2)));
+    let mut gate = Gate::new(secs(0.0).now, Some(local));
+    let from = "192.0.2.1:7".parse().unwrap();
+    let mut reply = [0; 64];
+    let mut rng = rng(5);
+    let initiation = a.initiate(secs(0.0));
+    assert_eq!(initiation[132..], [0; 16], "no cookie yet");
+    let mut challenged = |message: &[u8], now: Moment, reply: &mut [u8; 64]| {
+        (0..2000).any(|_| {
+            let verdict = gate.handle(now.now, from, message, &mut rng, reply);
+            matches!(verdict, Verdict::Challenge)
+        })
+    };
+    assert!(challenged(&initiation, secs(0.0), &mut reply));
+    let mut forged = reply;
+    forged[40] ^= 1;
+    assert!(a.handshake(secs(0.1), &forged).is_err());
+    let (outcome, _) = a.handshake(secs(0.1), &reply).unwrap();
+    assert_eq!(outcome, Outcome::default(), "it is not used at once");
+    assert!(
+        a.handshake(secs(0.1), &reply).is_err(),
+        "one message, one cookie"
+    );
+    let (outcome, retry) = a.step(secs(5.4));
+    assert!(outcome.handshake);
+    let retry = retry.unwrap();
+    assert_ne!(retry[132..], [0; 16]);
+    let passed = gate.handle(secs(5.4).now, from, &retry, &mut self::rng(6), &mut reply);
+    assert!(matches!(passed, Verdict::Initiation(_)), "{passed:?}");
+    assert_ne!(a.initiate(secs(119.0))[132..], [0; 16]);
+    assert_eq!(a.initiate(secs(120.1))[132..], [0; 16], "too old");
+    drop(b);
+}
+
+#[test]
+fn a_peer_with_a_key_of_low_order_is_never_spoken_to() {
+    let mut config = peer_config(2, Some(25));
+    config.public_key = [0; 32];
+    let mut a = End::new(OURS, 1, &config);
+    assert_eq!(a.try_initiate(secs(0.0), true), None);
+    assert_eq!(pass(&mut a, 0.0, 300.0), []);
+    assert_eq!(a.engine.own.indexes.len(), 0);
+}
+
+#[test]
+fn without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_the_next() {
+    let (mut a, mut b) = joined();
+    let old = peer_config(2, None);
+    let mut new = peer_config(2, None);
+    new.preshared_key = Some(Zeroizing::new([8; 32]));
+    assert!(a.session.reconfigure(secs(1.0).now, &old, &new));
+    carry(1.0, &mut a, &mut b);
+    let initiation = a.initiate(secs(6.0));
+    let (_, response) = b.handshake(secs(6.0), &initiation).unwrap();
+    assert_eq!(
+        a.handshake(secs(6.0), &response).unwrap_err(),
+        DropReason::HandshakeInvalid
+    );
+    carry(7.0, &mut a, &mut b);
+    assert_eq!(
+        noise::Error::Authentication.reason(),
+        DropReason::HandshakeInvalid
+    );
+}
+
+#[test]
+fn crossing_rekeys_lose_nothing_that_is_under_way() {
+    let (mut a, mut b) = joined();
+    // Sealed under the first keys and late.
+    let late = [a.seal(secs(10.0), &ipv4(50)), b.seal(secs(10.0), &ipv4(50))];
+    let now = secs(10.0);
+    let (from_a, from_b) = (a.initiate(now), b.initiate(now));
+    let (_, answer_of_a) = a.handshake(now, &from_b).unwrap();
+    let (_, answer_of_b) = b.handshake(now, &from_a).unwrap();
+    a.handshake(now, &answer_of_b).unwrap();
+    b.handshake(now, &answer_of_a).unwrap();
+    assert_eq!(b.open(now, &[&late[0]]).packets.len(), 1);
+    assert_eq!(a.open(now, &[&late[1]]).packets.len(), 1);
+    carry(10.0, &mut a, &mut b);
+    carry(10.0, &mut b, &mut a);
+    assert_eq!(a.engine.own.indexes.len(), 3);
+}
+
+#[test]
+fn an_exported_session_goes_on_elsewhere() {
+    let (mut a, mut b) = joined();
+    carry(1.0, &mut a, &mut b);
+    let in_flight = b.seal(secs(2.0), &ipv4(60));
+    let seen = b.seal(secs(2.0), &ipv4(61));
+    assert_eq!(a.open(secs(2.0), &[&seen]).packets.len(), 1);
+    // An initiation is outstanding too.
+    let initiation = a.initiate(secs(2.0));
+    let (_, response) = b.handshake(secs(2.0), &initiation).unwrap();
+    let deadlines = a.session.poll_timeout();
+
+    let now = secs(3.0);
+    let mut heir = End::new(OURS, 1, &peer_config(2, None));
+    let session = std::mem::replace(&mut a.session, {
+        let config = peer_config(2, None);
+        a.engine.session(now.now, &config)
+    });
+    let state = a.engine.export(now.now, session).unwrap();
+    assert_eq!(a.engine.own.indexes.len(), 0, "nothing is left behind");
+    let config = peer_config(2, None);
+    heir.session = heir.engine.import(now.now, &config, &state).unwrap();
+    assert!(
+        heir.engine.import(now.now, &config, &state).is_none(),
+        "its indexes are in use"
+    );
+    assert_eq!(heir.session.poll_timeout(), deadlines);
+
+    assert_eq!(heir.open(now, &[&seen]).dropped, [DropReason::Replayed]);
+    assert_eq!(heir.open(now, &[&in_flight]).packets.len(), 1);
+    let datagram = heir.seal(now, &ipv4(70));
+    assert_eq!(b.open(now, &[&datagram]).packets.len(), 1, "counters go on");
+    let (outcome, keepalive) = heir.handshake(now, &response).unwrap();
+    assert_eq!(outcome.change, Change::Up);
+    assert_eq!(b.open(now, &[&keepalive]).report.change, Change::Up);
+    carry(3.0, &mut heir, &mut b);
+}
