@@ -212,7 +212,7 @@ transfer() {
   fi
   sum_in=$(on "$from" sha256sum "$input") sum_out=$(on "$to" sha256sum "$output")
   on "$to" rm -f "$output"
-  SAID=$(awk '{ printf "%d Mb/s", $1 * 8 / $4 / 1e6 }' "$log.send")
+  SAID=$(awk '{ printf "%.1f Mb/s", $1 * 8 / $4 / 1e6 }' "$log.send")
   [ "${sum_in%% *}" = "${sum_out%% *}" ]
 }
 ends() { wait "$1"; }
