@@ -27,6 +27,7 @@ fn help_teaches_the_first_network() {
     assert!(out.status.success());
     for word in [
         "up",
+        "device",
         "status",
         "ping",
         "netcheck",
@@ -83,6 +84,11 @@ fn errors_say_what_to_do() {
             vec!["up", "--config", "/nonexistent/ringtail.toml"],
             "/nonexistent/ringtail.toml",
         ),
+        (vec!["device", "much-too-long-a-name"], "15 characters"),
+        (vec!["device", "a/b"], "15 characters"),
+        (vec!["device", "wg%d%s"], "only one %d"),
+        (vec!["device", "wg0", "--mtu", "100"], "at least 576"),
+        (vec!["device", "wg0", "--shards", "0"], "1 to 64"),
         (vec!["status", "--state-dir", state], "ringtail up"),
         (vec!["ping", "b", "--state-dir", state], "ringtail up"),
     ] {

@@ -8,6 +8,7 @@
 //! then on the path machine decides per peer and the agent passes its decisions to the shards.
 
 mod check;
+mod configuration;
 mod directory;
 mod network;
 mod status;

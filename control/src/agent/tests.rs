@@ -61,6 +61,44 @@ fn start() -> Instant {
 }
 
 #[test]
+fn the_configuration_socket_shows_peers_and_what_they_are_allowed() {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network(2));
+    let device = crate::uapi::DeviceStatus {
+        listen_port: 41641,
+        ..Default::default()
+    };
+    let reply = agent.configuration(now, &device, &|_| {
+        let activity = Activity {
+            tx_bytes: 5,
+            ..Activity::default()
+        };
+        (activity, Some(Duration::new(7, 9)))
+    });
+    let text = std::str::from_utf8(reply.as_bytes()).unwrap();
+    let peer = format!("public_key={}\n", node(2).0.to_hex());
+    assert!(
+        text.starts_with(&format!("listen_port=41641\n{peer}")),
+        "{text}"
+    );
+    for line in [
+        "last_handshake_time_sec=7",
+        "last_handshake_time_nsec=9",
+        "tx_bytes=5",
+        "allowed_ip=10.7.0.2/32",
+        "ringtail_name=b",
+        "ringtail_relay=nyc",
+    ] {
+        assert!(text.lines().any(|found| found == line), "{line} in {text}");
+    }
+    assert!(
+        !text.contains("\nendpoint="),
+        "there is no direct path yet: {text}"
+    );
+    assert!(text.ends_with("errno=0\n\n"));
+}
+
+#[test]
 fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed() {
     let (now, mut agent) = (start(), agent(1, false));
     agent.handle_network(now, network(2));

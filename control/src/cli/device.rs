@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use ringtail_dataplane::{Offloads, SHARDS_MAX};
+use ringtail_dataplane::{MTU_MIN, Offloads, SHARDS_MAX};
 
 use crate::config::{DriverName, EngineName};
 use crate::driver::background::{self, Child};
@@ -135,6 +135,18 @@ impl DeviceArgs {
         }
         if name.contains('%') && name.replacen("%d", "", 1).contains('%') {
             bail!("{name:?} cannot name an interface; only one %d may be in it");
+        }
+        if self.mtu < MTU_MIN {
+            bail!(
+                "mtu {} is out of range; it must be at least {MTU_MIN}",
+                self.mtu
+            );
+        }
+        if self
+            .shards
+            .is_some_and(|shards| !(1..=SHARDS_MAX).contains(&shards))
+        {
+            bail!("--shards can be 1 to {SHARDS_MAX}");
         }
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Options {

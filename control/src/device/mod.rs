@@ -7,7 +7,7 @@
 //! to another peer moves it (cryptokey routing, WireGuard paper §2).
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use ringtail_dataplane::channel::{PEERS_MAX, PeerConfig, PeerId, Prefix};
@@ -67,8 +67,6 @@ pub struct Changes {
     pub peers: bool,
     /// These peers were sent to a new address.
     pub endpoints: BTreeMap<PeerId, SocketAddr>,
-    /// These peers' keep-alive was off and is on.
-    pub keepalives: BTreeSet<PeerId>,
 }
 
 impl Peer {
@@ -249,9 +247,6 @@ impl Device {
             }
             Step::Keepalive(seconds) => {
                 changes.peers |= peer.keepalive != seconds;
-                if peer.keepalive == 0 && seconds > 0 {
-                    changes.keepalives.insert(id);
-                }
                 peer.keepalive = seconds;
             }
             Step::ReplaceAllowedIps => {
@@ -328,7 +323,6 @@ impl Device {
         self.resting.push_back(id);
         changes.peers = true;
         changes.endpoints.remove(&id);
-        changes.keepalives.remove(&id);
     }
 
     /// Gives the prefix to a peer, last of its own, and takes it from whoever had it.

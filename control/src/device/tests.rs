@@ -1,6 +1,6 @@
 //! The device against a plain model of it, and the rules of its ids.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
@@ -177,7 +177,6 @@ fn changes_name_what_the_data_plane_must_be_told() {
     ]));
     let (id, _) = device.peers().next().unwrap();
     assert_eq!(first.endpoints, BTreeMap::from([(id, endpoint)]));
-    assert_eq!(first.keepalives, BTreeSet::from([id]));
     assert!(first.peers && !first.private_key);
 
     let again = device.apply(steps([
@@ -205,7 +204,6 @@ fn changes_name_what_the_data_plane_must_be_told() {
     ] {
         let changes = device.apply(steps([Step::Peer(key(1)), step.clone()]));
         assert!(changes.peers, "{step:?}");
-        assert!(changes.keepalives.is_empty());
     }
     let own = NodePrivate::from_random([9; 32]);
     let transaction = Transaction {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use ringtail_dataplane::stats::DropReason;
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId,
+    Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId, Stats,
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -215,21 +215,21 @@ impl Running {
         Taken::More
     }
 
-    /// Follows the interface. A peer with a keep-alive is greeted as soon as it is up.
+    /// Follows the interface. Peers with a keep-alive get one as soon as it is up.
     fn link_changed(&mut self, link: OwnLink) {
-        if link.mtu != self.link.mtu
+        let before = std::mem::replace(&mut self.link, link);
+        if link.mtu != before.mtu
             && let Ok(mtu) = u16::try_from(link.mtu)
         {
             tracing::debug!(mtu, "the interface's MTU changed");
             self.dataplane.set_mtu(mtu);
         }
-        if link.up && !self.link.up {
-            let greeted = self.device.peers().filter(|(_, peer)| peer.keepalive() > 0);
-            for (id, _) in greeted {
-                self.dataplane.initiate(id);
+        if link.up != before.up {
+            tracing::debug!(up = link.up, "the interface changed");
+            if self.device.peers().any(|(_, peer)| peer.keepalive() > 0) {
+                self.publish_peers();
             }
         }
-        self.link = link;
     }
 
     fn answer(&mut self, request: Request) -> Reply {
@@ -275,36 +275,30 @@ impl Running {
             self.dataplane.set_private_key(key.as_ref());
         }
         if changes.peers {
-            self.dataplane.set_peers(self.device.peer_configs());
+            self.publish_peers();
         }
         for (id, endpoint) in changes.endpoints {
             self.dataplane.set_endpoint(id, endpoint);
         }
-        if self.link.up {
-            for id in changes.keepalives {
-                self.dataplane.initiate(id);
+        Ok(())
+    }
+
+    /// Gives the data plane the peers. Keep-alives rest while the interface is down.
+    fn publish_peers(&mut self) {
+        let mut peers = self.device.peer_configs();
+        if !self.link.up {
+            for peer in &mut peers {
+                peer.persistent_keepalive = None;
             }
         }
-        Ok(())
+        self.dataplane.set_peers(peers);
     }
 
     fn status(&self) -> Reply {
         let stats = self.dataplane.stats();
-        let mut extras = vec![
-            ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
-            ("shards".to_owned(), stats.shards.len().to_string()),
-            (
-                "driver".to_owned(),
-                self.dataplane.driver().as_str().to_owned(),
-            ),
-            ("engine".to_owned(), engine(self.options.engine).to_owned()),
-            ("offloads".to_owned(), offloads(self.dataplane.offloads())),
-            ("mtu".to_owned(), self.link.mtu.to_string()),
-        ];
-        extras.extend(drops(&stats));
         let status = Status {
             listen_port: self.dataplane.local_port(),
-            extras,
+            extras: extras(&self.dataplane, self.options.engine, &stats, self.link.mtu),
         };
         self.device.reply(&status, &|id| self.traffic(id))
     }
@@ -327,15 +321,30 @@ impl Running {
     }
 }
 
-fn engine(engine: Engine) -> &'static str {
-    match engine {
-        Engine::Ringtail => "ringtail",
-        Engine::Boringtun => "boringtun",
-    }
+/// The keys of our own about the device itself.
+pub(super) fn extras(
+    dataplane: &Dataplane,
+    engine: Engine,
+    stats: &Stats,
+    mtu: u32,
+) -> Vec<(String, String)> {
+    let mut extras: Vec<(String, String)> = [
+        ("version", env!("CARGO_PKG_VERSION").to_owned()),
+        ("shards", stats.shards.len().to_string()),
+        ("driver", dataplane.driver().as_str().to_owned()),
+        ("engine", format!("{engine:?}").to_lowercase()),
+        ("offloads", offloads(dataplane.offloads())),
+        ("mtu", mtu.to_string()),
+    ]
+    .into_iter()
+    .map(|(key, value)| (key.to_owned(), value))
+    .collect();
+    extras.extend(drops(stats));
+    extras
 }
 
 /// The offloads in use by name, with commas, or `none`.
-pub(super) fn offloads(offloads: OffloadsInUse) -> String {
+fn offloads(offloads: OffloadsInUse) -> String {
     let names = [
         ("tso", offloads.tso),
         ("uso", offloads.uso),
@@ -354,7 +363,7 @@ pub(super) fn offloads(offloads: OffloadsInUse) -> String {
 }
 
 /// Dropped packets: all, then by reason those that are not zero.
-pub(super) fn drops(stats: &ringtail_dataplane::Stats) -> Vec<(String, String)> {
+fn drops(stats: &Stats) -> Vec<(String, String)> {
     let counts: Vec<(&str, u64)> = DropReason::ALL
         .iter()
         .map(|reason| (reason.name(), stats.drops(*reason)))

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ringtail_dataplane::channel::PeerId;
 
+use super::clock::now;
+
 /// The last handshake of each peer by both clocks; [`ringtail_dataplane::PEERS_MAX`] at most.
 #[derive(Default)]
 pub struct Handshakes(Vec<Option<(Instant, Duration)>>);
@@ -20,7 +22,7 @@ impl Handshakes {
         let known = self.0[index].filter(|(when, _)| *when == at);
         let (_, wall) = *self.0[index].insert(known.unwrap_or_else(|| {
             let wall = SystemTime::now().duration_since(UNIX_EPOCH);
-            let age = Instant::now().saturating_duration_since(at);
+            let age = now().saturating_duration_since(at);
             (at, wall.unwrap_or_default().saturating_sub(age))
         }));
         wall
@@ -35,7 +37,7 @@ mod tests {
     #[expect(clippy::disallowed_methods, reason = "it is about the clocks")]
     fn a_handshake_keeps_its_time_until_the_next() {
         let mut handshakes = Handshakes::default();
-        let start = Instant::now();
+        let start = now();
         let earlier = start - Duration::from_secs(5);
         let first = handshakes.wall_time(PeerId(3), earlier);
         let age = SystemTime::now()

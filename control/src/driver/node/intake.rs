@@ -9,11 +9,13 @@ use ringtail_dataplane::channel::RegionId;
 use super::{Node, now};
 use crate::agent::Network;
 use crate::coord::CoordEvent;
+use crate::driver::device;
 use crate::driver::interface::{interfaces, source_address};
-use crate::driver::local_api::{Call, Request};
+use crate::driver::local_api::{self, Call};
 use crate::driver::relay::RelayEvent;
-use crate::driver::status;
+use crate::driver::{status, uapi};
 use crate::path::LinkChange;
+use crate::uapi::{DeviceStatus, Errno, Reply, Request};
 
 /// Batches and events taken from the shards before the loop looks elsewhere.
 const SHARD_BATCH_MAX: usize = 256;
@@ -159,7 +161,7 @@ impl Node {
     pub(super) fn take_call(&mut self, call: Call) {
         let now = now();
         match &call.request {
-            Request::Status => {
+            local_api::Request::Status => {
                 let dataplane = &self.dataplane;
                 let mut status = self
                     .agent
@@ -169,17 +171,53 @@ impl Node {
                 status::complete(&mut status, &relays, &shards, self.log.lost());
                 let _ = call.answers.try_send(status);
             }
-            Request::Ping { peer } => {
+            local_api::Request::Ping { peer } => {
                 let (question, peer) = (self.next_question(), peer.clone());
                 self.questions.insert(question, call);
                 self.agent.handle_ping(now, question, &peer);
             }
-            Request::Netcheck => {
+            local_api::Request::Netcheck => {
                 let question = self.next_question();
                 self.questions.insert(question, call);
                 self.agent.handle_netcheck_question(now, question);
             }
         }
+    }
+
+    /// Answers on the configuration socket. Coordination, or the network file, owns everything that
+    /// could be set there, so a `set` of anything is refused.
+    pub(super) fn take_configuration_call(&mut self, call: uapi::Call) {
+        let answer = match call.request {
+            Request::Get => self.configuration(),
+            Request::BadGet(errno) => Reply::to_bad_get(errno),
+            Request::Set(Ok(transaction)) if transaction.is_empty() => Reply::to_set(Ok(())),
+            Request::Set(Ok(_)) => Reply::to_set(Err(Errno::PERMISSION)),
+            Request::Set(Err(errno)) => Reply::to_set(Err(errno)),
+        };
+        // A client that went away does not want it.
+        let _ = call.reply.send(answer);
+    }
+
+    fn configuration(&self) -> Reply {
+        let stats = self.dataplane.stats();
+        let device = DeviceStatus {
+            private_key: Some(&self.keys.node),
+            listen_port: self.dataplane.local_port(),
+            fwmark: self.fwmark,
+            extras: device::extras(
+                &self.dataplane,
+                self.engine,
+                &stats,
+                self.surroundings.mtu.into(),
+            ),
+        };
+        self.agent.configuration(now(), &device, &|id| {
+            let activity = self.dataplane.activity(id);
+            let handshake = activity
+                .last_handshake
+                .map(|at| self.handshakes.borrow_mut().wall_time(id, at));
+            (activity, handshake)
+        })
     }
 
     fn next_question(&mut self) -> u64 {

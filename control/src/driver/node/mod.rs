@@ -12,6 +12,7 @@ mod caches;
 mod intake;
 mod start;
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::os::fd::OwnedFd;
@@ -20,7 +21,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use ringtail_dataplane::Dataplane;
+use ringtail_dataplane::{Dataplane, Engine};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
@@ -30,10 +31,12 @@ use super::clock::now;
 use super::coord_client::CoordClient;
 use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
+use super::handshakes::Handshakes;
 use super::local_api::Call;
 use super::relay::{RelayEvents, RelayPool};
 use super::runtime;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
+use super::uapi;
 use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
@@ -57,7 +60,9 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
     let keys = state.keys()?;
     let hostname = config.hostname.clone().unwrap_or_else(host_name);
     let source = Source::read(&config, &state)?;
-    let dataplane = Dataplane::start(dataplane_config(&config, &keys)).context("cannot start")?;
+    let dataplane_config = dataplane_config(&config, &keys);
+    let engine = dataplane_config.engine;
+    let dataplane = Dataplane::start(dataplane_config).context("cannot start")?;
     runtime::block_on(async |kind| {
         let parts = Parts {
             config,
@@ -66,6 +71,7 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
             hostname,
             source,
             dataplane,
+            engine,
             kind,
         };
         Node::start(parts).await?.run().await
@@ -84,12 +90,17 @@ struct Node {
     interface: watch::Sender<Option<(BTreeSet<IpNet>, BTreeSet<IpNet>)>>,
     link_changed: mpsc::Receiver<()>,
     calls: mpsc::Receiver<Call>,
+    /// The configuration socket and what is asked there; none where it could not be made.
+    configuration: Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
+    handshakes: RefCell<Handshakes>,
     questions: BTreeMap<u64, Call>,
     questions_asked: u64,
     findings: (mpsc::Sender<Finding>, mpsc::Receiver<Finding>),
     log: EventLog,
     state: StateDir,
     keys: Keys,
+    fwmark: u32,
+    engine: Engine,
     surroundings: Surroundings,
     default_sources: [Option<IpAddr>; 2],
     unsaved: Option<Network>,
@@ -142,6 +153,9 @@ impl Node {
                     }
                 }
                 Some(call) = self.calls.recv() => self.take_call(call),
+                Some(call) = next_configuration(&mut self.configuration) => {
+                    self.take_configuration_call(call);
+                }
                 Some(finding) = self.findings.1.recv() => self.take_finding(finding),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
                 () = sleep_until(due) => {
@@ -224,6 +238,16 @@ async fn next<T>(source: &mut Option<mpsc::Receiver<T>>) -> Option<T> {
         *source = None;
     }
     event
+}
+
+/// The next request of the configuration socket, or never where there is none.
+async fn next_configuration(
+    source: &mut Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
+) -> Option<uapi::Call> {
+    match source {
+        Some((_, calls)) => calls.recv().await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn sleep_until(due: Option<Instant>) {

@@ -1,10 +1,12 @@
 //! Starting a node: from settings and keys to everything that runs.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use anyhow::Context as _;
 use ipnet::IpNet;
-use ringtail_dataplane::{Config, Dataplane, Offloads};
+use ringtail_dataplane::{Config, Dataplane, Engine, Offloads};
 use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
 
@@ -20,7 +22,7 @@ use crate::driver::interface::Interface;
 use crate::driver::relay::{RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
 use crate::driver::state::{Keys, StateDir};
-use crate::driver::{link, local_api};
+use crate::driver::{link, local_api, uapi};
 use crate::key::MachinePublic;
 use crate::path::{self, Validate};
 
@@ -118,6 +120,7 @@ pub(super) struct Parts {
     pub(super) hostname: String,
     pub(super) source: Source,
     pub(super) dataplane: Dataplane,
+    pub(super) engine: Engine,
     pub(super) kind: Kind,
 }
 
@@ -130,6 +133,7 @@ impl Node {
             hostname,
             source,
             dataplane,
+            engine,
             kind,
         } = parts;
         let mtu = config.mtu.unwrap_or(MTU_DEFAULT);
@@ -149,6 +153,11 @@ impl Node {
             local_api::listen(&state.socket())?,
             calls_sender,
         ));
+        let configuration = serve_configuration(dataplane.tun_name())
+            .inspect_err(|error| {
+                tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
+            })
+            .ok();
         let (relays, relay_events) = RelayPool::new(RelayOptions {
             private: keys.node.clone(),
             fwmark: config.fwmark.unwrap_or(0),
@@ -199,12 +208,16 @@ impl Node {
             interface: watch::Sender::default(),
             link_changed,
             calls,
+            configuration,
+            handshakes: RefCell::default(),
             questions: BTreeMap::new(),
             questions_asked: 0,
             findings: mpsc::channel(RESULTS_MAX),
             log,
             state,
             keys,
+            fwmark: config.fwmark.unwrap_or(0),
+            engine,
             surroundings,
             default_sources: [None, None],
             unsaved: None,
@@ -254,6 +267,17 @@ impl Node {
         self.load_paths(now);
         Ok(())
     }
+}
+
+/// Opens the configuration socket. A node can do without: on one machine, nodes in different
+/// namespaces may have interfaces of one name, and only the first of them gets the socket.
+fn serve_configuration(
+    interface: &str,
+) -> anyhow::Result<(uapi::Socket, mpsc::Receiver<uapi::Call>)> {
+    let socket = uapi::Socket::bind(Path::new(uapi::SOCKET_DIR), interface)?;
+    let (sender, calls) = mpsc::channel(QUESTIONS_MAX);
+    tokio::task::spawn_local(uapi::serve(socket.listener()?, sender));
+    Ok((socket, calls))
 }
 
 /// Keeps the interface as the latest wish says; a refusal is logged and the next wish tried.
