@@ -9,10 +9,11 @@ cd "$(dirname "$0")/.."
 
 if [ "$(id -u)" = 0 ]; then
   need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping awk=mawk cmp=diffutils \
-    cc=gcc /usr/include/stdio.h=libc6-dev
+    cc=gcc /usr/include/stdio.h=libc6-dev wg=wireguard-tools perl=perl-base sysctl=procps
 fi
 scripts/check.sh
 cargo test --workspace --locked
 # With --tests the dependencies are those of the line above, and not built anew with fewer features.
 cargo build --workspace --bins --tests --locked
+scripts/wg-conformance.sh
 scripts/netns/flow-test.sh
