@@ -13,6 +13,7 @@
 //! rooms    two `ringtail status --json` snapshots  ->  cycles per room and shard
 //! send, receive   a file over TCP, at a pace
 //! pick     one value of a JSON document
+//! flood    handshake messages from many sources, at a steady rate
 //! garbage  what no peer would send, at every socket
 //! flame    `perf script` output  ->  folded stacks and an SVG
 //! machine  facts for the head of a table;  derp-map  relays' entries joined into one map
@@ -25,6 +26,7 @@ mod cpu;
 mod derp_map;
 mod events;
 mod flame;
+mod flood;
 mod garbage;
 mod link;
 mod machine;
@@ -85,6 +87,8 @@ enum Command {
     Pick(pick::Args),
     /// Send what no peer would send.
     Garbage(garbage::Args),
+    /// Flood a socket with handshake messages from many sources.
+    Flood(flood::Args),
     /// Fold `perf script` output and draw a flame graph.
     Flame(flame::Args),
 }
@@ -106,6 +110,7 @@ fn main() -> anyhow::Result<()> {
         Command::Switches(args) => switches::run(&args),
         Command::Pick(args) => pick::run(&args),
         Command::Garbage(args) => garbage::run(&args),
+        Command::Flood(args) => flood::run(&args),
         Command::Uapi(args) => uapi::run(&args),
         Command::Wgkeys => uapi::print_keys(),
         Command::Flame(args) => flame::run(&args),
