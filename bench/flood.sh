@@ -30,7 +30,7 @@ clean() {
   rm -rf "$dir"
 }
 trap clean EXIT
-in() { # in NAMESPACE COMMAND...
+inside() { # inside NAMESPACE COMMAND...
   local ns=$prefix$1
   shift
   ip netns exec "$ns" "$@"
@@ -70,7 +70,7 @@ start() {
   read -r vprivate key < <("$bench" wgkeys)
   read -r cprivate ckey < <("$bench" wgkeys)
   for end in v c; do
-    in $end env LOG_LEVEL=error "$@" -f "f$end$$" 2>"$dir/$end.log" &
+    inside $end env LOG_LEVEL=error "$@" -f "f$end$$" 2>"$dir/$end.log" &
     pids+=($!)
   done
   "$bench" uapi --interface "fv$$" --private-key "$vprivate" --listen-port 7000 --peer "$ckey" \
@@ -87,7 +87,7 @@ one() {
     --public-key "$key" >"$dir/flood.json" &
   local flood=$!
   sleep 1
-  in c iperf3 -c 10.67.0.2 -t "$seconds" -C cubic -J >"$dir/iperf.json"
+  inside c iperf3 -c 10.67.0.2 -t "$seconds" -C cubic -J >"$dir/iperf.json"
   wait "$flood"
   "$bench" pick /end/sum_received/bits_per_second <"$dir/iperf.json" | awk '{ printf "%.3f\n", $1 / 1e9 }'
   "$bench" pick /rate <"$dir/flood.json" >>"$dir/rates"
@@ -105,13 +105,13 @@ for program in "$@"; do
     *) command=("$program") ;;
   esac
   start "${command[@]}"
-  in v iperf3 -s >/dev/null 2>&1 &
+  inside v iperf3 -s >/dev/null 2>&1 &
   pids+=($!)
   for _ in $(seq 50); do
-    in c ping -q -c 1 -W 1 10.67.0.2 >/dev/null 2>&1 && break
+    inside c ping -q -c 1 -W 1 10.67.0.2 >/dev/null 2>&1 && break
     sleep 0.1
   done
-  in c iperf3 -c 10.67.0.2 -t 1 -C cubic >/dev/null
+  inside c iperf3 -c 10.67.0.2 -t 1 -C cubic >/dev/null
   pid=$(pid_in v "$program")
   before=$(rss "$pid")
   peak=$before
