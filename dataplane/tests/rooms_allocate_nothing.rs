@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ringtail_dataplane::aead::{Aead, Backend, Key, MESSAGE_LEN_MIN, Open, Seal};
 use ringtail_dataplane::channel::{PeerId, Prefix, Rules};
 use ringtail_dataplane::classify::classify;
 use ringtail_dataplane::coalesce::Coalescer;
@@ -139,4 +140,32 @@ fn a_warm_pass_through_the_rooms_allocates_nothing() {
     let snapshot = published.read();
     assert_eq!(snapshot.get(Meter::TunPacketsOut), 13 * 400);
     assert_eq!(snapshot.drops(DropReason::FilterDenied), 13);
+}
+
+#[test]
+fn sealing_and_opening_allocate_nothing() {
+    let key = Key::new(&[7; 32]);
+    for aead in Backend::ALL.into_iter().filter_map(Aead::force) {
+        let mut messages = [[0; MESSAGE_LEN_MIN + 1420]; 9];
+        let pass = || {
+            let mut counter = 0..;
+            let mut batch = messages.each_mut().map(|message| Seal {
+                key: &key,
+                receiver: 1,
+                counter: counter.next().unwrap_or_default(),
+                message,
+            });
+            aead.seal(&mut batch);
+            let mut counter = 0..;
+            let mut batch = messages.each_mut().map(|message| Open {
+                key: &key,
+                counter: counter.next().unwrap_or_default(),
+                message,
+                ok: false,
+            });
+            aead.open(&mut batch);
+            assert!(batch.iter().all(|packet| packet.ok), "{aead:?}");
+        };
+        assert_eq!(allocations(pass), 0, "{aead:?}");
+    }
 }

@@ -1,0 +1,123 @@
+#![forbid(unsafe_code)]
+//! ChaCha20 (RFC 8439 §2.3), each lane a block of its own: key, nonce and block number are those of
+//! the packet it is dealt to.
+
+use super::deal::Group;
+use super::kernel::Packet;
+use super::lanes::Lanes;
+
+/// Bytes of a block.
+pub(super) const BLOCK_LEN: usize = 64;
+/// Double rounds of a block.
+pub(super) const DOUBLE_ROUNDS: usize = 10;
+/// "expand 32-byte k".
+const CONSTANTS: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574];
+/// What the two halves of a double round work on, four words at a time.
+const COLUMNS: [[usize; 4]; 4] = [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]];
+const DIAGONALS: [[usize; 4]; 4] = [[0, 5, 10, 15], [1, 6, 11, 12], [2, 7, 8, 13], [3, 4, 9, 14]];
+
+/// The words that the blocks of this group start from: constants, key, block number, nonce.
+#[inline(always)]
+pub(super) fn start<L: Lanes<N>, P: Packet, const N: usize>(
+    cpu: L::Cpu,
+    batch: &[P],
+    group: &Group<N>,
+) -> [L; 16] {
+    let mut words = [L::splat(cpu, 0); 16];
+    let Some(first) = group.runs().first() else {
+        return words;
+    };
+    for (word, constant) in words.iter_mut().zip(CONSTANTS) {
+        *word = L::splat(cpu, constant);
+    }
+    // Batches of one key are the rule, and cheaper: one vector for each word of the key.
+    let key = batch[first.packet].key();
+    let mut one_key = true;
+    for (word, key) in words[4..].iter_mut().zip(key) {
+        *word = L::splat(cpu, *key);
+    }
+    for run in group.runs() {
+        let packet = &batch[run.packet];
+        one_key &= std::ptr::eq(packet.key(), key);
+        let below_first_lane = run.block.wrapping_sub(run.lane);
+        let block = L::splat(cpu, below_first_lane).add(L::numbers(cpu));
+        let [a, b, c] = packet.nonce().map(|word| L::splat(cpu, word));
+        for (word, from_here) in words[12..].iter_mut().zip([block, a, b, c]) {
+            *word = word.then(run.lane, from_here);
+        }
+    }
+    if !one_key {
+        for run in group.runs() {
+            for (word, key) in words[4..].iter_mut().zip(batch[run.packet].key()) {
+                *word = word.then(run.lane, L::splat(cpu, *key));
+            }
+        }
+    }
+    words
+}
+
+/// The first half of a double round.
+#[inline(always)]
+pub(super) fn columns<L: Lanes<N>, const N: usize>(cpu: L::Cpu, words: &mut [L; 16]) {
+    for of in COLUMNS {
+        quarter_round(cpu, words, of);
+    }
+}
+
+/// The second half.
+#[inline(always)]
+pub(super) fn diagonals<L: Lanes<N>, const N: usize>(cpu: L::Cpu, words: &mut [L; 16]) {
+    for of in DIAGONALS {
+        quarter_round(cpu, words, of);
+    }
+}
+
+#[inline(always)]
+fn quarter_round<L: Lanes<N>, const N: usize>(
+    cpu: L::Cpu,
+    words: &mut [L; 16],
+    [a, b, c, d]: [usize; 4],
+) {
+    words[a] = words[a].add(words[b]);
+    words[d] = words[d].xor(words[a]).rotate::<16>(cpu);
+    words[c] = words[c].add(words[d]);
+    words[b] = words[b].xor(words[c]).rotate::<12>(cpu);
+    words[a] = words[a].add(words[b]);
+    words[d] = words[d].xor(words[a]).rotate::<8>(cpu);
+    words[c] = words[c].add(words[d]);
+    words[b] = words[b].xor(words[c]).rotate::<7>(cpu);
+}
+
+/// Changes the first `len` bytes of `text` by the keystream. Up to 15 bytes behind them are read
+/// and written, but not changed: so that the end of a packet needs no loop over bytes.
+#[inline(always)]
+pub(super) fn xor(text: &mut [u8], len: usize, keystream: &[[u8; BLOCK_LEN]]) {
+    let (whole, rest) = text.split_at_mut(len - len % BLOCK_LEN);
+    let (blocks, _) = whole.as_chunks_mut::<BLOCK_LEN>();
+    for (block, keystream) in blocks.iter_mut().zip(keystream) {
+        for (byte, key) in block.iter_mut().zip(keystream) {
+            *byte ^= key;
+        }
+    }
+    let Some(keystream) = keystream.get(blocks.len()) else {
+        return;
+    };
+    let (keystream, _) = keystream.as_chunks::<16>();
+    let (pieces, _) = rest.as_chunks_mut::<16>();
+    let pieces_len = (len % BLOCK_LEN).div_ceil(16);
+    for (i, (piece, key)) in pieces
+        .iter_mut()
+        .zip(keystream)
+        .take(pieces_len)
+        .enumerate()
+    {
+        let key = u128::from_le_bytes(*key) & low_bytes(len % BLOCK_LEN - 16 * i);
+        *piece = (u128::from_le_bytes(*piece) ^ key).to_le_bytes();
+    }
+}
+
+/// The mask of the lowest `n` bytes; all of them from 16 on.
+#[inline(always)]
+pub(super) fn low_bytes(n: usize) -> u128 {
+    if n < 16 { !(!0 << (8 * n)) } else { !0 }
+}
