@@ -146,10 +146,16 @@ fn ours(c: &mut Criterion) {
     });
     group.bench_function("refusal_with_cookie_reply", |bench| {
         let mut gate = Gate::new(now, local());
+        let mut now = now;
         while !gate.under_load(now) {
             gate.handle(now, source(0), &message, rng, &mut reply);
         }
-        bench.iter(|| gate.handle(now, source(0), &message, rng, &mut reply));
+        bench.iter(|| {
+            // As fast as cookies are given out.
+            now += Duration::from_millis(1);
+            let verdict = gate.handle(now, source(0), &message, rng, &mut reply);
+            assert!(matches!(verdict, Verdict::Challenge));
+        });
     });
     group.bench_function("refusal_wrong_cookie", |bench| {
         let mut gate = Gate::new(now, local());

@@ -30,8 +30,8 @@
 //! | 5.1: 20 ms between initiations | [`INITIATION_INTERVAL_MIN`], kept by the session |
 //! | 5.2: a preshared key is mixed in, zeros stand for none | `known::every_byte_of_a_handshake…`, `refusals::ends_that_disagree…` |
 //! | 5.3: MAC1 before anything else, always | `gate::each_refusal_has_its_reason`, `refusals::every_damaged_byte…` |
-//! | 5.3: a cookie is asked for under load only, and then always | `gate::without_load_nobody_needs_a_cookie…`, `gate::under_load_only_a_cookie_opens_the_gate`, `gate::load_lasts_a_second…` |
-//! | 5.3: a proven source is limited | `gate::under_load_a_source_has_five_messages…`, `gate::a_whole_network_of_ipv6…`, `gate::a_flood_of_sources_fills_a_fixed_table` |
+//! | 5.3: a cookie is needed under load, always, and otherwise never | `gate::without_load_nobody_needs_a_cookie…`, `gate::under_load_only_a_cookie_opens_the_gate`, `gate::load_lasts_a_second…` |
+//! | 5.3: a proven source is limited | `gate::under_load_a_source_has_five_messages…`, `gate::a_whole_network_of_ipv6…`, `gate::a_flood_of_sources_fills_a_fixed_table`, `gate::cookies_are_given_out_at_a_bounded_rate` |
 //! | 5.3: a cookie is bound to address and secret | `cookies::a_cookie_proves_one_address_and_port_only`, `gate::a_cookie_dies_with_the_secret` |
 //! | 5.3: a cookie reply is sealed and bound to the message it answers | `cookies::a_reply_counts_only_for_the_last_message_and_once`, `cookies::every_damaged_byte_of_a_reply…`, `cookies::a_reply_of_another_responder…` |
 //! | 5.4: constants, HASH, MAC, HMAC, KDF, DH, AEAD | `known::every_byte_of_a_handshake…`, `known::every_byte_of_a_cookie…` |
@@ -60,7 +60,10 @@ mod transcript;
 use std::time::Duration;
 
 pub use cookie::{COOKIE_LIFE, Cookie, Jar, JarState, consume_cookie_reply};
-pub use gate::{COOKIE_REPLIES_PER_SECOND, Gate, LOAD_BURST, LOAD_LASTS, LOAD_PER_SECOND, Verdict};
+pub use gate::{
+    CHALLENGES_BURST, CHALLENGES_PER_SECOND, COOKIE_REPLIES_PER_SECOND, Gate, LOAD_BURST,
+    LOAD_LASTS, LOAD_PER_SECOND, Verdict,
+};
 pub use handshake::{
     Half, INITIATED_LEN, Initiated, Received, TransportKeys, consume_initiation, consume_response,
     initiation, peek_initiation, response,

@@ -247,7 +247,7 @@ fn load_lasts_a_second_beyond_the_last_message_too_many() {
         Verdict::Initiation(_)
     ));
     // It begins anew when the messages go on.
-    lab.now += Duration::from_secs(1);
+    lab.now += Duration::from_secs(1) * LOAD_BURST / LOAD_PER_SECOND;
     lab.flood();
 }
 
@@ -350,6 +350,29 @@ fn cookie_replies_are_limited_all_together() {
         lab.handle(from(1), &message),
         Verdict::CookieReply(_)
     ));
+}
+
+#[test]
+fn cookies_are_given_out_at_a_bounded_rate() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let cookie = lab.cookie(from(1));
+    let message = lab.forged();
+    let mut given = 2;
+    while matches!(lab.handle(from(given), &message), Verdict::Challenge) {
+        given += 1;
+    }
+    assert_eq!(given, CHALLENGES_BURST);
+    assert_eq!(lab.refusal(&message), DropReason::HandshakeLimited);
+    // Who has one is not concerned.
+    let proven = lab.initiate(Some(&cookie));
+    assert!(matches!(
+        lab.handle(from(1), &proven),
+        Verdict::Initiation(_)
+    ));
+    lab.now += Duration::from_secs(1) / CHALLENGES_PER_SECOND;
+    assert!(matches!(lab.handle(from(2), &message), Verdict::Challenge));
+    assert_eq!(lab.refusal(&message), DropReason::HandshakeLimited);
 }
 
 /// The table has a fixed size; what does not fit is refused, and nobody gets more than the limit.
