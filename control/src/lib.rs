@@ -12,6 +12,7 @@ pub mod derp;
 pub mod device;
 pub mod disco;
 pub mod driver;
+pub mod fuzzing;
 pub mod key;
 pub mod netcheck;
 pub mod netmap;

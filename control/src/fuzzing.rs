@@ -1,0 +1,269 @@
+//! What the fuzz targets run, as ordinary functions from bytes to nothing: `control/fuzz` feeds them
+//! from a fuzzer, the test below from the seeds that the fuzzer starts with. Each checks what must
+//! hold for any input, on top of not panicking. That of the configuration protocol is
+//! [`crate::uapi::fuzzing`].
+//!
+//! Where a decoder takes a byte stream, the first byte of the input says how the rest is cut into
+//! pieces, and the pieces must say what the whole says.
+
+use std::net::SocketAddr;
+use std::sync::OnceLock;
+use std::time::Instant;
+
+use bytes::BytesMut;
+use ipnet::IpNet;
+use time::OffsetDateTime;
+
+use crate::coord::frames::{Codec, FrameReader, encode};
+use crate::derp::client::{Client, Hello};
+use crate::derp::frame::{CLIENT_FRAME_LEN_MAX, Decoder, HEADER_LEN, client_verdict};
+use crate::derp::info::{ClientInfo, ServerInfo, put_client_info};
+use crate::derp::upgrade::{Port, parse_request, parse_response};
+use crate::derp::{cert, server};
+use crate::disco::{self, Class, Message, SharedKey};
+use crate::key::{DiscoPrivate, KEY_LEN, MachinePrivate, NodePrivate, NodePublic};
+use crate::netmap::MapState;
+use crate::noise::{EarlyPayload, Initiator, RECORD_LEN_MAX, RESPONSE_LEN, respond};
+use crate::stun;
+
+/// The pieces of a stream: the input without its first byte, cut by it.
+fn pieces(input: &[u8]) -> (&[u8], Vec<&[u8]>) {
+    let (cut, bytes) = input.split_first().unwrap_or((&0, &[]));
+    (bytes, bytes.chunks(usize::from(*cut) + 1).collect())
+}
+
+/// What a relay says to a client, its HTTP response first. `now` is any moment.
+pub fn derp_client(now: Instant, input: &[u8]) {
+    let hello = Hello {
+        host: "relay.test",
+        ideal_node: None,
+        relay: None,
+        home: true,
+    };
+    let read = |pieces: &[&[u8]]| {
+        let private = NodePrivate::from_bytes([1; 32]);
+        let mut client = Client::new(private, &hello, [2; 24], now);
+        let mut said = Vec::new();
+        let end = pieces.iter().try_for_each(|piece| {
+            client.handle_input(now, piece, &mut |event| said.push(format!("{event:?}")))
+        });
+        (said, end.is_ok(), client.is_ready())
+    };
+    let (bytes, pieces) = pieces(input);
+    assert_eq!(read(&pieces), read(&[bytes]), "said in pieces");
+}
+
+/// What a client says to a relay behind its ClientInfo.
+pub fn derp_server(input: &[u8]) {
+    static HELLO: OnceLock<Vec<u8>> = OnceLock::new();
+    let private = NodePrivate::from_bytes([1; 32]);
+    let hello = HELLO.get_or_init(|| {
+        let mut hello = Vec::new();
+        let client = NodePrivate::from_bytes([2; 32]);
+        let (relay, nonce) = (private.public(), [3; 24]);
+        put_client_info(&mut hello, &client, &relay, nonce, &ClientInfo::node());
+        hello
+    });
+    let read = |pieces: &[&[u8]]| {
+        let mut session = server::Session::default();
+        let mut said = Vec::new();
+        let end = [&hello[..]]
+            .into_iter()
+            .chain(pieces.iter().copied())
+            .try_for_each(|piece| {
+                session
+                    .handle_input(&private, piece, &mut |event| {
+                        said.push(format!("{event:?}"))
+                    })
+                    .map(drop)
+            });
+        assert!(session.is_greeted());
+        (said, end.is_ok(), session.unknown_frames())
+    };
+    let (bytes, pieces) = pieces(input);
+    assert_eq!(read(&pieces), read(&[bytes]), "said in pieces");
+}
+
+/// What stands around the frames of a relay: HTTP heads, the JSON of both hellos (as if the box
+/// had opened), certificates, and frames before anyone is known.
+pub fn derp_parts(input: &[u8]) {
+    if let Ok(Some((len, status))) = parse_response(input) {
+        assert!(len <= input.len() && status < 1000);
+    }
+    for port in [Port::Main, Port::Plain] {
+        if let Ok(Some((len, _))) = parse_request(input, port, Some(&String::new)) {
+            assert!(len <= input.len());
+        }
+    }
+    if let Ok(info) = ClientInfo::from_json(input) {
+        assert_eq!(ClientInfo::from_json(&info.to_json()).as_ref(), Ok(&info));
+    }
+    if let Ok(info) = ServerInfo::from_json(input) {
+        assert_eq!(ServerInfo::from_json(&info.to_json()).as_ref(), Ok(&info));
+    }
+    if cert::relay_key([input]).is_some() {
+        assert!(cert::is_meta(input));
+    }
+    let private = NodePrivate::from_bytes([1; 32]);
+    let mut session = server::Session::default();
+    let _ = session.handle_input(&private, input, &mut |_| ());
+    let mut decoder = Decoder::default();
+    let (_, pieces) = pieces(input);
+    for mut piece in pieces {
+        while let Ok(Some(raw)) = decoder.next(&mut piece, client_verdict) {
+            assert!(raw.body().len() <= 24 + CLIENT_FRAME_LEN_MAX);
+        }
+        assert!(decoder.held_bytes() <= HEADER_LEN + 24 + CLIENT_FRAME_LEN_MAX);
+    }
+}
+
+/// A DISCO datagram, and a plain text as if a datagram had opened to it.
+pub fn disco(input: &[u8]) {
+    match disco::classify(input) {
+        Class::Disco => assert!(disco::sender(input).is_some()),
+        Class::Stun => assert!(stun::is_stun(input)),
+        Class::RelayedDisco | Class::RelayedWireGuard | Class::WireGuard => {}
+    }
+    static SHARED: OnceLock<SharedKey> = OnceLock::new();
+    let ours = DiscoPrivate::from_bytes([1; 32]);
+    let shared = SHARED.get_or_init(|| {
+        let theirs = DiscoPrivate::from_bytes([2; 32]).public();
+        SharedKey::new(&ours, &theirs).expect("this key is not zero")
+    });
+    assert!(shared.open(input).is_err(), "nobody has sealed this");
+    let Ok(message) = Message::parse(input) else {
+        return;
+    };
+    let datagram = shared.seal(&ours.public(), [3; 24], &message);
+    assert_eq!(disco::classify(&datagram), Class::Disco);
+    let plain = shared.open(&datagram).expect("we have sealed this");
+    assert_eq!(plain.len(), message.encoded_len());
+    assert_eq!(Message::parse(&plain), Ok(message));
+}
+
+/// A STUN datagram, at a client and at a server.
+pub fn stun(input: &[u8]) {
+    if stun::parse_response(input).is_ok() {
+        assert!(stun::is_stun(input));
+    }
+    for from in ["192.0.2.1:4000", "[2001:db8::1]:4000"] {
+        let from: SocketAddr = from.parse().expect("an address");
+        let Some(answer) = stun::respond_to_any(input, from) else {
+            assert!(stun::respond(input, from).is_none());
+            continue;
+        };
+        let said = stun::parse_response(answer.as_ref()).expect("an answer of ours");
+        assert_eq!(said.address, from);
+        assert_eq!(input[8..20], said.tx_id);
+    }
+}
+
+/// What a coordination server says to a client: the answer to its handshake when the first bit is
+/// set, otherwise records behind a good handshake, and what they might carry at the front.
+pub fn noise_client(input: &[u8]) {
+    let (control, machine) = (
+        MachinePrivate::from_bytes([1; 32]),
+        MachinePrivate::from_bytes([2; 32]),
+    );
+    let ephemeral = MachinePrivate::from_bytes([3; 32]);
+    let (initiator, hello) = Initiator::new(1, &machine, &control.public(), ephemeral)
+        .expect("these keys are of full order");
+    let (bytes, pieces) = pieces(input);
+    if input.first().is_some_and(|first| first & 1 != 0) {
+        assert!(initiator.finish(bytes).is_err(), "nobody has sealed this");
+        return;
+    }
+    let server = MachinePrivate::from_bytes([4; 32]);
+    let (_, answer) = respond(&control, &hello, &server).expect("a good handshake");
+    let mut session = initiator.finish(&answer).expect("a good answer");
+    let (mut held, mut plaintext) = (BytesMut::new(), BytesMut::new());
+    let mut early = EarlyPayload::default();
+    let mut stripped = BytesMut::new();
+    let (mut opening, mut stripping) = (true, true);
+    for piece in pieces {
+        stripped.extend_from_slice(piece);
+        stripping = stripping && early.strip(&mut stripped).is_ok();
+        held.extend_from_slice(piece);
+        opening = opening && session.opener.open(&mut held, &mut plaintext).is_ok();
+        assert!(!opening || held.len() < RECORD_LEN_MAX);
+    }
+    assert!(plaintext.is_empty(), "nobody has sealed this");
+}
+
+/// What a client says first to a coordination server.
+pub fn noise_server(input: &[u8]) {
+    // The key of the published vectors, so that a seed may be a handshake that opens.
+    let mut control = [0; KEY_LEN];
+    control
+        .iter_mut()
+        .zip(0x20..)
+        .for_each(|(byte, value)| *byte = value);
+    let control = MachinePrivate::from_bytes(control);
+    let ephemeral = MachinePrivate::from_bytes([3; 32]);
+    if let Ok((accepted, answer)) = respond(&control, input, &ephemeral) {
+        assert!(!accepted.machine.is_zero());
+        assert_eq!(answer.len(), RESPONSE_LEN);
+    }
+}
+
+/// The messages of a map stream, compressed when the first bit is set, and the map they make.
+pub fn map_stream(input: &[u8]) {
+    let (_, pieces) = pieces(input);
+    let codec = match input.first() {
+        Some(first) if first & 1 != 0 => Codec::Zstd,
+        Some(_) | None => Codec::Plain,
+    };
+    let now = OffsetDateTime::from_unix_timestamp(1_800_000_000).expect("a time in this century");
+    let local: [IpNet; 1] = ["100.64.0.0/10".parse().expect("a prefix")];
+    let mut reader = FrameReader::new(codec);
+    let mut map = MapState::new(NodePublic([1; 32]));
+    for piece in pieces {
+        reader.handle_bytes(piece);
+        while let Ok(Some(message)) = reader.poll_message() {
+            let frame = encode(Codec::Plain, &message).expect("what was read can be written");
+            let mut again = FrameReader::new(Codec::Plain);
+            again.handle_bytes(&frame);
+            let again = again.poll_message().expect("what was written can be read");
+            assert_eq!(again.as_ref(), Some(&message), "read again");
+            let _ = map.handle_response(now, message);
+            drop(map.snapshot(now, &local));
+            let _ = map.next_expiry(now);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The seeds that the fuzzer starts from, and what it has found.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+    fn the_corpus_holds() {
+        let corpus = |target: &str| -> Vec<Vec<u8>> {
+            let path = format!("{}/fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
+            let entries = std::fs::read_dir(path).unwrap();
+            entries
+                .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
+                .collect()
+        };
+        for (target, run) in [
+            (
+                "derp_client",
+                (|bytes| derp_client(Instant::now(), bytes)) as fn(&[u8]),
+            ),
+            ("derp_server", derp_server),
+            ("derp_parts", derp_parts),
+            ("disco", disco),
+            ("stun", stun),
+            ("noise_client", noise_client),
+            ("noise_server", noise_server),
+            ("map_stream", map_stream),
+            ("uapi", crate::uapi::fuzzing::connection),
+        ] {
+            let seeds = corpus(target);
+            assert!(!seeds.is_empty(), "{target} has no corpus");
+            seeds.iter().for_each(|bytes| run(bytes));
+        }
+    }
+}
