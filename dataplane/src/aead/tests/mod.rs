@@ -29,6 +29,20 @@ fn seeded() -> StdRng {
     StdRng::seed_from_u64(seed)
 }
 
+/// An emulated processor is there for one backend; RINGTAIL_AEAD_BACKENDS says so, and then that
+/// backend must not be left out in silence.
+#[test]
+fn the_backends_asked_for_are_there() {
+    let asked = std::env::var("RINGTAIL_AEAD_BACKENDS").unwrap_or_else(|_| "ring".to_owned());
+    for name in asked.split(',') {
+        let backend = Backend::ALL
+            .into_iter()
+            .find(|backend| backend.name() == name);
+        let backend = backend.unwrap_or_else(|| panic!("no backend is named {name}"));
+        assert!(Aead::force(backend).is_some(), "{name}");
+    }
+}
+
 /// A way to seal and open: a backend as the product uses it, or the kernel on its own.
 struct Way {
     name: String,
