@@ -55,9 +55,6 @@ ip -n "${prefix}v" route add 198.18.0.0/15 via 10.66.2.1
 
 rss() { awk '/^VmRSS/ { print $2 }' "/proc/$1/status"; }
 median() { sort -n | awk '{ v[NR] = $1 } END { print (NR % 2) ? v[(NR + 1) / 2] : (v[NR / 2] + v[NR / 2 + 1]) / 2 }'; }
-pid_in() { ip netns pids "$prefix$1" | while read -r pid; do
-  [ "$(cat "/proc/$pid/comm")" = "$2" ] && echo "$pid"; done | head -1; }
-
 address() { # address NAMESPACE LAST
   ip -n "$prefix$1" addr add "10.67.0.$2/24" dev "f$1$$"
   ip -n "$prefix$1" link set "f$1$$" mtu 1420 up
@@ -70,7 +67,7 @@ start() {
   read -r vprivate key < <("$bench" wgkeys)
   read -r cprivate ckey < <("$bench" wgkeys)
   for end in v c; do
-    inside $end env LOG_LEVEL=error "$@" -f "f$end$$" 2>"$dir/$end.log" &
+    ip netns exec "$prefix$end" env LOG_LEVEL=error "$@" -f "f$end$$" 2>"$dir/$end.log" &
     pids+=($!)
   done
   "$bench" uapi --interface "fv$$" --private-key "$vprivate" --listen-port 7000 --peer "$ckey" \
@@ -83,7 +80,7 @@ start() {
 
 # one PORT: Gb/s through the tunnel beside a flood to PORT of the victim.
 one() {
-  "$bench" flood --netns "${prefix}f" --to "10.66.2.2:$1" --rate "$rate" --seconds "$((seconds + 2))" --kind "$kind" \
+  nice -n -15 "$bench" flood --netns "${prefix}f" --to "10.66.2.2:$1" --rate "$rate" --seconds "$((seconds + 2))" --kind "$kind" \
     --public-key "$key" >"$dir/flood.json" &
   local flood=$!
   sleep 1
@@ -105,14 +102,14 @@ for program in "$@"; do
     *) command=("$program") ;;
   esac
   start "${command[@]}"
-  inside v iperf3 -s >/dev/null 2>&1 &
+  ip netns exec "${prefix}v" iperf3 -s >/dev/null 2>&1 &
   pids+=($!)
   for _ in $(seq 50); do
     inside c ping -q -c 1 -W 1 10.67.0.2 >/dev/null 2>&1 && break
     sleep 0.1
   done
   inside c iperf3 -c 10.67.0.2 -t 1 -C cubic >/dev/null
-  pid=$(pid_in v "$program")
+  pid=${pids[0]}
   before=$(rss "$pid")
   peak=$before
   for _ in $(seq "$rounds"); do

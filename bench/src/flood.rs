@@ -62,6 +62,8 @@ const MESSAGES: usize = 2048;
 const BATCH: usize = 64;
 /// The rate is kept over such steps.
 const STEP: Duration = Duration::from_millis(1);
+/// So much of a stall is made up for.
+const STALL: Duration = Duration::from_millis(5);
 
 /// Sends it all, then says how much that was.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -77,16 +79,15 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let end = start + Duration::from_secs_f64(args.seconds);
     let (mut sent, mut refused) = (0u64, 0u64);
     let mut at = 0usize;
-    loop {
+    let rate = f64::from(args.rate);
+    let (mut last, mut due) = (start, 0.0);
+    while last < end {
         let now = clock::now();
-        if now >= end {
-            break;
-        }
-        let due = (now - start).as_secs_f64() * f64::from(args.rate);
         // What a stall has kept back is not made up for: that would be a burst.
-        let behind = due - (sent + refused) as f64;
-        if behind < BATCH as f64 {
-            clock::sleep(STEP.min(end - now));
+        due = (due + (now - last).as_secs_f64() * rate).min(rate * STALL.as_secs_f64());
+        last = now;
+        if due < BATCH as f64 {
+            clock::sleep(STEP);
             continue;
         }
         let socket = &sockets[at / BATCH % sockets.len()];
@@ -94,6 +95,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         sent += taken as u64;
         refused += (BATCH - taken) as u64;
         at += BATCH;
+        due -= BATCH as f64;
     }
     let seconds = start.elapsed().as_secs_f64();
     println!(
