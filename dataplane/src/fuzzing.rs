@@ -228,6 +228,12 @@ pub fn aead(bytes: &[u8]) {
     }
 }
 
+/// Two joined sessions under a list of operations, two bytes each: starts, deliveries in any order,
+/// damage, data, time. `start` is any moment.
+pub fn session(start: Instant, bytes: &[u8]) {
+    let _opened = crate::session::operations::run(start, bytes);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -371,6 +377,7 @@ mod tests {
             ("tun_read", tun_read as fn(&[u8])),
             ("datagram", datagram),
             ("opened", |bytes: &[u8]| opened(Instant::now(), bytes)),
+            ("session", |bytes: &[u8]| session(Instant::now(), bytes)),
             ("handshake", |bytes: &[u8]| handshake(Instant::now(), bytes)),
             ("aead", aead),
         ] {

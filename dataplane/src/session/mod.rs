@@ -72,6 +72,7 @@ mod machine;
 #[cfg(test)]
 mod model;
 mod opened;
+pub(crate) mod operations;
 mod state;
 mod timers;
 mod tunn;

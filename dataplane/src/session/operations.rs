@@ -1,0 +1,420 @@
+//! Lists of operations on two joined sessions, beside a small model that says what must come out:
+//! what the fuzzer and the tests run.
+//!
+//! The model knows nothing of alarms or cryptography. It keeps, for each end, which keypairs there
+//! are by the rules of [`super::keypair::Keypairs`], when they were made, which counters were used,
+//! and which datagrams arrived; the network keeps every message, and may deliver each any number of
+//! times, in any order, whole or damaged.
+
+#![forbid(unsafe_code)]
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
+
+use super::{
+    Change, Engine, INITIATION_INTERVAL_MIN, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened,
+    REJECT_AFTER_TIME, REKEY_TIMEOUT, Session, ZERO_AFTER_TIME,
+};
+use crate::channel::{PeerConfig, PeerId};
+
+/// Messages the network remembers at most; the oldest go.
+const IN_FLIGHT_MAX: usize = 64;
+/// Alarms that can be due at one moment at most, with what they bring about.
+const STEPS_MAX: usize = 12;
+
+struct Message {
+    to: usize,
+    bytes: Vec<u8>,
+}
+
+/// What the model knows of one keypair of an end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Pair {
+    /// The index under which it receives.
+    index: u32,
+    born: Instant,
+}
+
+/// What the model knows of one end.
+#[derive(Default)]
+struct Known {
+    current: Option<Pair>,
+    next: Option<Pair>,
+    /// The newer one first.
+    previous: [Option<Pair>; 2],
+    derived: Option<Instant>,
+    last_initiation: Option<Instant>,
+    arrived: HashSet<Vec<u8>>,
+}
+
+impl Known {
+    fn retire(&mut self, pair: Option<Pair>) {
+        if pair.is_some() {
+            self.previous = [pair, self.previous[0]];
+        }
+    }
+
+    fn holds(&self, index: u32, now: Instant) -> bool {
+        let [newer, older] = self.previous;
+        [self.current, self.next, newer, older]
+            .into_iter()
+            .flatten()
+            .any(|pair| pair.index == index && now - pair.born < REJECT_AFTER_TIME)
+    }
+}
+
+struct World {
+    now: Duration,
+    start: Instant,
+    engines: [Engine; 2],
+    sessions: [Session; 2],
+    opened: Opened,
+    known: [Known; 2],
+    in_flight: Vec<Message>,
+    sealed: u32,
+}
+
+/// Runs a list of operations: a byte that says which, and one that says on what. Returns how many
+/// datagrams were opened.
+///
+/// # Panics
+/// If the sessions and the model disagree.
+pub(crate) fn run(start: Instant, bytes: &[u8]) -> usize {
+    let mut world = World::new(start);
+    for pair in bytes.chunks_exact(2) {
+        world.operate(pair[0], pair[1]);
+        world.check();
+    }
+    world.known.iter().map(|known| known.arrived.len()).sum()
+}
+
+fn index_at(message: &[u8], at: usize) -> u32 {
+    let bytes = message.get(at..).and_then(<[u8]>::first_chunk);
+    u32::from_le_bytes(*bytes.expect("messages here are long enough"))
+}
+
+impl World {
+    fn new(start: Instant) -> World {
+        let keys = [[1; 32], [2; 32]];
+        let mut engines = [0, 1].map(|own: usize| {
+            let rng = StdRng::seed_from_u64(own as u64);
+            let key = Zeroizing::new(keys[own]);
+            let shard = u8::from(own == 1);
+            Engine::new(crate::Engine::Ringtail, &key, 1420, shard, rng)
+        });
+        let [a, b] = &mut engines;
+        let sessions = [(a, keys[1]), (b, keys[0])].map(|(engine, peer)| {
+            let config = PeerConfig {
+                id: PeerId(7),
+                public_key: PublicKey::from(&StaticSecret::from(peer)).to_bytes(),
+                preshared_key: None,
+                allowed_ips: Vec::new(),
+                persistent_keepalive: None,
+            };
+            engine.session(start, &config)
+        });
+        World {
+            now: Duration::ZERO,
+            start,
+            engines,
+            sessions,
+            opened: Opened::new(crate::Engine::Ringtail),
+            known: Default::default(),
+            in_flight: Vec::new(),
+            sealed: 0,
+        }
+    }
+
+    fn moment(&self) -> Moment {
+        Moment {
+            now: self.start + self.now,
+            wall: Duration::from_secs(1_000_000) + self.now,
+        }
+    }
+
+    fn operate(&mut self, operation: u8, operand: u8) {
+        let end = usize::from(operation & 1);
+        let which = usize::from(operand);
+        match (operation >> 1) % 10 {
+            0 => self.initiate(end, operand & 1 == 1),
+            1 | 2 => self.deliver(which, None, false),
+            // The newest, so that short lists get somewhere.
+            3 | 4 => self.deliver(self.in_flight.len().wrapping_sub(1), None, operand & 1 == 1),
+            5 => self.deliver(which, Some(which), false),
+            6 => self.seal(end, which),
+            7 => self.pass(Duration::from_millis(u64::from(operand))),
+            8 => self.pass(Duration::from_secs(u64::from(operand))),
+            _ => self.pass_to_alarm(end),
+        }
+    }
+
+    fn transmit(&mut self, from: usize, bytes: &[u8]) {
+        if self.in_flight.len() == IN_FLIGHT_MAX {
+            self.in_flight.remove(0);
+        }
+        self.in_flight.push(Message {
+            to: 1 - from,
+            bytes: bytes.to_vec(),
+        });
+    }
+
+    /// An initiation of an end goes out: it keeps its distance.
+    fn initiation(&mut self, end: usize, least: Duration, bytes: &[u8]) {
+        let now = self.moment().now;
+        if let Some(last) = self.known[end].last_initiation.replace(now) {
+            assert!(now - last >= least, "{:?} after the last", now - last);
+        }
+        self.transmit(end, bytes);
+    }
+
+    fn initiate(&mut self, end: usize, again: bool) {
+        let at = self.moment();
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let made = self.sessions[end].initiate(&mut self.engines[end], at, again, &mut out);
+        if let Some(len) = made {
+            let least = if again {
+                INITIATION_INTERVAL_MIN
+            } else {
+                REKEY_TIMEOUT
+            };
+            self.initiation(end, least, &out[..len]);
+        }
+    }
+
+    fn deliver(&mut self, which: usize, damage: Option<usize>, keep: bool) {
+        if self.in_flight.is_empty() {
+            return;
+        }
+        let which = which % self.in_flight.len();
+        let Message { to, mut bytes } = if keep {
+            let message = &self.in_flight[which];
+            Message {
+                to: message.to,
+                bytes: message.bytes.clone(),
+            }
+        } else {
+            self.in_flight.remove(which)
+        };
+        if let Some(at) = damage {
+            // MAC2 is nothing without load: any other byte counts. So does the counter.
+            let len = if bytes[0] == 4 {
+                bytes.len()
+            } else {
+                bytes.len() - 16
+            };
+            bytes[at % len] ^= 0x80;
+        }
+        if bytes[0] == 4 && damage.is_none_or(|at| at % bytes.len() >= 4) {
+            self.open(to, &bytes, damage.is_some());
+        } else {
+            self.handshake(to, &bytes, damage.is_some());
+        }
+    }
+
+    fn handshake(&mut self, end: usize, bytes: &[u8], damaged: bool) {
+        let at = self.moment();
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let handled =
+            self.sessions[end].handle_handshake(&mut self.engines[end], at, bytes, None, &mut out);
+        let Ok(outcome) = handled else { return };
+        assert!(!damaged, "a damaged message is not taken");
+        let message = &out[..outcome.message.expect("either is answered")];
+        let known = &mut self.known[end];
+        let born = at.now;
+        known.derived = Some(born);
+        if bytes[0] == 1 {
+            known.next = Some(Pair {
+                index: index_at(message, 4),
+                born,
+            });
+        } else {
+            let (next, current) = (known.next.take(), known.current.take());
+            known.retire(next);
+            known.retire(current);
+            known.current = Some(Pair {
+                index: index_at(bytes, 8),
+                born,
+            });
+            assert_eq!(outcome.change, Change::Up);
+        }
+        self.transmit(end, message);
+    }
+
+    fn open(&mut self, end: usize, bytes: &[u8], damaged: bool) {
+        let now = self.moment().now;
+        let index = index_at(bytes, 4);
+        let mut run = bytes.to_vec();
+        let report = self.sessions[end].open(
+            &mut self.engines[end],
+            now,
+            index,
+            &mut run,
+            bytes.len(),
+            &mut self.opened,
+            |_| {},
+        );
+        let known = &mut self.known[end];
+        let good = !damaged && known.holds(index, now) && !known.arrived.contains(bytes);
+        assert_eq!(report.datagrams, usize::from(good), "index {index:#x}");
+        assert_eq!(self.opened.len() == 1, good && bytes.len() > OVERHEAD);
+        let confirms = known.next.is_some_and(|next| next.index == index) && good;
+        assert_eq!(report.change == Change::Up, confirms);
+        if confirms {
+            let current = known.current.take();
+            known.retire(current);
+            known.current = known.next.take();
+        }
+        if good {
+            if self.opened.len() == 1 {
+                let packet = self.opened.packet(0, &run);
+                assert!(packet.iter().all(|byte| *byte == packet[0]));
+            }
+            self.known[end].arrived.insert(bytes.to_vec());
+        }
+    }
+
+    fn seal(&mut self, end: usize, len: usize) {
+        let now = self.moment().now;
+        let ready = self.sessions[end].ready(now);
+        let len = 16 * (len + 1);
+        self.sealed += 1;
+        let mut message = vec![self.sealed.to_le_bytes()[0]; len + OVERHEAD];
+        let stride = message.len();
+        let sealed = self.sessions[end].seal(&mut self.engines[end], now, &mut message, stride);
+        assert_eq!(sealed.is_ok(), ready);
+        if sealed.is_ok() {
+            assert!(
+                self.in_flight
+                    .iter()
+                    .all(|other| other.bytes[..16] != message[..16]),
+                "no counter twice"
+            );
+            self.transmit(end, &message);
+        }
+    }
+
+    fn pass_to_alarm(&mut self, end: usize) {
+        if let Some(at) = self.sessions[end].poll_timeout() {
+            let ahead = at.saturating_duration_since(self.moment().now);
+            self.pass(ahead);
+        }
+    }
+
+    /// Lets time pass, through every alarm on the way.
+    fn pass(&mut self, by: Duration) {
+        let until = self.now + by;
+        loop {
+            let due = self.sessions.iter().filter_map(Session::poll_timeout).min();
+            let Some(at) = due.filter(|at| *at <= self.start + until) else {
+                break;
+            };
+            self.now = self.now.max(at - self.start);
+            for end in 0..2 {
+                self.wake(end);
+            }
+        }
+        self.now = until;
+        for known in &mut self.known {
+            if known
+                .derived
+                .is_some_and(|derived| self.start + until >= derived + ZERO_AFTER_TIME)
+            {
+                known.derived = None;
+                (known.current, known.next) = (None, None);
+                known.previous = [None; 2];
+            }
+        }
+    }
+
+    fn wake(&mut self, end: usize) {
+        let at = self.moment();
+        for _ in 0..STEPS_MAX {
+            if self.sessions[end]
+                .poll_timeout()
+                .is_none_or(|next| next > at.now)
+            {
+                return;
+            }
+            let mut out = [0; MESSAGE_LEN_MAX];
+            let outcome = self.sessions[end].handle_timeout(
+                &mut self.engines[end],
+                at,
+                Duration::ZERO,
+                &mut out,
+            );
+            match outcome.message {
+                // A new way may have asked for one sooner than the paper has it.
+                Some(len) if outcome.handshake => {
+                    self.initiation(end, INITIATION_INTERVAL_MIN, &out[..len]);
+                }
+                Some(len) => self.transmit(end, &out[..len]),
+                None => {}
+            }
+        }
+        panic!("alarms without end");
+    }
+
+    fn check(&self) {
+        let now = self.moment().now;
+        for (session, known) in self.sessions.iter().zip(&self.known) {
+            let usable = known
+                .current
+                .is_some_and(|current| now - current.born < REJECT_AFTER_TIME);
+            assert_eq!(session.ready(now), usable);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng, RngExt};
+
+    use super::*;
+
+    /// A handshake delivered step by step, then data each way.
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+    fn a_plain_list_gets_as_far_as_data() {
+        const INITIATE: u8 = 0;
+        const DELIVER_NEWEST: u8 = 3 << 1;
+        const SEAL: u8 = 6 << 1;
+        let list = [
+            INITIATE,
+            DELIVER_NEWEST,
+            DELIVER_NEWEST,
+            DELIVER_NEWEST,
+            SEAL,
+            DELIVER_NEWEST,
+            SEAL | 1,
+            DELIVER_NEWEST,
+        ];
+        let bytes: Vec<u8> = list.into_iter().flat_map(|op| [op, 0]).collect();
+        assert_eq!(
+            run(Instant::now(), &bytes),
+            3,
+            "a keep-alive and two packets"
+        );
+    }
+
+    #[test]
+    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+    fn random_operations_match_the_model() {
+        let seed: u64 = rand::random();
+        println!("seed {seed:#x}");
+        let mut rng = StdRng::seed_from_u64(seed);
+        let lists = std::env::var("RINGTAIL_OPERATION_LISTS")
+            .ok()
+            .and_then(|text| text.parse().ok())
+            .unwrap_or(30);
+        for _ in 0..lists {
+            let mut bytes = vec![0; 2 * rng.random_range(1..300)];
+            rng.fill_bytes(&mut bytes);
+            run(Instant::now(), &bytes);
+        }
+    }
+}
