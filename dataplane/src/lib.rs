@@ -25,6 +25,8 @@
 //! ```
 
 pub mod aead;
+#[doc(hidden)]
+pub mod bench_support;
 pub mod channel;
 pub mod classify;
 pub mod coalesce;

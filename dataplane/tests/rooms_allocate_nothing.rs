@@ -7,7 +7,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ringtail_dataplane::Engine;
 use ringtail_dataplane::aead::{Aead, Backend, Key, MESSAGE_LEN_MIN, Open, Seal};
+use ringtail_dataplane::bench_support::Sessions;
 use ringtail_dataplane::channel::{PeerId, Prefix, Rules};
 use ringtail_dataplane::classify::classify;
 use ringtail_dataplane::coalesce::Coalescer;
@@ -168,4 +170,37 @@ fn sealing_and_opening_allocate_nothing() {
         };
         assert_eq!(allocations(pass), 0, "{aead:?}");
     }
+}
+
+#[test]
+#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
+fn sessions_seal_and_open_without_allocating() {
+    let mut sessions = Sessions::new(Engine::Ringtail, Instant::now(), 3, 1420);
+    let us = SocketAddr::from(([100, 64, 0, 1], 5201));
+    let them = SocketAddr::from(([100, 64, 0, 9], 40_000));
+    let tcp = Tcp {
+        seq: 1,
+        ack: 1,
+        flags: 0x10,
+        window: 1,
+        options: &[],
+    };
+    let vnet = VnetHdr::new(GSO_TCPV4, 40, 1380, 20, 16);
+    let mut large = Builder::new(us, them).tcp(&tcp, &[7; 60_000]);
+    let mut small = Builder::new(us, them).udp(&[7; 300]);
+    let mut bytes = vec![0; 70_000];
+    let mut opened = 0;
+    let mut pass = || {
+        for (vnet, packet) in [(&vnet, &mut large), (&VnetHdr::PLAIN, &mut small)] {
+            for peer in 0..3 {
+                let (datagrams, stride) = sessions.seal(peer, vnet, packet);
+                let len = datagrams.len();
+                bytes[..len].copy_from_slice(datagrams);
+                opened += sessions.open(peer, &mut bytes[..len], stride);
+            }
+        }
+    };
+    pass();
+    assert_eq!(allocations(|| (0..50).for_each(|_| pass())), 0);
+    assert!(opened > 51 * 3 * 60_000);
 }

@@ -1,0 +1,132 @@
+//! Sessions without a data plane around them, for benches and for the counting allocator. Not an
+//! API.
+
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use rand::SeedableRng;
+use rand::rngs::StdRng;
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
+
+use crate::channel::{PeerConfig, PeerId};
+use crate::session::{self, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened, Session};
+use crate::tun::segment::plan;
+use crate::tun::vnet::VnetHdr;
+
+/// Two ends with one session each per peer, all with keys.
+#[expect(missing_debug_implementations, reason = "keys")]
+pub struct Sessions {
+    now: Instant,
+    ends: [session::Engine; 2],
+    near: Vec<Session>,
+    far: Vec<Session>,
+    run: Box<[u8]>,
+    opened: Opened,
+}
+
+/// The first segment of a batch is sealed with this much room at least behind it.
+const ROOM: usize = MESSAGE_LEN_MAX;
+
+impl Sessions {
+    /// Shakes hands once per peer.
+    ///
+    /// # Panics
+    /// If a handshake fails.
+    #[must_use]
+    pub fn new(kind: crate::Engine, now: Instant, peers: u32, mtu: usize) -> Sessions {
+        let keys = [[1; 32], [2; 32]];
+        let engine = |own: usize| {
+            let rng = StdRng::seed_from_u64(own as u64);
+            session::Engine::new(kind, &Zeroizing::new(keys[own]), mtu, 0, rng)
+        };
+        let config = |id, peer: usize| PeerConfig {
+            id: PeerId(id),
+            public_key: PublicKey::from(&StaticSecret::from(keys[peer])).to_bytes(),
+            preshared_key: None,
+            allowed_ips: Vec::new(),
+            persistent_keepalive: None,
+        };
+        let mut sessions = Sessions {
+            now,
+            ends: [engine(0), engine(1)],
+            near: Vec::new(),
+            far: Vec::new(),
+            run: vec![0; (64 << 10) + ROOM].into(),
+            opened: Opened::new(kind),
+        };
+        for id in 0..peers {
+            let [near, far] = &mut sessions.ends;
+            let mut a = near.session(now, &config(id, 1));
+            let mut b = far.session(now, &config(id, 0));
+            let at = Moment {
+                now,
+                wall: Duration::from_secs(u64::from(id)),
+            };
+            let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);
+            let len = a.initiate(near, at, true, &mut there).expect("the first");
+            let answer = b.handle_handshake(far, at, &there[..len], None, &mut back);
+            let len = answer.ok().and_then(|outcome| outcome.message);
+            let response = &back[..len.expect("a response")];
+            let done = a.handle_handshake(near, at, response, None, &mut there);
+            let len = done.ok().and_then(|outcome| outcome.message);
+            let keepalive = &mut there[..len.expect("a keep-alive")];
+            let (index, len) = (index(keepalive), keepalive.len());
+            b.open(
+                far,
+                now,
+                index,
+                keepalive,
+                len,
+                &mut sessions.opened,
+                |_| {},
+            );
+            sessions.near.push(a);
+            sessions.far.push(b);
+        }
+        sessions
+    }
+
+    /// Cuts a packet from the TUN and seals it for a peer. Returns the datagrams and the length of
+    /// each but the last.
+    ///
+    /// # Panics
+    /// If the packet is none, or does not fit a send.
+    pub fn seal(&mut self, peer: usize, vnet: &VnetHdr, packet: &mut [u8]) -> (&mut [u8], usize) {
+        let plan = plan(vnet, packet).expect("a packet");
+        let engine = &mut self.ends[0];
+        let session = &mut self.near[peer];
+        let staged = session.stage(engine, &plan, packet, 0..plan.len(), &mut self.run);
+        assert_eq!(staged.segments, plan.len());
+        let stride = engine.sealed_len(plan.segment_len_max());
+        let messages = &mut self.run[..staged.bytes];
+        let sealed = session.seal(engine, self.now, messages, stride);
+        assert_eq!(sealed, Ok(()));
+        (messages, stride)
+    }
+
+    /// Opens datagrams that [`Sessions::seal`] has made for a peer. Returns the bytes of the
+    /// packets in them, padding included.
+    ///
+    /// # Panics
+    /// If one of them is not good.
+    pub fn open(&mut self, peer: usize, datagrams: &mut [u8], stride: usize) -> usize {
+        let index = index(datagrams);
+        let report = self.far[peer].open(
+            &mut self.ends[1],
+            self.now,
+            index,
+            datagrams,
+            stride,
+            &mut self.opened,
+            |reason| panic!("{reason:?}"),
+        );
+        report.bytes - report.datagrams * OVERHEAD
+    }
+}
+
+fn index(datagram: &[u8]) -> u32 {
+    let bytes = datagram.get(4..8).and_then(<[u8]>::first_chunk);
+    bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
+}
