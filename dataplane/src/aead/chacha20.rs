@@ -2,6 +2,8 @@
 //! ChaCha20 (RFC 8439 §2.3), each lane a block of its own: key, nonce and block number are those of
 //! the packet it is dealt to.
 
+use std::array::from_fn;
+
 use super::deal::Group;
 use super::kernel::Packet;
 use super::lanes::Lanes;
@@ -95,9 +97,7 @@ pub(super) fn xor(text: &mut [u8], len: usize, keystream: &[[u8; BLOCK_LEN]]) {
     let (whole, rest) = text.split_at_mut(len - len % BLOCK_LEN);
     let (blocks, _) = whole.as_chunks_mut::<BLOCK_LEN>();
     for (block, keystream) in blocks.iter_mut().zip(keystream) {
-        for (byte, key) in block.iter_mut().zip(keystream) {
-            *byte ^= key;
-        }
+        *block = from_fn(|i| block[i] ^ keystream[i]);
     }
     let Some(keystream) = keystream.get(blocks.len()) else {
         return;

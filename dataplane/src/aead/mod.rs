@@ -296,7 +296,7 @@ impl Engine {
             #[cfg(target_arch = "x86_64")]
             Engine::Avx2(_) => {
                 let fits = |len_max: usize| bytes <= packets * (MESSAGE_LEN_MIN + len_max);
-                packets >= large_batch && fits(1600) || packets >= 4 && fits(300)
+                packets >= large_batch && fits(1600) || packets >= 3 && fits(300)
             }
             Engine::Ring => true,
         };
@@ -350,14 +350,14 @@ impl Aead {
             );
         }
         let bytes = batch.iter().map(|packet| packet.message.len()).sum();
-        let engine = self.engine.unless_ring_is_faster(batch.len(), bytes, 4);
+        let engine = self.engine.unless_ring_is_faster(batch.len(), bytes, 3);
         engine.seal(batch);
     }
 
     /// Opens every packet in place and sets its `ok`. A bad packet changes nothing for the others.
     pub fn open(&self, batch: &mut [Open<'_>]) {
         let bytes = batch.iter().map(|packet| packet.message.len()).sum();
-        let engine = self.engine.unless_ring_is_faster(batch.len(), bytes, 32);
+        let engine = self.engine.unless_ring_is_faster(batch.len(), bytes, 16);
         engine.open(batch);
     }
 }
