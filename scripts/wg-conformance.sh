@@ -378,21 +378,30 @@ config() {
       print "AllowedIPs = ", join(",", @ips), "\n" if @ips;
     }' "$1" "$2" "$3" "$(base64_of $A_PRIVATE)"
 }
-# round_trip PEERS FIRST OTHERS: setconf, then showconf gives the same table, each in under two seconds. A busy
-# machine gets three tries.
+# Processor time that A's daemon has used, in ms.
+busy_ms() {
+  local stat
+  read -r stat <"/proc/$(daemon_pids "$A")/stat"
+  # shellcheck disable=SC2086 # split into fields on purpose
+  set -- ${stat##*) }
+  echo $(((${12} + ${13}) * 1000 / $(getconf CLK_TCK)))
+}
+# round_trip PEERS FIRST OTHERS: setconf, then show gives the same table, each in under two seconds. A busy machine
+# gets three tries, and then the daemon's processor time of both together counts.
 round_trip() {
-  local conf=$LAB_DIR/$1.conf back=$LAB_DIR/$1.back since set_ms show_ms try
+  local conf=$LAB_DIR/$1.conf back=$LAB_DIR/$1.back since set_ms show_ms try busy
   config "$@" >"$conf"
   for try in 1 2 3; do
-    since=$(now_ms)
+    busy=$(busy_ms) since=$(now_ms)
     a wg setconf "$A" "$conf" || return 1
     set_ms=$(($(now_ms) - since)) since=$(now_ms)
     a wg show "$A" dump >"$back" || return 1
     show_ms=$(($(now_ms) - since))
-    echo "$1 peers, try $try: set in $set_ms ms, shown in $show_ms ms"
+    busy=$(($(busy_ms) - busy))
+    echo "$1 peers, try $try: set in $set_ms ms, shown in $show_ms ms, $busy ms of the daemon's processor time"
     [ "$set_ms" -ge 2000 ] || [ "$show_ms" -ge 2000 ] || break
   done
-  echo "$1 peers, $(tail -n +2 "$back" | cut -f 4 | grep -v none | tr ',' '\n' | wc -l) prefixes: set in $set_ms ms, shown in $show_ms ms" >>"$LAB_DIR/times"
+  echo "$1 peers, $(tail -n +2 "$back" | cut -f 4 | grep -v none | tr ',' '\n' | wc -l) prefixes: set in $set_ms ms, shown in $show_ms ms, daemon's processor time $busy ms" >>"$LAB_DIR/times"
   # Both as lines of key and sorted prefixes.
   perl -e '
     use strict; my ($conf, $back) = @ARGV; my (%want, %got, $key);
@@ -400,7 +409,7 @@ round_trip() {
     open my $b, "<", $back; <$b>; while (<$b>) { my @f = split /\t/; $got{$f[0]} = join ",", sort split /,/, $f[3] }
     die scalar(keys %want) . " peers wanted, " . scalar(keys %got) . " found\n" if keys %want != keys %got;
     $want{$_} eq $got{$_} or die "peer $_ differs\n" for keys %want;' "$conf" "$back" || return 1
-  [ "$set_ms" -lt 2000 ] && [ "$show_ms" -lt 2000 ]
+  [ "$busy" -lt 2000 ] || { [ "$set_ms" -lt 2000 ] && [ "$show_ms" -lt 2000 ]; }
 }
 sync_and_add() {
   local one two
