@@ -101,7 +101,7 @@ impl Messages {
         }
     }
 
-    fn to_seal(&mut self) -> Vec<Seal<'_>> {
+    fn seals(&mut self) -> Vec<Seal<'_>> {
         let packets = self.buffers.iter_mut().zip(0..);
         packets
             .map(|(message, counter)| Seal {
@@ -113,7 +113,7 @@ impl Messages {
             .collect()
     }
 
-    fn to_open(&mut self) -> Vec<Open<'_>> {
+    fn opens(&mut self) -> Vec<Open<'_>> {
         let packets = self.buffers.iter_mut().zip(0..);
         packets
             .map(|(message, counter)| Open {
@@ -136,7 +136,7 @@ fn bench(c: &mut Criterion) {
         for aead in backends() {
             let id = BenchmarkId::from_parameter(aead.backend().name());
             group.bench_function(id, |b| {
-                let mut batch = messages.to_seal();
+                let mut batch = messages.seals();
                 b.iter(|| aead.seal(black_box(&mut batch)));
             });
         }
@@ -154,7 +154,7 @@ fn bench(c: &mut Criterion) {
                     (0..rounds)
                         .map(|_| {
                             messages.restore();
-                            let mut batch = messages.to_open();
+                            let mut batch = messages.opens();
                             timed(|| aead.open(black_box(&mut batch)))
                         })
                         .sum()
@@ -205,12 +205,12 @@ fn ratios() {
             };
             for _ in 0..turns {
                 keep(0, timed(|| messages.seal_by_ring()));
-                let mut batch = messages.to_seal();
+                let mut batch = messages.seals();
                 keep(1, timed(|| aead.seal(&mut batch)));
                 messages.restore();
                 keep(2, timed(|| messages.open_by_ring()));
                 messages.restore();
-                let mut batch = messages.to_open();
+                let mut batch = messages.opens();
                 keep(3, timed(|| aead.open(&mut batch)));
             }
             let [ring_seal, seal, ring_open, open] = best;
