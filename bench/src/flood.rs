@@ -7,7 +7,7 @@
 use crate::{clock, netns};
 use anyhow::{Context, bail};
 use rand::rngs::StdRng;
-use rand::{CryptoRng, Rng, RngExt, SeedableRng};
+use rand::{CryptoRng, RngExt, SeedableRng};
 use ringtail_dataplane::noise::{LocalKeys, Remote, Tai64n, initiation};
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::AsRawFd;
@@ -105,7 +105,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn messages(args: &Args, rng: &mut (impl CryptoRng + Rng)) -> anyhow::Result<Vec<Vec<u8>>> {
+fn messages(args: &Args, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<Vec<u8>>> {
     let key = match &args.public_key {
         Some(text) => Some(unhex(text)?),
         None if args.kind == Kind::Strangers => bail!("strangers need --public-key"),
