@@ -435,7 +435,8 @@ set_commands() {
     a wg set "$A" peer "$other" remove && ! a wg show "$A" peers | grep -qF "$other"
 }
 back_to_none() { ask 'set=1\nreplace_peers=true\n\n' 'errno=0\n\n' && same '' "$(a wg show "$A" peers)"; }
-listed() { a wg show all dump | grep -q "^$A" && a wg show interfaces | tr ' ' '\n' | grep -qx "$A"; }
+# Others' sockets are in the same folder, and those that end meanwhile are an error to `wg show all`.
+listed() { (a wg show all dump || true) | grep "^$A" && (a wg show interfaces || true) | tr ' ' '\n' | grep -x "$A"; }
 
 check "wg set, every option, and wg show" set_commands
 check "wg syncconf, addconf, showconf" sync_and_add
