@@ -80,9 +80,10 @@ impl Peers {
             if self.by_id.len() <= at {
                 self.by_id.resize_with(at + 1, || None);
             }
+            // Not by its key: it may have gone and come back between two of our turns.
             let kept = old
                 .get_mut(at)
-                .and_then(|old| old.take_if(|old| old.config.public_key == config.public_key));
+                .and_then(|old| old.take_if(|old| Arc::ptr_eq(&old.shared, &shared)));
             let kept_alive = kept
                 .as_ref()
                 .is_some_and(|peer| keepalive(&peer.config).is_some());

@@ -40,18 +40,23 @@ fn epoch() -> Instant {
 #[test]
 fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
     let (mut peers, mut engine, now) = (Peers::new(false), engine(), epoch());
-    peers.replace(now, None, [config(1, 1), config(2, 2)].into_iter());
+    let kept = config(1, 1);
+    peers.replace(now, None, [kept.clone(), config(2, 2)].into_iter());
     for id in [PeerId(1), PeerId(2)] {
         assert!(peers.wake(now, id, &mut engine).is_some());
     }
     peers.get(PeerId(2)).unwrap().waiting.push(now, &[0; 30]);
     peers.touch(PeerId(2));
-    let entries = [config(1, 1), config(2, 9)].into_iter();
+    let entries = [kept, config(2, 9)].into_iter();
     let (wanted, dropped) = peers.replace(now, Some(&mut engine), entries);
     assert_eq!((wanted, dropped), (vec![], 1));
     assert!(peers.get(PeerId(1)).unwrap().session().is_some());
     assert!(peers.get(PeerId(2)).unwrap().session().is_none());
     assert_eq!(peers.next_deadline(), None);
+    // Gone and back, and we saw only the last table.
+    let entries = [config(1, 1)].into_iter();
+    peers.replace(now, Some(&mut engine), entries);
+    assert!(peers.get(PeerId(1)).unwrap().session().is_none());
 }
 
 #[test]
@@ -107,8 +112,9 @@ fn an_id_out_of_range_is_not_used() {
 
 #[test]
 fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
-    let kept_alive = |id, key, seconds| {
-        let mut entry = config(id, key);
+    let (first, second) = (config(1, 1), config(2, 2));
+    let kept_alive = |entry: &PeerEntry, seconds| {
+        let mut entry = entry.clone();
         let mut config = PeerConfig::clone(&entry.config);
         config.persistent_keepalive = seconds;
         entry.config = Arc::new(config);
@@ -116,7 +122,7 @@ fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
     };
     let (mut peers, mut engine, now) = (Peers::new(true), engine(), epoch());
     let replace = |peers: &mut Peers, seconds| {
-        let entries = [kept_alive(1, 1, seconds), config(2, 2)];
+        let entries = [kept_alive(&first, seconds), second.clone()];
         peers.replace(now, None, entries.into_iter()).0
     };
     assert_eq!(replace(&mut peers, None), []);
