@@ -41,7 +41,8 @@
 //! instructions for 16 blocks of ChaCha20 and the 64 of Poly1305 that belong to them: the rounds are
 //! 960, scalar MAC and bookkeeping about 3000, at five to six a cycle; IFMA would be about 420 more
 //! at two a cycle. By that count both come to 700 to 800 cycles, so one kernel and one MAC, tested on
-//! every machine, won. Only AVX2 has been measured; AVX-512 has been run in an emulator.
+//! every machine, won. Only AVX2 has been measured; AVX-512 is run in an emulator
+//! (`scripts/avx512.sh`), which shows what it computes and not how fast.
 //!
 //! # Constant time
 //!
@@ -60,8 +61,8 @@
 //!
 //! # Zeroising
 //!
-//! [`Key`]s on drop; keystream and one-time keys of the kernel before it returns. What the compiler
-//! itself moves to the stack, when it runs out of registers, is out of reach, as it is for ring.
+//! [`Key`]s on drop; the buffers of keystream and one-time keys before the kernel returns. What the
+//! compiler moves or copies to the stack, when it runs out of registers, is out of reach.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;

@@ -68,6 +68,9 @@ fn ways() -> Vec<Way> {
             seal,
             Box::new(move |batch| aead.open(batch)),
         );
+        if aead.backend() == Backend::Ring {
+            continue;
+        }
         let seal = Box::new(move |batch: &mut [Seal<'_>]| engine.seal(batch));
         add(
             format!("{name}, never ring"),
@@ -225,7 +228,7 @@ fn compare(way: &Way, packets: &[Packet]) {
 #[test]
 fn every_length_is_as_ring_seals_and_opens_it() {
     let mut rng = seeded();
-    let step = |len: usize| if long() || len < 300 { 1 } else { 31 };
+    let step = |len: usize| if long() || len < 200 { 1 } else { 37 };
     let mut lengths: Vec<usize> = Vec::new();
     let mut len = 0;
     while len <= 2048 {
