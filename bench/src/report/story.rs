@@ -13,6 +13,10 @@ const SWITCHES: [(&str, &str); 3] = [
     ("unblock", "direct again"),
 ];
 
+/// A ping that was under way for so long at most when the direct path was blocked was lost by that, and
+/// not by the switch before.
+const UNDER_WAY_MAX_NS: u64 = 250_000_000;
+
 /// What happened in act one. Times are seconds since its start.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct ActOne {
@@ -98,13 +102,23 @@ impl ActOne {
             .iter()
             .filter_map(|(mark, name)| Some((lab(mark)?, *name)))
             .collect();
+        let first_sent = |at_ns: u64| {
+            if lab("block") == Some(at_ns) {
+                first_lost(
+                    &echoes[..echoes.partition_point(|echo| echo.sent_ns < at_ns)],
+                    at_ns,
+                )
+            } else {
+                at_ns
+            }
+        };
         let mut switches = Vec::new();
         for (index, (from_ns, name)) in starts.iter().enumerate() {
             let to_ns = starts.get(index + 1).map_or(end_ns, |(next, _)| *next);
             let (from_s, to_s) = (since(*from_ns), since(to_ns));
             let within: Vec<Echo> = echoes
                 .iter()
-                .filter(|echo| (*from_ns..to_ns).contains(&echo.sent_ns))
+                .filter(|echo| (first_sent(*from_ns)..first_sent(to_ns)).contains(&echo.sent_ns))
                 .copied()
                 .collect();
             switches.push(Switch {
@@ -182,6 +196,17 @@ fn blackout_s(echoes: &[Echo]) -> f64 {
     longest
 }
 
+/// When the first of those pings was sent that were lost one after the other right up to `at_ns`;
+/// `at_ns` if there are none.
+fn first_lost(before: &[Echo], at_ns: u64) -> u64 {
+    before
+        .iter()
+        .rev()
+        .take_while(|echo| echo.rtt_us.is_none() && at_ns - echo.sent_ns <= UNDER_WAY_MAX_NS)
+        .last()
+        .map_or(at_ns, |echo| echo.sent_ns)
+}
+
 fn seconds(t_ns: u64) -> f64 {
     std::time::Duration::from_nanos(t_ns).as_secs_f64()
 }
@@ -239,6 +264,23 @@ pub(crate) mod tests {
         assert!((got.direct_after_s().expect("direct") - 0.4).abs() < 1e-6);
         assert!((got.switches[2].direct_after_s.expect("direct") - 3.0).abs() < 1e-6);
         assert_eq!(got.switches[1].direct_after_s, None);
+    }
+
+    #[test]
+    fn pings_under_way_when_the_path_is_blocked_are_lost_by_that() {
+        let echoes = |lost: &[u64]| -> Vec<Echo> {
+            let echo = |n| Echo {
+                sent_ns: n * 10_000_000,
+                rtt_us: (!lost.contains(&n)).then_some(500.0),
+            };
+            (200..1000).map(echo).collect()
+        };
+        let at = 10 * S;
+        assert_eq!(first_lost(&echoes(&[]), at), at);
+        assert_eq!(first_lost(&echoes(&[990, 998, 999]), at), 998 * 10_000_000);
+        // So long nothing is under way.
+        let all: Vec<u64> = (900..1000).collect();
+        assert_eq!(first_lost(&echoes(&all), at), 975 * 10_000_000);
     }
 
     #[test]
