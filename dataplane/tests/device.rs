@@ -48,7 +48,7 @@ fn endpoint(pair: &Pair, end: End, ip: IpAddr) {
 }
 
 /// Longer than it takes to repeat an initiation that got no answer: 5 s, and jitter.
-const SOON: Duration = Duration::from_secs(12);
+const SOON: Duration = Duration::from_secs(20);
 
 fn soon(what: &str, done: impl Fn() -> bool) {
     let deadline = Instant::now() + SOON;
@@ -363,6 +363,10 @@ fn peers_come_and_go_with_traffic_flowing() {
                     });
                 }
             }
+        });
+        // The last initiation may have come too soon after the one before it.
+        soon("it works in the end", || {
+            pair.quiet_ping(End::A, End::B.inner4())
         });
         assert!(pair.ping(End::A, End::B.inner4(), 2));
     }
