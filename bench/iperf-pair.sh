@@ -239,10 +239,14 @@ underlay() {
   ip -n "${LAB}hub" addr add 203.0.113.2/32 dev lo
   ip -n "${LAB}left" route add 203.0.113.0/24 via 198.51.100.2
   ip -n "${LAB}right" route add 203.0.113.0/24 via 198.51.100.6
-  ip -n "${LAB}left" addr add $PLAIN_LEFT/32 dev u0
-  ip -n "${LAB}right" addr add $PLAIN_RIGHT/32 dev u0
-  ip -n "${LAB}left" route add $PLAIN_RIGHT dev u0 src $PLAIN_LEFT mtu "$MTU"
-  ip -n "${LAB}right" route add $PLAIN_LEFT dev u0 src $PLAIN_RIGHT mtu "$MTU"
+}
+
+# Nodes announce every address of their host as an endpoint, so that these are there for the plain veth alone.
+start_plain() {
+  ip -n "${LAB}left" addr add $PLAIN_LEFT/32 dev u0 && ip -n "${LAB}right" addr add $PLAIN_RIGHT/32 dev u0 &&
+    ip -n "${LAB}left" route add $PLAIN_RIGHT dev u0 src $PLAIN_LEFT mtu "$MTU" &&
+    ip -n "${LAB}right" route add $PLAIN_LEFT dev u0 src $PLAIN_RIGHT mtu "$MTU" || return 1
+  TARGET=$PLAIN_RIGHT
 }
 
 # Pinned layout: client and right node on CPU 0, left node and server on CPU 1.
@@ -361,7 +365,7 @@ start_program() {
   TARGET=$TUNNEL_RIGHT
   PROCESSES=()
   case $1 in
-    veth) TARGET=$PLAIN_RIGHT ;;
+    veth) start_plain ;;
     ringtail) start_ringtail direct ;;
     ringtail-relay) start_ringtail relay ;;
     ringtail-device) start_device ;;
@@ -400,6 +404,9 @@ stop_program() {
   rm -rf "$LAB_DIR/nyc" "$LAB_DIR/fra"
   ip -n "${LAB}left" link del wg0 2>/dev/null || true
   ip -n "${LAB}right" link del wg0 2>/dev/null || true
+  # The routes go with them.
+  ip -n "${LAB}left" addr del $PLAIN_LEFT/32 dev u0 2>/dev/null || true
+  ip -n "${LAB}right" addr del $PLAIN_RIGHT/32 dev u0 2>/dev/null || true
 }
 
 # Name and path of a program as the tables have it.

@@ -221,6 +221,31 @@ fn an_underlay_with_a_small_mtu_is_crossed_in_fragments() {
 }
 
 #[test]
+fn a_route_that_says_less_than_the_path_carries_costs_no_batches() {
+    if !can_run("a_route_that_says_less_than_the_path_carries_costs_no_batches") {
+        return;
+    }
+    let pair = Pair::new(Setup::default());
+    for end in [End::A, End::B] {
+        run(&format!(
+            "ip -n {} route add {}/32 dev v0 mtu 1300",
+            pair.lab.name(end),
+            end.other().outer4()
+        ));
+    }
+    pair.direct();
+    pair.transfer(End::A, End::B.inner4(), 8 * MIB);
+    let total = pair.a.stats().total();
+    let (sends, packets) = (total.get(Meter::UdpSends), total.get(Meter::UdpPacketsOut));
+    assert!(packets > 6000, "{packets}");
+    let received = pair.b.stats().total().get(Meter::UdpReceives);
+    assert!(
+        received * 4 < packets,
+        "{packets} in {sends} sends arrived in {received} receives"
+    );
+}
+
+#[test]
 fn both_ends_may_start_at_once() {
     if !can_run("both_ends_may_start_at_once") {
         return;

@@ -214,14 +214,16 @@ fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, data: bool) -> io:
         }
     }
     // No don't-fragment bit: until path MTU discovery reaches the TUN, a packet too large for the
-    // underlay is better fragmented than lost.
+    // underlay is better fragmented than lost. Where paths are validated, large probes have passed
+    // whatever the route says of its MTU, and data goes as they did: a route that says less would
+    // have every datagram cut in two and cost us GSO. IPv6 has no routers that fragment.
     if at.is_ipv4() {
-        set_int(
-            fd,
-            libc::IPPROTO_IP,
-            libc::IP_MTU_DISCOVER,
-            libc::IP_PMTUDISC_DONT,
-        )?;
+        let discover = if wanted.device {
+            libc::IP_PMTUDISC_DONT
+        } else {
+            libc::IP_PMTUDISC_OMIT
+        };
+        set_int(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discover)?;
         set_int(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
         if wanted.device {
             set_int(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
