@@ -37,6 +37,8 @@ fi
 need_packages wg=wireguard-tools ip=iproute2 ping=iputils-ping perl=perl-base sysctl=procps nft=nftables
 # shellcheck source=netns/lab.sh
 . scripts/netns/lab.sh
+# shellcheck source=netns/checks.sh
+. scripts/netns/checks.sh
 lab_init
 [ -z "$KEEP" ] || : >"$LAB_DIR/keep"
 
@@ -49,27 +51,14 @@ fi
 DIR=/var/run/wireguard
 A=wa$$ B=wb$$
 SOCK=$DIR/$A.sock
-PASSED=0 FAILED=0 DIFFERS=0
+DIFFERS=0
 
-# check NAME COMMAND...: counts, and says what failed.
-check() {
-  local name=$1
-  shift
-  if "$@" >"$LAB_DIR/check.log" 2>&1; then
-    PASSED=$((PASSED + 1))
-    echo "ok       $name"
-  else
-    FAILED=$((FAILED + 1))
-    echo "FAIL     $name"
-    sed 's/^/         /' "$LAB_DIR/check.log" | tail -n 12
-  fi
-}
 # promise NAME COMMAND...: like check, of what other daemons need not do.
 promise() {
   if [ -n "$OURS" ]; then
     check "$@"
   elif "${@:2}" >"$LAB_DIR/check.log" 2>&1; then
-    echo "ok       $1"
+    echo "ok    $1"
   else
     DIFFERS=$((DIFFERS + 1))
     echo "differs  $1"
@@ -94,20 +83,12 @@ start() {
   timeout 20 ip netns exec "$LAB$1" "$DAEMON" "$2" >>"$LAB_DIR/$2.log" 2>&1 || return 1
   for pid in $(daemon_pids "$2"); do lab_note_pid "$pid" "$2"; done
 }
-# until_true SECONDS COMMAND...
-until_true() {
-  local until=$((SECONDS + $1))
-  shift
-  until "$@" >/dev/null 2>&1; do
-    [ "$SECONDS" -lt "$until" ] || return 1
-    sleep 0.1
-  done
-}
-gone() { [ -z "$(daemon_pids "$1")" ] && [ ! -e "$DIR/$1.sock" ]; }
+ended() { [ -z "$(daemon_pids "$1")" ]; }
+gone() { ended "$1" && [ ! -e "$DIR/$1.sock" ]; }
 stop() {
   local pid
   for pid in $(daemon_pids "$1"); do kill "$pid" 2>/dev/null || true; done
-  until_true 5 gone "$1"
+  within 10 gone "$1"
 }
 same() { [ "$1" = "$2" ] || { echo "wanted: $1"; echo "found:  $2"; return 1; }; }
 # At most 1000 ms between two times in ms.
@@ -163,23 +144,30 @@ second_refused() {
   ! text=$(a timeout 10 "$DAEMON" "$A" 2>&1) && echo "$text" && [ -n "$text" ] && get
 }
 second_says_why() { (a timeout 10 "$DAEMON" "$A" 2>&1 || true) | tee /dev/stderr | grep -q "$A is in use"; }
+# A busy machine gets three tries.
 ends_on_sigterm() {
-  local since pid
-  pid=$(daemon_pids "$A")
-  since=$(now_ms)
-  kill "$pid"
-  # A process that has ended has no program, even while nobody has taken note of its end.
-  while readlink "/proc/$pid/exe" >/dev/null && [ $(($(now_ms) - since)) -lt 5000 ]; do sleep 0.02; done
-  echo "after $(($(now_ms) - since)) ms"
-  [ $(($(now_ms) - since)) -lt 1000 ] && [ ! -e "$SOCK" ] && ! ip -n "${LAB}a" link show "$A"
+  local since pid took
+  for _ in 1 2 3; do
+    [ -S "$SOCK" ] || start a "$A"
+    pid=$(daemon_pids "$A")
+    since=$(now_ms)
+    kill "$pid"
+    # A process that has ended has no program, even while nobody has taken note of its end.
+    while readlink "/proc/$pid/exe" >/dev/null && [ $(($(now_ms) - since)) -lt 5000 ]; do sleep 0.02; done
+    took=$(($(now_ms) - since))
+    echo "after $took ms"
+    [ ! -e "$SOCK" ] && ! ip -n "${LAB}a" link show "$A" || return 1
+    [ "$took" -ge 1000 ] || return 0
+  done
+  return 1
 }
-ends_on_link_del() { start a "$A" && ip -n "${LAB}a" link del "$A" && until_true 3 gone "$A"; }
+ends_on_link_del() { start a "$A" && ip -n "${LAB}a" link del "$A" && within 10 gone "$A"; }
 ends_up_on_link_del() {
-  start a "$A" && ip -n "${LAB}a" link set "$A" up && ip -n "${LAB}a" link del "$A" && until_true 3 gone "$A"
+  start a "$A" && ip -n "${LAB}a" link set "$A" up && ip -n "${LAB}a" link del "$A" && within 10 gone "$A"
 }
-ends_on_socket_deletion() { start a "$A" && rm "$SOCK" && until_true 3 gone "$A" && ! ip -n "${LAB}a" link show "$A"; }
+ends_on_socket_deletion() { start a "$A" && rm "$SOCK" && within 10 gone "$A" && ! ip -n "${LAB}a" link show "$A"; }
 replaces_stale_socket() {
-  start a "$A" && kill -9 "$(daemon_pids "$A")" && until_true 3 test -z "$(daemon_pids "$A")" &&
+  start a "$A" && kill -9 "$(daemon_pids "$A")" && within 10 ended "$A" &&
     [ -S "$SOCK" ] && start a "$A" && get && stop "$A"
 }
 bad_name_refused() { ! a timeout 10 "$DAEMON" "a-name-that-is-too-long" && ! a timeout 10 "$DAEMON" "x/y$$"; }
@@ -193,7 +181,7 @@ foreign_interface_refused() {
 }
 foreground() {
   lab_spawn a fg env "$@" "$A"
-  until_true 5 test -S "$SOCK" && get && kill -0 "$(lab_pid fg)" && kill "$(lab_pid fg)" && until_true 3 gone "$A"
+  within 10 test -S "$SOCK" && get && kill -0 "$(lab_pid fg)" && kill "$(lab_pid fg)" && within 10 gone "$A"
 }
 # The caller's output is not held open: a command substitution ends.
 lets_go_of_stderr() {
@@ -204,7 +192,7 @@ numbered_name() {
   local name
   timeout 10 ip netns exec "${LAB}a" "$DAEMON" "w$$n%d"
   name=$(a wg show interfaces | tr ' ' '\n' | grep -x "w$$n[0-9]*") && ip -n "${LAB}a" link show "$name" &&
-    ip -n "${LAB}a" link del "$name" && until_true 3 test ! -e "$DIR/$name.sock"
+    ip -n "${LAB}a" link del "$name" && within 10 test ! -e "$DIR/$name.sock"
 }
 
 check "returns once interface and socket are there" starts_ready
@@ -294,9 +282,9 @@ hostile() {
       syswrite($s, "get=1\n\n" x 50) if $n % 3 == 0; syswrite($s, "set=1\nfwmark=1\n") if $n % 3 == 1; push @all, $s;
     }
     # While those are open and silent, another is served.
-    my $s = IO::Socket::UNIX->new(Type => SOCK_STREAM, Peer => $ARGV[0]); alarm 5; syswrite($s, "get=1\n\n");
+    my $s = IO::Socket::UNIX->new(Type => SOCK_STREAM, Peer => $ARGV[0]); alarm 20; syswrite($s, "get=1\n\n");
     my $got = ""; while ($got !~ /errno=0\n\n$/) { sysread($s, $got, 65536, length $got) or die "no answer" }' "$SOCK" || return 1
-  get | tail -n 2 | grep -q errno=0 && kill -0 "$pid" && until_true 5 eval "[ \$(ls /proc/$pid/fd | wc -l) -le $((fds + 1)) ]"
+  get | tail -n 2 | grep -q errno=0 && kill -0 "$pid" && within 10 eval "[ \$(ls /proc/$pid/fd | wc -l) -le $((fds + 1)) ]"
 }
 keys() {
   ask "set=1\nprivate_key=$A_PRIVATE\n\n" 'errno=0\n\n' && same "$A_PRIVATE" "$(field private_key)" &&
@@ -312,8 +300,8 @@ own_key() {
 }
 port_in_use() {
   ask 'set=1\nlisten_port=51990\n\n' 'errno=0\n\n' || return 1
-  lab_spawn a holder perl -e 'use IO::Socket::INET; my $s = IO::Socket::INET->new(Proto => "udp", LocalPort => 51991) or die; sleep 20'
-  sleep 0.5
+  lab_spawn a holder perl -e 'use IO::Socket::INET; my $s = IO::Socket::INET->new(Proto => "udp", LocalPort => 51991) or die; sleep 60'
+  within 10 eval 'a ss -lun | grep -q ":51991 "' || return 1
   local failed=''
   ip -n "${LAB}a" link set "$A" up
   ask 'set=1\nlisten_port=51991\n\n' 'errno=-98\n\n' || failed=1
@@ -386,8 +374,11 @@ busy_ms() {
   set -- ${stat##*) }
   echo $(((${12} + ${13}) * 1000 / $(getconf CLK_TCK)))
 }
-# round_trip PEERS FIRST OTHERS: setconf, then show gives the same table, each in under two seconds. A busy machine
-# gets three tries, and then the daemon's processor time of both together counts.
+# A build without optimisation needs half of the two seconds on a machine of today.
+BOUND_MS=2000
+[[ $(readlink -f "$DAEMON") != */debug/* ]] || BOUND_MS=6000
+# round_trip PEERS FIRST OTHERS: setconf, then show gives the same table, each in time. A busy machine gets three
+# tries, and then the daemon's processor time of both together counts.
 round_trip() {
   local conf=$LAB_DIR/$1.conf back=$LAB_DIR/$1.back since set_ms show_ms try busy
   config "$@" >"$conf"
@@ -399,7 +390,7 @@ round_trip() {
     show_ms=$(($(now_ms) - since))
     busy=$(($(busy_ms) - busy))
     echo "$1 peers, try $try: set in $set_ms ms, shown in $show_ms ms, $busy ms of the daemon's processor time"
-    [ "$set_ms" -ge 2000 ] || [ "$show_ms" -ge 2000 ] || break
+    [ "$set_ms" -ge $BOUND_MS ] || [ "$show_ms" -ge $BOUND_MS ] || break
   done
   echo "$1 peers, $(tail -n +2 "$back" | cut -f 4 | grep -v none | tr ',' '\n' | wc -l) prefixes: set in $set_ms ms, shown in $show_ms ms, daemon's processor time $busy ms" >>"$LAB_DIR/times"
   # Both as lines of key and sorted prefixes.
@@ -409,7 +400,7 @@ round_trip() {
     open my $b, "<", $back; <$b>; while (<$b>) { my @f = split /\t/; $got{$f[0]} = join ",", sort split /,/, $f[3] }
     die scalar(keys %want) . " peers wanted, " . scalar(keys %got) . " found\n" if keys %want != keys %got;
     $want{$_} eq $got{$_} or die "peer $_ differs\n" for keys %want;' "$conf" "$back" || return 1
-  [ "$busy" -lt 2000 ] || { [ "$set_ms" -lt 2000 ] && [ "$show_ms" -lt 2000 ]; }
+  [ "$busy" -lt $BOUND_MS ] || { [ "$set_ms" -lt $BOUND_MS ] && [ "$show_ms" -lt $BOUND_MS ]; }
 }
 sync_and_add() {
   local one two
@@ -444,8 +435,8 @@ check "wg lists the interface" listed
 check "round trip of 1 peer" round_trip 1 1 0
 check "round trip of 40 peers with 52 prefixes each" round_trip 40 52 52
 check "round trip of 30 peers, 29 of them with none" round_trip 30 1 0
-check "round trip of 1 peer with 130560 prefixes, under 2 s each way" round_trip 1 130560 0
-check "round trip of 2000 peers with 130560 prefixes, under 2 s each way" round_trip 2000 625 65
+check "round trip of 1 peer with 130560 prefixes, under $((BOUND_MS / 1000)) s each way" round_trip 1 130560 0
+check "round trip of 2000 peers with 130560 prefixes, under $((BOUND_MS / 1000)) s each way" round_trip 2000 625 65
 check "... and back to none" back_to_none
 stop "$A"
 
@@ -467,12 +458,13 @@ b sysctl -qw "net.ipv6.conf.$B.router_solicitations=0" "net.ipv6.conf.$B.addr_ge
 ip -n "${LAB}a" link set "$A" up
 ip -n "${LAB}b" link set "$B" up
 
-pings() { a ping -q -c "${2:-3}" -i 0.2 -W 2 "$1"; }
+# Longer than it takes to repeat an initiation that got lost, 5 s.
+PATIENCE=12
+pings() { a ping -q -c "${2:-3}" -i 0.2 -W $PATIENCE "$1"; }
+exact_counters() { a ping -q -c 10 -i 0.1 -s 56 10.66.0.2 && within 5 counters_exact; }
 # One side sees 1372, the other 1428, or 1460 with a keepalive.
-exact_counters() {
+counters_exact() {
   local from_a from_b
-  a ping -q -c 10 -i 0.1 -s 56 10.66.0.2 || return 1
-  sleep 0.2
   from_a=$(a wg show "$A" transfer | cut -f 2-3 | tr '\t' ' ')
   from_b=$(b wg show "$B" transfer | cut -f 2-3 | tr '\t' ' ')
   echo "a: $from_a, b: $from_b"
@@ -495,10 +487,10 @@ key_change() {
   b wg set "$B" private-key <(echo "$new") &&
     a wg set "$A" peer "$(base64_of $B_PUBLIC)" remove &&
     a wg set "$A" peer "$(wg pubkey <<<"$new")" allowed-ips 10.66.0.2/32,10.99.0.0/24,fd66::2/128 endpoint 192.0.2.2:51983 preshared-key <(key_n 3) &&
-    a ping -q -c 1 -W 8 10.66.0.2 && pings 10.66.0.2 &&
+    a ping -q -c 1 -W $PATIENCE 10.66.0.2 && pings 10.66.0.2 &&
     b wg set "$B" private-key <(base64_of $B_PRIVATE) &&
     a wg set "$A" peer "$(wg pubkey <<<"$new")" remove peer "$(base64_of $B_PUBLIC)" allowed-ips 10.66.0.2/32,10.99.0.0/24,fd66::2/128 endpoint 192.0.2.2:51983 preshared-key <(key_n 3) &&
-    a ping -q -c 1 -W 8 10.66.0.2
+    a ping -q -c 1 -W $PATIENCE 10.66.0.2
 }
 port_change() {
   b wg set "$B" listen-port 51983 && a wg set "$A" peer "$(base64_of $B_PUBLIC)" endpoint 192.0.2.2:51983 && pings 10.66.0.2 &&
@@ -508,11 +500,11 @@ port_change() {
 to_ipv6_outside() { a wg set "$A" peer "$(base64_of $B_PUBLIC)" endpoint "[2001:db8:a::2]:51983" && pings 10.66.0.2 && pings fd66::2; }
 down_up() {
   ip -n "${LAB}a" link set "$A" down && ip -n "${LAB}a" link set "$A" up && ip -n "${LAB}a" address replace fd66::1/64 dev "$A" nodad &&
-    a ping -q -c 1 -W 8 10.66.0.2 && pings fd66::2
+    a ping -q -c 1 -W $PATIENCE 10.66.0.2 && pings fd66::2
 }
 mtu_change() {
-  ip -n "${LAB}a" link set "$A" mtu 9000 && ip -n "${LAB}b" link set "$B" mtu 9000 && a ping -q -c 2 -i 0.2 -W 2 -s 8000 10.66.0.2 &&
-    ip -n "${LAB}a" link set "$A" mtu 1300 && ip -n "${LAB}b" link set "$B" mtu 1300 && a ping -q -c 2 -i 0.2 -W 2 -M "do" -s 1272 10.66.0.2 &&
+  ip -n "${LAB}a" link set "$A" mtu 9000 && ip -n "${LAB}b" link set "$B" mtu 9000 && a ping -q -c 2 -i 0.2 -W $PATIENCE -s 8000 10.66.0.2 &&
+    ip -n "${LAB}a" link set "$A" mtu 1300 && ip -n "${LAB}b" link set "$B" mtu 1300 && a ping -q -c 2 -i 0.2 -W $PATIENCE -M "do" -s 1272 10.66.0.2 &&
     ! a ping -q -c 1 -W 1 -M "do" -s 1273 10.66.0.2 && ip -n "${LAB}a" link set "$A" mtu 1420 && ip -n "${LAB}b" link set "$B" mtu 1420
 }
 keepalive_at_once() {
@@ -520,7 +512,7 @@ keepalive_at_once() {
   local before
   before=$(a wg show "$A" transfer | cut -f 3)
   a wg set "$A" peer "$(base64_of $B_PUBLIC)" persistent-keepalive 600 &&
-    until_true 3 eval '[ "$(a wg show "$A" transfer | cut -f 3)" -gt '"$before"' ]' &&
+    within 10 eval '[ "$(a wg show "$A" transfer | cut -f 3)" -gt '"$before"' ]' &&
     a wg set "$A" peer "$(base64_of $B_PUBLIC)" persistent-keepalive 0
 }
 preshared_key() {
@@ -528,12 +520,12 @@ preshared_key() {
 }
 moved_prefix() {
   # 10.99.0.1 moves to a peer that is nowhere, and back.
-  a ping -q -c 1 -W 3 10.99.0.1 && a wg set "$A" peer "$(key_n 77)" allowed-ips 10.99.0.0/24 && ! a ping -q -c 1 -W 1 10.99.0.1 &&
-    a wg set "$A" peer "$(base64_of $B_PUBLIC)" allowed-ips 10.66.0.2/32,10.99.0.0/24,fd66::2/128 && a ping -q -c 1 -W 3 10.99.0.1 &&
+  a ping -q -c 1 -W $PATIENCE 10.99.0.1 && a wg set "$A" peer "$(key_n 77)" allowed-ips 10.99.0.0/24 && ! a ping -q -c 1 -W 1 10.99.0.1 &&
+    a wg set "$A" peer "$(base64_of $B_PUBLIC)" allowed-ips 10.66.0.2/32,10.99.0.0/24,fd66::2/128 && a ping -q -c 1 -W $PATIENCE 10.99.0.1 &&
     a wg set "$A" peer "$(key_n 77)" remove
 }
 no_key_no_traffic() {
-  a wg set "$A" private-key /dev/null && ! a ping -q -c 1 -W 1 10.66.0.2 && a wg set "$A" private-key <(base64_of $A_PRIVATE) && a ping -q -c 1 -W 8 10.66.0.2
+  a wg set "$A" private-key /dev/null && ! a ping -q -c 1 -W 1 10.66.0.2 && a wg set "$A" private-key <(base64_of $A_PRIVATE) && a ping -q -c 1 -W $PATIENCE 10.66.0.2
 }
 ip -n "${LAB}a" route add 10.99.0.0/24 dev "$A"
 check "ten pings of 84 bytes in a new session count 1372 and 1428 (1460) bytes" exact_counters
@@ -593,16 +585,16 @@ CONF
   }
   quick_up() {
     quick b up "$B" && quick a up "$A" && cat "$LAB_DIR/quick/post-up" && ip -n "${LAB}a" link show "$A" | grep -q 'mtu 1380' &&
-      a ping -q -c 1 -W 8 10.66.0.2 && a ping -q -c 2 -i 0.2 -W 2 fd66::2
+      a ping -q -c 1 -W $PATIENCE 10.66.0.2 && a ping -q -c 2 -i 0.2 -W $PATIENCE fd66::2
   }
   # Everything goes through the tunnel but the tunnel itself, which the mark tells apart.
-  quick_full_tunnel() { [ "$(a wg show "$A" fwmark)" != off ] && a ip route get 10.99.0.1 | grep -q "$A" && a ping -q -c 2 -i 0.2 -W 3 10.99.0.1; }
+  quick_full_tunnel() { [ "$(a wg show "$A" fwmark)" != off ] && a ip route get 10.99.0.1 | grep -q "$A" && a ping -q -c 2 -i 0.2 -W $PATIENCE 10.99.0.1; }
   quick_save() {
     b wg set "$B" peer "$(key_n 50)" allowed-ips 10.50.0.0/16 && quick b save "$B" && grep -qF "$(key_n 50)" "$LAB_DIR/quick/$B.conf" &&
       grep -q '10.50.0.0/16' "$LAB_DIR/quick/$B.conf" && grep -qF "PrivateKey = $(base64_of $B_PRIVATE)" "$LAB_DIR/quick/$B.conf"
   }
-  quick_down() { quick a down "$A" && until_true 3 gone "$A" && quick b down "$B" && until_true 3 gone "$B"; }
-  quick_again() { quick b up "$B" && quick a up "$A" && a ping -q -c 1 -W 8 10.66.0.2 && b wg show "$B" peers | grep -qF "$(key_n 50)" && quick_down; }
+  quick_down() { quick a down "$A" && within 10 gone "$A" && quick b down "$B" && within 10 gone "$B"; }
+  quick_again() { quick b up "$B" && quick a up "$A" && a ping -q -c 1 -W $PATIENCE 10.66.0.2 && b wg show "$B" peers | grep -qF "$(key_n 50)" && quick_down; }
   check "wg-quick up with ordinary files on both sides" quick_up
   check "wg-quick's full tunnel: default route and fwmark" quick_full_tunnel
   check "wg-quick save" quick_save
@@ -612,5 +604,5 @@ fi
 
 cat "$LAB_DIR/times" 2>/dev/null || true
 [ -n "$OURS" ] || echo "$DIFFERS of ringtail's own promises are not this daemon's"
-echo "wg-conformance: $PASSED passed, $FAILED failed"
-[ "$FAILED" = 0 ]
+echo "wg-conformance: $(counted ok) passed, $(counted FAIL) failed"
+[ "$(counted FAIL)" = 0 ]

@@ -43,7 +43,7 @@ start_relay() {
   rm -f "$LAB_DIR/$2/derp-node.json"
   lab_spawn "$1" "$2" "$RINGTAIL" derp --hostname "$3" --addr "$3:443" ${6:+--addr "[$6]:443"} --stun-port 3478 \
     --state-dir "$LAB_DIR/$2" --region-id "$4" --region-code "$5"
-  lab_wait_file "$LAB_DIR/$2/derp-node.json" 5
+  lab_wait_file "$LAB_DIR/$2/derp-node.json" 20
 }
 
 # make_derp_map RELAY...: joins the relays' own entries into one DERP map file.
@@ -62,7 +62,7 @@ start_story_hosts() {
   start_relay fra fra 203.0.113.2 901 fra 2001:db8::2 || return 1
   make_derp_map nyc fra || return 1
   start_coord
-  for _ in $(seq 100); do
+  for _ in $(seq 400); do
     if "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key" 2>"$LAB_DIR/keys.log" &&
       [ -s "$LAB_DIR/auth-key" ]; then
       return 0
