@@ -13,6 +13,7 @@
 #   lab_pid LABEL                  its process id
 #   lab_stop LABEL [SIGNAL]        end it and wait
 #   lab_run COMMAND...             run in the foreground, but interruptible by signals
+#   lab_limit SECONDS COMMAND      if the script still runs by then: COMMAND, and its end
 #   lab_wire NS IF NS IF           a veth pair, both ends up
 #   lab_internet, lab_host, lab_far, lab_home, lab_block, lab_unblock      the internet of act one
 #   lab_clean                      take everything down (the traps call it)
@@ -105,6 +106,13 @@ lab_run() {
   "$@" &
   lab_note_pid $! run
   wait $!
+}
+
+# Nothing that hangs may hang for ever: the guard wakes the script up, and if that does not help, ends it.
+lab_limit() {
+  # shellcheck disable=SC2064 # the command of now
+  trap "trap '' ALRM; $2; exit 1" ALRM
+  echo $((EPOCHSECONDS + $1)) >"$LAB_DIR/limit"
 }
 
 # lab_wait_file FILE SECONDS
@@ -236,7 +244,7 @@ lab_clean() {
   # Subshells inherit the trap; only the script itself cleans up.
   [ "$BASHPID" = "${LAB_OWNER:-}" ] || return $status
   trap - EXIT
-  trap '' INT TERM HUP
+  trap '' INT TERM HUP ALRM
   if [ -e "$LAB_DIR/keep" ]; then
     return $status
   fi
@@ -271,12 +279,15 @@ lab_remove() {
 
 # The guard: waits for the script's death, then cleans up in its place if it could not.
 lab_guard() {
-  local owner=$1 at=$2 idle
+  local owner=$1 at=$2 idle limit
   LAB=$3 LAB_DIR=$4
   exec {idle}<> <(:)
   while [ -d "$LAB_DIR" ] && [ ! -e "$LAB_DIR/keep" ] && [ "$(lab_started_at "$owner")" = "$at" ]; do
     # A pause without starting a process.
     read -rt 1 -u "$idle" || true
+    { read -r limit <"$LAB_DIR/limit"; } 2>/dev/null || continue
+    [ "$EPOCHSECONDS" -lt "$limit" ] || kill -ALRM "$owner"
+    [ "$EPOCHSECONDS" -lt $((limit + 60)) ] || kill -KILL "$owner"
   done
   [ ! -d "$LAB_DIR" ] || [ -e "$LAB_DIR/keep" ] || lab_remove
 }

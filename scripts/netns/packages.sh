@@ -1,4 +1,22 @@
 # shellcheck shell=bash
+# Debian packages and downloads. Source it.
+
+# thrice COMMAND...: until it succeeds, three times at the most: networks and registries have hiccups.
+thrice() {
+  local try
+  for try in 1 2; do
+    ! "$@" || return 0
+    echo "failed, try $try of 3: $*" >&2
+    sleep $((try * 10))
+  done
+  "$@"
+}
+
+# Another program may hold the lock of the packages on a machine that has just started.
+apt_get() { apt-get -qq -o DPkg::Lock::Timeout=120 -o Acquire::Retries=3 "$@"; }
+apt_lists() { [ -n "$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)" ] || thrice apt_get update >/dev/null || true; }
+apt_install() { apt_get install -y --no-install-recommends "$@" >/dev/null; }
+
 # need_packages COMMAND=PACKAGE...: installs the Debian packages of the commands (or files, by full path) that
 # are missing.
 # Says nothing when all are there.
@@ -12,11 +30,12 @@ need_packages() {
   echo "installing ${missing[*]} ..."
   local package failed=()
   export DEBIAN_FRONTEND=noninteractive
-  [ -n "$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)" ] || apt-get update -qq >/dev/null || true
-  if ! apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null 2>&1; then
-    apt-get update -qq >/dev/null || true
+  apt_lists
+  if ! apt_install "${missing[@]}" 2>/dev/null; then
+    # The lists may be old, or one of the packages may be missing.
+    thrice apt_get update >/dev/null || true
     for package in "${missing[@]}"; do
-      apt-get install -y -qq --no-install-recommends "$package" >/dev/null || failed+=("$package")
+      thrice apt_install "$package" || failed+=("$package")
     done
   fi
   [ ${#failed[@]} = 0 ] || { echo "could not install: ${failed[*]}" >&2; return 1; }
@@ -30,10 +49,10 @@ unpack_package() {
   rm -rf "$2" && mkdir -p "$2" && at=$(mktemp -d) || return 1
   # apt-get may download as a user of its own.
   chmod 755 "$at"
-  [ -n "$(ls /var/lib/apt/lists/*Packages* 2>/dev/null)" ] || apt-get update -qq >/dev/null || true
+  apt_lists
   (
     cd "$at"
-    apt-get download -qq "$1" >/dev/null 2>&1 || { apt-get update -qq >/dev/null && apt-get download -qq "$1" >/dev/null; }
+    apt_get download "$1" >/dev/null 2>&1 || { thrice apt_get update >/dev/null && thrice apt_get download "$1" >/dev/null; }
   ) && dpkg -x "$at"/*.deb "$2" && : >"$2/.complete"
   local status=$?
   rm -rf "$at"

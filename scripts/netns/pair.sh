@@ -1,37 +1,12 @@
 # shellcheck shell=bash
 # One WireGuard device of ours and one of another program, in namespaces of their own: see interop.sh for the
-# picture. Source it after lab.sh, peers.sh and vm.sh; set OURS, BENCH, RESULTS and the sizes there.
+# picture. Source it after lab.sh, checks.sh, peers.sh and vm.sh; set OURS, BENCH and the sizes there.
 #
-# Everything here runs in a subshell per meeting, which sets:
-#   P        prefix of its namespaces, logs and files
+# Everything here runs in a subshell per meeting, which has:
+#   P        prefix of its namespaces, logs and files;  TRY  empty, or a number when it is held again
+#   CHECKS   what has been counted
 #   PROGRAM  the other program;  FIRST  who has an endpoint, a or b;  TITLE  for the results
 #   IF_a, IF_b   interface names: unique on the machine, for the sockets of all devices share a directory
-
-# ---- counting --------------------------------------------------------------------------------
-
-# check NAME COMMAND...: counts, and says what failed. What the command leaves in $SAID is shown behind the name.
-check() {
-  local name="$TITLE: $1" log=$LAB_DIR/check.$BASHPID
-  shift
-  SAID=''
-  if "$@" >"$log" 2>&1; then
-    echo "ok    $name${SAID:+ ($SAID)}" | tee -a "$RESULTS"
-  else
-    echo "FAIL  $name${SAID:+ ($SAID)}" | tee -a "$RESULTS"
-    sed 's/^/      /' "$log" | tail -n 8
-  fi
-}
-
-pause() { sleep "$1" & wait $!; }
-within() { # SECONDS COMMAND...: until it succeeds
-  local end=$((SECONDS + $1))
-  shift
-  until "$@"; do
-    [ $SECONDS -lt $end ] || return 1
-    pause 0.2
-  done
-}
-not() { ! "$@"; }
 
 show_logs() {
   local log
@@ -44,20 +19,20 @@ show_logs() {
 
 # ---- two devices -----------------------------------------------------------------------------
 
-# on NODE COMMAND...
+# on NODE COMMAND...: not for ever.
 on() {
   local node=$1
   shift
   if [ "$node$PROGRAM" = bkernel ]; then
-    vm_run "${P}m" "$@"
+    vm_run "${P}m" timeout $((PACED_S * 2)) "$@"
   else
-    lab_in "$P$node" "$@"
+    lab_in "$P$node" timeout $((PACED_S * 2)) "$@"
   fi
 }
 bench() { # NODE SUBCOMMAND...
   local node=$1
   shift
-  if [ "$node$PROGRAM" = bkernel ]; then on b timeout $((PACED_S * 2)) ringtail-bench "$@"; else on "$node" env RUST_BACKTRACE=0 timeout $((PACED_S * 2)) "$BENCH" "$@"; fi
+  if [ "$node$PROGRAM" = bkernel ]; then on b ringtail-bench "$@"; else on "$node" env RUST_BACKTRACE=0 "$BENCH" "$@"; fi
 }
 other() { [ "$1" = a ] && echo b || echo a; }
 interface() { [ "$1" = a ] && echo "$IF_a" || echo "$IF_b"; }
@@ -221,7 +196,6 @@ transfer() {
 meeting() { # PROGRAM FIRST
   PROGRAM=$1 FIRST=$2
   TITLE="$PROGRAM, $([ "$FIRST" = a ] && echo "we begin" || echo "it begins")"
-  P=${PROGRAM//-/}$FIRST
   case $PROGRAM in
     wireguard-go) IF_b=w ;;
     wireguard-go-debian) IF_b=d ;;
@@ -229,14 +203,14 @@ meeting() { # PROGRAM FIRST
     gotatun) IF_b=g ;;
     kernel) IF_b=k ;;
   esac
-  IF_b=rt$$$IF_b$FIRST IF_a=${IF_b}o
+  IF_b=rt$$$IF_b$FIRST$TRY IF_a=${IF_b}o
   local second
   second=$(other "$FIRST")
   printf '/var/run/wireguard/%s.sock\n' "$IF_a" "$IF_b" >>"$LAB_DIR/files"
 
   underlay
   if [ "$PROGRAM" = kernel ]; then
-    vm_ready "${P}m" 120 || { check "the virtual machine boots" false; return; }
+    vm_ready "${P}m" 240 || { check "the virtual machine boots" false; return; }
     on b sh -c "head -c $BYTES_VM /dev/urandom >/tmp/full.in; head -c $BYTES_VM_PACED /tmp/full.in >/tmp/paced.in"
   fi
   host a "$(outer4 a)" "$(outer6 a)" 192.0.2.254 2001:db8:1::254

@@ -6,7 +6,7 @@
 quick_meeting() {
   PROGRAM=$1 FIRST=$2
   TITLE="wg-quick, $([ "$2" = a ] && echo "we are the client" || echo "we are the server") of $1"
-  P=quick$2 IF_a=rt$$qo$2 IF_b=rt$$qp$2
+  IF_a=rt$$qo$2$TRY IF_b=rt$$qp$2$TRY
   local client=$2 server node
   server=$(other "$client")
   printf '/var/run/wireguard/%s.sock\n' "$IF_a" "$IF_b" >>"$LAB_DIR/files"

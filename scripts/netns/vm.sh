@@ -6,25 +6,31 @@
 #   vm_prepare BENCH              packages, kernel and initramfs; KERNEL_VERSION
 #   vm_start NS LABEL INTERFACE   boots one whose eth0 is a new tap INTERFACE in namespace NS
 #   vm_ready NS SECONDS           until its shell answers
-#   vm_run NS COMMAND...          runs a command in it: output, exit code
+#   vm_run NS COMMAND...          runs a command in it, for VM_RUN_S at the most: output, exit code
 
 # The addresses of the shell's link.
 VM_ADDRESS=169.254.77.2 VM_HOST=169.254.77.1
+VM_RUN_S=300
 
 vm_prepare() {
-  local meta package
   [ "$(uname -m)" = x86_64 ] || { echo "the emulated kernel is for x86-64 hosts"; return 1; }
-  need_packages qemu-system-x86_64=qemu-system-x86 busybox=busybox-static wg=wireguard-tools xz=xz-utils strip=binutils || return 1
+  lab_run need_packages qemu-system-x86_64=qemu-system-x86 busybox=busybox-static wg=wireguard-tools xz=xz-utils strip=binutils || return 1
+  # Once more, for the first may have found that the lists of packages are old, and mended them.
+  vm_kernel || vm_kernel || { echo "the packages have no cloud kernel that can be had"; return 1; }
+  KERNEL_VERSION=$(basename "$VM_KERNEL"/lib/modules/*)
+  vm_initramfs "$1"
+}
+
+vm_kernel() {
+  local meta package
+  lab_run apt_lists
   # Where Debian has several cloud kernels, that of its newer release is the one asked for.
   for meta in linux-image-6.12-cloud-amd64 linux-image-cloud-amd64; do
     package=$(apt-cache depends "$meta" 2>/dev/null | awk '$1 == "Depends:" && $2 ~ /^linux-image-/ { print $2; exit }')
     [ -z "$package" ] || break
   done
-  [ -n "$package" ] || { echo "no cloud kernel among the packages"; return 1; }
   VM_KERNEL=$CACHE/$package
-  unpack_package "$package" "$VM_KERNEL" || { echo "$package: cannot be had"; return 1; }
-  KERNEL_VERSION=$(basename "$VM_KERNEL"/lib/modules/*)
-  vm_initramfs "$1"
+  [ -n "$package" ] && lab_run unpack_package "$package" "$VM_KERNEL"
 }
 
 # vm_module DIRECTORY MODULE: it and what it needs, uncompressed, and their order.
@@ -91,10 +97,9 @@ vm_start() { # NS LABEL INTERFACE
 }
 
 vm_ready() { # NS SECONDS
-  local tries=$2
+  local end=$((SECONDS + $2)) VM_RUN_S=10
   until vm_run "$1" true 2>/dev/null; do
-    tries=$((tries - 1))
-    [ $tries -gt 0 ] || return 1
+    [ $SECONDS -lt $end ] || return 1
     sleep 1
   done
 }
@@ -104,7 +109,7 @@ vm_run() { # NS COMMAND...
   shift
   text=$(printf '%q ' "$@")
   # shellcheck disable=SC2016 # for the other shell
-  answer=$(lab_in "$ns" bash -c 'exec 3<>"/dev/tcp/$1/2323" && printf "(%s) </dev/null 2>&1\necho \"exit=\$?\"\nexit\n" "$2" >&3 && cat <&3' \
+  answer=$(lab_in "$ns" timeout $VM_RUN_S bash -c 'exec 3<>"/dev/tcp/$1/2323" && printf "(%s) </dev/null 2>&1\necho \"exit=\$?\"\nexit\n" "$2" >&3 && cat <&3' \
     - $VM_ADDRESS "$text") || return 1
   [[ $answer == *exit=* ]] || return 1
   printf '%s' "${answer%exit=*}"
