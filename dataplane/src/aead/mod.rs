@@ -44,6 +44,13 @@
 //! every machine, won. Only AVX2 has been measured; AVX-512 is run in an emulator
 //! (`scripts/avx512.sh`), which shows what it computes and not how fast.
 //!
+//! Tried with AVX2 on Zen 3, in ns per packet of 1420 bytes in a batch of 45 (this kernel 692, ring 818):
+//! the MAC in vectors too, four packets of limbs of 26 bits side by side, all rounds before all MACs: 911
+//! alone, and no better beside another busy hardware thread of the core; groups of 16 blocks in two
+//! vectors, to share the bookkeeping: 773. A core whose other hardware thread is busy gives the kernel
+//! about half its units, and ring, which uses fewer instructions at a time, loses less by that: both
+//! then take about the same time.
+//!
 //! # Constant time
 //!
 //! No branch and no address depends on a key, a text or a tag: rounds are additions, exclusive ors and
