@@ -22,7 +22,6 @@ use zeroize::Zeroizing;
 use super::handshakes::Handshakes;
 use super::interface::Interface;
 use super::link::{self, OwnLink};
-use super::node::watch_descriptor;
 use super::runtime;
 use super::uapi::{self, Call, SOCKET_DIR, Socket};
 use crate::device::{Device, Status, Traffic};
@@ -139,7 +138,7 @@ impl Running {
         mut calls: mpsc::Receiver<Call>,
         mut link_news: mpsc::Receiver<OwnLink>,
     ) -> anyhow::Result<()> {
-        let shards = watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
+        let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hang_up = signal(SignalKind::hangup())?;

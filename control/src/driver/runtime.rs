@@ -4,8 +4,11 @@
 //! to know which of the two runs; who owns a stream asks [`Kind`] for the transport to use.
 
 use std::future::Future;
+use std::os::fd::OwnedFd;
 
 use anyhow::Context as _;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Which runtime is running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +39,15 @@ where
             tokio::task::LocalSet::new().block_on(&runtime, make(Kind::Tokio))
         }
     }
+}
+
+/// Something that becomes readable when the shards have news.
+#[expect(
+    deprecated,
+    reason = "the caveat is about types that lend their descriptor; this one owns it"
+)]
+pub(super) fn watch_descriptor(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    AsyncFd::with_interest(fd, Interest::READABLE)
 }
 
 #[cfg(test)]

@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::kernel::{self, Packet};
+use super::kernel;
 use super::lanes::Lanes;
+use super::packet::Packet;
 
 /// Proof of AVX2, and of BMI2 for the multiplications of Poly1305.
 #[derive(Clone, Copy, Debug)]

@@ -2,8 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use super::kernel::{self, Packet};
+use super::kernel;
 use super::lanes::Lanes;
+use super::packet::Packet;
 
 /// Proof of AVX-512F, and of BMI2 for the multiplications of Poly1305.
 #[derive(Clone, Copy, Debug)]

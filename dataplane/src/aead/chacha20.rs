@@ -5,11 +5,9 @@
 use std::array::from_fn;
 
 use super::deal::Group;
-use super::kernel::Packet;
-use super::lanes::Lanes;
+use super::lanes::{BLOCK_LEN, Lanes};
+use super::packet::Packet;
 
-/// Bytes of a block.
-pub(super) const BLOCK_LEN: usize = 64;
 /// Double rounds of a block.
 pub(super) const DOUBLE_ROUNDS: usize = 10;
 /// "expand 32-byte k".

@@ -9,8 +9,8 @@
 //! takes the next one; when none is left, the other tracks share the lanes. So every lane works until
 //! the batch ends, whatever the lengths.
 
-use super::chacha20::BLOCK_LEN;
-use super::kernel::Packet;
+use super::lanes::BLOCK_LEN;
+use super::packet::Packet;
 
 /// Neighbouring lanes with successive blocks of one packet.
 #[derive(Clone, Copy, Default)]

@@ -14,34 +14,11 @@ use std::array::from_fn;
 use zeroize::optimization_barrier;
 
 use super::TAG_LEN;
-use super::chacha20::{self, BLOCK_LEN, DOUBLE_ROUNDS, columns, diagonals, low_bytes, xor};
+use super::chacha20::{self, DOUBLE_ROUNDS, columns, diagonals, low_bytes, xor};
 use super::deal::{Dealer, Group, Run, split_row};
-use super::lanes::Lanes;
+use super::lanes::{BLOCK_LEN, Lanes};
+use super::packet::Packet;
 use super::poly1305::Poly1305;
-
-/// A packet as the kernel sees it.
-pub(super) trait Packet {
-    /// Whether the text is plaintext and becomes ciphertext, or the other way round.
-    const SEALING: bool;
-
-    /// The key, as little-endian words.
-    fn key(&self) -> &[u32; 8];
-    /// The nonce, as little-endian words.
-    fn nonce(&self) -> [u32; 3];
-    /// What is authenticated besides the text: nothing in WireGuard, but the published vectors have
-    /// it.
-    fn associated(&self) -> &[u8] {
-        &[]
-    }
-    /// The length of the text; `None` for a packet to leave alone.
-    fn text_len(&self) -> Option<u32>;
-    /// The text and at least [`TAG_LEN`] bytes behind it.
-    fn text(&self) -> &[u8];
-    /// The same.
-    fn text_mut(&mut self) -> &mut [u8];
-    /// Takes the tag, computed over the ciphertext; the text is done by then.
-    fn settle(&mut self, tag: [u8; TAG_LEN]);
-}
 
 /// Seals or opens the batch: `N` lanes, `T` packets under way, and of each `Q` blocks of its MAC in
 /// half a double round. A group is `4 * N` blocks of the MAC, and there are 20 halves to do them in.

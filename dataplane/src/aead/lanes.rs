@@ -2,6 +2,9 @@
 //! What the kernel needs of a processor: vectors of 32-bit words, one lane for each block of
 //! ChaCha20.
 
+/// Bytes of a block of ChaCha20.
+pub(super) const BLOCK_LEN: usize = 64;
+
 /// A vector of `N` words.
 pub(super) trait Lanes<const N: usize>: Copy {
     /// Proof that the processor has what the operations need, and constants of theirs. A vector is
@@ -21,5 +24,5 @@ pub(super) trait Lanes<const N: usize>: Copy {
     /// Every lane rotated left by `BITS`, one of ChaCha20's 16, 12, 8 and 7.
     fn rotate<const BITS: i32>(self, cpu: Self::Cpu) -> Self;
     /// Writes what lane `i` has in each of the 16 vectors as block `i`, little-endian.
-    fn store(words: [Self; 16], blocks: &mut [[u8; 64]; N]);
+    fn store(words: [Self; 16], blocks: &mut [[u8; BLOCK_LEN]; N]);
 }

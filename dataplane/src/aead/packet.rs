@@ -3,8 +3,31 @@
 
 use std::hint::black_box;
 
-use super::kernel::Packet;
 use super::{HEADER_LEN, Open, Seal, TAG_LEN, well_formed};
+
+/// A packet as the kernel sees it.
+pub(super) trait Packet {
+    /// Whether the text is plaintext and becomes ciphertext, or the other way round.
+    const SEALING: bool;
+
+    /// The key, as little-endian words.
+    fn key(&self) -> &[u32; 8];
+    /// The nonce, as little-endian words.
+    fn nonce(&self) -> [u32; 3];
+    /// What is authenticated besides the text: nothing in WireGuard, but the published vectors have
+    /// it.
+    fn associated(&self) -> &[u8] {
+        &[]
+    }
+    /// The length of the text; `None` for a packet to leave alone.
+    fn text_len(&self) -> Option<u32>;
+    /// The text and at least [`TAG_LEN`] bytes behind it.
+    fn text(&self) -> &[u8];
+    /// The same.
+    fn text_mut(&mut self) -> &mut [u8];
+    /// Takes the tag, computed over the ciphertext; the text is done by then.
+    fn settle(&mut self, tag: [u8; TAG_LEN]);
+}
 
 impl Packet for Seal<'_> {
     const SEALING: bool = true;

@@ -11,7 +11,7 @@ use crate::channel::PeerId;
 use crate::packet::ecn;
 use crate::peer::{Kind, Peer};
 use crate::session::{BATCH_MAX, Engine, MESSAGE_LEN_MAX};
-use crate::shard::Context;
+use crate::shard::context::Context;
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
 use crate::udp::SEND_BYTES_MAX;

@@ -7,7 +7,7 @@
 
 #![forbid(unsafe_code)]
 
-mod context;
+pub(crate) mod context;
 mod inbound;
 mod outbound;
 mod transmit;
@@ -17,7 +17,7 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-pub(crate) use context::Context;
+use context::Context;
 use transmit::Transmit;
 
 use crate::channel::hub::{Handed, Inbox, PeerTable, Settings};

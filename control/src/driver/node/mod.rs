@@ -15,15 +15,12 @@ mod start;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
-use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
 use ringtail_dataplane::{Dataplane, Engine};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -108,7 +105,7 @@ struct Node {
 
 impl Node {
     async fn run(mut self) -> anyhow::Result<()> {
-        let shards = watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
+        let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut save = tokio::time::interval(SAVE_PERIOD);
@@ -218,14 +215,6 @@ impl Node {
             }
         }
     }
-}
-
-#[expect(
-    deprecated,
-    reason = "the caveat is about types that lend their descriptor; this one owns it"
-)]
-pub(super) fn watch_descriptor(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
-    AsyncFd::with_interest(fd, Interest::READABLE)
 }
 
 /// The next event, or never where there is no source or it has ended.

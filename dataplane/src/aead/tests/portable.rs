@@ -2,8 +2,9 @@
 
 use std::array::from_fn;
 
-use crate::aead::kernel::{self, Packet};
+use crate::aead::kernel;
 use crate::aead::lanes::Lanes;
+use crate::aead::packet::Packet;
 
 #[derive(Clone, Copy)]
 struct Portable<const N: usize>([u32; N]);

