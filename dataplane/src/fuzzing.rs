@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! What the fuzz targets run, as ordinary functions from bytes to nothing: `dataplane/fuzz` feeds
 //! them from a fuzzer, the tests below from a seed. Each checks what must hold for any input, on
-//! top of not panicking.
+//! top of not panicking. `dataplane/oracle` gets the sessions and the model of their keypairs here.
 
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
@@ -20,6 +20,14 @@ use crate::noise::{self, Gate, Initiated, LocalKeys, Remote, Tai64n, Verdict};
 use crate::packet::header::Headers;
 use crate::tun::segment::plan;
 use crate::tun::vnet::VnetHdr;
+
+pub use crate::session::{Change, End, Got, Known, Moment, OpenReport, Outcome};
+
+/// The public key that belongs to a private one.
+#[must_use]
+pub fn public_key(private: &[u8; 32]) -> [u8; 32] {
+    *LocalKeys::new(private).public()
+}
 
 /// One TUN read: virtio-net header and packet. Whatever is planned is cut, and both ways of cutting
 /// agree.

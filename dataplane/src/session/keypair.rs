@@ -50,6 +50,12 @@ impl Sealing {
         self.counter.reserve(n as u64)
     }
 
+    /// Takes up to `n` counters that nothing is sealed under, as long as some are left.
+    pub(super) fn use_up(&self, n: u64) {
+        let left = REJECT_AFTER_MESSAGES - self.counter.peek();
+        let _first = self.counter.reserve(n.min(left));
+    }
+
     /// True if the key may still be used (WireGuard paper §6.2).
     #[inline]
     pub(crate) fn usable(&self, now: Instant) -> bool {

@@ -113,6 +113,13 @@ impl Machine {
         self.sealing().is_some_and(|sealing| sealing.usable(now))
     }
 
+    /// Takes counters of the current keys that nothing is sealed under.
+    pub(super) fn use_up(&mut self, counters: u64) {
+        if let Some(sealing) = self.sealing() {
+            sealing.use_up(counters);
+        }
+    }
+
     fn sealing(&self) -> Option<&Sealing> {
         Some(&self.keys.current.as_ref()?.sealing)
     }

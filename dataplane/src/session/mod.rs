@@ -3,7 +3,8 @@
 //! A [`Session`] takes batches and gives batches: it seals the segments of one run in the caller's
 //! send buffer, and opens the datagrams of one GRO batch. Nothing outside this folder knows how.
 //! There are two kinds, chosen by [`crate::Engine`]: our own ([`Machine`]), and boringtun's `Tunn`
-//! ([`Tunnel`]) for comparison and as oracle.
+//! ([`Tunnel`]) for comparison and as oracle: in `dataplane/oracle` each opens what the other seals,
+//! under virtual time.
 //!
 //! # Life of a session of ours
 //!
@@ -66,8 +67,10 @@
 #![forbid(unsafe_code)]
 
 mod counter;
+mod end;
 mod indexes;
 mod keypair;
+mod known;
 mod machine;
 #[cfg(test)]
 mod model;
@@ -88,6 +91,8 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use zeroize::Zeroizing;
 
+pub use end::{End, Got};
+pub use known::Known;
 use machine::Machine;
 pub(crate) use opened::Opened;
 use tunn::Tunnel;
@@ -151,9 +156,11 @@ const FRESH: Duration = Duration::from_secs(15);
 /// When a call happens: a time to reckon with, and the wall clock (since the start of 1970), which
 /// goes into initiations and nowhere else.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Moment {
-    pub(crate) now: Instant,
-    pub(crate) wall: Duration,
+pub struct Moment {
+    /// The time to reckon with.
+    pub now: Instant,
+    /// The wall clock.
+    pub wall: Duration,
 }
 
 /// What all sessions of a shard have in common.
@@ -296,7 +303,7 @@ impl Engine {
 
 /// Whether keys came or went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Change {
+pub enum Change {
     /// Neither.
     #[default]
     Same,
@@ -308,12 +315,13 @@ pub(crate) enum Change {
 
 /// What a message or the passing of time brought.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Outcome {
+pub struct Outcome {
     /// Length of a message to send, at the start of the caller's buffer.
-    pub(crate) message: Option<usize>,
+    pub message: Option<usize>,
     /// The message is a handshake message (not a keep-alive).
-    pub(crate) handshake: bool,
-    pub(crate) change: Change,
+    pub handshake: bool,
+    /// Whether keys came or went.
+    pub change: Change,
 }
 
 impl Outcome {
@@ -326,12 +334,13 @@ impl Outcome {
 
 /// What opening a batch brought, besides the packets.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct OpenReport {
+pub struct OpenReport {
     /// Datagrams that were authentic and new, keep-alives included.
-    pub(crate) datagrams: usize,
+    pub datagrams: usize,
     /// Their bytes.
-    pub(crate) bytes: usize,
-    pub(crate) change: Change,
+    pub bytes: usize,
+    /// Whether keys came.
+    pub change: Change,
 }
 
 /// Messages that were put into a send buffer.

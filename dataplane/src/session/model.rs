@@ -1,5 +1,12 @@
-//! The counter and the hand-over of a keypair under loom, which tries every order of loads and
-//! stores the memory model allows: the very file, compiled against loom's atomics.
+//! The counter under loom, which tries every order of loads and stores the memory model allows: the
+//! very file, compiled against loom's atomics.
+//!
+//! The counter is the only part of a session that threads may use at once without a lock, so it is
+//! all that is modelled. The rest of a keypair's hand-over has no atomics of ours: the owner shard
+//! makes, replaces and erases keypairs behind `&mut Machine`; a sealing half is immutable but for its
+//! counter, and whoever holds one beside the owner holds the standard library's `Arc`, so that the
+//! key is erased with the last of them. Nobody does today: packets read on another shard cross to
+//! the owner before they are sealed (`crate::channel::lane`, crossbeam's queues).
 
 mod sync {
     pub(super) use loom::sync::atomic::{AtomicU64, Ordering};

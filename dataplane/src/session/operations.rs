@@ -1,10 +1,9 @@
 //! Lists of operations on two joined sessions, beside a small model that says what must come out:
 //! what the fuzzer and the tests run.
 //!
-//! The model knows nothing of alarms or cryptography. It keeps, for each end, which keypairs there
-//! are by the rules of [`super::keypair::Keypairs`], when they were made, which counters were used,
-//! and which datagrams arrived; the network keeps every message, and may deliver each any number of
-//! times, in any order, whole or damaged.
+//! The model keeps, for each end, which keypairs there are ([`Known`]) and which datagrams arrived;
+//! the network keeps every message, and may deliver each any number of times, in any order, whole or
+//! damaged.
 
 #![forbid(unsafe_code)]
 
@@ -17,8 +16,8 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::{
-    Change, Engine, INITIATION_INTERVAL_MIN, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened,
-    REJECT_AFTER_TIME, REKEY_TIMEOUT, Session, ZERO_AFTER_TIME,
+    Change, Engine, INITIATION_INTERVAL_MIN, Known, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened,
+    REKEY_TIMEOUT, Session,
 };
 use crate::channel::{PeerConfig, PeerId};
 
@@ -32,40 +31,12 @@ struct Message {
     bytes: Vec<u8>,
 }
 
-/// What the model knows of one keypair of an end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Pair {
-    /// The index under which it receives.
-    index: u32,
-    born: Instant,
-}
-
 /// What the model knows of one end.
 #[derive(Default)]
-struct Known {
-    current: Option<Pair>,
-    next: Option<Pair>,
-    /// The newer one first.
-    previous: [Option<Pair>; 2],
-    derived: Option<Instant>,
+struct Seen {
+    keys: Known,
     last_initiation: Option<Instant>,
     arrived: HashSet<Vec<u8>>,
-}
-
-impl Known {
-    fn retire(&mut self, pair: Option<Pair>) {
-        if pair.is_some() {
-            self.previous = [pair, self.previous[0]];
-        }
-    }
-
-    fn holds(&self, index: u32, now: Instant) -> bool {
-        let [newer, older] = self.previous;
-        [self.current, self.next, newer, older]
-            .into_iter()
-            .flatten()
-            .any(|pair| pair.index == index && now - pair.born < REJECT_AFTER_TIME)
-    }
 }
 
 struct World {
@@ -74,7 +45,7 @@ struct World {
     engines: [Engine; 2],
     sessions: [Session; 2],
     opened: Opened,
-    known: [Known; 2],
+    seen: [Seen; 2],
     in_flight: Vec<Message>,
     sealed: u32,
 }
@@ -90,7 +61,7 @@ pub(crate) fn run(start: Instant, bytes: &[u8]) -> usize {
         world.operate(pair[0], pair[1]);
         world.check();
     }
-    world.known.iter().map(|known| known.arrived.len()).sum()
+    world.seen.iter().map(|seen| seen.arrived.len()).sum()
 }
 
 fn index_at(message: &[u8], at: usize) -> u32 {
@@ -124,7 +95,7 @@ impl World {
             engines,
             sessions,
             opened: Opened::new(crate::Engine::Ringtail),
-            known: Default::default(),
+            seen: Default::default(),
             in_flight: Vec::new(),
             sealed: 0,
         }
@@ -166,7 +137,7 @@ impl World {
     /// An initiation of an end goes out: it keeps its distance.
     fn initiation(&mut self, end: usize, least: Duration, bytes: &[u8]) {
         let now = self.moment().now;
-        if let Some(last) = self.known[end].last_initiation.replace(now) {
+        if let Some(last) = self.seen[end].last_initiation.replace(now) {
             assert!(now - last >= least, "{:?} after the last", now - last);
         }
         self.transmit(end, bytes);
@@ -224,22 +195,11 @@ impl World {
         let Ok(outcome) = handled else { return };
         assert!(!damaged, "a damaged message is not taken");
         let message = &out[..outcome.message.expect("either is answered")];
-        let known = &mut self.known[end];
-        let born = at.now;
-        known.derived = Some(born);
+        let keys = &mut self.seen[end].keys;
         if bytes[0] == 1 {
-            known.next = Some(Pair {
-                index: index_at(message, 4),
-                born,
-            });
+            keys.answered(index_at(message, 4), at.now);
         } else {
-            let (next, current) = (known.next.take(), known.current.take());
-            known.retire(next);
-            known.retire(current);
-            known.current = Some(Pair {
-                index: index_at(bytes, 8),
-                born,
-            });
+            keys.completed(index_at(bytes, 8), at.now);
             assert_eq!(outcome.change, Change::Up);
         }
         self.transmit(end, message);
@@ -258,23 +218,18 @@ impl World {
             &mut self.opened,
             |_| {},
         );
-        let known = &mut self.known[end];
-        let good = !damaged && known.holds(index, now) && !known.arrived.contains(bytes);
+        let Seen { keys, arrived, .. } = &mut self.seen[end];
+        let good = !damaged && keys.holds(index, now) && !arrived.contains(bytes);
         assert_eq!(report.datagrams, usize::from(good), "index {index:#x}");
         assert_eq!(self.opened.len() == 1, good && bytes.len() > OVERHEAD);
-        let confirms = known.next.is_some_and(|next| next.index == index) && good;
+        let confirms = good && keys.received(index);
         assert_eq!(report.change == Change::Up, confirms);
-        if confirms {
-            let current = known.current.take();
-            known.retire(current);
-            known.current = known.next.take();
-        }
         if good {
             if self.opened.len() == 1 {
                 let packet = self.opened.packet(0, &run);
                 assert!(packet.iter().all(|byte| *byte == packet[0]));
             }
-            self.known[end].arrived.insert(bytes.to_vec());
+            arrived.insert(bytes.to_vec());
         }
     }
 
@@ -319,15 +274,8 @@ impl World {
             }
         }
         self.now = until;
-        for known in &mut self.known {
-            if known
-                .derived
-                .is_some_and(|derived| self.start + until >= derived + ZERO_AFTER_TIME)
-            {
-                known.derived = None;
-                (known.current, known.next) = (None, None);
-                known.previous = [None; 2];
-            }
+        for seen in &mut self.seen {
+            seen.keys.passed(self.start + until);
         }
     }
 
@@ -361,11 +309,8 @@ impl World {
 
     fn check(&self) {
         let now = self.moment().now;
-        for (session, known) in self.sessions.iter().zip(&self.known) {
-            let usable = known
-                .current
-                .is_some_and(|current| now - current.born < REJECT_AFTER_TIME);
-            assert_eq!(session.ready(now), usable);
+        for (session, seen) in self.sessions.iter().zip(&self.seen) {
+            assert_eq!(session.ready(now), seen.keys.ready(now));
         }
     }
 }

@@ -94,7 +94,7 @@ fn a_message_with_a_wrong_mac_or_from_a_stranger_is_dropped() {
         let mut initiation = a.initiate(now);
         initiation[130] ^= 1;
         assert!(b.handshake(now, &initiation).is_err());
-        let mut stranger = End::new(kind, 3, &peer_config(2, None));
+        let mut stranger = end(kind, 3, &peer_config(2, None));
         let initiation = stranger.initiate(now);
         assert!(b.handshake(now, &initiation).is_err());
         assert!(!b.ready(now));

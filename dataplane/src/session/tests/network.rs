@@ -63,7 +63,7 @@ fn numbered(number: u32) -> Vec<u8> {
 impl Network {
     fn new(seed: u64, weather: Weather) -> Network {
         let end = |own, peer, salt| {
-            let mut end = End::new(OURS, own, &peer_config(peer, None));
+            let mut end = end(OURS, own, &peer_config(peer, None));
             end.engine.own.rng = StdRng::seed_from_u64(seed ^ salt);
             end
         };
