@@ -25,20 +25,23 @@
 //! # The rules, and the tests that show them
 //!
 //! Sections are the WireGuard paper's. Messages themselves (§5.4) are [`crate::noise`]'s; the tests
-//! named here are in `session/tests`, in `rules` unless said otherwise.
+//! named here are in `session/tests`, in `rules` unless said otherwise; … stands for the rest of a
+//! name. A test sees to it that they exist.
 //!
 //! | Rule | Test |
 //! |---|---|
 //! | §5.1 an initiation whose timestamp is not newer is a replay | `an_initiation_that_is_not_newer_is_a_replay` |
 //! | §5.1 initiations less than 20 ms apart are not answered | `initiations_less_than_twenty_milliseconds_apart_are_not_answered` |
 //! | §5.2 a preshared key, which may change | `without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_the_next` |
-//! | §5.3, §5.4.7 a cookie goes into the next message, for 120 s, and makes none by itself | `a_cookie_goes_into_the_next_message_for_two_minutes` |
+//! | §5.3, §5.4.7, §6.6 a cookie goes into the next message, for 120 s, and makes none by itself | `a_cookie_goes_into_the_next_message_for_two_minutes` |
 //! | §5.4 exact message lengths | `basics::messages_of_wrong_lengths_are_dropped` |
-//! | §5.4 MAC1 | `basics::a_message_with_a_wrong_mac_or_from_a_stranger_is_dropped` |
+//! | §5.1, §5.4.4 MAC1; what is not authentic is not answered | `basics::a_message_with_a_wrong_mac_or_from_a_stranger_is_dropped` |
+//! | §5.4.6 counters from zero, one per message and key; keep-alives without a packet | `basics::counters_begin_at_zero_and_every_message_of_a_key_has_the_next` |
 //! | §5.4.6 padding to 16 bytes with zeros, not past the MTU | `basics::packets_of_every_length_pass_padded_to_sixteen_but_not_past_the_mtu`, `basics::padding_is_zeros` |
 //! | §5.4.6 replay window, counters below `REJECT_AFTER_MESSAGES` | those of `window` |
 //! | §6.1 the responder waits for the first message under new keys | `the_responder_does_not_seal_before_the_initiator_has`, `a_bad_message_does_not_confirm_the_next_keys` |
-//! | §6.1 previous keys still open | `basics::a_second_handshake_replaces_the_keys_while_data_flows`, `crossing_rekeys_lose_nothing_that_is_under_way` |
+//! | §6.1 the initiator shows by its first message, a keep-alive if need be, that it has the keys | `basics::counters_begin_at_zero_and_every_message_of_a_key_has_the_next` |
+//! | §6.3 previous keys still open | `basics::a_second_handshake_replaces_the_keys_while_data_flows`, `crossing_rekeys_lose_nothing_that_is_under_way` |
 //! | §6.1, §6.4 `REKEY_TIMEOUT` and jitter between initiations, `REKEY_ATTEMPT_TIME` | `an_initiation_is_repeated_after_five_seconds_and_jitter_for_ninety_seconds`, `no_initiation_follows_a_handshake_message_within_five_seconds` |
 //! | §6.4 new data begins the attempt anew | `new_data_begins_the_ninety_seconds_anew` |
 //! | §6.2 `REKEY_AFTER_MESSAGES` | `after_two_to_the_sixty_messages_whoever_sends_rekeys` |
@@ -51,7 +54,7 @@
 //! | §6.5 data without any answer: a new handshake | `data_that_gets_no_answer_makes_a_handshake` |
 //! | persistent keep-alive (not in the paper; as in the kernel) | `a_persistent_keepalive_is_sent_when_nothing_else_was`, `a_persistent_keepalive_tries_without_end` |
 //! | public keys of low order are refused | `a_peer_with_a_key_of_low_order_is_never_spoken_to` |
-//! | initiations that cross stall nobody | `basics::crossing_*`, `network::simultaneous_starts_never_stall` |
+//! | initiations that cross stall nobody | `basics::crossing_…`, `network::simultaneous_starts_never_stall` |
 //!
 //! # Where we differ
 //!

@@ -6,7 +6,7 @@
 //! makes, replaces and erases keypairs behind `&mut Machine`; a sealing half is immutable but for its
 //! counter, and whoever holds one beside the owner holds the standard library's `Arc`, so that the
 //! key is erased with the last of them. Nobody does today: packets read on another shard cross to
-//! the owner before they are sealed (`crate::channel::lane`, crossbeam's queues).
+//! the owner before they are sealed (`crate::channel::hub`, crossbeam's queues).
 
 mod sync {
     pub(super) use loom::sync::atomic::{AtomicU64, Ordering};

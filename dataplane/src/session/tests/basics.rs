@@ -33,6 +33,27 @@ fn packets_of_every_length_pass_padded_to_sixteen_but_not_past_the_mtu() {
 }
 
 #[test]
+fn counters_begin_at_zero_and_every_message_of_a_key_has_the_next() {
+    let counter = |message: &[u8]| u64::from_le_bytes(*message[8..].first_chunk().unwrap());
+    for kind in BOTH {
+        let (mut a, mut b) = pair(kind);
+        for start in [0.0, 20.0] {
+            let now = secs(start);
+            let initiation = a.initiate(now);
+            let (_, response) = b.handshake(now, &initiation).unwrap();
+            let (_, keepalive) = a.handshake(now, &response).unwrap();
+            assert_eq!((keepalive.len(), counter(&keepalive)), (KEEPALIVE_LEN, 0));
+            let got = b.open(now, &[&keepalive]);
+            assert_eq!((got.report.datagrams, got.packets.len()), (1, 0));
+            for next in 1..4 {
+                assert_eq!(counter(&a.seal(now, &ipv4(40))), next, "initiator");
+                assert_eq!(counter(&b.seal(now, &ipv4(40))), next - 1, "responder");
+            }
+        }
+    }
+}
+
+#[test]
 fn padding_is_zeros() {
     let (mut a, mut b) = pair(config::Engine::Ringtail);
     let now = secs(0.0);

@@ -98,3 +98,53 @@ fn shake(at: Moment, a: &mut End, b: &mut End) {
     assert_eq!((got.report.datagrams, got.report.change), (1, Change::Up));
     assert!(b.ready(at));
 }
+
+/// The tables of this room's doc and of [`crate::noise`]'s name tests that exist.
+#[test]
+fn the_tables_of_the_papers_rules_name_tests_that_exist() {
+    let session = [
+        ("rules", include_str!("rules.rs")),
+        ("basics", include_str!("basics.rs")),
+        ("network", include_str!("network.rs")),
+        ("window", include_str!("../window.rs")),
+        ("keypair", include_str!("../keypair.rs")),
+        ("model", include_str!("../model.rs")),
+    ];
+    let noise = [
+        ("mod", include_str!("../../noise/tests/mod.rs")),
+        ("known", include_str!("../../noise/tests/known.rs")),
+        ("gate", include_str!("../../noise/tests/gate.rs")),
+        ("cookies", include_str!("../../noise/tests/cookies.rs")),
+        ("refusals", include_str!("../../noise/tests/refusals.rs")),
+        ("oracle", include_str!("../../noise/tests/oracle.rs")),
+        ("tai64n", include_str!("../../noise/tai64n.rs")),
+    ];
+    let tables: [(_, &[(&str, &str)]); 2] = [
+        (include_str!("../mod.rs"), &session),
+        (include_str!("../../noise/mod.rs"), &noise),
+    ];
+    for (doc, sources) in tables {
+        let rows = doc.lines().filter_map(|line| line.strip_prefix("//! | "));
+        let rows: Vec<&str> = rows.filter(|row| row.contains('`')).collect();
+        assert!(rows.len() > 15, "there is a table");
+        for row in rows {
+            let (_, tests) = row.split_once(" | ").expect("two columns");
+            for name in tests.split('`').skip(1).step_by(2) {
+                let (file, test) = match name.split_once("::") {
+                    Some(path) => path,
+                    // All tests of a file, or one of the first.
+                    None if sources.iter().any(|(file, _)| *file == name) => (name, "…"),
+                    None => (sources[0].0, name),
+                };
+                let source = sources.iter().find(|source| source.0 == file);
+                let (_, source) = source.unwrap_or_else(|| panic!("no file for {name}"));
+                let function = match test.strip_suffix('…') {
+                    Some(start) => format!("#[test]\nfn {start}"),
+                    None => format!("#[test]\nfn {test}("),
+                };
+                let source = source.replace("\n    ", "\n");
+                assert!(source.contains(&function), "no test {name}");
+            }
+        }
+    }
+}
