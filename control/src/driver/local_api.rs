@@ -7,7 +7,6 @@
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -15,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
+
+use super::accept;
 
 /// Longest request line in bytes.
 const REQUEST_LEN_MAX: u64 = 4096;
@@ -76,28 +77,10 @@ pub fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 
 /// Takes connections for ever and turns each into a [`Call`].
 pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
-    let slots = Arc::new(Semaphore::new(CLIENTS_MAX));
-    loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let calls = calls.clone();
-                tokio::task::spawn_local(async move {
-                    let _slot = slot;
-                    if let Err(error) = serve_client(stream, calls).await {
-                        tracing::debug!(%error, "status client");
-                    }
-                });
-            }
-            Err(error) => {
-                // Out of descriptors, most likely: wait for some to come back.
-                tracing::warn!(%error, "status socket");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
+    accept::serve(listener, CLIENTS_MAX, "status", |stream| {
+        serve_client(stream, calls.clone())
+    })
+    .await;
 }
 
 async fn serve_client(stream: UnixStream, calls: mpsc::Sender<Call>) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! Everything that touches the outside: sockets, TLS, netlink, files, clocks. One file per
 //! outside thing; drivers decide nothing.
 
+mod accept;
 pub mod background;
 pub mod clock;
 pub mod control_url;

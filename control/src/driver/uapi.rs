@@ -9,7 +9,6 @@
 use std::io::ErrorKind;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -17,9 +16,10 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
+use super::accept;
 use crate::uapi::{Parser, READ_LEN_MAX, Reply, Request};
 
 /// Where `wg` looks for sockets.
@@ -151,28 +151,10 @@ fn answers(path: &Path) -> anyhow::Result<bool> {
 
 /// Takes connections for ever and turns what they ask into [`Call`]s.
 pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
-    let slots = Arc::new(Semaphore::new(CLIENTS_MAX));
-    loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else {
-            return;
-        };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let calls = calls.clone();
-                tokio::task::spawn_local(async move {
-                    let _slot = slot;
-                    if let Err(error) = serve_client(stream, calls).await {
-                        tracing::debug!(%error, "configuration client");
-                    }
-                });
-            }
-            Err(error) => {
-                // Out of descriptors, most likely: wait for some to come back.
-                tracing::warn!(%error, "configuration socket");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
-    }
+    accept::serve(listener, CLIENTS_MAX, "configuration", |stream| {
+        serve_client(stream, calls.clone())
+    })
+    .await;
 }
 
 async fn serve_client(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> anyhow::Result<()> {
