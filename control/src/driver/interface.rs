@@ -57,15 +57,7 @@ impl Interface {
     /// # Errors
     /// When the kernel refuses, as for an MTU it does not support.
     pub async fn up(&self, mtu: u16) -> anyhow::Result<()> {
-        let link = LinkMessageBuilder::<LinkUnspec>::default()
-            .index(self.index)
-            .append_extra_attribute(LinkAttribute::Mtu(mtu.into()))
-            .up()
-            .build();
-        self.handle
-            .link()
-            .set(link)
-            .execute()
+        self.change(self.link(mtu).up())
             .await
             .with_context(|| format!("cannot bring {} up with MTU {mtu}", self.name))
     }
@@ -75,16 +67,19 @@ impl Interface {
     /// # Errors
     /// When the kernel refuses, as for an MTU it does not support.
     pub async fn set_mtu(&self, mtu: u16) -> anyhow::Result<()> {
-        let link = LinkMessageBuilder::<LinkUnspec>::default()
-            .index(self.index)
-            .append_extra_attribute(LinkAttribute::Mtu(mtu.into()))
-            .build();
-        self.handle
-            .link()
-            .set(link)
-            .execute()
+        self.change(self.link(mtu))
             .await
             .with_context(|| format!("cannot give {} the MTU {mtu}", self.name))
+    }
+
+    fn link(&self, mtu: u16) -> LinkMessageBuilder<LinkUnspec> {
+        LinkMessageBuilder::default()
+            .index(self.index)
+            .append_extra_attribute(LinkAttribute::Mtu(mtu.into()))
+    }
+
+    async fn change(&self, link: LinkMessageBuilder<LinkUnspec>) -> Result<(), rtnetlink::Error> {
+        self.handle.link().set(link.build()).execute().await
     }
 
     /// Makes the interface's addresses and the routes through it exactly these.
