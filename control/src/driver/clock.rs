@@ -8,3 +8,11 @@ use std::time::Instant;
 pub fn now() -> Instant {
     Instant::now()
 }
+
+/// Sleeps until then, or for ever.
+pub(super) async fn at(due: Option<impl Into<tokio::time::Instant>>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}

@@ -29,6 +29,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::clock::at;
 use super::control_url::ControlUrl;
 use super::noise_stream::NoiseStream;
 use crate::coord::client::{
@@ -672,14 +673,6 @@ fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
 
 fn now() -> std::time::Instant {
     Instant::now().into_std()
-}
-
-/// Sleeps until then, or for ever.
-async fn at(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// When the next key in the map expires.

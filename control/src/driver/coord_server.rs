@@ -40,6 +40,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::clock::at;
 use super::control_url::ByteStream;
 use super::coord_store::{Database, Store};
 use super::noise_stream::NoiseStream;
@@ -522,13 +523,6 @@ impl Actor {
 
 fn now() -> std::time::Instant {
     Instant::now().into_std()
-}
-
-async fn at(deadline: Option<Instant>) {
-    match deadline {
-        Some(deadline) => sleep_until(deadline).await,
-        None => std::future::pending().await,
-    }
 }
 
 /// A connection's standing: a stranger holds one of few places until its first valid request.

@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -24,7 +24,7 @@ use ringtail_dataplane::{Dataplane, Engine};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
-use super::clock::now;
+use super::clock::{at, now};
 use super::coord_client::CoordClient;
 use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
@@ -155,7 +155,7 @@ impl Node {
                 }
                 Some(finding) = self.findings.1.recv() => self.take_finding(finding),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
-                () = sleep_until(due) => {
+                () = at(due) => {
                     let dataplane = &self.dataplane;
                     self.agent.handle_timeout(now(), &|id| dataplane.activity(id));
                 }
@@ -235,13 +235,6 @@ async fn next_configuration(
 ) -> Option<uapi::Call> {
     match source {
         Some((_, calls)) => calls.recv().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
         None => std::future::pending().await,
     }
 }
