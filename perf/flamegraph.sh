@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Where a running node's time goes: records it, and writes a flame graph and the folded stacks beside it.
+# Where a node's time goes: records it, and writes a flame graph and the folded stacks beside it.
 #
-#   perf/flamegraph.sh                          all nodes of this machine, for 10 s
+#   perf/flamegraph.sh                          all nodes that run on this machine, for 10 s
 #   perf/flamegraph.sh --pid 1234 --pid 1235    these processes
-#   perf/flamegraph.sh -- COMMAND...            all nodes while COMMAND runs (a load, such as iperf3)
-#   perf/flamegraph.sh --exec -- COMMAND...     COMMAND itself
+#   perf/flamegraph.sh -- COMMAND...            all nodes that run by now, while COMMAND (a load, such as iperf3) does
+#   perf/flamegraph.sh --exec -- COMMAND...     COMMAND and all that it starts, nodes and everything else
 #
 #   --seconds N   how long without a command (default 10)     --out PREFIX  PREFIX.svg and PREFIX.folded
 #   --hz N        samples a second (default 499)              --user        no kernel stacks
