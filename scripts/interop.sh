@@ -38,12 +38,6 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-if [ "$(id -u)" != 0 ] || [ ! -c /dev/net/tun ]; then
-  echo "SKIPPED: interop.sh needs root and /dev/net/tun" >&2
-  [ "${RINGTAIL_NO_SKIP:-}" != 1 ] || exit 1
-  exit 0
-fi
-
 # Bytes of a file at full speed, and of one across a rekey; of both for the emulated kernel.
 BYTES=200000000 BYTES_PACED=30000000 BYTES_VM=20000000 BYTES_VM_PACED=5000000
 # A transfer of so many seconds, begun with a session, sees its rekey: REKEY_AFTER_TIME is 120 s.
@@ -54,10 +48,11 @@ MAPPING_S=4
 # When more meetings than this have failed, it is not the machine.
 AGAIN_MAX=4
 
-# shellcheck source=netns/packages.sh
-. scripts/netns/packages.sh
 # shellcheck source=netns/lab.sh
 . scripts/netns/lab.sh
+lab_or_skip
+# shellcheck source=netns/packages.sh
+. scripts/netns/packages.sh
 # shellcheck source=netns/checks.sh
 . scripts/netns/checks.sh
 # shellcheck source=netns/peers.sh

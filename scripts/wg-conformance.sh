@@ -27,16 +27,12 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-if [ "$(id -u)" != 0 ] || [ ! -c /dev/net/tun ]; then
-  echo "SKIPPED: wg-conformance.sh needs root and /dev/net/tun" >&2
-  [ "${RINGTAIL_NO_SKIP:-}" != 1 ] || exit 1
-  exit 0
-fi
+# shellcheck source=netns/lab.sh
+. scripts/netns/lab.sh
+lab_or_skip
 # shellcheck source=netns/packages.sh
 . scripts/netns/packages.sh
 need_packages wg=wireguard-tools ip=iproute2 ping=iputils-ping perl=perl-base sysctl=procps nft=nftables
-# shellcheck source=netns/lab.sh
-. scripts/netns/lab.sh
 # shellcheck source=netns/checks.sh
 . scripts/netns/checks.sh
 lab_init

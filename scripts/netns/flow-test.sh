@@ -19,17 +19,13 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-if [ "$(id -u)" != 0 ] || [ ! -c /dev/net/tun ]; then
-  echo "SKIPPED: flow-test.sh needs root and /dev/net/tun" >&2
-  [ "${RINGTAIL_NO_SKIP:-}" != 1 ] || exit 1
-  exit 0
-fi
+# shellcheck source=lab.sh
+. scripts/netns/lab.sh
+lab_or_skip
 
 BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
 # shellcheck disable=SC2034 # used by story.sh
 RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
 # shellcheck source=checks.sh
 . scripts/netns/checks.sh
 # shellcheck source=story.sh

@@ -6,6 +6,7 @@
 # by side. The lab goes away when the script ends, however it ends: an EXIT trap cleans up after
 # success, failure, Ctrl-C and kill, and a guard process does after SIGKILL.
 #
+#   lab_or_skip                    ends the script where no lab can be had
 #   lab_init                       prefix, directory, traps, guard
 #   lab_ns NAME...                 make namespaces
 #   lab_in NAME COMMAND...         run in a namespace, in the foreground
@@ -27,6 +28,14 @@ lab_started_at() {
   # shellcheck disable=SC2086 # split into fields on purpose
   set -- ${stat##*) }
   echo "${20}"
+}
+
+# Without what a lab needs, the script is skipped aloud; that is a failure when RINGTAIL_NO_SKIP=1.
+lab_or_skip() {
+  [ "$(id -u)" != 0 ] || [ ! -c /dev/net/tun ] || return 0
+  echo "SKIPPED: ${0##*/} needs root and /dev/net/tun" >&2
+  [ "${RINGTAIL_NO_SKIP:-}" != 1 ] || exit 1
+  exit 0
 }
 
 lab_init() {
