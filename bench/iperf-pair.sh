@@ -300,7 +300,7 @@ start_kernel() {
 start_device() {
   local left=l$$ right=r$$ options=(--shards "$SHARDS")
   need_packages wg=wireguard-tools
-  [ "$LAYOUT" = pinned ] || options+=(--no-pin)
+  [ "$LAYOUT" = pinned ] && options+=(--pin) || options+=(--no-pin)
   printf '/var/run/wireguard/%s.sock\n' $left $right >>"$LAB_DIR/files"
   run_tunnel left left "$RINGTAIL" device -f "${options[@]}" $left
   run_tunnel right right "$RINGTAIL" device -f "${options[@]}" $right

@@ -57,6 +57,25 @@ impl std::fmt::Debug for Config {
 /// Shards a data plane has at most: the owner is named by eight bits of the receiver index.
 pub const SHARDS_MAX: usize = 64;
 
+/// How many shards where nobody says: one for each usable core, up to [`SHARDS_MAX`].
+#[must_use]
+pub fn shards_by_default() -> usize {
+    usable_cores().min(SHARDS_MAX)
+}
+
+/// Whether shards are pinned where nobody says: on more than two usable cores. On fewer they share
+/// them with everything else, and a shard whose core is taken must be able to leave it: beside a
+/// flood that fills one of two cores, a pinned tunnel carries less than half of what a free one does
+/// (`bench/flood.sh`).
+#[must_use]
+pub fn pinned_by_default() -> bool {
+    usable_cores() > 2
+}
+
+fn usable_cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Inner MTU a data plane accepts at least: what IPv4 demands of every host.
 pub const MTU_MIN: u16 = 576;
 

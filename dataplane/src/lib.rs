@@ -55,5 +55,6 @@ pub use channel::{
 };
 pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MIN, Offloads, SHARDS_MAX, StartError,
+    pinned_by_default, shards_by_default,
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};

@@ -5,7 +5,7 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use ringtail_dataplane::{MTU_MIN, Offloads, SHARDS_MAX};
+use ringtail_dataplane::{MTU_MIN, Offloads, SHARDS_MAX, pinned_by_default, shards_by_default};
 
 use crate::config::{DriverName, EngineName};
 use crate::driver::background::{self, Child};
@@ -39,8 +39,11 @@ pub(super) struct DeviceArgs {
     /// Data plane threads [default: one per usable core].
     #[arg(long, value_name = "COUNT")]
     shards: Option<usize>,
-    /// Let the scheduler place shards.
-    #[arg(long)]
+    /// Keep each shard on one core: true or false [default: true with more than two cores].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pin: Option<bool>,
+    /// Let the scheduler place shards; the same as --pin=false.
+    #[arg(long, conflicts_with = "pin")]
     no_pin: bool,
     /// I/O driver of the shards.
     #[arg(long, value_enum, default_value_t = DriverName::Auto)]
@@ -148,12 +151,11 @@ impl DeviceArgs {
         {
             bail!("--shards can be 1 to {SHARDS_MAX}");
         }
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Options {
             name,
             mtu: self.mtu,
-            shards: self.shards.unwrap_or_else(|| cores.min(SHARDS_MAX)),
-            pin: !self.no_pin,
+            shards: self.shards.unwrap_or_else(shards_by_default),
+            pin: !self.no_pin && self.pin.unwrap_or_else(pinned_by_default),
             driver: self.driver.into(),
             offloads: Offloads {
                 tun: self.tun_offload,

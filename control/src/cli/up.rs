@@ -46,7 +46,7 @@ pub(super) struct UpArgs {
     /// Data plane threads [default: one per usable core].
     #[arg(long, value_name = "COUNT")]
     shards: Option<usize>,
-    /// Keep each shard on one core: true or false [default: true].
+    /// Keep each shard on one core: true or false [default: true with more than two cores].
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pin: Option<bool>,
     /// Let the scheduler place shards; the same as --pin false.

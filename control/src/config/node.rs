@@ -76,7 +76,7 @@ pub struct NodeConfig {
     pub mtu: Option<u16>,
     /// Data plane threads; one per usable core by default.
     pub shards: Option<usize>,
-    /// Whether each shard stays on one core; yes by default.
+    /// Whether each shard stays on one core; by default where there are more than two.
     pub pin: Option<bool>,
     /// The shards' I/O driver.
     pub driver: Option<DriverName>,

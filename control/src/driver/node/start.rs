@@ -80,15 +80,16 @@ impl Source {
 }
 
 pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     Config {
         tun_name: config.tun.clone().unwrap_or_else(|| TUN_DEFAULT.to_owned()),
         mtu: config.mtu.unwrap_or(MTU_DEFAULT),
         shards: config
             .shards
-            .unwrap_or(cores)
+            .unwrap_or_else(ringtail_dataplane::shards_by_default)
             .min(ringtail_dataplane::SHARDS_MAX),
-        pin: config.pin.unwrap_or(true),
+        pin: config
+            .pin
+            .unwrap_or_else(ringtail_dataplane::pinned_by_default),
         driver: config.driver.unwrap_or_default().into(),
         offloads: Offloads {
             tun: config.tun_offload.unwrap_or(true),
