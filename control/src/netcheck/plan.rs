@@ -125,24 +125,17 @@ fn node_may_have(node: &DerpNode, v6: bool) -> bool {
 mod tests {
     use super::*;
 
+    /// Relays of both families.
     fn map(regions: u32) -> DerpMap {
-        let region = |id| {
-            let node = DerpNode {
-                name: format!("{id}a"),
-                host_name: format!("derp{id}.example.com"),
-                ..DerpNode::default()
-            };
-            let region = DerpRegion {
-                region_id: id,
-                nodes: vec![node],
-                ..DerpRegion::default()
-            };
-            (id, region)
-        };
-        DerpMap {
-            regions: (1..=regions).map(region).collect(),
-            ..DerpMap::default()
+        let mut map = DerpMap::of_regions(regions);
+        for node in map
+            .regions
+            .values_mut()
+            .flat_map(|region| &mut region.nodes)
+        {
+            node.ipv6.clear();
         }
+        map
     }
 
     fn known(latencies: &[u64]) -> Known {

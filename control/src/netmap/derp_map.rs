@@ -36,6 +36,33 @@ pub struct DerpMap {
     pub omit_default_regions: bool,
 }
 
+#[cfg(test)]
+impl DerpMap {
+    /// Regions 1, 2, ... of one relay each, at an IPv4 address of their own.
+    pub(crate) fn of_regions(regions: u32) -> DerpMap {
+        let region = |id| {
+            let node = DerpNode {
+                name: format!("{id}a"),
+                region_id: id,
+                host_name: format!("derp{id}.example.com"),
+                ipv4: format!("203.0.113.{id}"),
+                ipv6: "none".into(),
+                ..DerpNode::default()
+            };
+            let region = DerpRegion {
+                region_id: id,
+                nodes: vec![node],
+                ..DerpRegion::default()
+            };
+            (id, region)
+        };
+        DerpMap {
+            regions: (1..=regions).map(region).collect(),
+            ..DerpMap::default()
+        }
+    }
+}
+
 /// Factors on measured latencies when the home region is chosen.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]

@@ -1,31 +1,7 @@
 use rand::SeedableRng as _;
 
 use super::*;
-use crate::netmap::DerpRegion;
 use crate::path::test_clock::start;
-
-fn map(regions: u32) -> DerpMap {
-    let region = |id: u32| {
-        let node = DerpNode {
-            name: format!("{id}a"),
-            region_id: id,
-            host_name: format!("derp{id}.example.com"),
-            ipv4: format!("203.0.113.{id}"),
-            ipv6: "none".into(),
-            ..DerpNode::default()
-        };
-        let region = DerpRegion {
-            region_id: id,
-            nodes: vec![node],
-            ..DerpRegion::default()
-        };
-        (id, region)
-    };
-    DerpMap {
-        regions: (1..=regions).map(region).collect(),
-        ..DerpMap::default()
-    }
-}
 
 /// A network in which region `n` answers after `latency[n - 1]`, with a NAT whose port is `port`.
 struct Lab {
@@ -126,7 +102,7 @@ const SECOND: Duration = Duration::from_secs(1);
 fn two_relays_give_a_home_the_mapping_and_endpoints() {
     let mut lab = Lab::new(&[Some(30), Some(10)], |_| 5555);
     let began = lab.now;
-    lab.check.set_derp_map(began, &map(2));
+    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(SECOND);
     let (at, report) = lab.reports().remove(0);
     assert_eq!(at - began, Duration::from_millis(30));
@@ -151,7 +127,7 @@ fn a_hard_nat_shows_and_its_second_mapping_is_noise() {
     let mut lab = Lab::new(&[Some(10), Some(20), Some(30)], |region| {
         6000 + u16::from(region)
     });
-    lab.check.set_derp_map(lab.now, &map(3));
+    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(3));
     lab.run(SECOND);
     let (_, report) = lab.reports().remove(0);
     assert_eq!(report.mapping_varies, Some(true));
@@ -179,7 +155,7 @@ fn a_hard_nat_shows_and_its_second_mapping_is_noise() {
 fn three_regions_are_enough_and_the_rest_gets_twice_the_slowest() {
     let mut lab = Lab::new(&[Some(10), Some(20), Some(30), None], |_| 5555);
     let began = lab.now;
-    lab.check.set_derp_map(began, &map(4));
+    lab.check.set_derp_map(began, &DerpMap::of_regions(4));
     lab.run(SECOND);
     let (at, report) = lab.reports().remove(0);
     assert_eq!(at - began, Duration::from_millis(30 + 2 * 30));
@@ -190,7 +166,7 @@ fn three_regions_are_enough_and_the_rest_gets_twice_the_slowest() {
 fn a_dead_relay_costs_three_seconds_but_no_endpoints() {
     let mut lab = Lab::new(&[Some(10), None], |_| 5555);
     let began = lab.now;
-    lab.check.set_derp_map(began, &map(2));
+    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(4 * SECOND);
     assert_eq!(lab.reports()[0].0 - began, 3 * SECOND);
     let tries: Vec<Duration> = lab
@@ -206,7 +182,7 @@ fn a_dead_relay_costs_three_seconds_but_no_endpoints() {
 fn without_udp_the_latencies_come_over_https() {
     let mut lab = Lab::new(&[None, None], |_| 5555);
     let began = lab.now;
-    lab.check.set_derp_map(began, &map(2));
+    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(3 * SECOND);
     let regions = vec![RegionId(1), RegionId(2)];
     let wanted = (began + 3 * SECOND, Event::HttpsLatencyWanted(regions));
@@ -225,7 +201,7 @@ fn without_udp_the_latencies_come_over_https() {
 fn https_is_waited_for_until_the_report_is_five_seconds_old_and_the_home_is_then_any() {
     let mut lab = Lab::new(&[None, None], |_| 5555);
     let began = lab.now;
-    lab.check.set_derp_map(began, &map(2));
+    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(9 * SECOND);
     let (at, report) = lab.reports().remove(0);
     assert_eq!(at - began, 5 * SECOND);
@@ -236,7 +212,7 @@ fn https_is_waited_for_until_the_report_is_five_seconds_old_and_the_home_is_then
 #[test]
 fn checks_repeat_only_while_active_and_are_full_every_five_minutes() {
     let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &map(2));
+    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
     lab.run(120 * SECOND);
     assert_eq!(lab.reports().len(), 1);
     lab.check.set_active(lab.now, true);
@@ -265,7 +241,7 @@ fn checks_repeat_only_while_active_and_are_full_every_five_minutes() {
 #[test]
 fn a_check_asked_for_during_a_check_follows_it() {
     let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &map(2));
+    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
     lab.check.start(lab.now, false);
     lab.check.start(lab.now, false);
     lab.run(SECOND);
@@ -280,7 +256,7 @@ fn a_check_asked_for_during_a_check_follows_it() {
 #[test]
 fn a_home_that_is_down_is_left_at_once_unless_nobody_could_be_told() {
     let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &map(2));
+    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
     lab.run(SECOND);
     assert_eq!(lab.check.home(), Some(RegionId(1)));
     lab.check.set_control_up(false);
@@ -294,7 +270,7 @@ fn a_home_that_is_down_is_left_at_once_unless_nobody_could_be_told() {
 #[test]
 fn junk_is_dropped_by_name() {
     let mut lab = Lab::new(&[Some(10)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &map(1));
+    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(1));
     let sent = lab.check.poll_transmit().unwrap().bytes;
     let from = |text: &str| stun::respond(&sent, text.parse().unwrap()).unwrap();
     let loopback = from("127.0.0.1:9");
@@ -316,7 +292,7 @@ fn junk_is_dropped_by_name() {
 #[test]
 fn names_left_to_dns_are_asked_for_and_the_last_good_answer_stays() {
     let mut lab = Lab::new(&[Some(10)], |_| 5555);
-    let mut map = map(1);
+    let mut map = DerpMap::of_regions(1);
     map.regions.get_mut(&1).unwrap().nodes[0].ipv4.clear();
     lab.check.set_derp_map(lab.now, &map);
     assert_eq!(lab.check.names_to_resolve(), ["derp1.example.com"]);

@@ -13,7 +13,7 @@ use super::shard::{PEER, Shard};
 use crate::disco::{self, Class};
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netcheck::{self, Interface, Netcheck};
-use crate::netmap::{DerpMap, DerpNode, DerpRegion};
+use crate::netmap::DerpMap;
 use crate::path::{
     Config, Event, Manager, PeerSetup, StateName, Status, Story, Transmit, Via, test_clock,
 };
@@ -130,28 +130,6 @@ fn stun_servers() -> BTreeSet<SocketAddr> {
         .into()
 }
 
-fn derp_map() -> DerpMap {
-    let region = |id: u32| {
-        let node = DerpNode {
-            name: format!("{id}a"),
-            host_name: format!("derp{id}.example.com"),
-            ipv4: format!("203.0.113.{id}"),
-            ipv6: "none".into(),
-            ..DerpNode::default()
-        };
-        let region = DerpRegion {
-            region_id: id,
-            nodes: vec![node],
-            ..DerpRegion::default()
-        };
-        (id, region)
-    };
-    DerpMap {
-        regions: [1, 2].map(region).into(),
-        ..DerpMap::default()
-    }
-}
-
 impl World {
     /// Two nodes at these places (zone and addresses), with what is configured for each.
     pub(super) fn new(
@@ -184,7 +162,7 @@ impl World {
             };
             netcheck.set_interfaces(start, &[eth], "ringtail0", true);
             netcheck.set_configured_endpoints(start, configured);
-            netcheck.set_derp_map(start, &derp_map());
+            netcheck.set_derp_map(start, &DerpMap::of_regions(2));
             netcheck.set_active(start, true);
             Node {
                 paths: Manager::new(
