@@ -4,7 +4,7 @@
 #
 #   bench/flood.sh [PROGRAM...]        ringtail, wireguard-go (whatever is found in PATH)
 #
-#   RATE=200000 SECONDS_EACH=5 ROUNDS=2 KIND=strangers|noise|mixed    NO_BUILD=1 takes the binaries that are there
+#   RATE=200000 SECONDS_EACH=5 ROUNDS=5 KIND=strangers|noise|mixed    NO_BUILD=1 takes the binaries that are there
 #
 # Prints a line for each program: the median throughput of both, their ratio, and what the flooded end grew by.
 set -euo pipefail
@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 . scripts/netns/packages.sh
 need_packages iperf3=iperf3 ip=iproute2 awk=mawk
 
-rate=${RATE:-200000} seconds=${SECONDS_EACH:-5} rounds=${ROUNDS:-2} kind=${KIND:-strangers}
+rate=${RATE:-200000} seconds=${SECONDS_EACH:-5} rounds=${ROUNDS:-5} kind=${KIND:-strangers}
 [ $# -gt 0 ] || set -- ringtail wireguard-go
 target=${CARGO_TARGET_DIR:-target}
 [ -n "${NO_BUILD:-}" ] || cargo build --release --locked -p ringtail --bin ringtail -p ringtail-bench
