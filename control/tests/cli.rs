@@ -101,3 +101,26 @@ fn errors_say_what_to_do() {
         );
     }
 }
+
+/// SQLite refuses one of two processes that make a file at a time; neither of ours may fail by it.
+#[test]
+fn many_processes_may_make_the_coordination_state_at_the_same_time() {
+    for _ in 0..75 {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().to_str().unwrap();
+        let create = || ringtail(&["coord", "keys", "create", "--state-dir", dir], "");
+        let made = std::thread::scope(|scope| {
+            let started: Vec<_> = (0..4).map(|_| scope.spawn(create)).collect();
+            started
+                .into_iter()
+                .map(|one| one.join().unwrap())
+                .collect::<Vec<_>>()
+        });
+        for output in made {
+            assert!(output.status.success(), "{}", text(&output.stderr));
+        }
+        let list = ringtail(&["coord", "keys", "list", "--state-dir", dir], "");
+        let keys = text(&list.stdout).matches("single-use").count();
+        assert_eq!(keys, 4, "{}", text(&list.stdout));
+    }
+}

@@ -20,6 +20,8 @@
 #   lab_clean                      take everything down (the traps call it)
 
 LAB_LIB=${BASH_SOURCE[0]}
+# The last lines of an error are to say what went wrong; panics keep their backtraces.
+export RUST_LIB_BACKTRACE=0
 
 # Start time of a process: with its id it names a process for good, since ids are used again.
 lab_started_at() {

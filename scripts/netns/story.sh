@@ -63,9 +63,10 @@ start_story_hosts() {
   make_derp_map nyc fra || return 1
   start_coord
   for _ in $(seq 400); do
-    if "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key" 2>"$LAB_DIR/keys.log" &&
-      [ -s "$LAB_DIR/auth-key" ]; then
-      return 0
+    lab_alive coord || return 1
+    if lab_in coord grep -qi ":$(printf %04x 8080) 0*:0000 0A" /proc/net/tcp; then
+      "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key"
+      return
     fi
     sleep 0.05
   done

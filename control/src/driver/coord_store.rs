@@ -7,12 +7,14 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::mpsc;
+use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use rusqlite::{Connection, OptionalExtension as _, Row, Transaction, params};
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, Transaction, params};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
+use super::clock::now;
 use crate::coord::auth_key::AuthKey;
 use crate::coord::server::{NodeRecord, Registration, Write};
 use crate::key::{DiscoPublic, KEY_LEN, MachinePublic, NodePublic};
@@ -43,6 +45,9 @@ CREATE TABLE IF NOT EXISTS policy (
     id INTEGER PRIMARY KEY, body TEXT NOT NULL, created INTEGER NOT NULL);
 ";
 
+/// How long another process may hold the file.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The file's content and how to change it. Blocking: [`Store`] has it on a thread of its own.
 #[derive(Debug)]
 pub struct Database {
@@ -63,10 +68,12 @@ pub struct Loaded {
 }
 
 impl Database {
-    /// Opens or makes the file, mode 0600, with the one owner of this version.
+    /// Opens or makes the file, mode 0600, with the one owner of this version. Others may be doing
+    /// the same.
     ///
     /// # Errors
-    /// When it cannot be opened, is no database, or was made by a newer version.
+    /// When it cannot be opened, is no database, was made by a newer version, or is held by another
+    /// process for 5 s.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
         use std::os::unix::fs::OpenOptionsExt as _;
         // SQLite gives its side files the mode of the main one.
@@ -78,25 +85,20 @@ impl Database {
             .with_context(|| format!("cannot open {}", path.display()))?;
         let connection = Connection::open(path);
         let connection = connection.with_context(|| format!("cannot open {}", path.display()))?;
-        let set_up = || -> rusqlite::Result<i64> {
-            connection.pragma_update(None, "journal_mode", "WAL")?;
-            connection.pragma_update(None, "synchronous", "NORMAL")?;
-            connection.pragma_update(None, "foreign_keys", true)?;
-            connection.busy_timeout(std::time::Duration::from_secs(5))?;
-            connection.execute_batch(SCHEMA)?;
-            connection.execute(
-                "INSERT OR IGNORE INTO meta (k, v) VALUES ('schema', ?1)",
-                [SCHEMA_VERSION],
-            )?;
-            connection.execute(
-                "INSERT OR IGNORE INTO users (id, name, created) VALUES (1, 'ringtail', ?1)",
-                [OffsetDateTime::now_utc().unix_timestamp()],
-            )?;
-            connection.query_row("SELECT v FROM meta WHERE k = 'schema'", [], |row| {
-                row.get(0)
-            })
+        let deadline = now() + BUSY_TIMEOUT;
+        let version = loop {
+            match set_up(&connection) {
+                // Of two that make a new file, SQLite refuses one at once instead of waiting.
+                Err(error)
+                    if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy)
+                        && now() < deadline =>
+                {
+                    pause();
+                }
+                done => break done,
+            }
         };
-        let version = set_up().with_context(|| format!("cannot use {}", path.display()))?;
+        let version = version.with_context(|| format!("cannot use {}", path.display()))?;
         anyhow::ensure!(
             version == SCHEMA_VERSION,
             "{} was made by another version of ringtail",
@@ -267,6 +269,31 @@ impl Database {
 
 const KEY_COLUMNS: &str = "SELECT id, prefix, hash, reusable, ephemeral, used, expires, created
                            FROM authkeys";
+
+/// Makes the tables where they are missing, any number of times; gives the version of the schema.
+fn set_up(connection: &Connection) -> rusqlite::Result<i64> {
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.execute_batch(SCHEMA)?;
+    connection.execute(
+        "INSERT OR IGNORE INTO meta (k, v) VALUES ('schema', ?1)",
+        [SCHEMA_VERSION],
+    )?;
+    connection.execute(
+        "INSERT OR IGNORE INTO users (id, name, created) VALUES (1, 'ringtail', ?1)",
+        [OffsetDateTime::now_utc().unix_timestamp()],
+    )?;
+    connection.query_row("SELECT v FROM meta WHERE k = 'schema'", [], |row| {
+        row.get(0)
+    })
+}
+
+#[expect(clippy::disallowed_methods, reason = "a blocking driver's pause")]
+fn pause() {
+    std::thread::sleep(Duration::from_millis(10));
+}
 
 fn save(transaction: &Transaction<'_>, record: &NodeRecord) -> anyhow::Result<()> {
     transaction.execute(
