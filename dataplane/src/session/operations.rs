@@ -15,10 +15,7 @@ use rand::rngs::StdRng;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use super::{
-    Change, Engine, INITIATION_INTERVAL_MIN, Known, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened,
-    REKEY_TIMEOUT, Session,
-};
+use super::{Change, End, Got, INITIATION_INTERVAL_MIN, Known, Moment, OVERHEAD, REKEY_TIMEOUT};
 use crate::channel::{PeerConfig, PeerId};
 
 /// Messages the network remembers at most; the oldest go.
@@ -42,9 +39,7 @@ struct Seen {
 struct World {
     now: Duration,
     start: Instant,
-    engines: [Engine; 2],
-    sessions: [Session; 2],
-    opened: Opened,
+    ends: [End; 2],
     seen: [Seen; 2],
     in_flight: Vec<Message>,
     sealed: u32,
@@ -72,29 +67,31 @@ fn index_at(message: &[u8], at: usize) -> u32 {
 impl World {
     fn new(start: Instant) -> World {
         let keys = [[1; 32], [2; 32]];
-        let mut engines = [0, 1].map(|own: usize| {
+        let ends = [0, 1].map(|own: usize| {
             let rng = StdRng::seed_from_u64(own as u64);
             let key = Zeroizing::new(keys[own]);
-            let shard = u8::from(own == 1);
-            Engine::new(crate::Engine::Ringtail, &key, 1420, shard, rng)
-        });
-        let [a, b] = &mut engines;
-        let sessions = [(a, keys[1]), (b, keys[0])].map(|(engine, peer)| {
-            let config = PeerConfig {
+            let peer = PeerConfig {
                 id: PeerId(7),
-                public_key: PublicKey::from(&StaticSecret::from(peer)).to_bytes(),
+                public_key: PublicKey::from(&StaticSecret::from(keys[1 - own])).to_bytes(),
                 preshared_key: None,
                 allowed_ips: Vec::new(),
                 persistent_keepalive: None,
             };
-            engine.session(start, &config)
+            let shard = u8::from(own == 1);
+            End::new(
+                crate::Engine::Ringtail,
+                &key,
+                1420,
+                shard,
+                rng,
+                start,
+                &peer,
+            )
         });
         World {
             now: Duration::ZERO,
             start,
-            engines,
-            sessions,
-            opened: Opened::new(crate::Engine::Ringtail),
+            ends,
             seen: Default::default(),
             in_flight: Vec::new(),
             sealed: 0,
@@ -144,16 +141,13 @@ impl World {
     }
 
     fn initiate(&mut self, end: usize, again: bool) {
-        let at = self.moment();
-        let mut out = [0; MESSAGE_LEN_MAX];
-        let made = self.sessions[end].initiate(&mut self.engines[end], at, again, &mut out);
-        if let Some(len) = made {
+        if let Some(message) = self.ends[end].try_initiate(self.moment(), again) {
             let least = if again {
                 INITIATION_INTERVAL_MIN
             } else {
                 REKEY_TIMEOUT
             };
-            self.initiation(end, least, &out[..len]);
+            self.initiation(end, least, &message);
         }
     }
 
@@ -189,44 +183,35 @@ impl World {
 
     fn handshake(&mut self, end: usize, bytes: &[u8], damaged: bool) {
         let at = self.moment();
-        let mut out = [0; MESSAGE_LEN_MAX];
-        let handled =
-            self.sessions[end].handle_handshake(&mut self.engines[end], at, bytes, None, &mut out);
-        let Ok(outcome) = handled else { return };
+        let Ok((outcome, message)) = self.ends[end].handshake(at, bytes) else {
+            return;
+        };
         assert!(!damaged, "a damaged message is not taken");
-        let message = &out[..outcome.message.expect("either is answered")];
+        assert!(outcome.message.is_some(), "either is answered");
         let keys = &mut self.seen[end].keys;
         if bytes[0] == 1 {
-            keys.answered(index_at(message, 4), at.now);
+            keys.answered(index_at(&message, 4), at.now);
         } else {
             keys.completed(index_at(bytes, 8), at.now);
             assert_eq!(outcome.change, Change::Up);
         }
-        self.transmit(end, message);
+        self.transmit(end, &message);
     }
 
     fn open(&mut self, end: usize, bytes: &[u8], damaged: bool) {
-        let now = self.moment().now;
+        let at = self.moment();
         let index = index_at(bytes, 4);
-        let mut run = bytes.to_vec();
-        let report = self.sessions[end].open(
-            &mut self.engines[end],
-            now,
-            index,
-            &mut run,
-            bytes.len(),
-            &mut self.opened,
-            |_| {},
-        );
+        let Got {
+            report, packets, ..
+        } = self.ends[end].open(at, &[bytes]);
         let Seen { keys, arrived, .. } = &mut self.seen[end];
-        let good = !damaged && keys.holds(index, now) && !arrived.contains(bytes);
+        let good = !damaged && keys.holds(index, at.now) && !arrived.contains(bytes);
         assert_eq!(report.datagrams, usize::from(good), "index {index:#x}");
-        assert_eq!(self.opened.len() == 1, good && bytes.len() > OVERHEAD);
+        assert_eq!(packets.len() == 1, good && bytes.len() > OVERHEAD);
         let confirms = good && keys.received(index);
         assert_eq!(report.change == Change::Up, confirms);
         if good {
-            if self.opened.len() == 1 {
-                let packet = self.opened.packet(0, &run);
+            if let [packet] = packets.as_slice() {
                 assert!(packet.iter().all(|byte| *byte == packet[0]));
             }
             arrived.insert(bytes.to_vec());
@@ -234,13 +219,17 @@ impl World {
     }
 
     fn seal(&mut self, end: usize, len: usize) {
-        let now = self.moment().now;
-        let ready = self.sessions[end].ready(now);
+        let at = self.moment();
+        let End {
+            engine, session, ..
+        } = &mut self.ends[end];
+        let ready = session.ready(at.now);
         let len = 16 * (len + 1);
         self.sealed += 1;
         let mut message = vec![self.sealed.to_le_bytes()[0]; len + OVERHEAD];
         let stride = message.len();
-        let sealed = self.sessions[end].seal(&mut self.engines[end], now, &mut message, stride);
+        // Not by the end itself: that seals packets, and these are bytes of any length.
+        let sealed = session.seal(engine, at.now, &mut message, stride);
         assert_eq!(sealed.is_ok(), ready);
         if sealed.is_ok() {
             assert!(
@@ -254,7 +243,7 @@ impl World {
     }
 
     fn pass_to_alarm(&mut self, end: usize) {
-        if let Some(at) = self.sessions[end].poll_timeout() {
+        if let Some(at) = self.ends[end].poll_timeout() {
             let ahead = at.saturating_duration_since(self.moment().now);
             self.pass(ahead);
         }
@@ -264,7 +253,7 @@ impl World {
     fn pass(&mut self, by: Duration) {
         let until = self.now + by;
         loop {
-            let due = self.sessions.iter().filter_map(Session::poll_timeout).min();
+            let due = self.ends.iter().filter_map(End::poll_timeout).min();
             let Some(at) = due.filter(|at| *at <= self.start + until) else {
                 break;
             };
@@ -282,25 +271,19 @@ impl World {
     fn wake(&mut self, end: usize) {
         let at = self.moment();
         for _ in 0..STEPS_MAX {
-            if self.sessions[end]
+            if self.ends[end]
                 .poll_timeout()
                 .is_none_or(|next| next > at.now)
             {
                 return;
             }
-            let mut out = [0; MESSAGE_LEN_MAX];
-            let outcome = self.sessions[end].handle_timeout(
-                &mut self.engines[end],
-                at,
-                Duration::ZERO,
-                &mut out,
-            );
-            match outcome.message {
+            let (outcome, message) = self.ends[end].step(at);
+            match message {
                 // A new way may have asked for one sooner than the paper has it.
-                Some(len) if outcome.handshake => {
-                    self.initiation(end, INITIATION_INTERVAL_MIN, &out[..len]);
+                Some(message) if outcome.handshake => {
+                    self.initiation(end, INITIATION_INTERVAL_MIN, &message);
                 }
-                Some(len) => self.transmit(end, &out[..len]),
+                Some(message) => self.transmit(end, &message),
                 None => {}
             }
         }
@@ -308,9 +291,9 @@ impl World {
     }
 
     fn check(&self) {
-        let now = self.moment().now;
-        for (session, seen) in self.sessions.iter().zip(&self.seen) {
-            assert_eq!(session.ready(now), seen.keys.ready(now));
+        let at = self.moment();
+        for (end, seen) in self.ends.iter().zip(&self.seen) {
+            assert_eq!(end.ready(at), seen.keys.ready(at.now));
         }
     }
 }
