@@ -4,10 +4,8 @@
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use ringtail_dataplane::Engine;
-use ringtail_dataplane::bench_support::Sessions;
-use ringtail_dataplane::packet::build::{Builder, Tcp};
-use ringtail_dataplane::tun::vnet::{GSO_TCPV4, VnetHdr};
-use std::net::SocketAddr;
+use ringtail_dataplane::bench_support::{Sessions, super_packet};
+use ringtail_dataplane::tun::vnet::VnetHdr;
 use std::time::Instant;
 
 const MTU: usize = 1420;
@@ -25,18 +23,7 @@ fn sessions(engine: Engine, peers: u32) -> Sessions {
 
 /// A packet of so many full segments.
 fn packet(segments: usize) -> (VnetHdr, Vec<u8>) {
-    let tcp = Tcp {
-        seq: 1,
-        ack: 1,
-        flags: 0x10,
-        window: 500,
-        options: &[1; 12],
-    };
-    let src = SocketAddr::from(([100, 64, 0, 1], 40_000));
-    let dst = SocketAddr::from(([100, 64, 0, 2], 5201));
-    let payload = vec![0x5a; usize::from(MSS) * segments];
-    let packet = Builder::new(src, dst).tcp(&tcp, &payload);
-    (VnetHdr::new(GSO_TCPV4, 52, MSS, 20, 16), packet)
+    super_packet(usize::from(MSS) * segments, MSS)
 }
 
 fn shapes(c: &mut Criterion) {

@@ -1,8 +1,9 @@
-//! Sessions without a data plane around them, for benches and for the counting allocator. Not an
-//! API.
+//! Sessions without a data plane around them, and packets for them: for benches and for the counting
+//! allocator. Not an API.
 
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
@@ -11,9 +12,27 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use crate::channel::{PeerConfig, PeerId};
+use crate::packet::build::{Builder, Tcp};
 use crate::session::{self, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened, Session};
 use crate::tun::segment::plan;
-use crate::tun::vnet::VnetHdr;
+use crate::tun::vnet::{GSO_TCPV4, VnetHdr};
+
+/// A TCP packet over IPv4, as the TUN gives it, with so many bytes of payload in segments of `mss`
+/// bytes behind 52 of headers.
+#[must_use]
+pub fn super_packet(payload_len: usize, mss: u16) -> (VnetHdr, Vec<u8>) {
+    let tcp = Tcp {
+        seq: 1,
+        ack: 1,
+        flags: 0x18,
+        window: 500,
+        options: &[1; 12],
+    };
+    let src = SocketAddr::from(([100, 64, 0, 1], 40_000));
+    let dst = SocketAddr::from(([100, 64, 0, 2], 5201));
+    let packet = Builder::new(src, dst).tcp(&tcp, &vec![0x5a; payload_len]);
+    (VnetHdr::new(GSO_TCPV4, 52, mss, 20, 16), packet)
+}
 
 /// Two ends with one session each per peer, all with keys.
 #[expect(missing_debug_implementations, reason = "keys")]

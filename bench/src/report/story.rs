@@ -116,9 +116,10 @@ impl ActOne {
         for (index, (from_ns, name)) in starts.iter().enumerate() {
             let to_ns = starts.get(index + 1).map_or(end_ns, |(next, _)| *next);
             let (from_s, to_s) = (since(*from_ns), since(to_ns));
+            let sent = first_sent(*from_ns)..first_sent(to_ns);
             let within: Vec<Echo> = echoes
                 .iter()
-                .filter(|echo| (first_sent(*from_ns)..first_sent(to_ns)).contains(&echo.sent_ns))
+                .filter(|echo| sent.contains(&echo.sent_ns))
                 .copied()
                 .collect();
             switches.push(Switch {
