@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::kernel;
+use super::interleaved;
 use super::lanes::Lanes;
 use super::packet::Packet;
 
@@ -34,7 +34,7 @@ fn run<P: Packet>(_: Avx2, batch: &mut [P]) {
         to_rotate_16: black_box(_mm256_broadcastsi128_si256(to_rotate_16)),
         to_rotate_8: black_box(_mm256_broadcastsi128_si256(to_rotate_8)),
     };
-    kernel::run::<Words, P, 8, 2, 1>(cpu, batch);
+    interleaved::run::<Words, P, 8, 2, 1>(cpu, batch);
 }
 
 /// Made with a proof of AVX2, and a proof like it.

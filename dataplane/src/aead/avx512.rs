@@ -1,33 +1,33 @@
-//! Sixteen lanes in the registers of AVX-512.
+//! Sixteen blocks of ChaCha20, or eight MACs, in the registers of AVX-512. The MACs multiply by IFMA.
 
 use std::arch::x86_64::*;
 
-use super::kernel;
-use super::lanes::Lanes;
+use super::lanes::{Lanes, Limbs};
+use super::lockstep;
 use super::packet::Packet;
 
-/// Proof of AVX-512F, and of BMI2 for the multiplications of Poly1305.
+/// Proof of AVX-512F and IFMA.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Avx512(());
 
 impl Avx512 {
     /// The proof, where the processor has both.
     pub(super) fn detect() -> Option<Avx512> {
-        (is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("bmi2"))
+        (is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512ifma"))
             .then_some(Avx512(()))
     }
 
     /// Seals or opens the batch.
     pub(super) fn run<P: Packet>(self, batch: &mut [P]) {
-        // SAFETY: `self` proves AVX-512F and BMI2.
+        // SAFETY: `self` proves AVX-512F and IFMA.
         unsafe { run(self, batch) }
     }
 }
 
 /// All of the kernel is inlined here, so that it is compiled with these features.
-#[target_feature(enable = "avx512f,bmi2")]
+#[target_feature(enable = "avx512f,avx512ifma")]
 fn run<P: Packet>(cpu: Avx512, batch: &mut [P]) {
-    kernel::run::<Words, P, 16, 2, 2>(cpu, batch);
+    lockstep::run::<Words, Quads, P, 16, 8>(cpu, batch);
 }
 
 #[derive(Clone, Copy)]
@@ -122,4 +122,123 @@ fn transpose(rows: [Words; 16]) -> [__m512i; 16] {
         lanes[12 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_odd, cd_odd);
     }
     lanes
+}
+
+#[derive(Clone, Copy)]
+struct Quads(__m512i);
+
+impl Limbs<8> for Quads {
+    type Cpu = Avx512;
+
+    #[inline(always)]
+    fn splat(_: Avx512, word: u64) -> Quads {
+        // SAFETY: `Avx512` proves AVX-512F.
+        Quads(unsafe { _mm512_set1_epi64(word.cast_signed()) })
+    }
+
+    #[inline(always)]
+    fn load(_: Avx512, blocks: [&[u8; 16]; 8]) -> [Quads; 2] {
+        // SAFETY: `Avx512` proves AVX-512F.
+        unsafe { load(blocks) }
+    }
+
+    #[inline(always)]
+    fn store([low, high]: [Quads; 2], blocks: &mut [[u8; 16]; 8]) {
+        // SAFETY: `Quads` exist, so AVX-512F does.
+        unsafe { store(low, high, blocks) }
+    }
+
+    #[inline(always)]
+    fn add(self, other: Quads) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F does.
+        Quads(unsafe { _mm512_add_epi64(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn and(self, other: Quads) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F does.
+        Quads(unsafe { _mm512_and_si512(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn or(self, other: Quads) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F does.
+        Quads(unsafe { _mm512_or_si512(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn shl<const BITS: u32>(self) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F does.
+        Quads(unsafe { _mm512_slli_epi64::<BITS>(self.0) })
+    }
+
+    #[inline(always)]
+    fn shr<const BITS: u32>(self) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F does.
+        Quads(unsafe { _mm512_srli_epi64::<BITS>(self.0) })
+    }
+
+    #[inline(always)]
+    fn add_low_product(self, x: Quads, y: Quads) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F and IFMA do.
+        Quads(unsafe { _mm512_madd52lo_epu64(self.0, x.0, y.0) })
+    }
+
+    #[inline(always)]
+    fn add_high_product(self, x: Quads, y: Quads) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F and IFMA do.
+        Quads(unsafe { _mm512_madd52hi_epu64(self.0, x.0, y.0) })
+    }
+
+    #[inline(always)]
+    fn where_set(self, mask: u8, other: Quads) -> Quads {
+        // SAFETY: a `Quads` exists, so AVX-512F does.
+        Quads(unsafe { _mm512_mask_mov_epi64(self.0, mask, other.0) })
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(blocks: [&[u8; 16]; 8]) -> [Quads; 2] {
+    // Blocks 0, 2, 4 and 6, and the others.
+    let [mut even, mut odd] = [_mm512_setzero_si512(); 2];
+    even = _mm512_inserti32x4::<0>(even, block(blocks[0]));
+    even = _mm512_inserti32x4::<1>(even, block(blocks[2]));
+    even = _mm512_inserti32x4::<2>(even, block(blocks[4]));
+    even = _mm512_inserti32x4::<3>(even, block(blocks[6]));
+    odd = _mm512_inserti32x4::<0>(odd, block(blocks[1]));
+    odd = _mm512_inserti32x4::<1>(odd, block(blocks[3]));
+    odd = _mm512_inserti32x4::<2>(odd, block(blocks[5]));
+    odd = _mm512_inserti32x4::<3>(odd, block(blocks[7]));
+    let low = _mm512_unpacklo_epi64(even, odd);
+    let high = _mm512_unpackhi_epi64(even, odd);
+    [Quads(low), Quads(high)]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn block(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: these are the 16 bytes that are read.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(Quads(low): Quads, Quads(high): Quads, blocks: &mut [[u8; 16]; 8]) {
+    let even = _mm512_unpacklo_epi64(low, high);
+    let odd = _mm512_unpackhi_epi64(low, high);
+    let pieces = [
+        _mm512_extracti32x4_epi32::<0>(even),
+        _mm512_extracti32x4_epi32::<0>(odd),
+        _mm512_extracti32x4_epi32::<1>(even),
+        _mm512_extracti32x4_epi32::<1>(odd),
+        _mm512_extracti32x4_epi32::<2>(even),
+        _mm512_extracti32x4_epi32::<2>(odd),
+        _mm512_extracti32x4_epi32::<3>(even),
+        _mm512_extracti32x4_epi32::<3>(odd),
+    ];
+    for (block, piece) in blocks.iter_mut().zip(pieces) {
+        // SAFETY: these are the 16 bytes that are written.
+        unsafe { _mm_storeu_si128(block.as_mut_ptr().cast(), piece) };
+    }
 }

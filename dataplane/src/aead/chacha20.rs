@@ -4,7 +4,6 @@
 
 use std::array::from_fn;
 
-use super::deal::Group;
 use super::lanes::{BLOCK_LEN, Lanes};
 use super::packet::Packet;
 
@@ -16,15 +15,24 @@ const CONSTANTS: [u32; 4] = [0x6170_7865, 0x3320_646e, 0x7962_2d32, 0x6b20_6574]
 const COLUMNS: [[usize; 4]; 4] = [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]];
 const DIAGONALS: [[usize; 4]; 4] = [[0, 5, 10, 15], [1, 6, 11, 12], [2, 7, 8, 13], [3, 4, 9, 14]];
 
-/// The words that the blocks of this group start from: constants, key, block number, nonce.
+/// From `lane` on, lanes have successive blocks of `packet`, the first of them this one.
+#[derive(Clone, Copy)]
+pub(super) struct Origin {
+    pub(super) lane: u32,
+    pub(super) packet: usize,
+    pub(super) block: u32,
+}
+
+/// The words that blocks of these origins, lanes ascending, start from: constants, key, block
+/// number, nonce.
 #[inline(always)]
 pub(super) fn start<L: Lanes<N>, P: Packet, const N: usize>(
     cpu: L::Cpu,
     batch: &[P],
-    group: &Group<N>,
+    origins: impl Iterator<Item = Origin> + Clone,
 ) -> [L; 16] {
     let mut words = [L::splat(cpu, 0); 16];
-    let Some(first) = group.runs().first() else {
+    let Some(first) = origins.clone().next() else {
         return words;
     };
     for (word, constant) in words.iter_mut().zip(CONSTANTS) {
@@ -36,24 +44,39 @@ pub(super) fn start<L: Lanes<N>, P: Packet, const N: usize>(
     for (word, key) in words[4..].iter_mut().zip(key) {
         *word = L::splat(cpu, *key);
     }
-    for run in group.runs() {
-        let packet = &batch[run.packet];
+    for origin in origins.clone() {
+        let packet = &batch[origin.packet];
         one_key &= std::ptr::eq(packet.key(), key);
-        let below_first_lane = run.block.wrapping_sub(run.lane);
+        let below_first_lane = origin.block.wrapping_sub(origin.lane);
         let block = L::splat(cpu, below_first_lane).add(L::numbers(cpu));
         let [a, b, c] = packet.nonce().map(|word| L::splat(cpu, word));
         for (word, from_here) in words[12..].iter_mut().zip([block, a, b, c]) {
-            *word = word.then(run.lane, from_here);
+            *word = word.then(origin.lane, from_here);
         }
     }
     if !one_key {
-        for run in group.runs() {
-            for (word, key) in words[4..].iter_mut().zip(batch[run.packet].key()) {
-                *word = word.then(run.lane, L::splat(cpu, *key));
+        for origin in origins {
+            for (word, key) in words[4..].iter_mut().zip(batch[origin.packet].key()) {
+                *word = word.then(origin.lane, L::splat(cpu, *key));
             }
         }
     }
     words
+}
+
+/// The blocks that start from these words.
+#[inline(always)]
+pub(super) fn blocks<L: Lanes<N>, const N: usize>(
+    cpu: L::Cpu,
+    start: &[L; 16],
+    keystream: &mut [[u8; BLOCK_LEN]; N],
+) {
+    let mut words = *start;
+    for _ in 0..DOUBLE_ROUNDS {
+        columns(cpu, &mut words);
+        diagonals(cpu, &mut words);
+    }
+    L::store(from_fn(|i| words[i].add(start[i])), keystream);
 }
 
 /// The first half of a double round.

@@ -9,6 +9,7 @@
 //! takes the next one; when none is left, the other tracks share the lanes. So every lane works until
 //! the batch ends, whatever the lengths.
 
+use super::chacha20::Origin;
 use super::lanes::BLOCK_LEN;
 use super::packet::Packet;
 
@@ -76,6 +77,16 @@ impl<const N: usize> Group<N> {
     #[inline(always)]
     pub(super) fn runs(&self) -> &[Run] {
         &self.runs[..self.len]
+    }
+
+    /// Where the lanes start from.
+    #[inline(always)]
+    pub(super) fn origins(&self) -> impl Iterator<Item = Origin> + Clone {
+        self.runs().iter().map(|run| Origin {
+            lane: run.lane,
+            packet: run.packet,
+            block: run.block,
+        })
     }
 }
 

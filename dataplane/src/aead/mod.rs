@@ -14,61 +14,60 @@
 //!
 //! # Backends
 //!
-//! AVX-512 (16 lanes), AVX2 (8 lanes), and ring, one packet after the other. [`Aead::detect`] takes
-//! the first that the processor can run and that answers a known question (`known`); off x86-64 that
-//! is ring. A batch of a shape for which ring is faster goes to ring, by the small rule of
-//! `Engine::unless_ring_is_faster`.
+//! AVX-512 with IFMA, AVX2, and ring, one packet after the other. [`Aead::detect`] takes the first that
+//! the processor can run and that answers a known question (`known`); off x86-64 that is ring. A batch
+//! of a shape for which ring is faster goes to ring, by the small rule of `Engine::unless_ring_is_faster`.
 //!
-//! The two vector backends are one kernel over the few operations of the `Lanes` trait, which the
-//! tests implement a third time in plain arrays, so that the kernel's logic is tested everywhere.
+//! # The kernels
 //!
-//! # The kernel
+//! Both compute ChaCha20 with a vector for each of the 16 words of the state and a *lane* for each block
+//! (`chacha20`). Every lane has the key, nonce and block number of the packet it works for, so that
+//! nothing in the rounds knows of packets. Afterwards a transposition turns lanes into blocks of
+//! keystream. What differs is who multiplies for Poly1305:
 //!
-//! - `chacha20`: a vector for each of the 16 words of the state, a *lane* for each block. Every lane
-//!   has the key, nonce and block number of the packet it is dealt to, so that nothing in the rounds
-//!   knows of packets. Afterwards a transposition turns lanes into blocks of keystream.
-//! - `deal`: which lane is which block. One-time keys are blocks like others, so a lone packet pays
-//!   for no extra pass, and lanes are idle only where the batch ends.
-//! - `poly1305`: scalar, radix 2^64.
-//! - `kernel`: brings the two together. The rounds of one group of lanes run amid the MAC of the
-//!   group before it, a few blocks of the MAC after each half double round; the processor's
-//!   out-of-order window does both at once, because the one uses vector units and the other
-//!   multiplier and adders.
+//! - `interleaved`, for AVX2, which has no wide multiplication: scalar Poly1305 (`poly1305`, radix 2^64).
+//!   The rounds of one group of lanes run amid the MAC of the group before it, a few blocks of the MAC
+//!   after each half double round; the processor's out-of-order window does both at once, because the
+//!   one uses vector units and the other multiplier and adders. `deal` says which lane is which block.
+//!   One-time keys are blocks like others, and lanes are idle only where the batch ends.
+//! - `lockstep`, for AVX-512 with IFMA: Poly1305 in vectors too (`macs`, radix 2^44), a lane for each of
+//!   eight packets, two blocks of each between one chain of carries and the next.
 //!
-//! Why the MAC is scalar, in AVX-512 too: a block of Poly1305 is 28 instructions on scalar units that
-//! the rounds leave idle. In vectors with IFMA it is about 6 instructions a block, but on the units
-//! that the rounds already fill, and wants eight packets of like length in step. Counted in
-//! instructions for 16 blocks of ChaCha20 and the 64 of Poly1305 that belong to them: the rounds are
-//! 960, scalar MAC and bookkeeping about 3000, at five to six a cycle; IFMA would be about 420 more
-//! at two a cycle. By that count both come to 700 to 800 cycles, so one kernel and one MAC, tested on
-//! every machine, won. Only AVX2 has been measured; AVX-512 is run in an emulator
-//! (`scripts/avx512.sh`), which shows what it computes and not how fast.
+//! They know of a processor only the few operations of the traits in `lanes`, which the tests implement
+//! once more in plain arrays: so the logic of both is tested everywhere, and with overflow checks.
 //!
-//! Tried with AVX2 on Zen 3, in ns per packet of 1420 bytes in a batch of 45 (this kernel 692, ring 818):
-//! the MAC in vectors too, four packets of limbs of 26 bits side by side, all rounds before all MACs: 911
-//! alone, and no better beside another busy hardware thread of the core; groups of 16 blocks in two
-//! vectors, to share the bookkeeping: 773. A core whose other hardware thread is busy gives the kernel
-//! about half its units, and ring, which uses fewer instructions at a time, loses less by that: both
-//! then take about the same time.
+//! AVX2, measured on Zen 3 in ns per packet of 1420 bytes in a batch of 45: `interleaved` 692, ring 818.
+//! Tried there: the MAC in vectors too, with limbs of 26 bits, 911; groups of 16 blocks in two vectors, to
+//! share the bookkeeping, 773. A core whose other hardware thread is busy gives the kernel about half
+//! its units, and ring, which uses fewer instructions at a time, loses less by that: both then take
+//! about the same time.
+//!
+//! AVX-512 has been run in an emulator only (`scripts/avx512.sh`), which shows what it computes and not
+//! how fast. Estimates, by llvm-mca's model of Zen 4 and of two Intel servers, in cycles: 16 blocks of
+//! ChaCha20 with everything around take 580, of which the rounds are 480. The 64 blocks of Poly1305 that
+//! belong to them take 180 to 220 in vectors. Interleaved in scalar code they would take no instruction
+//! from the vector units, but all of it takes 1000 to 1300 then: more instructions than a cycle has
+//! places, along chains of multiplications.
 //!
 //! # Constant time
 //!
 //! No branch and no address depends on a key, a text or a tag: rounds are additions, exclusive ors and
-//! rotations by constants; the MAC is additions, shifts and multiplications whose time does not
+//! rotations by constants; the MACs are additions, shifts and multiplications whose time does not
 //! depend on the operands; the tag is compared as a whole (`packet`). What branches depend on are
 //! lengths, the number of packets, whether packets share a key *object*, and in the end whether a
 //! tag was right: all of them public. `bench/benches/aead_timing.rs` looks for leaks.
 //!
 //! # Opening
 //!
-//! The kernel decrypts a group of lanes after its MAC and so before the packet's tag is known. The
-//! caller, who has lent the buffers exclusively, cannot look until `open` returns; by then every tag
-//! has been compared, and the text of a packet that failed is zeros. Packets share nothing but the
-//! vector registers: a bad one changes nothing for the others.
+//! `lockstep` decrypts nothing whose tag is wrong. `interleaved` decrypts a group of lanes after its MAC
+//! and so before the packet's tag is known: the caller, who has lent the buffers exclusively, cannot look
+//! until `open` returns. By then every tag has been compared, and the text of a packet that failed is
+//! zeros, with any backend. Packets share nothing but the vector registers: a bad one changes nothing for
+//! the others.
 //!
 //! # Zeroising
 //!
-//! [`Key`]s on drop; the buffers of keystream and one-time keys before the kernel returns. What the
+//! [`Key`]s on drop; the buffers of keystream, one-time keys and MACs before the kernel returns. What the
 //! compiler moves or copies to the stack, when it runs out of registers, is out of reach.
 
 #[cfg(target_arch = "x86_64")]
@@ -80,10 +79,14 @@ mod chacha20;
 #[cfg(any(target_arch = "x86_64", test))]
 mod deal;
 #[cfg(any(target_arch = "x86_64", test))]
-mod kernel;
+mod interleaved;
 mod known;
 #[cfg(any(target_arch = "x86_64", test))]
 mod lanes;
+#[cfg(any(target_arch = "x86_64", test))]
+mod lockstep;
+#[cfg(any(target_arch = "x86_64", test))]
+mod macs;
 #[cfg(any(target_arch = "x86_64", test))]
 mod packet;
 #[cfg(any(target_arch = "x86_64", test))]
@@ -213,7 +216,7 @@ impl Open<'_> {
 /// An implementation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backend {
-    /// 16 blocks of ChaCha20 at a time (AVX-512F).
+    /// 16 blocks of ChaCha20 and 8 MACs at a time (AVX-512F and IFMA).
     Avx512,
     /// 8 blocks of ChaCha20 at a time (AVX2).
     Avx2,
@@ -289,26 +292,52 @@ impl Engine {
         }
     }
 
-    /// This engine, or ring for a batch of this many packets and bytes if that is faster. What is
-    /// compared are lengths of whole batches, which everybody on the wire sees.
+    /// This engine, or ring for a batch of this shape if that is faster. What is compared are lengths
+    /// and their number, which everybody on the wire sees.
     ///
     /// AVX2, measured on Zen 3 (`cargo bench -p ringtail-bench --bench aead -- --ratios`): ring,
     /// whose code has no work for a group besides the rounds, wins on long packets and on batches
     /// too small to fill two tracks; `large_batch` is from how many full packets on we win.
     ///
-    /// AVX-512, by estimate only: a lone short packet takes as long as sixteen blocks do.
-    fn unless_ring_is_faster(self, packets: usize, bytes: usize, large_batch: usize) -> Engine {
+    /// AVX-512, by estimate only: the MACs take as long as the longest packet's, however many there are.
+    fn unless_ring_is_faster(self, shape: Shape, large_batch: usize) -> Engine {
         let ours = match self {
             #[cfg(target_arch = "x86_64")]
-            Engine::Avx512(_) => packets > 1 || bytes > 600,
+            Engine::Avx512(_) => shape.packets >= 3 && shape.bytes >= 2 * shape.longest,
             #[cfg(target_arch = "x86_64")]
             Engine::Avx2(_) => {
+                let Shape { packets, bytes, .. } = shape;
                 let fits = |len_max: usize| bytes <= packets * (MESSAGE_LEN_MIN + len_max);
                 packets >= large_batch && fits(1600) || packets >= 3 && fits(300)
             }
             Engine::Ring => true,
         };
         if ours { self } else { Engine::Ring }
+    }
+}
+
+/// What a batch looks like from outside.
+#[derive(Clone, Copy)]
+struct Shape {
+    packets: usize,
+    /// Of all messages, and of the longest.
+    bytes: usize,
+    longest: usize,
+}
+
+impl Shape {
+    fn of(lens: impl Iterator<Item = usize>) -> Shape {
+        let mut shape = Shape {
+            packets: 0,
+            bytes: 0,
+            longest: 0,
+        };
+        for len in lens {
+            shape.packets += 1;
+            shape.bytes += len;
+            shape.longest = shape.longest.max(len);
+        }
+        shape
     }
 }
 
@@ -357,16 +386,14 @@ impl Aead {
                 "a message to seal has room for header and tag, and fits a datagram"
             );
         }
-        let bytes = batch.iter().map(|packet| packet.message.len()).sum();
-        let engine = self.engine.unless_ring_is_faster(batch.len(), bytes, 3);
-        engine.seal(batch);
+        let shape = Shape::of(batch.iter().map(|packet| packet.message.len()));
+        self.engine.unless_ring_is_faster(shape, 3).seal(batch);
     }
 
     /// Opens every packet in place and sets its `ok`. A bad packet changes nothing for the others.
     pub fn open(&self, batch: &mut [Open<'_>]) {
-        let bytes = batch.iter().map(|packet| packet.message.len()).sum();
-        let engine = self.engine.unless_ring_is_faster(batch.len(), bytes, 16);
-        engine.open(batch);
+        let shape = Shape::of(batch.iter().map(|packet| packet.message.len()));
+        self.engine.unless_ring_is_faster(shape, 16).open(batch);
     }
 }
 

@@ -25,8 +25,9 @@ pub(super) trait Packet {
     fn text(&self) -> &[u8];
     /// The same.
     fn text_mut(&mut self) -> &mut [u8];
-    /// Takes the tag, computed over the ciphertext; the text is done by then.
-    fn settle(&mut self, tag: [u8; TAG_LEN]);
+    /// Takes the tag, computed over the ciphertext. False if it is not the one that the packet came
+    /// with: then the text is not to be touched again.
+    fn settle(&mut self, tag: [u8; TAG_LEN]) -> bool;
 }
 
 impl Packet for Seal<'_> {
@@ -58,10 +59,11 @@ impl Packet for Seal<'_> {
     }
 
     #[inline(always)]
-    fn settle(&mut self, tag: [u8; TAG_LEN]) {
+    fn settle(&mut self, tag: [u8; TAG_LEN]) -> bool {
         if let Some(room) = self.message.last_chunk_mut() {
             *room = tag;
         }
+        true
     }
 }
 
@@ -94,7 +96,7 @@ impl Packet for Open<'_> {
     }
 
     #[inline(always)]
-    fn settle(&mut self, tag: [u8; TAG_LEN]) {
+    fn settle(&mut self, tag: [u8; TAG_LEN]) -> bool {
         let received = self.message.last_chunk().copied().map(u128::from_le_bytes);
         // The barrier keeps the comparison one of all 16 bytes: whatever the compiler could tell
         // about the two tags, it must have their whole difference here.
@@ -103,6 +105,7 @@ impl Packet for Open<'_> {
         if !self.ok {
             self.wipe();
         }
+        self.ok
     }
 }
 

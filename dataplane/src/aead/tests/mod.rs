@@ -95,8 +95,8 @@ fn ways() -> Vec<Way> {
             );
         };
     }
-    kernel!("portable, 8 lanes", portable::run_8);
-    kernel!("portable, 16 lanes", portable::run_16);
+    kernel!("interleaved, portable", portable::run_interleaved);
+    kernel!("lockstep, portable", portable::run_lockstep);
     ways
 }
 

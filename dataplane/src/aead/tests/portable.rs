@@ -2,21 +2,21 @@
 
 use std::array::from_fn;
 
-use crate::aead::kernel;
-use crate::aead::lanes::Lanes;
+use crate::aead::lanes::{Lanes, Limbs};
 use crate::aead::packet::Packet;
+use crate::aead::{interleaved, lockstep};
 
 #[derive(Clone, Copy)]
 struct Portable<const N: usize>([u32; N]);
 
 /// The kernel as AVX2 has it, without AVX2.
-pub(super) fn run_8<P: Packet>(batch: &mut [P]) {
-    kernel::run::<Portable<8>, P, 8, 2, 1>((), batch);
+pub(super) fn run_interleaved<P: Packet>(batch: &mut [P]) {
+    interleaved::run::<Portable<8>, P, 8, 2, 1>((), batch);
 }
 
 /// The kernel as AVX-512 has it, without AVX-512.
-pub(super) fn run_16<P: Packet>(batch: &mut [P]) {
-    kernel::run::<Portable<16>, P, 16, 2, 2>((), batch);
+pub(super) fn run_lockstep<P: Packet>(batch: &mut [P]) {
+    lockstep::run::<Portable<16>, Quads, P, 16, 8>((), batch);
 }
 
 impl<const N: usize> Lanes<N> for Portable<N> {
@@ -53,5 +53,74 @@ impl<const N: usize> Lanes<N> for Portable<N> {
                 *bytes = word.0[lane].to_le_bytes();
             }
         }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Quads([u64; 8]);
+
+impl Quads {
+    fn each(self, other: Quads, of: impl Fn(u64, u64) -> u64) -> Quads {
+        Quads(from_fn(|lane| of(self.0[lane], other.0[lane])))
+    }
+}
+
+/// The product of the low 52 bits.
+fn product(x: u64, y: u64) -> u128 {
+    let low = |word: u64| u128::from(word & ((1 << 52) - 1));
+    low(x) * low(y)
+}
+
+impl Limbs<8> for Quads {
+    type Cpu = ();
+
+    fn splat((): (), word: u64) -> Self {
+        Quads([word; 8])
+    }
+
+    fn load((): (), blocks: [&[u8; 16]; 8]) -> [Self; 2] {
+        let half = |block: &[u8; 16], half: usize| u64::from_le_bytes(block.as_chunks().0[half]);
+        [0, 1].map(|i| Quads(blocks.map(|block| half(block, i))))
+    }
+
+    fn store([low, high]: [Self; 2], blocks: &mut [[u8; 16]; 8]) {
+        for (lane, block) in blocks.iter_mut().enumerate() {
+            block[..8].copy_from_slice(&low.0[lane].to_le_bytes());
+            block[8..].copy_from_slice(&high.0[lane].to_le_bytes());
+        }
+    }
+
+    fn add(self, other: Self) -> Self {
+        self.each(other, |x, y| x + y)
+    }
+
+    fn and(self, other: Self) -> Self {
+        self.each(other, |x, y| x & y)
+    }
+
+    fn or(self, other: Self) -> Self {
+        self.each(other, |x, y| x | y)
+    }
+
+    fn shl<const BITS: u32>(self) -> Self {
+        Quads(self.0.map(|word| word << BITS))
+    }
+
+    fn shr<const BITS: u32>(self) -> Self {
+        Quads(self.0.map(|word| word >> BITS))
+    }
+
+    fn add_low_product(self, x: Self, y: Self) -> Self {
+        let low = |x, y| u64::try_from(product(x, y) & ((1 << 52) - 1)).unwrap();
+        self.add(x.each(y, low))
+    }
+
+    fn add_high_product(self, x: Self, y: Self) -> Self {
+        self.add(x.each(y, |x, y| u64::try_from(product(x, y) >> 52).unwrap()))
+    }
+
+    fn where_set(self, mask: u8, other: Self) -> Self {
+        let of = |lane| if mask >> lane & 1 == 1 { other } else { self };
+        Quads(from_fn(|lane| of(lane).0[lane]))
     }
 }

@@ -69,8 +69,9 @@ impl<const SEALING: bool> Packet for Plain<SEALING> {
         &mut self.text
     }
 
-    fn settle(&mut self, tag: [u8; TAG_LEN]) {
+    fn settle(&mut self, tag: [u8; TAG_LEN]) -> bool {
         assert_eq!(self.tag.replace(tag), None, "settled once");
+        true
     }
 }
 
@@ -80,8 +81,8 @@ type Kernel<const SEALING: bool> = (&'static str, fn(&mut [Plain<SEALING>]));
 /// Every kernel that this machine can run.
 fn kernels<const SEALING: bool>() -> Vec<Kernel<SEALING>> {
     let mut kernels: Vec<Kernel<SEALING>> = vec![
-        ("portable, 8 lanes", portable::run_8),
-        ("portable, 16 lanes", portable::run_16),
+        ("interleaved, portable", portable::run_interleaved),
+        ("lockstep, portable", portable::run_lockstep),
     ];
     #[cfg(target_arch = "x86_64")]
     if crate::aead::avx2::Avx2::detect().is_some() {

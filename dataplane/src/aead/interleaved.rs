@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
-//! The AEAD (RFC 8439 §2.8) over a batch: rounds of ChaCha20 in vectors, and between them Poly1305
-//! in scalar code.
+//! The AEAD (RFC 8439 §2.8) over a batch, for processors without fast wide multiplication: rounds of
+//! ChaCha20 in vectors, and between them Poly1305 in scalar code.
 //!
 //! Group after group (see [`deal`](super::deal)), the rounds of one run while the MAC takes in the
 //! ciphertext of the group before it, a few blocks behind each half double round. Nothing of the
@@ -31,11 +31,11 @@ pub(super) fn run<L: Lanes<N>, P: Packet, const N: usize, const T: usize, const 
     let mut keystream = [[0; BLOCK_LEN]; N];
     let mut macs = [Poly1305::default(); T];
     let mut dealer = Dealer::<T>::new();
-    let (mut one, mut other) = (Group::empty(), Group::empty());
+    let (mut one, mut other) = (Group::<N>::empty(), Group::empty());
     let (mut before, mut group) = (&mut one, &mut other);
     dealer.deal(batch, group);
     loop {
-        let start = chacha20::start(cpu, batch, group);
+        let start = chacha20::start(cpu, batch, group.origins());
         let mut words = start;
         let mut rounds = Rounds::<L, N> {
             cpu,

@@ -1,0 +1,229 @@
+#![forbid(unsafe_code)]
+//! Poly1305 (RFC 8439 §2.5) of `V` messages side by side, a lane for each, radix 2^44.
+//!
+//! A number modulo `2^130 - 5` is three limbs, of 44, 44 and 42 bits, lowest first. Limbs may be a few
+//! bits longer between operations: they are multiplied as numbers of 52 bits. No branch and no index
+//! depends on data.
+
+use super::TAG_LEN;
+use super::lanes::{BLOCK_LEN, Limbs};
+
+const LIMB: u64 = (1 << 44) - 1;
+const TOP_LIMB: u64 = (1 << 42) - 1;
+
+/// `V` authenticators: their one-time keys, and the sums so far.
+#[derive(Clone, Copy)]
+pub(super) struct Macs<M: Limbs<V>, const V: usize> {
+    cpu: M::Cpu,
+    /// The sums, as [`carried`] leaves them.
+    h: [M; 3],
+    /// The clamped multipliers, and their squares.
+    r: Factor<M>,
+    r_squared: Factor<M>,
+    /// Added at the end.
+    pad: [M; 3],
+}
+
+/// What is multiplied by.
+#[derive(Clone, Copy)]
+struct Factor<M> {
+    limbs: [M; 3],
+    /// The upper two, times 20. A product of limbs whose weights make 2^132 or more goes back in at the
+    /// bottom: 2^130 is 5 modulo the prime, and so 2^132 is 20. Below 2^50.
+    wrapped: [M; 2],
+}
+
+/// Products, added up limb by limb: of each the low 52 bits, and apart the high ones.
+struct Sums<M> {
+    low: [M; 3],
+    high: [M; 3],
+}
+
+impl<M: Limbs<V>, const V: usize> Macs<M, V> {
+    /// Without keys: a place for some.
+    #[inline(always)]
+    pub(super) fn zero(cpu: M::Cpu) -> Self {
+        let zero = [M::splat(cpu, 0); 3];
+        let factor = Factor {
+            limbs: zero,
+            wrapped: [zero[0]; 2],
+        };
+        Macs {
+            cpu,
+            h: zero,
+            r: factor,
+            r_squared: factor,
+            pad: zero,
+        }
+    }
+
+    /// Starts with the one-time keys that these blocks begin with.
+    #[inline(always)]
+    pub(super) fn new(cpu: M::Cpu, keys: [&[u8; BLOCK_LEN]; V]) -> Self {
+        let (mut r, mut pad) = ([&[0; 16]; V], [&[0; 16]; V]);
+        for (v, key) in keys.into_iter().enumerate() {
+            let (halves, _) = key.as_chunks();
+            (r[v], pad[v]) = (&halves[0], &halves[1]);
+        }
+        let [low, high] = M::load(cpu, r);
+        let clamped = [
+            low.and(M::splat(cpu, 0x0fff_fffc_0fff_ffff)),
+            high.and(M::splat(cpu, 0x0fff_fffc_0fff_fffc)),
+        ];
+        let limbs = split(cpu, clamped);
+        let mut macs = Self::zero(cpu);
+        macs.r = factor(limbs);
+        let mut square = macs.no_sums();
+        multiply(&mut square, &limbs, &macs.r);
+        macs.r_squared = factor(carried(cpu, &square));
+        macs.pad = split(cpu, M::load(cpu, pad));
+        macs
+    }
+
+    /// Takes in two blocks of every message: `h = (h + first) * r^2 + second * r`, each block with its
+    /// bit 128. One chain of carries serves both.
+    #[inline(always)]
+    pub(super) fn absorb_two(&mut self, first: [&[u8; 16]; V], second: [&[u8; 16]; V]) {
+        let mut sums = self.no_sums();
+        let second = self.block(second);
+        multiply(&mut sums, &second, &self.r);
+        let first = add(self.h, self.block(first));
+        multiply(&mut sums, &first, &self.r_squared);
+        self.h = carried(self.cpu, &sums);
+    }
+
+    /// Takes in a block of every message that has one: `h = (h + block) * r`.
+    #[inline(always)]
+    pub(super) fn absorb(&mut self, blocks: [Option<&[u8; 16]>; V]) {
+        let (mut present, mut all) = (0, [&[0; 16]; V]);
+        for (v, block) in blocks.into_iter().enumerate() {
+            if let Some(block) = block {
+                present |= 1 << v;
+                all[v] = block;
+            }
+        }
+        if present == 0 {
+            return;
+        }
+        let mut sums = self.no_sums();
+        let block = add(self.h, self.block(all));
+        multiply(&mut sums, &block, &self.r);
+        let changed = carried(self.cpu, &sums);
+        for (h, changed) in self.h.iter_mut().zip(changed) {
+            *h = h.where_set(present, changed);
+        }
+    }
+
+    /// Gives the tags and forgets everything.
+    #[inline(always)]
+    pub(super) fn take_tags(&mut self, tags: &mut [[u8; TAG_LEN]; V]) {
+        let limb = M::splat(self.cpu, LIMB);
+        // All carries, so that the sum is below 2^130. If the last but one is not 0, then `h1` is
+        // small, and the last ends there.
+        let [h0, h1, h2] = self.h;
+        let h2 = h2.add(h1.shr::<44>());
+        let h1 = h1.and(limb);
+        let h0 = h0.add(five_times(h2.shr::<42>()));
+        let h2 = h2.and(M::splat(self.cpu, TOP_LIMB));
+        let h1 = h1.add(h0.shr::<44>());
+        let h0 = h0.and(limb);
+        // The sum modulo the prime: `h + 5` passes 2^130 exactly where `h` passes the prime. Then it is
+        // `h + 5` without that bit, which is above the 128 that count.
+        let passed = h0.add(M::splat(self.cpu, 5)).shr::<44>();
+        let passed = h2.add(h1.add(passed).shr::<44>()).shr::<42>();
+        let h0 = h0.add(five_times(passed));
+        // The pad, modulo 2^128.
+        let [t0, t1, t2] = add([h0, h1, h2], self.pad);
+        let t1 = t1.add(t0.shr::<44>());
+        let t2 = t2.add(t1.shr::<44>());
+        let low = t0.and(limb).or(t1.shl::<44>());
+        let high = t1.and(limb).shr::<20>().or(t2.shl::<24>());
+        M::store([low, high], tags);
+        *self = Self::zero(self.cpu);
+    }
+
+    /// The limbs of the blocks, each with its bit 128.
+    #[inline(always)]
+    fn block(&self, blocks: [&[u8; 16]; V]) -> [M; 3] {
+        let [low, middle, top] = split(self.cpu, M::load(self.cpu, blocks));
+        [low, middle, top.or(M::splat(self.cpu, 1 << (128 - 88)))]
+    }
+
+    #[inline(always)]
+    fn no_sums(&self) -> Sums<M> {
+        let zero = [M::splat(self.cpu, 0); 3];
+        Sums {
+            low: zero,
+            high: zero,
+        }
+    }
+}
+
+/// Adds the products of `x`, with limbs below 2^46, and the factor.
+#[inline(always)]
+fn multiply<M: Limbs<V>, const V: usize>(sums: &mut Sums<M>, x: &[M; 3], by: &Factor<M>) {
+    for (j, x) in x.iter().enumerate() {
+        for i in 0..3 {
+            // Limb `i` is made of limb `j` of the one and limb `i - j`, modulo 3, of the other.
+            let of = if j <= i {
+                by.limbs[i - j]
+            } else {
+                by.wrapped[2 + i - j]
+            };
+            sums.low[i] = sums.low[i].add_low_product(*x, of);
+            sums.high[i] = sums.high[i].add_high_product(*x, of);
+        }
+    }
+}
+
+/// The number that the sums of at most six products a limb stand for. Its lowest limb is below 2^44, the
+/// next below 2^44 + 2^11, the top one below 2^42.
+///
+/// What has the weight 2^52 in a limb of 44 bits has 2^8 in the next, and 2^10 above one of 42. A high
+/// part is below 2^(46 + 50 - 52), and six of them below 2^47; in the top limb, where nothing is wrapped,
+/// below 2^42. So nothing below reaches 2^58.
+#[inline(always)]
+fn carried<M: Limbs<V>, const V: usize>(cpu: M::Cpu, Sums { low, high }: &Sums<M>) -> [M; 3] {
+    let limb = M::splat(cpu, LIMB);
+    let up = low[0].shr::<44>().add(high[0].shl::<8>());
+    let middle = low[1].add(up);
+    let up = middle.shr::<44>().add(high[1].shl::<8>());
+    let top = low[2].add(up);
+    let up = top.shr::<42>().add(high[2].shl::<10>());
+    let bottom = low[0].and(limb).add(five_times(up));
+    [
+        bottom.and(limb),
+        middle.and(limb).add(bottom.shr::<44>()),
+        top.and(M::splat(cpu, TOP_LIMB)),
+    ]
+}
+
+#[inline(always)]
+fn factor<M: Limbs<V>, const V: usize>(limbs: [M; 3]) -> Factor<M> {
+    let [_, middle, top] = limbs;
+    Factor {
+        limbs,
+        wrapped: [five_times(middle).shl::<2>(), five_times(top).shl::<2>()],
+    }
+}
+
+#[inline(always)]
+fn five_times<M: Limbs<V>, const V: usize>(x: M) -> M {
+    x.add(x.shl::<2>())
+}
+
+#[inline(always)]
+fn add<M: Limbs<V>, const V: usize>(x: [M; 3], y: [M; 3]) -> [M; 3] {
+    [x[0].add(y[0]), x[1].add(y[1]), x[2].add(y[2])]
+}
+
+/// The limbs of numbers of 128 bits, whose halves these are.
+#[inline(always)]
+fn split<M: Limbs<V>, const V: usize>(cpu: M::Cpu, [low, high]: [M; 2]) -> [M; 3] {
+    let limb = M::splat(cpu, LIMB);
+    [
+        low.and(limb),
+        low.shr::<44>().or(high.shl::<20>()).and(limb),
+        high.shr::<24>(),
+    ]
+}
