@@ -280,18 +280,23 @@ where
         }
     }
 
-    // In step and by twos as far as the shortest goes; then as long as any has blocks.
-    let shortest = set.members[set.len - 1].text_len / 16;
-    let in_step = shortest - shortest % 2;
-    for i in (0..in_step).step_by(2) {
-        for (macs, blocks) in macs.iter_mut().zip(&blocks) {
-            let first = from_fn(|v| &blocks[v].whole[i]);
-            let second = from_fn(|v| &blocks[v].whole[i + 1]);
-            macs.absorb_two(first, second);
+    // Each vector by twos, in step, as far as its shortest goes; then as long as any has blocks.
+    let in_step: [usize; K] = from_fn(|k| {
+        let last = set.len.min((k + 1) * V) - 1;
+        let shortest = set.members[last].text_len / 16;
+        shortest - shortest % 2
+    });
+    for i in (0..in_step[0]).step_by(2) {
+        for ((macs, blocks), in_step) in macs.iter_mut().zip(&blocks).zip(in_step) {
+            if i < in_step {
+                let first = from_fn(|v| &blocks[v].whole[i]);
+                let second = from_fn(|v| &blocks[v].whole[i + 1]);
+                macs.absorb_two(first, second);
+            }
         }
     }
-    for i in in_step..blocks[0][0].len() {
-        for (macs, blocks) in macs.iter_mut().zip(&blocks) {
+    for ((macs, blocks), in_step) in macs.iter_mut().zip(&blocks).zip(in_step) {
+        for i in in_step..blocks[0].len() {
             macs.absorb(from_fn(|v| blocks[v].get(i)));
         }
     }
