@@ -50,7 +50,8 @@ impl Lanes<16> for Words {
 
     #[inline(always)]
     fn then(self, first: u32, other: Words) -> Words {
-        let from_there = 0xffff << first;
+        #[expect(clippy::cast_possible_truncation, reason = "a bit for each lane")]
+        let from_there = (0xffff_u32 << first) as u16;
         // SAFETY: a `Words` exists, so AVX-512F does.
         Words(unsafe { _mm512_mask_mov_epi32(self.0, from_there, other.0) })
     }

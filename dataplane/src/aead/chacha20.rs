@@ -64,6 +64,24 @@ pub(super) fn start<L: Lanes<N>, P: Packet, const N: usize>(
     words
 }
 
+/// Has one lane start from another origin.
+#[inline(always)]
+pub(super) fn restart<L: Lanes<N>, P: Packet, const N: usize>(
+    cpu: L::Cpu,
+    words: &mut [L; 16],
+    batch: &[P],
+    origin: Origin,
+) {
+    let packet = &batch[origin.packet];
+    let [a, b, c] = packet.nonce();
+    let fresh = packet.key().iter().copied().chain([origin.block, a, b, c]);
+    for (word, fresh) in words[4..].iter_mut().zip(fresh) {
+        let others = *word;
+        let from_here = word.then(origin.lane, L::splat(cpu, fresh));
+        *word = from_here.then(origin.lane + 1, others);
+    }
+}
+
 /// The blocks that start from these words.
 #[inline(always)]
 pub(super) fn blocks<L: Lanes<N>, const N: usize>(

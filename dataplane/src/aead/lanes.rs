@@ -15,7 +15,7 @@ pub(super) trait Lanes<const N: usize>: Copy {
     fn splat(cpu: Self::Cpu, word: u32) -> Self;
     /// The lane's own number in every lane.
     fn numbers(cpu: Self::Cpu) -> Self;
-    /// These lanes below lane `first`, and those of `other` from there on.
+    /// These lanes below lane `first`, which may be `N`, and those of `other` from there on.
     fn then(self, first: u32, other: Self) -> Self;
     /// Sums, lane by lane and wrapping.
     fn add(self, other: Self) -> Self;

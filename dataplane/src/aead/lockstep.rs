@@ -136,6 +136,19 @@ impl Share {
         }
         self.member != before
     }
+
+    /// Where lane `lane` starts to work on it; `None` behind the last text.
+    #[inline(always)]
+    fn origin(&self, members: &[Member], lane: u32) -> Option<Origin> {
+        let packet = members.get(self.member)?.packet;
+        #[expect(clippy::cast_possible_truncation, reason = "a text is below 64 KiB")]
+        let block = self.block as u32 + 1;
+        Some(Origin {
+            lane,
+            packet,
+            block,
+        })
+    }
 }
 
 /// Changes the texts of the set by their keystreams.
@@ -155,31 +168,14 @@ fn cipher<L: Lanes<N>, P: Packet, const N: usize>(cpu: L::Cpu, batch: &mut [P], 
         share.advance(members, share.left);
     }
 
+    let origins = shares.iter().zip(0..);
+    let origins = origins.filter_map(|(share, lane)| share.origin(members, lane));
+    let mut start = chacha20::start::<L, P, N>(cpu, batch, origins);
     let mut keystream = [[0; BLOCK_LEN]; N];
-    let mut start = [L::splat(cpu, 0); 16];
-    let mut moved = true;
     for _ in 0..steps {
-        if moved {
-            let origins = shares.iter().zip(0..);
-            let origins = origins.filter_map(|(share, lane)| {
-                // Shares stand behind the last text when they are done.
-                let member = members.get(share.member)?;
-                #[expect(clippy::cast_possible_truncation, reason = "a text is below 64 KiB")]
-                let block = share.block as u32 + 1;
-                let packet = member.packet;
-                Some(Origin {
-                    lane,
-                    packet,
-                    block,
-                })
-            });
-            start = chacha20::start::<L, P, N>(cpu, batch, origins);
-        } else {
-            start[12] = start[12].add(L::splat(cpu, 1));
-        }
         chacha20::blocks(cpu, &start, &mut keystream);
-        moved = false;
-        for (share, keystream) in shares.iter_mut().zip(&keystream) {
+        start[12] = start[12].add(L::splat(cpu, 1));
+        for ((share, keystream), lane) in shares.iter_mut().zip(&keystream).zip(0..) {
             if share.left > 0 {
                 let Member { packet, text_len } = members[share.member];
                 let from = share.block * BLOCK_LEN;
@@ -187,7 +183,12 @@ fn cipher<L: Lanes<N>, P: Packet, const N: usize>(cpu: L::Cpu, batch: &mut [P], 
                 let len = (text_len - from).min(BLOCK_LEN);
                 xor(text, len, std::slice::from_ref(keystream));
                 share.left -= 1;
-                moved |= share.advance(members, 1);
+                if share.advance(members, 1)
+                    && share.left > 0
+                    && let Some(origin) = share.origin(members, lane)
+                {
+                    chacha20::restart(cpu, &mut start, batch, origin);
+                }
             }
         }
     }

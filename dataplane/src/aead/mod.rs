@@ -43,11 +43,11 @@
 //! about the same time.
 //!
 //! AVX-512 has been run in an emulator only (`scripts/avx512.sh`), which shows what it computes and not
-//! how fast. Estimates, by llvm-mca's model of Zen 4 and of two Intel servers, in cycles: 16 blocks of
-//! ChaCha20 with everything around take 580, of which the rounds are 480. The 64 blocks of Poly1305 that
-//! belong to them take 180 to 220 in vectors. Interleaved in scalar code they would take no instruction
-//! from the vector units, but all of it takes 1000 to 1300 then: more instructions than a cycle has
-//! places, along chains of multiplications.
+//! how fast. llvm-mca 19 estimates, in cycles for 16 blocks of ChaCha20 and the 64 of Poly1305 that belong
+//! to them: on Sapphire Rapids 580 and 216, on Zen 4 580 and 378 (its model gives a wide multiplication two
+//! cycles). Interleaved in scalar code, as for AVX2, both together would take 1070 and 1150: the vector
+//! units have less to do then, but there are more instructions than places for them in a cycle, along
+//! chains of multiplications.
 //!
 //! # Constant time
 //!
