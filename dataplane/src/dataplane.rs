@@ -4,7 +4,7 @@
 
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
@@ -33,6 +33,8 @@ pub struct Dataplane {
     hub: Arc<Hub>,
     threads: Vec<JoinHandle<()>>,
     epoch: Instant,
+    /// Another descriptor of a queue that a shard reads.
+    tun: OwnedFd,
     tun_name: String,
     driver: DriverKind,
     offloads: OffloadsInUse,
@@ -141,6 +143,7 @@ impl Dataplane {
             hub,
             threads: Vec::new(),
             epoch,
+            tun: device.descriptor().map_err(StartError::Threads)?,
             tun_name: device.name.clone(),
             driver: kind,
             offloads: OffloadsInUse {
@@ -323,6 +326,15 @@ impl Dataplane {
     #[must_use]
     pub fn tun_name(&self) -> &str {
         &self.tun_name
+    }
+
+    /// Whether the TUN interface is still there, for one system call. As a rule a shard tells of its
+    /// removal by [`Event::TunGone`]. But the kernel (`tun_detach_all`) wakes who waits for a packet
+    /// first and takes the interface away then: who looks between the two goes back to sleep, and is
+    /// not woken again. So this is to be asked now and then.
+    #[must_use]
+    pub fn tun_is_there(&self) -> bool {
+        !sys::has_failed(self.tun.as_fd())
     }
 
     /// The driver in use.

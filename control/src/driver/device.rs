@@ -28,8 +28,9 @@ use crate::device::{Device, Status, Traffic};
 use crate::key::NodePrivate;
 use crate::uapi::{Errno, Reply, Request, Transaction};
 
-/// The socket's file is looked for this often: so long a device outlives its deletion.
-const SOCKET_CHECK_PERIOD: Duration = Duration::from_millis(250);
+/// The socket's file and the interface are looked for this often: so long a device outlives the
+/// deletion of the file, or of the interface where the shards have missed it.
+const PRESENCE_CHECK_PERIOD: Duration = Duration::from_millis(250);
 /// Requests that wait for the loop.
 const CALLS_MAX: usize = 16;
 /// News of the interface that wait for the loop.
@@ -142,7 +143,7 @@ impl Running {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut hang_up = signal(SignalKind::hangup())?;
-        let mut socket_check = tokio::time::interval(SOCKET_CHECK_PERIOD);
+        let mut presence_check = tokio::time::interval(PRESENCE_CHECK_PERIOD);
         tracing::info!(
             interface = self.dataplane.tun_name(),
             shards = self.options.shards,
@@ -168,9 +169,12 @@ impl Running {
                     let _ = reply.send(self.answer(request));
                 }
                 Some(link) = link_news.recv() => self.link_changed(link),
-                _ = socket_check.tick() => {
+                _ = presence_check.tick() => {
                     if !socket.is_there() {
                         break "the socket's file is gone";
+                    }
+                    if !self.dataplane.tun_is_there() {
+                        break "the interface is gone";
                     }
                 }
             }

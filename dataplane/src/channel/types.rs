@@ -118,7 +118,8 @@ pub enum Event {
     SessionUp(PeerId),
     /// No usable session is left.
     SessionDown(PeerId),
-    /// The TUN device is gone; nothing more will be moved.
+    /// The TUN device is gone; nothing more will be moved. Now and then this is not told: see
+    /// [`Dataplane::tun_is_there`](crate::Dataplane::tun_is_there).
     TunGone,
 }
 

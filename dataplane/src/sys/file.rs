@@ -1,4 +1,4 @@
-//! Reads and writes of the TUN descriptor, and its one ioctl.
+//! Reads and writes of the TUN descriptor, its one ioctl, and whether it has failed.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -20,6 +20,18 @@ pub(crate) fn write(fd: BorrowedFd<'_>, bytes: &[u8]) -> Result<usize, i32> {
     // SAFETY: `bytes` is readable for its length during the call.
     let n = unsafe { libc::write(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len()) };
     usize::try_from(n).map_err(|_| errno())
+}
+
+/// Whether nothing can be read or written any more (`POLLERR`).
+pub(crate) fn has_failed(fd: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: `poll` is one valid entry for the length of the call.
+    let found = unsafe { libc::poll(&raw mut poll, 1, 0) };
+    found == 1 && poll.revents & libc::POLLERR != 0
 }
 
 /// Makes reads and writes of the descriptor return instead of waiting.

@@ -14,4 +14,4 @@ pub(crate) mod socket;
 pub(crate) use clock::{cycles, thread_time};
 pub(crate) use cpu::{allowed_cpus, pin_to};
 pub(crate) use event::EventFd;
-pub(crate) use file::{read, set_nonblocking, set_tun_offload, write};
+pub(crate) use file::{has_failed, read, set_nonblocking, set_tun_offload, write};

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
 
@@ -49,6 +49,11 @@ impl Queue {
 }
 
 impl Device {
+    /// Another descriptor of the first queue.
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
+        self.queues[0].as_fd().try_clone_to_owned()
+    }
+
     /// Opens `queues` queues of the interface `name`, which is left down and without addresses.
     /// Offloads are asked for one kind after the other, and what the kernel refuses is left out.
     ///

@@ -159,7 +159,12 @@ impl Node {
                     let dataplane = &self.dataplane;
                     self.agent.handle_timeout(now(), &|id| dataplane.activity(id));
                 }
-                _ = save.tick() => self.save(),
+                _ = save.tick() => {
+                    if !self.dataplane.tun_is_there() {
+                        break Err(anyhow::anyhow!("the TUN interface was taken away"));
+                    }
+                    self.save();
+                }
             }
         };
         self.save();
