@@ -5,7 +5,7 @@
 use std::array::from_fn;
 
 use super::lanes::{BLOCK_LEN, Lanes};
-use super::packet::Packet;
+use super::packet::{Packet, low_bytes};
 
 /// Double rounds of a block.
 pub(super) const DOUBLE_ROUNDS: usize = 10;
@@ -153,10 +153,4 @@ pub(super) fn xor(text: &mut [u8], len: usize, keystream: &[[u8; BLOCK_LEN]]) {
         let key = u128::from_le_bytes(*key) & low_bytes(len % BLOCK_LEN - 16 * i);
         *piece = (u128::from_le_bytes(*piece) ^ key).to_le_bytes();
     }
-}
-
-/// The mask of the lowest `n` bytes; all of them from 16 on.
-#[inline(always)]
-pub(super) fn low_bytes(n: usize) -> u128 {
-    if n < 16 { !(!0 << (8 * n)) } else { !0 }
 }

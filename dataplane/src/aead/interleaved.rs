@@ -14,10 +14,10 @@ use std::array::from_fn;
 use zeroize::optimization_barrier;
 
 use super::TAG_LEN;
-use super::chacha20::{self, DOUBLE_ROUNDS, columns, diagonals, low_bytes, xor};
+use super::chacha20::{self, DOUBLE_ROUNDS, columns, diagonals, xor};
 use super::deal::{Dealer, Group, Run, split_row};
 use super::lanes::{BLOCK_LEN, Lanes};
-use super::packet::Packet;
+use super::packet::{Packet, end_blocks, padded};
 use super::poly1305::Poly1305;
 
 /// Seals or opens the batch: `N` lanes, `T` packets under way, and of each `Q` blocks of its MAC in
@@ -193,14 +193,8 @@ fn finish<P: Packet, const N: usize>(
     let mut tag = [0; TAG_LEN];
     if run.last {
         let mut mac = *mac;
-        let tail_len = run.len % 16;
-        if tail_len > 0 {
-            let tail = packet.text()[run.end() - tail_len..].first_chunk();
-            let tail = u128::from_le_bytes(*tail.expect("a tag's room is behind the text"));
-            mac.block(&(tail & low_bytes(tail_len)).to_le_bytes());
-        }
-        let lengths = packet.associated().len() as u128 | (run.end() as u128) << 64;
-        mac.block(&lengths.to_le_bytes());
+        let (end, end_len) = end_blocks(packet, run.end());
+        end[..end_len].iter().for_each(|block| mac.block(block));
         tag = mac.tag();
     }
     if !P::SEALING {
@@ -216,8 +210,6 @@ fn finish<P: Packet, const N: usize>(
 #[inline(always)]
 fn absorb(mac: &mut Poly1305, data: &[u8]) {
     for piece in data.chunks(16) {
-        let mut block = [0; 16];
-        block[..piece.len()].copy_from_slice(piece);
-        mac.block(&block);
+        mac.block(&padded(piece));
     }
 }

@@ -12,10 +12,10 @@ use std::array::from_fn;
 use zeroize::optimization_barrier;
 
 use super::TAG_LEN;
-use super::chacha20::{self, Origin, low_bytes, xor};
+use super::chacha20::{self, Origin, xor};
 use super::lanes::{BLOCK_LEN, Lanes, Limbs};
 use super::macs::Macs;
-use super::packet::Packet;
+use super::packet::{self, Packet, end_blocks};
 
 /// Seals or opens the batch: `N` lanes of ChaCha20, and two vectors of `V` MACs.
 #[inline(always)]
@@ -200,7 +200,7 @@ fn cipher<L: Lanes<N>, P: Packet, const N: usize>(cpu: L::Cpu, batch: &mut [P], 
 #[derive(Clone, Copy)]
 struct Blocks<'a> {
     whole: &'a [[u8; 16]],
-    /// What follows them: the tail filled up with zeros, if there is one, and the lengths.
+    /// What follows them.
     end: [[u8; 16]; 2],
     end_len: usize,
 }
@@ -208,19 +208,11 @@ struct Blocks<'a> {
 impl<'a> Blocks<'a> {
     #[inline(always)]
     fn of<P: Packet>(packet: &'a P, text_len: usize) -> Self {
-        let lengths = packet.associated().len() as u128 | (text_len as u128) << 64;
-        let mut end = [lengths.to_le_bytes(); 2];
-        let tail_len = text_len % 16;
-        let (blocks, _) = packet.text().as_chunks();
-        let (whole, rest) = blocks.split_at(text_len / 16);
-        if tail_len > 0 {
-            let tail = rest.first().expect("a tag's room is behind the text");
-            end[0] = (u128::from_le_bytes(*tail) & low_bytes(tail_len)).to_le_bytes();
-        }
+        let (end, end_len) = end_blocks(packet, text_len);
         Blocks {
-            whole,
+            whole: &packet.text().as_chunks().0[..text_len / 16],
             end,
-            end_len: 1 + usize::from(tail_len > 0),
+            end_len,
         }
     }
 
@@ -271,11 +263,7 @@ where
         for (k, macs) in macs.iter_mut().enumerate() {
             let mut padded = [None; V];
             for (v, padded) in padded.iter_mut().enumerate() {
-                *padded = associated(k * V + v).chunks(16).nth(i).map(|piece| {
-                    let mut block = [0; 16];
-                    block[..piece.len()].copy_from_slice(piece);
-                    block
-                });
+                *padded = associated(k * V + v).chunks(16).nth(i).map(packet::padded);
             }
             macs.absorb(from_fn(|v| padded[v].as_ref()));
         }

@@ -30,6 +30,35 @@ pub(super) trait Packet {
     fn settle(&mut self, tag: [u8; TAG_LEN]) -> bool;
 }
 
+/// What the MAC takes in behind the whole blocks of the ciphertext, and how many blocks that is: the
+/// tail filled up with zeros, if there is one, and the lengths (RFC 8439 §2.8).
+#[inline(always)]
+pub(super) fn end_blocks<P: Packet>(packet: &P, text_len: usize) -> ([[u8; 16]; 2], usize) {
+    let lengths = packet.associated().len() as u128 | (text_len as u128) << 64;
+    let mut end = [lengths.to_le_bytes(); 2];
+    let tail_len = text_len % 16;
+    if tail_len > 0 {
+        let tail = packet.text()[text_len - tail_len..].first_chunk();
+        let tail = u128::from_le_bytes(*tail.expect("a tag's room is behind the text"));
+        end[0] = (tail & low_bytes(tail_len)).to_le_bytes();
+    }
+    (end, 1 + usize::from(tail_len > 0))
+}
+
+/// These at most 16 bytes, filled up with zeros.
+#[inline(always)]
+pub(super) fn padded(piece: &[u8]) -> [u8; 16] {
+    let mut block = [0; 16];
+    block[..piece.len()].copy_from_slice(piece);
+    block
+}
+
+/// The mask of the lowest `n` bytes; all of them from 16 on.
+#[inline(always)]
+pub(super) fn low_bytes(n: usize) -> u128 {
+    if n < 16 { !(!0 << (8 * n)) } else { !0 }
+}
+
 impl Packet for Seal<'_> {
     const SEALING: bool = true;
 
