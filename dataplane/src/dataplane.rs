@@ -21,7 +21,7 @@ use crate::config::{Config, DriverChoice, DriverKind, MTU_MIN, SHARDS_MAX, Start
 use crate::filter::CompiledRules;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
-use crate::tun::Device;
+use crate::tun::{Device, Queue};
 use crate::udp::{Group, Routes, Wanted};
 use crate::{handshake, ring, sys};
 
@@ -192,11 +192,12 @@ impl Dataplane {
         };
         let settings = Arc::clone(&lock(&self.settings));
         let (ready, started) = mpsc::channel();
-        for (index, (queue, sockets)) in device.queues.into_iter().zip(data).enumerate() {
+        let queues: Arc<[Queue]> = device.queues.into();
+        for (index, sockets) in data.into_iter().enumerate() {
             let seat = Seat {
                 id: u8::try_from(index).map_err(io::Error::other)?,
                 hub: Arc::clone(&self.hub),
-                queue,
+                queues: Arc::clone(&queues),
                 gso: self.offloads.gso,
                 driver: self.driver,
                 cpu: cpus.get(index % cpus.len().max(1)).copied(),

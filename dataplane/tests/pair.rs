@@ -12,7 +12,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::stats::{DropReason, Meter};
-use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads};
+use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, Rules};
 use support::{End, PEER, Pair, Setup, can_run, run, soon};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -40,8 +40,7 @@ fn all_families(setup: Setup, kind: DriverKind) {
         total.get(Meter::UdpPacketsOut) > 8000,
         "the data went this way"
     );
-    // With two queues and one owner some flow starts on the wrong one: it is handed over whole, and
-    // the kernel learns its queue from our writes.
+    // Before there are keys, packets are handed over to the owner.
     let handed_over = total.get(Meter::HandedOver) + pair.b.stats().total().get(Meter::HandedOver);
     if shards == 1 {
         assert_eq!(handed_over, 0);
@@ -130,7 +129,16 @@ fn traffic_moves_from_relay_to_direct_and_back_when_the_path_dies_silently() {
     if !can_run("traffic_moves_from_relay_to_direct_and_back") {
         return;
     }
-    let pair = Pair::new(Setup::default());
+    for shards in [1, 2] {
+        from_relay_to_direct_and_back(shards);
+    }
+}
+
+fn from_relay_to_direct_and_back(shards: usize) {
+    let pair = Pair::new(Setup {
+        shards,
+        ..Setup::default()
+    });
     for end in [End::A, End::B] {
         pair.path(end, None, true, Duration::ZERO);
     }
@@ -309,6 +317,146 @@ fn either_engine_talks_to_the_other_on_several_shards() {
             pair.transfer(from, to.inner6(), 4 << 20);
         }
     }
+}
+
+/// Flows are sealed by the shard whose queue they are read on, whoever owns the peer.
+#[test]
+fn with_two_shards_either_seals_for_the_peer() {
+    if !can_run("with_two_shards_either_seals_for_the_peer") {
+        return;
+    }
+    let pair = Pair::new(Setup {
+        shards: 2,
+        ..Setup::default()
+    });
+    pair.direct();
+    for _ in 0..16 {
+        pair.transfer(End::A, End::B.inner4(), MIB);
+    }
+    soon("the last counters", || {
+        pair.a.stats().total().get(Meter::UdpPacketsOut) > 16 * 700
+    });
+    let stats = pair.a.stats();
+    let total = stats.total();
+    let (lent, out) = (
+        total.get(Meter::SealedForOthers),
+        total.get(Meter::UdpPacketsOut),
+    );
+    assert!(
+        lent * 20 > out && lent * 20 < out * 19,
+        "{lent} of {out} by the shard that does not own the peer"
+    );
+    let by_shard: Vec<u64> = stats
+        .shards
+        .iter()
+        .map(|shard| shard.get(Meter::UdpPacketsOut))
+        .collect();
+    assert!(by_shard.iter().all(|&sent| sent >= lent.min(out - lent)));
+    // Until there are keys, and while what was handed over then is on its way.
+    let handed_over = total.get(Meter::HandedOver);
+    assert!(handed_over * 20 < out, "{handed_over} of {out}");
+}
+
+/// Replies pass the filter of the owner, also where another shard sealed the request.
+#[test]
+fn replies_to_flows_of_any_shard_pass_the_filter() {
+    if !can_run("replies_to_flows_of_any_shard_pass_the_filter") {
+        return;
+    }
+    let pair = Pair::new(Setup {
+        shards: 2,
+        ..Setup::default()
+    });
+    // Nobody may begin to speak to A.
+    pair.a.set_rules(&Rules::List(Vec::new()), None);
+    pair.direct();
+    let echo = pair
+        .lab
+        .inside(End::B, || UdpSocket::bind((End::B.inner4(), 0)).unwrap());
+    echo.set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let to = echo.local_addr().unwrap();
+    const FLOWS: usize = 32;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = [0; 64];
+            for _ in 0..2 * FLOWS {
+                let (len, from) = echo.recv_from(&mut bytes).expect("every request");
+                echo.send_to(&bytes[..len], from).unwrap();
+            }
+        });
+        let sockets: Vec<UdpSocket> = pair.lab.inside(End::A, || {
+            let socket = |_| UdpSocket::bind((End::A.inner4(), 0)).unwrap();
+            (0..FLOWS).map(socket).collect()
+        });
+        for socket in sockets.iter().chain(&sockets) {
+            socket
+                .set_read_timeout(Some(Duration::from_secs(10)))
+                .unwrap();
+            socket.send_to(b"anybody there?", to).unwrap();
+            let mut bytes = [0; 64];
+            assert_eq!(socket.recv(&mut bytes).expect("a reply"), 14);
+        }
+    });
+    soon("some flows of the other shard", || {
+        pair.a.stats().total().get(Meter::SealedForOthers) >= 4
+    });
+    assert_eq!(pair.a.stats().drops(DropReason::FilterDenied), 0);
+}
+
+/// What waited for keys, what was handed over meanwhile, and what shards seal themselves thereafter:
+/// every flow arrives as it was sent.
+#[test]
+fn no_flow_is_reordered_while_sealing_moves_to_its_shard() {
+    if !can_run("no_flow_is_reordered_while_sealing_moves_to_its_shard") {
+        return;
+    }
+    const FLOWS: usize = 8;
+    const PACKETS: u32 = 400;
+    let pair = Pair::new(Setup {
+        shards: 2,
+        ..Setup::default()
+    });
+    pair.direct();
+    let receiver = pair
+        .lab
+        .inside(End::B, || UdpSocket::bind((End::B.inner4(), 0)).unwrap());
+    receiver
+        .set_read_timeout(Some(Duration::from_secs(2)))
+        .unwrap();
+    let to = receiver.local_addr().unwrap();
+    let (received, flows) = std::thread::scope(|scope| {
+        let received = scope.spawn(|| {
+            let mut next = std::collections::HashMap::new();
+            let mut received = 0;
+            let mut bytes = [0; 64];
+            while let Ok((_, from)) = receiver.recv_from(&mut bytes) {
+                let number = u32::from_le_bytes(*bytes.first_chunk().unwrap());
+                let expected = next.entry(from).or_insert(0);
+                assert!(number >= *expected, "{number} after {expected} of {from}");
+                *expected = number + 1;
+                received += 1;
+            }
+            (received, next.len())
+        });
+        pair.lab.inside(End::A, || {
+            let sockets: Vec<UdpSocket> = (0..FLOWS)
+                .map(|_| UdpSocket::bind((End::A.inner4(), 0)).unwrap())
+                .collect();
+            for number in 0..PACKETS {
+                for socket in &sockets {
+                    socket.send_to(&number.to_le_bytes(), to).unwrap();
+                }
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        });
+        received.join().unwrap()
+    });
+    assert_eq!(flows, FLOWS);
+    let all = FLOWS as u64 * u64::from(PACKETS);
+    // The queue of packets that wait for keys is short.
+    assert!(received * 2 > all, "{received} of {all}");
+    assert!(pair.a.stats().total().get(Meter::SealedForOthers) > 0);
 }
 
 #[test]

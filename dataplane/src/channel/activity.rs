@@ -1,5 +1,5 @@
-//! What the shards know of a peer's traffic, in one cache line per peer: written by the owner once
-//! per batch, read by the control thread at any time.
+//! What the shards know of a peer's traffic, in one cache line per peer: written once per batch, of
+//! what is received by the owner, of what is sent by any shard; read by the control thread at any time.
 
 #![forbid(unsafe_code)]
 
@@ -32,7 +32,7 @@ fn from_ns(epoch: Instant, ns: u64) -> Option<Instant> {
     epoch.checked_add(Duration::from_nanos(ns.checked_sub(1)?))
 }
 
-/// Adds without a locked instruction: only the owner writes.
+/// Adds without a locked instruction: only the owner receives.
 fn add(counter: &AtomicU64, n: usize) {
     counter.store(counter.load(Relaxed).wrapping_add(n as u64), Relaxed);
 }
@@ -52,9 +52,11 @@ impl ActivityBlock {
 
     /// Notes sealed bytes sent, by UDP and by relay; what goes both ways counts twice.
     pub(crate) fn sent(&self, epoch: Instant, now: Instant, udp_bytes: usize, relay_bytes: usize) {
-        self.last_sent.store(to_ns(epoch, now), Relaxed);
-        add(&self.tx_bytes, udp_bytes + relay_bytes);
+        self.last_sent.fetch_max(to_ns(epoch, now), Relaxed);
+        let bytes = udp_bytes + relay_bytes;
+        self.tx_bytes.fetch_add(bytes as u64, Relaxed);
         if relay_bytes > 0 {
+            // Only the owner uses relays.
             add(&self.tx_relay_bytes, relay_bytes);
         }
     }

@@ -20,6 +20,8 @@ use super::{
 };
 use crate::filter::CompiledRules;
 use crate::noise::Half;
+use crate::packet::header::Flow;
+use crate::peer::Report;
 use crate::ring::{TunRx, UdpRx};
 use crate::route;
 use crate::sys::EventFd;
@@ -38,6 +40,8 @@ const EVENTS_MAX: usize = 4096;
 const HANDSHAKES_MAX: usize = 256;
 /// Receive batches and TUN packets that wait for another shard at most.
 const HANDED_MAX: usize = 64;
+/// Reports of what other shards have sealed, and flows they have begun, that wait for a shard at most.
+const REPORTS_MAX: usize = 1024;
 /// Requests for a handshake that wait for a shard at most.
 const ASKS_MAX: usize = 256;
 /// Datagrams for the control or handshake thread that reached a shard, waiting at most.
@@ -216,8 +220,8 @@ impl ShardSet {
 pub(crate) enum Handed {
     /// A GRO batch with datagrams of the other's sessions, and who is to see it after it.
     Udp(UdpRx, ShardSet),
-    /// A packet or super-packet from the TUN for a peer of the other.
-    Tun(TunRx),
+    /// A packet or super-packet from the TUN for a peer of the other, counted there until it is sent.
+    Tun(TunRx, Arc<PeerShared>),
 }
 
 /// What waits for one shard.
@@ -232,6 +236,9 @@ pub(crate) struct Inbox {
     pub(crate) handshakes: ArrayQueue<HandshakeMessage>,
     pub(crate) relay: Lane<RelayIn>,
     pub(crate) handed: ArrayQueue<Handed>,
+    /// From shards that seal for peers of this one.
+    pub(crate) reports: ArrayQueue<Report>,
+    pub(crate) flows: ArrayQueue<Flow>,
 }
 
 impl Inbox {
@@ -247,12 +254,16 @@ impl Inbox {
             handshakes: ArrayQueue::new(HANDSHAKES_MAX),
             relay: Lane::new(RELAY_IN_ENTRIES_MAX, RELAY_IN_BYTES_MAX),
             handed: ArrayQueue::new(HANDED_MAX),
+            reports: ArrayQueue::new(REPORTS_MAX),
+            flows: ArrayQueue::new(REPORTS_MAX),
         })
     }
 
     /// True if the shard may sleep.
     pub(crate) fn is_empty(&self) -> bool {
         self.handed.is_empty()
+            && self.reports.is_empty()
+            && self.flows.is_empty()
             && self.relay.is_empty()
             && self.handshakes.is_empty()
             && self.paths.is_empty()
@@ -407,6 +418,25 @@ impl Hub {
             mark: AtomicU32::new(0),
             routes_wake: EventFd::new()?,
         })
+    }
+
+    /// Tells the owner of a peer what was sealed for it; false if it cannot be told now.
+    pub(crate) fn report(&self, owner: u8, report: Report) -> bool {
+        self.tell(owner, |inbox| inbox.reports.push(report).is_ok())
+    }
+
+    /// Tells the owner of a peer of a flow whose replies will come; false if it cannot be told now.
+    pub(crate) fn learn(&self, owner: u8, reply: Flow) -> bool {
+        self.tell(owner, |inbox| inbox.flows.push(reply).is_ok())
+    }
+
+    fn tell(&self, shard: u8, push: impl FnOnce(&Inbox) -> bool) -> bool {
+        let inbox = self.inboxes.get(usize::from(shard));
+        let told = inbox.filter(|inbox| push(inbox));
+        if let Some(inbox) = told {
+            inbox.wake.ring();
+        }
+        told.is_some()
     }
 
     /// Asks every thread to end.

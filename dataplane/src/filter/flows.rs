@@ -86,6 +86,13 @@ impl FlowMemory {
         true
     }
 
+    /// Forgets a flow.
+    pub fn forget(&mut self, reply: &Flow) {
+        for place in &mut self.buckets[bucket_of(reply)] {
+            place.take_if(|entry| entry.flow == *reply);
+        }
+    }
+
     /// Whether the inbound `flow` answers a remembered one; that counts as use.
     pub fn admits(&mut self, now: Instant, flow: &Flow) -> bool {
         let now = self.seconds(now);

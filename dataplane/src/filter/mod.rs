@@ -145,6 +145,13 @@ impl Filter {
         flows.remember(now, reply).then_some(reply)
     }
 
+    /// Takes back what [`Filter::remember`] gave: the owner could not be told.
+    pub fn forget(&mut self, reply: &Flow) {
+        if let Some(flows) = &mut self.flows {
+            flows.forget(reply);
+        }
+    }
+
     /// Takes over a flow that another shard remembered.
     pub fn learn(&mut self, now: Instant, reply: Flow) {
         if let Some(flows) = &mut self.flows {

@@ -6,20 +6,77 @@
 #![forbid(unsafe_code)]
 
 mod deadlines;
+mod guest;
 mod path;
 mod waiting;
 
+use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
 use deadlines::Deadlines;
+pub(crate) use guest::{Grant, Guest, Guests, Report};
 pub(crate) use path::{Kind, Path, Source, Way};
 use waiting::Waiting;
 
 use crate::channel::hub::PeerEntry;
 use crate::channel::{Arrived, Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared};
-use crate::session::{Engine, Session};
+use crate::session::{Engine, Session, Staged};
+use crate::stats::DropReason;
 use crate::sys::socket::Local;
+use crate::tun::segment::Plan;
+
+/// Whom a run of sealed datagrams is for: a peer of this shard, or a guest.
+pub(crate) trait Addressee {
+    /// Its id.
+    fn id(&self) -> PeerId;
+
+    /// As [`Session::stage`].
+    fn stage(
+        &mut self,
+        engine: &mut Engine,
+        plan: &Plan,
+        packet: &mut [u8],
+        range: Range<usize>,
+        out: &mut [u8],
+    ) -> Staged;
+
+    /// As [`Session::seal`].
+    ///
+    /// # Errors
+    /// The reason to drop it.
+    fn seal(
+        &mut self,
+        engine: &mut Engine,
+        now: Instant,
+        messages: &mut [u8],
+        stride: usize,
+    ) -> Result<(), DropReason>;
+}
+
+/// What the kernel found fault with when it was given datagrams, and what is to be made of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Trouble {
+    /// The local address is refused: routing chooses again.
+    pub(crate) source: bool,
+    /// A batch is refused, but not its datagrams one by one.
+    pub(crate) gso: bool,
+    /// Sending to the address fails with this errno.
+    pub(crate) error: Option<(SocketAddr, i32)>,
+}
+
+impl Trouble {
+    pub(crate) fn any(&self) -> bool {
+        *self != Trouble::default()
+    }
+
+    pub(crate) fn add(&mut self, newer: Trouble) {
+        self.source |= newer.source;
+        self.gso |= newer.gso;
+        self.error = newer.error.or(self.error);
+    }
+}
 
 /// One peer that this shard owns.
 pub(crate) struct Peer {
@@ -28,6 +85,8 @@ pub(crate) struct Peer {
     pub(crate) shared: Arc<PeerShared>,
     /// Made when first needed: it costs a Diffie-Hellman computation.
     session: Option<Session>,
+    /// What is lent to other shards.
+    grant: Option<Arc<Grant>>,
     pub(crate) path: Path,
     pub(crate) waiting: Waiting,
 }
@@ -36,14 +95,17 @@ pub(crate) struct Peer {
 pub(crate) struct Peers {
     /// Endpoints follow the peers: device mode.
     roam: bool,
+    /// There are other shards to lend to.
+    lends: bool,
     by_id: Vec<Option<Box<Peer>>>,
     deadlines: Deadlines,
 }
 
 impl Peers {
-    pub(crate) fn new(roam: bool) -> Peers {
+    pub(crate) fn new(roam: bool, lends: bool) -> Peers {
         Peers {
             roam,
+            lends,
             by_id: Vec::new(),
             deadlines: Deadlines::default(),
         }
@@ -108,7 +170,7 @@ impl Peers {
         self.deadlines.make_room(self.by_id.len());
         for at in 0..self.by_id.len() {
             if let Some(id) = self.by_id[at].as_ref().map(|peer| peer.id) {
-                self.touch(id);
+                self.touch(now, id);
             }
         }
         (wanted, dropped)
@@ -120,6 +182,7 @@ impl Peers {
         let mut wanted = Vec::new();
         for peer in self.by_id.iter_mut().flatten() {
             peer.session = None;
+            peer.lend_nothing();
             if !peer.waiting.is_empty() || keepalive(&peer.config).is_some() {
                 wanted.push(peer.id);
             }
@@ -138,14 +201,26 @@ impl Peers {
         if peer.session.is_none() {
             peer.session = Some(engine.session(now, &peer.config));
         }
-        self.touch(id);
+        self.touch(now, id);
         self.get(id)
     }
 
-    /// Looks at when a peer wants to be called next. To be called once after each batch that
-    /// concerned it.
+    /// Looks at when a peer wants to be called next, and at what may be lent to other shards. To be
+    /// called once after each batch, decision or report that concerned it, when everything for it has
+    /// been sent: what others send with the loan comes later then.
     #[inline]
-    pub(crate) fn touch(&mut self, id: PeerId) {
+    pub(crate) fn touch(&mut self, now: Instant, id: PeerId) {
+        self.reckon(id);
+        if self.lends
+            && let Some(peer) = self.get(id)
+        {
+            peer.lend(now);
+        }
+    }
+
+    /// Looks at when a peer wants to be called next, while something for it may still be in a run.
+    #[inline]
+    pub(crate) fn reckon(&mut self, id: PeerId) {
         let peer = self.by_id.get(id.0 as usize).and_then(Option::as_ref);
         if let Some(at) = peer.and_then(|peer| peer.deadline()) {
             self.deadlines.no_later(id, at);
@@ -175,6 +250,7 @@ impl Peer {
             config,
             shared,
             session: None,
+            grant: None,
             path: if roam {
                 Path::following()
             } else {
@@ -189,8 +265,13 @@ impl Peer {
     fn reconfigure(&mut self, now: Instant, config: Arc<PeerConfig>) -> Option<Session> {
         let old = std::mem::replace(&mut self.config, config);
         let new = &self.config;
-        self.session
-            .take_if(|session| !session.reconfigure(now, &old, new))
+        let ended = self
+            .session
+            .take_if(|session| !session.reconfigure(now, &old, new));
+        if ended.is_some() {
+            self.lend_nothing();
+        }
+        ended
     }
 
     /// Takes a path decision over, in device mode an endpoint. True if the peer can be reached in a
@@ -220,6 +301,59 @@ impl Peer {
         self.tell_whereabouts();
     }
 
+    /// Draws the consequences of what the kernel found fault with.
+    pub(crate) fn troubled(&mut self, now: Instant, trouble: Trouble, events: &mut Vec<Event>) {
+        if trouble.source || self.shared.take_unstick() {
+            self.unstick();
+        }
+        if trouble.gso {
+            self.path.rest_gso(now);
+        }
+        if let Some((to, errno)) = trouble.error {
+            self.path.failed(now, self.id, to, errno, events);
+        }
+    }
+
+    /// Takes note of what another shard has sealed and sent.
+    pub(crate) fn reported(
+        &mut self,
+        now: Instant,
+        report: Report,
+        engine: Option<&mut Engine>,
+        events: &mut Vec<Event>,
+    ) {
+        self.path.sent_elsewhere(report.at, self.id, events);
+        self.troubled(now, report.trouble, events);
+        let heard = self.path.heard_after(report.at);
+        if let (Some(session), Some(engine)) = (&mut self.session, engine) {
+            session.sealed_elsewhere(engine, now, report.at, heard);
+        }
+    }
+
+    /// Lends what may be lent now, in place of what was.
+    #[inline]
+    fn lend(&mut self, now: Instant) {
+        let session = self.session.as_ref().filter(|_| self.waiting.is_empty());
+        let sealing = session.and_then(|session| session.lend(now));
+        let loan = sealing.and_then(|sealing| Some((sealing, self.path.lend(now)?)));
+        let Some((sealing, (way, until))) = loan else {
+            self.lend_nothing();
+            return;
+        };
+        let same = self.grant.as_ref();
+        if same.is_some_and(|grant| grant.lends(sealing, way, until)) {
+            return;
+        }
+        let grant = Arc::new(Grant::new(Arc::clone(sealing), way, until));
+        self.shared.set_grant(Arc::downgrade(&grant));
+        self.grant = Some(grant);
+    }
+
+    /// Nobody else seals for it from now on.
+    fn lend_nothing(&mut self) {
+        self.grant = None;
+    }
+
     fn tell_whereabouts(&mut self) {
         if let Some(whereabouts) = self.path.take_move() {
             self.shared.set_whereabouts(whereabouts);
@@ -244,6 +378,38 @@ impl Peer {
         let session = self.session.as_ref().and_then(Session::poll_timeout);
         let waiting = self.waiting.stale_at();
         session.into_iter().chain(waiting).min()
+    }
+}
+
+impl Addressee for Peer {
+    fn id(&self) -> PeerId {
+        self.id
+    }
+
+    fn stage(
+        &mut self,
+        engine: &mut Engine,
+        plan: &Plan,
+        packet: &mut [u8],
+        range: Range<usize>,
+        out: &mut [u8],
+    ) -> Staged {
+        self.session
+            .as_mut()
+            .map_or_else(Staged::default, |session| {
+                session.stage(engine, plan, packet, range, out)
+            })
+    }
+
+    fn seal(
+        &mut self,
+        engine: &mut Engine,
+        now: Instant,
+        messages: &mut [u8],
+        stride: usize,
+    ) -> Result<(), DropReason> {
+        let session = self.session.as_mut().ok_or(DropReason::NoSession)?;
+        session.seal(engine, now, messages, stride)
     }
 }
 

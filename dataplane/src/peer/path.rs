@@ -78,6 +78,9 @@ pub(crate) struct Path {
     silent: bool,
     outrun: bool,
     heard: Option<Source>,
+    /// When it was heard, and when last something spoke for the decided address.
+    heard_at: Option<Instant>,
+    confirmed_at: Option<Instant>,
     last_kick: Option<Instant>,
     last_data: Option<Instant>,
     new_source: Option<(SocketAddr, Instant)>,
@@ -156,6 +159,7 @@ impl Path {
             };
             self.silent = false;
             self.outrun = false;
+            self.confirmed_at = Some(now);
         }
         let reachable = (moved && decision.udp.is_some())
             || (old_derp != decision.derp && decision.derp.is_some());
@@ -197,6 +201,37 @@ impl Path {
                 ..way
             },
             _ => way,
+        }
+    }
+
+    /// The way by which other shards may send too, and the last moment at which they may: a single
+    /// address that nothing is to be decided about.
+    #[inline]
+    pub(crate) fn lend(&self, now: Instant) -> Option<(Way, Option<Instant>)> {
+        let way = self.way(now);
+        way.udp?;
+        if self.follow.is_some() {
+            return Some((way, None));
+        }
+        let sure = self.trusted(now) && !self.silent && !self.outrun;
+        sure.then(|| (way, self.decision.as_ref().and_then(|d| d.trust_until)))
+    }
+
+    /// When something authentic arrived, if that was after `at`.
+    pub(crate) fn heard_after(&self, at: Instant) -> Option<Instant> {
+        self.heard_at.filter(|heard| *heard > at)
+    }
+
+    /// Takes note that other shards have sent data this way, the last of it at `at`: as if it had
+    /// been told before that was answered.
+    pub(crate) fn sent_elsewhere(&mut self, at: Instant, peer: PeerId, events: &mut Vec<Event>) {
+        let (quiet, unanswered) = (self.quiet_since, self.unanswered_since);
+        self.sending(at, peer, Kind::Data, events);
+        if self.heard_after(at).is_some() {
+            self.quiet_since = quiet;
+        }
+        if self.confirmed_at > Some(at) {
+            self.unanswered_since = unanswered;
         }
     }
 
@@ -267,6 +302,7 @@ impl Path {
         events: &mut Vec<Event>,
     ) -> Arrived {
         self.quiet_since = None;
+        self.heard_at = Some(now);
         if let (true, Source::Udp(from)) = (self.follow.is_some(), source) {
             self.move_to(Whereabouts {
                 endpoint: Some(from),
@@ -281,6 +317,7 @@ impl Path {
                 self.unanswered_since = None;
                 self.silent = false;
                 self.outrun = false;
+                self.confirmed_at = Some(now);
                 Arrived::Direct
             }
             Source::Udp(from) => {
@@ -399,6 +436,78 @@ mod tests {
                 .arrived(self.at(ms), PEER, source, None, &mut events);
             (arrived, events)
         }
+    }
+
+    #[test]
+    fn a_way_is_lent_only_while_it_is_sure() {
+        let mut rig = Rig::new();
+        let lent = |rig: &Rig, ms| {
+            let (way, until) = rig.path.lend(rig.at(ms))?;
+            assert_eq!((way.udp, way.relay), (Some(addr(1)), None));
+            until
+        };
+        assert_eq!(rig.path.lend(rig.at(0)), None, "nowhere to go");
+        rig.decide(0, None, Some(7), None);
+        assert_eq!(rig.path.lend(rig.at(0)), None, "by relay");
+        rig.decide(10, Some(1), Some(7), None);
+        assert_eq!(rig.path.lend(rig.at(10)), None, "not trusted");
+        rig.decide(20, Some(1), Some(7), Some(5000));
+        assert_eq!(lent(&rig, 20), Some(rig.at(5000)));
+        rig.arrive(30, Source::Relay(RegionId(7)));
+        assert_eq!(lent(&rig, 30), None, "outrun");
+        rig.arrive(40, Source::Udp(addr(1)));
+        assert_eq!(lent(&rig, 40), Some(rig.at(5000)));
+        rig.send(50);
+        rig.send(1100);
+        assert_eq!(lent(&rig, 1100), None, "silent");
+        rig.arrive(1200, Source::Udp(addr(1)));
+        assert_eq!(lent(&rig, 5001), None, "trusted no longer");
+
+        rig.path = Path::following();
+        rig.decide(0, Some(1), None, None);
+        assert_eq!(rig.path.lend(rig.at(0)).map(|lent| lent.1), Some(None));
+    }
+
+    #[test]
+    fn what_other_shards_send_counts_from_when_they_sent_it() {
+        let mut rig = Rig::new();
+        let mut told = Vec::new();
+        let elsewhere = |rig: &mut Rig, ms, told: &mut Vec<Event>| {
+            let at = rig.at(ms);
+            rig.path.sent_elsewhere(at, PEER, told);
+        };
+        rig.decide(0, Some(1), Some(7), Some(60_000));
+        elsewhere(&mut rig, 100, &mut told);
+        assert_eq!(told, [Event::Active(PEER)]);
+        elsewhere(&mut rig, 1099, &mut told);
+        assert_eq!(told.len(), 1);
+        elsewhere(&mut rig, 1100, &mut told);
+        assert_eq!(told[1..], [Event::Silent(PEER)]);
+        assert_eq!(
+            rig.path.quiet_for(rig.at(2000)),
+            Duration::from_millis(1900)
+        );
+
+        // An answer that is there before the report of what it answers.
+        rig.arrive(3020, Source::Udp(addr(1)));
+        elsewhere(&mut rig, 3010, &mut told);
+        elsewhere(&mut rig, 3019, &mut told);
+        assert_eq!(rig.path.quiet_for(rig.at(9000)), Duration::ZERO);
+        rig.send(4500);
+        assert!(
+            rig.path.lend(rig.at(4500)).is_some(),
+            "not silent since 3010"
+        );
+
+        // By another way: that end hears us, but the path is still unanswered.
+        rig.arrive(5000, Source::Udp(addr(1)));
+        elsewhere(&mut rig, 5005, &mut told);
+        rig.arrive(5020, Source::Udp(addr(2)));
+        elsewhere(&mut rig, 5010, &mut told);
+        assert_eq!(rig.path.quiet_for(rig.at(9000)), Duration::ZERO);
+        told.clear();
+        elsewhere(&mut rig, 6005, &mut told);
+        assert_eq!(told, [Event::Silent(PEER)]);
     }
 
     #[test]

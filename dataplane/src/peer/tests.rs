@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use rand::SeedableRng;
+use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::*;
+use crate::channel::hub::PeerTable;
+use crate::session::{Change, MESSAGE_LEN_MAX, Moment};
 
 fn config(id: u32, key: u8) -> PeerEntry {
     PeerEntry {
@@ -39,14 +42,14 @@ fn epoch() -> Instant {
 
 #[test]
 fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
-    let (mut peers, mut engine, now) = (Peers::new(false), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
     let kept = config(1, 1);
     peers.replace(now, None, [kept.clone(), config(2, 2)].into_iter());
     for id in [PeerId(1), PeerId(2)] {
         assert!(peers.wake(now, id, &mut engine).is_some());
     }
     peers.get(PeerId(2)).unwrap().waiting.push(now, &[0; 30]);
-    peers.touch(PeerId(2));
+    peers.touch(now, PeerId(2));
     let entries = [kept, config(2, 9)].into_iter();
     let (wanted, dropped) = peers.replace(now, Some(&mut engine), entries);
     assert_eq!((wanted, dropped), (vec![], 1));
@@ -61,13 +64,13 @@ fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
 
 #[test]
 fn sessions_of_peers_that_go_give_their_indexes_back() {
-    let (mut peers, mut engine, now) = (Peers::new(false), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
     peers.replace(now, None, [config(1, 1)].into_iter());
-    let at = crate::session::Moment {
+    let at = Moment {
         now,
         wall: Duration::from_secs(1),
     };
-    let mut out = [0; crate::session::MESSAGE_LEN_MAX];
+    let mut out = [0; MESSAGE_LEN_MAX];
     let peer = peers.wake(now, PeerId(1), &mut engine).unwrap();
     let session = peer.session().unwrap();
     assert!(session.initiate(&mut engine, at, true, &mut out).is_some());
@@ -79,7 +82,7 @@ fn sessions_of_peers_that_go_give_their_indexes_back() {
 
 #[test]
 fn only_peers_that_want_it_are_called_and_at_their_time() {
-    let (mut peers, mut engine, now) = (Peers::new(false), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
     let ids = 0..10u8;
     peers.replace(now, None, ids.map(|i| config(u32::from(i), i + 1)));
     for i in 0..10 {
@@ -89,7 +92,7 @@ fn only_peers_that_want_it_are_called_and_at_their_time() {
     for i in [3, 5] {
         let since = now + Duration::from_secs(u64::from(i));
         peers.get(PeerId(i)).unwrap().waiting.push(since, &[0; 30]);
-        peers.touch(PeerId(i));
+        peers.touch(now, PeerId(i));
     }
     let at = |secs| now + Duration::from_secs(secs);
     assert_eq!(peers.next_deadline(), Some(at(93)));
@@ -98,13 +101,13 @@ fn only_peers_that_want_it_are_called_and_at_their_time() {
     assert_eq!(peers.take_due(at(94)), None);
     assert_eq!(peers.take_due(at(95)), Some(PeerId(5)));
     // What is not done by then comes back.
-    peers.touch(PeerId(5));
+    peers.touch(now, PeerId(5));
     assert_eq!(peers.next_deadline(), Some(at(95)));
 }
 
 #[test]
 fn an_id_out_of_range_is_not_used() {
-    let mut peers = Peers::new(false);
+    let mut peers = Peers::new(false, false);
     let beyond = u32::try_from(PEERS_MAX).unwrap();
     peers.replace(epoch(), None, [config(beyond, 1)].into_iter());
     assert!(peers.get(PeerId(beyond)).is_none());
@@ -120,7 +123,7 @@ fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
         entry.config = Arc::new(config);
         entry
     };
-    let (mut peers, mut engine, now) = (Peers::new(true), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(true, false), engine(), epoch());
     let replace = |peers: &mut Peers, seconds| {
         let entries = [kept_alive(&first, seconds), second.clone()];
         peers.replace(now, None, entries.into_iter()).0
@@ -133,4 +136,199 @@ fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
     }
     assert_eq!(peers.end_sessions(), [PeerId(1)]);
     assert!(peers.get(PeerId(2)).unwrap().session().is_none());
+}
+
+/// An owner with a peer that has keys and a path, and another shard's view of it.
+struct Loan {
+    now: Instant,
+    owner: Peers,
+    engine: Engine,
+    far: (Engine, Session),
+    table: PeerTable,
+    guests: Guests,
+}
+
+const LENT: PeerId = PeerId(3);
+
+impl Loan {
+    fn at(&self, ms: u64) -> Instant {
+        self.now + Duration::from_millis(ms)
+    }
+
+    fn new() -> Loan {
+        let now = epoch();
+        let public = |key| *PublicKey::from(&StaticSecret::from([key; 32])).as_bytes();
+        let config = |key| PeerConfig {
+            id: LENT,
+            public_key: public(key),
+            preshared_key: None,
+            allowed_ips: vec![],
+            persistent_keepalive: None,
+        };
+        let table = PeerTable::new(vec![config(2)], 1, &PeerTable::default());
+        let mut owner = Peers::new(true, true);
+        let mut engine = engine();
+        owner.replace(now, Some(&mut engine), table.peers().cloned());
+        let rng = rand::rngs::StdRng::seed_from_u64(2);
+        let kind = crate::Engine::Ringtail;
+        let mut far_engine = Engine::new(kind, &Zeroizing::new([2; 32]), 1420, 0, rng);
+        let far = far_engine.session(now, &config(1));
+        Loan {
+            now,
+            owner,
+            engine,
+            far: (far_engine, far),
+            table,
+            guests: Guests::default(),
+        }
+    }
+
+    fn shake(&mut self, ms: u64) {
+        let at = Moment {
+            now: self.at(ms),
+            wall: Duration::from_secs(1) + Duration::from_millis(ms),
+        };
+        let (far_engine, far) = &mut self.far;
+        let peer = self.owner.wake(at.now, LENT, &mut self.engine).unwrap();
+        let session = peer.session().unwrap();
+        let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);
+        let len = session.initiate(&mut self.engine, at, true, &mut there);
+        let initiation = &there[..len.unwrap()];
+        let answer = far.handle_handshake(far_engine, at, initiation, None, &mut back);
+        let response = &back[..answer.unwrap().message.unwrap()];
+        let done = session.handle_handshake(&mut self.engine, at, response, None, &mut there);
+        assert_eq!(done.unwrap().change, Change::Up);
+    }
+
+    fn decide(&mut self, last: u8) {
+        let decision = PathDecision {
+            generation: 0,
+            udp: Some(SocketAddr::from(([192, 0, 2, last], 1))),
+            derp: None,
+            trust_until: None,
+            silence_limit: Duration::from_secs(1),
+            path_mtu: 1500,
+        };
+        let now = self.now;
+        self.owner.get(LENT).unwrap().decide(now, decision);
+    }
+
+    fn admits(&mut self, ms: u64) -> bool {
+        let admitted = self.guests.admit(self.at(ms), &self.table, LENT);
+        admitted.expect("a peer of the table")
+    }
+}
+
+#[test]
+fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
+    let mut loan = Loan::new();
+    assert!(!loan.admits(0), "no keys");
+    loan.shake(0);
+    loan.owner.touch(loan.now, LENT);
+    assert!(!loan.admits(0), "no way");
+    loan.decide(1);
+    let now = loan.now;
+    let peer = loan.owner.get(LENT).unwrap();
+    peer.waiting.push(now, &[0; 30]);
+    loan.owner.touch(now, LENT);
+    assert!(!loan.admits(0), "those that wait go first");
+    loan.owner.get(LENT).unwrap().waiting.clear();
+    loan.owner.touch(now, LENT);
+    assert!(loan.admits(0));
+    loan.guests.release();
+
+    let shared = Arc::clone(&loan.owner.get(LENT).unwrap().shared);
+    shared.hand();
+    assert!(
+        !loan.admits(0),
+        "so do those on their way through the owner"
+    );
+    shared.unhand();
+    assert!(loan.admits(0));
+    assert_eq!(loan.guests.admit(now, &loan.table, PeerId(9)), None);
+}
+
+#[test]
+fn a_change_of_keys_or_way_reaches_guests_with_their_next_run_and_old_keys_are_gone() {
+    let mut loan = Loan::new();
+    loan.shake(0);
+    loan.decide(1);
+    loan.owner.touch(loan.now, LENT);
+    assert!(loan.admits(0));
+    let way = |loan: &mut Loan| loan.guests.get(LENT).unwrap().way().udp.unwrap().ip();
+    assert_eq!(way(&mut loan).to_string(), "192.0.2.1");
+    loan.decide(2);
+    loan.owner.touch(loan.now, LENT);
+    assert_eq!(way(&mut loan).to_string(), "192.0.2.1", "the open run");
+    loan.guests.release();
+    assert!(loan.admits(0));
+    assert_eq!(way(&mut loan).to_string(), "192.0.2.2");
+    loan.guests.release();
+
+    let session = loan.owner.get(LENT).unwrap().session().unwrap();
+    let old = Arc::downgrade(session.lend(loan.now).unwrap());
+    // Each handshake retires a pair of keys, and two of them are kept for opening.
+    for i in 1..=3 {
+        loan.shake(200 * i);
+        loan.owner.touch(loan.at(200 * i), LENT);
+    }
+    assert!(old.upgrade().is_none(), "no guest keeps them alive");
+    assert!(loan.admits(600));
+    loan.guests.release();
+    assert!(!loan.admits(180_600), "too old");
+    loan.owner.end_sessions();
+    assert!(!loan.admits(600), "our own key has changed");
+}
+
+#[test]
+fn the_owner_hears_of_what_was_sent_at_once_and_then_now_and_then() {
+    let mut loan = Loan::new();
+    loan.shake(0);
+    loan.decide(1);
+    loan.owner.touch(loan.now, LENT);
+    let send = |loan: &mut Loan, ms, trouble| {
+        assert!(loan.admits(ms));
+        let now = loan.at(ms);
+        loan.guests.get(LENT).unwrap().sent(now, trouble);
+        loan.guests.release();
+        loan.guests.report_due()
+    };
+    let start = loan.now;
+    let ms_of = |at: Instant| (at - start).as_millis();
+    let report = |loan: &mut Loan, ms, room: bool| {
+        let mut told = Vec::new();
+        let now = loan.at(ms);
+        loan.guests.report(now, |owner, report| {
+            assert_eq!((owner, report.peer), (0, LENT));
+            told.push((ms_of(report.at), report.trouble));
+            room
+        });
+        told
+    };
+    let fine = Trouble::default();
+    assert_eq!(report(&mut loan, 0, true), [], "nothing was sent");
+    assert_eq!(send(&mut loan, 1000, fine), Some(loan.at(1000)), "at once");
+    assert_eq!(report(&mut loan, 1000, true), [(1000, fine)]);
+    for ms in [1001, 1020] {
+        assert_eq!(send(&mut loan, ms, fine), Some(loan.at(1050)));
+        assert_eq!(report(&mut loan, ms, true), []);
+    }
+    assert_eq!(
+        report(&mut loan, 1050, false),
+        [(1020, fine)],
+        "no room there"
+    );
+    assert_eq!(
+        report(&mut loan, 1100, true),
+        [(1020, fine)],
+        "so once more"
+    );
+    assert_eq!(loan.guests.report_due(), None);
+    let gso = Trouble { gso: true, ..fine };
+    assert_eq!(send(&mut loan, 1101, gso), Some(loan.at(1101)), "trouble");
+    assert_eq!(report(&mut loan, 1101, true), [(1101, gso)]);
+    assert_eq!(send(&mut loan, 1102, fine), Some(loan.at(1151)));
+    let other = PeerTable::default();
+    loan.guests.retain(&other);
+    assert_eq!(report(&mut loan, 1200, true), [], "the peer is gone");
 }

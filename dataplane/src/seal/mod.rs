@@ -9,7 +9,7 @@
 
 use crate::channel::PeerId;
 use crate::packet::ecn;
-use crate::peer::{Kind, Peer};
+use crate::peer::{Addressee, Kind};
 use crate::session::{BATCH_MAX, Engine, MESSAGE_LEN_MAX};
 use crate::shard::context::Context;
 use crate::stats::DropReason;
@@ -37,9 +37,9 @@ impl Batch<'_> {
     }
 }
 
-/// Where sealed batches go.
-pub(crate) trait Outlet {
-    fn send(&mut self, ctx: &mut Context, peer: &mut Peer, batch: Batch<'_>);
+/// Where sealed batches for such an addressee go.
+pub(crate) trait Outlet<A> {
+    fn send(&mut self, ctx: &mut Context, to: &mut A, batch: Batch<'_>);
 }
 
 /// The run that is being filled. Its datagrams are sealed together when it is sent, so a batch is as
@@ -97,22 +97,18 @@ impl Run {
         self.len += datagrams * len;
     }
 
-    /// Seals and sends what is there. `peer` is the one the run is for.
-    pub(crate) fn flush(
+    /// Seals and sends what is there. `to` is whom the run is for.
+    pub(crate) fn flush<A: Addressee>(
         &mut self,
         ctx: &mut Context,
         engine: &mut Engine,
-        peer: &mut Peer,
-        outlet: &mut impl Outlet,
+        to: &mut A,
+        outlet: &mut impl Outlet<A>,
     ) {
         if self.datagrams > 0 {
-            debug_assert_eq!(self.peer, Some(peer.id), "a run has one peer");
+            debug_assert_eq!(self.peer, Some(to.id()), "a run has one peer");
             let messages = &mut self.bytes[..self.len];
-            let sealed = peer
-                .session()
-                .ok_or(DropReason::NoSession)
-                .and_then(|session| session.seal(engine, ctx.now, messages, self.stride));
-            if let Err(reason) = sealed {
+            if let Err(reason) = to.seal(engine, ctx.now, messages, self.stride) {
                 ctx.counters.drop_many(reason, self.clear() as u64);
                 return;
             }
@@ -123,7 +119,7 @@ impl Run {
                 tos: self.tos,
             };
             ctx.counters.batch_outbound(self.datagrams);
-            outlet.send(ctx, peer, batch);
+            outlet.send(ctx, to, batch);
         }
         self.clear();
     }
@@ -137,17 +133,17 @@ impl Run {
     }
 }
 
-/// Cuts a planned packet for a peer whose session is ready into the run, which must be empty or
-/// the same peer's, sealing and sending it as often as it is full. What remains in the run is the caller's to
+/// Cuts a planned packet for a peer that has keys into the run, which must be empty or the same
+/// peer's, sealing and sending it as often as it is full. What remains in the run is the caller's to
 /// flush.
-pub(crate) fn packet(
+pub(crate) fn packet<A: Addressee>(
     ctx: &mut Context,
     engine: &mut Engine,
-    peer: &mut Peer,
+    to: &mut A,
     plan: &Plan,
     packet: &mut [u8],
     run: &mut Run,
-    outlet: &mut impl Outlet,
+    outlet: &mut impl Outlet<A>,
 ) {
     let tos = ecn::encapsulate(plan.headers().tos);
     let count = plan.len();
@@ -168,18 +164,15 @@ pub(crate) fn packet(
         };
         let room = run.room_for(len, tos);
         if room == 0 {
-            run.flush(ctx, engine, peer, outlet);
+            run.flush(ctx, engine, to, outlet);
             continue;
         }
         let now = alike.min(room);
-        let Some(session) = peer.session() else {
-            return;
-        };
         let tail = &mut run.bytes[run.len..];
-        let staged = session.stage(engine, plan, packet, next..next + now, tail);
+        let staged = to.stage(engine, plan, packet, next..next + now, tail);
         debug_assert_eq!(staged.bytes, staged.segments * len, "sealed_len is exact");
         if staged.segments > 0 {
-            run.extend(peer.id, staged.segments, len, tos);
+            run.extend(to.id(), staged.segments, len, tos);
         }
         if staged.segments < now {
             let failed = now - staged.segments;

@@ -16,7 +16,7 @@ use crate::channel::hub::PeerEntry;
 use crate::config;
 use crate::packet::build::{Builder, Tcp};
 use crate::packet::header::Headers;
-use crate::peer::Peers;
+use crate::peer::{Peer, Peers};
 use crate::session::{Opened, Session};
 use crate::tun::segment::plan;
 use crate::tun::vnet::{GSO_TCPV4, VnetHdr};
@@ -39,7 +39,7 @@ struct Rig {
 #[derive(Default)]
 struct Collected(Vec<(Vec<u8>, usize, u8)>);
 
-impl Outlet for Collected {
+impl Outlet<Peer> for Collected {
     fn send(&mut self, _ctx: &mut Context, peer: &mut Peer, batch: Batch<'_>) {
         assert_eq!((peer.id, batch.kind), (PEER, Kind::Data));
         self.0.push((batch.bytes.to_vec(), batch.stride, batch.tos));
@@ -71,7 +71,7 @@ impl Rig {
         };
         let (mut engine, mut far_engine) = (new_engine(1), new_engine(2));
         let mut far = far_engine.session(at.now, &config(PEER, 1));
-        let mut peers = Peers::new(false);
+        let mut peers = Peers::new(false, false);
         let entry = PeerEntry {
             config: Arc::new(config(PEER, 2)),
             shared: Arc::default(),

@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
@@ -122,6 +123,12 @@ impl Machine {
 
     fn sealing(&self) -> Option<&Sealing> {
         Some(&self.keys.current.as_ref()?.sealing)
+    }
+
+    /// The sealing half of the current keys, for other shards to seal with.
+    pub(super) fn lend(&self, now: Instant) -> Option<&Arc<Sealing>> {
+        let sealing = &self.keys.current.as_ref()?.sealing;
+        sealing.usable(now).then_some(sealing)
     }
 
     /// True while an initiation of ours waits for its response.
@@ -417,6 +424,39 @@ impl Machine {
             self.want_initiation(now);
             return sealed;
         }
+        self.expect_answer(own, now);
+        self.sealed(now);
+        Ok(())
+    }
+
+    /// Other shards have sealed data under keys that were lent to them, the last of it at `at`;
+    /// `heard` is when something authentic arrived after that, if it did. What would have followed
+    /// at once, had this machine sealed, follows now.
+    pub(super) fn sealed_elsewhere(
+        &mut self,
+        own: &mut Own,
+        now: Instant,
+        at: Instant,
+        heard: Option<Instant>,
+    ) {
+        match heard {
+            None => {
+                self.expect_answer(own, at);
+                self.authentic_sent(at);
+            }
+            // It has been answered. A passive keep-alive is still owed, but for what came since.
+            Some(heard) if self.alarms.get(Alarm::PassiveKeepalive).is_some() => {
+                self.another_keepalive = false;
+                self.alarms
+                    .set(Alarm::PassiveKeepalive, heard + KEEPALIVE_TIMEOUT);
+            }
+            Some(_) => {}
+        }
+        self.rekey_if_due(now);
+    }
+
+    /// Data was sealed: unless something comes back, there is a new handshake.
+    fn expect_answer(&mut self, own: &mut Own, now: Instant) {
         if self.alarms.get(Alarm::NewHandshake).is_none() {
             let born = self
                 .keys
@@ -431,13 +471,16 @@ impl Machine {
                 (now + QUIET_LIMIT).max(born + FRESH + jitter),
             );
         }
-        self.sealed(now);
-        Ok(())
     }
 
     /// A batch was sealed, keep-alives included.
     fn sealed(&mut self, now: Instant) {
         self.authentic_sent(now);
+        self.rekey_if_due(now);
+    }
+
+    /// Who seals asks for new keys in time (§6.2).
+    fn rekey_if_due(&mut self, now: Instant) {
         if self
             .sealing()
             .is_some_and(|sealing| sealing.wants_rekey(now, REKEY_AFTER_TIME))

@@ -53,6 +53,7 @@
 //! | §6.5 passive keep-alive after `KEEPALIVE_TIMEOUT` | `data_that_is_not_answered_for_ten_seconds_is_answered_by_a_keepalive`, `data_that_goes_on_is_answered_by_a_keepalive_every_ten_seconds` |
 //! | §6.5 data without any answer: a new handshake | `data_that_gets_no_answer_makes_a_handshake` |
 //! | persistent keep-alive (not in the paper; as in the kernel) | `a_persistent_keepalive_is_sent_when_nothing_else_was`, `a_persistent_keepalive_tries_without_end` |
+//! | all this where another shard seals with lent keys | `keys_that_are_lent_…`, `data_sealed_elsewhere_…` |
 //! | public keys of low order are refused | `a_peer_with_a_key_of_low_order_is_never_spoken_to` |
 //! | initiations that cross stall nobody | `basics::crossing_…`, `network::simultaneous_starts_never_stall` |
 //!
@@ -89,6 +90,7 @@ mod sync {
 }
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
@@ -108,6 +110,7 @@ use crate::noise::{Half, LocalKeys, Remote};
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
 use indexes::Indexes;
+pub(crate) use keypair::Sealing;
 
 /// Bytes a data message adds: header of 16 and tag of 16.
 pub(crate) const OVERHEAD: usize = 32;
@@ -224,6 +227,34 @@ impl Engine {
     #[inline]
     pub(crate) fn sealed_len(&self, len: usize) -> usize {
         padded_len(len, self.mtu) + OVERHEAD
+    }
+
+    /// Puts segments `range` of a planned packet into a send buffer, for [`Engine::seal_lent`].
+    ///
+    /// # Panics
+    /// If `out` is shorter than the sealed lengths together.
+    pub(crate) fn stage(
+        &self,
+        plan: &Plan,
+        packet: &[u8],
+        range: Range<usize>,
+        out: &mut [u8],
+    ) -> Staged {
+        stage(plan, packet, range, self.mtu, out)
+    }
+
+    /// Seals staged messages, as [`Session::seal`] does, under keys that another shard has lent.
+    ///
+    /// # Errors
+    /// [`DropReason::SessionExpired`]; nothing is sealed then.
+    pub(crate) fn seal_lent(
+        &self,
+        sealing: &Sealing,
+        now: Instant,
+        messages: &mut [u8],
+        stride: usize,
+    ) -> Result<(), DropReason> {
+        sealing.seal(&self.own.aead, now, messages, stride)
     }
 
     /// The peer whose session has the receiver index.
@@ -386,6 +417,32 @@ impl Session {
         }
     }
 
+    /// The sealing half of its keys, for other shards to seal with ([`Engine::seal_lent`]), if there
+    /// are any now. What they seal is to be told by [`Session::sealed_elsewhere`].
+    #[inline]
+    pub(crate) fn lend(&self, now: Instant) -> Option<&Arc<Sealing>> {
+        match self {
+            Session::Ours(machine) => machine.lend(now),
+            Session::Boringtun(_) => None,
+        }
+    }
+
+    /// Takes note that other shards have sealed data, the last of it at `at`; `heard` is when
+    /// something authentic arrived after that, if it did.
+    pub(crate) fn sealed_elsewhere(
+        &mut self,
+        engine: &mut Engine,
+        now: Instant,
+        at: Instant,
+        heard: Option<Instant>,
+    ) {
+        match self {
+            Session::Ours(machine) => machine.sealed_elsewhere(&mut engine.own, now, at, heard),
+            // Its keys are lent to nobody.
+            Session::Boringtun(_) => {}
+        }
+    }
+
     /// True while an initiation of ours waits for its response.
     pub(crate) fn initiating(&self) -> bool {
         match self {
@@ -523,7 +580,7 @@ impl Session {
     }
 }
 
-/// Writes segments with the room that [`Machine::seal`] wants: header, plaintext padded with zeros,
+/// Writes segments with the room that [`Sealing::seal`] wants: header, plaintext padded with zeros,
 /// tag.
 fn stage(plan: &Plan, packet: &[u8], range: Range<usize>, mtu: usize, out: &mut [u8]) -> Staged {
     let mut staged = Staged::default();

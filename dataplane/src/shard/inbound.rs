@@ -5,6 +5,7 @@
 use super::{HANDSHAKES_PER_TURN_MAX, RELAYED_PER_TURN_MAX, Shard};
 use crate::channel::hub::{Handed, HandshakeMessage, ShardSet};
 use crate::channel::{Event, PeerId};
+use crate::config;
 use crate::filter::source_allowed;
 use crate::noise::Half;
 use crate::open::{Run, groups, runs};
@@ -15,6 +16,7 @@ use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
 use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Local;
+use crate::tun::vnet::VNET_HDR_LEN;
 
 /// Type of a cookie reply (WireGuard paper §5.4.7).
 const COOKIE_REPLY: u8 = 3;
@@ -73,7 +75,8 @@ impl Shard<'_> {
         });
         // Each of the others opens its own and passes the batch on.
         if let Some(shard) = others.take() {
-            self.hand_over(shard, foreign, Handed::Udp(batch, others));
+            // A full lane has counted them.
+            let _room = self.hand_over(shard, foreign, Handed::Udp(batch, others));
         }
         self.ctx.lap(Room::Classify);
     }
@@ -173,7 +176,7 @@ impl Shard<'_> {
                 .activity
                 .received(self.hub.epoch, ctx.now, report.bytes, way);
         }
-        self.peers.touch(id);
+        self.peers.touch(ctx.now, id);
         ctx.lap(Room::Open);
         self.filter_and_merge(id, datagrams, tos);
         if report.change == Change::Up {
@@ -215,17 +218,19 @@ impl Shard<'_> {
         }
     }
 
-    /// Writes what the coalescer holds to our queue, so that replies come back to it.
+    /// Writes what the coalescer holds. The kernel reads a flow on the queue that its reverse was last
+    /// written to, so a write chooses the shard that seals the replies.
     pub(super) fn write_tun(&mut self) {
         if self.coalescer.is_empty() {
             return;
         }
         let batch = self.coalescer.take();
-        let counters = &mut self.ctx.counters;
         for i in 0..batch.len() {
             let bytes = batch.get(i);
             let packets = batch.segments(i) as u64;
-            match self.queue.write(bytes) {
+            let queue = self.queue_for(bytes);
+            let counters = &mut self.ctx.counters;
+            match self.queues[queue].write(bytes) {
                 Ok(()) => {
                     counters.add(Meter::TunWrites, 1);
                     counters.add(Meter::TunPacketsOut, packets);
@@ -237,6 +242,20 @@ impl Shard<'_> {
         }
         self.coalescer.recycle(batch);
         self.ctx.lap(Room::Tun);
+    }
+
+    /// The queue for a write: by the flow, so that sealing spreads over the shards; our own where only
+    /// the owner may seal.
+    fn queue_for(&self, bytes: &[u8]) -> usize {
+        let own = usize::from(self.id);
+        if self.queues.len() == 1 || self.kind == config::Engine::Boringtun {
+            return own;
+        }
+        let packet = &bytes[VNET_HDR_LEN..];
+        Headers::parse(packet).map_or(own, |headers| {
+            let hash = headers.flow(packet).hash() >> 32;
+            usize::try_from(hash).map_or(own, |hash| hash % self.queues.len())
+        })
     }
 
     /// Handles handshake messages that passed the handshake thread.
@@ -302,7 +321,7 @@ impl Shard<'_> {
             };
             self.tx.message(ctx, peer, kind, &out[..len]);
         }
-        self.peers.touch(id);
+        self.peers.touch(ctx.now, id);
         if outcome.change == Change::Up {
             self.session_up(id);
         }
@@ -325,6 +344,7 @@ impl Shard<'_> {
             self.seal(id, &mut packet);
         }
         self.flush_run();
+        self.peers.touch(self.ctx.now, id);
     }
 }
 

@@ -17,16 +17,17 @@ use std::os::fd::AsFd;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use arrayvec::ArrayVec;
 use context::Context;
 use transmit::Transmit;
 
 use crate::channel::hub::{Handed, Inbox, PeerTable, Settings};
-use crate::channel::{Event, Hub, PeerId};
+use crate::channel::{Event, Hub, PeerId, PeerShared};
 use crate::coalesce::Coalescer;
 use crate::config::{self, DriverKind};
 use crate::filter::{CompiledRules, Filter};
 use crate::packet::header::Headers;
-use crate::peer::{Kind, Peers, Way};
+use crate::peer::{Guests, Kind, Peers, Way};
 use crate::ring::{Driver, Sources, TunRx, UdpRx};
 use crate::seal;
 use crate::session::{Change, Engine, MESSAGE_LEN_MAX, Opened};
@@ -41,6 +42,9 @@ const DECISIONS_PER_TURN_MAX: usize = 256;
 const HANDSHAKES_PER_TURN_MAX: usize = 8;
 /// Batches taken from other shards per turn at most.
 const HANDED_PER_TURN_MAX: usize = 16;
+/// Reports, and flows, taken from other shards per turn at most: of flows as many as can wait, since a
+/// reply may be next.
+const REPORTS_PER_TURN_MAX: usize = 1024;
 /// Batches taken from relays per turn at most.
 const RELAYED_PER_TURN_MAX: usize = 16;
 /// Sessions whose time has come that are called per turn at most.
@@ -52,7 +56,8 @@ const PUBLISH_INTERVAL: Duration = Duration::from_millis(5);
 pub(crate) struct Seat {
     pub(crate) id: u8,
     pub(crate) hub: Arc<Hub>,
-    pub(crate) queue: Queue,
+    /// Of the TUN, one for each shard: it reads its own, and may write to any.
+    pub(crate) queues: Arc<[Queue]>,
     pub(crate) gso: bool,
     pub(crate) driver: DriverKind,
     pub(crate) cpu: Option<usize>,
@@ -77,7 +82,7 @@ pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Re
     let hub = Arc::clone(&seat.hub);
     let inbox = &hub.inboxes[usize::from(seat.id)];
     let sources = Sources {
-        tun: seat.queue.as_fd(),
+        tun: seat.queues[usize::from(seat.id)].as_fd(),
         udp: Arc::clone(&sockets),
         wake: inbox.wake.as_fd(),
     };
@@ -139,13 +144,14 @@ struct Shard<'a> {
     id: u8,
     hub: &'a Hub,
     inbox: &'a Inbox,
-    queue: &'a Queue,
+    queues: &'a [Queue],
     ctx: Context,
     settings: Arc<Settings>,
     kind: config::Engine,
     /// None while there is no private key.
     engine: Option<Engine>,
     peers: Peers,
+    guests: Guests,
     table: Arc<PeerTable>,
     filter: Filter,
     opened: Opened,
@@ -165,12 +171,13 @@ impl<'a> Shard<'a> {
             id: seat.id,
             hub: &seat.hub,
             inbox,
-            queue: &seat.queue,
+            queues: &seat.queues,
             ctx: Context::new(now),
             settings: Arc::clone(&seat.settings),
             kind: seat.kind,
             engine: engine(seat.id, seat.kind, &seat.settings),
-            peers: Peers::new(seat.roam),
+            peers: Peers::new(seat.roam, seat.hub.inboxes.len() > 1),
+            guests: Guests::default(),
             table: Arc::default(),
             filter: Filter::new(now, Arc::new(CompiledRules::allow_all())),
             opened: Opened::new(seat.kind),
@@ -190,6 +197,7 @@ impl<'a> Shard<'a> {
         }
         let next = [
             self.peers.next_deadline(),
+            self.guests.report_due(),
             (self.publish_at > self.ctx.now).then_some(self.publish_at),
         ];
         let next = next.into_iter().flatten().min()?;
@@ -200,6 +208,7 @@ impl<'a> Shard<'a> {
         self.ctx.counters.add(Meter::Turns, 1);
         let idle = tun.is_empty() && udp.is_empty();
         self.commands();
+        self.reports();
         self.ctx.lap(Room::Shard);
 
         for batch in udp.drain(..) {
@@ -219,6 +228,8 @@ impl<'a> Shard<'a> {
         self.flush_run();
         self.timers();
 
+        self.guests
+            .report(self.ctx.now, |owner, report| self.hub.report(owner, report));
         self.tx.flush_relay();
         for event in self.ctx.events.drain(..) {
             self.hub.outbox.event(event);
@@ -256,6 +267,7 @@ impl<'a> Shard<'a> {
             {
                 self.initiate(id, true);
             }
+            self.peers.touch(now, id);
         }
         while let Some(id) = self.inbox.asks.pop() {
             self.initiate(id, false);
@@ -268,6 +280,7 @@ impl<'a> Shard<'a> {
         let mine = table.peers().filter(|peer| peer.owner == id).cloned();
         let (wanted, dropped) = self.peers.replace(self.ctx.now, self.engine.as_mut(), mine);
         self.ctx.counters.drop_many(DropReason::NoSession, dropped);
+        self.guests.retain(&table);
         self.table = table;
         self.want_sessions(&wanted);
     }
@@ -320,39 +333,65 @@ impl<'a> Shard<'a> {
             self.tx
                 .message(&mut self.ctx, peer, Kind::Handshake, &out[..len]);
         }
-        self.peers.touch(id);
+        self.peers.touch(now, id);
     }
 
-    /// Takes what other shards have handed over.
-    fn handed(&mut self) {
-        for _ in 0..HANDED_PER_TURN_MAX {
-            match self.inbox.handed.pop() {
-                Some(Handed::Udp(batch, others)) => self.inbound(batch, Some(others)),
-                Some(Handed::Tun(packet)) => {
-                    let table = Arc::clone(&self.table);
-                    self.outbound(packet, &mut table.routes.cursor(), true);
-                }
-                None => break,
+    /// Takes note of what other shards have sealed for peers of this one, and of flows they have
+    /// begun: before anything that came in, for it may be the reply.
+    fn reports(&mut self) {
+        for _ in 0..REPORTS_PER_TURN_MAX {
+            let Some(flow) = self.inbox.flows.pop() else {
+                break;
+            };
+            self.filter.learn(self.ctx.now, flow);
+        }
+        for _ in 0..REPORTS_PER_TURN_MAX {
+            let Some(report) = self.inbox.reports.pop() else {
+                break;
+            };
+            let now = self.ctx.now;
+            if let Some(peer) = self.peers.get(report.peer) {
+                peer.reported(now, report, self.engine.as_mut(), &mut self.ctx.events);
+                self.peers.touch(now, report.peer);
             }
         }
     }
 
-    /// Hands something over to the shard that owns it; a full lane drops it.
-    fn hand_over(&mut self, shard: u8, packets: u64, what: Handed) {
+    /// Takes what other shards have handed over.
+    fn handed(&mut self) {
+        let mut packets_of: ArrayVec<Arc<PeerShared>, HANDED_PER_TURN_MAX> = ArrayVec::new();
+        for _ in 0..HANDED_PER_TURN_MAX {
+            match self.inbox.handed.pop() {
+                Some(Handed::Udp(batch, others)) => self.inbound(batch, Some(others)),
+                Some(Handed::Tun(packet, shared)) => {
+                    let table = Arc::clone(&self.table);
+                    self.outbound(packet, &mut table.routes.cursor(), true);
+                    packets_of.push(shared);
+                }
+                None => break,
+            }
+        }
+        if !packets_of.is_empty() {
+            self.flush_run();
+            packets_of.iter().for_each(|shared| shared.unhand());
+        }
+    }
+
+    /// Hands something over to the shard that owns it; a full lane drops it, and false is returned.
+    fn hand_over(&mut self, shard: u8, packets: u64, what: Handed) -> bool {
+        let counters = &mut self.ctx.counters;
         let Some(inbox) = self.hub.inboxes.get(usize::from(shard)) else {
-            self.ctx
-                .counters
-                .drop_many(DropReason::UnknownIndex, packets);
-            return;
+            counters.drop_many(DropReason::UnknownIndex, packets);
+            return false;
         };
-        if inbox.handed.push(what).is_ok() {
-            self.ctx.counters.add(Meter::HandedOver, packets);
+        let room = inbox.handed.push(what).is_ok();
+        if room {
+            counters.add(Meter::HandedOver, packets);
             inbox.wake.ring();
         } else {
-            self.ctx
-                .counters
-                .drop_many(DropReason::HandOverFull, packets);
+            counters.drop_many(DropReason::HandOverFull, packets);
         }
+        room
     }
 
     /// Lets time pass for the peers that want it now.
@@ -362,7 +401,7 @@ impl<'a> Shard<'a> {
                 return;
             };
             self.timeout(id);
-            self.peers.touch(id);
+            self.peers.touch(self.ctx.now, id);
         }
     }
 

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use super::Shard;
 use crate::channel::PeerId;
 use crate::channel::hub::Handed;
@@ -13,8 +15,8 @@ use crate::tun::segment::{Plan, plan};
 use crate::tun::vnet::VnetHdr;
 
 impl Shard<'_> {
-    /// Takes one packet or super-packet from the TUN. A peer of another shard gets it handed over
-    /// whole, once: only the owner may seal.
+    /// Takes one packet or super-packet from the TUN. What is for a peer of another shard is sealed
+    /// here where that lends what it takes, or handed over whole, once.
     pub(super) fn outbound(&mut self, mut rx: TunRx, routes: &mut Cursor<'_>, crossed: bool) {
         let counters = &mut self.ctx.counters;
         let bytes = rx.buf.bytes_mut();
@@ -41,17 +43,67 @@ impl Shard<'_> {
             self.ctx.counters.drop_many(DropReason::NoRoute, packets);
             return;
         };
-        if self.peers.get(id).is_none() {
-            match self.table.owner(id) {
-                Some(owner) if owner != self.id && !crossed => {
-                    self.hand_over(owner, packets, Handed::Tun(rx));
-                }
-                // The two shards' tables are of different ages for a moment.
-                Some(_) | None => self.ctx.counters.drop_many(DropReason::NoRoute, packets),
-            }
+        if self.peers.get(id).is_some() {
+            self.seal_planned(id, &plan, bytes);
             return;
         }
-        self.seal_planned(id, &plan, bytes);
+        if self.run.peer().is_some_and(|open| open != id) {
+            self.flush_run();
+        }
+        match self.guests.admit(self.ctx.now, &self.table, id) {
+            Some(true) if !crossed => self.seal_as_guest(id, &plan, bytes),
+            Some(false) if !crossed => {
+                self.flush_run();
+                self.hand_over_packet(id, packets, rx);
+            }
+            // Nobody's, or the two shards' tables are of different ages for a moment.
+            Some(_) | None => self.ctx.counters.drop_many(DropReason::NoRoute, packets),
+        }
+    }
+
+    /// Hands a packet to the shard that owns its peer.
+    fn hand_over_packet(&mut self, id: PeerId, packets: u64, rx: TunRx) {
+        let Some(guest) = self.guests.get(id) else {
+            return;
+        };
+        let (owner, shared) = (guest.owner, Arc::clone(&guest.shared));
+        shared.hand();
+        if !self.hand_over(owner, packets, Handed::Tun(rx, Arc::clone(&shared))) {
+            shared.unhand();
+        }
+    }
+
+    /// Seals for a peer of another shard, which has been admitted.
+    fn seal_as_guest(&mut self, id: PeerId, plan: &Plan, bytes: &mut [u8]) {
+        let ctx = &mut self.ctx;
+        let (Some(guest), Some(engine)) = (self.guests.get(id), &mut self.engine) else {
+            // The key was taken away, and the owner is yet to hear of it.
+            ctx.counters
+                .drop_many(DropReason::NoSession, plan.len() as u64);
+            return;
+        };
+        let Ok((_, packet)) = VnetHdr::split_mut(bytes) else {
+            return;
+        };
+        // The owner has to know of the flow before its replies can come.
+        if let Some(reply) = self.filter.remember(ctx.now, plan.headers(), packet)
+            && !self.hub.learn(guest.owner, reply)
+        {
+            self.filter.forget(&reply);
+            let packets = plan.len() as u64;
+            ctx.counters.drop_many(DropReason::HandOverFull, packets);
+            return;
+        }
+        seal::packet(
+            ctx,
+            engine,
+            guest,
+            plan,
+            packet,
+            &mut self.run,
+            &mut self.tx,
+        );
+        ctx.lap(Room::Seal);
     }
 
     /// Seals a packet that waited.
@@ -80,11 +132,11 @@ impl Shard<'_> {
         let Ok((_, packet)) = VnetHdr::split_mut(bytes) else {
             return;
         };
-        // Under one owner per peer the flow is remembered where its replies arrive.
+        // The flow is remembered where its replies arrive.
         let _reply = self.filter.remember(ctx.now, plan.headers(), packet);
         seal::packet(ctx, engine, peer, plan, packet, &mut self.run, &mut self.tx);
         ctx.lap(Room::Seal);
-        self.peers.touch(id);
+        self.peers.reckon(id);
     }
 
     /// Keeps a packet until there are keys, and sees to it that there will be.
@@ -98,7 +150,7 @@ impl Shard<'_> {
         let went_silent = peer
             .path
             .sending(ctx.now, id, crate::peer::Kind::Data, &mut ctx.events);
-        self.peers.touch(id);
+        self.peers.touch(self.ctx.now, id);
         // The path just turned out to be doubtful: the next initiation goes both ways.
         self.initiate(id, went_silent);
         self.ctx.lap(Room::Shard);
@@ -106,16 +158,22 @@ impl Shard<'_> {
 
     /// Sends what is in the run.
     pub(super) fn flush_run(&mut self) {
-        let Some(id) = self.run.peer() else { return };
-        match (self.peers.get(id), &mut self.engine) {
-            (Some(peer), Some(engine)) => {
-                self.run.flush(&mut self.ctx, engine, peer, &mut self.tx);
-                self.peers.touch(id);
-            }
-            _ => {
-                let lost = self.run.clear() as u64;
-                self.ctx.counters.drop_many(DropReason::NoRoute, lost);
+        if let Some(id) = self.run.peer() {
+            let ctx = &mut self.ctx;
+            match (self.peers.get(id), self.guests.get(id), &mut self.engine) {
+                (Some(peer), _, Some(engine)) => {
+                    self.run.flush(ctx, engine, peer, &mut self.tx);
+                    self.peers.touch(ctx.now, id);
+                }
+                (None, Some(guest), Some(engine)) => {
+                    self.run.flush(ctx, engine, guest, &mut self.tx);
+                }
+                _ => {
+                    let lost = self.run.clear() as u64;
+                    ctx.counters.drop_many(DropReason::NoRoute, lost);
+                }
             }
         }
+        self.guests.release();
     }
 }

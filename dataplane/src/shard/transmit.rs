@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::Context;
 use crate::channel::{Hub, PeerId, RegionId, RelayOut};
-use crate::peer::{Kind, Peer, Way};
+use crate::peer::{Guest, Kind, Peer, Trouble, Way};
 use crate::seal::{Batch, Outlet};
 use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Leave;
@@ -60,9 +60,11 @@ impl Transmit {
         self.send(ctx, peer, batch);
     }
 
-    /// Sends by UDP and returns the bytes that left.
-    fn by_udp(&mut self, ctx: &mut Context, peer: &mut Peer, way: Way, batch: &Batch<'_>) -> usize {
-        let Some(to) = way.udp else { return 0 };
+    /// Sends by UDP and returns the bytes that left, and what was wrong.
+    fn by_udp(&mut self, ctx: &mut Context, way: Way, batch: &Batch<'_>) -> (usize, Trouble) {
+        let Some(to) = way.udp else {
+            return Default::default();
+        };
         let leave = Leave {
             to,
             local: way.local,
@@ -76,23 +78,21 @@ impl Transmit {
         counters.add(Meter::UdpSends, sent.calls as u64);
         counters.add(Meter::UdpPacketsOut, sent.datagrams as u64);
         counters.add(Meter::UdpBytesOut, bytes as u64);
-        if sent.source_refused {
-            peer.unstick();
-        }
-        if sent.gso_refused && self.sender.gso() {
-            peer.path.rest_gso(ctx.now);
-        }
+        let mut trouble = Trouble {
+            source: sent.source_refused,
+            gso: sent.gso_refused && self.sender.gso(),
+            error: None,
+        };
         if let Some(errno) = sent.error {
             // A full queue is congestion, not a state of the path.
             if matches!(errno, libc::EAGAIN | libc::ENOBUFS) {
                 counters.drop_many(DropReason::SendQueueFull, sent.failed as u64);
             } else {
                 counters.drop_many(DropReason::SendFailed, sent.failed as u64);
-                peer.path
-                    .failed(ctx.now, peer.id, to, errno, &mut ctx.events);
+                trouble.error = Some((to, errno));
             }
         }
-        bytes
+        (bytes, trouble)
     }
 
     fn by_relay(&mut self, ctx: &mut Context, peer: PeerId, region: RegionId, batch: &Batch<'_>) {
@@ -124,7 +124,7 @@ impl Transmit {
     }
 }
 
-impl Outlet for Transmit {
+impl Outlet<Peer> for Transmit {
     fn send(&mut self, ctx: &mut Context, peer: &mut Peer, batch: Batch<'_>) {
         ctx.lap(Room::Seal);
         peer.path
@@ -133,7 +133,10 @@ impl Outlet for Transmit {
             peer.unstick();
         }
         let way = peer.path.way(ctx.now);
-        let udp_bytes = self.by_udp(ctx, peer, way, &batch);
+        let (udp_bytes, trouble) = self.by_udp(ctx, way, &batch);
+        if trouble.any() {
+            peer.troubled(ctx.now, trouble, &mut ctx.events);
+        }
         if let Some(region) = way.relay {
             self.by_relay(ctx, peer.id, region, &batch);
         }
@@ -146,6 +149,21 @@ impl Outlet for Transmit {
                 .activity
                 .sent(self.hub.epoch, ctx.now, udp_bytes, relay_bytes);
         }
+        ctx.lap(Room::Udp);
+    }
+}
+
+impl Outlet<Guest> for Transmit {
+    fn send(&mut self, ctx: &mut Context, guest: &mut Guest, batch: Batch<'_>) {
+        ctx.lap(Room::Seal);
+        let (bytes, trouble) = self.by_udp(ctx, guest.way(), &batch);
+        guest.sent(ctx.now, trouble);
+        ctx.counters
+            .add(Meter::SealedForOthers, batch.datagrams() as u64);
+        guest
+            .shared
+            .activity
+            .sent(self.hub.epoch, ctx.now, bytes, 0);
         ctx.lap(Room::Udp);
     }
 }

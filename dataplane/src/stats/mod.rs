@@ -142,6 +142,8 @@ meters! {
     RelayBytesIn = "relay_bytes_in",
     /// Packets handed to the shard that owns them.
     HandedOver = "handed_over",
+    /// Datagrams sealed and sent here for peers of other shards.
+    SealedForOthers = "sealed_for_others",
     /// Remembered outbound flows that made room for newer ones.
     FlowsEvicted = "flows_evicted",
     /// CE marks of the underlay passed on to inner packets.

@@ -587,3 +587,107 @@ fn an_exported_session_goes_on_elsewhere() {
     assert_eq!(b.open(now, &[&keepalive]).report.change, Change::Up);
     carry(3.0, &mut heir, &mut b);
 }
+
+/// Tells an end that another shard sealed for it: when it hears of it, when that was, and when
+/// something authentic came after it.
+fn tell(end: &mut End, told: f64, sealed: f64, heard: Option<f64>) {
+    let heard = heard.map(|heard| secs(heard).now);
+    let End {
+        engine, session, ..
+    } = end;
+    session.sealed_elsewhere(engine, secs(told).now, secs(sealed).now, heard);
+}
+
+#[test]
+fn keys_that_are_lent_seal_what_the_peer_opens_and_are_lent_no_longer_than_they_live() {
+    let (mut a, mut b) = pair(OURS);
+    assert!(a.session.lend(secs(0.0).now).is_none(), "there are none");
+    shake(secs(0.0), &mut a, &mut b);
+    let lent = Arc::clone(a.session.lend(secs(1.0).now).unwrap());
+    let mut seen = Vec::new();
+    for elsewhere in [true, false, true] {
+        let mut message = vec![0; 64];
+        let Session::Ours(machine) = &mut a.session else {
+            panic!("a session of ours");
+        };
+        let sealed = if elsewhere {
+            // On another shard, with that one's engine.
+            let stranger = end(OURS, 7, &peer_config(2, None));
+            let (now, len) = (secs(1.0).now, message.len());
+            stranger.engine.seal_lent(&lent, now, &mut message, len)
+        } else {
+            machine.seal(&mut a.engine.own, secs(1.0).now, &mut message, 64)
+        };
+        assert_eq!(sealed, Ok(()));
+        assert_eq!(b.open(secs(1.0), &[&message]).report.datagrams, 1);
+        seen.push(message[8]);
+    }
+    assert_eq!(seen, [1, 2, 3], "one counter for all, 0 was a keep-alive's");
+    assert!(a.session.lend(secs(179.9).now).is_some());
+    assert!(a.session.lend(secs(180.0).now).is_none());
+    let mut late = vec![0; 64];
+    let refused = a
+        .engine
+        .seal_lent(&lent, secs(180.0).now, &mut late, 64)
+        .unwrap_err();
+    assert_eq!(refused, DropReason::SessionExpired);
+}
+
+#[test]
+fn data_sealed_elsewhere_that_gets_no_answer_makes_a_handshake() {
+    let (mut a, _) = joined();
+    tell(&mut a, 30.05, 30.0, None);
+    tell(&mut a, 31.05, 31.04, None);
+    let said = pass(&mut a, 31.05, 34.0);
+    assert_near(times(&said, Said::Initiation)[0], 33.0, 33.0);
+    // Answered before the report: nothing is missing.
+    let (mut a, _) = joined();
+    tell(&mut a, 30.05, 30.0, Some(30.02));
+    assert_eq!(
+        times(&pass(&mut a, 30.05, 100.0), Said::Initiation),
+        [0.0; 0]
+    );
+}
+
+#[test]
+fn data_sealed_elsewhere_stands_for_a_keepalive_and_asks_for_new_keys_in_time() {
+    let (mut a, mut b) = joined();
+    carry(10.0, &mut b, &mut a);
+    tell(&mut a, 10.55, 10.5, None);
+    assert_eq!(times(&pass(&mut a, 10.55, 25.0), Said::Keepalive), [0.0; 0]);
+    // What came after it is still to be answered, ten seconds after it.
+    let (mut a, mut b) = joined();
+    carry(30.0, &mut b, &mut a);
+    carry(31.02, &mut b, &mut a);
+    tell(&mut a, 31.05, 31.0, Some(31.02));
+    let said = pass(&mut a, 31.05, 60.0);
+    assert_eq!(times(&said, Said::Keepalive).len(), 1);
+    assert_near(times(&said, Said::Keepalive)[0], 41.02, 41.02);
+    // §6.2, for the initiator only.
+    let (mut a, mut b) = joined();
+    tell(&mut a, 119.9, 119.9, Some(119.95));
+    tell(&mut b, 120.1, 120.1, Some(120.15));
+    assert_eq!(
+        times(&pass(&mut a, 119.9, 120.0), Said::Initiation),
+        [0.0; 0]
+    );
+    tell(&mut a, 120.1, 120.05, Some(120.07));
+    assert_eq!(
+        times(&pass(&mut a, 120.1, 120.2), Said::Initiation).len(),
+        1
+    );
+    assert_eq!(
+        times(&pass(&mut b, 120.1, 129.0), Said::Initiation),
+        [0.0; 0]
+    );
+}
+
+#[test]
+fn data_sealed_elsewhere_puts_a_persistent_keepalive_off() {
+    let mut a = end(OURS, 1, &peer_config(2, Some(2)));
+    let mut b = end(OURS, 2, &peer_config(1, None));
+    shake(secs(0.0), &mut a, &mut b);
+    tell(&mut a, 1.05, 1.0, None);
+    let said = pass(&mut a, 1.05, 6.0);
+    assert_eq!(times(&said, Said::Keepalive), [3.0, 5.0]);
+}

@@ -1,0 +1,273 @@
+//! Peers of other shards that this shard seals for.
+//!
+//! A flow is read on the TUN queue of one shard, and its peer is owned by perhaps another. The owner
+//! *lends* what sealing takes ([`Grant`]): the sealing half of the keys, and the way, as long as there
+//! is a single one that is sure. Whatever else there is to do for a peer, the owner does: without a
+//! grant a packet is handed over to it, whole.
+//!
+//! A grant is the owner's, who drops it when keys or way change. Guests hold on to it while they fill
+//! a run, and otherwise only by a weak reference: so keys are erased as soon as the owner erases them,
+//! and what a guest sends goes at most one run past a change.
+//!
+//! *No reordering inside a flow:* while packets that were handed over are still on their way through
+//! the owner, those after them are handed over too ([`PeerShared::handed`]).
+//!
+//! *What the owner is told.* Rules of the path and timers of the session follow from sending. A guest
+//! reports what it has sealed ([`Report`]) at once after a pause, and every [`REPORT_INTERVAL`] while it
+//! goes on; the owner reckons with the time of sending, not with that of the report.
+//!
+//! [`PeerShared::handed`]: crate::channel::PeerShared::handed
+
+#![forbid(unsafe_code)]
+
+use std::ops::Range;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::{Addressee, Trouble, Way};
+use crate::channel::hub::{PeerEntry, PeerTable};
+use crate::channel::{PeerId, PeerShared};
+use crate::session::{Engine, Sealing, Staged};
+use crate::stats::DropReason;
+use crate::tun::segment::Plan;
+
+/// Sealing goes on for this long at most before the owner hears of it: little beside the times of any
+/// rule that depends on it (the shortest is the silence limit of a path, about a second).
+const REPORT_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What the owner of a peer lends to the other shards.
+#[derive(Debug)]
+pub(crate) struct Grant {
+    sealing: Arc<Sealing>,
+    way: Way,
+    /// The last moment at which the way is sure; `None` is for ever.
+    until: Option<Instant>,
+}
+
+impl Grant {
+    pub(crate) fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Grant {
+        Grant {
+            sealing,
+            way,
+            until,
+        }
+    }
+
+    /// Whether it lends just this.
+    #[inline]
+    pub(crate) fn lends(&self, sealing: &Arc<Sealing>, way: Way, until: Option<Instant>) -> bool {
+        Arc::ptr_eq(&self.sealing, sealing) && self.way == way && self.until == until
+    }
+
+    #[inline]
+    fn counts(&self, now: Instant) -> bool {
+        self.until.is_none_or(|until| now <= until) && self.sealing.usable(now)
+    }
+}
+
+/// What a guest tells the owner.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Report {
+    pub(crate) peer: PeerId,
+    /// When data was last sent.
+    pub(crate) at: Instant,
+    /// What the kernel found fault with since the last report.
+    pub(crate) trouble: Trouble,
+}
+
+/// A peer of another shard.
+pub(crate) struct Guest {
+    id: PeerId,
+    pub(crate) owner: u8,
+    pub(crate) shared: Arc<PeerShared>,
+    known: Weak<Grant>,
+    /// Held while a run for the peer is open.
+    grant: Option<Arc<Grant>>,
+    /// What the owner does not know yet: when data was last sent, and what was wrong.
+    sent_at: Option<Instant>,
+    trouble: Trouble,
+    /// It stands among those with something to report.
+    listed: bool,
+}
+
+impl Guest {
+    fn new(entry: &PeerEntry) -> Guest {
+        Guest {
+            id: entry.config.id,
+            owner: entry.owner,
+            shared: Arc::clone(&entry.shared),
+            known: Weak::new(),
+            grant: None,
+            sent_at: None,
+            trouble: Trouble::default(),
+            listed: false,
+        }
+    }
+
+    /// Takes the grant up, if there is one and nothing is to be waited for.
+    #[inline]
+    fn admit(&mut self, now: Instant) -> bool {
+        if self.grant.is_none() {
+            if self.shared.handed() {
+                return false;
+            }
+            self.grant = self.known.upgrade().or_else(|| {
+                self.known = self.shared.grant();
+                self.known.upgrade()
+            });
+            self.grant.take_if(|grant| !grant.counts(now));
+        }
+        self.grant.is_some()
+    }
+
+    /// Where to send.
+    pub(crate) fn way(&self) -> Way {
+        self.grant
+            .as_ref()
+            .map(|grant| grant.way)
+            .unwrap_or_default()
+    }
+
+    /// Takes note that a run was sent, and of what was wrong with that.
+    pub(crate) fn sent(&mut self, now: Instant, trouble: Trouble) {
+        self.sent_at = Some(now);
+        self.trouble.add(trouble);
+    }
+}
+
+impl Addressee for Guest {
+    fn id(&self) -> PeerId {
+        self.id
+    }
+
+    fn stage(
+        &mut self,
+        engine: &mut Engine,
+        plan: &Plan,
+        packet: &mut [u8],
+        range: Range<usize>,
+        out: &mut [u8],
+    ) -> Staged {
+        engine.stage(plan, packet, range, out)
+    }
+
+    fn seal(
+        &mut self,
+        engine: &mut Engine,
+        now: Instant,
+        messages: &mut [u8],
+        stride: usize,
+    ) -> Result<(), DropReason> {
+        let grant = self.grant.as_ref().ok_or(DropReason::NoSession)?;
+        engine.seal_lent(&grant.sealing, now, messages, stride)
+    }
+}
+
+/// The peers of other shards that this shard has packets for, and what their owners are still to be
+/// told.
+#[derive(Default)]
+pub(crate) struct Guests {
+    by_id: Vec<Option<Box<Guest>>>,
+    /// Who was admitted last.
+    admitted: Option<PeerId>,
+    /// Those with something to report, each once.
+    unreported: Vec<PeerId>,
+    /// When owners were last told, and are to be told next.
+    reported_at: Option<Instant>,
+    report_due: Option<Instant>,
+}
+
+impl Guests {
+    /// Whether this shard may seal for a peer of another one now; `None` for nobody's peer. If so, it
+    /// may until [`Guests::release`], which is due before another one is admitted.
+    #[inline]
+    pub(crate) fn admit(&mut self, now: Instant, table: &PeerTable, id: PeerId) -> Option<bool> {
+        let at = id.0 as usize;
+        if self.get(id).is_none() {
+            let guest = Box::new(Guest::new(table.get(id)?));
+            if self.by_id.len() <= at {
+                self.by_id.resize_with(at + 1, || None);
+            }
+            self.by_id[at] = Some(guest);
+        }
+        let admitted = self.get(id)?.admit(now);
+        if admitted {
+            self.admitted = Some(id);
+        }
+        Some(admitted)
+    }
+
+    /// One that was asked for by [`Guests::admit`].
+    #[inline]
+    pub(crate) fn get(&mut self, id: PeerId) -> Option<&mut Guest> {
+        self.by_id.get_mut(id.0 as usize)?.as_deref_mut()
+    }
+
+    /// The run of who was admitted is closed: the grant is let go.
+    #[inline]
+    pub(crate) fn release(&mut self) {
+        let Some(id) = self.admitted.take() else {
+            return;
+        };
+        let Some(guest) = self.get(id) else { return };
+        guest.grant = None;
+        let Some(sent_at) = guest.sent_at else { return };
+        let urgent = guest.trouble.any();
+        if !std::mem::replace(&mut guest.listed, true) {
+            self.unreported.push(id);
+        }
+        let due = match self.reported_at {
+            Some(last) if !urgent => sent_at.max(last + REPORT_INTERVAL),
+            Some(_) | None => sent_at,
+        };
+        self.report_due = Some(self.report_due.map_or(due, |other| other.min(due)));
+    }
+
+    /// When [`Guests::report`] is to be called.
+    pub(crate) fn report_due(&self) -> Option<Instant> {
+        self.report_due
+    }
+
+    /// Tells every owner what it does not know yet, if it is time. `tell` returns false where an owner
+    /// cannot be told now: then it is told later.
+    pub(crate) fn report(&mut self, now: Instant, mut tell: impl FnMut(u8, Report) -> bool) {
+        if self.report_due.is_none_or(|due| now < due) {
+            return;
+        }
+        self.reported_at = Some(now);
+        let by_id = &mut self.by_id;
+        self.unreported.retain(|id| {
+            let guest = by_id.get_mut(id.0 as usize).and_then(Option::as_mut);
+            let Some(guest) = guest else { return false };
+            let Some(at) = guest.sent_at else {
+                return false;
+            };
+            let report = Report {
+                peer: *id,
+                at,
+                trouble: guest.trouble,
+            };
+            let told = tell(guest.owner, report);
+            if told {
+                guest.sent_at = None;
+                guest.trouble = Trouble::default();
+                guest.listed = false;
+            }
+            !told
+        });
+        self.report_due = (!self.unreported.is_empty()).then(|| now + REPORT_INTERVAL);
+    }
+
+    /// Forgets peers that are gone, or other ones now under the same id.
+    pub(crate) fn retain(&mut self, table: &PeerTable) {
+        for place in &mut self.by_id {
+            place.take_if(|guest| {
+                let entry = table.get(guest.id);
+                entry.is_none_or(|entry| !Arc::ptr_eq(&entry.shared, &guest.shared))
+            });
+        }
+        let by_id = &self.by_id;
+        self.unreported
+            .retain(|id| by_id.get(id.0 as usize).is_some_and(Option::is_some));
+    }
+}
