@@ -10,8 +10,9 @@
 //! ```
 //!
 //! [`Dataplane::start`] opens a multi-queue TUN device and one reuse-port group of UDP sockets per
-//! family, and starts one pinned thread per shard and one that reads handshake messages. Shards
-//! share nothing while packets flow. The control side talks to them through [`Dataplane`], whose
+//! family, and starts one pinned thread per shard and one that reads handshake messages. While packets
+//! flow, shards share two things of a peer: a line of counters, and what its owner lends the others so
+//! that they may seal for it. The control side talks to them through [`Dataplane`], whose
 //! methods never wait:
 //!
 //! ```no_run
