@@ -7,6 +7,9 @@
 
 mod activity;
 mod lane;
+mod loan;
+#[cfg(test)]
+mod model;
 mod paths;
 mod shared;
 mod types;
@@ -14,9 +17,16 @@ mod wake;
 
 pub(crate) mod hub;
 
+/// The locks and atomics of [`loan`].
+mod sync {
+    pub(super) use std::sync::atomic::{AtomicUsize, Ordering};
+    pub(super) use std::sync::{Mutex, PoisonError};
+}
+
 pub(crate) use activity::{ActivityBlock, Arrived};
 pub(crate) use hub::Hub;
 pub(crate) use lane::{Lane, Load};
+pub(crate) use loan::Loan;
 pub(crate) use paths::PathSlots;
 pub(crate) use shared::{PeerShared, Whereabouts};
 pub use types::*;

@@ -3,10 +3,10 @@
 #![forbid(unsafe_code)]
 
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError, Weak};
 
-use super::ActivityBlock;
+use super::{ActivityBlock, Loan};
 use crate::peer::Grant;
 use crate::sys::socket::Local;
 
@@ -27,41 +27,12 @@ pub(crate) struct PeerShared {
     whereabouts: Mutex<Whereabouts>,
     /// Routes have changed: the local address is not the right one any more.
     unstick: AtomicBool,
-    /// What the owner lends to other shards; dead where that is nothing.
-    grant: Mutex<Weak<Grant>>,
-    /// Packets from the TUN that were handed to the owner and not yet sent by it.
-    handed: AtomicUsize,
+    /// What the owner lends to other shards (dead where that is nothing), and the packets from the TUN
+    /// that are on their way to it.
+    pub(crate) loan: Loan<Weak<Grant>>,
 }
 
 impl PeerShared {
-    /// What the owner lends, to be remembered by the caller: it takes a lock, but never waits for it.
-    pub(crate) fn grant(&self) -> Weak<Grant> {
-        let grant = self.grant.try_lock();
-        grant.map_or_else(|_busy| Weak::new(), |grant| Weak::clone(&grant))
-    }
-
-    /// Lends something else from now on. Who else holds the lock copies a pointer and lets go.
-    pub(crate) fn set_grant(&self, grant: Weak<Grant>) {
-        *self.grant.lock().unwrap_or_else(PoisonError::into_inner) = grant;
-    }
-
-    /// A packet from the TUN is about to be handed to the owner.
-    pub(crate) fn hand(&self) {
-        self.handed.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// One that was handed over has been sent, dropped, or set aside until there are keys.
-    pub(crate) fn unhand(&self) {
-        // Whoever sees the last one gone sends after it.
-        self.handed.fetch_sub(1, Ordering::Release);
-    }
-
-    /// True while packets are on their way through the owner.
-    #[inline]
-    pub(crate) fn handed(&self) -> bool {
-        self.handed.load(Ordering::Acquire) > 0
-    }
-
     /// Where the peer is. Off the warm path: it takes a lock.
     pub(crate) fn whereabouts(&self) -> Whereabouts {
         *self

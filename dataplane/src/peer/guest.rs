@@ -10,13 +10,13 @@
 //! and what a guest sends goes at most one run past a change.
 //!
 //! *No reordering inside a flow:* while packets that were handed over are still on their way through
-//! the owner, those after them are handed over too ([`PeerShared::handed`]).
+//! the owner, those after them are handed over too ([`Loan::busy`]).
 //!
 //! *What the owner is told.* Rules of the path and timers of the session follow from sending. A guest
 //! reports what it has sealed ([`Report`]) at once after a pause, and every [`REPORT_INTERVAL`] while it
 //! goes on; the owner reckons with the time of sending, not with that of the report.
 //!
-//! [`PeerShared::handed`]: crate::channel::PeerShared::handed
+//! [`Loan::busy`]: crate::channel::Loan::busy
 
 #![forbid(unsafe_code)]
 
@@ -108,11 +108,11 @@ impl Guest {
     #[inline]
     fn admit(&mut self, now: Instant) -> bool {
         if self.grant.is_none() {
-            if self.shared.handed() {
+            if self.shared.loan.busy() {
                 return false;
             }
             self.grant = self.known.upgrade().or_else(|| {
-                self.known = self.shared.grant();
+                self.known = self.shared.loan.get();
                 self.known.upgrade()
             });
             self.grant.take_if(|grant| !grant.counts(now));

@@ -345,7 +345,7 @@ impl Peer {
             return;
         }
         let grant = Arc::new(Grant::new(Arc::clone(sealing), way, until));
-        self.shared.set_grant(Arc::downgrade(&grant));
+        self.shared.loan.set(Arc::downgrade(&grant));
         self.grant = Some(grant);
     }
 

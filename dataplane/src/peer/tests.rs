@@ -238,12 +238,12 @@ fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
     loan.guests.release();
 
     let shared = Arc::clone(&loan.owner.get(LENT).unwrap().shared);
-    shared.hand();
+    shared.loan.hand();
     assert!(
         !loan.admits(0),
         "so do those on their way through the owner"
     );
-    shared.unhand();
+    shared.loan.arrived();
     assert!(loan.admits(0));
     assert_eq!(loan.guests.admit(now, &loan.table, PeerId(9)), None);
 }

@@ -2,11 +2,10 @@
 //! very file, compiled against loom's atomics.
 //!
 //! The counter is the only part of a session that threads may use at once without a lock, so it is
-//! all that is modelled. The rest of a keypair's hand-over has no atomics of ours: the owner shard
-//! makes, replaces and erases keypairs behind `&mut Machine`; a sealing half is immutable but for its
-//! counter, and whoever holds one beside the owner holds the standard library's `Arc`, so that the
-//! key is erased with the last of them. Nobody does today: packets read on another shard cross to
-//! the owner before they are sealed (`crate::channel::hub`, crossbeam's queues).
+//! all that is modelled here. The owner shard makes, replaces and erases keypairs behind
+//! `&mut Machine`; a sealing half is immutable but for its counter, and who borrows one holds the
+//! standard library's `Arc` while it seals and a `Weak` otherwise, so that the key is erased with the
+//! last who uses it. How it is lent is modelled in `crate::channel`.
 
 mod sync {
     pub(super) use loom::sync::atomic::{AtomicU64, Ordering};

@@ -373,7 +373,7 @@ impl<'a> Shard<'a> {
         }
         if !packets_of.is_empty() {
             self.flush_run();
-            packets_of.iter().for_each(|shared| shared.unhand());
+            packets_of.iter().for_each(|shared| shared.loan.arrived());
         }
     }
 

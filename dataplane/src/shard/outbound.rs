@@ -53,6 +53,7 @@ impl Shard<'_> {
         match self.guests.admit(self.ctx.now, &self.table, id) {
             Some(true) if !crossed => self.seal_as_guest(id, &plan, bytes),
             Some(false) if !crossed => {
+                // What is sealed of its flow goes first.
                 self.flush_run();
                 self.hand_over_packet(id, packets, rx);
             }
@@ -67,9 +68,9 @@ impl Shard<'_> {
             return;
         };
         let (owner, shared) = (guest.owner, Arc::clone(&guest.shared));
-        shared.hand();
+        shared.loan.hand();
         if !self.hand_over(owner, packets, Handed::Tun(rx, Arc::clone(&shared))) {
-            shared.unhand();
+            shared.loan.arrived();
         }
     }
 
