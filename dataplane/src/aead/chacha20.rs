@@ -94,7 +94,23 @@ pub(super) fn blocks<L: Lanes<N>, const N: usize>(
         columns(cpu, &mut words);
         diagonals(cpu, &mut words);
     }
-    L::store(from_fn(|i| words[i].add(start[i])), keystream);
+    finish(words, start, keystream);
+}
+
+/// Writes the blocks that start from `start`, whose rounds have made these words.
+///
+/// Vectors are added in a loop and not by `from_fn`: a closure is a function of its own, and where it is
+/// not inlined it is compiled without the processor's features, every operation a call through memory.
+#[inline(always)]
+pub(super) fn finish<L: Lanes<N>, const N: usize>(
+    mut words: [L; 16],
+    start: &[L; 16],
+    keystream: &mut [[u8; BLOCK_LEN]; N],
+) {
+    for (word, start) in words.iter_mut().zip(start) {
+        *word = word.add(*start);
+    }
+    L::store(words, keystream);
 }
 
 /// The first half of a double round.

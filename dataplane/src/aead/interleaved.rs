@@ -68,7 +68,7 @@ pub(super) fn run<L: Lanes<N>, P: Packet, const N: usize, const T: usize, const 
         if group.runs().is_empty() {
             break;
         }
-        L::store(from_fn(|i| words[i].add(start[i])), &mut keystream);
+        chacha20::finish(words, &start, &mut keystream);
         (before, group) = (group, before);
         dealer.deal(batch, group);
         if P::SEALING {
