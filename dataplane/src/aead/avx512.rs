@@ -76,10 +76,8 @@ impl Lanes<16> for Words {
 
     #[inline(always)]
     fn store(words: [Words; 16], blocks: &mut [[u8; 64]; 16]) {
-        // SAFETY: `Words` exist, so AVX-512F does.
-        let lanes = unsafe { transpose(words) };
-        for (block, lane) in blocks.iter_mut().zip(lanes) {
-            // SAFETY: AVX-512F as above, and `block` has the 64 bytes that are written.
+        for (block, Words(lane)) in blocks.iter_mut().zip(transpose(words)) {
+            // SAFETY: `Words` exist, so AVX-512F does, and `block` has the 64 bytes that are written.
             unsafe { _mm512_storeu_si512(block.as_mut_ptr().cast(), lane) };
         }
     }
@@ -91,36 +89,66 @@ fn numbers() -> __m512i {
     _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
 }
 
-/// Sixteen vectors of sixteen words, transposed: vector `i` of the result holds lane `i` of each.
+/// Shuffles of two vectors, as functions that must be inlined, which those with a `target_feature` cannot be
+/// told: a transposition that is called takes and gives its vectors through memory.
+macro_rules! shuffles {
+    ($($name:ident = $intrinsic:ident;)*) => {$(
+        #[inline(always)]
+        fn $name(Words(a): Words, Words(b): Words) -> Words {
+            // SAFETY: `Words` exist, so AVX-512F does.
+            Words(unsafe { $intrinsic(a, b) })
+        }
+    )*};
+}
+
+shuffles! {
+    low_words = _mm512_unpacklo_epi32;
+    high_words = _mm512_unpackhi_epi32;
+    low_pairs = _mm512_unpacklo_epi64;
+    high_pairs = _mm512_unpackhi_epi64;
+    even_quarters = even_quarters_of;
+    odd_quarters = odd_quarters_of;
+}
+
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose(rows: [Words; 16]) -> [__m512i; 16] {
-    let row = rows.map(|words| words.0);
+fn even_quarters_of(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_shuffle_i64x2::<0b10_00_10_00>(a, b)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn odd_quarters_of(a: __m512i, b: __m512i) -> __m512i {
+    _mm512_shuffle_i64x2::<0b11_01_11_01>(a, b)
+}
+
+/// Sixteen vectors of sixteen words, transposed: vector `i` of the result holds lane `i` of each.
+#[inline(always)]
+fn transpose(row: [Words; 16]) -> [Words; 16] {
     // Within each quarter of the registers: pairs of words, then fours. `fours[i][j]` has, in its
     // quarter `q`, words 4i to 4i + 3 of lane 4q + j.
-    let fours: [[__m512i; 4]; 4] = std::array::from_fn(|i| {
+    let mut fours = [[row[0]; 4]; 4];
+    for (i, fours) in fours.iter_mut().enumerate() {
         let (a, b, c, d) = (row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]);
-        let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-        let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-        [
-            _mm512_unpacklo_epi64(ab_low, cd_low),
-            _mm512_unpackhi_epi64(ab_low, cd_low),
-            _mm512_unpacklo_epi64(ab_high, cd_high),
-            _mm512_unpackhi_epi64(ab_high, cd_high),
-        ]
-    });
+        let (ab_low, ab_high) = (low_words(a, b), high_words(a, b));
+        let (cd_low, cd_high) = (low_words(c, d), high_words(c, d));
+        *fours = [
+            low_pairs(ab_low, cd_low),
+            high_pairs(ab_low, cd_low),
+            low_pairs(ab_high, cd_high),
+            high_pairs(ab_high, cd_high),
+        ];
+    }
     // Then the quarters find each other, a transposition of 4 by 4 quarters for each `j`.
-    let mut lanes = [_mm512_setzero_si512(); 16];
+    let mut lanes = row;
     for j in 0..4 {
-        let [a, b, c, d] = std::array::from_fn(|i| fours[i][j]);
-        let ab_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
-        let ab_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
-        let cd_even = _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d);
-        let cd_odd = _mm512_shuffle_i32x4::<0b11_01_11_01>(c, d);
-        lanes[j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(ab_even, cd_even);
-        lanes[4 + j] = _mm512_shuffle_i32x4::<0b10_00_10_00>(ab_odd, cd_odd);
-        lanes[8 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_even, cd_even);
-        lanes[12 + j] = _mm512_shuffle_i32x4::<0b11_01_11_01>(ab_odd, cd_odd);
+        let (a, b, c, d) = (fours[0][j], fours[1][j], fours[2][j], fours[3][j]);
+        let (ab_even, ab_odd) = (even_quarters(a, b), odd_quarters(a, b));
+        let (cd_even, cd_odd) = (even_quarters(c, d), odd_quarters(c, d));
+        lanes[j] = even_quarters(ab_even, cd_even);
+        lanes[4 + j] = even_quarters(ab_odd, cd_odd);
+        lanes[8 + j] = odd_quarters(ab_even, cd_even);
+        lanes[12 + j] = odd_quarters(ab_odd, cd_odd);
     }
     lanes
 }
@@ -141,6 +169,25 @@ impl Limbs<8> for Quads {
     fn load(_: Avx512, blocks: [&[u8; 16]; 8]) -> [Quads; 2] {
         // SAFETY: `Avx512` proves AVX-512F.
         unsafe { load(blocks) }
+    }
+
+    #[inline(always)]
+    fn load_two(cpu: Avx512, rows: [&[[u8; 16]; 2]; 8]) -> [[Quads; 2]; 2] {
+        // Rows are paired so that their lanes come out in order.
+        let (a, b) = (pair(cpu, rows[0], rows[2]), pair(cpu, rows[1], rows[3]));
+        let (c, d) = (pair(cpu, rows[4], rows[6]), pair(cpu, rows[5], rows[7]));
+        let (ab_low, ab_high) = (low_pairs(a, b), high_pairs(a, b));
+        let (cd_low, cd_high) = (low_pairs(c, d), high_pairs(c, d));
+        // The first blocks are the even quarters.
+        let (first_low, second_low) = (even_quarters(ab_low, cd_low), odd_quarters(ab_low, cd_low));
+        let (first_high, second_high) = (
+            even_quarters(ab_high, cd_high),
+            odd_quarters(ab_high, cd_high),
+        );
+        [
+            [Quads(first_low.0), Quads(first_high.0)],
+            [Quads(second_low.0), Quads(second_high.0)],
+        ]
     }
 
     #[inline(always)]
@@ -214,6 +261,23 @@ fn load(blocks: [&[u8; 16]; 8]) -> [Quads; 2] {
     let low = _mm512_unpacklo_epi64(even, odd);
     let high = _mm512_unpackhi_epi64(even, odd);
     [Quads(low), Quads(high)]
+}
+
+/// Two rows side by side.
+#[inline(always)]
+fn pair(_: Avx512, row: &[[u8; 16]; 2], other: &[[u8; 16]; 2]) -> Words {
+    // SAFETY: `Avx512` proves AVX-512F.
+    Words(unsafe { pair_of(row, other) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn pair_of(row: &[[u8; 16]; 2], other: &[[u8; 16]; 2]) -> __m512i {
+    // SAFETY: these are the 32 bytes that are read.
+    let row = unsafe { _mm256_loadu_si256(row.as_ptr().cast()) };
+    // SAFETY: and these.
+    let other = unsafe { _mm256_loadu_si256(other.as_ptr().cast()) };
+    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(row), other)
 }
 
 #[inline]

@@ -3,6 +3,7 @@
 //! the packet it is dealt to.
 
 use std::array::from_fn;
+use std::hint::black_box;
 
 use super::lanes::{BLOCK_LEN, Lanes};
 use super::packet::{Packet, low_bytes};
@@ -97,10 +98,53 @@ pub(super) fn blocks<L: Lanes<N>, const N: usize>(
     finish(words, start, keystream);
 }
 
+/// What of the first half round is the same for every block of a packet: all columns but the one with
+/// the block number.
+#[inline(always)]
+pub(super) fn ahead<L: Lanes<N>, const N: usize>(cpu: L::Cpu, start: &[L; 16]) -> [L; 16] {
+    let mut words = *start;
+    for of in &COLUMNS[1..] {
+        quarter_round(cpu, &mut words, *of);
+    }
+    words
+}
+
+/// The first double round, of which this has been done ahead.
+#[inline(always)]
+pub(super) fn first_double_round<L: Lanes<N>, const N: usize>(
+    cpu: L::Cpu,
+    start: &[L; 16],
+    ahead: &[L; 16],
+) -> [L; 16] {
+    let mut words = *ahead;
+    for i in COLUMNS[0] {
+        words[i] = start[i];
+    }
+    quarter_round(cpu, &mut words, COLUMNS[0]);
+    diagonals(cpu, &mut words);
+    words
+}
+
+/// One more double round, where work of another kind is written between one and the next.
+///
+/// It is a loop, of one turn, so that the compiler keeps it between what is written before and behind it: of a
+/// single block of code it does all of the other work first, and then a processor, which looks some
+/// hundred instructions ahead, finds only one kind at a time.
+#[inline(always)]
+pub(super) fn double_round_amid<L: Lanes<N>, const N: usize>(cpu: L::Cpu, words: &mut [L; 16]) {
+    loop {
+        columns(cpu, words);
+        diagonals(cpu, words);
+        if black_box(true) {
+            break;
+        }
+    }
+}
+
 /// Writes the blocks that start from `start`, whose rounds have made these words.
 ///
-/// Vectors are added in a loop and not by `from_fn`: a closure is a function of its own, and where it is
-/// not inlined it is compiled without the processor's features, every operation a call through memory.
+/// Vectors are added in a loop and not by `from_fn`: a closure is a function of its own, and where it is not
+/// inlined it is compiled without the processor's features, every operation a call through memory.
 #[inline(always)]
 pub(super) fn finish<L: Lanes<N>, const N: usize>(
     mut words: [L; 16],
@@ -145,6 +189,12 @@ fn quarter_round<L: Lanes<N>, const N: usize>(
     words[b] = words[b].xor(words[c]).rotate::<7>(cpu);
 }
 
+/// Changes a block by its keystream.
+#[inline(always)]
+pub(super) fn xor_block(block: &mut [u8; BLOCK_LEN], keystream: &[u8; BLOCK_LEN]) {
+    *block = from_fn(|i| block[i] ^ keystream[i]);
+}
+
 /// Changes the first `len` bytes of `text` by the keystream. Up to 15 bytes behind them are read
 /// and written, but not changed: so that the end of a packet needs no loop over bytes.
 #[inline(always)]
@@ -152,7 +202,7 @@ pub(super) fn xor(text: &mut [u8], len: usize, keystream: &[[u8; BLOCK_LEN]]) {
     let (whole, rest) = text.split_at_mut(len - len % BLOCK_LEN);
     let (blocks, _) = whole.as_chunks_mut::<BLOCK_LEN>();
     for (block, keystream) in blocks.iter_mut().zip(keystream) {
-        *block = from_fn(|i| block[i] ^ keystream[i]);
+        xor_block(block, keystream);
     }
     let Some(keystream) = keystream.get(blocks.len()) else {
         return;

@@ -36,7 +36,9 @@ pub(super) trait Limbs<const V: usize>: Copy {
     fn splat(cpu: Self::Cpu, word: u64) -> Self;
     /// The low and the high halves, little-endian, of block `i` in lane `i`.
     fn load(cpu: Self::Cpu, blocks: [&[u8; 16]; V]) -> [Self; 2];
-    /// The way back.
+    /// The halves of the first blocks of the rows, and of the second ones.
+    fn load_two(cpu: Self::Cpu, rows: [&[[u8; 16]; 2]; V]) -> [[Self; 2]; 2];
+    /// The way back from [`load`](Self::load).
     fn store(halves: [Self; 2], blocks: &mut [[u8; 16]; V]);
     /// Sums, lane by lane and wrapping.
     fn add(self, other: Self) -> Self;

@@ -17,9 +17,8 @@ pub(super) struct Macs<M: Limbs<V>, const V: usize> {
     cpu: M::Cpu,
     /// The sums, as [`carried`] leaves them.
     h: [M; 3],
-    /// The clamped multipliers, and their squares.
-    r: Factor<M>,
-    r_squared: Factor<M>,
+    /// The clamped multipliers `r`, and `r^2`, `r^3` and `r^4`.
+    powers: [Factor<M>; 4],
     /// Added at the end.
     pad: [M; 3],
 }
@@ -34,7 +33,7 @@ struct Factor<M> {
 }
 
 /// Products, added up limb by limb: of each the low 52 bits, and apart the high ones.
-struct Sums<M> {
+pub(super) struct Sums<M> {
     low: [M; 3],
     high: [M; 3],
 }
@@ -51,8 +50,7 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         Macs {
             cpu,
             h: zero,
-            r: factor,
-            r_squared: factor,
+            powers: [factor; 4],
             pad: zero,
         }
     }
@@ -70,26 +68,46 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
             low.and(M::splat(cpu, 0x0fff_fffc_0fff_ffff)),
             high.and(M::splat(cpu, 0x0fff_fffc_0fff_fffc)),
         ];
-        let limbs = split(cpu, clamped);
         let mut macs = Self::zero(cpu);
-        macs.r = factor(limbs);
-        let mut square = macs.no_sums();
-        multiply(&mut square, &limbs, &macs.r);
-        macs.r_squared = factor(carried(cpu, &square));
+        let mut power = split(cpu, clamped);
+        macs.powers[0] = factor(power);
+        for i in 1..4 {
+            let mut next = Sums::zero(cpu);
+            multiply(&mut next, &power, &macs.powers[0]);
+            power = carried(cpu, &next);
+            macs.powers[i] = factor(power);
+        }
         macs.pad = split(cpu, M::load(cpu, pad));
         macs
     }
 
-    /// Takes in two blocks of every message: `h = (h + first) * r^2 + second * r`, each block with its
-    /// bit 128. One chain of carries serves both.
+    /// Takes in four blocks of every message: `h = (h + b0) * r^4 + b1 * r^3 + b2 * r^2 + b3 * r`, each
+    /// block with its bit 128. One chain of carries serves all four.
     #[inline(always)]
-    pub(super) fn absorb_two(&mut self, first: [&[u8; 16]; V], second: [&[u8; 16]; V]) {
-        let mut sums = self.no_sums();
-        let second = self.block(second);
-        multiply(&mut sums, &second, &self.r);
-        let first = add(self.h, self.block(first));
-        multiply(&mut sums, &first, &self.r_squared);
-        self.h = carried(self.cpu, &sums);
+    pub(super) fn absorb_four(&mut self, rows: [&[[u8; 16]; 4]; V]) {
+        let mut sums = Sums::zero(self.cpu);
+        let [b2, b3] = self.two(rows, 1);
+        self.add_product(&mut sums, b3, 3);
+        self.add_product(&mut sums, b2, 2);
+        let [b0, b1] = self.two(rows, 0);
+        self.add_product(&mut sums, b1, 1);
+        self.add_product(&mut sums, b0, 0);
+        self.carry(&sums);
+    }
+
+    #[inline(always)]
+    pub(super) fn add_product(&self, sums: &mut Sums<M>, halves: [M; 2], i: usize) {
+        let mut x = self.block(halves);
+        if i == 0 {
+            x = add(x, self.h);
+        }
+        multiply(sums, &x, &self.powers[3 - i]);
+    }
+
+    /// Takes in the four blocks whose products these are.
+    #[inline(always)]
+    pub(super) fn carry(&mut self, sums: &Sums<M>) {
+        self.h = carried(self.cpu, sums);
     }
 
     /// Takes in a block of every message that has one: `h = (h + block) * r`.
@@ -105,9 +123,9 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         if present == 0 {
             return;
         }
-        let mut sums = self.no_sums();
-        let block = add(self.h, self.block(all));
-        multiply(&mut sums, &block, &self.r);
+        let mut sums = Sums::zero(self.cpu);
+        let block = add(self.h, self.block(M::load(self.cpu, all)));
+        multiply(&mut sums, &block, &self.powers[0]);
         let changed = carried(self.cpu, &sums);
         for (h, changed) in self.h.iter_mut().zip(changed) {
             *h = h.where_set(present, changed);
@@ -142,16 +160,31 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         *self = Self::zero(self.cpu);
     }
 
-    /// The limbs of the blocks, each with its bit 128.
+    /// The limbs of blocks `2 * i` and `2 * i + 1` of the rows.
     #[inline(always)]
-    fn block(&self, blocks: [&[u8; 16]; V]) -> [M; 3] {
-        let [low, middle, top] = split(self.cpu, M::load(self.cpu, blocks));
-        [low, middle, top.or(M::splat(self.cpu, 1 << (128 - 88)))]
+    pub(super) fn two(&self, rows: [&[[u8; 16]; 4]; V], i: usize) -> [[M; 2]; 2] {
+        let mut pairs = [&[[0; 16]; 2]; V];
+        for (pair, row) in pairs.iter_mut().zip(rows) {
+            *pair = &row.as_chunks().0[i];
+        }
+        M::load_two(self.cpu, pairs)
     }
 
+    /// The limbs of the blocks with these halves, each with its bit 128.
     #[inline(always)]
-    fn no_sums(&self) -> Sums<M> {
-        let zero = [M::splat(self.cpu, 0); 3];
+    fn block(&self, halves: [M; 2]) -> [M; 3] {
+        let [low, middle, top] = split(self.cpu, halves);
+        [low, middle, top.or(M::splat(self.cpu, 1 << (128 - 88)))]
+    }
+}
+
+impl<M> Sums<M> {
+    #[inline(always)]
+    pub(super) fn zero<const V: usize>(cpu: M::Cpu) -> Self
+    where
+        M: Limbs<V>,
+    {
+        let zero = [M::splat(cpu, 0); 3];
         Sums {
             low: zero,
             high: zero,
@@ -176,11 +209,11 @@ fn multiply<M: Limbs<V>, const V: usize>(sums: &mut Sums<M>, x: &[M; 3], by: &Fa
     }
 }
 
-/// The number that the sums of at most six products a limb stand for. Its lowest limb is below 2^44, the
+/// The number that the sums of at most twelve products a limb stand for. Its lowest limb is below 2^44, the
 /// next below 2^44 + 2^11, the top one below 2^42.
 ///
 /// What has the weight 2^52 in a limb of 44 bits has 2^8 in the next, and 2^10 above one of 42. A high
-/// part is below 2^(46 + 50 - 52), and six of them below 2^47; in the top limb, where nothing is wrapped,
+/// part is below 2^(46 + 50 - 52), and twelve of them below 2^48; in the top limb, where nothing is wrapped,
 /// below 2^42. So nothing below reaches 2^58.
 #[inline(always)]
 fn carried<M: Limbs<V>, const V: usize>(cpu: M::Cpu, Sums { low, high }: &Sums<M>) -> [M; 3] {
