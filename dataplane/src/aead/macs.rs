@@ -83,6 +83,8 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
 
     /// Takes in four blocks of every message: `h = (h + b0) * r^4 + b1 * r^3 + b2 * r^2 + b3 * r`, each
     /// block with its bit 128. One chain of carries serves all four.
+    ///
+    /// These are the parts that other work can be put between.
     #[inline(always)]
     pub(super) fn absorb_four(&mut self, rows: [&[[u8; 16]; 4]; V]) {
         let mut sums = Sums::zero(self.cpu);
@@ -95,6 +97,18 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         self.carry(&sums);
     }
 
+    /// The halves of blocks `2 * i` and `2 * i + 1` of four.
+    #[inline(always)]
+    pub(super) fn two(&self, rows: [&[[u8; 16]; 4]; V], i: usize) -> [[M; 2]; 2] {
+        let mut pairs = [&[[0; 16]; 2]; V];
+        for (pair, row) in pairs.iter_mut().zip(rows) {
+            *pair = &row.as_chunks().0[i];
+        }
+        M::load_two(self.cpu, pairs)
+    }
+
+    /// Adds the product of block `i`, 0 to 3, which has these halves. The one of block 0 is best the last,
+    /// because it waits for `h`.
     #[inline(always)]
     pub(super) fn add_product(&self, sums: &mut Sums<M>, halves: [M; 2], i: usize) {
         let mut x = self.block(halves);
@@ -104,7 +118,7 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         multiply(sums, &x, &self.powers[3 - i]);
     }
 
-    /// Takes in the four blocks whose products these are.
+    /// Takes in the four blocks, with the products of all.
     #[inline(always)]
     pub(super) fn carry(&mut self, sums: &Sums<M>) {
         self.h = carried(self.cpu, sums);
@@ -160,16 +174,6 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         *self = Self::zero(self.cpu);
     }
 
-    /// The limbs of blocks `2 * i` and `2 * i + 1` of the rows.
-    #[inline(always)]
-    pub(super) fn two(&self, rows: [&[[u8; 16]; 4]; V], i: usize) -> [[M; 2]; 2] {
-        let mut pairs = [&[[0; 16]; 2]; V];
-        for (pair, row) in pairs.iter_mut().zip(rows) {
-            *pair = &row.as_chunks().0[i];
-        }
-        M::load_two(self.cpu, pairs)
-    }
-
     /// The limbs of the blocks with these halves, each with its bit 128.
     #[inline(always)]
     fn block(&self, halves: [M; 2]) -> [M; 3] {
@@ -179,6 +183,7 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
 }
 
 impl<M> Sums<M> {
+    /// Of no products.
     #[inline(always)]
     pub(super) fn zero<const V: usize>(cpu: M::Cpu) -> Self
     where

@@ -77,6 +77,8 @@ mod avx512;
 #[cfg(any(target_arch = "x86_64", test))]
 mod chacha20;
 #[cfg(any(target_arch = "x86_64", test))]
+mod cipher;
+#[cfg(any(target_arch = "x86_64", test))]
 mod deal;
 #[cfg(any(target_arch = "x86_64", test))]
 mod interleaved;
@@ -92,6 +94,8 @@ mod packet;
 #[cfg(any(target_arch = "x86_64", test))]
 mod poly1305;
 mod ring;
+#[cfg(any(target_arch = "x86_64", test))]
+mod set;
 #[cfg(test)]
 mod tests;
 
