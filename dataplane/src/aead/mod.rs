@@ -31,7 +31,8 @@
 //!   one uses vector units and the other multiplier and adders. `deal` says which lane is which block.
 //!   One-time keys are blocks like others, and lanes are idle only where the batch ends.
 //! - `lockstep`, for AVX-512 with IFMA: Poly1305 in vectors too (`macs`, radix 2^44), a lane for each of
-//!   eight packets, two blocks of each between one chain of carries and the next.
+//!   eight packets, four blocks of each between one chain of carries and the next. The batch is taken in
+//!   sets of 16 packets (`set`), and the MACs of one set run amid the rounds of its neighbour (`cipher`).
 //!
 //! They know of a processor only the few operations of the traits in `lanes`, which the tests implement
 //! once more in plain arrays: so the logic of both is tested everywhere, and with overflow checks.
@@ -43,9 +44,14 @@
 //! about the same time.
 //!
 //! AVX-512 has been run in an emulator only (`scripts/avx512.sh`), which shows what it computes and not
-//! how fast. llvm-mca 19 estimates, in cycles for 16 blocks of ChaCha20 and the 64 of Poly1305 that belong
-//! to them: on Sapphire Rapids 580 and 216, on Zen 4 580 and 378 (its model gives a wide multiplication two
-//! cycles). Interleaved in scalar code, as for AVX2, both together would take 1070 and 1150: the vector
+//! how fast. llvm-mca 19 estimates, in cycles for a step of 16 blocks of ChaCha20 and for the 64 of Poly1305
+//! that belong to them, bookkeeping included: on Sapphire Rapids 535 and 192, and 716 for both together; on
+//! Zen 4 537, 365 and 898 (its model gives a wide multiplication two cycles; with one, 537, 206 and 754). There
+//! are 1320 vector operations, two of which can start in a cycle, so 660 is the least.
+//!
+//! By this model the MACs gain next to nothing by being amid the rounds, because either alone keeps busy the
+//! ports that it needs most. They are there for processors that fall short of the model: what the one leaves
+//! free the other takes. With scalar MACs, as for AVX2, both together would take 1070 and 1150: the vector
 //! units have less to do then, but there are more instructions than places for them in a cycle, along
 //! chains of multiplications.
 //!

@@ -271,7 +271,8 @@ fn any_batch_is_as_ring_seals_and_opens_it() {
             let keys = rng.random_range(1..=4);
             let equal = rng.random_bool(0.5).then(|| rng.random_range(0..1500));
             let len_max = [20, 200, 1500, 9000][rng.random_range(0..4)];
-            let packets: Vec<Packet> = (0..rng.random_range(0..=20))
+            // Up to three sets of the kernel that takes 16 packets at a time.
+            let packets: Vec<Packet> = (0..rng.random_range(0..=40))
                 .map(|_| {
                     let len = equal.unwrap_or_else(|| rng.random_range(0..len_max));
                     let mut packet = Packet::new(&mut rng, keys, len);
