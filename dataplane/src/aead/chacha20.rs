@@ -50,8 +50,12 @@ pub(super) fn start<L: Lanes<N>, P: Packet, const N: usize>(
         one_key &= std::ptr::eq(packet.key(), key);
         let below_first_lane = origin.block.wrapping_sub(origin.lane);
         let block = L::splat(cpu, below_first_lane).add(L::numbers(cpu));
-        let [a, b, c] = packet.nonce().map(|word| L::splat(cpu, word));
-        for (word, from_here) in words[12..].iter_mut().zip([block, a, b, c]) {
+        let [a, b, c] = packet.nonce();
+        let nonce = [L::splat(cpu, a), L::splat(cpu, b), L::splat(cpu, c)];
+        for (word, from_here) in words[12..]
+            .iter_mut()
+            .zip([block, nonce[0], nonce[1], nonce[2]])
+        {
             *word = word.then(origin.lane, from_here);
         }
     }
