@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::hint::black_box;
 
-use super::interleaved;
+use super::interleaved::{self, Steps};
 use super::lanes::Lanes;
 use super::packet::Packet;
 
@@ -34,7 +34,7 @@ fn run<P: Packet>(_: Avx2, batch: &mut [P]) {
         to_rotate_16: black_box(_mm256_broadcastsi128_si256(to_rotate_16)),
         to_rotate_8: black_box(_mm256_broadcastsi128_si256(to_rotate_8)),
     };
-    interleaved::run::<Words, P, 8, 2, 1>(cpu, batch);
+    interleaved::run::<Words, P, 8>(cpu, batch);
 }
 
 /// Made with a proof of AVX2, and a proof like it.
@@ -46,6 +46,8 @@ struct Constants {
 
 #[derive(Clone, Copy)]
 struct Words(__m256i);
+
+impl Steps<8> for Words {}
 
 impl Lanes<8> for Words {
     type Cpu = Constants;

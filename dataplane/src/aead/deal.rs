@@ -3,11 +3,8 @@
 //!
 //! A packet of `n` blocks of text is `n + 1` blocks of ChaCha20: block 0 is its one-time key, block
 //! `b` covers the 64 bytes of text from `64 * (b - 1)` on. A *group* is what one pass of the rounds
-//! computes, a block for each lane. `T` packets are under way at the same time, each on its *track*
-//! with an equal share of every group, because the MAC of one packet is a chain of dependent
-//! multiplications and only several chains keep the multiplier busy. When a packet ends, its track
-//! takes the next one; when none is left, the other tracks share the lanes. So every lane works until
-//! the batch ends, whatever the lengths.
+//! computes, a block for each lane. Packets are dealt one after the other, and where one ends the next
+//! begins in the same group: so every lane works until the batch ends, whatever the lengths.
 
 use super::chacha20::Origin;
 use super::lanes::BLOCK_LEN;
@@ -18,7 +15,6 @@ use super::packet::Packet;
 pub(super) struct Run {
     /// Index in the batch.
     pub(super) packet: usize,
-    pub(super) track: usize,
     /// The number of the first block.
     pub(super) block: u32,
     /// The lane of the first block, and how many there are.
@@ -55,8 +51,7 @@ impl Run {
     }
 }
 
-/// What one pass of the rounds computes. Runs are in *rows*, each with at most one run of each
-/// track, tracks ascending.
+/// What one pass of the rounds computes: runs, lanes ascending.
 pub(super) struct Group<const N: usize> {
     runs: [Run; N],
     len: usize,
@@ -90,39 +85,27 @@ impl<const N: usize> Group<N> {
     }
 }
 
-/// Splits the first row off.
-#[inline(always)]
-pub(super) fn split_row(runs: &[Run]) -> (&[Run], &[Run]) {
-    let mut len = runs.len().min(1);
-    while len < runs.len() && runs[len].track > runs[len - 1].track {
-        len += 1;
-    }
-    runs.split_at(len)
-}
-
 /// Where the dealing stands.
-pub(super) struct Dealer<const T: usize> {
+pub(super) struct Dealer {
     /// The next packet to take.
     next: usize,
-    tracks: [Track; T],
-}
-
-/// A packet under way.
-#[derive(Clone, Copy, Default)]
-struct Track {
+    /// The packet under way, and the length of its text.
     packet: usize,
     text_len: u32,
-    /// The next block, and how many there are with it.
+    /// Its next block, and how many there are with it.
     block: u32,
     left: u32,
 }
 
-impl<const T: usize> Dealer<T> {
+impl Dealer {
     #[inline(always)]
     pub(super) fn new() -> Self {
         Dealer {
             next: 0,
-            tracks: [Track::default(); T],
+            packet: 0,
+            text_len: 0,
+            block: 0,
+            left: 0,
         }
     }
 
@@ -131,54 +114,39 @@ impl<const T: usize> Dealer<T> {
     pub(super) fn deal<P: Packet, const N: usize>(&mut self, batch: &[P], group: &mut Group<N>) {
         group.len = 0;
         let mut lane = 0;
-        while lane < Group::<N>::LANES {
-            let active = self.take_packets(batch);
-            if active == 0 {
-                return;
-            }
-            let share = (Group::<N>::LANES - lane).div_ceil(active);
-            for (i, track) in self.tracks.iter_mut().enumerate() {
-                let lanes = track.left.min(share).min(Group::<N>::LANES - lane);
-                if lanes > 0 {
-                    group.runs[group.len] = track.run(i, lane, lanes);
-                    group.len += 1;
-                    lane += lanes;
-                }
-            }
+        while lane < Group::<N>::LANES && self.take_packet(batch) {
+            let lanes = self.left.min(Group::<N>::LANES - lane);
+            group.runs[group.len] = self.run(lane, lanes);
+            group.len += 1;
+            lane += lanes;
         }
     }
 
-    /// Gives every free track a packet, and returns how many are under way.
+    /// Goes on to the next packet where one has ended. False at the end of the batch.
     #[inline(always)]
-    fn take_packets<P: Packet>(&mut self, batch: &[P]) -> u32 {
-        let mut active = 0;
-        for track in &mut self.tracks {
-            while track.left == 0 && self.next < batch.len() {
-                if let Some(text_len) = batch[self.next].text_len() {
-                    *track = Track {
-                        packet: self.next,
-                        text_len,
-                        block: 0,
-                        left: 1 + text_len.div_ceil(64),
-                    };
-                }
-                self.next += 1;
+    fn take_packet<P: Packet>(&mut self, batch: &[P]) -> bool {
+        while self.left == 0 {
+            let Some(packet) = batch.get(self.next) else {
+                return false;
+            };
+            if let Some(text_len) = packet.text_len() {
+                self.packet = self.next;
+                self.text_len = text_len;
+                self.block = 0;
+                self.left = 1 + text_len.div_ceil(64);
             }
-            active += u32::from(track.left > 0);
+            self.next += 1;
         }
-        active
+        true
     }
-}
 
-impl Track {
     /// Takes the next `lanes` blocks.
     #[inline(always)]
-    fn run(&mut self, track: usize, lane: u32, lanes: u32) -> Run {
+    fn run(&mut self, lane: u32, lanes: u32) -> Run {
         let start = self.block.saturating_sub(1) as usize * BLOCK_LEN;
         let end = (self.block + lanes - 1) as usize * BLOCK_LEN;
         let run = Run {
             packet: self.packet,
-            track,
             block: self.block,
             lane,
             lanes,

@@ -1,13 +1,13 @@
 #![forbid(unsafe_code)]
 //! The AEAD (RFC 8439 §2.8) over a batch, for processors without fast wide multiplication: rounds of
-//! ChaCha20 in vectors, and between them Poly1305 in scalar code.
+//! ChaCha20 in vectors, and amid them Poly1305 in scalar code.
 //!
 //! Group after group (see [`deal`](super::deal)), the rounds of one run while the MAC takes in the
-//! ciphertext of the group before it, a few blocks behind each half double round. Nothing of the
-//! one depends on the other, so an out-of-order processor does both at once. One group later is
-//! early enough in both directions: when sealing, the ciphertext is there; when opening, it is still
-//! there, because the keystream of a group waits until the MAC has passed. In either case the
-//! one-time keys, which are blocks like others, are known.
+//! ciphertext of the group before it, a few blocks in each double round. Nothing of the one depends on
+//! the other, so an out-of-order processor does both at once. One group later is early enough in both
+//! directions: when sealing, the ciphertext is there; when opening, it is still there, because the
+//! keystream of a group waits until the MAC has passed. In either case the one-time keys, which are
+//! blocks like others, are known.
 
 use std::array::from_fn;
 
@@ -15,22 +15,53 @@ use zeroize::optimization_barrier;
 
 use super::TAG_LEN;
 use super::chacha20::{self, DOUBLE_ROUNDS, columns, diagonals, xor};
-use super::deal::{Dealer, Group, Run, split_row};
+use super::deal::{Dealer, Group, Run};
 use super::lanes::{BLOCK_LEN, Lanes};
 use super::packet::{Packet, end_blocks, padded};
-use super::poly1305::Poly1305;
+use super::poly1305::{self, Factor, Poly1305, Sum};
 
-/// Seals or opens the batch: `N` lanes, `T` packets under way, and of each `Q` blocks of its MAC in
-/// half a double round. A group is `4 * N` blocks of the MAC, and there are 20 halves to do them in.
+/// How many blocks of the MAC are taken in amid a double round. A group is `4 * N` of them: 32 with
+/// AVX2, and ten double rounds. They are a chain of dependent multiplications, which with four amid
+/// each of eight double rounds would be waited for there, and be idle in the other two.
+pub(super) const AMID: usize = 3;
+
+/// What the kernel spends its time with. A processor may have ways of its own.
+pub(super) trait Steps<const N: usize>: Lanes<N> {
+    /// A double round.
+    #[inline(always)]
+    fn double_round(cpu: Self::Cpu, words: &mut [Self; 16]) {
+        columns(cpu, words);
+        diagonals(cpu, words);
+    }
+
+    /// A double round, and amid it some blocks into a MAC.
+    #[inline(always)]
+    fn double_round_and_mac(
+        cpu: Self::Cpu,
+        words: &mut [Self; 16],
+        h: &mut Sum,
+        r: &Factor,
+        blocks: &[[u8; 16]; AMID],
+    ) {
+        Self::double_round(cpu, words);
+        for block in blocks {
+            *h = Self::absorb(cpu, *h, r, block);
+        }
+    }
+
+    /// Takes a block into a MAC.
+    #[inline(always)]
+    fn absorb(_: Self::Cpu, h: Sum, r: &Factor, block: &[u8; 16]) -> Sum {
+        poly1305::absorb(h, r, block)
+    }
+}
+
+/// Seals or opens the batch, `N` blocks of ChaCha20 at a time.
 #[inline(always)]
-pub(super) fn run<L: Lanes<N>, P: Packet, const N: usize, const T: usize, const Q: usize>(
-    cpu: L::Cpu,
-    batch: &mut [P],
-) {
-    const { assert!(N <= 5 * T * Q) }
+pub(super) fn run<L: Steps<N>, P: Packet, const N: usize>(cpu: L::Cpu, batch: &mut [P]) {
     let mut keystream = [[0; BLOCK_LEN]; N];
-    let mut macs = [Poly1305::default(); T];
-    let mut dealer = Dealer::<T>::new();
+    let mut mac = Poly1305::default();
+    let mut dealer = Dealer::new();
     let (mut one, mut other) = (Group::<N>::empty(), Group::empty());
     let (mut before, mut group) = (&mut one, &mut other);
     dealer.deal(batch, group);
@@ -46,23 +77,15 @@ pub(super) fn run<L: Lanes<N>, P: Packet, const N: usize, const T: usize, const 
                 DOUBLE_ROUNDS
             },
         };
-        let mut rows = before.runs();
-        while !rows.is_empty() {
-            let (row, later) = split_row(rows);
-            rows = later;
-            let mut blocks = [[].as_slice(); T];
-            for run in row {
-                let packet = &batch[run.packet];
-                if let Some(key) = run.key(&keystream) {
-                    macs[run.track] = Poly1305::new(key);
-                    absorb(&mut macs[run.track], packet.associated());
-                }
-                (blocks[run.track], _) = packet.text()[run.start..run.end()].as_chunks();
+        for run in before.runs() {
+            let packet = &batch[run.packet];
+            if let Some(key) = run.key(&keystream) {
+                mac = Poly1305::new(key);
+                absorb::<L, N>(cpu, &mut mac, packet.associated());
             }
-            rounds.absorb::<T, Q>(&mut macs, blocks);
-            for run in row {
-                finish(run, &mut batch[run.packet], &macs[run.track], &keystream);
-            }
+            let (blocks, _) = packet.text()[run.start..run.end()].as_chunks();
+            rounds.absorb(&mut mac, blocks);
+            finish::<L, P, N>(cpu, run, &mut batch[run.packet], &mac, &keystream);
         }
         rounds.rest();
         if group.runs().is_empty() {
@@ -80,103 +103,40 @@ pub(super) fn run<L: Lanes<N>, P: Packet, const N: usize, const T: usize, const 
     }
     keystream = [[0; BLOCK_LEN]; N];
     optimization_barrier(&keystream);
-    macs = [Poly1305::default(); T];
-    optimization_barrier(&macs);
+    mac = Poly1305::default();
+    optimization_barrier(&mac);
 }
 
 /// The rounds of one group.
-struct Rounds<'a, L: Lanes<N>, const N: usize> {
+struct Rounds<'a, L: Steps<N>, const N: usize> {
     cpu: L::Cpu,
     words: &'a mut [L; 16],
     /// Double rounds to do.
     left: usize,
 }
 
-impl<L: Lanes<N>, const N: usize> Rounds<'_, L, N> {
-    /// Takes every track's blocks into its MAC, as much of it as can be amid the rounds.
-    ///
-    /// The loops with rounds have no branch inside, and a fixed number of blocks in each turn: with
-    /// anything else the compiler moves the vectors to memory and back around the scalar code.
+impl<L: Steps<N>, const N: usize> Rounds<'_, L, N> {
+    /// Takes the blocks into the MAC, amid the rounds as long as there are some.
     #[inline(always)]
-    fn absorb<const T: usize, const Q: usize>(
-        &mut self,
-        macs: &mut [Poly1305; T],
-        mut blocks: [&[[u8; 16]]; T],
-    ) {
-        // All tracks side by side, while all have blocks.
-        let least = blocks
-            .iter()
-            .fold(usize::MAX, |least, blocks| least.min(blocks.len()));
-        let turns = (least / (2 * Q)).min(self.left);
-        if turns > 0 {
-            self.left -= turns;
-            let mut now = *macs;
-            let of: [&[[u8; 16]]; T] = from_fn(|t| &blocks[t][..2 * Q * turns]);
-            for turn in 0..turns {
-                columns(self.cpu, self.words);
-                for q in 0..Q {
-                    for t in 0..T {
-                        now[t].block(&of[t][2 * Q * turn + q]);
-                    }
-                }
-                diagonals(self.cpu, self.words);
-                for q in Q..2 * Q {
-                    for t in 0..T {
-                        now[t].block(&of[t][2 * Q * turn + q]);
-                    }
-                }
-            }
-            for t in 0..T {
-                macs[t].resume(&now[t]);
-                blocks[t] = &blocks[t][2 * Q * turns..];
-            }
+    fn absorb(&mut self, mac: &mut Poly1305, blocks: &[[u8; 16]]) {
+        let (pieces, _) = blocks.as_chunks();
+        let amid = pieces.len().min(self.left);
+        self.left -= amid;
+        let mut h = mac.h;
+        for piece in &pieces[..amid] {
+            L::double_round_and_mac(self.cpu, self.words, &mut h, &mac.r, piece);
         }
-
-        // Then the track with the most, at the same pace.
-        let (lone, most) = (0..T).fold((0, 0), |(lone, most), t| {
-            if blocks[t].len() > most {
-                (t, blocks[t].len())
-            } else {
-                (lone, most)
-            }
-        });
-        let turns = (most / (2 * Q * T)).min(self.left);
-        if turns > 0 {
-            self.left -= turns;
-            let mut now = macs[lone];
-            let (of, later) = blocks[lone].split_at(2 * Q * T * turns);
-            for of in of.chunks_exact(2 * Q * T) {
-                let (first, second) = of.split_at(Q * T);
-                columns(self.cpu, self.words);
-                for block in first {
-                    now.block(block);
-                }
-                diagonals(self.cpu, self.words);
-                for block in second {
-                    now.block(block);
-                }
-            }
-            macs[lone].resume(&now);
-            blocks[lone] = later;
+        for block in &blocks[AMID * amid..] {
+            h = L::absorb(self.cpu, h, &mac.r, block);
         }
-
-        // What is left of them, with the rounds done or blocks too few for another turn.
-        let most = blocks.iter().map(|blocks| blocks.len()).max();
-        for i in 0..most.unwrap_or(0) {
-            for (mac, blocks) in macs.iter_mut().zip(blocks) {
-                if let Some(block) = blocks.get(i) {
-                    mac.block(block);
-                }
-            }
-        }
+        mac.h = h;
     }
 
     /// Does the rounds that are left.
     #[inline(always)]
     fn rest(&mut self) {
         for _ in 0..self.left {
-            columns(self.cpu, self.words);
-            diagonals(self.cpu, self.words);
+            L::double_round(self.cpu, self.words);
         }
     }
 }
@@ -184,7 +144,8 @@ impl<L: Lanes<N>, const N: usize> Rounds<'_, L, N> {
 /// Ends a run whose blocks the MAC has taken in: decrypts it if the packet is being opened, and
 /// settles the packet if it ends here.
 #[inline(always)]
-fn finish<P: Packet, const N: usize>(
+fn finish<L: Steps<N>, P: Packet, const N: usize>(
+    cpu: L::Cpu,
     run: &Run,
     packet: &mut P,
     mac: &Poly1305,
@@ -194,7 +155,9 @@ fn finish<P: Packet, const N: usize>(
     if run.last {
         let mut mac = *mac;
         let (end, end_len) = end_blocks(packet, run.end());
-        end[..end_len].iter().for_each(|block| mac.block(block));
+        for block in &end[..end_len] {
+            mac.h = L::absorb(cpu, mac.h, &mac.r, block);
+        }
         tag = mac.tag();
     }
     if !P::SEALING {
@@ -208,8 +171,8 @@ fn finish<P: Packet, const N: usize>(
 
 /// Takes in associated data, filled up with zeros to whole blocks.
 #[inline(always)]
-fn absorb(mac: &mut Poly1305, data: &[u8]) {
+fn absorb<L: Steps<N>, const N: usize>(cpu: L::Cpu, mac: &mut Poly1305, data: &[u8]) {
     for piece in data.chunks(16) {
-        mac.block(&padded(piece));
+        mac.h = L::absorb(cpu, mac.h, &mac.r, &padded(piece));
     }
 }

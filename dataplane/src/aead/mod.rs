@@ -27,9 +27,9 @@
 //!
 //! - `interleaved`, for AVX2, which has no wide multiplication: scalar Poly1305 (`poly1305`, radix 2^64).
 //!   The rounds of one group of lanes run amid the MAC of the group before it, a few blocks of the MAC
-//!   after each half double round; the processor's out-of-order window does both at once, because the
-//!   one uses vector units and the other multiplier and adders. `deal` says which lane is which block.
-//!   One-time keys are blocks like others, and lanes are idle only where the batch ends.
+//!   in each double round; the processor's out-of-order window does both at once, because the one uses
+//!   vector units and the other multiplier and adders. `deal` says which lane is which block. One-time
+//!   keys are blocks like others, and lanes are idle only where the batch ends.
 //! - `lockstep`, for AVX-512 with IFMA: Poly1305 in vectors too (`macs`, radix 2^44), a lane for each of
 //!   eight packets, four blocks of each between one chain of carries and the next. The batch is taken in
 //!   sets of 16 packets (`set`), and the MACs of one set run amid the rounds of its neighbour (`cipher`).
@@ -37,11 +37,11 @@
 //! They know of a processor only the few operations of the traits in `lanes`, which the tests implement
 //! once more in plain arrays: so the logic of both is tested everywhere, and with overflow checks.
 //!
-//! AVX2, measured on Zen 3 in ns per packet of 1420 bytes in a batch of 45: `interleaved` 692, ring 818.
-//! Tried there: the MAC in vectors too, with limbs of 26 bits, 911; groups of 16 blocks in two vectors, to
-//! share the bookkeeping, 773. A core whose other hardware thread is busy gives the kernel about half
-//! its units, and ring, which uses fewer instructions at a time, loses less by that: both then take
-//! about the same time.
+//! AVX2, measured on Zen 3 in ns per packet of 1420 bytes in a batch of 45: `interleaved` 615, ring 826;
+//! where the other hardware thread of the core is busy, about 960 and 1085. Tried there: the MAC in vectors
+//! too, with limbs of 26 bits; groups of 16 blocks in two vectors, to share the bookkeeping; two packets
+//! and so two MACs at a time. All were slower, the last above all beside a busy thread, where what counts
+//! is the number of instructions.
 //!
 //! AVX-512 has been run in an emulator only (`scripts/avx512.sh`), which shows what it computes and not
 //! how fast. llvm-mca 19 estimates, in cycles for a step of 16 blocks of ChaCha20 and for the 64 of Poly1305
@@ -306,8 +306,8 @@ impl Engine {
     /// and their number, which everybody on the wire sees.
     ///
     /// AVX2, measured on Zen 3 (`cargo bench -p ringtail-bench --bench aead -- --ratios`): ring,
-    /// whose code has no work for a group besides the rounds, wins on long packets and on batches
-    /// too small to fill two tracks; `large_batch` is from how many full packets on we win.
+    /// whose code has no work for a group besides the rounds, wins on long packets and on small
+    /// batches; `large_batch` is from how many full packets on we win.
     ///
     /// AVX-512, by estimate only: the MACs take as long as the longest packet's, however many there are.
     fn unless_ring_is_faster(self, shape: Shape, large_batch: usize) -> Engine {

@@ -10,16 +10,19 @@ use super::TAG_LEN;
 /// One message's authenticator: its one-time key, and the sum so far.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Poly1305 {
-    /// The sum. Not fully reduced: `h[2]` is below 8.
-    h: [u64; 3],
-    /// The clamped multiplier, below 2^124.
-    r: [u64; 2],
-    /// `5 / 4 * r[1]`, whole because clamping clears the low two bits of `r[1]`. As 2^130 is 5 modulo
-    /// the prime, `r[1] * 2^128` is as good as `s`.
-    s: u64,
+    pub(super) h: Sum,
+    pub(super) r: Factor,
     /// Added at the end.
     pad: [u64; 2],
 }
+
+/// The sum so far. Not fully reduced: its last word is below 8.
+pub(super) type Sum = [u64; 3];
+
+/// The clamped multiplier, below 2^124, in two words, and behind it `s`, which is 5/4 of the second: a
+/// whole number, because clamping clears the low two bits. As 2^130 is 5 modulo the prime, the second
+/// word times 2^128 is as good as `s`.
+pub(super) type Factor = [u64; 3];
 
 impl Poly1305 {
     /// Starts with this one-time key.
@@ -27,41 +30,18 @@ impl Poly1305 {
     pub(super) fn new(key: &[u8; 32]) -> Poly1305 {
         let (words, _) = key.as_chunks();
         let [r0, r1, pad0, pad1] = std::array::from_fn(|i| u64::from_le_bytes(words[i]));
-        let r = [r0 & 0x0fff_fffc_0fff_ffff, r1 & 0x0fff_fffc_0fff_fffc];
+        let (r0, r1) = (r0 & 0x0fff_fffc_0fff_ffff, r1 & 0x0fff_fffc_0fff_fffc);
         Poly1305 {
             h: [0; 3],
-            r,
-            s: r[1] + (r[1] >> 2),
+            r: [r0, r1, r1 + (r1 >> 2)],
             pad: [pad0, pad1],
         }
     }
 
-    /// Goes on from the sum of `other`, which has the same key.
-    #[inline(always)]
-    pub(super) fn resume(&mut self, other: &Poly1305) {
-        self.h = other.h;
-    }
-
-    /// Takes in a block of 16 bytes: `h = (h + block + 2^128) * r` modulo `2^130 - 5`, up to a small
-    /// multiple of that.
-    #[inline(always)]
+    /// Takes in a block.
+    #[cfg(test)]
     pub(super) fn block(&mut self, block: &[u8; 16]) {
-        let (low, carry) = join(self.h[0], self.h[1]).overflowing_add(u128::from_le_bytes(*block));
-        let (h0, h1) = split(low);
-        let h2 = self.h[2] + 1 + u64::from(carry);
-
-        // Below, no sum reaches 2^128: r and s are below 2^60 and 2^61 a word. Nor do the products
-        // with h2, which is below 10, reach 2^64.
-        let (a, b) = (wide(h0, self.r[0]), wide(h0, self.r[1]));
-        let (c, d) = (wide(h1, self.s), wide(h1, self.r[0]));
-        let (d0, up) = split(a + c);
-        let (d1, up) = split(b + d + u128::from(h2 * self.s) + u128::from(up));
-        let d2 = h2 * self.r[0] + up;
-
-        // What is above 2^130 goes back in at the bottom, five times.
-        let (low, carry) = join(d0, d1).overflowing_add(u128::from((d2 >> 2) * 5));
-        let (h0, h1) = split(low);
-        self.h = [h0, h1, (d2 & 3) + u64::from(carry)];
+        self.h = absorb(self.h, &self.r, block);
     }
 
     /// The tag.
@@ -76,6 +56,28 @@ impl Poly1305 {
             .wrapping_add(join(self.pad[0], self.pad[1]))
             .to_le_bytes()
     }
+}
+
+/// Takes in a block of 16 bytes: `(h + block + 2^128) * r` modulo `2^130 - 5`, up to a small multiple of
+/// that.
+#[inline(always)]
+pub(super) fn absorb(h: Sum, [r0, r1, s]: &Factor, block: &[u8; 16]) -> Sum {
+    let (low, carry) = join(h[0], h[1]).overflowing_add(u128::from_le_bytes(*block));
+    let (h0, h1) = split(low);
+    let h2 = h[2] + 1 + u64::from(carry);
+
+    // Below, no sum reaches 2^128: r and s are below 2^60 and 2^61 a word. Nor do the products
+    // with h2, which is below 10, reach 2^64.
+    let (a, b) = (wide(h0, *r0), wide(h0, *r1));
+    let (c, d) = (wide(h1, *s), wide(h1, *r0));
+    let (d0, up) = split(a + c);
+    let (d1, up) = split(b + d + u128::from(h2 * s) + u128::from(up));
+    let d2 = h2 * r0 + up;
+
+    // What is above 2^130 goes back in at the bottom, five times.
+    let (low, carry) = join(d0, d1).overflowing_add(u128::from((d2 >> 2) * 5));
+    let (h0, h1) = split(low);
+    [h0, h1, (d2 & 3) + u64::from(carry)]
 }
 
 fn wide(a: u64, b: u64) -> u128 {

@@ -288,7 +288,7 @@ fn any_batch_is_as_ring_seals_and_opens_it() {
     }
 }
 
-/// A super-packet: what the lanes and tracks are shaped for.
+/// A super-packet: what the groups are shaped for.
 #[test]
 fn a_super_packet_and_its_tail() {
     let mut rng = seeded();

@@ -15,13 +15,15 @@ struct Portable<const N: usize>([u32; N]);
 
 /// The kernel as AVX2 has it, without AVX2.
 pub(super) fn run_interleaved<P: Packet>(batch: &mut [P]) {
-    interleaved::run::<Portable<8>, P, 8, 2, 1>((), batch);
+    interleaved::run::<Portable<8>, P, 8>((), batch);
 }
 
 /// The kernel as AVX-512 has it, without AVX-512.
 pub(super) fn run_lockstep<P: Packet>(batch: &mut [P]) {
     lockstep::run::<Portable<16>, Quads, P, 16, 8>((), batch);
 }
+
+impl<const N: usize> interleaved::Steps<N> for Portable<N> {}
 
 impl<const N: usize> Lanes<N> for Portable<N> {
     type Cpu = ();
