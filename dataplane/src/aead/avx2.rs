@@ -1,11 +1,12 @@
 //! Eight lanes in the registers of AVX2.
 
 use std::arch::x86_64::*;
-use std::hint::black_box;
 
-use super::interleaved::{self, Steps};
+use super::assembly;
+use super::interleaved::{self, AMID, Steps};
 use super::lanes::Lanes;
 use super::packet::Packet;
+use super::poly1305::{Factor, Sum};
 
 /// Proof of AVX2, and of BMI2 for the multiplications of Poly1305.
 #[derive(Clone, Copy, Debug)]
@@ -26,41 +27,52 @@ impl Avx2 {
 
 /// All of the kernel is inlined here, so that it is compiled with these features.
 #[target_feature(enable = "avx2,bmi2")]
-fn run<P: Packet>(_: Avx2, batch: &mut [P]) {
-    let to_rotate_16 = _mm_set_epi8(13, 12, 15, 14, 9, 8, 11, 10, 5, 4, 7, 6, 1, 0, 3, 2);
-    let to_rotate_8 = _mm_set_epi8(14, 13, 12, 15, 10, 9, 8, 11, 6, 5, 4, 7, 2, 1, 0, 3);
-    // The compiler makes two shuffles of each one whose mask it knows.
-    let cpu = Constants {
-        to_rotate_16: black_box(_mm256_broadcastsi128_si256(to_rotate_16)),
-        to_rotate_8: black_box(_mm256_broadcastsi128_si256(to_rotate_8)),
-    };
+fn run<P: Packet>(cpu: Avx2, batch: &mut [P]) {
     interleaved::run::<Words, P, 8>(cpu, batch);
 }
 
-/// Made with a proof of AVX2, and a proof like it.
+/// A word of eight blocks.
 #[derive(Clone, Copy)]
-struct Constants {
-    to_rotate_16: __m256i,
-    to_rotate_8: __m256i,
-}
+pub(super) struct Words(pub(super) __m256i);
 
-#[derive(Clone, Copy)]
-struct Words(__m256i);
-
-impl Steps<8> for Words {}
-
-impl Lanes<8> for Words {
-    type Cpu = Constants;
+impl Steps<8> for Words {
+    #[inline(always)]
+    fn double_round(_: Avx2, words: &mut [Words; 16]) {
+        // SAFETY: `Avx2` proves AVX2.
+        unsafe { assembly::double_round(words) }
+    }
 
     #[inline(always)]
-    fn splat(_: Constants, word: u32) -> Words {
-        // SAFETY: `Constants` prove AVX2.
+    fn double_round_and_mac(
+        _: Avx2,
+        words: &mut [Words; 16],
+        h: &mut Sum,
+        r: &Factor,
+        blocks: &[[u8; 16]; AMID],
+    ) {
+        // SAFETY: `Avx2` proves AVX2 and BMI2.
+        unsafe { assembly::double_round_and_mac(words, h, r, blocks) }
+    }
+
+    #[inline(always)]
+    fn absorb(_: Avx2, h: Sum, r: &Factor, block: &[u8; 16]) -> Sum {
+        // SAFETY: `Avx2` proves BMI2.
+        unsafe { assembly::absorb(h, r, block) }
+    }
+}
+
+impl Lanes<8> for Words {
+    type Cpu = Avx2;
+
+    #[inline(always)]
+    fn splat(_: Avx2, word: u32) -> Words {
+        // SAFETY: `Avx2` proves AVX2.
         Words(unsafe { _mm256_set1_epi32(word.cast_signed()) })
     }
 
     #[inline(always)]
-    fn numbers(_: Constants) -> Words {
-        // SAFETY: `Constants` prove AVX2.
+    fn numbers(_: Avx2) -> Words {
+        // SAFETY: `Avx2` proves AVX2.
         Words(unsafe { numbers() })
     }
 
@@ -83,9 +95,9 @@ impl Lanes<8> for Words {
     }
 
     #[inline(always)]
-    fn rotate<const BITS: i32>(self, constants: Constants) -> Words {
+    fn rotate<const BITS: i32>(self, _: Avx2) -> Words {
         // SAFETY: a `Words` exists, so AVX2 does.
-        Words(unsafe { rotate::<BITS>(self.0, constants) })
+        Words(unsafe { rotate::<BITS>(self.0) })
     }
 
     #[inline(always)]
@@ -115,14 +127,13 @@ fn then(below: __m256i, first: u32, from: __m256i) -> __m256i {
     _mm256_blendv_epi8(from, below, is_below)
 }
 
-/// Whole bytes move by a shuffle, in one instruction; the other rotations take three.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn rotate<const BITS: i32>(x: __m256i, constants: Constants) -> __m256i {
+fn rotate<const BITS: i32>(x: __m256i) -> __m256i {
     match BITS {
-        16 => _mm256_shuffle_epi8(x, constants.to_rotate_16),
-        8 => _mm256_shuffle_epi8(x, constants.to_rotate_8),
+        16 => _mm256_or_si256(_mm256_slli_epi32::<16>(x), _mm256_srli_epi32::<16>(x)),
         12 => _mm256_or_si256(_mm256_slli_epi32::<12>(x), _mm256_srli_epi32::<20>(x)),
+        8 => _mm256_or_si256(_mm256_slli_epi32::<8>(x), _mm256_srli_epi32::<24>(x)),
         7 => _mm256_or_si256(_mm256_slli_epi32::<7>(x), _mm256_srli_epi32::<25>(x)),
         _ => unreachable!("ChaCha20 rotates by 16, 12, 8 and 7"),
     }
@@ -155,4 +166,72 @@ fn transpose(rows: &[Words; 8]) -> [__m256i; 8] {
         0..4 => _mm256_permute2x128_si256::<0x20>(front[i], back[i]),
         _ => _mm256_permute2x128_si256::<0x31>(front[i - 4], back[i - 4]),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::array::from_fn;
+
+    use rand::rngs::StdRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
+    use super::*;
+    use crate::aead::chacha20::{columns, diagonals};
+    use crate::aead::poly1305::{self, Poly1305};
+
+    /// Any word, and often one that makes for long carries.
+    fn word(rng: &mut StdRng) -> u64 {
+        match rng.random_range(0..4) {
+            0 => u64::MAX,
+            1 => u64::MAX - rng.random_range(0..8),
+            2 => 0,
+            _ => rng.random(),
+        }
+    }
+
+    fn block(rng: &mut StdRng) -> [u8; 16] {
+        let [low, high] = from_fn(|_| u128::from(word(rng)));
+        (low | high << 64).to_le_bytes()
+    }
+
+    fn stored(words: [Words; 16]) -> [[u8; 64]; 8] {
+        let mut blocks = [[0; 64]; 8];
+        Words::store(words, &mut blocks);
+        blocks
+    }
+
+    #[test]
+    fn the_assembly_computes_what_the_portable_steps_do() {
+        let Some(cpu) = Avx2::detect() else { return };
+        let rng = &mut StdRng::seed_from_u64(8439);
+        for _ in 0..20_000 {
+            let mut words: [Words; 16] = from_fn(|_| {
+                let lanes = (0..8).map(|lane| (lane, Words::splat(cpu, rng.random())));
+                lanes.fold(Words::splat(cpu, 0), |words, (lane, word)| {
+                    words.then(lane, word)
+                })
+            });
+            let mut portable = words;
+            columns(cpu, &mut portable);
+            diagonals(cpu, &mut portable);
+
+            // The largest sum that the documentation of `Sum` allows, or less.
+            let mut h: Sum = [word(rng), word(rng), word(rng) & 7];
+            let key: [[u8; 16]; 2] = from_fn(|_| block(rng));
+            let mac = Poly1305::new(key.as_flattened().first_chunk().unwrap());
+            let blocks: [[u8; 16]; AMID] = from_fn(|_| block(rng));
+            let macs = blocks.iter().fold(h, |h, block| {
+                let next = poly1305::absorb(h, &mac.r, block);
+                assert_eq!(Words::absorb(cpu, h, &mac.r, block), next, "{h:x?}");
+                next
+            });
+
+            let mut alone = words;
+            Words::double_round(cpu, &mut alone);
+            Words::double_round_and_mac(cpu, &mut words, &mut h, &mac.r, &blocks);
+            assert_eq!(stored(alone), stored(portable));
+            assert_eq!(stored(words), stored(portable));
+            assert_eq!(h, macs);
+        }
+    }
 }
