@@ -308,21 +308,17 @@ impl Engine {
     /// This engine, or ring for a batch of this shape if that is faster. What is compared are lengths
     /// and their number, which everybody on the wire sees.
     ///
-    /// AVX2, measured on Zen 3 (`cargo bench -p ringtail-bench --bench aead -- --ratios`): ring,
-    /// whose code has no work for a group besides the rounds, wins on long packets and on small
-    /// batches; `large_batch` is from how many full packets on we win.
+    /// AVX2, measured on Zen 3 (`cargo bench -p ringtail-bench --bench aead -- --ratios`, alone and beside
+    /// a busy thread): ring wins on single packets and on batches too small to fill the lanes of a few
+    /// groups.
     ///
     /// AVX-512, by estimate only: the MACs take as long as the longest packet's, however many there are.
-    fn unless_ring_is_faster(self, shape: Shape, large_batch: usize) -> Engine {
+    fn unless_ring_is_faster(self, shape: Shape) -> Engine {
         let ours = match self {
             #[cfg(target_arch = "x86_64")]
             Engine::Avx512(_) => shape.packets >= 3 && shape.bytes >= 2 * shape.longest,
             #[cfg(target_arch = "x86_64")]
-            Engine::Avx2(_) => {
-                let Shape { packets, bytes, .. } = shape;
-                let fits = |len_max: usize| bytes <= packets * (MESSAGE_LEN_MIN + len_max);
-                packets >= large_batch && fits(1600) || packets >= 3 && fits(300)
-            }
+            Engine::Avx2(_) => shape.packets >= 4 || shape.packets >= 2 && shape.bytes >= 2800,
             Engine::Ring => true,
         };
         if ours { self } else { Engine::Ring }
@@ -400,13 +396,13 @@ impl Aead {
             );
         }
         let shape = Shape::of(batch.iter().map(|packet| packet.message.len()));
-        self.engine.unless_ring_is_faster(shape, 3).seal(batch);
+        self.engine.unless_ring_is_faster(shape).seal(batch);
     }
 
     /// Opens every packet in place and sets its `ok`. A bad packet changes nothing for the others.
     pub fn open(&self, batch: &mut [Open<'_>]) {
         let shape = Shape::of(batch.iter().map(|packet| packet.message.len()));
-        self.engine.unless_ring_is_faster(shape, 16).open(batch);
+        self.engine.unless_ring_is_faster(shape).open(batch);
     }
 }
 
