@@ -140,11 +140,13 @@ impl<L: Lanes<N>, const N: usize> Cipher<L, N> {
         self.look_ahead();
     }
 
-    /// Overwrites the keystream.
+    /// Overwrites keys and keystream.
     #[inline(always)]
-    pub(super) fn forget(&mut self) {
+    pub(super) fn forget(&mut self, cpu: L::Cpu) {
+        self.start = [L::splat(cpu, 0); 16];
+        self.ahead = self.start;
         self.keystream = [[0; BLOCK_LEN]; N];
-        optimization_barrier(&self.keystream);
+        optimization_barrier(self);
     }
 }
 

@@ -9,8 +9,6 @@
 //! keystream of a group waits until the MAC has passed. In either case the one-time keys, which are
 //! blocks like others, are known.
 
-use std::array::from_fn;
-
 use zeroize::optimization_barrier;
 
 use super::TAG_LEN;
@@ -65,8 +63,9 @@ pub(super) fn run<L: Steps<N>, P: Packet, const N: usize>(cpu: L::Cpu, batch: &m
     let (mut one, mut other) = (Group::<N>::empty(), Group::empty());
     let (mut before, mut group) = (&mut one, &mut other);
     dealer.deal(batch, group);
+    let mut start;
     loop {
-        let start = chacha20::start(cpu, batch, group.origins());
+        start = chacha20::start(cpu, batch, group.origins());
         let mut words = start;
         let mut rounds = Rounds::<L, N> {
             cpu,
@@ -105,6 +104,8 @@ pub(super) fn run<L: Steps<N>, P: Packet, const N: usize>(cpu: L::Cpu, batch: &m
     optimization_barrier(&keystream);
     mac = Poly1305::default();
     optimization_barrier(&mac);
+    start = [L::splat(cpu, 0); 16];
+    optimization_barrier(&start);
 }
 
 /// The rounds of one group.

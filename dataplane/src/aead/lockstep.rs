@@ -111,7 +111,7 @@ where
         }
         cipher.finish(cpu, to_cipher, words);
     }
-    cipher.forget();
+    cipher.forget(cpu);
 
     for turn in together..turns[0] {
         for (k, macs) in macs.iter_mut().enumerate() {
@@ -208,12 +208,14 @@ fn begin<L, M, P, const N: usize, const V: usize>(
         packet: member.packet,
         block: 0,
     });
-    let start = chacha20::start::<L, P, N>(cpu, set.packets, origins);
+    let mut start = chacha20::start::<L, P, N>(cpu, set.packets, origins);
     let mut keys = [[0; BLOCK_LEN]; N];
     chacha20::blocks(cpu, &start, &mut keys);
     for (macs, keys) in macs.iter_mut().zip(keys.as_chunks().0) {
         *macs = Macs::new(cpu, keys.each_ref());
     }
+    start = [L::splat(cpu, 0); 16];
+    optimization_barrier(&start);
     keys = [[0; BLOCK_LEN]; N];
     optimization_barrier(&keys);
 

@@ -74,8 +74,9 @@
 //!
 //! # Zeroising
 //!
-//! [`Key`]s on drop; the buffers of keystream, one-time keys and MACs before the kernel returns. What the
-//! compiler moves or copies to the stack, when it runs out of registers, is out of reach.
+//! [`Key`]s on drop; before the kernel returns, what ChaCha20 starts from, the buffers of keystream, one-time
+//! keys and MACs. What the compiler moves or copies to the stack, when it runs out of registers, is out of
+//! reach.
 
 #[cfg(target_arch = "x86_64")]
 mod assembly;
