@@ -327,7 +327,7 @@ fn targets(rows: &[Row], act_one: Option<&ActOne>) -> Vec<Target> {
     let direct = tcp1("ringtail", "direct");
     let over = |a: Option<f64>, b: Option<f64>| Some(a? / b.filter(|b| *b > 0.0)?);
     for (peer, goal) in [
-        ("wireguard-go", 1.5),
+        ("wireguard-go", 2.2),
         ("gotatun", 2.5),
         ("boringtun-cli", 2.5),
     ] {
@@ -364,7 +364,7 @@ fn targets(rows: &[Row], act_one: Option<&ActOne>) -> Vec<Target> {
     let cheaper = over(cost("ringtail", "direct"), cost("wireguard-go", "direct"));
     at_most(
         "CPU seconds per GB, ringtail direct / wireguard-go",
-        0.6,
+        0.45,
         cheaper,
         "",
     );
