@@ -314,6 +314,10 @@ impl Engine {
     /// groups.
     ///
     /// AVX-512, by estimate only: the MACs take as long as the longest packet's, however many there are.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        expect(unused_variables, reason = "there is only ring")
+    )]
     fn unless_ring_is_faster(self, shape: Shape) -> Engine {
         let ours = match self {
             #[cfg(target_arch = "x86_64")]
