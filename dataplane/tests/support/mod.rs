@@ -201,6 +201,7 @@ impl Drop for Lab {
 pub(crate) struct Setup {
     pub(crate) driver: DriverChoice,
     pub(crate) shards: usize,
+    pub(crate) pin: bool,
     pub(crate) offloads: Offloads,
     pub(crate) mtu: u16,
     pub(crate) fwmark: u32,
@@ -215,6 +216,7 @@ impl Default for Setup {
         Setup {
             driver: DriverChoice::Auto,
             shards: 1,
+            pin: false,
             offloads: Offloads::default(),
             mtu: 1420,
             fwmark: 0,
@@ -246,7 +248,7 @@ impl Pair {
                     tun_name: "rt0".to_owned(),
                     mtu: setup.mtu,
                     shards: setup.shards,
-                    pin: false,
+                    pin: setup.pin,
                     driver: setup.driver,
                     offloads: setup.offloads,
                     listen_port: 0,
