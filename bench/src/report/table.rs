@@ -405,17 +405,26 @@ mod tests {
     #[test]
     fn tables_show_rates_costs_and_ratios() {
         let got = results(vec![
-            cell("ringtail", "direct", Kind::Tcp1, 1, 4.0),
+            cell("ringtail", "direct", Kind::Tcp1, 1, 5.0),
             cell("wireguard-go", "direct", Kind::Tcp1, 1, 2.0),
+            cell("gotatun", "direct", Kind::Tcp1, 1, 4.0),
         ]);
         let text = act_two(&got);
-        assert!(text.contains("4.00 @2.00"), "{text}");
+        assert!(text.contains("5.00 @1.60"), "{text}");
         let ratio = text.lines().rfind(|line| line.starts_with("wireguard-go"));
         assert!(
-            ratio.is_some_and(|line| line.contains("2.00") && line.contains("0.50")),
+            ratio.is_some_and(|line| line.contains("2.50") && line.contains("0.40")),
             "{text}"
         );
-        assert!(targets(&got).contains("met"), "{text}");
+        let targets = targets(&got);
+        let ends = |what: &str| {
+            let line = targets.lines().find(|line| line.starts_with(what));
+            line.and_then(|line| line.split_whitespace().last())
+        };
+        let of = |peer| format!("TCP 1 stream, ringtail direct / {peer}");
+        assert_eq!(ends(&of("wireguard-go")), Some("met"), "{targets}");
+        assert_eq!(ends(&of("gotatun")), Some("MISSED"), "{targets}");
+        assert_eq!(ends("CPU seconds per GB"), Some("met"), "{targets}");
     }
 
     #[test]
