@@ -182,7 +182,7 @@ impl Peers {
         let mut wanted = Vec::new();
         for peer in self.by_id.iter_mut().flatten() {
             peer.session = None;
-            peer.lend_nothing();
+            peer.grant = None;
             if !peer.waiting.is_empty() || keepalive(&peer.config).is_some() {
                 wanted.push(peer.id);
             }
@@ -265,13 +265,8 @@ impl Peer {
     fn reconfigure(&mut self, now: Instant, config: Arc<PeerConfig>) -> Option<Session> {
         let old = std::mem::replace(&mut self.config, config);
         let new = &self.config;
-        let ended = self
-            .session
-            .take_if(|session| !session.reconfigure(now, &old, new));
-        if ended.is_some() {
-            self.lend_nothing();
-        }
-        ended
+        self.session
+            .take_if(|session| !session.reconfigure(now, &old, new))
     }
 
     /// Takes a path decision over, in device mode an endpoint. True if the peer can be reached in a
@@ -337,7 +332,7 @@ impl Peer {
         let sealing = session.and_then(|session| session.lend(now));
         let loan = sealing.and_then(|sealing| Some((sealing, self.path.lend(now)?)));
         let Some((sealing, (way, until))) = loan else {
-            self.lend_nothing();
+            self.grant = None;
             return;
         };
         let same = self.grant.as_ref();
@@ -347,11 +342,6 @@ impl Peer {
         let grant = Arc::new(Grant::new(Arc::clone(sealing), way, until));
         self.shared.loan.set(Arc::downgrade(&grant));
         self.grant = Some(grant);
-    }
-
-    /// Nobody else seals for it from now on.
-    fn lend_nothing(&mut self) {
-        self.grant = None;
     }
 
     fn tell_whereabouts(&mut self) {

@@ -188,7 +188,7 @@ impl Path {
             local: None,
             singly,
         };
-        if self.trusted(now) && !self.silent && !self.outrun {
+        if self.sure(now) {
             return Way { relay: None, ..way };
         }
         match (udp, derp, self.heard) {
@@ -213,8 +213,8 @@ impl Path {
         if self.follow.is_some() {
             return Some((way, None));
         }
-        let sure = self.trusted(now) && !self.silent && !self.outrun;
-        sure.then(|| (way, self.decision.as_ref().and_then(|d| d.trust_until)))
+        let until = self.decision.as_ref().and_then(|d| d.trust_until);
+        self.sure(now).then_some((way, until))
     }
 
     /// When something authentic arrived, if that was after `at`.
@@ -233,6 +233,11 @@ impl Path {
         if self.confirmed_at > Some(at) {
             self.unanswered_since = unanswered;
         }
+    }
+
+    /// True while UDP alone will do.
+    fn sure(&self, now: Instant) -> bool {
+        self.trusted(now) && !self.silent && !self.outrun
     }
 
     /// True if the decision names an address and still trusts it.
