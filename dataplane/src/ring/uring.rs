@@ -52,6 +52,9 @@ const REQUESTS: [Request; 4] = [Request::Tun, Request::Udp4, Request::Udp6, Requ
 const GENERATION_SHIFT: u32 = 8;
 /// A cancellation of a request that the kernel holds finishes at once; this is for one that hangs.
 const CANCEL_SECONDS: u64 = 1;
+/// At the end, requests are waited for this often at most, so long each time.
+const CLOSING_TURNS_MAX: usize = 100;
+const CLOSING_WAIT: Duration = Duration::from_millis(1);
 
 #[derive(Clone, Copy, Debug, Default)]
 struct State {
@@ -314,16 +317,25 @@ impl<'a> Uring<'a> {
 }
 
 impl Drop for Uring<'_> {
-    /// Takes the buffers back from the kernel before their memory goes.
+    /// Takes the buffers back from the kernel before their memory goes, and waits until no request
+    /// holds a descriptor any more. The closing of the ring would leave that to a thread of the
+    /// kernel: TUN queue and ports would outlive the driver, and even the process, for a moment.
     fn drop(&mut self) {
-        let timeout = Timespec::new().sec(1);
+        let timeout = Timespec::new().sec(CANCEL_SECONDS);
         // Nothing armed is fine; another error leaves it to the closing of the ring.
         drop(
             self.ring
                 .submitter()
                 .register_sync_cancel(Some(timeout), CancelBuilder::any()),
         );
-        let _found = self.reap(&mut Vec::new(), &mut Vec::new(), &mut Counters::default());
+        // What was cancelled lets go in deferred work, which only entering runs.
+        for _ in 0..CLOSING_TURNS_MAX {
+            let entered = self.enter(Some(CLOSING_WAIT));
+            let _found = self.reap(&mut Vec::new(), &mut Vec::new(), &mut Counters::default());
+            if entered.is_err() || self.states.iter().all(|state| !state.armed) {
+                break;
+            }
+        }
         for group in [GROUP_TUN, GROUP_UDP] {
             drop(self.ring.submitter().unregister_buf_ring(group));
         }
