@@ -8,6 +8,7 @@
 
 mod support;
 
+use std::ffi::CStr;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
@@ -558,17 +559,16 @@ fn interface_and_port_are_free_once_it_has_ended() {
                 port = dataplane.local_port();
                 // The shards are to sleep, with every request armed.
                 std::thread::sleep(Duration::from_millis(20));
-                assert!(interface_exists("rt1"));
+                assert!(interface_exists(c"rt1"));
                 drop(dataplane);
-                assert!(!interface_exists("rt1"), "{driver:?}, round {round}");
+                assert!(!interface_exists(c"rt1"), "{driver:?}, round {round}");
             }
         });
     }
 }
 
 /// In the namespace of the thread that calls.
-fn interface_exists(name: &str) -> bool {
-    let name = std::ffi::CString::new(name).unwrap();
+fn interface_exists(name: &CStr) -> bool {
     // SAFETY: the name ends with a NUL and is readable during the call.
     unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
 }
