@@ -230,9 +230,10 @@ pub fn aead(bytes: &[u8]) {
         assert_eq!(*ok, high & 0x80 == 0);
     }
     for aead in Backend::ALL.into_iter().filter_map(Aead::force) {
-        let name = aead.backend().name();
-        assert!(seal(aead) == sealed, "{name} seals");
-        assert!(open(aead, &sealed) == opened, "{name} opens");
+        for aead in [aead, aead.for_every_shape()] {
+            assert!(seal(aead) == sealed, "{aead:?} seals");
+            assert!(open(aead, &sealed) == opened, "{aead:?} opens");
+        }
     }
 }
 

@@ -127,9 +127,10 @@ where
             for i in 4 * turns[k]..blocks[0].len() {
                 macs.absorb(from_fn(|v| blocks[v].get(i)));
             }
-            macs.take_tags(&mut tags.as_chunks_mut().0[k]);
+            macs.tags(&mut tags.as_chunks_mut().0[k]);
         }
     }
+    macs = [Macs::zero(cpu); 2];
     optimization_barrier(&macs);
     tags
 }

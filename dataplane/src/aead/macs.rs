@@ -146,9 +146,9 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         }
     }
 
-    /// Gives the tags and forgets everything.
+    /// Gives the tags.
     #[inline(always)]
-    pub(super) fn take_tags(&mut self, tags: &mut [[u8; TAG_LEN]; V]) {
+    pub(super) fn tags(&self, tags: &mut [[u8; TAG_LEN]; V]) {
         let limb = M::splat(self.cpu, LIMB);
         // All carries, so that the sum is below 2^130. If the last but one is not 0, then `h1` is
         // small, and the last ends there.
@@ -171,7 +171,6 @@ impl<M: Limbs<V>, const V: usize> Macs<M, V> {
         let low = t0.and(limb).or(t1.shl::<44>());
         let high = t1.and(limb).shr::<20>().or(t2.shl::<24>());
         M::store([low, high], tags);
-        *self = Self::zero(self.cpu);
     }
 
     /// The limbs of the blocks with these halves, each with its bit 128.

@@ -16,7 +16,7 @@ pub(super) struct Poly1305 {
     pad: [u64; 2],
 }
 
-/// The sum so far. Not fully reduced: its last word is below 8.
+/// The sum so far. Not fully reduced, but below 2^130 + 2^66 ([`absorb`]).
 pub(super) type Sum = [u64; 3];
 
 /// The clamped multiplier, below 2^124, in two words, and behind it `s`, which is 5/4 of the second: a
@@ -47,8 +47,8 @@ impl Poly1305 {
     /// The tag.
     #[inline(always)]
     pub(super) fn tag(&self) -> [u8; TAG_LEN] {
-        // The sum modulo the prime, of which 128 bits count: `h + 5` passes a multiple of 2^130
-        // exactly where `h` passes that multiple of the prime, and each passing is worth 5.
+        // The sum modulo the prime, of which 128 bits count. The sum is below twice the prime, and `h + 5`
+        // passes 2^130 exactly where `h` passes the prime: that is worth 5.
         let low = join(self.h[0], self.h[1]);
         let (_, carry) = low.overflowing_add(5);
         let passed = (self.h[2] + u64::from(carry)) >> 2;
@@ -58,8 +58,7 @@ impl Poly1305 {
     }
 }
 
-/// Takes in a block of 16 bytes: `(h + block + 2^128) * r` modulo `2^130 - 5`, up to a small multiple of
-/// that.
+/// Takes in a block of 16 bytes: `(h + block + 2^128) * r` modulo `2^130 - 5`, below 2^130 + 2^66.
 #[inline(always)]
 pub(super) fn absorb(h: Sum, [r0, r1, s]: &Factor, block: &[u8; 16]) -> Sum {
     let (low, carry) = join(h[0], h[1]).overflowing_add(u128::from_le_bytes(*block));
@@ -67,14 +66,14 @@ pub(super) fn absorb(h: Sum, [r0, r1, s]: &Factor, block: &[u8; 16]) -> Sum {
     let h2 = h[2] + 1 + u64::from(carry);
 
     // Below, no sum reaches 2^128: r and s are below 2^60 and 2^61 a word. Nor do the products
-    // with h2, which is below 10, reach 2^64.
+    // with h2, which is at most 6, reach 2^64.
     let (a, b) = (wide(h0, *r0), wide(h0, *r1));
     let (c, d) = (wide(h1, *s), wide(h1, *r0));
     let (d0, up) = split(a + c);
     let (d1, up) = split(b + d + u128::from(h2 * s) + u128::from(up));
     let d2 = h2 * r0 + up;
 
-    // What is above 2^130 goes back in at the bottom, five times.
+    // What is above 2^130 goes back in at the bottom, five times: below 2^62 * 5, and so below 2^66.
     let (low, carry) = join(d0, d1).overflowing_add(u128::from((d2 >> 2) * 5));
     let (h0, h1) = split(low);
     [h0, h1, (d2 & 3) + u64::from(carry)]

@@ -18,16 +18,12 @@ pub(super) fn seal(batch: &mut [Seal<'_>]) {
 /// Opens every packet of the batch.
 pub(super) fn open(batch: &mut [Open<'_>]) {
     for packet in batch {
-        packet.ok = well_formed(packet.message)
-            && packet
-                .key
-                .ring()
-                .open_in_place(
-                    nonce(packet.counter),
-                    Aad::empty(),
-                    &mut packet.message[HEADER_LEN..],
-                )
-                .is_ok();
+        if !well_formed(packet.message) {
+            continue;
+        }
+        let (key, nonce) = (packet.key.ring(), nonce(packet.counter));
+        let text = &mut packet.message[HEADER_LEN..];
+        packet.ok = key.open_in_place(nonce, Aad::empty(), text).is_ok();
         if !packet.ok {
             packet.wipe();
         }

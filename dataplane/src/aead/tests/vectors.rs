@@ -174,7 +174,49 @@ fn rfc_8439() {
         tag: hex("1ae10b594f09e26a7e902ecbd0600691"),
         valid: true,
     };
-    check(&[vector]);
+    let drafts = "Internet-Drafts are draft documents valid for a maximum of six months and may be updated, \
+                  replaced, or obsoleted by other documents at any time. It is inappropriate to use \
+                  Internet-Drafts as reference material or to cite them other than as \
+                  /\u{201c}work in progress./\u{201d}";
+    let decryption = Vector {
+        name: "A.5".into(),
+        key: hex("1c9240a5eb55d38af333888604f6b5f0473917c1402b80099dca5cbc207075c0"),
+        nonce: hex("000000000102030405060708"),
+        associated: hex("f33388860000000000004e91"),
+        plaintext: drafts.into(),
+        ciphertext: hex(
+            "64a0861575861af460f062c79be643bd5e805cfd345cf389f108670ac76c8cb24c6cfc18755d43eea09ee94e\
+             382d26b0bdb7b73c321b0100d4f03b7f355894cf332f830e710b97ce98c8a84abd0b948114ad176e008d33bd\
+             60f982b1ff37c8559797a06ef4f0ef61c186324e2b3506383606907b6a7c02b0f9f6157b53c867e4b9166c76\
+             7b804d46a59b5216cde7a4e99040c5a40433225ee282a1b0a06c523eaf4534d7f83fa1155b0047718cbc546a\
+             0d072b04b3564eea1b422273f548271a0bb2316053fa76991955ebd63159434ecebb4e466dae5a1073a67276\
+             27097a1049e617d91d361094fa68f0ff77987130305beaba2eda04df997b714d6c6f2c29a6ad5cb4022b0270\
+             9b",
+        ),
+        tag: hex("eead9d67890cbb22392336fea1851f38"),
+        valid: true,
+    };
+    check(&[vector, decryption]);
+}
+
+/// RFC 8439 §2.3.2: a text of zeros becomes the keystream from block 1 on.
+#[test]
+fn rfc_8439_keystream() {
+    let key: Vec<u8> = (0..32).collect();
+    for (name, seal) in kernels() {
+        let mut batch = [Plain::<true>::new(
+            &key,
+            &hex("000000090000004a00000000"),
+            &[],
+            &[0; 64],
+        )];
+        seal(&mut batch);
+        let keystream = hex(
+            "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e\
+             d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e",
+        );
+        assert_eq!(batch[0].done().0, keystream, "{name}");
+    }
 }
 
 #[test]
@@ -209,7 +251,8 @@ fn wycheproof() {
 }
 
 /// RFC 8439 A.3, all vectors of whole blocks (the others are about how Poly1305 alone ends a
-/// message, which the AEAD does not do): keys, messages and tags at the edges of the arithmetic.
+/// message, which the AEAD does not do): keys, messages and tags at the edges of the arithmetic, for both
+/// implementations of the MAC. RFC 8439 has taken in the errata of RFC 7539.
 #[test]
 fn poly1305_carries_and_reduces() {
     let ones = "ff".repeat(16);
@@ -287,5 +330,10 @@ fn poly1305_carries_and_reduces() {
         assert!(rest.is_empty());
         blocks.iter().for_each(|block| mac.block(block));
         assert_eq!(mac.tag()[..], hex(&tag), "{name}");
+        assert_eq!(
+            portable::lockstep_tag(&key, blocks)[..],
+            hex(&tag),
+            "{name}"
+        );
     }
 }
