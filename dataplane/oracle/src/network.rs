@@ -119,6 +119,8 @@ pub struct Network {
     newest: [Option<u64>; 2],
     arrived: [HashSet<Vec<u8>>; 2],
     waiting: [VecDeque<Vec<u8>>; 2],
+    /// A clock jumped while a response was on its way: its keys are of different ages at the two ends.
+    pub uneven: bool,
     events: BTreeMap<(Duration, u64), Event>,
     sequence: u64,
     packets: u32,
@@ -168,6 +170,7 @@ impl Network {
             newest: [None; 2],
             arrived: Default::default(),
             waiting: Default::default(),
+            uneven: false,
             events: BTreeMap::new(),
             sequence: 0,
             packets: 0,
@@ -462,11 +465,24 @@ impl Network {
         panic!("alarms without end");
     }
 
+    /// True while a response is on its way.
+    fn responding(&self) -> bool {
+        self.events.values().any(|event| {
+            let Event::Deliver(_, arrivals) = event else {
+                return false;
+            };
+            arrivals
+                .iter()
+                .any(|Arrival(datagram)| datagram.bytes[0] == 2)
+        })
+    }
+
     fn happen(&mut self, event: Event) {
         match event {
             Event::Deliver(to, arrivals) => self.deliver(to, &arrivals),
             Event::Packets(from, count) => self.packets(from, count),
             Event::Jump(end, by, busy) => {
+                self.uneven |= self.responding();
                 self.ahead[end] += by;
                 if end == OURS {
                     self.busy = self.now + busy;
