@@ -39,7 +39,8 @@ usage: bench/iperf-pair.sh [options]
   --rounds N      rounds of --full (default 3)
   --peers         install boringtun-cli, gotatun and wireguard-go into a cache first
   --only LIST     act two: only these programs, by comma (ringtail,ringtail-device,ringtail-relay,veth,
-                  wireguard-go,boringtun-cli,gotatun,kernel; dataplane: see start_dataplane)
+                  wireguard-go,boringtun-cli,gotatun,kernel; ringtail-boringtun: ringtail device with
+                  --engine boringtun; dataplane: see start_dataplane)
   --skip-story    no act one
   --skip-figures  no act two
   --json          print the results as JSON instead of tables
@@ -297,8 +298,8 @@ start_kernel() {
 }
 
 # Ours as a plain WireGuard device: no coordination, no relay, nothing but wg(8).
-start_device() {
-  local left=l$$ right=r$$ options=(--shards "$SHARDS")
+start_device() { # start_device [OPTION...]
+  local left=l$$ right=r$$ options=(--shards "$SHARDS" "$@")
   need_packages wg=wireguard-tools
   [ "$LAYOUT" = pinned ] && options+=(--pin) || options+=(--no-pin)
   printf '/var/run/wireguard/%s.sock\n' $left $right >>"$LAB_DIR/files"
@@ -369,6 +370,7 @@ start_program() {
     ringtail) start_ringtail direct ;;
     ringtail-relay) start_ringtail relay ;;
     ringtail-device) start_device ;;
+    ringtail-boringtun) start_device --engine boringtun ;;
     # In the foreground, so that its process is the one we started.
     wireguard-go)
       peer_command wireguard-go || peer_command wireguard-go-debian
@@ -433,7 +435,7 @@ find_programs() {
   fi
   if [ -n "$ONLY" ]; then
     local chosen=()
-    [[ $ONLY != *,dataplane,* ]] || PROGRAMS+=(dataplane)
+    PROGRAMS+=(ringtail-boringtun dataplane)
     for program in "${PROGRAMS[@]}"; do
       [[ $ONLY != *,$program,* ]] || chosen+=("$program")
     done
