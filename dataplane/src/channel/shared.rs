@@ -27,8 +27,8 @@ pub(crate) struct PeerShared {
     whereabouts: Mutex<Whereabouts>,
     /// Routes have changed: the local address is not the right one any more.
     unstick: AtomicBool,
-    /// What the owner lends to other shards (dead where that is nothing), and the packets from the TUN
-    /// that are on their way to it.
+    /// What the owner lends to other shards (dead or ended where that is nothing), and the packets
+    /// from the TUN that are on their way to it.
     pub(crate) loan: Loan<Weak<Grant>>,
 }
 

@@ -5,9 +5,11 @@
 //! is a single one that is sure. Whatever else there is to do for a peer, the owner does: without a
 //! grant a packet is handed over to it, whole.
 //!
-//! A grant is the owner's, who drops it when keys or way change. Guests hold on to it while they fill
-//! a run, and otherwise only by a weak reference: so keys are erased as soon as the owner erases them,
-//! and what a guest sends goes at most one run past a change.
+//! A grant is the owner's, who ends it when keys or way change ([`Lent`]). Guests hold on to it while
+//! they fill a run, and otherwise only by a weak reference: so keys are erased as soon as the owner
+//! erases them and the last open run is closed. Whoever opens a run asks whether the grant has ended,
+//! because another guest's run may keep it alive: what a guest sends goes at most one run past a
+//! change.
 //!
 //! *No reordering inside a flow:* while packets that were handed over are still on their way through
 //! the owner, those after them are handed over too ([`Loan::busy`]).
@@ -20,7 +22,8 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -42,14 +45,17 @@ pub(crate) struct Grant {
     way: Way,
     /// The last moment at which the way is sure; `None` is for ever.
     until: Option<Instant>,
+    /// The owner has let it go.
+    ended: AtomicBool,
 }
 
 impl Grant {
-    pub(crate) fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Grant {
+    fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Grant {
         Grant {
             sealing,
             way,
             until,
+            ended: AtomicBool::new(false),
         }
     }
 
@@ -61,7 +67,38 @@ impl Grant {
 
     #[inline]
     fn counts(&self, now: Instant) -> bool {
-        self.until.is_none_or(|until| now <= until) && self.sealing.usable(now)
+        !self.ended.load(Ordering::Acquire)
+            && self.until.is_none_or(|until| now <= until)
+            && self.sealing.usable(now)
+    }
+}
+
+/// A grant in the owner's hands: when they let it go it has ended, whoever still holds on to it.
+#[derive(Debug)]
+pub(crate) struct Lent(Arc<Grant>);
+
+impl Lent {
+    pub(crate) fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Lent {
+        Lent(Arc::new(Grant::new(sealing, way, until)))
+    }
+
+    /// What guests remember.
+    pub(crate) fn offer(&self) -> Weak<Grant> {
+        Arc::downgrade(&self.0)
+    }
+}
+
+impl Deref for Lent {
+    type Target = Grant;
+
+    fn deref(&self) -> &Grant {
+        &self.0
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.0.ended.store(true, Ordering::Release);
     }
 }
 
@@ -111,11 +148,10 @@ impl Guest {
             if self.shared.loan.busy() {
                 return false;
             }
-            self.grant = self.known.upgrade().or_else(|| {
+            self.grant = counting(&self.known, now).or_else(|| {
                 self.known = self.shared.loan.get();
-                self.known.upgrade()
+                counting(&self.known, now)
             });
-            self.grant.take_if(|grant| !grant.counts(now));
         }
         self.grant.is_some()
     }
@@ -133,6 +169,12 @@ impl Guest {
         self.sent_at = Some(now);
         self.trouble.add(trouble);
     }
+}
+
+/// The grant, if it is still lent and of use.
+#[inline]
+fn counting(known: &Weak<Grant>, now: Instant) -> Option<Arc<Grant>> {
+    known.upgrade().filter(|grant| grant.counts(now))
 }
 
 impl Addressee for Guest {

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use deadlines::Deadlines;
-pub(crate) use guest::{Grant, Guest, Guests, Report};
+pub(crate) use guest::{Grant, Guest, Guests, Lent, Report};
 pub(crate) use path::{Kind, Path, Source, Way};
 use waiting::Waiting;
 
@@ -86,7 +86,7 @@ pub(crate) struct Peer {
     /// Made when first needed: it costs a Diffie-Hellman computation.
     session: Option<Session>,
     /// What is lent to other shards.
-    grant: Option<Arc<Grant>>,
+    grant: Option<Lent>,
     pub(crate) path: Path,
     pub(crate) waiting: Waiting,
 }
@@ -339,8 +339,8 @@ impl Peer {
         if same.is_some_and(|grant| grant.lends(sealing, way, until)) {
             return;
         }
-        let grant = Arc::new(Grant::new(Arc::clone(sealing), way, until));
-        self.shared.loan.set(Arc::downgrade(&grant));
+        let grant = Lent::new(Arc::clone(sealing), way, until);
+        self.shared.loan.set(grant.offer());
         self.grant = Some(grant);
     }
 

@@ -281,6 +281,41 @@ fn a_change_of_keys_or_way_reaches_guests_with_their_next_run_and_old_keys_are_g
 }
 
 #[test]
+fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
+    let mut loan = Loan::new();
+    loan.shake(0);
+    loan.decide(1);
+    loan.owner.touch(loan.now, LENT);
+    let way = |loan: &mut Loan| loan.guests.get(LENT).unwrap().way().udp.unwrap().ip();
+    let open = |loan: &Loan| {
+        let mut other = Guests::default();
+        assert_eq!(other.admit(loan.now, &loan.table, LENT), Some(true));
+        other
+    };
+    let first = open(&loan);
+    assert!(loan.admits(0));
+    assert_eq!(way(&mut loan).to_string(), "192.0.2.1");
+    loan.guests.release();
+    loan.decide(2);
+    loan.owner.touch(loan.now, LENT);
+    assert!(loan.admits(0));
+    assert_eq!(way(&mut loan).to_string(), "192.0.2.2", "the way has moved");
+    loan.guests.release();
+    let second = open(&loan);
+    loan.owner.end_sessions();
+    assert!(!loan.admits(0), "our own key has changed");
+
+    loan.shake(200);
+    loan.owner.touch(loan.at(200), LENT);
+    assert!(loan.admits(200));
+    loan.guests.release();
+    let third = open(&loan);
+    loan.owner.replace(loan.now, None, std::iter::empty());
+    assert!(!loan.admits(200), "the peer is gone");
+    drop([first, second, third]);
+}
+
+#[test]
 fn the_owner_hears_of_what_was_sent_at_once_and_then_now_and_then() {
     let mut loan = Loan::new();
     loan.shake(0);
