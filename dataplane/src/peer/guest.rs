@@ -221,9 +221,13 @@ pub(crate) struct Guests {
 
 impl Guests {
     /// Whether this shard may seal for a peer of another one now; `None` for nobody's peer. If so, it
-    /// may until [`Guests::release`], which is due before another one is admitted.
+    /// may until [`Guests::release`], or until it asks for another peer: the run must be closed then.
     #[inline]
     pub(crate) fn admit(&mut self, now: Instant, table: &PeerTable, id: PeerId) -> Option<bool> {
+        if self.admitted.is_some_and(|before| before != id) {
+            // Nothing may have come into a run that would have been closed.
+            self.release();
+        }
         let at = id.0 as usize;
         if self.get(id).is_none() {
             let guest = Box::new(Guest::new(table.get(id)?));

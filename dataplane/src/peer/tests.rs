@@ -316,6 +316,38 @@ fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
 }
 
 #[test]
+fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
+    let mut loan = Loan::new();
+    loan.shake(0);
+    let now = loan.now;
+    let session = loan.owner.get(LENT).unwrap().session().unwrap();
+    let sealing = Arc::clone(session.lend(now).unwrap());
+    let ids = [LENT, PeerId(4)];
+    let config = |id: PeerId| PeerConfig {
+        id,
+        public_key: [u8::try_from(id.0).unwrap(); 32],
+        preshared_key: None,
+        allowed_ips: vec![],
+        persistent_keepalive: None,
+    };
+    let table = PeerTable::new(ids.map(config).to_vec(), 1, &PeerTable::default());
+    let lent = ids.map(|id| {
+        let lent = Lent::new(Arc::clone(&sealing), Way::default(), None);
+        table.get(id).unwrap().shared.loan.set(lent.offer());
+        lent
+    });
+    let grants = lent.each_ref().map(Lent::offer);
+    for id in ids {
+        assert_eq!(loan.guests.admit(now, &table, id), Some(true));
+    }
+    drop(lent);
+    assert!(grants[0].upgrade().is_none(), "its packet came to nothing");
+    assert!(grants[1].upgrade().is_some(), "its run is open");
+    loan.guests.release();
+    assert!(grants[1].upgrade().is_none());
+}
+
+#[test]
 fn the_owner_hears_of_what_was_sent_at_once_and_then_now_and_then() {
     let mut loan = Loan::new();
     loan.shake(0);
