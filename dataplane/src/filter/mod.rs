@@ -20,7 +20,8 @@
 //! - Other protocols need a rule that names them, for all ports.
 //!
 //! With [`Rules::AllowAll`](crate::channel::Rules) both `admit` and `remember` return at once, and
-//! no memory of flows exists. Flows are then remembered from the moment a list is installed.
+//! no memory of flows exists. Flows are then remembered from the moment a list is installed, here or
+//! at a shard that has it a moment before us and tells us of a flow.
 
 mod flows;
 mod rules;
@@ -67,7 +68,7 @@ pub fn source_allowed(
 #[derive(Debug)]
 pub struct Filter {
     rules: Arc<CompiledRules>,
-    /// Exists from the first rule list on.
+    /// Exists from the first rule list or flow of another shard on.
     flows: Option<FlowMemory>,
     /// The last destination found to be ours, under these rules: nearly every packet has it again.
     local_before: Option<IpAddr>,
@@ -98,8 +99,8 @@ impl Filter {
 
     /// Replaces the rules. Remembered flows stay.
     pub fn set_rules(&mut self, now: Instant, rules: Arc<CompiledRules>) {
-        if !rules.is_allow_all() && self.flows.is_none() {
-            self.flows = Some(FlowMemory::new(now));
+        if !rules.is_allow_all() {
+            self.flows.get_or_insert_with(|| FlowMemory::new(now));
         }
         self.rules = rules;
         self.local_before = None;
@@ -152,11 +153,11 @@ impl Filter {
         }
     }
 
-    /// Takes over a flow that another shard remembered.
+    /// Takes over a flow that another shard remembered, under a list that we may not have seen yet: it
+    /// will not tell us again for [`FLOW_REPORT_INTERVAL`].
     pub fn learn(&mut self, now: Instant, reply: Flow) {
-        if let Some(flows) = &mut self.flows {
-            flows.remember(now, reply);
-        }
+        let flows = self.flows.get_or_insert_with(|| FlowMemory::new(now));
+        flows.remember(now, reply);
     }
 
     /// Remembered flows that made room for newer ones, since the last call.

@@ -290,6 +290,27 @@ fn a_flow_is_reported_when_new_and_then_once_a_minute() {
 }
 
 #[test]
+fn a_flow_that_another_shard_tells_of_before_the_first_list_is_kept() {
+    let now = start();
+    let (mut first, mut owner) = (
+        deny_all(now),
+        Filter::new(now, Arc::new(CompiledRules::allow_all())),
+    );
+    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
+    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    let flow = remember(&mut first, now, &out).unwrap();
+    owner.learn(now, flow);
+    assert_eq!(admit(&mut owner, now, &reply), Ok(()), "as everything is");
+    owner.set_rules(now, Arc::clone(&first.rules));
+    assert_eq!(admit(&mut owner, now, &reply), Ok(()));
+    let other = v4("10.0.0.2:2", "10.0.0.1:3").udp(b"x");
+    assert_eq!(
+        admit(&mut owner, now, &other),
+        Err(DropReason::FilterDenied)
+    );
+}
+
+#[test]
 fn memory_of_flows_is_bounded_and_evictions_are_counted() {
     let now = start();
     let mut filter = deny_all(now);
