@@ -192,7 +192,7 @@ impl<'a> Shard<'a> {
 
     /// How long the driver may wait for packets; called with the bell armed.
     fn wait(&self, more: bool) -> Option<Duration> {
-        if more || !self.inbox.is_empty() {
+        if more || self.hub.stopping() || !self.inbox.is_empty() {
             return Some(Duration::ZERO);
         }
         let next = [
@@ -449,3 +449,6 @@ impl<'a> Shard<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
