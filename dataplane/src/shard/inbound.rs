@@ -2,8 +2,10 @@
 
 #![forbid(unsafe_code)]
 
+use arrayvec::ArrayVec;
+
 use super::{HANDSHAKES_PER_TURN_MAX, RELAYED_PER_TURN_MAX, Shard};
-use crate::channel::hub::{Handed, HandshakeMessage, ShardSet};
+use crate::channel::hub::{HANDSHAKE_LEN_MAX, Handed, HandshakeMessage, ShardSet};
 use crate::channel::{Event, PeerId};
 use crate::config;
 use crate::filter::source_allowed;
@@ -18,7 +20,9 @@ use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Local;
 use crate::tun::vnet::VNET_HDR_LEN;
 
-/// Type of a cookie reply (WireGuard paper §5.4.7).
+/// Types of handshake messages: 1 to 3 (WireGuard paper §5.4).
+const HANDSHAKE_TYPES: usize = 3;
+const INITIATION: u8 = 1;
 const COOKIE_REPLY: u8 = 3;
 
 impl Shard<'_> {
@@ -81,9 +85,14 @@ impl Shard<'_> {
         self.ctx.lap(Room::Classify);
     }
 
-    /// Takes batches that came by relay.
+    /// Takes batches that came by relay; no more of them once so many have brought handshake messages
+    /// as may be handled in a turn. The rest waits in the lane.
     pub(super) fn relayed(&mut self) {
+        let mut handshakes = 0;
         for _ in 0..RELAYED_PER_TURN_MAX {
+            if handshakes >= HANDSHAKES_PER_TURN_MAX {
+                break;
+            }
             let Some(mut batch) = self.inbox.relay.pop() else {
                 break;
             };
@@ -92,7 +101,7 @@ impl Shard<'_> {
             counters.add(Meter::RelayPacketsIn, batch.datagrams.lens.len() as u64);
             counters.add(Meter::RelayBytesIn, batch.datagrams.bytes.len() as u64);
             counters.batch_inbound(batch.datagrams.lens.len());
-            self.relayed_batch(
+            handshakes += self.relayed_batch(
                 batch.peer,
                 source,
                 &mut batch.datagrams.bytes,
@@ -104,7 +113,19 @@ impl Shard<'_> {
 
     /// Datagrams of any lengths. Equal ones next to each other, with a shorter one behind them, are
     /// what a GRO batch looks like, and are opened like one: a relayed super-packet is just that.
-    fn relayed_batch(&mut self, peer: PeerId, source: Source, bytes: &mut [u8], lens: &[u16]) {
+    /// Returns how many handshake messages were handled.
+    ///
+    /// No gate stands before these, so a relay could have us compute for every message it makes up. Of
+    /// each type the newest in a batch counts: the older ones are of no use to their sender any more,
+    /// and nothing else in the batch can build on an exchange that we have yet to answer.
+    fn relayed_batch(
+        &mut self,
+        peer: PeerId,
+        source: Source,
+        bytes: &mut [u8],
+        lens: &[u16],
+    ) -> usize {
+        let mut newest: [ArrayVec<u8, HANDSHAKE_LEN_MAX>; HANDSHAKE_TYPES] = Default::default();
         let mut rest = bytes;
         for group in groups(lens) {
             let stride = usize::from(group[0]);
@@ -114,7 +135,7 @@ impl Shard<'_> {
                 self.ctx
                     .counters
                     .drop_many(DropReason::MessageLength, group.len() as u64);
-                return;
+                break;
             };
             rest = after;
             runs(datagrams, stride, self.id, |run| match run {
@@ -122,10 +143,12 @@ impl Shard<'_> {
                     self.open_run(index, datagrams, stride, source, None, 0);
                 }
                 Run::Handshake(message) => {
-                    // An initiation does not name a session; whom the relay names, must have made
-                    // it.
-                    let peer = (message[0] == 1).then_some(peer);
-                    self.handshake(peer, source, None, message, None);
+                    // Its type and length have been looked at.
+                    let place = &mut newest[usize::from(message[0] - INITIATION)];
+                    let older = std::mem::replace(place, message.iter().copied().collect());
+                    if !older.is_empty() {
+                        self.ctx.counters.drop_one(DropReason::HandshakeLimited);
+                    }
                 }
                 Run::Control(_) => self.ctx.counters.drop_one(DropReason::UnknownMessage),
                 // The control thread gave it to the owner of the peer; its sessions are here.
@@ -133,6 +156,14 @@ impl Shard<'_> {
                 Run::Invalid(reason) => self.ctx.counters.drop_one(reason),
             });
         }
+        let mut handled = 0;
+        for message in newest.iter().filter(|message| !message.is_empty()) {
+            // An initiation does not name a session; whom the relay names, must have made it.
+            let peer = (message[0] == INITIATION).then_some(peer);
+            self.handshake(peer, source, None, message, None);
+            handled += 1;
+        }
+        handled
     }
 
     /// Opens data of one session (datagrams of `stride` bytes, of which the last may be shorter),

@@ -38,7 +38,8 @@ use crate::udp::{Sender, Sockets};
 
 /// Path decisions applied per turn at most.
 const DECISIONS_PER_TURN_MAX: usize = 256;
-/// Handshake messages handled per turn at most: each costs up to four Diffie-Hellman computations.
+/// Handshake messages handled per turn at most, and as many of relays (but for the rest of a batch that
+/// is begun): each costs up to four Diffie-Hellman computations.
 const HANDSHAKES_PER_TURN_MAX: usize = 8;
 /// Batches taken from other shards per turn at most.
 const HANDED_PER_TURN_MAX: usize = 16;

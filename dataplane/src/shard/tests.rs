@@ -2,12 +2,21 @@
 
 use std::net::{SocketAddr, UdpSocket};
 
+use rand::SeedableRng;
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
+
 use super::*;
+use crate::channel::hub::RelayIn;
+use crate::channel::{Datagrams, PathDecision, PeerConfig, RegionId};
+use crate::session::{Moment, Session};
+
+const OWN_KEY: [u8; 32] = [1; 32];
+const REGION: RegionId = RegionId(1);
 
 /// A shard's seat in a hub of its own.
 fn seat() -> Seat {
     let now = epoch();
-    let key = zeroize::Zeroizing::new([1; 32]);
     Seat {
         id: 0,
         hub: Arc::new(Hub::new(now, 1).unwrap()),
@@ -16,7 +25,7 @@ fn seat() -> Seat {
         driver: DriverKind::Epoll,
         cpu: None,
         settings: Arc::new(Settings {
-            private_key: Some(key),
+            private_key: Some(Zeroizing::new(OWN_KEY)),
             mtu: 1420,
         }),
         roam: false,
@@ -48,4 +57,154 @@ fn a_shard_that_was_asked_to_end_before_it_armed_its_bell_does_not_sleep() {
     hub.stop();
     wake.about_to_sleep();
     assert_eq!(shard.wait(false), Some(Duration::ZERO));
+}
+
+/// The other end of a shard's sessions.
+struct Far {
+    id: PeerId,
+    key: [u8; 32],
+    engine: Engine,
+    session: Session,
+}
+
+fn config(id: PeerId, key: [u8; 32]) -> PeerConfig {
+    PeerConfig {
+        id,
+        public_key: PublicKey::from(&StaticSecret::from(key)).to_bytes(),
+        preshared_key: None,
+        allowed_ips: vec![],
+        persistent_keepalive: None,
+    }
+}
+
+impl Far {
+    fn new(number: u8) -> Far {
+        let key = [100 + number; 32];
+        let rng = rand::rngs::StdRng::seed_from_u64(u64::from(number));
+        let kind = config::Engine::Ringtail;
+        let mut engine = Engine::new(kind, &Zeroizing::new(key), 1420, 0, rng);
+        let session = engine.session(epoch(), &config(PeerId(0), OWN_KEY));
+        Far {
+            id: PeerId(u32::from(number)),
+            key,
+            engine,
+            session,
+        }
+    }
+
+    fn initiation(&mut self, ms: u64) -> Vec<u8> {
+        let at = Moment {
+            now: epoch() + Duration::from_millis(ms),
+            wall: Duration::from_millis(ms),
+        };
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let len = self.session.initiate(&mut self.engine, at, true, &mut out);
+        out[..len.unwrap()].to_vec()
+    }
+}
+
+/// Gives the shard its peers, reached by relay.
+fn meet(shard: &mut Shard<'_>, far: &[Far]) {
+    let peers = far.iter().map(|far| config(far.id, far.key)).collect();
+    shard.replace_peers(Arc::new(PeerTable::new(peers, 1, &PeerTable::default())));
+    for far in far {
+        let decision = PathDecision {
+            generation: 0,
+            udp: None,
+            derp: Some(REGION),
+            trust_until: None,
+            silence_limit: Duration::from_secs(1),
+            path_mtu: 1500,
+        };
+        shard
+            .peers
+            .get(far.id)
+            .unwrap()
+            .decide(shard.ctx.now, decision);
+    }
+}
+
+fn dropped(shard: &Shard<'_>, reason: DropReason) -> u64 {
+    shard.published.publish(&shard.ctx.counters);
+    shard.published.read().drops(reason)
+}
+
+/// What leaves by relay.
+fn sent(shard: &mut Shard<'_>) -> Vec<(PeerId, Vec<u8>)> {
+    shard.tx.flush_relay();
+    std::iter::from_fn(|| shard.hub.outbox.poll_relay())
+        .flat_map(|out| {
+            let mut rest = out.datagrams.bytes.as_slice();
+            let split = out.datagrams.lens.iter().map(|len| {
+                let (datagram, after) = rest.split_at(usize::from(*len));
+                rest = after;
+                (out.peer, datagram.to_vec())
+            });
+            split.collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn comes_by_relay(shard: &Shard<'_>, peer: PeerId, datagrams: &[Vec<u8>]) {
+    let lens = datagrams
+        .iter()
+        .map(|one| u16::try_from(one.len()).unwrap());
+    shard.inbox.relay.push(RelayIn {
+        peer,
+        region: REGION,
+        datagrams: Datagrams {
+            lens: lens.collect(),
+            bytes: datagrams.concat(),
+        },
+    });
+}
+
+#[test]
+fn of_the_handshake_messages_of_a_relayed_batch_the_newest_of_a_type_counts() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = [Far::new(1)];
+    meet(&mut shard, &far);
+    let [far] = &mut far;
+    let batch: Vec<_> = (1..=200).map(|i| far.initiation(1000 * i)).collect();
+    comes_by_relay(&shard, far.id, &batch);
+    shard.relayed();
+    assert_eq!(dropped(&shard, DropReason::HandshakeLimited), 199);
+    let answers = sent(&mut shard);
+    assert_eq!(answers.len(), 1);
+    let at = Moment {
+        now: epoch() + Duration::from_secs(200),
+        wall: Duration::from_secs(200),
+    };
+    let mut out = [0; MESSAGE_LEN_MAX];
+    let (engine, answer) = (&mut far.engine, &answers[0].1);
+    let done = far
+        .session
+        .handle_handshake(engine, at, answer, None, &mut out);
+    assert_eq!(done.unwrap().change, Change::Up, "the newest is answered");
+}
+
+#[test]
+fn peers_that_all_start_by_relay_at_once_are_answered_over_a_few_turns() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far: Vec<_> = (1..=20).map(Far::new).collect();
+    meet(&mut shard, &far);
+    for far in &mut far {
+        let initiation = far.initiation(1000);
+        comes_by_relay(&shard, far.id, &[initiation]);
+    }
+    let mut answered = Vec::new();
+    for turns in 1.. {
+        shard.relayed();
+        let answers = sent(&mut shard);
+        assert!(answers.len() <= HANDSHAKES_PER_TURN_MAX);
+        answered.extend(answers.iter().map(|(peer, _)| *peer));
+        if answered.len() == far.len() {
+            break;
+        }
+        assert_eq!(shard.wait(false), Some(Duration::ZERO), "after {turns}");
+    }
+    assert!(answered.is_sorted(), "{answered:?}");
+    assert_eq!(dropped(&shard, DropReason::HandshakeLimited), 0);
 }
