@@ -411,7 +411,6 @@ impl<'a> Shard<'a> {
             return;
         };
         let quiet_for = peer.path.quiet_for(now);
-        let mut down = false;
         if let (Some(engine), Some(session)) = (&mut self.engine, peer.session())
             && session.poll_timeout().is_some_and(|at| at <= now)
         {
@@ -426,12 +425,13 @@ impl<'a> Shard<'a> {
                 };
                 self.tx.message(&mut self.ctx, peer, kind, &out[..len]);
             }
-            down = outcome.change == Change::Down;
+            if outcome.change == Change::Down {
+                self.ctx.events.push(Event::SessionDown(id));
+            }
         }
-        if down {
-            self.ctx.events.push(Event::SessionDown(id));
-        }
-        if down || peer.waiting.stale_at().is_some_and(|at| at <= now) {
+        // Not when keys end: what waits may have begun to in this turn, and asked for new ones. Nor when
+        // trying ends, which our engine does this long after the newest packet.
+        if peer.waiting.stale_at().is_some_and(|at| at <= now) {
             let dropped = peer.waiting.clear();
             self.ctx.counters.drop_many(DropReason::NoSession, dropped);
         }

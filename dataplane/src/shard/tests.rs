@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 use super::*;
 use crate::channel::hub::RelayIn;
 use crate::channel::{Datagrams, PathDecision, PeerConfig, RegionId};
+use crate::packet::build::Builder;
 use crate::session::{Moment, Session};
 
 const OWN_KEY: [u8; 32] = [1; 32];
@@ -90,6 +91,19 @@ impl Far {
             engine,
             session,
         }
+    }
+
+    /// Answers the shard's initiation, which completes a handshake.
+    fn answer(&mut self, shard: &mut Shard<'_>, initiation: &[u8]) {
+        let at = shard.ctx.moment();
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let engine = &mut self.engine;
+        let done = self
+            .session
+            .handle_handshake(engine, at, initiation, None, &mut out);
+        let response = out[..done.unwrap().message.unwrap()].to_vec();
+        comes_by_relay(shard, self.id, &[response]);
+        shard.relayed();
     }
 
     fn initiation(&mut self, ms: u64) -> Vec<u8> {
@@ -207,4 +221,50 @@ fn peers_that_all_start_by_relay_at_once_are_answered_over_a_few_turns() {
     }
     assert!(answered.is_sorted(), "{answered:?}");
     assert_eq!(dropped(&shard, DropReason::HandshakeLimited), 0);
+}
+
+/// A UDP packet as the TUN gives it.
+fn packet() -> Vec<u8> {
+    let (src, dst) = (([10, 0, 0, 1], 1).into(), ([10, 0, 0, 2], 2).into());
+    let header = [0; crate::tun::vnet::VNET_HDR_LEN];
+    [&header[..], &Builder::new(src, dst).udp(b"x")].concat()
+}
+
+#[test]
+fn what_begins_to_wait_in_the_turn_that_ends_the_keys_goes_with_the_next() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = [Far::new(1)];
+    meet(&mut shard, &far);
+    let [far] = &mut far;
+    shard.initiate(far.id, false);
+    let initiation = sent(&mut shard).remove(0).1;
+    far.answer(&mut shard, &initiation);
+    assert!(shard.peers.get(far.id).unwrap().ready(shard.ctx.now));
+    assert_eq!(sent(&mut shard).len(), 1, "it confirms");
+
+    shard.ctx.now += Duration::from_secs(180);
+    shard.ctx.events.clear();
+    shard.seal(far.id, &mut packet());
+    let initiation = sent(&mut shard).remove(0).1;
+    shard.timers();
+    assert!(shard.ctx.events.contains(&Event::SessionDown(far.id)));
+    assert_eq!(dropped(&shard, DropReason::NoSession), 0);
+    far.answer(&mut shard, &initiation);
+    let data = sent(&mut shard);
+    assert!(
+        data.iter().any(|(_, message)| message.len() > 32),
+        "{data:?}"
+    );
+
+    // Nobody answers for as long as one tries.
+    shard.ctx.now += Duration::from_secs(180);
+    shard.seal(far.id, &mut packet());
+    shard.timers();
+    shard.ctx.now += Duration::from_secs(89);
+    shard.timers();
+    assert_eq!(dropped(&shard, DropReason::NoSession), 0);
+    shard.ctx.now += Duration::from_secs(1);
+    shard.timers();
+    assert_eq!(dropped(&shard, DropReason::NoSession), 1);
 }
