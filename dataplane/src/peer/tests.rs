@@ -48,7 +48,7 @@ fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
     for id in [PeerId(1), PeerId(2)] {
         assert!(peers.wake(now, id, &mut engine).is_some());
     }
-    peers.get(PeerId(2)).unwrap().waiting.push(now, &[0; 30]);
+    peers.get(PeerId(2)).unwrap().waiting.push(now, &[0; 30], 1);
     peers.touch(now, PeerId(2));
     let entries = [kept, config(2, 9)].into_iter();
     let (wanted, dropped) = peers.replace(now, Some(&mut engine), entries);
@@ -91,7 +91,11 @@ fn only_peers_that_want_it_are_called_and_at_their_time() {
     assert_eq!(peers.next_deadline(), None, "idle sessions want nothing");
     for i in [3, 5] {
         let since = now + Duration::from_secs(u64::from(i));
-        peers.get(PeerId(i)).unwrap().waiting.push(since, &[0; 30]);
+        peers
+            .get(PeerId(i))
+            .unwrap()
+            .waiting
+            .push(since, &[0; 30], 1);
         peers.touch(now, PeerId(i));
     }
     let at = |secs| now + Duration::from_secs(secs);
@@ -229,7 +233,7 @@ fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
     loan.decide(1);
     let now = loan.now;
     let peer = loan.owner.get(LENT).unwrap();
-    peer.waiting.push(now, &[0; 30]);
+    peer.waiting.push(now, &[0; 30], 1);
     loan.owner.touch(now, LENT);
     assert!(!loan.admits(0), "those that wait go first");
     loan.owner.get(LENT).unwrap().waiting.clear();

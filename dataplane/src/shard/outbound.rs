@@ -124,7 +124,7 @@ impl Shard<'_> {
             return;
         };
         if !peer.ready(self.ctx.now) {
-            self.wait_for_session(id, bytes);
+            self.wait_for_session(id, bytes, plan.len() as u64);
             return;
         }
         let (ctx, Some(engine)) = (&mut self.ctx, &mut self.engine) else {
@@ -140,13 +140,13 @@ impl Shard<'_> {
         self.peers.reckon(id);
     }
 
-    /// Keeps a packet until there are keys, and sees to it that there will be.
-    fn wait_for_session(&mut self, id: PeerId, bytes: &[u8]) {
+    /// Keeps what stands for so many packets until there are keys, and sees to it that there will be.
+    fn wait_for_session(&mut self, id: PeerId, bytes: &[u8], packets: u64) {
         let ctx = &mut self.ctx;
         let Some(peer) = self.peers.get(id) else {
             return;
         };
-        let dropped = peer.waiting.push(ctx.now, bytes);
+        let dropped = peer.waiting.push(ctx.now, bytes, packets);
         ctx.counters.drop_many(DropReason::NoSession, dropped);
         let went_silent = peer
             .path
