@@ -6,7 +6,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// Packets (a super-packet is one here) and bytes that wait per peer at most; the oldest go first, as in the kernel's WireGuard.
+/// Packets (a super-packet is one here) and bytes that wait per peer at most; the oldest go first, as in
+/// the kernel's WireGuard.
 const PACKETS_MAX: usize = 128;
 const BYTES_MAX: usize = 512 << 10;
 
