@@ -8,15 +8,12 @@
 
 mod support;
 
-use std::ffi::CStr;
 use std::net::{SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::stats::{DropReason, Meter};
-use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, DriverKind, Engine, Event, Offloads, Rules, StartError,
-};
-use support::{End, Lab, PEER, Pair, Setup, can_run, run, soon};
+use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, Rules, StartError};
+use support::{End, PEER, Pair, Setup, can_run, run, soon, start_another};
 
 const HOUR: Duration = Duration::from_secs(3600);
 /// An event is there at once, on a machine that does not stand still.
@@ -513,23 +510,6 @@ fn garbage_is_counted_and_nothing_else_happens() {
     });
 }
 
-/// A data plane of its own, in the namespace of the thread that calls.
-fn another(driver: DriverChoice, port: u16) -> Result<Dataplane, StartError> {
-    Dataplane::start(Config {
-        tun_name: "rt1".to_owned(),
-        mtu: 1420,
-        shards: 2,
-        pin: false,
-        driver,
-        offloads: Offloads::default(),
-        listen_port: port,
-        fwmark: 0,
-        private_key: Some(zeroize::Zeroizing::new([9; 32])),
-        roam: false,
-        engine: Engine::Ringtail,
-    })
-}
-
 #[test]
 fn a_second_node_on_the_same_port_is_refused() {
     if !can_run("a_second_node_on_the_same_port_is_refused") {
@@ -539,38 +519,8 @@ fn a_second_node_on_the_same_port_is_refused() {
     let port = pair.a.local_port();
     let error = pair
         .lab
-        .inside(End::A, || another(DriverChoice::Auto, port).err());
+        .inside(End::A, || start_another(DriverChoice::Auto, port).err());
     assert!(matches!(error, Some(StartError::Udp { .. })), "{error:?}");
-}
-
-/// Whoever ends a node may at once start another with the same name and port.
-#[test]
-fn interface_and_port_are_free_once_it_has_ended() {
-    if !can_run("interface_and_port_are_free_once_it_has_ended") {
-        return;
-    }
-    let lab = Lab::new();
-    for driver in [DriverChoice::IoUring, DriverChoice::Epoll] {
-        lab.inside(End::A, || {
-            let mut port = 0;
-            for round in 0..20 {
-                let dataplane = another(driver, port)
-                    .unwrap_or_else(|error| panic!("{driver:?}, round {round}: {error}"));
-                port = dataplane.local_port();
-                // The shards are to sleep, with every request armed.
-                std::thread::sleep(Duration::from_millis(20));
-                assert!(interface_exists(c"rt1"));
-                drop(dataplane);
-                assert!(!interface_exists(c"rt1"), "{driver:?}, round {round}");
-            }
-        });
-    }
-}
-
-/// In the namespace of the thread that calls.
-fn interface_exists(name: &CStr) -> bool {
-    // SAFETY: the name ends with a NUL and is readable during the call.
-    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
 }
 
 /// A CE mark set on the way reaches the inner packet if that is ECN-capable, and drops it if not

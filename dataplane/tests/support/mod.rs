@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::{
     Config, Dataplane, DriverChoice, Engine, Event, Offloads, PathDecision, PeerConfig, PeerId,
-    Prefix, RegionId,
+    Prefix, RegionId, StartError,
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
@@ -194,6 +194,23 @@ impl Drop for Lab {
             let _status = Command::new("ip").args(["netns", "del", &name]).status();
         }
     }
+}
+
+/// A data plane `rt1` of its own, in the namespace of the thread that calls.
+pub(crate) fn start_another(driver: DriverChoice, port: u16) -> Result<Dataplane, StartError> {
+    Dataplane::start(Config {
+        tun_name: "rt1".to_owned(),
+        mtu: 1420,
+        shards: 2,
+        pin: false,
+        driver,
+        offloads: Offloads::default(),
+        listen_port: port,
+        fwmark: 0,
+        private_key: Some(Zeroizing::new([9; 32])),
+        roam: false,
+        engine: Engine::Ringtail,
+    })
 }
 
 /// How the data planes are to be.
