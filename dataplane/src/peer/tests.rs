@@ -271,17 +271,17 @@ fn a_change_of_keys_or_way_reaches_guests_with_their_next_run_and_old_keys_are_g
 
     let session = loan.owner.get(LENT).unwrap().session().unwrap();
     let old = Arc::downgrade(session.lend(loan.now).unwrap());
-    // Each handshake retires a pair of keys, and two of them are kept for opening.
-    for i in 1..=3 {
+    // Each handshake retires a pair of keys, and three of them are kept for opening.
+    for i in 1..=4 {
         loan.shake(200 * i);
         loan.owner.touch(loan.at(200 * i), LENT);
     }
     assert!(old.upgrade().is_none(), "no guest keeps them alive");
-    assert!(loan.admits(600));
+    assert!(loan.admits(800));
     loan.guests.release();
-    assert!(!loan.admits(180_600), "too old");
+    assert!(!loan.admits(180_800), "too old");
     loan.owner.end_sessions();
-    assert!(!loan.admits(600), "our own key has changed");
+    assert!(!loan.admits(800), "our own key has changed");
 }
 
 #[test]

@@ -19,6 +19,12 @@ use crate::stats::DropReason;
 // However many shards pass the limit at once, the counter does not wrap.
 const _: () = assert!((SHARDS_MAX * BATCH_MAX) as u64 <= u64::MAX - REJECT_AFTER_MESSAGES);
 
+/// Keypairs that are kept after they were replaced. The kernel keeps one, but handshakes that cross
+/// make two at once, one by each end, and the ends seal with different ones. When they cross again,
+/// the peer seals with its older one until it has our answer; by then our older one and its new one
+/// may have been retired after it.
+pub(super) const PREVIOUS_MAX: usize = 3;
+
 /// The sealing half of a keypair: a key, the peer's index, and a counter that any number of threads
 /// may take from.
 pub(crate) struct Sealing {
@@ -162,23 +168,22 @@ impl Keypair {
 ///
 /// `next` is one that we answered and the peer has not used yet: we may not seal with it, since the
 /// peer may never have got our response (paper §6.1). It becomes `current` with its first message.
-/// Two that were replaced still open what is under way; the kernel keeps one, but handshakes that
-/// cross make two at once, and then the one in use would go.
+/// Those that were replaced, newest first, still open what is under way.
 #[derive(Default)]
 pub(crate) struct Keypairs {
     pub(super) current: Option<Box<Keypair>>,
     pub(super) next: Option<Box<Keypair>>,
-    pub(super) previous: [Option<Box<Keypair>>; 2],
+    pub(super) previous: [Option<Box<Keypair>>; PREVIOUS_MAX],
 }
 
 impl Keypairs {
     /// The keypair we began is complete: it is the current one.
     pub(super) fn completed(&mut self, keypair: Box<Keypair>, indexes: &mut Indexes) {
-        // The peer may seal with `next` before it hears of ours.
-        let next = self.next.take();
-        self.retire(next, indexes);
         let current = self.current.replace(keypair);
         self.retire(current, indexes);
+        // The peer will seal with `next` if our answer reaches it.
+        let next = self.next.take();
+        self.retire(next, indexes);
     }
 
     /// We answered an initiation.
@@ -200,12 +205,10 @@ impl Keypairs {
         if keypair.is_none() {
             return;
         }
-        let [newer, older] = &mut self.previous;
-        if let Some(oldest) = older.take() {
+        self.previous.rotate_right(1);
+        if let Some(oldest) = std::mem::replace(&mut self.previous[0], keypair) {
             indexes.release(oldest.local_index);
         }
-        *older = newer.take();
-        *newer = keypair;
     }
 
     /// The keypair with the index, and whether it is `next`.
@@ -228,9 +231,9 @@ impl Keypairs {
         let Keypairs {
             current,
             next,
-            previous: [newer, older],
+            previous,
         } = std::mem::take(self);
-        for keypair in [current, next, newer, older].into_iter().flatten() {
+        for keypair in [current, next].into_iter().chain(previous).flatten() {
             indexes.release(keypair.local_index);
         }
     }

@@ -6,6 +6,7 @@
 
 use std::time::Instant;
 
+use super::keypair::PREVIOUS_MAX;
 use super::{REJECT_AFTER_TIME, ZERO_AFTER_TIME};
 
 /// One keypair.
@@ -21,15 +22,16 @@ struct Pair {
 pub struct Known {
     current: Option<Pair>,
     next: Option<Pair>,
-    /// The newer one first.
-    previous: [Option<Pair>; 2],
+    /// The newest first.
+    previous: [Option<Pair>; PREVIOUS_MAX],
     derived: Option<Instant>,
 }
 
 impl Known {
     fn retire(&mut self, pair: Option<Pair>) {
         if pair.is_some() {
-            self.previous = [pair, self.previous[0]];
+            self.previous.rotate_right(1);
+            self.previous[0] = pair;
         }
     }
 
@@ -41,9 +43,9 @@ impl Known {
 
     /// Its own initiation, which had this index, was answered.
     pub fn completed(&mut self, index: u32, now: Instant) {
-        let (next, current) = (self.next.take(), self.current.take());
-        self.retire(next);
+        let (current, next) = (self.current.take(), self.next.take());
         self.retire(current);
+        self.retire(next);
         self.current = Some(Pair { index, born: now });
         self.derived = Some(now);
     }
@@ -72,9 +74,9 @@ impl Known {
     /// True if a message for an index can be opened.
     #[must_use]
     pub fn holds(&self, index: u32, now: Instant) -> bool {
-        let [newer, older] = self.previous;
-        [self.current, self.next, newer, older]
+        [self.current, self.next]
             .into_iter()
+            .chain(self.previous)
             .flatten()
             .any(|pair| pair.index == index && now - pair.born < REJECT_AFTER_TIME)
     }

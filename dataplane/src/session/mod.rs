@@ -14,7 +14,7 @@
 //! 2. A response completes our handshake: its keypair is the current one, and a keep-alive shows the
 //!    peer that it is. As responder we have a *next* keypair, which becomes current with the first
 //!    message under it. Either is [`Change::Up`].
-//! 3. The current keypair seals; it, the next one and the two before it open. Alarms ask for new
+//! 3. The current keypair seals; it, the next one and the three before it open. Alarms ask for new
 //!    keys, send keep-alives, and end what is too old ([`Change::Down`]).
 //!
 //! A keypair is two halves. The sealing half is a key and an atomic counter: a batch takes its
@@ -41,7 +41,7 @@
 //! | §5.4.6 replay window, counters below `REJECT_AFTER_MESSAGES` | those of `window` |
 //! | §6.1 the responder waits for the first message under new keys | `the_responder_does_not_seal_before_the_initiator_has`, `a_bad_message_does_not_confirm_the_next_keys` |
 //! | §6.1 the initiator shows by its first message, a keep-alive if need be, that it has the keys | `basics::counters_begin_at_zero_and_every_message_of_a_key_has_the_next` |
-//! | §6.3 previous keys still open | `basics::a_second_handshake_replaces_the_keys_while_data_flows`, `crossing_rekeys_lose_nothing_that_is_under_way` |
+//! | §6.3 previous keys still open | `basics::a_second_handshake_replaces_the_keys_while_data_flows`, `crossing_rekeys_lose_nothing_that_is_under_way`, `rekeys_that_cross_again_…` |
 //! | §6.1, §6.4 `REKEY_TIMEOUT` and jitter between initiations, `REKEY_ATTEMPT_TIME` | `an_initiation_is_repeated_after_five_seconds_and_jitter_for_ninety_seconds`, `no_initiation_follows_a_handshake_message_within_five_seconds` |
 //! | §6.4 new data begins the attempt anew | `new_data_begins_the_ninety_seconds_anew` |
 //! | §6.2 `REKEY_AFTER_MESSAGES` | `after_two_to_the_sixty_messages_whoever_sends_rekeys` |
@@ -61,7 +61,8 @@
 //!
 //! * Our outstanding initiation survives that we answer the peer's. The kernel and wireguard-go
 //!   forget theirs, and two of them that start at once wait for the retry.
-//! * Two previous keypairs are kept, since handshakes that cross make two at once.
+//! * Three previous keypairs are kept, since handshakes that cross make two at once, and may cross
+//!   again before the peer seals with either.
 //! * Data without an answer makes a handshake after [`QUIET_LIMIT`] instead of 15 s, once keys are
 //!   older than [`FRESH`]: a peer that was restarted is reached again soon.
 //! * A new way to the peer gets a new initiation at once ([`INITIATION_INTERVAL_MIN`]).

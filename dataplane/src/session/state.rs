@@ -22,7 +22,7 @@ use crate::noise::{INITIATED_LEN, Initiated, Jar, JarState, Remote, Tai64n};
 pub(crate) enum Role {
     Current,
     Next,
-    /// Replaced; 0 is the newer one.
+    /// Replaced; 0 is the newest.
     Previous(u8),
 }
 
@@ -83,29 +83,28 @@ impl Machine {
     pub(super) fn export(mut self, own: &mut Own, now: Instant) -> SessionState {
         let since = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
         let keys = &self.keys;
-        let roles = [
-            (Role::Current, &keys.current),
-            (Role::Next, &keys.next),
-            (Role::Previous(0), &keys.previous[0]),
-            (Role::Previous(1), &keys.previous[1]),
-        ];
-        let keypairs = roles.into_iter().filter_map(|(role, keypair)| {
-            let keypair = keypair.as_ref()?;
-            let (send, remote_index, next_counter) = keypair.sealing.parts();
-            let (received, window) = keypair.window.parts();
-            Some(KeypairState {
-                role,
-                send: send.to_bytes(),
-                receive: keypair.opening.to_bytes(),
-                local_index: keypair.local_index,
-                remote_index,
-                age: now.saturating_duration_since(keypair.born),
-                initiator: keypair.initiator,
-                next_counter,
-                received,
-                window: window.to_vec(),
-            })
-        });
+        let roles = [(Role::Current, &keys.current), (Role::Next, &keys.next)];
+        let previous = (0..).map(Role::Previous).zip(&keys.previous);
+        let keypairs = roles
+            .into_iter()
+            .chain(previous)
+            .filter_map(|(role, keypair)| {
+                let keypair = keypair.as_ref()?;
+                let (send, remote_index, next_counter) = keypair.sealing.parts();
+                let (received, window) = keypair.window.parts();
+                Some(KeypairState {
+                    role,
+                    send: send.to_bytes(),
+                    receive: keypair.opening.to_bytes(),
+                    local_index: keypair.local_index,
+                    remote_index,
+                    age: now.saturating_duration_since(keypair.born),
+                    initiator: keypair.initiator,
+                    next_counter,
+                    received,
+                    window: window.to_vec(),
+                })
+            });
         let state = SessionState {
             keypairs: keypairs.collect(),
             initiated: self.initiated.as_ref().map(Initiated::export),

@@ -229,8 +229,8 @@ impl Network {
             }
             let indexes = self.ends[end].engine.own.indexes.len();
             assert!(
-                indexes <= 5,
-                "{indexes} indexes: four keypairs and an initiation"
+                indexes <= 6,
+                "{indexes} indexes: five keypairs and an initiation"
             );
         }
     }

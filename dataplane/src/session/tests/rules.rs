@@ -532,22 +532,70 @@ fn without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_
     );
 }
 
+/// Both begin, and both answers are written: of `a`, and of `b`.
+fn cross(at: Moment, a: &mut End, b: &mut End) -> [Vec<u8>; 2] {
+    let (from_a, from_b) = (a.initiate(at), b.initiate(at));
+    let (_, of_a) = a.handshake(at, &from_b).unwrap();
+    let (_, of_b) = b.handshake(at, &from_a).unwrap();
+    [of_a, of_b]
+}
+
 #[test]
 fn crossing_rekeys_lose_nothing_that_is_under_way() {
     let (mut a, mut b) = joined();
     // Sealed under the first keys and late.
     let late = [a.seal(secs(10.0), &ipv4(50)), b.seal(secs(10.0), &ipv4(50))];
     let now = secs(10.0);
-    let (from_a, from_b) = (a.initiate(now), b.initiate(now));
-    let (_, answer_of_a) = a.handshake(now, &from_b).unwrap();
-    let (_, answer_of_b) = b.handshake(now, &from_a).unwrap();
-    a.handshake(now, &answer_of_b).unwrap();
-    b.handshake(now, &answer_of_a).unwrap();
+    let [of_a, of_b] = cross(now, &mut a, &mut b);
+    a.handshake(now, &of_b).unwrap();
+    b.handshake(now, &of_a).unwrap();
     assert_eq!(b.open(now, &[&late[0]]).packets.len(), 1);
     assert_eq!(a.open(now, &[&late[1]]).packets.len(), 1);
     carry(10.0, &mut a, &mut b);
     carry(10.0, &mut b, &mut a);
     assert_eq!(a.engine.own.indexes.len(), 3);
+}
+
+#[test]
+fn rekeys_that_cross_again_lose_nothing_that_is_sealed_before_the_answers() {
+    let (mut a, mut b) = pair(OURS);
+    let [of_a, of_b] = cross(secs(0.0), &mut a, &mut b);
+    let (_, from_a) = a.handshake(secs(0.0), &of_b).unwrap();
+    let (_, from_b) = b.handshake(secs(0.0), &of_a).unwrap();
+    a.open(secs(0.0), &[&from_b]);
+    b.open(secs(0.0), &[&from_a]);
+    // Each began what it seals with, so both ask for new keys.
+    carry(120.0, &mut a, &mut b);
+    carry(120.0, &mut b, &mut a);
+    let [from_a, from_b] = [&mut a, &mut b].map(|end| end.step(secs(120.0)).1.unwrap());
+    let (_, of_a) = a.handshake(secs(120.02), &from_b).unwrap();
+    let (_, of_b) = b.handshake(secs(120.02), &from_a).unwrap();
+    let late = [&mut a, &mut b].map(|end| end.seal(secs(120.03), &ipv4(50)));
+    a.handshake(secs(120.04), &of_b).unwrap();
+    b.handshake(secs(120.04), &of_a).unwrap();
+    assert_eq!(a.open(secs(120.05), &[&late[1]]).packets.len(), 1);
+    assert_eq!(b.open(secs(120.05), &[&late[0]]).packets.len(), 1);
+    // Nor do more and more keys stay, or any beyond their time.
+    assert_eq!(a.engine.own.indexes.len(), 4);
+    pass(&mut a, 120.05, 660.1);
+    assert!(a.machine().keys.is_empty());
+    assert_eq!(a.engine.own.indexes.len(), 0);
+}
+
+#[test]
+fn a_plain_rekey_after_crossing_ones_loses_nothing_that_is_sealed_before_it_completes() {
+    let (mut a, mut b) = joined();
+    let now = secs(10.0);
+    let [of_a, of_b] = cross(now, &mut a, &mut b);
+    let (_, from_a) = a.handshake(now, &of_b).unwrap();
+    let (_, from_b) = b.handshake(now, &of_a).unwrap();
+    a.open(now, &[&from_b]);
+    b.open(now, &[&from_a]);
+    let initiation = a.initiate(secs(130.0));
+    let (_, response) = b.handshake(secs(130.02), &initiation).unwrap();
+    a.handshake(secs(130.04), &response).unwrap();
+    let late = b.seal(secs(130.05), &ipv4(50));
+    assert_eq!(a.open(secs(130.07), &[&late]).packets.len(), 1);
 }
 
 #[test]
