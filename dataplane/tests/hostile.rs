@@ -431,9 +431,9 @@ fn replays_and_the_edges_of_the_window() {
         (1, false),
         (5, false),
         (100_000, true),
-        (100_000 - 8127, true),
-        (100_000 - 8127, false),
+        (100_000 - 8128, true),
         (100_000 - 8128, false),
+        (100_000 - 8129, false),
         (6, false),
         (99_999, true),
         (99_999, false),
@@ -445,8 +445,8 @@ fn replays_and_the_edges_of_the_window() {
         (reject_after - 1, false),
         (reject_after, false),
         (u64::MAX, false),
-        (reject_after - 8128, true),
-        (reject_after - 8129, false),
+        (reject_after - 8129, true),
+        (reject_after - 8130, false),
         (200_000, false),
     ] {
         if ours || counter < 10 {

@@ -1,8 +1,11 @@
 //! Which counters of a keypair have been seen: a bitmap ring as in RFC 6479.
 //!
-//! The ring has one word more than the window needs: when the newest counter moves on, whole words
-//! are cleared and never a part of one. A counter is looked up before its message is authenticated,
-//! to drop what is known early, and entered after, so that a forged one changes nothing.
+//! The window is a whole number of words: the newest counter and the oldest that counts lie so many
+//! words apart, whatever their bits are. The ring has one word more, so that both have a place. When
+//! the newest moves on, whole words are cleared, and never a part of one.
+//!
+//! A counter is looked up before its message is authenticated, to drop what is known early, and
+//! entered after, so that a forged one changes nothing.
 
 #![forbid(unsafe_code)]
 
@@ -49,7 +52,7 @@ impl Window {
         if counter >= self.next {
             return true;
         }
-        if self.next - counter > WINDOW {
+        if self.next - 1 - counter > WINDOW {
             return false;
         }
         let (word, bit) = place(counter);
@@ -118,7 +121,7 @@ mod tests {
         fn accept(&mut self, counter: u64) -> bool {
             let in_window = self
                 .newest
-                .is_none_or(|newest| counter > newest || newest - counter < WINDOW);
+                .is_none_or(|newest| counter > newest || newest - counter <= WINDOW);
             if counter >= REJECT_AFTER_MESSAGES || !in_window {
                 return false;
             }
@@ -151,20 +154,20 @@ mod tests {
             (WINDOW, true),
             (WINDOW - 1, true),
             (WINDOW - 1, false),
-            (WINDOW + 1, true),
-            // 8127 behind is inside, 8128 is not.
-            (2, true),
-            (1, false),
-            (WINDOW * 2, true),
-            (WINDOW + 1, false),
-            (WINDOW + 2, true),
-            (WINDOW * 2 - 1, true),
+            (WINDOW + 4, true),
+            // 8128 behind is inside, 8129 is not.
+            (4, true),
+            (3, false),
+            (WINDOW * 2 + 10, true),
+            (WINDOW + 10, true),
+            (WINDOW + 9, false),
+            (WINDOW * 2 + 9, true),
             (LIMIT - 1, true),
             (LIMIT, false),
             (u64::MAX, false),
             (LIMIT - 1, false),
-            (LIMIT - WINDOW, true),
-            (LIMIT - WINDOW - 1, false),
+            (LIMIT - 1 - WINDOW, true),
+            (LIMIT - 2 - WINDOW, false),
             (0, false),
         ];
         let mut window = Window::new();
@@ -172,7 +175,62 @@ mod tests {
             assert_eq!(window.accept(*counter), *verdict, "{counter}");
         }
         compare(rows.iter().map(|(counter, _)| *counter));
-        const { assert!(WINDOW >= 8128) };
+        const { assert!(WINDOW == 8128) };
+    }
+
+    /// What the self-tests of the kernel's WireGuard and of wireguard-go ask in turn.
+    #[test]
+    fn verdicts_are_those_of_the_kernels_and_wireguard_gos_self_tests() {
+        const LIMIT: u64 = REJECT_AFTER_MESSAGES;
+        // The first newest counter for which 0 is too old.
+        const AHEAD: u64 = WINDOW + 1;
+        let rows = [
+            (0, true),
+            (1, true),
+            (1, false),
+            (9, true),
+            (8, true),
+            (7, true),
+            (7, false),
+            (AHEAD, true),
+            (AHEAD - 1, true),
+            (AHEAD - 1, false),
+            (AHEAD - 2, true),
+            (2, true),
+            (2, false),
+            (AHEAD + 16, true),
+            (3, false),
+            (AHEAD + 16, false),
+            (AHEAD * 4, true),
+            (AHEAD * 4 - (AHEAD - 1), true),
+            (10, false),
+            (AHEAD * 4 - AHEAD, false),
+            (AHEAD * 4 - (AHEAD + 1), false),
+            (AHEAD * 4 - (AHEAD - 2), true),
+            (AHEAD * 4 + 1 - AHEAD, false),
+            (0, false),
+            (LIMIT, false),
+            (LIMIT - 1, true),
+            (LIMIT, false),
+            (LIMIT - 1, false),
+            (LIMIT - 2, true),
+            (LIMIT + 1, false),
+            (LIMIT + 2, false),
+            (LIMIT - 2, false),
+            (LIMIT - 3, true),
+            (0, false),
+        ];
+        let mut window = Window::new();
+        for (i, (counter, verdict)) in rows.into_iter().enumerate() {
+            assert_eq!(window.accept(counter), verdict, "row {i}: {counter}");
+        }
+        // And all counters but the oldest, which comes last.
+        for (newest, verdict) in [(WINDOW, true), (WINDOW + 1, false)] {
+            let mut window = Window::new();
+            assert!((1..=newest).all(|counter| window.accept(counter)));
+            assert_eq!(window.accept(0), verdict, "behind {newest}");
+            assert!((0..=newest).rev().all(|counter| !window.accept(counter)));
+        }
     }
 
     #[test]
