@@ -211,6 +211,7 @@ impl Machine {
             &mut own.rng,
             out,
         );
+        own.renew_rng();
         let Ok(initiated) = made else {
             // A public key of low order: there is nobody to talk to, ever.
             own.indexes.release(index);
@@ -303,6 +304,7 @@ impl Machine {
             .first_chunk_mut::<RESPONSE_LEN>()
             .expect("a response is the shorter message");
         let made = noise::response(&self.remote, received, index, cookie, &mut own.rng, room);
+        own.renew_rng();
         let (keys, mac1) = made.map_err(|error| {
             own.indexes.release(index);
             error.reason()

@@ -34,6 +34,7 @@
 //! | §5.1 initiations less than 20 ms apart are not answered | `initiations_less_than_twenty_milliseconds_apart_are_not_answered` |
 //! | §5.2 a preshared key, which may change | `without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_the_next` |
 //! | §5.3, §5.4.7, §6.6 a cookie goes into the next message, for 120 s, and makes none by itself | `a_cookie_goes_into_the_next_message_for_two_minutes` |
+//! | §5.4 ephemeral keys of the past are gone | `the_generator_does_not_keep_the_ephemeral_keys_it_gave` |
 //! | §5.4 exact message lengths | `basics::messages_of_wrong_lengths_are_dropped` |
 //! | §5.1, §5.4.4 MAC1; what is not authentic is not answered | `basics::a_message_with_a_wrong_mac_or_from_a_stranger_is_dropped` |
 //! | §5.4.6 counters from zero, one per message and key; keep-alives without a packet | `basics::counters_begin_at_zero_and_every_message_of_a_key_has_the_next` |
@@ -94,6 +95,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rand::SeedableRng;
 use rand::rngs::StdRng;
 use zeroize::Zeroizing;
 
@@ -184,6 +186,15 @@ struct Own {
     aead: Aead,
     rng: StdRng,
     indexes: Indexes,
+}
+
+impl Own {
+    /// Erases the generator and goes on with one that it has seeded. To be called when it has given
+    /// an ephemeral key: a generator keeps its seed, so whoever came by it later could compute every
+    /// key it ever gave.
+    fn renew_rng(&mut self) {
+        self.rng = StdRng::from_rng(&mut self.rng);
+    }
 }
 
 fn padded_len(len: usize, mtu: usize) -> usize {

@@ -7,7 +7,6 @@ mod rules;
 
 use std::sync::LazyLock;
 
-use rand::SeedableRng;
 use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::*;

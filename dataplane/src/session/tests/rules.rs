@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use rand::Rng;
+
 use super::*;
 use crate::noise::{self, Gate, Verdict};
 
@@ -403,6 +405,35 @@ fn a_bad_message_does_not_confirm_the_next_keys() {
     assert_eq!(got.report, OpenReport::default());
     assert_eq!(got.dropped, [DropReason::OpenFailed]);
     assert!(!b.ready(secs(0.0)));
+}
+
+/// Some of what a generator gives as long as it is not replaced.
+fn stream(mut rng: StdRng) -> Vec<u8> {
+    let mut bytes = vec![0; 4096];
+    rng.fill_bytes(&mut bytes);
+    bytes
+}
+
+/// True if the ephemeral key of the outstanding initiation is in there.
+fn ephemeral_is_in(end: &mut End, stream: &[u8]) -> bool {
+    let state = end.machine().initiated.as_ref().unwrap().export();
+    // Behind the index and MAC1.
+    let ephemeral = &state[20..52];
+    stream.windows(32).any(|bytes| bytes == ephemeral)
+}
+
+#[test]
+fn the_generator_does_not_keep_the_ephemeral_keys_it_gave() {
+    let (mut a, mut b) = pair(OURS);
+    let [of_a, of_b] = [1, 2].map(|own| stream(rng(own)));
+    let initiation = a.initiate(secs(0.0));
+    assert!(ephemeral_is_in(&mut a, &of_a), "the first of them");
+    a.initiate(secs(1.0));
+    assert!(!ephemeral_is_in(&mut a, &of_a));
+    // An answer takes one too.
+    b.handshake(secs(1.0), &initiation).unwrap();
+    b.initiate(secs(7.0));
+    assert!(!ephemeral_is_in(&mut b, &of_b));
 }
 
 #[test]
