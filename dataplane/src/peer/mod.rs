@@ -22,7 +22,7 @@ use waiting::Waiting;
 
 use crate::channel::hub::PeerEntry;
 use crate::channel::{Arrived, Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared};
-use crate::session::{Engine, Session, Staged};
+use crate::session::{Engine, Session, Staged, Stamps};
 use crate::stats::DropReason;
 use crate::sys::socket::Local;
 use crate::tun::segment::Plan;
@@ -85,6 +85,8 @@ pub(crate) struct Peer {
     pub(crate) shared: Arc<PeerShared>,
     /// Made when first needed: it costs a Diffie-Hellman computation.
     session: Option<Session>,
+    /// What the session before it knew.
+    stamps: Stamps,
     /// What is lent to other shards.
     grant: Option<Lent>,
     pub(crate) path: Path,
@@ -181,7 +183,9 @@ impl Peers {
     pub(crate) fn end_sessions(&mut self) -> Vec<PeerId> {
         let mut wanted = Vec::new();
         for peer in self.by_id.iter_mut().flatten() {
-            peer.session = None;
+            if let Some(session) = peer.session.take() {
+                peer.stamps = session.stamps();
+            }
             peer.grant = None;
             if !peer.waiting.is_empty() || keepalive(&peer.config).is_some() {
                 wanted.push(peer.id);
@@ -199,7 +203,9 @@ impl Peers {
     ) -> Option<&mut Peer> {
         let peer = self.by_id.get_mut(id.0 as usize)?.as_deref_mut()?;
         if peer.session.is_none() {
-            peer.session = Some(engine.session(now, &peer.config));
+            let mut session = engine.session(now, &peer.config);
+            session.set_stamps(peer.stamps);
+            peer.session = Some(session);
         }
         self.touch(now, id);
         self.get(id)
@@ -250,6 +256,7 @@ impl Peer {
             config,
             shared,
             session: None,
+            stamps: Stamps::default(),
             grant: None,
             path: if roam {
                 Path::following()

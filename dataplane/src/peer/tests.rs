@@ -224,6 +224,47 @@ impl Loan {
 }
 
 #[test]
+fn timestamps_are_remembered_while_our_key_is_gone() {
+    let mut loan = Loan::new();
+    let now = loan.now;
+    let at = |secs, wall| Moment {
+        now: now + Duration::from_secs(secs),
+        wall: Duration::from_secs(wall),
+    };
+    let initiation = |session: &mut Session, engine: &mut Engine, at| {
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let len = session.initiate(engine, at, true, &mut out).unwrap();
+        out[..len].to_vec()
+    };
+    let hear = |session: &mut Session, engine: &mut Engine, at, message: &[u8]| {
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let outcome = session.handle_handshake(engine, at, message, None, &mut out);
+        outcome.map(|outcome| outcome.handshake)
+    };
+    let (far_engine, far) = &mut loan.far;
+    let owner = &mut loan.owner;
+    let theirs = initiation(far, far_engine, at(0, 100));
+    let session = owner.wake(now, LENT, &mut loan.engine).unwrap().session();
+    let session = session.unwrap();
+    let heard = hear(session, &mut loan.engine, at(0, 100), &theirs);
+    assert_eq!(heard, Ok(true));
+    let ours = initiation(session, &mut loan.engine, at(1, 100));
+    assert_eq!(hear(far, far_engine, at(1, 100), &ours), Ok(true));
+
+    // It goes away, and comes back.
+    owner.end_sessions();
+    owner.end_sessions();
+    loan.engine = engine();
+    let session = owner.wake(now, LENT, &mut loan.engine).unwrap().session();
+    let session = session.unwrap();
+    let heard = hear(session, &mut loan.engine, at(2, 102), &theirs);
+    assert_eq!(heard, Err(DropReason::HandshakeReplayed));
+    // Our clock was set back.
+    let ours = initiation(session, &mut loan.engine, at(2, 50));
+    assert_eq!(hear(far, far_engine, at(2, 50), &ours), Ok(true));
+}
+
+#[test]
 fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
     let mut loan = Loan::new();
     assert!(!loan.admits(0), "no keys");

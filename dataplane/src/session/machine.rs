@@ -22,7 +22,8 @@ use super::window::Window;
 use super::{
     BATCH_MAX, Change, FRESH, INITIATION_INTERVAL_MIN, KEEPALIVE_TIMEOUT, MESSAGE_LEN_MAX, Moment,
     OpenReport, Opened, Outcome, Own, QUIET_LIMIT, RECEIVE_REKEY_AFTER_TIME, REJECT_AFTER_TIME,
-    REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX, ZERO_AFTER_TIME,
+    REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX, Stamps,
+    ZERO_AFTER_TIME,
 };
 use crate::aead::{Aead, Open};
 use crate::channel::PeerId;
@@ -107,6 +108,21 @@ impl Machine {
     /// Changes the preshared key, for handshakes from now on; the live session stays.
     pub(crate) fn set_preshared(&mut self, preshared: Option<&[u8; 32]>) {
         self.remote.set_preshared(preshared);
+    }
+
+    /// The timestamps that the next machine for the peer goes on from.
+    pub(super) fn stamps(&self) -> Stamps {
+        Stamps {
+            newest: self.newest,
+            stamped: self.stamped,
+        }
+    }
+
+    /// Goes on from the timestamps of the machine before.
+    pub(super) fn set_stamps(&mut self, stamps: Stamps) {
+        let Stamps { newest, stamped } = stamps;
+        self.newest = newest;
+        self.stamped = stamped;
     }
 
     /// True if it has keys to seal with.

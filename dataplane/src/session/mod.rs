@@ -30,7 +30,7 @@
 //!
 //! | Rule | Test |
 //! |---|---|
-//! | §5.1 an initiation whose timestamp is not newer is a replay | `an_initiation_that_is_not_newer_is_a_replay` |
+//! | §5.1 an initiation whose timestamp is not newer is a replay | `an_initiation_that_is_not_newer_is_a_replay`, `peer::timestamps_are_remembered_while_our_key_is_gone` |
 //! | §5.1 initiations less than 20 ms apart are not answered | `initiations_less_than_twenty_milliseconds_apart_are_not_answered` |
 //! | §5.2 a preshared key, which may change | `without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_the_next` |
 //! | §5.3, §5.4.7, §6.6 a cookie goes into the next message, for 120 s, and makes none by itself | `a_cookie_goes_into_the_next_message_for_two_minutes` |
@@ -109,7 +109,7 @@ use crate::aead::Aead;
 use crate::channel::{PeerConfig, PeerId};
 use crate::classify::DATA_HEADER_LEN;
 use crate::config;
-use crate::noise::{Half, LocalKeys, Remote};
+use crate::noise::{Half, LocalKeys, Remote, Tai64n};
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
 use indexes::Indexes;
@@ -396,6 +396,17 @@ pub(crate) struct Staged {
     pub(crate) bytes: usize,
 }
 
+/// What is remembered of a peer when its session ends with our key, for the next one: the same key
+/// may come back, and then an old initiation must still be old. The kernel and wireguard-go keep it
+/// in the peer too.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Stamps {
+    /// Of the peer's newest initiation.
+    newest: Option<Tai64n>,
+    /// Of our last one.
+    stamped: Option<Tai64n>,
+}
+
 /// One peer's session.
 pub(crate) enum Session {
     /// Our own.
@@ -418,6 +429,23 @@ impl Session {
                 old.preshared_key == new.preshared_key
                     && old.persistent_keepalive == new.persistent_keepalive
             }
+        }
+    }
+
+    /// What the peer's next session is to know.
+    pub(crate) fn stamps(&self) -> Stamps {
+        match self {
+            Session::Ours(machine) => machine.stamps(),
+            // boringtun does not tell.
+            Session::Boringtun(_) => Stamps::default(),
+        }
+    }
+
+    /// Tells a new session what the one before it knew.
+    pub(crate) fn set_stamps(&mut self, stamps: Stamps) {
+        match self {
+            Session::Ours(machine) => machine.set_stamps(stamps),
+            Session::Boringtun(_) => {}
         }
     }
 

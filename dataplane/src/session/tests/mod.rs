@@ -108,6 +108,7 @@ fn the_tables_of_the_papers_rules_name_tests_that_exist() {
         ("window", include_str!("../window.rs")),
         ("keypair", include_str!("../keypair.rs")),
         ("model", include_str!("../model.rs")),
+        ("peer", include_str!("../../peer/tests.rs")),
     ];
     let noise = [
         ("mod", include_str!("../../noise/tests/mod.rs")),
