@@ -39,6 +39,13 @@ impl Counter {
         (first <= self.limit && n <= self.limit - first).then_some(first)
     }
 
+    /// Takes all that are left and returns the first of them, the limit at most. It never lowers the
+    /// sum, which may be above the limit: the room there is for additions that are under way.
+    pub(super) fn close(&self) -> u64 {
+        let next = self.next.fetch_max(self.limit, Ordering::Relaxed);
+        next.min(self.limit)
+    }
+
     /// The number that would be next, the limit at most.
     pub(super) fn peek(&self) -> u64 {
         self.next.load(Ordering::Relaxed).min(self.limit)

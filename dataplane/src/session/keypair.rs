@@ -108,9 +108,16 @@ impl Sealing {
         Ok(())
     }
 
-    /// The parts that an export holds.
-    pub(super) fn parts(&self) -> (&Key, u32, u64) {
-        (&self.key, self.remote_index, self.counter.peek())
+    /// The parts that an export holds: key, index and next counter. Whoever else holds this half
+    /// seals no more with it.
+    pub(super) fn close(&self) -> (&Key, u32, u64) {
+        (&self.key, self.remote_index, self.counter.close())
+    }
+
+    /// The counter of the next message.
+    #[cfg(test)]
+    pub(super) fn next_counter(&self) -> u64 {
+        self.counter.peek()
     }
 }
 
@@ -306,6 +313,20 @@ mod tests {
         assert_eq!(sealing.reserve(2), Some(REJECT_AFTER_MESSAGES - 3));
         assert_eq!(sealing.reserve(1), Some(REJECT_AFTER_MESSAGES - 1));
         assert_eq!(sealing.reserve(1), None);
+    }
+
+    #[test]
+    fn a_closed_key_gives_its_next_counter_and_no_more() {
+        let sealing = sealing(7);
+        assert_eq!(sealing.reserve(2), Some(7));
+        assert_eq!(sealing.close().2, 9);
+        assert_eq!(sealing.reserve(1), None);
+        assert_eq!(sealing.close().2, REJECT_AFTER_MESSAGES, "nothing is left");
+        assert!(!sealing.usable(now()));
+        // A batch that did not fit has added to the sum.
+        let sealing = self::sealing(REJECT_AFTER_MESSAGES - 3);
+        assert_eq!(sealing.reserve(5), None);
+        assert_eq!(sealing.close().2, REJECT_AFTER_MESSAGES);
     }
 
     #[test]

@@ -56,3 +56,22 @@ fn no_order_makes_batches_overlap() {
         }
     });
 }
+
+/// Who closes the counter and who takes from it never get the same number, nor leave one out.
+#[test]
+fn no_order_gives_a_number_again_after_the_counter_was_closed() {
+    loom::model(|| {
+        let counter = Arc::new(Counter::new(0, 5));
+        let take = |counter: Arc<Counter>| move || counter.reserve(2);
+        let threads = [(), ()].map(|()| loom::thread::spawn(take(counter.clone())));
+        let rest = counter.close();
+        let mut taken: Vec<u64> = Vec::new();
+        for thread in threads {
+            taken.extend(thread.join().unwrap());
+        }
+        taken.sort_unstable();
+        let before: Vec<u64> = (0..rest).step_by(2).collect();
+        assert_eq!(taken, before, "all below {rest}, and nothing else");
+        assert_eq!((counter.reserve(1), counter.close()), (None, 5));
+    });
+}

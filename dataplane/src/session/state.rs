@@ -78,8 +78,8 @@ fn before(now: Instant, age: Duration) -> Instant {
 }
 
 impl Machine {
-    /// Ends the session here and returns what another process goes on with. No shard may seal for
-    /// it any more: a counter would be used twice.
+    /// Ends the session here and returns what another process goes on with. A shard that still has
+    /// the keys seals no more with them: all counters that are left go along.
     pub(super) fn export(mut self, own: &mut Own, now: Instant) -> SessionState {
         let since = |at: Option<Instant>| at.map(|at| now.saturating_duration_since(at));
         let keys = &self.keys;
@@ -90,7 +90,7 @@ impl Machine {
             .chain(previous)
             .filter_map(|(role, keypair)| {
                 let keypair = keypair.as_ref()?;
-                let (send, remote_index, next_counter) = keypair.sealing.parts();
+                let (send, remote_index, next_counter) = keypair.sealing.close();
                 let (received, window) = keypair.window.parts();
                 Some(KeypairState {
                     role,

@@ -224,7 +224,7 @@ fn keys_are_not_used_after_three_minutes() {
 /// Puts the sealing counter of the current keypair to a value.
 fn set_counter(end: &mut End, next: u64) {
     let current = end.machine().keys.current.as_ref().unwrap();
-    let (_, _, now) = current.sealing.parts();
+    let now = current.sealing.next_counter();
     end.use_up(next - now);
 }
 
@@ -665,6 +665,27 @@ fn an_exported_session_goes_on_elsewhere() {
     assert_eq!(outcome.change, Change::Up);
     assert_eq!(b.open(now, &[&keepalive]).report.change, Change::Up);
     carry(3.0, &mut heir, &mut b);
+}
+
+#[test]
+fn a_shard_that_still_has_the_keys_of_an_exported_session_seals_no_more() {
+    let (mut a, mut b) = joined();
+    let now = secs(1.0);
+    let lent = Arc::clone(a.session.lend(now.now).unwrap());
+    let mut message = vec![0; 64];
+    let seal = |message: &mut Vec<u8>, a: &End| a.engine.seal_lent(&lent, now.now, message, 64);
+    assert_eq!(seal(&mut message, &a), Ok(()));
+    assert_eq!(b.open(now, &[&message]).report.datagrams, 1);
+    let config = peer_config(2, None);
+    let empty = a.engine.session(now.now, &config);
+    let session = std::mem::replace(&mut a.session, empty);
+    let state = a.engine.export(now.now, session).unwrap();
+    assert_eq!(
+        state.keypairs[0].next_counter, 2,
+        "behind a keep-alive and this"
+    );
+    let refused = seal(&mut message, &a).unwrap_err();
+    assert_eq!(refused, DropReason::SessionExpired);
 }
 
 /// Tells an end that another shard sealed for it: when it hears of it, when that was, and when
