@@ -125,6 +125,7 @@ impl Jar {
 
 /// A [`Jar`] as plain data.
 #[derive(Clone, Default)]
+#[cfg_attr(test, derive(PartialEq))]
 pub struct JarState {
     /// MAC1 of the last message.
     pub last_mac1: Option<[u8; MAC_LEN]>,

@@ -27,6 +27,7 @@ pub(crate) enum Role {
 }
 
 /// A keypair.
+#[cfg_attr(test, derive(PartialEq))]
 pub(crate) struct KeypairState {
     pub(crate) role: Role,
     pub(crate) send: Zeroizing<[u8; 32]>,
@@ -43,6 +44,7 @@ pub(crate) struct KeypairState {
 }
 
 /// The whole state of a session but its configuration (keys of both ends, preshared key).
+#[cfg_attr(test, derive(PartialEq))]
 pub(crate) struct SessionState {
     pub(crate) keypairs: Vec<KeypairState>,
     /// Our outstanding initiation.

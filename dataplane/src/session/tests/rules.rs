@@ -1,10 +1,12 @@
 //! One timeline per rule of the WireGuard paper's sections 5 and 6. The clock is jumped to where
 //! the session wants to be called.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rand::Rng;
 
+use super::state::SessionState;
 use super::*;
 use crate::noise::{self, Gate, Verdict};
 
@@ -495,23 +497,29 @@ fn no_initiation_follows_a_handshake_message_within_five_seconds() {
     assert_eq!(pass(&mut b, 3.0, 100.0), []);
 }
 
+fn from() -> SocketAddr {
+    SocketAddr::from(([192, 0, 2, 1], 7))
+}
+
+/// The cookie reply that a gate makes once a message has come too often.
+fn challenge(gate: &mut Gate, at: Moment, message: &[u8]) -> [u8; 64] {
+    let (mut rng, mut reply) = (rng(5), [0; 64]);
+    let challenged = (0..2000).any(|_| {
+        let verdict = gate.handle(at.now, from(), message, &mut rng, &mut reply);
+        matches!(verdict, Verdict::Challenge)
+    });
+    assert!(challenged);
+    reply
+}
+
 #[test]
 fn a_cookie_goes_into_the_next_message_for_two_minutes() {
     let (mut a, b) = pair(OURS);
     let local = Arc::new(LocalKeys::new(&private(2)));
     let mut gate = Gate::new(secs(0.0).now, Some(local));
-    let from = "192.0.2.1:7".parse().unwrap();
-    let mut reply = [0; 64];
-    let mut rng = rng(5);
     let initiation = a.initiate(secs(0.0));
     assert_eq!(initiation[132..], [0; 16], "no cookie yet");
-    let mut challenged = |message: &[u8], now: Moment, reply: &mut [u8; 64]| {
-        (0..2000).any(|_| {
-            let verdict = gate.handle(now.now, from, message, &mut rng, reply);
-            matches!(verdict, Verdict::Challenge)
-        })
-    };
-    assert!(challenged(&initiation, secs(0.0), &mut reply));
+    let mut reply = challenge(&mut gate, secs(0.0), &initiation);
     let mut forged = reply;
     forged[40] ^= 1;
     assert!(a.handshake(secs(0.1), &forged).is_err());
@@ -525,7 +533,7 @@ fn a_cookie_goes_into_the_next_message_for_two_minutes() {
     assert!(outcome.handshake);
     let retry = retry.unwrap();
     assert_ne!(retry[132..], [0; 16]);
-    let passed = gate.handle(secs(5.4).now, from, &retry, &mut self::rng(6), &mut reply);
+    let passed = gate.handle(secs(5.4).now, from(), &retry, &mut rng(6), &mut reply);
     assert!(matches!(passed, Verdict::Initiation(_)), "{passed:?}");
     assert_ne!(a.initiate(secs(119.0))[132..], [0; 16]);
     assert_eq!(a.initiate(secs(120.1))[132..], [0; 16], "too old");
@@ -629,6 +637,21 @@ fn a_plain_rekey_after_crossing_ones_loses_nothing_that_is_sealed_before_it_comp
     assert_eq!(a.open(secs(130.07), &[&late]).packets.len(), 1);
 }
 
+/// Takes an end's session out of it.
+fn export(end: &mut End, config: &PeerConfig, at: Moment) -> SessionState {
+    let empty = end.engine.session(at.now, config);
+    let session = std::mem::replace(&mut end.session, empty);
+    end.engine.export(at.now, session).unwrap()
+}
+
+/// Moves the session of the end with the private key `own` to another process.
+fn move_on(end: &mut End, own: u8, config: &PeerConfig, at: Moment) {
+    let state = export(end, config, at);
+    let mut heir = self::end(OURS, own, config);
+    heir.session = heir.engine.import(at.now, config, &state).unwrap();
+    *end = heir;
+}
+
 #[test]
 fn an_exported_session_goes_on_elsewhere() {
     let (mut a, mut b) = joined();
@@ -642,14 +665,10 @@ fn an_exported_session_goes_on_elsewhere() {
     let deadlines = a.session.poll_timeout();
 
     let now = secs(3.0);
-    let mut heir = end(OURS, 1, &peer_config(2, None));
-    let session = std::mem::replace(&mut a.session, {
-        let config = peer_config(2, None);
-        a.engine.session(now.now, &config)
-    });
-    let state = a.engine.export(now.now, session).unwrap();
-    assert_eq!(a.engine.own.indexes.len(), 0, "nothing is left behind");
     let config = peer_config(2, None);
+    let state = export(&mut a, &config, now);
+    assert_eq!(a.engine.own.indexes.len(), 0, "nothing is left behind");
+    let mut heir = end(OURS, 1, &config);
     heir.session = heir.engine.import(now.now, &config, &state).unwrap();
     assert!(
         heir.engine.import(now.now, &config, &state).is_none(),
@@ -665,6 +684,101 @@ fn an_exported_session_goes_on_elsewhere() {
     assert_eq!(outcome.change, Change::Up);
     assert_eq!(b.open(now, &[&keepalive]).report.change, Change::Up);
     carry(3.0, &mut heir, &mut b);
+}
+
+#[test]
+fn all_keys_of_an_exported_session_keep_their_parts() {
+    let (mut a, mut b) = pair(OURS);
+    let late = [0.0, 20.0, 40.0, 60.0].map(|seconds| {
+        shake(secs(seconds), &mut a, &mut b);
+        [(); 2].map(|()| a.seal(secs(seconds), &ipv4(50)))
+    });
+    let initiation = a.initiate(secs(80.0));
+    let (_, response) = b.handshake(secs(80.0), &initiation).unwrap();
+    let (_, keepalive) = a.handshake(secs(80.0), &response).unwrap();
+    move_on(&mut b, 2, &peer_config(1, None), secs(80.0));
+    assert_eq!(b.engine.own.indexes.len(), 5);
+    for [first, _] in &late {
+        assert_eq!(b.open(secs(81.0), &[first]).packets.len(), 1);
+    }
+    let index = u32::from_le_bytes(*late[3][0][4..].first_chunk().unwrap());
+    let current = b.machine().keys.current.as_ref().unwrap();
+    assert_eq!(current.local_index, index, "not the next one yet");
+    assert_eq!(b.open(secs(81.0), &[&keepalive]).report.change, Change::Up);
+    // The oldest has gone for it, and no other.
+    let [oldest, younger @ ..] = &late;
+    let dropped = b.open(secs(81.0), &[&oldest[1]]).dropped;
+    assert_eq!(dropped, [DropReason::UnknownIndex]);
+    for [_, second] in younger {
+        assert_eq!(b.open(secs(81.0), &[second]).packets.len(), 1);
+    }
+    carry(81.0, &mut b, &mut a);
+}
+
+#[test]
+fn an_exported_session_knows_replays_and_takes_and_gives_cookies() {
+    let (mut a, mut b) = pair(OURS);
+    let (of_a, of_b) = (peer_config(2, None), peer_config(1, None));
+    let first = a.initiate(secs(0.0));
+    let second = a.initiate(secs(1.0));
+    b.handshake(secs(3.0), &first).unwrap();
+    move_on(&mut b, 2, &of_b, secs(3.01));
+    let mut refusal = |seconds, message: &[u8]| b.handshake(secs(seconds), message).err();
+    assert_eq!(refusal(3.0199, &second), Some(DropReason::HandshakeTooSoon));
+    assert_eq!(refusal(4.0, &first), Some(DropReason::HandshakeReplayed));
+    // The reply to a message that was sent before, and the cookie from before.
+    let local = Arc::new(LocalKeys::new(&private(2)));
+    let mut gate = Gate::new(secs(0.0).now, Some(local));
+    let reply = challenge(&mut gate, secs(4.0), &second);
+    move_on(&mut a, 1, &of_a, secs(4.0));
+    a.handshake(secs(4.0), &reply).unwrap();
+    move_on(&mut a, 1, &of_a, secs(5.0));
+    // A clock that was set back.
+    let mut back = secs(6.0);
+    back.wall = Duration::from_secs(1000);
+    let third = a.initiate(back);
+    assert_ne!(third[132..], [0; 16]);
+    assert_eq!(refusal(6.0, &second), None);
+    assert_eq!(refusal(7.0, &third), None, "newer than the second");
+    move_on(&mut a, 1, &of_a, secs(123.9));
+    assert_ne!(a.initiate(secs(123.95))[132..], [0; 16]);
+    assert_eq!(a.initiate(secs(124.1))[132..], [0; 16], "too old");
+}
+
+#[test]
+fn what_is_exported_is_imported_to_the_last_bit() {
+    let config = peer_config(2, Some(25));
+    let mut a = end(OURS, 1, &config);
+    let mut b = end(OURS, 2, &peer_config(1, None));
+    for seconds in [0.0, 10.0, 20.0, 30.0] {
+        shake(secs(seconds), &mut a, &mut b);
+        carry(seconds, &mut a, &mut b);
+        carry(seconds, &mut b, &mut a);
+    }
+    carry(31.0, &mut b, &mut a);
+    let initiation = b.initiate(secs(40.0));
+    a.handshake(secs(40.0), &initiation).unwrap();
+    let initiation = a.initiate(secs(41.0));
+    let local = Arc::new(LocalKeys::new(&private(2)));
+    let mut gate = Gate::new(secs(0.0).now, Some(local));
+    let reply = challenge(&mut gate, secs(41.0), &initiation);
+    a.handshake(secs(42.0), &reply).unwrap();
+    a.initiate(secs(43.0));
+    let machine = a.machine();
+    machine.late_rekey = true;
+    machine.another_keepalive = true;
+    for (seconds, alarm) in (50..).zip(timers::Alarm::ALL) {
+        machine.alarms.set(alarm, secs(f64::from(seconds)).now);
+    }
+
+    let state = export(&mut a, &config, secs(44.0));
+    assert_eq!(state.keypairs.len(), 5);
+    assert!(state.initiated.is_some() && state.attempt.is_some() && state.up);
+    assert!(state.handshake_sent.is_some() && state.answered.is_some());
+    assert!(state.newest.is_some() && state.stamped.is_some() && state.keepalive.is_some());
+    assert!(state.jar.last_mac1.is_some() && state.jar.cookie.is_some());
+    a.session = a.engine.import(secs(45.0).now, &config, &state).unwrap();
+    assert!(export(&mut a, &config, secs(45.0)) == state);
 }
 
 #[test]
