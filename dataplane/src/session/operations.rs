@@ -1,9 +1,9 @@
 //! Lists of operations on two joined sessions, beside a small model that says what must come out:
 //! what the fuzzer and the tests run.
 //!
-//! The model keeps, for each end, which keypairs there are ([`Known`]) and which datagrams arrived;
-//! the network keeps every message, and may deliver each any number of times, in any order, whole or
-//! damaged.
+//! The model keeps, for each end, which keypairs there are ([`Known`]), which handshakes go on, and
+//! which datagrams arrived; the network keeps every message, and may deliver each any number of
+//! times, in any order, whole or damaged.
 
 #![forbid(unsafe_code)]
 
@@ -15,8 +15,12 @@ use rand::rngs::StdRng;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use super::{Change, End, Got, INITIATION_INTERVAL_MIN, Known, Moment, OVERHEAD, REKEY_TIMEOUT};
+use super::{
+    Change, End, Got, INITIATION_INTERVAL_MIN, Known, Moment, OVERHEAD, REKEY_ATTEMPT_TIME,
+    REKEY_TIMEOUT,
+};
 use crate::channel::{PeerConfig, PeerId};
+use crate::noise;
 
 /// Messages the network remembers at most; the oldest go.
 const IN_FLIGHT_MAX: usize = 64;
@@ -25,6 +29,8 @@ const STEPS_MAX: usize = 12;
 
 struct Message {
     to: usize,
+    /// Grows with each message.
+    number: u32,
     bytes: Vec<u8>,
 }
 
@@ -33,6 +39,10 @@ struct Message {
 struct Seen {
     keys: Known,
     last_initiation: Option<Instant>,
+    /// Its index, and when the first of its attempt was made, while no handshake has completed since.
+    initiated: Option<(u32, Instant)>,
+    /// When it last answered an initiation, and the number of that.
+    answered: Option<(Instant, u32)>,
     arrived: HashSet<Vec<u8>>,
 }
 
@@ -42,6 +52,7 @@ struct World {
     ends: [End; 2],
     seen: [Seen; 2],
     in_flight: Vec<Message>,
+    sent: u32,
     sealed: u32,
 }
 
@@ -94,6 +105,7 @@ impl World {
             ends,
             seen: Default::default(),
             in_flight: Vec::new(),
+            sent: 0,
             sealed: 0,
         }
     }
@@ -125,8 +137,10 @@ impl World {
         if self.in_flight.len() == IN_FLIGHT_MAX {
             self.in_flight.remove(0);
         }
+        self.sent += 1;
         self.in_flight.push(Message {
             to: 1 - from,
+            number: self.sent,
             bytes: bytes.to_vec(),
         });
     }
@@ -137,6 +151,8 @@ impl World {
         if let Some(last) = self.seen[end].last_initiation.replace(now) {
             assert!(now - last >= least, "{:?} after the last", now - last);
         }
+        let since = self.seen[end].initiated.map_or(now, |(_, since)| since);
+        self.seen[end].initiated = Some((index_at(bytes, 4), since));
         self.transmit(end, bytes);
     }
 
@@ -156,10 +172,15 @@ impl World {
             return;
         }
         let which = which % self.in_flight.len();
-        let Message { to, mut bytes } = if keep {
+        let Message {
+            to,
+            number,
+            mut bytes,
+        } = if keep {
             let message = &self.in_flight[which];
             Message {
                 to: message.to,
+                number: message.number,
                 bytes: message.bytes.clone(),
             }
         } else {
@@ -177,22 +198,42 @@ impl World {
         if bytes[0] == 4 && damage.is_none_or(|at| at % bytes.len() >= 4) {
             self.open(to, &bytes, damage.is_some());
         } else {
-            self.handshake(to, &bytes, damage.is_some());
+            self.handshake(to, &bytes, number, damage.is_some());
         }
     }
 
-    fn handshake(&mut self, end: usize, bytes: &[u8], damaged: bool) {
+    /// True if an end has to take a handshake message that is not damaged.
+    fn is_due(&self, end: usize, bytes: &[u8], number: u32) -> bool {
+        let seen = &self.seen[end];
+        let now = self.moment().now;
+        if bytes[0] == 1 {
+            seen.answered.is_none_or(|(last, newest)| {
+                number > newest && now - last >= noise::INITIATION_INTERVAL_MIN
+            })
+        } else {
+            seen.initiated.is_some_and(|(index, since)| {
+                let given_up = now - since >= REKEY_ATTEMPT_TIME && !self.ends[end].initiating();
+                index == index_at(bytes, 8) && !given_up
+            })
+        }
+    }
+
+    fn handshake(&mut self, end: usize, bytes: &[u8], number: u32, damaged: bool) {
         let at = self.moment();
-        let Ok((outcome, message)) = self.ends[end].handshake(at, bytes) else {
+        let due = !damaged && self.is_due(end, bytes, number);
+        let result = self.ends[end].handshake(at, bytes);
+        assert_eq!(result.is_ok(), due, "{result:?}");
+        let Ok((outcome, message)) = result else {
             return;
         };
-        assert!(!damaged, "a damaged message is not taken");
         assert!(outcome.message.is_some(), "either is answered");
-        let keys = &mut self.seen[end].keys;
+        let seen = &mut self.seen[end];
         if bytes[0] == 1 {
-            keys.answered(index_at(&message, 4), at.now);
+            seen.answered = Some((at.now, number));
+            seen.keys.answered(index_at(&message, 4), at.now);
         } else {
-            keys.completed(index_at(bytes, 8), at.now);
+            seen.initiated = None;
+            seen.keys.completed(index_at(bytes, 8), at.now);
             assert_eq!(outcome.change, Change::Up);
         }
         self.transmit(end, &message);
@@ -204,12 +245,20 @@ impl World {
         let Got {
             report, packets, ..
         } = self.ends[end].open(at, &[bytes]);
-        let Seen { keys, arrived, .. } = &mut self.seen[end];
+        let Seen {
+            keys,
+            arrived,
+            initiated,
+            ..
+        } = &mut self.seen[end];
         let good = !damaged && keys.holds(index, at.now) && !arrived.contains(bytes);
         assert_eq!(report.datagrams, usize::from(good), "index {index:#x}");
         assert_eq!(packets.len() == 1, good && bytes.len() > OVERHEAD);
         let confirms = good && keys.received(index);
         assert_eq!(report.change == Change::Up, confirms);
+        if confirms {
+            *initiated = None;
+        }
         if good {
             if let [packet] = packets.as_slice() {
                 assert!(packet.iter().all(|byte| *byte == packet[0]));
