@@ -68,8 +68,8 @@ impl std::fmt::Debug for LocalKeys {
 /// A peer's static public key, the preshared key, and what follows from them and our own key.
 pub struct Remote {
     pub(super) public: [u8; KEY_LEN],
-    /// `DH(ours, theirs)`; all zero for a key of low order.
-    shared: [u8; KEY_LEN],
+    /// `DH(ours, theirs)`; none for a key of low order.
+    shared: Option<Zeroizing<[u8; KEY_LEN]>>,
     /// All zero where there is none.
     pub(super) preshared: [u8; KEY_LEN],
     pub(super) labels: Labels,
@@ -77,7 +77,6 @@ pub struct Remote {
 
 impl Drop for Remote {
     fn drop(&mut self) {
-        self.shared.zeroize();
         self.preshared.zeroize();
     }
 }
@@ -93,14 +92,12 @@ impl Remote {
         public: &[u8; KEY_LEN],
         preshared: Option<&[u8; KEY_LEN]>,
     ) -> Remote {
-        let mut remote = Remote {
+        Remote {
             public: *public,
-            shared: [0; KEY_LEN],
+            shared: dh(&local.private, public).ok(),
             preshared: preshared.copied().unwrap_or_default(),
             labels: Labels::new(public),
-        };
-        remote.set_local(local);
-        remote
+        }
     }
 
     /// The peer's public key.
@@ -116,10 +113,7 @@ impl Remote {
 
     /// Changes our own key, for handshakes from now on.
     pub fn set_local(&mut self, local: &LocalKeys) {
-        self.shared.zeroize();
-        if let Ok(shared) = dh(&local.private, &self.public) {
-            self.shared = *shared;
-        }
+        self.shared = dh(&local.private, &self.public).ok();
     }
 
     /// What both static keys share.
@@ -127,11 +121,7 @@ impl Remote {
     /// # Errors
     /// [`Error::LowOrder`].
     pub(super) fn shared(&self) -> Result<Zeroizing<[u8; KEY_LEN]>, Error> {
-        if self.shared == [0; KEY_LEN] {
-            Err(Error::LowOrder)
-        } else {
-            Ok(Zeroizing::new(self.shared))
-        }
+        self.shared.clone().ok_or(Error::LowOrder)
     }
 }
 
