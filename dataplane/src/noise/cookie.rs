@@ -102,7 +102,8 @@ impl Jar {
         }
     }
 
-    /// The opposite of [`Jar::export`]. A cookie older than the clock is dropped.
+    /// The opposite of [`Jar::export`]. A cookie older than an instant can say is
+    /// dropped.
     #[must_use]
     pub fn import(now: Instant, state: &JarState) -> Jar {
         let cookie = state.cookie.as_ref().and_then(|(cookie, age)| {

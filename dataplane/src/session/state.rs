@@ -67,18 +67,6 @@ pub(crate) struct SessionState {
     pub(crate) up: bool,
 }
 
-/// So long before `now`; a clock that has not run so long yet gives its beginning, at the latest
-/// `now` itself.
-fn before(now: Instant, age: Duration) -> Instant {
-    let mut age = age;
-    loop {
-        match now.checked_sub(age) {
-            Some(instant) => return instant,
-            None => age /= 2,
-        }
-    }
-}
-
 impl Machine {
     /// Ends the session here and returns what another process goes on with. A shard that still has
     /// the keys seals no more with them: all counters that are left go along.
@@ -130,7 +118,9 @@ impl Machine {
     }
 
     /// Takes a session up. `None` if it cannot be: an index is in use here or belongs to another
-    /// shard, or the data contradicts itself; nothing is taken then.
+    /// shard, the data contradicts itself, or a key is older than an instant can say (on Linux that
+    /// is below the start of the clock, so only an age out of the question is); nothing is taken
+    /// then.
     pub(super) fn import(
         own: &mut Own,
         now: Instant,
@@ -138,7 +128,8 @@ impl Machine {
         remote: Remote,
         state: &SessionState,
     ) -> Option<Machine> {
-        let ago = |age: Option<Duration>| age.map(|age| before(now, age));
+        // What is too long ago for an instant is as good as never.
+        let ago = |age: Option<Duration>| now.checked_sub(age?);
         let mut machine = Machine::new(now, peer, remote, None);
         if let Some(bytes) = &state.initiated {
             let initiated = Initiated::import(bytes);
@@ -172,6 +163,7 @@ impl Machine {
 
     fn take_up(&mut self, own: &mut Own, now: Instant, state: &KeypairState) -> Option<()> {
         let window = Window::from_parts(state.received, &state.window)?;
+        let born = now.checked_sub(state.age)?;
         let slot = match state.role {
             Role::Current => &mut self.keys.current,
             Role::Next => &mut self.keys.next,
@@ -184,7 +176,7 @@ impl Machine {
             receive: &state.receive,
             local_index: state.local_index,
             remote_index: state.remote_index,
-            born: before(now, state.age),
+            born,
             initiator: state.initiator,
             next_counter: state.next_counter,
             window,

@@ -746,6 +746,20 @@ fn an_exported_session_knows_replays_and_takes_and_gives_cookies() {
 }
 
 #[test]
+fn a_key_of_an_age_that_no_instant_has_is_not_imported_as_a_younger_one() {
+    let (mut a, _) = joined();
+    let (config, now) = (peer_config(2, None), secs(1.0));
+    let mut state = export(&mut a, &config, now);
+    state.keypairs[0].age = Duration::MAX;
+    assert!(a.engine.import(now.now, &config, &state).is_none());
+    assert_eq!(a.engine.own.indexes.len(), 0);
+    state.keypairs[0].age = Duration::from_secs(1);
+    state.answered = Some(Duration::MAX);
+    a.session = a.engine.import(now.now, &config, &state).unwrap();
+    assert_eq!(a.machine().answered, None);
+}
+
+#[test]
 fn what_is_exported_is_imported_to_the_last_bit() {
     let config = peer_config(2, Some(25));
     let mut a = end(OURS, 1, &config);
