@@ -27,7 +27,7 @@
 //! |---|---|
 //! | 5.1: nothing that is not authentic is answered | `gate::each_refusal_has_its_reason` (the reply stays untouched) |
 //! | 5.1: the responder takes only newer timestamps | `tai64n::timestamps_grow_whatever_the_clock_does`, `both_ends_agree_on_keys…`; the comparison is the session's |
-//! | 5.1: 20 ms between initiations ([`INITIATION_INTERVAL_MIN`]) | kept by the session |
+//! | 5.1: 20 ms between initiations ([`ANSWER_INTERVAL_MIN`]) | kept by the session |
 //! | 5.2: a preshared key is mixed in, zeros stand for none | `known::every_byte_of_a_handshake…`, `refusals::ends_that_disagree…` |
 //! | 5.3: MAC1 before anything else, always | `gate::each_refusal_has_its_reason`, `refusals::every_damaged_byte…` |
 //! | 5.3: a cookie is needed under load, always, and otherwise never | `gate::without_load_nobody_needs_a_cookie…`, `gate::under_load_only_a_cookie_opens_the_gate`, `gate::load_lasts_a_second…` |
@@ -81,7 +81,7 @@ pub const KEY_LEN: usize = 32;
 pub const MAC_LEN: usize = 16;
 /// Initiations of one peer that come sooner than this after the one answered last are not answered
 /// (paper §5.1; the kernel and wireguard-go take fifty a second as well).
-pub const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(20);
+pub const ANSWER_INTERVAL_MIN: Duration = Duration::from_millis(20);
 
 /// Why a message is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

@@ -307,7 +307,7 @@ impl Machine {
         if self.newest.is_some_and(|newest| timestamp <= newest) {
             return Err(DropReason::HandshakeReplayed);
         }
-        let floor = noise::INITIATION_INTERVAL_MIN;
+        let floor = noise::ANSWER_INTERVAL_MIN;
         if self
             .answered
             .is_some_and(|last| at.now.saturating_duration_since(last) < floor)

@@ -208,7 +208,7 @@ impl World {
         let now = self.moment().now;
         if bytes[0] == 1 {
             seen.answered.is_none_or(|(last, newest)| {
-                number > newest && now - last >= noise::INITIATION_INTERVAL_MIN
+                number > newest && now - last >= noise::ANSWER_INTERVAL_MIN
             })
         } else {
             seen.initiated.is_some_and(|(index, since)| {
