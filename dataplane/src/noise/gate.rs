@@ -5,11 +5,12 @@
 //! 2. Cookie replies: a limit for all together, because they carry no MAC1 and any shard's session
 //!    might be meant.
 //! 3. MAC1: the sender knows our public key. It costs about half a microsecond.
-//! 4. Load. Messages with a right MAC1 cost Diffie-Hellman computations, so they make the load:
-//!    [`LOAD_PER_SECOND`] on average and [`LOAD_BURST`] at once are taken; when there are more, we
-//!    are under load until a second has passed without any above that. The kernel and wireguard-go
-//!    measure the length of their queue instead, which says the same about the worker behind it:
-//!    that it does not keep up. Here the queue is the socket's buffer, whose length nobody tells.
+//! 4. Load. Messages with a right MAC1 make it, because they lead to Diffie-Hellman computations: an
+//!    initiation here and in the shard of its peer, a response only there. [`LOAD_PER_SECOND`] on
+//!    average and [`LOAD_BURST`] at once are taken; when there are more, we are under load until a
+//!    second has passed without any above that. The kernel and wireguard-go measure the length of
+//!    their queue instead, which says the same about the worker behind it: that it does not keep up.
+//!    Here the queue is the socket's buffer, whose length nobody tells.
 //! 5. Under load only: MAC2, which proves the sender's address, else a cookie reply, while there
 //!    are not too many of those, and nothing more; then the limit per source.
 //! 6. For an initiation one Diffie-Hellman computation, which says who made it.

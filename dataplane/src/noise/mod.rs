@@ -21,13 +21,13 @@
 //! last one it sent, and a [`Jar`] of cookies; the handshake thread keeps a [`Gate`].
 //!
 //! What section 5 of the paper asks for, and the tests (in `tests/` where nothing else is said) that
-//! show it; section 6 is the session's:
+//! show it (`session::` stands for `session/tests/rules.rs`); section 6 is the session's:
 //!
 //! | rule | shown by |
 //! |---|---|
 //! | 5.1: nothing that is not authentic is answered | `gate::each_refusal_has_its_reason` (the reply stays untouched) |
-//! | 5.1: the responder takes only newer timestamps | `tai64n::timestamps_grow_whatever_the_clock_does`, `both_ends_agree_on_keys…`; the comparison is the session's |
-//! | 5.1: 20 ms between initiations ([`ANSWER_INTERVAL_MIN`]) | kept by the session |
+//! | 5.1: the responder takes only newer timestamps | `tai64n::timestamps_grow_whatever_the_clock_does`, `both_ends_agree_on_keys…`; the comparison is the session's, `session::an_initiation_that_is_not_newer_is_a_replay` |
+//! | 5.1: 20 ms between initiations ([`ANSWER_INTERVAL_MIN`]) | kept by the session, `session::initiations_less_than_twenty_milliseconds_apart_are_not_answered` |
 //! | 5.2: a preshared key is mixed in, zeros stand for none | `known::every_byte_of_a_handshake…`, `refusals::ends_that_disagree…` |
 //! | 5.3: MAC1 before anything else, always | `gate::each_refusal_has_its_reason`, `refusals::every_damaged_byte…` |
 //! | 5.3: a cookie is needed under load, always, and otherwise never | `gate::without_load_nobody_needs_a_cookie…`, `gate::under_load_only_a_cookie_opens_the_gate`, `gate::load_lasts_a_second…` |

@@ -1,8 +1,10 @@
 //! The primitives, and the hash and chaining key of a running handshake (WireGuard paper §5.4).
 //!
-//! Everything secret here is overwritten when it is dropped: keys and shared secrets by their
-//! types, the hashes' and ciphers' own states by the `zeroize` features of their crates. What no
-//! crate can promise is the stack of a function that has returned.
+//! What is kept is overwritten when it is dropped: keys and shared secrets by their types, the
+//! states of BLAKE2s and ChaCha20-Poly1305 by the `zeroize` features of their crates. Not so what
+//! HKDF and its HMAC have on the stack while they run: the padded key, the key drawn from the input
+//! and the blocks of the output stay there until something else is written over them. Their crates
+//! do not erase these, and no crate can promise it for every copy that the compiler makes.
 
 use blake2::digest::{FixedOutput as _, KeyInit as _, Update as _};
 use blake2::{Blake2s256, Blake2sMac};

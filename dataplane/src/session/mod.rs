@@ -52,7 +52,7 @@
 //! | §6.2 `REJECT_AFTER_MESSAGES` | `the_last_counter_is_below_reject_after_messages`, those of `keypair` and `model` |
 //! | §6.3 zeroing after three times `REJECT_AFTER_TIME` | `keys_are_erased_after_nine_minutes_without_new_ones` |
 //! | §6.5 passive keep-alive after `KEEPALIVE_TIMEOUT` | `data_that_is_not_answered_for_ten_seconds_is_answered_by_a_keepalive`, `data_that_goes_on_is_answered_by_a_keepalive_every_ten_seconds` |
-//! | §6.5 data without any answer: a new handshake | `data_that_gets_no_answer_makes_a_handshake` |
+//! | §6.5 data without any answer: a new handshake, here after 3 s, and 15 s under fresh keys | `data_that_gets_no_answer_makes_a_handshake` |
 //! | persistent keep-alive (not in the paper; as in the kernel) | `a_persistent_keepalive_is_sent_when_nothing_else_was`, `a_persistent_keepalive_tries_without_end` |
 //! | all this where another shard seals with lent keys | `keys_that_are_lent_…`, `data_sealed_elsewhere_…` |
 //! | public keys of low order are refused | `a_peer_with_a_key_of_low_order_is_never_spoken_to` |

@@ -18,7 +18,8 @@ pub(crate) enum Alarm {
     Retransmit,
     /// A handshake was asked for when none could be started yet (§6.1, §6.2).
     Initiate,
-    /// Data was sent and nothing came back (§6.5: `KEEPALIVE_TIMEOUT + REKEY_TIMEOUT`).
+    /// Data was sent and nothing came back (§6.5, but after [`super::QUIET_LIMIT`], and not while the
+    /// keys are younger than [`super::FRESH`]).
     NewHandshake,
     /// Data was received and nothing was sent back (§6.5: `KEEPALIVE_TIMEOUT`).
     PassiveKeepalive,

@@ -118,6 +118,7 @@ fn the_tables_of_the_papers_rules_name_tests_that_exist() {
         ("refusals", include_str!("../../noise/tests/refusals.rs")),
         ("oracle", include_str!("../../noise/tests/oracle.rs")),
         ("tai64n", include_str!("../../noise/tai64n.rs")),
+        ("session", include_str!("rules.rs")),
     ];
     let tables: [(_, &[(&str, &str)]); 2] = [
         (include_str!("../mod.rs"), &session),
