@@ -22,7 +22,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::ops::{Deref, Range};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -50,21 +50,6 @@ pub(crate) struct Grant {
 }
 
 impl Grant {
-    fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Grant {
-        Grant {
-            sealing,
-            way,
-            until,
-            ended: AtomicBool::new(false),
-        }
-    }
-
-    /// Whether it lends just this.
-    #[inline]
-    pub(crate) fn lends(&self, sealing: &Arc<Sealing>, way: Way, until: Option<Instant>) -> bool {
-        Arc::ptr_eq(&self.sealing, sealing) && self.way == way && self.until == until
-    }
-
     #[inline]
     fn counts(&self, now: Instant) -> bool {
         !self.ended.load(Ordering::Acquire)
@@ -79,20 +64,24 @@ pub(crate) struct Lent(Arc<Grant>);
 
 impl Lent {
     pub(crate) fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Lent {
-        Lent(Arc::new(Grant::new(sealing, way, until)))
+        Lent(Arc::new(Grant {
+            sealing,
+            way,
+            until,
+            ended: AtomicBool::new(false),
+        }))
+    }
+
+    /// Whether it lends just this.
+    #[inline]
+    pub(crate) fn lends(&self, sealing: &Arc<Sealing>, way: Way, until: Option<Instant>) -> bool {
+        let Lent(grant) = self;
+        Arc::ptr_eq(&grant.sealing, sealing) && grant.way == way && grant.until == until
     }
 
     /// What guests remember.
     pub(crate) fn offer(&self) -> Weak<Grant> {
         Arc::downgrade(&self.0)
-    }
-}
-
-impl Deref for Lent {
-    type Target = Grant;
-
-    fn deref(&self) -> &Grant {
-        &self.0
     }
 }
 

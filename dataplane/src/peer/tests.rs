@@ -204,6 +204,21 @@ impl Loan {
         assert_eq!(done.unwrap().change, Change::Up);
     }
 
+    /// Has keys, and lends them with a first way.
+    fn lending() -> Loan {
+        let mut loan = Loan::new();
+        loan.shake(0);
+        loan.decide(1);
+        loan.owner.touch(loan.now, LENT);
+        loan
+    }
+
+    /// Of what is lent, by the open run.
+    fn way(&mut self) -> String {
+        let address = self.guests.get(LENT).unwrap().way().udp.unwrap();
+        address.ip().to_string()
+    }
+
     fn decide(&mut self, last: u8) {
         let decision = PathDecision {
             generation: 0,
@@ -295,19 +310,15 @@ fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
 
 #[test]
 fn a_change_of_keys_or_way_reaches_guests_with_their_next_run_and_old_keys_are_gone() {
-    let mut loan = Loan::new();
-    loan.shake(0);
-    loan.decide(1);
-    loan.owner.touch(loan.now, LENT);
+    let mut loan = Loan::lending();
     assert!(loan.admits(0));
-    let way = |loan: &mut Loan| loan.guests.get(LENT).unwrap().way().udp.unwrap().ip();
-    assert_eq!(way(&mut loan).to_string(), "192.0.2.1");
+    assert_eq!(loan.way(), "192.0.2.1");
     loan.decide(2);
     loan.owner.touch(loan.now, LENT);
-    assert_eq!(way(&mut loan).to_string(), "192.0.2.1", "the open run");
+    assert_eq!(loan.way(), "192.0.2.1", "the open run");
     loan.guests.release();
     assert!(loan.admits(0));
-    assert_eq!(way(&mut loan).to_string(), "192.0.2.2");
+    assert_eq!(loan.way(), "192.0.2.2");
     loan.guests.release();
 
     let session = loan.owner.get(LENT).unwrap().session().unwrap();
@@ -327,11 +338,7 @@ fn a_change_of_keys_or_way_reaches_guests_with_their_next_run_and_old_keys_are_g
 
 #[test]
 fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
-    let mut loan = Loan::new();
-    loan.shake(0);
-    loan.decide(1);
-    loan.owner.touch(loan.now, LENT);
-    let way = |loan: &mut Loan| loan.guests.get(LENT).unwrap().way().udp.unwrap().ip();
+    let mut loan = Loan::lending();
     let open = |loan: &Loan| {
         let mut other = Guests::default();
         assert_eq!(other.admit(loan.now, &loan.table, LENT), Some(true));
@@ -339,12 +346,12 @@ fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
     };
     let first = open(&loan);
     assert!(loan.admits(0));
-    assert_eq!(way(&mut loan).to_string(), "192.0.2.1");
+    assert_eq!(loan.way(), "192.0.2.1");
     loan.guests.release();
     loan.decide(2);
     loan.owner.touch(loan.now, LENT);
     assert!(loan.admits(0));
-    assert_eq!(way(&mut loan).to_string(), "192.0.2.2", "the way has moved");
+    assert_eq!(loan.way(), "192.0.2.2", "the way has moved");
     loan.guests.release();
     let second = open(&loan);
     loan.owner.end_sessions();
@@ -394,10 +401,7 @@ fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
 
 #[test]
 fn the_owner_hears_of_what_was_sent_at_once_and_then_now_and_then() {
-    let mut loan = Loan::new();
-    loan.shake(0);
-    loan.decide(1);
-    loan.owner.touch(loan.now, LENT);
+    let mut loan = Loan::lending();
     let send = |loan: &mut Loan, ms, trouble| {
         assert!(loan.admits(ms));
         let now = loan.at(ms);

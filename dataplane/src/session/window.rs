@@ -140,10 +140,19 @@ mod tests {
         }
     }
 
+    /// The verdict of each row, in turn.
+    fn judge(rows: &[(u64, bool)]) {
+        let mut window = Window::new();
+        for (i, (counter, verdict)) in rows.iter().enumerate() {
+            assert_eq!(window.accept(*counter), *verdict, "row {i}: {counter}");
+        }
+        compare(rows.iter().map(|(counter, _)| *counter));
+    }
+
     #[test]
     fn verdicts_at_the_edges() {
         const LIMIT: u64 = REJECT_AFTER_MESSAGES;
-        let rows: &[(u64, bool)] = &[
+        judge(&[
             (0, true),
             (0, false),
             (1, true),
@@ -169,12 +178,7 @@ mod tests {
             (LIMIT - 1 - WINDOW, true),
             (LIMIT - 2 - WINDOW, false),
             (0, false),
-        ];
-        let mut window = Window::new();
-        for (counter, verdict) in rows {
-            assert_eq!(window.accept(*counter), *verdict, "{counter}");
-        }
-        compare(rows.iter().map(|(counter, _)| *counter));
+        ]);
         const { assert!(WINDOW == 8128) };
     }
 
@@ -184,7 +188,7 @@ mod tests {
         const LIMIT: u64 = REJECT_AFTER_MESSAGES;
         // The first newest counter for which 0 is too old.
         const AHEAD: u64 = WINDOW + 1;
-        let rows = [
+        judge(&[
             (0, true),
             (1, true),
             (1, false),
@@ -219,11 +223,7 @@ mod tests {
             (LIMIT - 2, false),
             (LIMIT - 3, true),
             (0, false),
-        ];
-        let mut window = Window::new();
-        for (i, (counter, verdict)) in rows.into_iter().enumerate() {
-            assert_eq!(window.accept(counter), verdict, "row {i}: {counter}");
-        }
+        ]);
         // And all counters but the oldest, which comes last.
         for (newest, verdict) in [(WINDOW, true), (WINDOW + 1, false)] {
             let mut window = Window::new();

@@ -93,27 +93,36 @@ impl Far {
         }
     }
 
-    /// Answers the shard's initiation, which completes a handshake.
-    fn answer(&mut self, shard: &mut Shard<'_>, initiation: &[u8]) {
-        let at = shard.ctx.moment();
+    /// Handles a handshake message. Whether there are new keys then, and what it answers.
+    fn hear(&mut self, at: Moment, message: &[u8]) -> (Change, Vec<u8>) {
         let mut out = [0; MESSAGE_LEN_MAX];
         let engine = &mut self.engine;
         let done = self
             .session
-            .handle_handshake(engine, at, initiation, None, &mut out);
-        let response = out[..done.unwrap().message.unwrap()].to_vec();
+            .handle_handshake(engine, at, message, None, &mut out);
+        let done = done.unwrap();
+        (done.change, out[..done.message.unwrap()].to_vec())
+    }
+
+    /// Answers the shard's initiation, which completes a handshake.
+    fn answer(&mut self, shard: &mut Shard<'_>, initiation: &[u8]) {
+        let (_, response) = self.hear(shard.ctx.moment(), initiation);
         comes_by_relay(shard, self.id, &[response]);
         shard.relayed();
     }
 
-    fn initiation(&mut self, ms: u64) -> Vec<u8> {
-        let at = Moment {
-            now: epoch() + Duration::from_millis(ms),
-            wall: Duration::from_millis(ms),
-        };
+    fn initiation(&mut self, at: Moment) -> Vec<u8> {
         let mut out = [0; MESSAGE_LEN_MAX];
         let len = self.session.initiate(&mut self.engine, at, true, &mut out);
         out[..len.unwrap()].to_vec()
+    }
+}
+
+fn secs(secs: u64) -> Moment {
+    let wall = Duration::from_secs(secs);
+    Moment {
+        now: epoch() + wall,
+        wall,
     }
 }
 
@@ -177,25 +186,16 @@ fn comes_by_relay(shard: &Shard<'_>, peer: PeerId, datagrams: &[Vec<u8>]) {
 fn of_the_handshake_messages_of_a_relayed_batch_the_newest_of_a_type_counts() {
     let seat = seat();
     let mut shard = shard(&seat);
-    let mut far = [Far::new(1)];
-    meet(&mut shard, &far);
-    let [far] = &mut far;
-    let batch: Vec<_> = (1..=200).map(|i| far.initiation(1000 * i)).collect();
+    let mut far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
+    let batch: Vec<_> = (1..=200).map(|i| far.initiation(secs(i))).collect();
     comes_by_relay(&shard, far.id, &batch);
     shard.relayed();
     assert_eq!(dropped(&shard, DropReason::HandshakeLimited), 199);
     let answers = sent(&mut shard);
     assert_eq!(answers.len(), 1);
-    let at = Moment {
-        now: epoch() + Duration::from_secs(200),
-        wall: Duration::from_secs(200),
-    };
-    let mut out = [0; MESSAGE_LEN_MAX];
-    let (engine, answer) = (&mut far.engine, &answers[0].1);
-    let done = far
-        .session
-        .handle_handshake(engine, at, answer, None, &mut out);
-    assert_eq!(done.unwrap().change, Change::Up, "the newest is answered");
+    let (change, _) = far.hear(secs(200), &answers[0].1);
+    assert_eq!(change, Change::Up, "the newest is answered");
 }
 
 #[test]
@@ -205,7 +205,7 @@ fn peers_that_all_start_by_relay_at_once_are_answered_over_a_few_turns() {
     let mut far: Vec<_> = (1..=20).map(Far::new).collect();
     meet(&mut shard, &far);
     for far in &mut far {
-        let initiation = far.initiation(1000);
+        let initiation = far.initiation(secs(1));
         comes_by_relay(&shard, far.id, &[initiation]);
     }
     let mut answered = Vec::new();
@@ -234,9 +234,8 @@ fn packet() -> Vec<u8> {
 fn what_begins_to_wait_in_the_turn_that_ends_the_keys_goes_with_the_next() {
     let seat = seat();
     let mut shard = shard(&seat);
-    let mut far = [Far::new(1)];
-    meet(&mut shard, &far);
-    let [far] = &mut far;
+    let mut far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
     shard.initiate(far.id, false);
     let initiation = sent(&mut shard).remove(0).1;
     far.answer(&mut shard, &initiation);

@@ -804,10 +804,7 @@ fn a_shard_that_still_has_the_keys_of_an_exported_session_seals_no_more() {
     let seal = |message: &mut Vec<u8>, a: &End| a.engine.seal_lent(&lent, now.now, message, 64);
     assert_eq!(seal(&mut message, &a), Ok(()));
     assert_eq!(b.open(now, &[&message]).report.datagrams, 1);
-    let config = peer_config(2, None);
-    let empty = a.engine.session(now.now, &config);
-    let session = std::mem::replace(&mut a.session, empty);
-    let state = a.engine.export(now.now, session).unwrap();
+    let state = export(&mut a, &peer_config(2, None), now);
     assert_eq!(
         state.keypairs[0].next_counter, 2,
         "behind a keep-alive and this"
