@@ -16,6 +16,7 @@ use clap::{Parser, ValueEnum};
 use ringtail_dataplane::stats::{DropReason, Meter, Room};
 use ringtail_dataplane::{
     Config, Dataplane, DriverChoice, Engine, Offloads, PathDecision, PeerConfig, PeerId, Prefix,
+    Rules,
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
@@ -140,6 +141,7 @@ fn main() -> anyhow::Result<()> {
         ip(&["addr", "add", addr, "dev", &tun])?;
     }
     let peer_key = PublicKey::from(&StaticSecret::from([args.peer_seed; 32]));
+    dataplane.set_rules(&Rules::AllowAll, None);
     dataplane.set_peers(vec![PeerConfig {
         id: PeerId(0),
         public_key: *peer_key.as_bytes(),

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
-use crate::channel::hub::{PeerTable, RelayIn, Settings};
+use crate::channel::hub::{Network, PeerTable, RelayIn, Settings};
 use crate::channel::{
-    Activity, Datagrams, Event, Hub, PathDecision, PeerConfig, PeerId, Prefix, RegionId, RelayOut,
-    Rules, Whereabouts,
+    Activity, Datagrams, Event, Hub, NetworkConfig, PathDecision, PeerConfig, PeerId, Prefix,
+    RegionId, RelayOut, Rules, Whereabouts,
 };
 use crate::config::{Config, DriverChoice, DriverKind, MTU_MIN, SHARDS_MAX, StartError};
 use crate::filter::CompiledRules;
@@ -369,29 +369,52 @@ impl Dataplane {
         Ok((sockets.v4.try_clone()?, v6))
     }
 
-    /// Replaces all peers. Those whose id and key are unchanged keep their sessions, paths and
-    /// counters; another preshared key counts from the next handshake, another keep-alive at once.
-    /// Of equal prefixes the last peer's counts. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX)
-    /// are not used.
+    /// Replaces peers and packet filter, which every shard takes over in one step. Until the first
+    /// call there are no peers and nothing may come in. Peers whose id and key are unchanged keep
+    /// their sessions, paths and counters; another preshared key counts from the next handshake,
+    /// another keep-alive at once. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX) are not used.
+    pub fn set_network(&self, network: NetworkConfig) {
+        let rules = CompiledRules::compile(&network.rules, network.local.as_deref());
+        self.change_network(|current, shards| {
+            let (peers, reserved) = (network.peers, &network.reserved);
+            current.table = Arc::new(PeerTable::new(peers, reserved, shards, &current.table));
+            current.rules = Arc::new(rules);
+        });
+    }
+
+    /// Replaces the peers alone, with nothing reserved; see [`Dataplane::set_network`]. The rules
+    /// stay: nothing comes in before [`Dataplane::set_rules`].
     pub fn set_peers(&self, peers: Vec<PeerConfig>) {
-        let mut current = self
-            .hub
-            .table
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        let shards = self.hub.inboxes.len();
-        let table = Arc::new(PeerTable::new(peers, shards, &current));
+        self.change_network(|current, shards| {
+            current.table = Arc::new(PeerTable::new(peers, &[], shards, &current.table));
+        });
+    }
+
+    /// Replaces the packet filter alone. `local` are our own addresses and the routes we advertise:
+    /// packets to others are refused, whatever the rules; `None` skips that.
+    pub fn set_rules(&self, rules: &Rules, local: Option<&[Prefix]>) {
+        let compiled = Arc::new(CompiledRules::compile(rules, local));
+        self.change_network(|current, _| current.rules = compiled);
+    }
+
+    fn change_network(&self, change: impl FnOnce(&mut Network, usize)) {
+        let newest = &self.hub.network;
+        let mut current = newest.write().unwrap_or_else(PoisonError::into_inner);
+        let table_before = Arc::clone(&current.table);
+        change(&mut current, self.hub.inboxes.len());
         for inbox in &self.hub.inboxes {
-            drop(inbox.peers.force_push(Arc::clone(&table)));
+            drop(inbox.network.force_push(current.clone()));
             inbox.wake.ring();
         }
-        drop(self.hub.handshake_peers.force_push(Arc::clone(&table)));
-        self.hub.handshake_wake.signal();
-        *current = table;
+        if !Arc::ptr_eq(&table_before, &current.table) {
+            let table = Arc::clone(&current.table);
+            drop(self.hub.handshake_peers.force_push(table));
+            self.hub.handshake_wake.signal();
+        }
     }
 
     /// Replaces a peer's path. The latest decision counts; none is lost. For a new peer call
-    /// [`Dataplane::set_peers`] first.
+    /// [`Dataplane::set_network`] first.
     pub fn set_path(&self, peer: PeerId, decision: PathDecision) {
         for inbox in &self.hub.inboxes {
             inbox.paths.set(peer, decision.clone());
@@ -426,16 +449,6 @@ impl Dataplane {
             path_mtu: u16::MAX,
         };
         self.set_path(peer, decision);
-    }
-
-    /// Replaces the packet filter. `local` are our own addresses and the routes we advertise:
-    /// packets to others are refused, whatever the rules; `None` skips that.
-    pub fn set_rules(&self, rules: &Rules, local: Option<&[Prefix]>) {
-        let compiled = Arc::new(CompiledRules::compile(rules, local));
-        for inbox in &self.hub.inboxes {
-            drop(inbox.rules.force_push(Arc::clone(&compiled)));
-            inbox.wake.ring();
-        }
     }
 
     /// Asks for a handshake with a peer, unless one is going on.

@@ -17,9 +17,9 @@
 //!
 //! ```no_run
 //! # use ringtail_dataplane::*;
-//! # fn f(config: Config, peers: Vec<PeerConfig>, decision: PathDecision) -> Result<(), StartError> {
+//! # fn f(config: Config, network: NetworkConfig, decision: PathDecision) -> Result<(), StartError> {
 //! let dataplane = Dataplane::start(config)?;
-//! dataplane.set_peers(peers);
+//! dataplane.set_network(network);
 //! dataplane.set_path(PeerId(0), decision);
 //! while let Some(event) = dataplane.poll_event() { /* … */ }
 //! # Ok(()) }
@@ -51,8 +51,8 @@ pub mod tun;
 mod udp;
 
 pub use channel::{
-    Activity, Datagrams, Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix, RegionId,
-    RelayOut, Rule, Rules,
+    Activity, Datagrams, Event, NetworkConfig, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix,
+    RegionId, RelayOut, Rule, Rules,
 };
 pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MIN, Offloads, SHARDS_MAX, StartError,

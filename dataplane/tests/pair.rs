@@ -357,6 +357,32 @@ fn with_two_shards_either_seals_for_the_peer() {
     assert!(handed_over * 20 < out, "{handed_over} of {out}");
 }
 
+#[test]
+fn nothing_comes_in_until_somebody_says_what_may() {
+    if !can_run("nothing_comes_in_until_somebody_says_what_may") {
+        return;
+    }
+    let pair = Pair::new(Setup {
+        b_untold: true,
+        ..Setup::default()
+    });
+    pair.direct();
+    let refused = || pair.b.stats().drops(DropReason::FilterNotLocal);
+    soon("a packet to refuse", || {
+        assert!(!pair.quiet_ping(End::A, End::B.inner4()));
+        refused() > 0
+    });
+    // Not even the answer to a packet of its own.
+    let before = refused();
+    assert!(!pair.quiet_ping(End::B, End::A.inner6()));
+    soon("a refused answer", || refused() > before);
+    pair.b.set_rules(&Rules::AllowAll, None);
+    assert!(pair.ping(End::A, End::B.inner4(), 3));
+    // The peers alone change: what may come in does not.
+    pair.b.set_peers(vec![support::peer(End::A)]);
+    assert!(pair.ping(End::A, End::B.inner6(), 3));
+}
+
 /// Replies pass the filter of the owner, also where another shard sealed the request.
 #[test]
 fn replies_to_flows_of_any_shard_pass_the_filter() {

@@ -21,9 +21,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::channel::{
-    self, Activity, PathDecision, PeerConfig, PeerId, Prefix, RegionId, Rules,
-};
+use ringtail_dataplane::channel::{self, Activity, NetworkConfig, PathDecision, PeerId, RegionId};
 use serde_json::{Value, json};
 
 use crate::disco::{self, Class};
@@ -70,15 +68,9 @@ pub struct Setup {
 /// What the driver is to do.
 #[derive(Clone, Debug)]
 pub enum Output {
-    /// Give the data plane this table of peers.
-    SetPeers(Vec<PeerConfig>),
-    /// Give the data plane these rules.
-    SetRules {
-        /// Who may reach us.
-        rules: Rules,
-        /// What counts as us: own addresses and the routes we offer.
-        local: Vec<Prefix>,
-    },
+    /// Give the data plane these peers and rules, as one. What counts as us: own addresses and the
+    /// routes we offer.
+    SetNetwork(NetworkConfig),
     /// Give the data plane this decision.
     SetPath(PeerId, PathDecision),
     /// Give the TUN exactly these addresses and routes.
@@ -221,8 +213,20 @@ impl Agent {
         if peers_changed {
             let network = self.network.as_ref().expect("it was just put there");
             self.directory.update(&network.peers);
-            self.out
-                .push_back(Output::SetPeers(self.directory.peer_configs()));
+        }
+        let own = addresses.iter().map(|net| IpNet::from(net.addr()));
+        let offered = self.setup.routes_offered.iter().copied();
+        let local = own
+            .chain(offered)
+            .map(|net| network::prefix(&net))
+            .collect();
+        self.out.push_back(Output::SetNetwork(NetworkConfig {
+            peers: self.directory.peer_configs(),
+            reserved: Vec::new(),
+            rules,
+            local: Some(local),
+        }));
+        if peers_changed {
             self.paths.set_inner_prefixes(inner);
             let setups: Vec<PeerSetup> = self
                 .directory
@@ -233,13 +237,6 @@ impl Agent {
             let known: BTreeSet<PeerId> = self.directory.iter().map(|(id, _)| id).collect();
             self.relay_told.retain(|(id, _)| known.contains(id));
         }
-        let own = addresses.iter().map(|net| IpNet::from(net.addr()));
-        let offered = self.setup.routes_offered.iter().copied();
-        let local = own
-            .chain(offered)
-            .map(|net| network::prefix(&net))
-            .collect();
-        self.out.push_back(Output::SetRules { rules, local });
         self.out.push_back(Output::Configure { addresses, routes });
         self.settle(now);
     }

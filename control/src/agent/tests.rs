@@ -103,22 +103,23 @@ fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed(
     let (now, mut agent) = (start(), agent(1, false));
     agent.handle_network(now, network(2));
     let out = outputs(&mut agent);
-    assert!(
-        out.iter()
-            .any(|o| matches!(o, Output::SetPeers(peers) if peers.len() == 1))
+    let given = out.iter().find_map(|o| {
+        let Output::SetNetwork(network) = o else {
+            return None;
+        };
+        let local = network.local.as_ref().map(Vec::len);
+        Some((network.peers.len(), local))
+    });
+    assert_eq!(
+        given,
+        Some((1, Some(2))),
+        "own address and the route we offer"
     );
     assert!(
         out.iter()
             .any(|o| matches!(o, Output::SetHome(RegionId(900))))
     );
     assert!(out.iter().any(|o| matches!(o, Output::SetDerpMap(_))));
-    let local = out.iter().find_map(|o| {
-        let Output::SetRules { local, .. } = o else {
-            return None;
-        };
-        Some(local.len())
-    });
-    assert_eq!(local, Some(2), "own address and the route we offer");
     let configure = out.iter().find_map(|o| {
         let Output::Configure { addresses, routes } = o else {
             return None;

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use ringtail_dataplane::stats::DropReason;
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId, Stats,
+    Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId, Rules, Stats,
 };
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -70,6 +70,8 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
         Some(Socket::bind(dir, &options.name)?)
     };
     let dataplane = Dataplane::start(config(&options)).context("cannot start")?;
+    // A WireGuard interface filters by allowed IPs alone.
+    dataplane.set_rules(&Rules::AllowAll, None);
     let socket = match socket {
         Some(socket) => socket,
         None => Socket::bind(dir, dataplane.tun_name())?,

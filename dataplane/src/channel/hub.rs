@@ -15,8 +15,8 @@ use crossbeam::queue::ArrayQueue;
 use zeroize::Zeroizing;
 
 use super::{
-    Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId, PeerShared, RegionId,
-    RelayOut, Wake,
+    Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId, PeerShared, Prefix,
+    RegionId, RelayOut, Wake,
 };
 use crate::filter::CompiledRules;
 use crate::noise::Half;
@@ -68,6 +68,26 @@ pub(crate) struct PeerEntry {
     pub(crate) owner: u8,
 }
 
+/// What a shard takes over in one step, so that nobody's packet is judged by one half of it.
+#[derive(Clone)]
+pub(crate) struct Network {
+    pub(crate) table: Arc<PeerTable>,
+    pub(crate) rules: Arc<CompiledRules>,
+}
+
+impl Network {
+    /// Nobody, and nothing may come in: what holds until the first is given.
+    pub(crate) fn closed() -> Network {
+        Network {
+            table: Arc::default(),
+            rules: Arc::new(CompiledRules::closed()),
+        }
+    }
+}
+
+/// The owner of what belongs to no peer; beyond every peer's id.
+const NOBODY: PeerId = PeerId(u32::MAX);
+
 /// The peers and the routes to them, replaced whole.
 #[derive(Default)]
 pub(crate) struct PeerTable {
@@ -76,13 +96,17 @@ pub(crate) struct PeerTable {
 }
 
 impl PeerTable {
-    /// Builds the table that comes after `before`.
-    pub(crate) fn new(peers: Vec<PeerConfig>, shards: usize, before: &PeerTable) -> PeerTable {
-        let routes = route::Table::from_peers(
-            peers
-                .iter()
-                .map(|peer| (peer.id, peer.allowed_ips.as_slice())),
-        );
+    /// Builds the table that comes after `before`. `reserved` belongs to no peer.
+    pub(crate) fn new(
+        peers: Vec<PeerConfig>,
+        reserved: &[Prefix],
+        shards: usize,
+        before: &PeerTable,
+    ) -> PeerTable {
+        let theirs = peers
+            .iter()
+            .map(|peer| (peer.id, peer.allowed_ips.as_slice()));
+        let routes = route::Table::from_peers(theirs.chain([(NOBODY, reserved)]));
         let mut by_id = Vec::new();
         for config in peers {
             let at = config.id.0 as usize;
@@ -229,8 +253,7 @@ pub(crate) struct Inbox {
     pub(crate) wake: Wake,
     pub(crate) settings: ArrayQueue<Arc<Settings>>,
     pub(crate) sockets: ArrayQueue<Arc<Sockets>>,
-    pub(crate) peers: ArrayQueue<Arc<PeerTable>>,
-    pub(crate) rules: ArrayQueue<Arc<CompiledRules>>,
+    pub(crate) network: ArrayQueue<Network>,
     pub(crate) paths: PathSlots,
     pub(crate) asks: ArrayQueue<PeerId>,
     pub(crate) handshakes: ArrayQueue<HandshakeMessage>,
@@ -247,8 +270,7 @@ impl Inbox {
             wake: Wake::new()?,
             settings: ArrayQueue::new(1),
             sockets: ArrayQueue::new(1),
-            peers: ArrayQueue::new(1),
-            rules: ArrayQueue::new(1),
+            network: ArrayQueue::new(1),
             paths: PathSlots::new(),
             asks: ArrayQueue::new(ASKS_MAX),
             handshakes: ArrayQueue::new(HANDSHAKES_MAX),
@@ -267,8 +289,7 @@ impl Inbox {
             && self.relay.is_empty()
             && self.handshakes.is_empty()
             && self.paths.is_empty()
-            && self.peers.is_empty()
-            && self.rules.is_empty()
+            && self.network.is_empty()
             && self.asks.is_empty()
             && self.settings.is_empty()
             && self.sockets.is_empty()
@@ -393,8 +414,8 @@ pub(crate) struct Hub {
     /// Handshake messages that reached a shard instead.
     pub(crate) handshake_strays: ArrayQueue<HandshakeMessage>,
     pub(crate) outbox: Outbox,
-    /// The newest peers and mark, for who may wait for a lock: never a shard.
-    pub(crate) table: RwLock<Arc<PeerTable>>,
+    /// The newest network and mark, for who may wait for a lock: never a shard.
+    pub(crate) network: RwLock<Network>,
     pub(crate) mark: AtomicU32,
     /// The bell of the thread that watches routes.
     pub(crate) routes_wake: EventFd,
@@ -414,7 +435,7 @@ impl Hub {
             handshake_peers: ArrayQueue::new(1),
             handshake_strays: ArrayQueue::new(STRAYS_MAX),
             outbox: Outbox::new()?,
-            table: RwLock::default(),
+            network: RwLock::new(Network::closed()),
             mark: AtomicU32::new(0),
             routes_wake: EventFd::new()?,
         })
@@ -451,7 +472,8 @@ impl Hub {
 
     /// The newest peers.
     pub(crate) fn table(&self) -> Arc<PeerTable> {
-        Arc::clone(&self.table.read().unwrap_or_else(PoisonError::into_inner))
+        let network = self.network.read().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(&network.table)
     }
 
     pub(crate) fn stopping(&self) -> bool {

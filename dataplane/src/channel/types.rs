@@ -39,6 +39,22 @@ pub struct PeerConfig {
     pub persistent_keepalive: Option<u16>,
 }
 
+/// A whole view of the network. Every shard takes it over in one step: no packet of a new peer meets
+/// older rules, none of a peer that went meets newer ones.
+#[derive(Clone, Debug, Default)]
+pub struct NetworkConfig {
+    /// All peers. Of equal prefixes the last peer's counts.
+    pub peers: Vec<PeerConfig>,
+    /// What belongs to no peer even where the allowed IPs of one cover it: own addresses, those of
+    /// nodes that are held back. A longer prefix of a peer inside counts, an equal one does not.
+    pub reserved: Vec<Prefix>,
+    /// Who may reach us.
+    pub rules: Rules,
+    /// Our own addresses and the routes we advertise: packets to others are refused, whatever the
+    /// rules; `None` skips that.
+    pub local: Option<Vec<Prefix>>,
+}
+
 /// How to reach one peer: an immutable record, replaced whole; only the newest counts
 /// (`protocol/paths.md` §16).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,14 +74,19 @@ pub struct PathDecision {
     pub path_mtu: u16,
 }
 
-/// Whole-table and per-peer instructions for the shards.
-#[derive(Clone, Debug, Default)]
+/// Whole-table and per-peer instructions for the shards. By default nobody may reach us.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Rules {
     /// Every authenticated peer may send anything its allowed IPs cover to what is ours.
-    #[default]
     AllowAll,
     /// Inbound packets need a rule or a remembered outbound flow; an empty list denies all.
     List(Vec<Rule>),
+}
+
+impl Default for Rules {
+    fn default() -> Rules {
+        Rules::List(Vec::new())
+    }
 }
 
 /// One packet filter rule: any source prefix, any destination, one of the protocols.

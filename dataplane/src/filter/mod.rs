@@ -19,6 +19,9 @@
 //! - TSMP (99) is the node's own business and never reaches the kernel.
 //! - Other protocols need a rule that names them, for all ports.
 //!
+//! A filter is [closed](Filter::closed) until it is given rules: then no fragment, no answer and no
+//! TCP segment passes either, since nothing is ours.
+//!
 //! With [`Rules::AllowAll`](crate::channel::Rules) both `admit` and `remember` return at once, and
 //! no memory of flows exists. Flows are then remembered from the moment a list is installed, here or
 //! at a shard that has it a moment before us and tells us of a flow.
@@ -86,13 +89,18 @@ pub enum Verdict {
 }
 
 impl Filter {
-    /// A filter with these rules.
-    pub fn new(now: Instant, rules: Arc<CompiledRules>) -> Filter {
-        let mut filter = Filter {
-            rules: Arc::new(CompiledRules::allow_all()),
+    /// A filter that lets nothing in yet, and remembers nothing.
+    pub fn closed() -> Filter {
+        Filter {
+            rules: Arc::new(CompiledRules::closed()),
             flows: None,
             local_before: None,
-        };
+        }
+    }
+
+    /// A filter with these rules.
+    pub fn new(now: Instant, rules: Arc<CompiledRules>) -> Filter {
+        let mut filter = Filter::closed();
         filter.set_rules(now, rules);
         filter
     }

@@ -53,6 +53,11 @@ impl CompiledRules {
         CompiledRules::compile(&Rules::AllowAll, None)
     }
 
+    /// Nothing is ours and nobody may send anything: what holds until somebody says what may.
+    pub fn closed() -> CompiledRules {
+        CompiledRules::compile(&Rules::default(), Some(&[]))
+    }
+
     /// Compiles rules. `local`, if given, are our own addresses and the routes we advertise:
     /// packets to others are refused, whatever the rules.
     pub fn compile(rules: &Rules, local: Option<&[Prefix]>) -> CompiledRules {

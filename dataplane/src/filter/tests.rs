@@ -209,6 +209,35 @@ fn allow_all_admits_everything_and_remembers_nothing() {
 }
 
 #[test]
+fn until_rules_are_given_nothing_passes() {
+    let now = start();
+    let mut filter = Filter::closed();
+    let (us, them) = ("10.0.0.1:1", "10.0.0.2:2");
+    let tcp = |flags| {
+        let tcp = Tcp {
+            seq: 1,
+            ack: 1,
+            flags,
+            window: 1,
+            options: &[],
+        };
+        v4(them, us).tcp(&tcp, b"x")
+    };
+    let answer_to_a_ping = v4(them, us).icmp(0, 0, b"x");
+    for packet in [
+        v4(them, us).udp(b"x"),
+        tcp(TCP_SYN),
+        tcp(TCP_ACK),
+        answer_to_a_ping,
+    ] {
+        let refused = admit(&mut filter, now, &packet);
+        assert_eq!(refused, Err(DropReason::FilterNotLocal));
+    }
+    assert_eq!(remember(&mut filter, now, &v4(us, them).udp(b"x")), None);
+    assert!(filter.flows.is_none(), "no memory before it is of use");
+}
+
+#[test]
 fn allow_all_makes_no_router_of_us_for_what_we_do_not_offer() {
     let now = start();
     let local = [
@@ -292,15 +321,16 @@ fn a_flow_is_reported_when_new_and_then_once_a_minute() {
 #[test]
 fn a_flow_that_another_shard_tells_of_before_the_first_list_is_kept() {
     let now = start();
-    let (mut first, mut owner) = (
-        deny_all(now),
-        Filter::new(now, Arc::new(CompiledRules::allow_all())),
-    );
+    let (mut first, mut owner) = (deny_all(now), Filter::closed());
     let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
     let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
     let flow = remember(&mut first, now, &out).unwrap();
     owner.learn(now, flow);
-    assert_eq!(admit(&mut owner, now, &reply), Ok(()), "as everything is");
+    assert_eq!(
+        admit(&mut owner, now, &reply),
+        Err(DropReason::FilterNotLocal),
+        "as everything is"
+    );
     owner.set_rules(now, Arc::clone(&first.rules));
     assert_eq!(admit(&mut owner, now, &reply), Ok(()));
     let other = v4("10.0.0.2:2", "10.0.0.1:3").udp(b"x");

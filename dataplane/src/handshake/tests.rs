@@ -37,7 +37,7 @@ fn doorman(now: Instant) -> Doorman {
         allowed_ips: vec![],
         persistent_keepalive: None,
     };
-    let table = PeerTable::new(vec![peer], 1, &PeerTable::default());
+    let table = PeerTable::new(vec![peer], &[], 1, &PeerTable::default());
     doorman.set_peers(&Arc::new(table));
     doorman
 }

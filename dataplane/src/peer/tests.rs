@@ -169,7 +169,7 @@ impl Loan {
             allowed_ips: vec![],
             persistent_keepalive: None,
         };
-        let table = PeerTable::new(vec![config(2)], 1, &PeerTable::default());
+        let table = PeerTable::new(vec![config(2)], &[], 1, &PeerTable::default());
         let mut owner = Peers::new(true, true);
         let mut engine = engine();
         owner.replace(now, Some(&mut engine), table.peers().cloned());
@@ -382,7 +382,7 @@ fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
         allowed_ips: vec![],
         persistent_keepalive: None,
     };
-    let table = PeerTable::new(ids.map(config).to_vec(), 1, &PeerTable::default());
+    let table = PeerTable::new(ids.map(config).to_vec(), &[], 1, &PeerTable::default());
     let lent = ids.map(|id| {
         let lent = Lent::new(Arc::clone(&sealing), Way::default(), None);
         table.get(id).unwrap().shared.loan.set(lent.offer());

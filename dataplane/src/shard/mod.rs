@@ -21,11 +21,11 @@ use arrayvec::ArrayVec;
 use context::Context;
 use transmit::Transmit;
 
-use crate::channel::hub::{Handed, Inbox, PeerTable, Settings};
+use crate::channel::hub::{Handed, Inbox, Network, PeerTable, Settings};
 use crate::channel::{Event, Hub, PeerId, PeerShared};
 use crate::coalesce::Coalescer;
 use crate::config::{self, DriverKind};
-use crate::filter::{CompiledRules, Filter};
+use crate::filter::Filter;
 use crate::packet::header::Headers;
 use crate::peer::{Guests, Kind, Peers, Way};
 use crate::ring::{Driver, Sources, TunRx, UdpRx};
@@ -180,7 +180,7 @@ impl<'a> Shard<'a> {
             peers: Peers::new(seat.roam, seat.hub.inboxes.len() > 1),
             guests: Guests::default(),
             table: Arc::default(),
-            filter: Filter::new(now, Arc::new(CompiledRules::allow_all())),
+            filter: Filter::closed(),
             opened: Opened::new(seat.kind),
             passed: Vec::with_capacity(128),
             coalescer: Coalescer::new(),
@@ -239,24 +239,21 @@ impl<'a> Shard<'a> {
         self.ctx.lap(Room::Shard);
     }
 
-    /// Takes new settings, peers, rules, path decisions and requests.
+    /// Takes new settings, peers with their rules, path decisions and requests.
     fn commands(&mut self) {
         if let Some(settings) = self.inbox.settings.pop() {
             self.apply(settings);
         }
-        if let Some(table) = self.inbox.peers.pop() {
-            self.replace_peers(table);
-        }
-        if let Some(rules) = self.inbox.rules.pop() {
-            self.filter.set_rules(self.ctx.now, rules);
+        if let Some(network) = self.inbox.network.pop() {
+            self.apply_network(network);
         }
         for _ in 0..DECISIONS_PER_TURN_MAX {
             let Some((id, decision)) = self.inbox.paths.take() else {
                 break;
             };
-            // Made after a table that came while we were here: it is for a peer of that one.
-            if let Some(table) = self.inbox.peers.pop() {
-                self.replace_peers(table);
+            // Made after a network that came while we were here: it is for a peer of that one.
+            if let Some(network) = self.inbox.network.pop() {
+                self.apply_network(network);
             }
             let now = self.ctx.now;
             let Some(peer) = self.peers.get(id) else {
@@ -272,6 +269,14 @@ impl<'a> Shard<'a> {
         }
         while let Some(id) = self.inbox.asks.pop() {
             self.initiate(id, false);
+        }
+    }
+
+    /// Takes over peers and rules together; no packet is looked at in between.
+    fn apply_network(&mut self, network: Network) {
+        self.filter.set_rules(self.ctx.now, network.rules);
+        if !Arc::ptr_eq(&self.table, &network.table) {
+            self.replace_peers(network.table);
         }
     }
 

@@ -1,6 +1,6 @@
 //! A shard without its driver and its device: what it decides between two waits.
 
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 
 use rand::SeedableRng;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -8,7 +8,8 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::channel::hub::RelayIn;
-use crate::channel::{Datagrams, PathDecision, PeerConfig, RegionId};
+use crate::channel::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, Rules};
+use crate::filter::{CompiledRules, source_allowed};
 use crate::packet::build::Builder;
 use crate::session::{Moment, Session};
 
@@ -129,7 +130,12 @@ fn secs(secs: u64) -> Moment {
 /// Gives the shard its peers, reached by relay.
 fn meet(shard: &mut Shard<'_>, far: &[Far]) {
     let peers = far.iter().map(|far| config(far.id, far.key)).collect();
-    shard.replace_peers(Arc::new(PeerTable::new(peers, 1, &PeerTable::default())));
+    shard.replace_peers(Arc::new(PeerTable::new(
+        peers,
+        &[],
+        1,
+        &PeerTable::default(),
+    )));
     for far in far {
         let decision = PathDecision {
             generation: 0,
@@ -180,6 +186,55 @@ fn comes_by_relay(shard: &Shard<'_>, peer: PeerId, datagrams: &[Vec<u8>]) {
             bytes: datagrams.concat(),
         },
     });
+}
+
+#[test]
+fn peers_and_their_rules_come_as_one() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let far = Far::new(1);
+    let prefix = |addr: [u8; 4], bits| Prefix {
+        addr: IpAddr::from(addr),
+        bits,
+    };
+    let own = prefix([10, 0, 0, 1], 32);
+    let network = |rules, before: &PeerTable| {
+        let peer = PeerConfig {
+            allowed_ips: vec![prefix([10, 0, 0, 0], 8), own],
+            ..config(far.id, far.key)
+        };
+        Network {
+            table: Arc::new(PeerTable::new(vec![peer], &[own], 1, before)),
+            rules: Arc::new(CompiledRules::compile(&rules, Some(&[own]))),
+        }
+    };
+    let from = |src: [u8; 4]| Builder::new((src, 1).into(), ([10, 0, 0, 1], 2).into()).udp(b"x");
+    let verdict = |shard: &mut Shard<'_>, packet: &[u8]| {
+        let headers = Headers::parse(packet)?;
+        source_allowed(&mut shard.table.routes.cursor(), far.id, &headers)?;
+        shard.filter.admit(shard.ctx.now, &headers, packet)
+    };
+    let stranger = verdict(&mut shard, &from([10, 0, 0, 2]));
+    assert_eq!(stranger, Err(DropReason::SourceNotAllowed));
+    // Two that nobody has looked at become the newest, with both its halves.
+    for rules in [Rules::AllowAll, Rules::default()] {
+        let network = network(rules, &PeerTable::default());
+        drop(shard.inbox.network.force_push(network));
+    }
+    assert_eq!(shard.wait(false), Some(Duration::ZERO));
+    shard.commands();
+    let denied = verdict(&mut shard, &from([10, 0, 0, 2]));
+    assert_eq!(denied, Err(DropReason::FilterDenied));
+    let next = network(Rules::AllowAll, &shard.table);
+    drop(shard.inbox.network.force_push(next));
+    shard.commands();
+    assert_eq!(verdict(&mut shard, &from([10, 0, 0, 2])), Ok(()));
+    let ours = verdict(&mut shard, &from([10, 0, 0, 1]));
+    assert_eq!(
+        ours,
+        Err(DropReason::SourceNotAllowed),
+        "what is reserved is no peer's, though one claims it"
+    );
 }
 
 #[test]

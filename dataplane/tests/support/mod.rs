@@ -25,8 +25,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Event, Offloads, PathDecision, PeerConfig, PeerId,
-    Prefix, RegionId, StartError,
+    Config, Dataplane, DriverChoice, Engine, Event, NetworkConfig, Offloads, PathDecision,
+    PeerConfig, PeerId, Prefix, RegionId, Rules, StartError,
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
@@ -226,6 +226,8 @@ pub(crate) struct Setup {
     pub(crate) roam: bool,
     /// Of A and of B.
     pub(crate) engines: [Engine; 2],
+    /// Nobody tells B who may reach it.
+    pub(crate) b_untold: bool,
 }
 
 impl Default for Setup {
@@ -239,6 +241,7 @@ impl Default for Setup {
             fwmark: 0,
             roam: false,
             engines: [Engine::Ringtail; 2],
+            b_untold: false,
         }
     }
 }
@@ -289,7 +292,15 @@ impl Pair {
                 "ip -n {name} addr add {}/64 dev rt0 nodad",
                 end.inner6()
             ));
-            dataplane.set_peers(vec![peer(end.other())]);
+            let peers = vec![peer(end.other())];
+            match end {
+                End::B if setup.b_untold => dataplane.set_peers(peers),
+                End::A | End::B => dataplane.set_network(NetworkConfig {
+                    peers,
+                    rules: Rules::AllowAll,
+                    ..NetworkConfig::default()
+                }),
+            }
             Arc::new(dataplane)
         };
         let (a, b) = (start(End::A), start(End::B));

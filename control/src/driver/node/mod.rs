@@ -175,8 +175,7 @@ impl Node {
     fn carry_out(&mut self) {
         while let Some(output) = self.agent.poll_output() {
             match output {
-                Output::SetPeers(peers) => self.dataplane.set_peers(peers),
-                Output::SetRules { rules, local } => self.dataplane.set_rules(&rules, Some(&local)),
+                Output::SetNetwork(network) => self.dataplane.set_network(network),
                 Output::SetPath(peer, decision) => self.dataplane.set_path(peer, decision),
                 Output::Configure { addresses, routes } => {
                     self.interface.send_replace(Some((addresses, routes)));
