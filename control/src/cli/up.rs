@@ -79,7 +79,7 @@ pub(super) struct UpArgs {
     /// How direct paths are tested [default: full].
     #[arg(long, value_enum)]
     validate: Option<ValidateMode>,
-    /// Unanswered discovery rounds before a peer stays on the relay; 0 is no limit [default: 8].
+    /// Unanswered discovery rounds before a peer that never was direct stays on the relay; 0 is no limit [default: 8].
     #[arg(long, value_name = "ROUNDS")]
     retry_limit: Option<u32>,
     /// Append what happens on the paths to this file, as JSON lines.

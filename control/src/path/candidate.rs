@@ -15,6 +15,9 @@ use crate::disco::TxId;
 /// Unanswered rounds that a remembered address is given.
 const CACHED_ROUNDS_MAX: u8 = 3;
 
+/// Pinged so lately, a candidate need not be asked again because the best address is doubted.
+const DOUBT_REST: Duration = Duration::from_millis(500);
+
 /// What we know of one address.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Candidate {
@@ -147,6 +150,16 @@ impl Candidates {
         (new, full)
     }
 
+    /// All may be pinged by a round now, but those that have just been.
+    pub(super) fn end_rest(&mut self, now: Instant) {
+        for candidate in self.0.values_mut() {
+            let just = |at: Instant| now.saturating_duration_since(at) < DOUBT_REST;
+            if !candidate.last_ping.is_some_and(just) {
+                candidate.last_round = None;
+            }
+        }
+    }
+
     /// Forgets remembered addresses that nothing else names: the peer has moved.
     pub(super) fn forget_cached(&mut self) {
         for candidate in self.0.values_mut() {
@@ -154,16 +167,18 @@ impl Candidates {
         }
     }
 
-    /// Takes the endpoints of a CallMeMaybe and removes what only an earlier one named, which is
-    /// returned.
+    /// Takes the endpoints of a CallMeMaybe and removes what only an earlier one named, but `keep`;
+    /// what is removed is returned.
     pub(super) fn set_called(
         &mut self,
         now: Instant,
         endpoints: &[SocketAddr],
+        keep: Option<SocketAddr>,
     ) -> (Vec<SocketAddr>, Option<Full>) {
         let mut removed = Vec::new();
         self.0.retain(|addr, candidate| {
-            let keep = candidate.called_at.is_none() || endpoints.contains(addr);
+            let named = candidate.called_at.is_none() || endpoints.contains(addr);
+            let keep = named || Some(*addr) == keep;
             if !keep {
                 removed.push(*addr);
             }
@@ -265,10 +280,12 @@ mod tests {
         let now = start();
         let mut all = Candidates::default();
         let _ = all.set_map(now, &[addr(1)]);
-        all.set_called(now, &[addr(2), addr(3)]);
-        let (removed, _) = all.set_called(now, &[addr(3)]);
+        all.set_called(now, &[addr(2), addr(3)], None);
+        let (removed, _) = all.set_called(now, &[addr(3)], None);
         assert_eq!(removed, [addr(2)]);
         assert!(all.get(&addr(1)).is_some() && all.get(&addr(3)).is_some());
+        let (removed, _) = all.set_called(now, &[], Some(addr(3)));
+        assert!(removed.is_empty() && all.get(&addr(3)).is_some());
     }
 
     #[test]

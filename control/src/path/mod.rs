@@ -10,8 +10,14 @@
 //! promoted: **Direct**, used alone for as long as Pongs keep coming (trust is renewed by each and
 //! runs out after 6.5 s). When trust runs out, a heartbeat stays unanswered or sending fails, the
 //! peer is in **Fallback**: data goes both ways until a Pong from the address (Direct again) or until
-//! a Ping to it times out (Probing again, by relay alone). After eight silent rounds the peer is
-//! **Held**: no Pings of our own for minutes, until something changes or the peer calls.
+//! a Ping to it times out (Probing again, by relay alone). The moment the best address is doubted, the
+//! others are asked, and one that answered lately is validated at once.
+//!
+//! After eight silent rounds a peer that never was direct is **Held**: no Pings of our own for
+//! minutes, until something changes or the peer calls. One that was direct, in this run or as the
+//! memory of the last one says, is not given up: both ends would wait for each other. It stays in
+//! Probing at a slow pace for as long as data flows, and any authenticated arrival over UDP, or data
+//! after a long pause, quickens it.
 //!
 //! [`Manager`] holds all peers behind the verbs of every core. In: [`Manager::set_peers`],
 //! [`Manager::set_own_endpoints`], DISCO datagrams from the socket and from relays, events of the
@@ -97,8 +103,13 @@ pub const LAST_GOOD_DURATION: Duration = Duration::from_secs(60);
 pub const CALL_ME_MAYBE_ROUND_INTERVAL: Duration = Duration::from_secs(1);
 /// A candidate that failed validation is left alone for this long.
 pub const BLOCKED_DURATION: Duration = Duration::from_secs(30);
-/// Rounds without any Pong before a peer is held, unless configured otherwise.
+/// Rounds without any Pong before a peer is held, unless configured otherwise. One that was direct
+/// before is never held: its rounds become slow.
 pub const RETRY_LIMIT: u32 = 8;
+/// Time between the slow rounds of a peer that was direct: one Ping to each candidate.
+pub const SLOW_ROUND_INTERVAL: Duration = Duration::from_secs(6);
+/// Time between two announcements of unchanged endpoints at that pace.
+pub const SLOW_ANNOUNCE_INTERVAL: Duration = Duration::from_secs(30);
 /// First time of holding; it doubles with each repetition.
 pub const HOLD_MIN: Duration = Duration::from_secs(5 * 60);
 /// Longest time of holding.

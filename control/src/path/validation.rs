@@ -71,6 +71,8 @@ pub(super) struct Validation {
     /// It replaces the best address even if it is not better by rank.
     pub(super) replaces: bool,
     pub(super) last_pong: Instant,
+    /// It began with a Pong of some time ago, and nothing has been answered since.
+    on_trust: bool,
     /// Number of the burst, unique per peer.
     burst: u32,
     second: bool,
@@ -89,7 +91,8 @@ pub(super) struct Validation {
 }
 
 impl Validation {
-    /// A test of `addr`, whose first Pong took `first_rtt`, for wire packets of `mtu` bytes.
+    /// A test of `addr`, whose first Pong took `first_rtt`, for wire packets of `mtu` bytes. An
+    /// `early` one does not begin with that Pong but some time after it.
     pub(super) fn new(
         now: Instant,
         addr: SocketAddr,
@@ -97,11 +100,13 @@ impl Validation {
         mtu: u16,
         burst: u32,
         replaces: bool,
+        early: bool,
     ) -> Self {
         Self {
             addr,
             replaces,
             last_pong: now,
+            on_trust: early,
             burst,
             second: false,
             sent: 0,
@@ -137,6 +142,7 @@ impl Validation {
     /// A Pong to one of its probes.
     pub(super) fn pong(&mut self, now: Instant, rtt: Duration, probe: Probe) {
         self.last_pong = now;
+        self.on_trust = false;
         match probe {
             Probe::Small(burst) if burst == self.burst => {
                 self.answered += 1;
@@ -148,6 +154,11 @@ impl Validation {
                 self.mtu_next = None;
             }
         }
+    }
+
+    /// Whether it began with a Pong of some time ago, and nothing has been answered since.
+    pub(super) fn on_trust(&self) -> bool {
+        self.on_trust
     }
 
     /// The verdict, once it is certain. Begins the second burst, numbered `burst`, where one is due.

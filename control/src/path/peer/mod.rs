@@ -124,6 +124,8 @@ pub(super) struct Peer {
     /// Rounds in a row without any Pong, and times held since the last one.
     silent_rounds: u32,
     holds: u32,
+    /// It was direct once, in this run or in the one remembered: it is not held.
+    was_direct: bool,
     call_round_at: Option<Instant>,
     /// A round for a CallMeMaybe that came too early.
     call_round_due: Option<Instant>,
@@ -168,6 +170,7 @@ impl Peer {
             round_more: None,
             silent_rounds: 0,
             holds: 0,
+            was_direct: false,
             call_round_at: None,
             call_round_due: None,
             announce: Announce::default(),
@@ -236,6 +239,7 @@ impl Peer {
 
     /// An address that worked in an earlier run.
     pub(super) fn remember(&mut self, now: Instant, addr: SocketAddr) {
+        self.was_direct = true;
         if let Ok(candidate) = self.candidates.entry(now, addr) {
             candidate.cached.get_or_insert(0);
         }
@@ -287,6 +291,13 @@ impl Peer {
             State::Probing { held_until } => held_until.is_some(),
             State::Relay | State::Direct(_) | State::Fallback(_) => false,
         }
+    }
+
+    /// Whether rounds are far apart: the path that worked once has been silent for long.
+    fn slow(&self, sh: &Shared) -> bool {
+        let limit = sh.config.retry_limit;
+        let gone = limit > 0 && self.silent_rounds >= limit && self.best().is_none();
+        self.was_direct && gone
     }
 
     /// Whether the session is in use.

@@ -47,11 +47,19 @@ impl Peer {
 
     /// The peer was heard at an address.
     fn heard_at(&mut self, now: Instant, sh: &mut Shared, from: SocketAddr, ping: Option<TxId>) {
+        // UDP passes again, in one direction at least. A held peer that only pings us gets one round.
+        if ping.is_none() || self.slow(sh) {
+            self.wake(now, sh);
+        }
         let untrusted = !self.trusted(now);
         let is_best = self.best().is_some_and(|best| best.addr == from);
+        // Packets from there while the best address is quiet are news, however well we know it.
+        let over = |at: Instant| now.saturating_duration_since(at) >= JUDGING_INTERVAL;
+        let best_quiet = self.best().is_none_or(|best| over(best.last_pong));
         let new = self.candidates.get(&from).is_none_or(|candidate| {
-            candidate.new_source_at.is_none()
-                || ping.is_none() && !candidate.answered_within(now, PING_TIMEOUT)
+            let again = !candidate.answered_within(now, PING_TIMEOUT)
+                || best_quiet && candidate.new_source_at.is_some_and(over);
+            candidate.new_source_at.is_none() || ping.is_none() && again
         });
         let Ok(candidate) = self.candidates.entry(now, from) else {
             sh.counters.count(Drop::CandidatesFull);
@@ -65,8 +73,8 @@ impl Peer {
         let rested = candidate
             .last_ping
             .is_none_or(|at| now.saturating_duration_since(at) >= PING_BACK_INTERVAL);
-        let quiet = !candidate.answered_within(now, PING_TIMEOUT) && !candidate.blocked(now);
-        if !(rested && quiet && (new || untrusted)) || is_best && !untrusted {
+        let asked = new || untrusted && !candidate.answered_within(now, PING_TIMEOUT);
+        if !rested || candidate.blocked(now) || !asked || is_best && !untrusted {
             return;
         }
         self.probe(now, sh, Reason::PingReceived);
@@ -228,7 +236,9 @@ impl Peer {
                 wanted.push(*addr);
             }
         }
-        let (removed, full) = self.candidates.set_called(now, &wanted);
+        // The address that was lost may come back before the peer knows of it again.
+        let keep = self.last_good.map(|(addr, _)| addr);
+        let (removed, full) = self.candidates.set_called(now, &wanted, keep);
         if full.is_some() {
             sh.counters.count(Drop::CandidatesFull);
         }
@@ -298,6 +308,8 @@ impl Peer {
         self.sent(now, activity);
         if self.best().is_some() {
             self.ping_best(now, sh, true);
+            self.candidates.end_rest(now);
+            self.ping_due(now, sh);
             // If it is a stream that nobody answers, heartbeats judge it from now on.
             let soon = now + JUDGING_INTERVAL;
             self.heartbeat = self.heartbeat.map(|at| at.min(soon));
@@ -309,6 +321,10 @@ impl Peer {
     fn sent(&mut self, now: Instant, activity: &Activity) {
         self.activity = *activity;
         self.last_sent = Some(now);
+        if self.heartbeat.is_none() && self.was_direct {
+            // After a long pause, what was silent before says nothing.
+            self.silent_rounds = 0;
+        }
         self.heartbeat.get_or_insert(now + HEARTBEAT_INTERVAL);
     }
 
@@ -324,9 +340,10 @@ impl Peer {
         match errno {
             EHOSTUNREACH | ENETUNREACH => {
                 if let Some(candidate) = self.candidates.get_mut(&to) {
-                    let rested = candidate.last_round;
+                    // A route may come back soon: the quick Pings go on.
+                    let (rested, quick) = (candidate.last_round, candidate.quick);
                     candidate.wipe();
-                    candidate.last_round = rested;
+                    (candidate.last_round, candidate.quick) = (rested, quick);
                 }
                 if is_best {
                     self.clear_best(now, sh, Reason::SendError);

@@ -10,8 +10,8 @@ use super::super::shared::Shared;
 use super::super::validation::Probe;
 use super::super::{
     ANNOUNCE_CHANGED_INTERVAL, ANNOUNCE_INTERVAL, ANNOUNCE_WAIT, CANDIDATES_PINGED_MAX,
-    DISCO_PING_INTERVAL, Drop, Purpose, RELAY_RTT_FRESH, Reason, RestunReason, Route, Story,
-    Transmit, Via,
+    DISCO_PING_INTERVAL, Drop, Purpose, RELAY_RTT_FRESH, Reason, RestunReason, Route,
+    SLOW_ANNOUNCE_INTERVAL, SLOW_ROUND_INTERVAL, Story, Transmit, Via,
 };
 use super::{Peer, Round};
 use crate::disco::{Message, ping_padding};
@@ -33,12 +33,17 @@ impl Peer {
         if self.key.is_none() || announce && self.passive() {
             return;
         }
+        let lately = |at: Instant| now.saturating_duration_since(at) < SLOW_ROUND_INTERVAL;
+        if announce && self.slow(sh) && self.last_full.is_some_and(lately) {
+            return;
+        }
         if announce && self.count_round(now, sh) {
             return;
         }
         self.probe(now, sh, reason);
         self.last_full = Some(now);
-        let keep = self.best().map(|best| best.addr);
+        let best = self.best().map(|best| best.addr);
+        let keep = best.or_else(|| self.last_good.map(|(addr, _)| addr));
         self.candidates.sweep(now, keep);
         self.measure_relay(now, sh);
         self.ping_due(now, sh);
@@ -59,7 +64,8 @@ impl Peer {
             }
         }
         let limit = sh.config.retry_limit;
-        if limit > 0 && self.silent_rounds >= limit && self.best().is_none() {
+        let silent = limit > 0 && self.silent_rounds >= limit && self.best().is_none();
+        if silent && !self.was_direct {
             self.hold(now, sh);
             return true;
         }
@@ -86,7 +92,7 @@ impl Peer {
             })
             .collect();
         due.sort_unstable();
-        let quick = !self.trusted(now);
+        let quick = !self.trusted(now) && !self.slow(sh);
         self.round_more = None;
         for (_, _, addr) in due.into_iter().take(CANDIDATES_PINGED_MAX) {
             if !self.ping(now, sh, Route::Direct(addr), Purpose::Discovery) {
@@ -231,7 +237,8 @@ impl Peer {
         true
     }
 
-    /// Tells the peer where to ping us, at its own pace: every [`ANNOUNCE_INTERVAL`] at most, or
+    /// Tells the peer where to ping us, at its own pace: every [`ANNOUNCE_INTERVAL`] at most
+    /// ([`SLOW_ANNOUNCE_INTERVAL`] if it has been silent for long), or
     /// [`ANNOUNCE_CHANGED_INTERVAL`] when it is `urgent` because our endpoints changed or the direct
     /// path went silent. Old endpoints are looked up again first, but not waited for longer than
     /// [`ANNOUNCE_WAIT`].
@@ -239,10 +246,10 @@ impl Peer {
         if self.key.is_none() || self.region().is_none() {
             return;
         }
-        let interval = if urgent {
-            ANNOUNCE_CHANGED_INTERVAL
-        } else {
-            ANNOUNCE_INTERVAL
+        let interval = match (urgent, self.slow(sh)) {
+            (true, _) => ANNOUNCE_CHANGED_INTERVAL,
+            (false, true) => SLOW_ANNOUNCE_INTERVAL,
+            (false, false) => ANNOUNCE_INTERVAL,
         };
         let allowed = self.announce.last.map(|at| at + interval);
         match (urgent, self.announce.pending) {

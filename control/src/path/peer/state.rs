@@ -69,6 +69,11 @@ impl Peer {
     pub(in super::super) fn wake(&mut self, now: Instant, sh: &mut Shared) {
         if self.passive() {
             self.release(now, sh, Reason::Wake);
+        } else if self.slow(sh) {
+            self.silent_rounds = 0;
+            if self.active(now) {
+                self.start_round(now, sh, true, Reason::Wake);
+            }
         }
     }
 
@@ -106,8 +111,16 @@ impl Peer {
         self.suspect = None;
         self.last_good_next = Some(now);
         self.enter(now, sh, State::Fallback(best), reason);
+        self.try_others(now, sh, reason);
+    }
+
+    /// The best address is doubted or gone: the others are asked at once, however short their rest,
+    /// and the best of those that answered lately is tested without waiting for another Pong.
+    fn try_others(&mut self, now: Instant, sh: &mut Shared, reason: Reason) {
         if self.sent_within(now, HEARTBEAT_INTERVAL) {
+            self.candidates.end_rest(now);
             self.start_round(now, sh, true, reason);
+            self.consider_others(now, sh);
         }
     }
 
@@ -124,9 +137,7 @@ impl Peer {
             State::Relay
         };
         self.enter(now, sh, state, reason);
-        if self.sent_within(now, HEARTBEAT_INTERVAL) {
-            self.start_round(now, sh, true, reason);
-        }
+        self.try_others(now, sh, reason);
     }
 
     /// The network changed under us.
@@ -137,7 +148,12 @@ impl Peer {
         change: LinkChange,
     ) {
         match change {
-            LinkChange::Minor => self.wake(now, sh),
+            LinkChange::Minor => {
+                self.wake(now, sh);
+                if !self.trusted(now) {
+                    self.try_others(now, sh, Reason::LinkChange);
+                }
+            }
             LinkChange::Major => {
                 self.validation = None;
                 self.candidates.iter_mut().for_each(|(_, c)| c.wipe());
@@ -163,7 +179,7 @@ impl Peer {
         let (addr, retest) = (best.addr, best.retest);
         if retest {
             if self.validation.is_none() {
-                self.start_validation(now, sh, addr, rtt, true);
+                self.start_validation(now, sh, addr, rtt, true, false);
             }
             return;
         }
@@ -177,11 +193,16 @@ impl Peer {
         let Some(candidate) = self.candidates.get(&addr) else {
             return;
         };
-        let Some((_, rtt)) = candidate.pong.filter(|_| !candidate.blocked(now)) else {
+        let Some((pong_at, rtt)) = candidate.pong.filter(|_| !candidate.blocked(now)) else {
             return;
         };
-        if self.validation.is_some() {
-            return;
+        let early = pong_at < now;
+        if let Some(test) = &self.validation {
+            // What answers now goes before what only answered once.
+            if early || !test.on_trust() || test.addr == addr {
+                return;
+            }
+            self.validation = None;
         }
         let mut replaces = false;
         if let Some(best) = self.best().copied().filter(|best| best.addr != addr) {
@@ -203,7 +224,7 @@ impl Peer {
                 self.fall_back(now, sh, Reason::NewSource);
             }
         }
-        self.start_validation(now, sh, addr, rtt, replaces);
+        self.start_validation(now, sh, addr, rtt, replaces, early);
     }
 
     fn start_validation(
@@ -213,9 +234,14 @@ impl Peer {
         addr: SocketAddr,
         rtt: Duration,
         replaces: bool,
+        early: bool,
     ) {
         let mtu = wire_mtu(sh.config.tunnel_mtu, addr);
         if sh.config.validate == Validate::Fast {
+            // An older Pong promotes nothing: the next one will.
+            if early {
+                return;
+            }
             let last_pong = now;
             self.promote(now, sh, addr, rtt, last_pong, mtu, replaces);
             return;
@@ -224,7 +250,7 @@ impl Peer {
             self.probe(now, sh, Reason::PingReceived);
         }
         self.bursts += 1;
-        let test = Validation::new(now, addr, rtt, mtu, self.bursts, replaces);
+        let test = Validation::new(now, addr, rtt, mtu, self.bursts, replaces, early);
         self.validation = Some(test);
         let phase = Phase::Start;
         sh.tell(self.id, Story::Validate { addr, phase });
@@ -273,9 +299,14 @@ impl Peer {
                     loss_pct,
                 };
                 sh.tell(self.id, Story::Validate { addr, phase });
-                if let Some(candidate) = self.candidates.get_mut(&addr) {
-                    candidate.blocked_until = Some(now + BLOCKED_DURATION);
-                    candidate.quick = None;
+                match self.candidates.get_mut(&addr) {
+                    // Its old Pong promised too much; a new one is as good as any.
+                    Some(candidate) if test.on_trust() => candidate.pong = None,
+                    Some(candidate) => {
+                        candidate.blocked_until = Some(now + BLOCKED_DURATION);
+                        candidate.quick = None;
+                    }
+                    None => {}
                 }
                 if self.best().is_some_and(|best| best.addr == addr) {
                     self.clear_best(now, sh, Reason::Quality);
@@ -352,7 +383,7 @@ impl Peer {
             Reason::Validated
         };
         (self.silent_rounds, self.holds) = (0, 0);
-        self.last_good = None;
+        (self.was_direct, self.last_good) = (true, None);
         self.enter(now, sh, State::Direct(best), reason);
         if self.heartbeat.is_none() && self.active(now) {
             self.heartbeat = Some(now + HEARTBEAT_INTERVAL);
@@ -371,7 +402,7 @@ impl Peer {
                 best.retest = sh.config.validate == Validate::Full;
                 let (addr, rtt, retest) = (best.addr, best.latency, best.retest);
                 if retest && self.validation.is_none() {
-                    self.start_validation(now, sh, addr, rtt, true);
+                    self.start_validation(now, sh, addr, rtt, true, false);
                 }
             }
         }

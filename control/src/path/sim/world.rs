@@ -537,7 +537,7 @@ impl World {
     }
 
     /// Hands everything a node's cores put out to where it belongs.
-    fn pump(&mut self, node: usize) {
+    pub(super) fn pump(&mut self, node: usize) {
         let now = self.now;
         loop {
             let events = std::mem::take(&mut self.nodes[node].shard.events);
