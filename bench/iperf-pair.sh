@@ -118,6 +118,10 @@ fi
 
 # shellcheck source=../scripts/netns/lab.sh
 . scripts/netns/lab.sh
+# shellcheck source=../scripts/netns/checks.sh
+. scripts/netns/checks.sh
+# shellcheck source=../scripts/netns/tailnet.sh
+. scripts/netns/tailnet.sh
 # shellcheck source=../scripts/netns/story.sh
 . scripts/netns/story.sh
 lab_init

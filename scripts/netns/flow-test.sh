@@ -24,10 +24,12 @@ done
 lab_or_skip
 
 BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
-# shellcheck disable=SC2034 # used by story.sh
+# shellcheck disable=SC2034 # used by tailnet.sh
 RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
 # shellcheck source=checks.sh
 . scripts/netns/checks.sh
+# shellcheck source=tailnet.sh
+. scripts/netns/tailnet.sh
 # shellcheck source=story.sh
 . scripts/netns/story.sh
 lab_init

@@ -8,6 +8,7 @@
 #
 #   lab_or_skip                    ends the script where no lab can be had
 #   lab_init                       prefix, directory, traps, guard
+#   lab_within NAME                in a subshell: a lab inside of this one, which goes away with it
 #   lab_ns NAME...                 make namespaces
 #   lab_in NAME COMMAND...         run in a namespace, in the foreground
 #   lab_spawn NAME LABEL CMD...    run in a namespace, in the background; log in $LAB_DIR/LABEL.log
@@ -52,6 +53,11 @@ lab_init() {
   trap 'exit 129' HUP
   # In a session of its own, so that Ctrl-C does not reach it.
   setsid bash "$LAB_LIB" guard $$ "$(lab_started_at $$)" "$LAB" "$LAB_DIR" </dev/null >/dev/null 2>&1 &
+}
+
+lab_within() {
+  LAB=$LAB$1_ LAB_DIR=$LAB_DIR/$1
+  mkdir -p "$LAB_DIR"
 }
 
 lab_ns() {

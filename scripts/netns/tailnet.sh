@@ -1,0 +1,305 @@
+# shellcheck shell=bash
+# A tailnet in a lab: relays, coordination and nodes, each of either kind. Source it after lab.sh, checks.sh and
+# packages.sh; with peers.sh too for the kinds that are not ours. RINGTAIL and BENCH name the binaries.
+#
+#   tailnet_internet                     the internet, a host "coord" at 10.255.0.1, a host "relay" at 203.0.113.1
+#   start_relay NS LABEL ADDRESS ID CODE [IPV6]    `ringtail derp`;  start_derper: derper in its place
+#   make_derp_map LABEL...               the DERP map of these relays
+#   start_headscale                      coordination by Headscale, users alice and bob, keys in auth-key and bob-key
+#   start_coord                          coordination by `ringtail coord`, at the same address
+#   tailnet_up                           all of that at once: internet, our relay, Headscale
+#
+# Both servers are at $COORD_URL, and what lets nodes in is in $LAB_DIR/auth-key.
+#
+#   hs COMMAND...                        Headscale's command line
+#   hs_id NAME, hs_field NAME FILTER     a node's id; what jq finds in its entry
+#   hs_routes NAME PREFIX[,PREFIX]       approves these routes of the node, and only these; hs_routes NAME "" none
+#   hs_delete NAME, hs_expire NAME       what an administrator does
+#   hs_policy FILE                       a policy for all; hs_policy by itself reads it from standard input
+#
+#   tailnet_ringtail NAME NS [OPTION...]     a node: `ringtail up OPTION...` in namespace NS
+#   tailnet_tailscaled NAME NS [OPTION...]   a node: tailscaled on a TUN, and `tailscale up OPTION...`
+#   tailnet_stop NAME [SIGNAL]           ends it (KILL: as a crash does); its state stays
+#   tailnet_start NAME                   starts it again as it was
+#   rt NAME COMMAND..., ts NAME COMMAND...   its command line: `ringtail COMMAND`, `tailscale COMMAND`
+#   tailnet_status NAME                  its status in one form for both kinds, see there
+#
+#   tailnet_online NAME...               are they in the network?         (for `within`)
+#   tailnet_knows NAME OTHER...          has NAME the OTHERs in its map, online and with a home?
+#   tailnet_ready NAME...                waits until each is in the network and knows all the others
+#   tailnet_ip NAME [6]                  its address inside, also when it does not run any more
+#   tailnet_path NAME OTHER              "direct ADDRESS:PORT" or "relay CODE", as NAME has it
+#   tailnet_direct NAME OTHER            does each have the other direct? (for `within`)
+#   tailnet_block HOST, tailnet_unblock HOST     the internet carries no UDP of this lab_host but STUN and DNS
+#
+#   tailnet_pings FROM TO SECONDS [LOST_MAX]   20 pings a second; fails when more are lost, or all
+#   tailnet_stream FROM TO LABEL         50 pings a second in the background,
+#   tailnet_stream_end LABEL             until here; then LOST, SENT, and GAP_MS, the longest time without an answer
+#
+# TO is a node, or an address. Inside of `( lab_within NAME; ... )` a script has a lab of its own, so that several
+# tailnets run beside each other.
+
+COORD_URL=http://10.255.0.1:8080
+
+fail() {
+  echo "error: $*" >&2
+  tailnet_logs >&2
+  exit 1
+}
+
+tailnet_logs() {
+  local log
+  for log in "$LAB_DIR"/*.log; do
+    if [ -s "$log" ]; then
+      echo "--- last lines of $(basename "$log"):"
+      tail -n 15 "$log"
+    fi
+  done
+}
+
+# ---- coordination and relays -----------------------------------------------------------------
+
+tailnet_internet() {
+  lab_internet
+  tailnet_coord_host
+  lab_host relay 203.0.113.1 2001:db8::1
+}
+
+# A private address: over plain HTTP, tailscaled comes back to no other.
+tailnet_coord_host() {
+  lab_host coord 203.0.113.3
+  ip -n "${LAB}coord" addr add 10.255.0.1/32 dev lo
+  ip -n "${LAB}inet" route add 10.255.0.1/32 via 203.0.113.3 dev p_coord onlink
+}
+
+tailnet_up() {
+  tailnet_internet
+  start_relay relay relay 203.0.113.1 900 own 2001:db8::1 && make_derp_map relay && start_headscale ||
+    fail "relay or Headscale did not start"
+}
+
+# tailnet_listens NS PORT: does anybody?
+tailnet_listens() { lab_in "$1" grep -qi ":$(printf %04x "$2") 0*:0000 0A" /proc/net/tcp /proc/net/tcp6; }
+
+# start_relay NS LABEL ADDRESS ID CODE [IPV6]: a relay; its entry for the DERP map lands in $LAB_DIR/LABEL.
+start_relay() {
+  rm -f "$LAB_DIR/$2/derp-node.json"
+  lab_spawn "$1" "$2" "$RINGTAIL" derp --hostname "$3" --addr "$3:443" ${6:+--addr "[$6]:443"} --stun-port 3478 \
+    --state-dir "$LAB_DIR/$2" --region-id "$4" --region-code "$5"
+  lab_wait_file "$LAB_DIR/$2/derp-node.json" 20
+}
+
+# start_derper NS LABEL ADDRESS ID CODE: the same by derper, over IPv4.
+start_derper() {
+  mkdir -p "$LAB_DIR/$2"
+  lab_spawn "$1" "$2" derper -a "$3:443" -http-port -1 -stun-port 3478 -certmode manual -hostname "$3" \
+    -certdir "$LAB_DIR/$2" -c "$LAB_DIR/$2/derper.json"
+  within 20 tailnet_listens "$1" 443 || return 1
+  local pin
+  # It logs the whole entry, with the pin of the certificate that it made.
+  pin=$(grep -o 'sha256-raw:[0-9a-f]*' "$LAB_DIR/$2.log" | tail -n 1)
+  printf '{"RegionID":%s,"RegionCode":"%s","RegionName":"%s","Nodes":[{"Name":"%sa","RegionID":%s,"HostName":"%s","IPv4":"%s","IPv6":"none","DERPPort":443,"STUNPort":3478,"CertName":"%s"}]}\n' \
+    "$4" "$5" "$5" "$4" "$4" "$3" "$3" "$pin" >"$LAB_DIR/$2/derp-node.json"
+}
+
+# make_derp_map RELAY...: joins the relays' own entries into one DERP map file.
+make_derp_map() {
+  "$BENCH" derp-map "${@/#/$LAB_DIR/}" >"$LAB_DIR/derp-map.json"
+}
+
+start_coord() {
+  lab_spawn coord coord "$RINGTAIL" coord --addr "${COORD_URL#http://}" --state-dir "$LAB_DIR/coord" \
+    --derp-map "$LAB_DIR/derp-map.json"
+  within 20 tailnet_listens coord 8080 || return 1
+  [ -e "$LAB_DIR/auth-key" ] || "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key"
+}
+
+start_headscale() {
+  local user
+  # YAML takes JSON; Headscale wants the names in lower case and the regions' numbers bare.
+  sed -E 's/"([0-9]+)": *\{/\1: {/; s/"([A-Za-z0-9]+)":/"\L\1":/' "$LAB_DIR/derp-map.json" >"$LAB_DIR/derp.yaml"
+  headscale_config >"$LAB_DIR/headscale.yaml"
+  lab_spawn coord headscale headscale -c "$LAB_DIR/headscale.yaml" serve
+  within 20 tailnet_listens coord 8080 || return 1
+  [ ! -e "$LAB_DIR/auth-key" ] || return 0
+  for user in alice bob; do
+    hs users create $user >/dev/null || return 1
+  done
+  hs_key 1 >"$LAB_DIR/auth-key" && hs_key 2 >"$LAB_DIR/bob-key"
+}
+
+headscale_config() {
+  cat <<YAML
+server_url: $COORD_URL
+listen_addr: ${COORD_URL#http://}
+metrics_listen_addr: 127.0.0.1:9090
+grpc_listen_addr: 127.0.0.1:50443
+noise: {private_key_path: $LAB_DIR/noise.key}
+prefixes: {v4: 100.64.0.0/10, v6: "fd7a:115c:a1e0::/48", allocation: sequential}
+derp: {server: {enabled: false}, urls: [], paths: [$LAB_DIR/derp.yaml], auto_update_enabled: false}
+disable_check_updates: true
+node: {expiry: 0, ephemeral: {inactivity_timeout: 70s}}
+database: {type: sqlite, sqlite: {path: $LAB_DIR/headscale.sqlite}}
+log: {level: info}
+policy: {mode: database}
+dns: {magic_dns: false, override_local_dns: false, base_domain: lab.example, nameservers: {global: []}}
+unix_socket: $LAB_DIR/headscale.sock
+unix_socket_permission: "0700"
+logtail: {enabled: false}
+# Else it waits up to a second before it tells others of a change.
+tuning: {batch_change_delay: 50ms, node_store_batch_timeout: 20ms}
+YAML
+}
+
+hs() { timeout 20 headscale -c "$LAB_DIR/headscale.yaml" "$@" 2>>"$LAB_DIR/hs.log"; }
+# hs_key USER_ID [OPTION...]: a reusable pre-auth key.
+hs_key() { hs preauthkeys create -u "$1" --reusable -e 24h "${@:2}" -o json | jq -r .key; }
+hs_field() { hs nodes list -o json | jq -er "[.[] | select(.name == \"$1\")][0] | $2"; }
+hs_id() { hs_field "$1" .id; }
+hs_routes() { hs nodes approve-routes -i "$(hs_id "$1")" -r "$2" >/dev/null; }
+hs_delete() { hs nodes delete -i "$(hs_id "$1")" --force >/dev/null; }
+hs_expire() { hs nodes expire -i "$(hs_id "$1")" >/dev/null; }
+hs_policy() {
+  local file=${1:-$LAB_DIR/policy.json}
+  [ $# -gt 0 ] || cat >"$file"
+  hs policy set -f "$file" >/dev/null
+}
+
+# ---- nodes -----------------------------------------------------------------------------------
+
+declare -A TAILNET_KIND=() TAILNET_NS=() TAILNET_OPTIONS=()
+
+tailnet_ringtail() { tailnet_node ringtail "$@"; }
+tailnet_tailscaled() { tailnet_node tailscaled "$@"; }
+tailnet_node() { # KIND NAME NS [OPTION...]
+  TAILNET_KIND[$2]=$1 TAILNET_NS[$2]=$3
+  TAILNET_OPTIONS[$2]=$([ $# -eq 3 ] || printf '%q ' "${@:4}")
+  tailnet_start "$2"
+}
+
+tailnet_start() {
+  local name=$1 ns=${TAILNET_NS[$1]} at=$LAB_DIR/node-$1 options
+  eval "options=(${TAILNET_OPTIONS[$name]})"
+  if [ "${TAILNET_KIND[$name]}" = ringtail ]; then
+    lab_spawn "$ns" "node-$name" "$RINGTAIL" up --coord "$COORD_URL" --auth-key-file "${TAILNET_KEY:-$LAB_DIR/auth-key}" \
+      --state-dir "$at" --hostname "$name" --events "${TAILNET_EVENTS:-$LAB_DIR}/$name.events" "${options[@]}"
+    return
+  fi
+  local known='' env=(TS_NO_LOGS_NO_SUPPORT=1 TS_PANIC_IF_HIT_MAIN_CONTROL=1 TS_DISABLE_PORTMAPPER=1
+    TS_ASSUME_NETWORK_UP_FOR_TEST=1 TS_LOGS_DIR="$at" TS_DEBUG_FIREWALL_MODE=nftables)
+  [ ! -e "$at/tailscaled.state" ] || known=1
+  mkdir -p "$at" && rm -f "$at/sock"
+  # Namespaces share /etc; this one's is its own, so that nothing can be written into the host's.
+  [ -e "$at/resolv.conf" ] || echo "nameserver 203.0.113.254" >"$at/resolv.conf"
+  # shellcheck disable=SC2016 # for the other shell
+  lab_spawn "$ns" "node-$name" sh -c 'mount --bind "$0" /etc/resolv.conf && exec env "$@"' "$at/resolv.conf" \
+    "${env[@]}" tailscaled --tun=ts0 --statedir="$at" --socket="$at/sock" --port=41641 --no-logs-no-support
+  # It remembers what it was told.
+  [ -z "$known" ] || return 0
+  # shellcheck disable=SC2016 # for the other shell
+  lab_spawn "$ns" "up-$name" sh -c 'until [ -S "$0" ]; do sleep 0.1; done; exec "$@"' "$at/sock" \
+    tailscale --socket="$at/sock" up --login-server="$COORD_URL" --auth-key="file:${TAILNET_KEY:-$LAB_DIR/auth-key}" \
+    --hostname="$name" --timeout=60s --accept-dns=false "${options[@]}"
+}
+
+tailnet_stop() { lab_stop "node-$1" "${2:-TERM}"; }
+
+rt() { timeout 20 "$RINGTAIL" "$2" --state-dir "$LAB_DIR/node-$1" "${@:3}"; }
+# In the namespace, for some of its commands look at the network themselves.
+ts() { lab_in "${TAILNET_NS[$1]}" timeout 60 tailscale --socket="$LAB_DIR/node-$1/sock" "${@:2}"; }
+
+# {online, addresses, peers: {NAME: {online, home, direct}}}: `direct` is the address, or null. Other fields of ours
+# and of theirs are asked for by `rt NAME status --json` and `ts NAME status --json`.
+tailnet_status() {
+  if [ "${TAILNET_KIND[$1]}" = ringtail ]; then
+    rt "$1" status --json 2>/dev/null | jq '{online: (.coordination.state == "connected"), addresses,
+      peers: [.peers[] | {key: .name, value: {online, home, direct: (if .path.state == "direct" then .path.address else null end)}}] | from_entries}'
+  else
+    ts "$1" status --json 2>/dev/null | jq '{online: (.BackendState == "Running" and .Self.Online), addresses: .TailscaleIPs,
+      peers: [.Peer // {} | .[] | {key: .HostName, value: {online: .Online, home: .Relay, direct: (if .CurAddr == "" then null else .CurAddr end)}}] | from_entries}'
+  fi
+}
+
+tailnet_online() {
+  local name
+  for name in "$@"; do
+    tailnet_status "$name" | jq -e '.online and (.addresses | length > 0)' >/dev/null || return 1
+  done
+}
+
+tailnet_knows() {
+  local other status
+  status=$(tailnet_status "$1") || return 1
+  for other in "${@:2}"; do
+    jq -e --arg other "$other" '.peers[$other] | .online and .home != null and .home != ""' <<<"$status" >/dev/null || return 1
+  done
+}
+
+tailnet_ready() {
+  local name other others
+  for name in "$@"; do
+    within 40 tailnet_online "$name" || { echo "$name is not in the network"; return 1; }
+    tailnet_ip "$name" >/dev/null
+  done
+  for name in "$@"; do
+    others=()
+    for other in "$@"; do
+      [ "$other" = "$name" ] || others+=("$other")
+    done
+    within 20 tailnet_knows "$name" "${others[@]}" || { echo "$name does not know all of ${others[*]}"; return 1; }
+  done
+}
+
+tailnet_ip() {
+  local file=$LAB_DIR/$1.addresses
+  [ -s "$file" ] || tailnet_status "$1" | jq -r '.addresses[]' >"$file" || return 1
+  if [ "${2:-4}" = 6 ]; then grep : "$file"; else grep -v : "$file"; fi
+}
+
+tailnet_path() {
+  tailnet_status "$1" | jq -er --arg other "$2" '.peers[$other] | if .direct then "direct " + .direct else "relay " + .home end'
+}
+tailnet_direct() {
+  [[ $(tailnet_path "$1" "$2") == direct* ]] && [[ $(tailnet_path "$2" "$1") == direct* ]]
+}
+
+# On the router, so that no sender sees an error.
+tailnet_block() {
+  lab_in inet nft -f - <<NFT
+table inet block_$1 {
+  chain pass { type filter hook forward priority filter; policy accept;
+    iifname "p_$1" meta l4proto udp udp dport != { 53, 3478 } drop
+    oifname "p_$1" meta l4proto udp udp sport != { 53, 3478 } drop
+  }
+}
+NFT
+}
+tailnet_unblock() { lab_in inet nft delete table inet "block_$1"; }
+
+# ---- traffic ---------------------------------------------------------------------------------
+
+# tailnet_address NODE|ADDRESS
+tailnet_address() { if [ -n "${TAILNET_KIND[$1]:-}" ]; then tailnet_ip "$1"; else echo "$1"; fi; }
+
+tailnet_pings() { # FROM TO SECONDS [LOST_MAX]
+  local to
+  to=$(tailnet_address "$2") || return 1
+  lab_in "${TAILNET_NS[$1]:-$1}" "$BENCH" ping "$to" --rate 20 --seconds "$3" --lost-max "${4:-0}"
+}
+
+tailnet_stream() { # FROM TO LABEL
+  local to
+  to=$(tailnet_address "$2") || return 1
+  rm -f "$LAB_DIR/$3.stop"
+  lab_spawn "${TAILNET_NS[$1]:-$1}" "$3" "$BENCH" ping "$to" --rate 50 --stop-file "$LAB_DIR/$3.stop" --out "$LAB_DIR/$3.json"
+}
+
+tailnet_stream_end() { # LABEL
+  : >"$LAB_DIR/$1.stop"
+  wait "$(lab_pid "$1")" || true
+  # The times of the answered ones, with both ends of the stream: the longest step between neighbours.
+  read -r SENT LOST GAP_MS < <(jq -r '(.echoes | length) as $sent | [.echoes[] | select(.rtt_us != null)] as $back
+    | [.echoes[0].sent_ns, $back[].sent_ns, .echoes[-1].sent_ns] as $at
+    | [range(1; $at | length) as $i | $at[$i] - $at[$i - 1]] | max / 1e6 | round | "\($sent) \($sent - ($back | length)) \(.)"' "$LAB_DIR/$1.json")
+  echo "$SENT sent, $LOST lost, longest silence $GAP_MS ms"
+}
