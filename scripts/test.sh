@@ -21,3 +21,4 @@ cp Cargo.lock dataplane/oracle/Cargo.lock
 cargo test --manifest-path dataplane/oracle/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
 scripts/wg-conformance.sh
 scripts/netns/flow-test.sh
+scripts/netns/admission-test.sh

@@ -7,6 +7,7 @@
 //! takes the nearest as home; own endpoints go to coordination and into every CallMeMaybe; from
 //! then on the path machine decides per peer and the agent passes its decisions to the shards.
 
+mod allowed;
 mod check;
 mod configuration;
 mod directory;
@@ -30,8 +31,9 @@ use crate::netcheck::{Netcheck, OwnEndpoint};
 use crate::netmap::DerpMap;
 use crate::path::{self, LinkChange, Manager, PeerSetup, PingId, Route, Via};
 
+use allowed::Allowed;
 pub use directory::Directory;
-pub use network::{Network, NetworkPeer, NetworkRule};
+pub use network::{HeldBack, HoldReason, Network, NetworkPeer, NetworkRule};
 pub use status::Surroundings;
 pub use story::millis;
 
@@ -39,6 +41,8 @@ pub use story::millis;
 const TUNNEL_ACTIVE: Duration = Duration::from_secs(45);
 /// So often the agent looks whether it still is.
 const ACTIVE_CHECK_PERIOD: Duration = Duration::from_secs(5);
+/// Prefixes of peers that do not count and are told of at most.
+const REFUSED_TOLD_MAX: usize = 64;
 /// User pings that wait for their answer at most.
 const PINGS_MAX: usize = 256;
 
@@ -128,7 +132,14 @@ pub enum Output {
 /// All of a node that decides.
 pub struct Agent {
     setup: Setup,
+    /// The network as told.
+    told: Option<Network>,
+    /// What of it is in force.
     network: Option<Network>,
+    /// Which prefixes of peers count, and which do not.
+    allowed: Allowed,
+    /// Those that do not, in sentences.
+    refused: BTreeSet<String>,
     directory: Directory,
     paths: Manager,
     netcheck: Netcheck,
@@ -165,7 +176,10 @@ impl Agent {
         );
         Self {
             setup,
+            told: None,
             network: None,
+            allowed: Allowed::default(),
+            refused: BTreeSet::new(),
             directory: Directory::default(),
             paths,
             netcheck,
@@ -182,10 +196,17 @@ impl Agent {
 
     /// Takes a new view of the network, whole.
     pub fn handle_network(&mut self, now: Instant, network: Network) {
-        if self.network.as_ref() == Some(&network) {
+        if self.told.as_ref() == Some(&network) {
+            return;
+        }
+        let told = self.told.insert(network);
+        let (network, allowed) = told.in_force();
+        if self.network.as_ref() == Some(&network) && self.allowed == allowed {
             return;
         }
         self.tell_peers(&network);
+        self.tell_refused(&network, &allowed);
+        self.allowed = allowed;
         let before = self.network.replace(network);
         let network = self.network.as_ref().expect("it was just put there");
         let rules = network.rules();
@@ -222,7 +243,7 @@ impl Agent {
             .collect();
         self.out.push_back(Output::SetNetwork(NetworkConfig {
             peers: self.directory.peer_configs(),
-            reserved: Vec::new(),
+            reserved: self.allowed.reserved.iter().map(network::prefix).collect(),
             rules,
             local: Some(local),
         }));
@@ -239,6 +260,18 @@ impl Agent {
         }
         self.out.push_back(Output::Configure { addresses, routes });
         self.settle(now);
+    }
+
+    /// Says which prefixes do not count, each once.
+    fn tell_refused(&mut self, network: &Network, allowed: &Allowed) {
+        let before = std::mem::take(&mut self.refused);
+        for refused in allowed.refused.iter().take(REFUSED_TOLD_MAX) {
+            let sentence = refused.sentence(network);
+            if !before.contains(&sentence) {
+                tracing::warn!("{sentence}");
+            }
+            self.refused.insert(sentence);
+        }
     }
 
     fn peer_setup(&self, id: PeerId, peer: &NetworkPeer) -> PeerSetup {

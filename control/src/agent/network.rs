@@ -1,15 +1,17 @@
 //! The network as the agent needs it, whoever told us: a coordination server, the static file, or
 //! the cache of an earlier run.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use ringtail_dataplane::channel::{Prefix, Rule, Rules};
 use serde::{Deserialize, Serialize};
 
+use super::allowed::Allowed;
 use crate::config::StaticNetwork;
+use crate::coord::address::{DNS_SERVICE_V4, DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
 use crate::key::{DiscoPublic, NodePublic};
-use crate::netmap::{DerpMap, Netmap};
+use crate::netmap::{DerpMap, Netmap, Peer};
 
 /// One whole view of the network.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -20,8 +22,16 @@ pub struct Network {
     pub fixed_home: Option<u32>,
     /// The relays.
     pub derp_map: DerpMap,
-    /// Everybody else.
+    /// Everybody else who takes part.
     pub peers: Vec<NetworkPeer>,
+    /// Nodes that are known and may not take part: for people, and so that nobody else has their
+    /// addresses.
+    #[serde(default)]
+    pub held_back: Vec<HeldBack>,
+    /// What belongs to the network itself: the ranges it takes its addresses from, of which no peer
+    /// has the whole, and its DNS service.
+    #[serde(default)]
+    pub reserved: Vec<IpNet>,
     /// Who may reach us; without rules every peer may.
     pub rules: Option<Vec<NetworkRule>>,
 }
@@ -45,6 +55,49 @@ pub struct NetworkPeer {
     pub endpoints: Vec<SocketAddr>,
     /// Whether the coordination server sees it, if it says so.
     pub online: Option<bool>,
+}
+
+/// A node that may not take part.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HeldBack {
+    /// A name for people.
+    pub name: String,
+    /// WireGuard identity.
+    pub node_key: NodePublic,
+    /// Inner addresses.
+    pub addresses: Vec<IpNet>,
+    /// Why not.
+    pub why: HoldReason,
+}
+
+/// Why a node may not take part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HoldReason {
+    /// Its key has expired.
+    #[default]
+    Expired,
+    /// It may not open connections to us. The filter has no rule per peer, and letting it in would
+    /// be worse than keeping it out.
+    Jailed,
+    /// It has neither a DISCO key nor a relay.
+    Unreachable,
+    /// The network gives it no access.
+    NoAccess,
+}
+
+impl HoldReason {
+    fn of(peer: &Peer) -> Self {
+        if peer.expired {
+            Self::Expired
+        } else if peer.jailed {
+            Self::Jailed
+        } else if peer.disco.is_none() && peer.home.is_none() {
+            Self::Unreachable
+        } else {
+            Self::NoAccess
+        }
+    }
 }
 
 /// One filter rule, as [`Rule`].
@@ -79,6 +132,9 @@ impl From<StaticNetwork> for Network {
                     online: None,
                 })
                 .collect(),
+            // The file's allowed IPs are whoever wrote it's word, the whole of a range included.
+            held_back: Vec::new(),
+            reserved: Vec::new(),
             rules: None,
         }
     }
@@ -86,12 +142,11 @@ impl From<StaticNetwork> for Network {
 
 impl From<&Netmap> for Network {
     fn from(map: &Netmap) -> Self {
+        let jailed = map.peers.iter().filter(|peer| peer.jailed);
         Self {
             addresses: map.self_node.addresses.clone(),
             fixed_home: None,
             derp_map: (*map.derp_map).clone(),
-            // A jailed peer may not open connections to us. The filter has no rule per peer, and
-            // letting it in would be worse than keeping it out.
             peers: map
                 .peers
                 .iter()
@@ -107,6 +162,21 @@ impl From<&Netmap> for Network {
                     online: peer.online,
                 })
                 .collect(),
+            held_back: jailed
+                .chain(&map.held_back)
+                .map(|peer| HeldBack {
+                    name: peer.name.clone(),
+                    node_key: peer.key,
+                    addresses: peer.addresses.clone(),
+                    why: HoldReason::of(peer),
+                })
+                .collect(),
+            reserved: vec![
+                V4_RANGE.into(),
+                V6_RANGE.into(),
+                IpAddr::from(DNS_SERVICE_V4).into(),
+                IpAddr::from(DNS_SERVICE_V6).into(),
+            ],
             rules: match &map.rules {
                 Rules::AllowAll => None,
                 Rules::List(rules) => Some(rules.iter().map(NetworkRule::from).collect()),
@@ -133,6 +203,16 @@ impl From<&Rule> for NetworkRule {
 }
 
 impl Network {
+    /// What counts of it, and what does not: peers with the prefixes that are theirs.
+    pub(super) fn in_force(&self) -> (Self, Allowed) {
+        let mut network = self.clone();
+        let mut allowed = Allowed::of(&network);
+        for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
+            peer.allowed_ips = std::mem::take(counts);
+        }
+        (network, allowed)
+    }
+
     /// The rules in the data plane's form.
     pub fn rules(&self) -> Rules {
         let Some(rules) = &self.rules else {

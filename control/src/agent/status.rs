@@ -72,6 +72,7 @@ impl Agent {
             "node_key": around.node_key,
             "disco_key": around.disco_key,
             "addresses": addresses,
+            "health": self.refused,
             "tun": {"name": around.tun, "mtu": around.mtu},
             "shards": around.shards,
             "driver": around.driver,

@@ -45,6 +45,7 @@ fn network(peer: u8) -> Network {
             online: None,
         }],
         rules: None,
+        ..Network::default()
     }
 }
 
@@ -129,6 +130,42 @@ fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed(
     assert_eq!(configure, Some((1, 1)));
     agent.handle_network(now, network(2));
     assert!(outputs(&mut agent).is_empty());
+}
+
+#[test]
+fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let mut told = network(2);
+    let offers = ["10.7.0.2/32", "10.7.0.0/16", "0.0.0.0/0", "10.7.0.1/32"];
+    told.peers[0].allowed_ips = offers.map(|text| text.parse().unwrap()).to_vec();
+    told.held_back = vec![HeldBack {
+        name: "gone.tail.test.".into(),
+        addresses: vec!["10.7.0.3/32".parse().unwrap()],
+        ..HeldBack::default()
+    }];
+    agent.handle_network(now, told);
+    let out = outputs(&mut agent);
+    let given = out.iter().find_map(|o| {
+        let Output::SetNetwork(network) = o else {
+            return None;
+        };
+        Some(network)
+    });
+    let text = |prefixes: &[channel::Prefix]| -> Vec<String> {
+        let text = |prefix: &channel::Prefix| format!("{}/{}", prefix.addr, prefix.bits);
+        prefixes.iter().map(text).collect()
+    };
+    let given = given.unwrap();
+    let theirs = text(&given.peers[0].allowed_ips);
+    assert_eq!(theirs, ["10.7.0.2/32", "10.7.0.0/16"]);
+    assert_eq!(text(&given.reserved), ["10.7.0.1/32", "10.7.0.3/32"]);
+    let routed = out.iter().find_map(|o| {
+        let Output::Configure { routes, .. } = o else {
+            return None;
+        };
+        Some(routes.len())
+    });
+    assert_eq!(routed, Some(2));
 }
 
 #[test]

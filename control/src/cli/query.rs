@@ -209,6 +209,9 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
         text(&status["home"]["region"]),
         joined(&status["endpoints"])
     )?;
+    for problem in list(&status["health"]) {
+        writeln!(out, "  problem: {}", text(problem))?;
+    }
     for relay in list(&status["relays"]) {
         writeln!(
             out,
@@ -287,6 +290,7 @@ mod tests {
     fn status_shows_the_way_to_each_peer_and_only_drops_that_happened() {
         let status = json!({
             "hostname": "a", "addresses": ["10.7.0.1"], "home": {"region": "nyc"},
+            "health": ["the roof leaks"],
             "peers": [
                 {"name": "b", "addresses": ["10.7.0.2"], "home": "fra", "tx_bytes": 12345,
                  "path": {"state": "direct", "address": "192.0.2.2:41641", "latency_ms": 1.25}},
@@ -301,6 +305,7 @@ mod tests {
             "{out}"
         );
         assert!(out.contains("c  -  relay via fra"), "{out}");
+        assert!(out.contains("  problem: the roof leaks\n"), "{out}");
         assert!(out.contains("dropped: no_route 3\n"), "{out}");
     }
 }

@@ -19,8 +19,11 @@ const V4_RESERVED: [Ipv4Net; 3] = [
     Ipv4Net::new_assert(Ipv4Addr::new(100, 115, 92, 0), 23),
 ];
 
-/// The DNS service.
-const V6_RESERVED: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
+/// Where every node of a network asks for names.
+pub const DNS_SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
+
+/// The same for IPv6.
+pub const DNS_SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
 /// The prefixes nodes get their addresses from: host number n gives one address of each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +68,7 @@ impl AddressPlan {
         let v4 = Ipv4Addr::from_bits(self.v4.network().to_bits().checked_add(n)?);
         let v6 = Ipv6Addr::from_bits(self.v6.network().to_bits().checked_add(u128::from(n))?);
         let inside = n > 0 && v4 < self.v4.broadcast() && self.v6.contains(&v6);
-        let reserved = V4_RESERVED.iter().any(|net| net.contains(&v4)) || v6 == V6_RESERVED;
+        let reserved = V4_RESERVED.iter().any(|net| net.contains(&v4)) || v6 == DNS_SERVICE_V6;
         (inside && !reserved).then_some((v4, v6))
     }
 
