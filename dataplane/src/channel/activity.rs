@@ -22,13 +22,15 @@ pub(crate) struct ActivityBlock {
     rx_relay_bytes: AtomicU64,
 }
 
-fn to_ns(epoch: Instant, at: Instant) -> u64 {
+/// Nanoseconds since the epoch, plus one; 0 is "never".
+pub(super) fn to_ns(epoch: Instant, at: Instant) -> u64 {
     u64::try_from(at.saturating_duration_since(epoch).as_nanos())
         .unwrap_or(u64::MAX)
         .saturating_add(1)
 }
 
-fn from_ns(epoch: Instant, ns: u64) -> Option<Instant> {
+/// The reverse of [`to_ns`].
+pub(super) fn from_ns(epoch: Instant, ns: u64) -> Option<Instant> {
     epoch.checked_add(Duration::from_nanos(ns.checked_sub(1)?))
 }
 

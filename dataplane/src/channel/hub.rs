@@ -11,9 +11,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
+use crossbeam::utils::CachePadded;
 
 use zeroize::Zeroizing;
 
+use super::activity::{from_ns, to_ns};
 use super::{
     Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId, PeerShared, Prefix,
     RegionId, RelayOut, Wake,
@@ -40,8 +42,10 @@ const EVENTS_MAX: usize = 4096;
 const HANDSHAKES_MAX: usize = 256;
 /// Receive batches and TUN packets that wait for another shard at most.
 const HANDED_MAX: usize = 64;
-/// Reports of what other shards have sealed, and flows they have begun, that wait for a shard at most.
+/// Reports of what other shards have sealed that wait for a shard at most.
 const REPORTS_MAX: usize = 1024;
+/// Flows that other shards have begun or go on with, waiting for a shard at most.
+pub(crate) const FLOWS_TOLD_MAX: usize = 4096;
 /// Requests for a handshake that wait for a shard at most.
 const ASKS_MAX: usize = 256;
 /// Datagrams for the control or handshake thread that reached a shard, waiting at most.
@@ -262,6 +266,9 @@ pub(crate) struct Inbox {
     /// From shards that seal for peers of this one.
     pub(crate) reports: ArrayQueue<Report>,
     pub(crate) flows: ArrayQueue<Flow>,
+    /// Up to when the shard's filter has forgotten flows for want of room, for those who seal for it.
+    /// Written by the shard alone; see [`Hub::forgotten_by`].
+    forgotten: CachePadded<AtomicU64>,
 }
 
 impl Inbox {
@@ -277,7 +284,8 @@ impl Inbox {
             relay: Lane::new(RELAY_IN_ENTRIES_MAX, RELAY_IN_BYTES_MAX),
             handed: ArrayQueue::new(HANDED_MAX),
             reports: ArrayQueue::new(REPORTS_MAX),
-            flows: ArrayQueue::new(REPORTS_MAX),
+            flows: ArrayQueue::new(FLOWS_TOLD_MAX),
+            forgotten: CachePadded::default(),
         })
     }
 
@@ -449,6 +457,21 @@ impl Hub {
     /// Tells the owner of a peer of a flow whose replies will come; false if it cannot be told now.
     pub(crate) fn learn(&self, owner: u8, reply: Flow) -> bool {
         self.tell(owner, |inbox| inbox.flows.push(reply).is_ok())
+    }
+
+    /// Up to when a shard's filter has forgotten flows for want of room, if it has.
+    #[inline]
+    pub(crate) fn forgotten_by(&self, shard: u8) -> Option<Instant> {
+        let inbox = self.inboxes.get(usize::from(shard))?;
+        from_ns(self.epoch, inbox.forgotten.load(Ordering::Relaxed))
+    }
+
+    /// Says so for a shard.
+    pub(crate) fn has_forgotten(&self, shard: u8, at: Instant) {
+        if let Some(inbox) = self.inboxes.get(usize::from(shard)) {
+            let at = to_ns(self.epoch, at);
+            inbox.forgotten.store(at, Ordering::Relaxed);
+        }
     }
 
     fn tell(&self, shard: u8, push: impl FnOnce(&Inbox) -> bool) -> bool {

@@ -1,113 +1,165 @@
 #![forbid(unsafe_code)]
 //! Memory of outbound flows, so that their replies pass the filter.
 //!
-//! A set-associative table of fixed size: a flow's hash names a bucket of a few places, and a new
-//! flow takes the place of an expired one or of the one longest unused there, which is counted. No
-//! allocation after creation, no chains, one or two cache lines per lookup. Expiry is checked at
-//! lookup, so nothing has to sweep.
+//! A hash table with chains over a store of fixed size, whose entries also stand in one list, the
+//! one longest unused first. A new flow that finds the store full takes the place of that one, which
+//! is counted: so a flow is forgotten only when as many others as fit have been used since. Expiry is
+//! checked at look-up, so nothing has to sweep. The memory is reserved at creation and touched as
+//! flows come. The hash has a key: peers choose addresses and ports, and may not choose a chain.
+//!
+//! Use is noted to a [`TICK`], so that a busy flow moves in the list ten times a second at most.
+//!
+//! *Two shards.* The shard that seals tells the owner of a flow when it begins, and again every
+//! [`FLOW_REPORT_INTERVAL`], which keeps it there; and to a new owner. An owner that is short of room forgets sooner, and
+//! says up to when it has forgotten ([`FlowMemory::forgotten`]): whatever was used later it still has.
+//! So who seals tells again once half of the time from there to now has passed since it last told, and
+//! the other half is left for the reply to come in.
 
 use std::time::{Duration, Instant};
 
-use crate::packet::header::Flow;
+use crate::packet::header::{Flow, HashKey};
 
 /// Flows remembered at most, per shard.
-pub const FLOWS_MAX: usize = 65_536;
+pub const FLOWS_MAX: usize = 262_144;
 /// A flow unused for this long is forgotten.
 pub const FLOW_TIMEOUT: Duration = Duration::from_secs(300);
 /// A flow in use is reported as new again this often, so that the shard that filters its replies
 /// keeps it too.
 pub const FLOW_REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
-/// Places per bucket.
-const WAYS: usize = 8;
-const BUCKETS: usize = FLOWS_MAX / WAYS;
-const _: () = assert!(BUCKETS.is_power_of_two());
+/// The unit of all times in the table; 2^32 of them are 13 years.
+const TICK: Duration = Duration::from_millis(TICK_MS);
+const TICK_MS: u64 = 100;
+const _: () =
+    assert!(1000 % TICK_MS == 0 && FLOWS_MAX.is_power_of_two() && FLOWS_MAX < NONE as usize);
+/// Stands for no entry in place of an entry's index.
+const NONE: u32 = u32::MAX;
+
+/// Something to tell the owner of a flow's peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tell {
+    /// The flow of the replies.
+    pub reply: Flow,
+    /// The owner has not heard of it yet: without it, replies are refused.
+    pub new: bool,
+}
 
 /// The table. Flows are stored in the direction of their replies.
 #[derive(Debug)]
 pub struct FlowMemory {
-    buckets: Box<[[Option<Entry>; WAYS]]>,
+    /// The first entry of each chain.
+    chains: Box<[u32]>,
+    entries: Vec<Entry>,
+    /// The ends of the list.
+    oldest: u32,
+    newest: u32,
+    /// The first of the entries that were given back, which form a chain.
+    free: u32,
+    key: HashKey,
     epoch: Instant,
+    /// Grows when peers may have got other owners.
+    owners: u32,
     evicted: u64,
+    /// The newest use of a flow that was evicted while still valid.
+    forgotten: Option<u32>,
 }
 
-/// One flow. Times are whole seconds since the epoch of the table.
+/// One flow and its neighbours. Times are ticks since the epoch of the table. A cache line.
 #[derive(Clone, Copy, Debug)]
+#[repr(align(64))]
 struct Entry {
     flow: Flow,
     used: u32,
     reported: u32,
+    /// Who owned what when it was reported.
+    owners: u32,
+    next: u32,
+    older: u32,
+    newer: u32,
 }
+const _: () = assert!(size_of::<Entry>() == 64);
 
 impl FlowMemory {
-    /// An empty table; times before `epoch` count as `epoch`. Takes about 4 MiB.
-    pub fn new(epoch: Instant) -> FlowMemory {
+    /// An empty table for `flows_max` flows, a power of two; times before `epoch` count as `epoch`.
+    /// Reserves 68 bytes per flow (17 MiB for [`FLOWS_MAX`]), and touches 64 of them when it comes.
+    pub fn new(epoch: Instant, key: HashKey, flows_max: usize) -> FlowMemory {
+        debug_assert!(flows_max.is_power_of_two() && flows_max <= FLOWS_MAX);
         FlowMemory {
-            buckets: vec![[None; WAYS]; BUCKETS].into_boxed_slice(),
+            chains: vec![NONE; flows_max].into_boxed_slice(),
+            entries: Vec::with_capacity(flows_max),
+            oldest: NONE,
+            newest: NONE,
+            free: NONE,
+            key,
             epoch,
+            owners: 0,
             evicted: 0,
+            forgotten: None,
         }
     }
 
-    /// Remembers that `reply` may come in. True if it was unknown, or last reported longer than
-    /// [`FLOW_REPORT_INTERVAL`] ago.
-    pub fn remember(&mut self, now: Instant, reply: Flow) -> bool {
-        let now = self.seconds(now);
-        let bucket = &mut self.buckets[bucket_of(&reply)];
-        if let Some(entry) = bucket
-            .iter_mut()
-            .flatten()
-            .find(|entry| entry.flow == reply)
-        {
-            let expired = entry.expired(now);
-            let due = now - entry.reported.min(now) >= seconds_of(FLOW_REPORT_INTERVAL);
-            entry.used = now;
-            if expired || due {
-                entry.reported = now;
-            }
-            return expired || due;
+    /// Remembers that `reply` may come in. Says what to tell the owner of its peer, if that is
+    /// another shard, where `owner_forgot` is what [`FlowMemory::forgotten`] says there.
+    #[inline]
+    pub fn remember(
+        &mut self,
+        now: Instant,
+        reply: Flow,
+        owner_forgot: Option<Instant>,
+    ) -> Option<Tell> {
+        let now = self.ticks(now);
+        let chain = self.chain_of(&reply);
+        let Some(at) = self.find(chain, &reply) else {
+            self.insert(now, chain, reply);
+            return Some(Tell { reply, new: true });
+        };
+        let entry = &self.entries[at as usize];
+        let new = entry.expired(now) || entry.owners != self.owners;
+        let tell = new || self.due(now, entry.reported, owner_forgot);
+        self.touch(at, now);
+        if tell {
+            let entry = &mut self.entries[at as usize];
+            (entry.reported, entry.owners) = (now, self.owners);
         }
-        let entry = Entry {
-            flow: reply,
-            used: now,
-            reported: now,
-        };
-        let free = bucket
-            .iter()
-            .position(|place| place.is_none_or(|entry| entry.expired(now)));
-        let place = match free {
-            Some(place) => place,
-            None => {
-                self.evicted += 1;
-                oldest(bucket)
-            }
-        };
-        bucket[place] = Some(entry);
-        true
+        tell.then_some(Tell { reply, new })
     }
 
-    /// Forgets a flow.
-    pub fn forget(&mut self, reply: &Flow) {
-        for place in &mut self.buckets[bucket_of(reply)] {
-            place.take_if(|entry| entry.flow == *reply);
+    /// Takes back the last answer of [`FlowMemory::remember`]: the owner could not be told. A flow
+    /// that is new to the owner is forgotten, any other told with its next packet.
+    pub fn untold(&mut self, tell: &Tell) {
+        let chain = self.chain_of(&tell.reply);
+        let Some(at) = self.find(chain, &tell.reply) else {
+            return;
+        };
+        if tell.new {
+            self.unchain(chain, at);
+            self.unlist(at);
+            self.entries[at as usize].next = self.free;
+            self.free = at;
+        } else {
+            // A moment at which nobody was told.
+            let entry = &mut self.entries[at as usize];
+            entry.reported = entry.used.saturating_sub(ticks_of(FLOW_REPORT_INTERVAL));
         }
     }
 
     /// Whether the inbound `flow` answers a remembered one; that counts as use.
+    #[inline]
     pub fn admits(&mut self, now: Instant, flow: &Flow) -> bool {
-        let now = self.seconds(now);
-        let bucket = &mut self.buckets[bucket_of(flow)];
-        let entry = bucket
-            .iter_mut()
-            .flatten()
-            .find(|entry| entry.flow == *flow);
-        match entry {
-            Some(entry) if !entry.expired(now) => {
-                entry.used = now;
-                true
-            }
-            Some(_) | None => false,
+        let now = self.ticks(now);
+        let Some(at) = self.find(self.chain_of(flow), flow) else {
+            return false;
+        };
+        if self.entries[at as usize].expired(now) {
+            return false;
         }
+        self.touch(at, now);
+        true
+    }
+
+    /// Takes note that peers may have other owners now, who have heard of nothing yet.
+    pub fn owners_changed(&mut self) {
+        self.owners = self.owners.wrapping_add(1);
     }
 
     /// Flows that made room for newer ones while still valid, since the last call.
@@ -115,28 +167,174 @@ impl FlowMemory {
         std::mem::take(&mut self.evicted)
     }
 
-    fn seconds(&self, now: Instant) -> u32 {
-        seconds_of(now.saturating_duration_since(self.epoch))
+    /// No flow used at or after this moment has made room for another; none at all if there is none.
+    pub fn forgotten(&self) -> Option<Instant> {
+        let ticks = self.forgotten?.saturating_add(1);
+        self.epoch.checked_add(TICK.saturating_mul(ticks))
+    }
+
+    /// Whether the owner is to hear again of a flow that it was told of at `reported`.
+    fn due(&self, now: u32, reported: u32, owner_forgot: Option<Instant>) -> bool {
+        let age = now.saturating_sub(reported);
+        age >= ticks_of(FLOW_REPORT_INTERVAL)
+            || owner_forgot.is_some_and(|forgot| {
+                let kept_for = now.saturating_sub(self.ticks(forgot));
+                age > 0 && age >= kept_for.div_ceil(2)
+            })
+    }
+
+    fn insert(&mut self, now: u32, chain: usize, flow: Flow) {
+        let at = self.place(now);
+        let entry = Entry {
+            flow,
+            used: now,
+            reported: now,
+            owners: self.owners,
+            next: self.chains[chain],
+            older: NONE,
+            newer: NONE,
+        };
+        match self.entries.get_mut(at as usize) {
+            Some(place) => *place = entry,
+            None => self.entries.push(entry),
+        }
+        self.chains[chain] = at;
+        self.list(at);
+    }
+
+    /// A place for another flow: of one that has expired, or given back, or not used yet, or that of
+    /// the one longest unused.
+    fn place(&mut self, now: u32) -> u32 {
+        let oldest = self.entries.get(self.oldest as usize);
+        let expired = oldest.is_some_and(|entry| entry.expired(now));
+        if !expired {
+            if self.free != NONE {
+                let at = self.free;
+                self.free = self.entries[at as usize].next;
+                return at;
+            }
+            if self.entries.len() < self.chains.len() {
+                return u32::try_from(self.entries.len()).unwrap_or(NONE);
+            }
+        }
+        let at = self.oldest;
+        let Entry { flow, used, .. } = self.entries[at as usize];
+        if !expired {
+            self.evicted += 1;
+            self.forgotten = self.forgotten.max(Some(used));
+        }
+        self.unchain(self.chain_of(&flow), at);
+        self.unlist(at);
+        at
+    }
+
+    #[inline]
+    fn find(&self, chain: usize, flow: &Flow) -> Option<u32> {
+        let mut at = self.chains[chain];
+        while let Some(entry) = self.entries.get(at as usize) {
+            if entry.flow == *flow {
+                return Some(at);
+            }
+            at = entry.next;
+        }
+        None
+    }
+
+    /// Notes use, and moves the entry to the newest ones.
+    #[inline]
+    fn touch(&mut self, at: u32, now: u32) {
+        let entry = &mut self.entries[at as usize];
+        if entry.used != now {
+            entry.used = now;
+            self.unlist(at);
+            self.list(at);
+        }
+    }
+
+    /// Puts an entry at the newest end of the list.
+    fn list(&mut self, at: u32) {
+        let before = std::mem::replace(&mut self.newest, at);
+        match self.entries.get_mut(before as usize) {
+            Some(before) => before.newer = at,
+            None => self.oldest = at,
+        }
+        let entry = &mut self.entries[at as usize];
+        (entry.older, entry.newer) = (before, NONE);
+    }
+
+    /// Takes an entry out of the list.
+    fn unlist(&mut self, at: u32) {
+        let Entry { older, newer, .. } = self.entries[at as usize];
+        match self.entries.get_mut(older as usize) {
+            Some(entry) => entry.newer = newer,
+            None => self.oldest = newer,
+        }
+        match self.entries.get_mut(newer as usize) {
+            Some(entry) => entry.older = older,
+            None => self.newest = older,
+        }
+    }
+
+    /// Takes an entry out of its chain.
+    fn unchain(&mut self, chain: usize, at: u32) {
+        let next = self.entries[at as usize].next;
+        let mut before = self.chains[chain];
+        if before == at {
+            self.chains[chain] = next;
+            return;
+        }
+        while let Some(entry) = self.entries.get_mut(before as usize) {
+            if entry.next == at {
+                entry.next = next;
+                return;
+            }
+            before = entry.next;
+        }
+    }
+
+    #[inline]
+    #[expect(clippy::cast_possible_truncation, reason = "any bits of the hash do")]
+    fn chain_of(&self, flow: &Flow) -> usize {
+        flow.keyed_hash(&self.key) as usize & (self.chains.len() - 1)
+    }
+
+    #[inline]
+    fn ticks(&self, at: Instant) -> u32 {
+        ticks_of(at.saturating_duration_since(self.epoch))
     }
 }
 
 impl Entry {
+    #[inline]
     fn expired(&self, now: u32) -> bool {
-        now.saturating_sub(self.used) >= seconds_of(FLOW_TIMEOUT)
+        now.saturating_sub(self.used) >= ticks_of(FLOW_TIMEOUT)
     }
 }
 
-fn oldest(bucket: &[Option<Entry>; WAYS]) -> usize {
-    let used = |place: &usize| bucket[*place].map_or(0, |entry| entry.used);
-    (0..WAYS).min_by_key(used).unwrap_or(0)
+#[inline]
+fn ticks_of(duration: Duration) -> u32 {
+    let part = u64::from(duration.subsec_millis()) / TICK_MS;
+    u32::try_from(duration.as_secs() * (1000 / TICK_MS) + part).unwrap_or(u32::MAX)
 }
 
-/// Whole seconds; 2^32 of them are 136 years.
-fn seconds_of(duration: Duration) -> u32 {
-    u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
-}
+#[cfg(test)]
+impl FlowMemory {
+    /// Whether the flow has a place, expired or not.
+    pub(super) fn knows(&self, flow: &Flow) -> bool {
+        self.find(self.chain_of(flow), flow).is_some()
+    }
 
-#[expect(clippy::cast_possible_truncation, reason = "any bits of the hash do")]
-fn bucket_of(flow: &Flow) -> usize {
-    flow.hash() as usize % BUCKETS
+    /// The most flows that one look-up can have to compare.
+    pub(super) fn longest_chain(&self) -> usize {
+        let len = |first: &u32| {
+            let mut at = *first;
+            std::iter::from_fn(|| {
+                let entry = self.entries.get(at as usize)?;
+                at = entry.next;
+                Some(())
+            })
+            .count()
+        };
+        self.chains.iter().map(len).max().unwrap_or(0)
+    }
 }

@@ -35,11 +35,11 @@ use std::time::Instant;
 
 use crate::channel::PeerId;
 use crate::packet::header::{
-    Flow, Fragment, Headers, ICMP, ICMPV6, IpVersion, SCTP, TCP, TCP_ACK, TCP_SYN, UDP,
+    Flow, Fragment, HashKey, Headers, ICMP, ICMPV6, IpVersion, SCTP, TCP, TCP_ACK, TCP_SYN, UDP,
 };
 use crate::route::Cursor;
 use crate::stats::DropReason;
-pub use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory};
+pub use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory, Tell};
 pub use rules::{Ask, CompiledRules};
 
 /// Tailscale's own message protocol between nodes.
@@ -108,7 +108,7 @@ impl Filter {
     /// Replaces the rules. Remembered flows stay.
     pub fn set_rules(&mut self, now: Instant, rules: Arc<CompiledRules>) {
         if !rules.is_allow_all() {
-            self.flows.get_or_insert_with(|| FlowMemory::new(now));
+            self.memory(now);
         }
         self.rules = rules;
         self.local_before = None;
@@ -136,36 +136,64 @@ impl Filter {
         }
     }
 
-    /// Notes an outbound packet (a super-packet counts as one). Gives back the flow of its replies
-    /// if it is new here, or due to be told again: the shard that owns the peer must [`learn`] it
-    /// before the packet leaves, if that is another shard.
+    /// Notes an outbound packet (a super-packet counts as one) to a peer of this shard. Gives back the
+    /// flow of its replies if it is new here, or in use for another [`FLOW_REPORT_INTERVAL`].
+    #[inline]
+    pub fn remember(&mut self, now: Instant, headers: &Headers, packet: &[u8]) -> Option<Flow> {
+        let tell = self.remember_for(now, headers, packet, || None)?;
+        Some(tell.reply)
+    }
+
+    /// Notes an outbound packet to a peer of another shard. Gives back what that shard must [`learn`]
+    /// before the packet leaves, if anything. `owner_forgot` is what [`Filter::forgotten`] says there.
     ///
     /// [`learn`]: Filter::learn
     #[inline]
     #[must_use = "the owner shard must learn a new flow"]
-    pub fn remember(&mut self, now: Instant, headers: &Headers, packet: &[u8]) -> Option<Flow> {
+    pub fn remember_for(
+        &mut self,
+        now: Instant,
+        headers: &Headers,
+        packet: &[u8],
+        owner_forgot: impl FnOnce() -> Option<Instant>,
+    ) -> Option<Tell> {
         if self.rules.is_allow_all() || !matches!(headers.protocol, UDP | SCTP) {
             return None;
         }
         // Later fragments have no ports; the first one stood for them.
         headers.ports(packet)?;
         let reply = headers.flow(packet).reversed();
-        let flows = self.flows.as_mut()?;
-        flows.remember(now, reply).then_some(reply)
+        self.flows.as_mut()?.remember(now, reply, owner_forgot())
     }
 
-    /// Takes back what [`Filter::remember`] gave: the owner could not be told.
-    pub fn forget(&mut self, reply: &Flow) {
+    /// Takes back what [`Filter::remember_for`] gave: the owner could not be told.
+    pub fn untold(&mut self, tell: &Tell) {
         if let Some(flows) = &mut self.flows {
-            flows.forget(reply);
+            flows.untold(tell);
         }
     }
 
     /// Takes over a flow that another shard remembered, under a list that we may not have seen yet: it
-    /// will not tell us again for [`FLOW_REPORT_INTERVAL`].
+    /// does not tell us again with every packet.
     pub fn learn(&mut self, now: Instant, reply: Flow) {
-        let flows = self.flows.get_or_insert_with(|| FlowMemory::new(now));
-        flows.remember(now, reply);
+        self.memory(now).remember(now, reply, None);
+    }
+
+    /// Takes note that peers may have other owners now.
+    pub fn owners_changed(&mut self) {
+        if let Some(flows) = &mut self.flows {
+            flows.owners_changed();
+        }
+    }
+
+    /// Every flow used at or after this moment is still known; every one at all if there is none.
+    pub fn forgotten(&self) -> Option<Instant> {
+        self.flows.as_ref()?.forgotten()
+    }
+
+    fn memory(&mut self, now: Instant) -> &mut FlowMemory {
+        self.flows
+            .get_or_insert_with(|| FlowMemory::new(now, HashKey::random(), FLOWS_MAX))
     }
 
     /// Remembered flows that made room for newer ones, since the last call.
@@ -270,5 +298,7 @@ fn destination_allowed(dst: IpAddr) -> bool {
     }
 }
 
+#[cfg(test)]
+mod flows_tests;
 #[cfg(test)]
 mod tests;

@@ -313,7 +313,7 @@ impl Flow {
     }
 
     /// A well-mixed hash of the flow, the same in every process. Not proof against somebody who
-    /// looks for collisions: bound what depends on it.
+    /// looks for collisions: bound what depends on it, or use [`Flow::keyed_hash`].
     #[inline]
     pub fn hash(&self) -> u64 {
         let ports = (u64::from(self.src_port) << 24)
@@ -332,6 +332,53 @@ impl Flow {
             addresses ^ 0xa409_3822_299f_31d0,
             ports ^ 0x082e_fa98_ec4e_6c89,
         )
+    }
+
+    /// A hash of the flow for who knows the key: whoever does not cannot look for collisions, though
+    /// they may choose addresses and ports.
+    #[inline]
+    pub fn keyed_hash(&self, key: &HashKey) -> u64 {
+        let HashKey([k0, k1, k2, k3, k4, k5]) = *key;
+        let ports = (u64::from(self.src_port) << 24)
+            | (u64::from(self.dst_port) << 8)
+            | u64::from(self.protocol);
+        let addresses = match (self.src, self.dst) {
+            (IpAddr::V4(src), IpAddr::V4(dst)) => {
+                (u64::from(src.to_bits()) << 32) | u64::from(dst.to_bits())
+            }
+            (src, dst) => {
+                let (src, dst) = (halves(bits_of(src)), halves(bits_of(dst)));
+                let src = mix(src.0 ^ k2, src.1 ^ k3);
+                mix(src ^ k0, mix(dst.0 ^ k4, dst.1 ^ k5) ^ k1)
+            }
+        };
+        // The second round hides from the first that it is nearly linear in the ports.
+        mix(mix(addresses ^ k0, ports ^ k1) ^ k4, k5 | 1)
+    }
+}
+
+/// What [`Flow::keyed_hash`] is keyed with: random, and never told.
+#[derive(Clone)]
+pub struct HashKey(pub [u64; 6]);
+
+impl HashKey {
+    /// A key of its own.
+    #[must_use]
+    pub fn random() -> HashKey {
+        HashKey(rand::random())
+    }
+}
+
+impl std::fmt::Debug for HashKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("HashKey")
+    }
+}
+
+fn bits_of(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(v4) => v4.to_bits().into(),
+        IpAddr::V6(v6) => v6.to_bits(),
     }
 }
 

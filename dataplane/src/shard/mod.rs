@@ -21,7 +21,7 @@ use arrayvec::ArrayVec;
 use context::Context;
 use transmit::Transmit;
 
-use crate::channel::hub::{Handed, Inbox, Network, PeerTable, Settings};
+use crate::channel::hub::{FLOWS_TOLD_MAX, Handed, Inbox, Network, PeerTable, Settings};
 use crate::channel::{Event, Hub, PeerId, PeerShared};
 use crate::coalesce::Coalescer;
 use crate::config::{self, DriverKind};
@@ -43,8 +43,7 @@ const DECISIONS_PER_TURN_MAX: usize = 256;
 const HANDSHAKES_PER_TURN_MAX: usize = 8;
 /// Batches taken from other shards per turn at most.
 const HANDED_PER_TURN_MAX: usize = 16;
-/// Reports, and flows, taken from other shards per turn at most: of flows as many as can wait, since a
-/// reply may be next.
+/// Reports taken from other shards per turn at most.
 const REPORTS_PER_TURN_MAX: usize = 1024;
 /// Batches taken from relays per turn at most.
 const RELAYED_PER_TURN_MAX: usize = 16;
@@ -287,6 +286,7 @@ impl<'a> Shard<'a> {
         let (wanted, dropped) = self.peers.replace(self.ctx.now, self.engine.as_mut(), mine);
         self.ctx.counters.drop_many(DropReason::NoSession, dropped);
         self.guests.retain(&table);
+        self.filter.owners_changed();
         self.table = table;
         self.want_sessions(&wanted);
     }
@@ -345,7 +345,8 @@ impl<'a> Shard<'a> {
     /// Takes note of what other shards have sealed for peers of this one, and of flows they have
     /// begun: before anything that came in, for it may be the reply.
     fn reports(&mut self) {
-        for _ in 0..REPORTS_PER_TURN_MAX {
+        // As many as can wait: a reply may be next.
+        for _ in 0..FLOWS_TOLD_MAX {
             let Some(flow) = self.inbox.flows.pop() else {
                 break;
             };
@@ -448,6 +449,9 @@ impl<'a> Shard<'a> {
             self.ctx
                 .counters
                 .add(Meter::FlowsEvicted, self.filter.take_evicted());
+            if let Some(at) = self.filter.forgotten() {
+                self.hub.has_forgotten(self.id, at);
+            }
             self.published.publish(&self.ctx.counters);
             if !idle {
                 self.publish_at = self.ctx.now + PUBLISH_INTERVAL;

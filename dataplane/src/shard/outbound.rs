@@ -87,13 +87,19 @@ impl Shard<'_> {
             return;
         };
         // The owner has to know of the flow before its replies can come.
-        if let Some(reply) = self.filter.remember(ctx.now, plan.headers(), packet)
-            && !self.hub.learn(guest.owner, reply)
+        let (hub, owner) = (self.hub, guest.owner);
+        let forgot = || hub.forgotten_by(owner);
+        if let Some(tell) = self
+            .filter
+            .remember_for(ctx.now, plan.headers(), packet, forgot)
+            && !hub.learn(owner, tell.reply)
         {
-            self.filter.forget(&reply);
-            let packets = plan.len() as u64;
-            ctx.counters.drop_many(DropReason::HandOverFull, packets);
-            return;
+            self.filter.untold(&tell);
+            if tell.new {
+                let packets = plan.len() as u64;
+                ctx.counters.drop_many(DropReason::HandOverFull, packets);
+                return;
+            }
         }
         seal::packet(
             ctx,
