@@ -74,7 +74,9 @@ row_meet() {
   check "nothing is lost on the way to direct" lost_at_most across 0
   check "ringtail to tailscaled directly" tailnet_pings a b 2
   check "tailscaled to ringtail directly" tailnet_pings b a 2
+  check "a node that was killed and started again answers" restarted a
 }
+restarted() { tailnet_stop "$1" KILL && tailnet_start "$1" && within 20 tailnet_pings b "$1" 1; }
 relayed() { [[ $(tailnet_path "$1" "$2") == relay* ]] && [[ $(tailnet_path "$2" "$1") == relay* ]]; }
 lost_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost" && [ "$LOST" -le "$2" ]; }
 
@@ -117,6 +119,71 @@ row_filter() {
 may_only() { hs_policy <<<'{"acls": [{"action": "accept", "src": ["alice@"], "dst": ["bob@:'"$1"'"]}]}'; }
 connects() { lab_in "$1" timeout 2 bash -c ": <>/dev/tcp/$(tailnet_ip "$2")/$3"; }
 denied() { [ "$(rt "$1" status --json | jq .drops.filter_denied)" -gt 0 ]; }
+
+# What Headscale tells of others, and what happens when it is away.
+row_headscale() {
+  tailnet_up
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  tailnet_ringtail a a
+  tailnet_ringtail b b
+  ready a b || return 0
+  check "both of ours go direct" goes_direct a b
+  tailnet_stop b
+  # Headscale waits 10 s for a node to come back.
+  check "who leaves is told to be offline" within 20 told a b '.online == false'
+  lab_stop headscale KILL
+  check "a killed Headscale is noticed" within 10 not tailnet_online a
+  tailnet_start b
+  check "a node starts without it, by the map it kept" within 20 tailnet_pings a b 1
+  check "Headscale starts again" start_headscale
+  check "both come back to it" within 40 tailnet_online a b
+  check "and are told to be online" within 20 tailnet_knows a b
+  printf 'hskey-auth-AbCdEfGhIjKl-%064d\n' 0 >"$LAB_DIR/bad-key"
+  lab_host c 203.0.113.13
+  TAILNET_KEY=$LAB_DIR/bad-key tailnet_ringtail c c
+  check "a wrong key ends a node" within 10 not lab_alive node-c
+  check "which says why" grep -q 'invalid pre auth key' "$LAB_DIR/node-c.log"
+}
+goes_direct() { tailnet_pings "$1" "$2" 1 && within 10 tailnet_direct "$1" "$2"; }
+told() { tailnet_status "$1" | jq -e --arg other "$2" ".peers[\$other] | $3" >/dev/null; }
+
+# derper carries all of it: ours to ours, and tailscaled to and from ours.
+row_derper() {
+  tailnet_internet
+  check "derper and Headscale start" derper_and_headscale || return 0
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  lab_host c 203.0.113.13
+  tailnet_block a
+  tailnet_ringtail a a
+  tailnet_tailscaled b b
+  tailnet_ringtail c c
+  ready a b c || return 0
+  check "ringtail to tailscaled through derper" tailnet_pings a b 2
+  check "tailscaled to ringtail through derper" tailnet_pings b a 2
+  check "ringtail to ringtail through derper" tailnet_pings a c 2
+  check "all of that was by the relay" relayed_to own
+  lab_stop relay KILL
+  check "a derper that was killed and started again" start_derper relay relay 203.0.113.1 900 own
+  # tailscaled waits longer and longer.
+  check "is used again by ours" within 10 tailnet_pings a c 1
+  check "and by tailscaled" within 30 tailnet_pings a b 1
+  check "a derper with the pinned certificate is used" within 5 static_uses "$LAB_DIR/derp-map.json"
+  sed 's/\(sha256-raw:\).*"/\1'"$(printf '%064d' 0)"'"/' "$LAB_DIR/derp-map.json" >"$LAB_DIR/wrong-map.json"
+  check "one with another certificate is refused" static_refuses "$LAB_DIR/wrong-map.json"
+}
+derper_and_headscale() { start_derper relay relay 203.0.113.1 900 own && make_derp_map relay && start_headscale; }
+# A node that knows no more than this DERP map.
+static_node() {
+  lab_stop node-static
+  printf 'addresses = ["10.77.0.1/32"]\nhome = "own"\nderp_map = "%s"\n' "$1" >"$LAB_DIR/static.toml"
+  lab_spawn c node-static "$RINGTAIL" up --network "$LAB_DIR/static.toml" --state-dir "$LAB_DIR/node-static" --tun rt1 --listen-port 0
+  within 10 rt static status >/dev/null 2>&1
+}
+relay_says() { rt static status --json | jq -e ".relays[0] | $1" >/dev/null; }
+static_uses() { static_node "$1" && within 5 relay_says .connected; }
+static_refuses() { static_node "$1" && within 5 relay_says '.failures > 1' && relay_says '.connected | not'; }
 
 # `ringtail coord` and our relay, with two tailscaled and one of ours.
 row_ourserver() {
