@@ -22,3 +22,4 @@ cargo test --manifest-path dataplane/oracle/Cargo.toml --target-dir "${CARGO_TAR
 scripts/wg-conformance.sh
 scripts/netns/flow-test.sh
 scripts/netns/admission-test.sh
+scripts/netns/reach-test.sh

@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, ensure};
 use clap::{Parser, ValueEnum};
+use ringtail::driver::names::Names;
 use ringtail::driver::relay::{RelayEvent, RelayEvents, RelayOptions, RelayPool};
 use ringtail::driver::runtime::Kind;
 use ringtail::key::{NodePrivate, NodePublic};
@@ -134,6 +135,7 @@ fn run<F: Future<Output = anyhow::Result<()>>>(io: Io, future: F) -> anyhow::Res
 
 fn pool(private: NodePrivate, io: Io, map: &DerpMap) -> (RelayPool, RelayEvents) {
     let (pool, events) = RelayPool::new(RelayOptions {
+        names: Names::default(),
         private,
         fwmark: 0,
         io: match io {

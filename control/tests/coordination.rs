@@ -16,6 +16,7 @@ use ringtail::coord::{CoordConfig, CoordEvent, SelfState};
 use ringtail::driver::coord_client::CoordClient;
 use ringtail::driver::coord_server::{CoordServer, CoordServerConfig};
 use ringtail::driver::coord_store::Database;
+use ringtail::driver::names::Names;
 use ringtail::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 use ringtail::netmap::wire::EndpointKind;
 use ringtail::netmap::{DerpMap, Netmap};
@@ -134,7 +135,8 @@ impl Node {
 
     fn start(config: CoordConfig) -> Self {
         let (state, own_state) = watch::channel(SelfState::default());
-        let (client, events) = CoordClient::start(config.clone(), own_state).unwrap();
+        let (client, events) =
+            CoordClient::start(config.clone(), Names::default(), own_state).unwrap();
         Self {
             _client: client,
             events,

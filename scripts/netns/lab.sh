@@ -286,6 +286,7 @@ lab_remove() {
   [ ${#pids[@]} = 0 ] || kill -9 "${pids[@]}" 2>/dev/null
   for ns in $namespaces; do
     ip netns del "$ns" 2>/dev/null
+    rm -rf "/etc/netns/$ns"
   done
   if [ -e "$LAB_DIR/files" ]; then
     while read -r file; do rm -f "$file"; done <"$LAB_DIR/files"

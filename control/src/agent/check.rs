@@ -21,24 +21,22 @@ impl Agent {
         self.settle(now);
     }
 
-    /// Takes the addresses of host names that [`Output::Resolve`] asked for.
-    pub fn handle_resolved(&mut self, now: Instant, found: Vec<(String, Vec<IpAddr>)>) {
-        for (host, addrs) in found {
-            self.netcheck.set_resolved(&host, addrs);
-        }
-        self.netcheck.start(now, true);
+    /// Takes the addresses of the host name that [`Output::Resolve`] asked for, or none.
+    pub fn handle_resolved(&mut self, now: Instant, host: &str, found: Vec<IpAddr>) {
+        self.netcheck.set_resolved(now, host, found);
         self.settle(now);
     }
 
-    /// Takes the time of one HTTPS request to a region, or its failure.
+    /// Takes the time of one HTTPS request to a region and where it went, or its failure.
     pub fn handle_https_latency(
         &mut self,
         now: Instant,
         region: RegionId,
-        latency: Option<Duration>,
+        measured: Option<(Duration, SocketAddr)>,
     ) {
-        self.netcheck
-            .handle_https_latency(now, region, latency, false);
+        let v6 = measured.is_some_and(|(_, addr)| addr.is_ipv6());
+        let latency = measured.map(|(latency, _)| latency);
+        self.netcheck.handle_https_latency(now, region, latency, v6);
         self.settle(now);
     }
 
@@ -134,7 +132,7 @@ impl Agent {
             home_derp: self.home.map(|id| id.0),
             derp_latency,
             mapping_varies: report.and_then(|report| report.mapping_varies),
-            working_udp: report.map(|report| report.udp),
+            working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
             routes: self.setup.routes_offered.clone(),
             ..SelfState::default()
@@ -157,10 +155,6 @@ impl Agent {
         self.story("derp_map", json!({"regions": regions}));
         self.out.push_back(Output::SetDerpMap(map.clone()));
         self.netcheck.set_derp_map(now, map);
-        let names = self.netcheck.names_to_resolve();
-        if !names.is_empty() {
-            self.out.push_back(Output::Resolve(names));
-        }
     }
 
     pub(super) fn set_home(&mut self, home: RegionId, latency: Option<Duration>) {
@@ -175,6 +169,9 @@ impl Agent {
     }
 
     pub(super) fn settle_netcheck(&mut self, now: Instant) {
+        while let Some(name) = self.netcheck.poll_name(now) {
+            self.out.push_back(Output::Resolve(name));
+        }
         while let Some(transmit) = self.netcheck.poll_transmit() {
             self.out.push_back(Output::Stun {
                 to: transmit.to,
@@ -246,7 +243,8 @@ impl Agent {
             })
             .collect();
         json!({
-            "udp": report.udp,
+            "udp": report.udp_works(),
+            "unresolved": report.unresolved,
             "ipv4": report.ipv4,
             "ipv6": report.ipv6,
             "mapping_varies_by_dest_ip": report.mapping_varies,

@@ -115,8 +115,8 @@ pub enum Output {
     SetHome(RegionId),
     /// Own endpoints or the home changed: tell coordination ([`Agent::self_report`]).
     Publish,
-    /// Look up these host names for STUN and give them to [`Agent::handle_resolved`].
-    Resolve(Vec<String>),
+    /// Look up this host name for STUN and give the answer to [`Agent::handle_resolved`].
+    Resolve(String),
     /// Measure these regions by HTTPS and give the result to [`Agent::handle_https_latency`].
     MeasureHttps(Vec<RegionId>),
     /// Read the host's interfaces again and give them to [`Agent::handle_interfaces`].
@@ -399,6 +399,7 @@ impl Agent {
     /// The host's network changed: read its addresses again, then decide how deep it went.
     pub fn handle_link_change(&mut self, now: Instant, change: LinkChange) {
         self.paths.handle_link_change(now, change);
+        self.netcheck.handle_link_change(now);
         self.out.push_back(Output::ListInterfaces);
         self.settle(now);
     }

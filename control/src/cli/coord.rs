@@ -25,6 +25,7 @@ use crate::driver::control_url::{ControlUrl, is_private};
 use crate::driver::coord_client::CoordClient;
 use crate::driver::coord_server::{CoordServer, CoordServerConfig};
 use crate::driver::coord_store::Database;
+use crate::driver::names::Names;
 use crate::driver::state::{StateDir, write_private};
 use crate::driver::{runtime, tls};
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
@@ -592,7 +593,7 @@ fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
             ..SelfState::default()
         };
         let (_state, own_state) = watch::channel(state);
-        let (_client, mut events) = CoordClient::start(config, own_state)?;
+        let (_client, mut events) = CoordClient::start(config, Names::default(), own_state)?;
         let end = args.seconds.map_or(FOR_EVER, Duration::from_secs);
         let end = tokio::time::sleep(end);
         tokio::pin!(end);

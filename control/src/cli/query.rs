@@ -253,7 +253,17 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
 }
 
 fn write_netcheck(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
-    writeln!(out, "UDP works: {}", text(&report["udp"]))?;
+    let unresolved = list(&report["unresolved"]).next().is_some();
+    let udp = match report["udp"].as_bool() {
+        Some(works) => works.to_string(),
+        None if unresolved => "unknown, since no relay could be asked".into(),
+        None => "-".into(),
+    };
+    writeln!(out, "UDP works: {udp}")?;
+    if unresolved {
+        let names = joined(&report["unresolved"]);
+        writeln!(out, "names of relays that do not resolve: {names}")?;
+    }
     writeln!(
         out,
         "IPv4: {}  public address {}",
@@ -285,6 +295,26 @@ fn write_netcheck(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use serde_json::json;
+
+    #[test]
+    fn netcheck_does_not_blame_udp_for_names_that_do_not_resolve() {
+        let said = |report: &Value| {
+            let mut out = Vec::new();
+            write_netcheck(&mut out, report).unwrap();
+            String::from_utf8(out).unwrap()
+        };
+        let out = said(&json!({"udp": null, "unresolved": ["a.example", "b.example"]}));
+        assert!(
+            out.starts_with("UDP works: unknown, since no relay could be asked\n"),
+            "{out}"
+        );
+        assert!(
+            out.contains("do not resolve: a.example b.example\n"),
+            "{out}"
+        );
+        let out = said(&json!({"udp": false, "unresolved": []}));
+        assert!(out.starts_with("UDP works: false\nIPv4"), "{out}");
+    }
 
     #[test]
     fn status_shows_the_way_to_each_peer_and_only_drops_that_happened() {

@@ -7,6 +7,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -17,6 +18,8 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
+use super::names::Names;
+use super::race::{self, Target};
 use super::underlay;
 
 /// A connected byte stream, plain or TLS.
@@ -102,25 +105,33 @@ impl ControlUrl {
         Ok(())
     }
 
-    /// Connects. With `authenticated_inside` any certificate will do, because the server's key is
-    /// known and Noise authenticates it.
+    /// Connects, within `limit` or a little later. With `authenticated_inside` any certificate will
+    /// do, because the server's key is known and Noise authenticates it.
     ///
     /// # Errors
     /// When no address of the host takes the connection, or TLS fails.
-    pub async fn connect(&self, authenticated_inside: bool) -> anyhow::Result<Box<dyn ByteStream>> {
-        let found = tokio::net::lookup_host((self.host.as_str(), self.port)).await;
-        let addresses: Vec<SocketAddr> = found
-            .with_context(|| format!("cannot resolve {}", self.host))?
-            .collect();
-        let mut last = anyhow::anyhow!("{} has no address", self.host);
-        for address in addresses {
+    pub async fn connect(
+        &self,
+        names: &Names,
+        limit: Duration,
+        authenticated_inside: bool,
+    ) -> anyhow::Result<Box<dyn ByteStream>> {
+        let literal: Option<IpAddr> = self.host.parse().ok();
+        let target = Target {
+            known: literal.into_iter().collect(),
+            name: &self.host,
+            want_v4: literal.is_none(),
+            want_v6: literal.is_none(),
+            port: self.port,
+        };
+        let attempt = |address: SocketAddr| async move {
             self.check_address(address.ip())?;
-            match underlay::connect(address, self.fwmark).await {
-                Ok(stream) => return self.secure(stream, authenticated_inside).await,
-                Err(error) => last = anyhow::anyhow!("cannot connect to {address}: {error}"),
-            }
-        }
-        Err(last)
+            Ok::<_, anyhow::Error>(underlay::connect(address, self.fwmark).await?)
+        };
+        let (_, stream) = race::connect(names, &target, limit, attempt)
+            .await
+            .context("cannot connect")?;
+        self.secure(stream, authenticated_inside).await
     }
 
     async fn secure(

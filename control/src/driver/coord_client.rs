@@ -30,7 +30,8 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::clock::at;
-use super::control_url::ControlUrl;
+use super::control_url::{ByteStream, ControlUrl};
+use super::names::Names;
 use super::noise_stream::NoiseStream;
 use crate::coord::client::{
     AfterMap, LiteGate, Outcome, Watchdog, after_map_status, map_request, register_request,
@@ -47,6 +48,9 @@ use crate::noise::{HEADER_LEN, Initiator};
 
 /// Dial, upgrade and Noise handshake together.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Of it, for DNS, whose first server may be dead.
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(8);
 
 /// A registration that no human has to settle.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -92,6 +96,7 @@ impl CoordClient {
     /// Outside a tokio `LocalSet` (tokio-uring's runtime has one).
     pub fn start(
         config: CoordConfig,
+        names: Names,
         own_state: watch::Receiver<SelfState>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<CoordEvent>)> {
         let url = ControlUrl::parse(&config.url)?.marked(config.fwmark);
@@ -103,6 +108,7 @@ impl CoordClient {
             os_version: os_release.unwrap_or_default().trim().to_owned(),
             config,
             url,
+            names,
             own_state,
             events,
             redial: Arc::clone(&redial),
@@ -146,6 +152,7 @@ impl From<anyhow::Error> for Failure {
 struct Client {
     config: CoordConfig,
     url: ControlUrl,
+    names: Names,
     own_state: watch::Receiver<SelfState>,
     events: mpsc::Sender<CoordEvent>,
     redial: Arc<Notify>,
@@ -259,10 +266,16 @@ impl Client {
         self.events.send(event).await.map_err(|_| Failure::Closed)
     }
 
+    async fn connect(&self, authenticated_inside: bool) -> anyhow::Result<Box<dyn ByteStream>> {
+        self.url
+            .connect(&self.names, LOOK_UP_LIMIT, authenticated_inside)
+            .await
+    }
+
     /// `GET /key`: the server's Noise key.
     async fn fetch_key(&self) -> anyhow::Result<MachinePublic> {
         let fetch = async {
-            let io = self.url.connect(self.control.is_some()).await?;
+            let io = self.connect(self.control.is_some()).await?;
             let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
             let _driver = AbortOnDrop(tokio::task::spawn_local(async {
                 let _ = connection.await;
@@ -292,7 +305,7 @@ impl Client {
     /// TCP, TLS, upgrade, Noise, HTTP/2.
     async fn dial(&self, control: MachinePublic) -> anyhow::Result<Sender> {
         let dial = async {
-            let io = self.url.connect(true).await?;
+            let io = self.connect(true).await?;
             let ephemeral = MachinePrivate::generate();
             let (initiator, message) = Initiator::new(
                 CAPABILITY_VERSION,
@@ -577,9 +590,14 @@ impl Client {
             return;
         }
         answered.clone_from(&ping.url);
-        let (ping, url, sender) = (ping.clone(), self.url.clone(), sender.clone());
+        let (ping, url, names, sender) = (
+            ping.clone(),
+            self.url.clone(),
+            self.names.clone(),
+            sender.clone(),
+        );
         tokio::task::spawn_local(async move {
-            match timeout(REQUEST_TIMEOUT, pong(&ping, &url, sender)).await {
+            match timeout(REQUEST_TIMEOUT, pong(&ping, &url, &names, sender)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::debug!(%error, "cannot answer a ping of the server"),
                 Err(_) => tracing::debug!("a ping of the server was not answered in time"),
@@ -598,7 +616,12 @@ enum Polled {
 
 /// Answers a ping request: HEAD for the empty type, a small HTTP answer for `c2n`. Outside Noise
 /// only the coordination server itself is visited, lest we probe others for somebody.
-async fn pong(ping: &PingRequest, url: &ControlUrl, mut sender: Sender) -> anyhow::Result<()> {
+async fn pong(
+    ping: &PingRequest,
+    url: &ControlUrl,
+    names: &Names,
+    mut sender: Sender,
+) -> anyhow::Result<()> {
     let target: http::Uri = ping.url.parse().context("not a URL")?;
     let path = target.path_and_query().map_or("/", |path| path.as_str());
     let (method, body) = match ping.types.as_str() {
@@ -610,7 +633,7 @@ async fn pong(ping: &PingRequest, url: &ControlUrl, mut sender: Sender) -> anyho
         let host = target.host().unwrap_or_default();
         let host = host.trim_start_matches('[').trim_end_matches(']');
         anyhow::ensure!(host == url.host(), "{host} is not the coordination server");
-        let io = url.connect(true).await?;
+        let io = url.connect(names, LOOK_UP_LIMIT, true).await?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
         let _driver = AbortOnDrop(tokio::task::spawn_local(async {
             let _ = connection.await;

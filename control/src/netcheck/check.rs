@@ -17,24 +17,26 @@ pub(super) struct Set {
     /// The node of try `n` is `servers[n mod len]`; a node without an address of the family is
     /// `None`.
     pub(super) servers: Vec<Option<SocketAddr>>,
+    started: Instant,
     next: usize,
     done: bool,
 }
 
 impl Set {
-    pub(super) fn new(plan: ProbeSet, servers: Vec<Option<SocketAddr>>) -> Self {
+    pub(super) fn new(now: Instant, plan: ProbeSet, servers: Vec<Option<SocketAddr>>) -> Self {
         let done = servers.iter().all(Option::is_none);
         Self {
             plan,
             servers,
+            started: now,
             next: 0,
             done,
         }
     }
 
-    fn next_at(&self, started: Instant) -> Option<Instant> {
+    fn next_at(&self) -> Option<Instant> {
         let delay = self.plan.delays.get(self.next).filter(|_| !self.done)?;
-        Some(started + *delay)
+        Some(self.started + *delay)
     }
 }
 
@@ -104,11 +106,7 @@ impl Check {
         mut tx_id: impl FnMut() -> TxId,
     ) -> Option<(SocketAddr, TxId)> {
         for index in 0..self.sets.len() {
-            let started = self.started;
-            while self.sets[index]
-                .next_at(started)
-                .is_some_and(|at| at <= now)
-            {
+            while self.sets[index].next_at().is_some_and(|at| at <= now) {
                 if self.useless(index) || self.probes.len() >= PROBES_MAX {
                     self.sets[index].done = true;
                     break;
@@ -233,6 +231,27 @@ impl Check {
         }
     }
 
+    /// Gives addresses to the sets that had none: their probes leave from now on, and without an
+    /// answer so far they get as long as the others had. False if no set was waiting for any.
+    pub(super) fn take_servers(
+        &mut self,
+        now: Instant,
+        servers: impl Fn(&ProbeSet) -> Vec<Option<SocketAddr>>,
+    ) -> bool {
+        let mut joined = false;
+        for set in &mut self.sets {
+            if set.servers.iter().all(Option::is_none) {
+                *set = Set::new(now, set.plan.clone(), servers(&set.plan));
+                joined |= !set.done;
+            }
+        }
+        if joined && !self.report.udp {
+            let until = now + STUN_LIMIT;
+            self.stage = Stage::Stun { until };
+        }
+        joined
+    }
+
     /// Begins to wait for HTTPS latencies of these regions.
     pub(super) fn await_https(&mut self, regions: &[RegionId]) {
         self.stage = Stage::Https {
@@ -280,7 +299,7 @@ impl Check {
     pub(super) fn next_timeout(&self) -> Instant {
         match &self.stage {
             Stage::Stun { until } => {
-                let probes = self.sets.iter().filter_map(|set| set.next_at(self.started));
+                let probes = self.sets.iter().filter_map(Set::next_at);
                 probes.min().map_or(*until, |at| at.min(*until))
             }
             Stage::Https { until, .. } => *until,

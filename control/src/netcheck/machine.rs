@@ -11,7 +11,8 @@ use ringtail_dataplane::channel::{PeerId, RegionId};
 use super::check::{Check, News, Set};
 use super::endpoints::{EndpointKind, Interface, OwnEndpoint, OwnEndpoints};
 use super::home::HomeChoice;
-use super::plan::{self, Known};
+use super::names::Names;
+use super::plan::{self, Known, ProbeSet};
 use super::{
     Drop, EVENTS_MAX, Event, FULL_REPORT_INTERVAL, PERIOD_MAX, PERIOD_MIN, Report, TRANSMITS_MAX,
     Transmit,
@@ -23,8 +24,7 @@ use crate::stun;
 pub struct Netcheck {
     rng: StdRng,
     map: DerpMap,
-    /// Answers of DNS by host name; the last good ones stay.
-    resolved: BTreeMap<String, Vec<IpAddr>>,
+    names: Names,
     check: Option<Check>,
     /// A check asked for while one runs; `true` is full.
     again: Option<bool>,
@@ -51,7 +51,7 @@ impl Netcheck {
         Self {
             rng,
             map: DerpMap::default(),
-            resolved: BTreeMap::new(),
+            names: Names::default(),
             check: None,
             again: None,
             last: None,
@@ -85,23 +85,37 @@ impl Netcheck {
         let known = |region: RegionId| self.map.regions.contains_key(&region.0);
         self.homes.retain(known);
         self.home = self.home.filter(|home| known(*home));
-        let names: BTreeSet<String> = self.host_names().collect();
-        self.resolved.retain(|name, _| names.contains(name));
+        let names: BTreeSet<String> = self.nodes_by_name().map(|n| n.host_name.clone()).collect();
+        self.names.set(now, names.into_iter());
         self.start(now, true);
     }
 
-    /// The host names whose addresses the map leaves to DNS: resolve them before and from time to
-    /// time, and hand the answers to [`Self::set_resolved`].
-    pub fn names_to_resolve(&self) -> Vec<String> {
-        let names: BTreeSet<String> = self.host_names().collect();
-        names.into_iter().collect()
+    /// The next host name to look up now; hand the answer, good or bad, to [`Self::set_resolved`].
+    pub fn poll_name(&mut self, now: Instant) -> Option<String> {
+        self.names.take_due(now)
     }
 
-    /// Takes the addresses of a host name; an empty answer leaves the last good one.
-    pub fn set_resolved(&mut self, host_name: &str, addrs: Vec<IpAddr>) {
-        if !addrs.is_empty() {
-            self.resolved.insert(host_name.to_owned(), addrs);
+    /// Takes the addresses of a host name, or none if it cannot be resolved: then the last good
+    /// answer stays. What is new is asked at once, by the running check if that knew no better.
+    pub fn set_resolved(&mut self, now: Instant, host_name: &str, addrs: Vec<IpAddr>) {
+        let needed = self.needed_names().any(|name| name == host_name);
+        if !self.names.answer(now, host_name, addrs, needed) {
+            return;
         }
+        if let Some(mut check) = self.check.take() {
+            let joined = check.take_servers(now, |plan| self.stun_servers(plan));
+            self.check = Some(check);
+            if joined {
+                return self.step(now);
+            }
+        }
+        let worked = self.last.as_ref().is_some_and(|report| report.udp);
+        self.start(now, !worked);
+    }
+
+    /// The host's network changed: names may mean something else here.
+    pub fn handle_link_change(&mut self, now: Instant) {
+        self.names.hurry(now);
     }
 
     /// Takes the interfaces that are up, the name of our own tunnel's, and whether the system has
@@ -214,15 +228,9 @@ impl Netcheck {
         } else {
             plan::incremental(&self.map, &known)
         };
-        let sets = plan.into_iter().map(|set| {
-            let nodes = self
-                .map
-                .regions
-                .get(&set.region.0)
-                .map(|region| &region.nodes);
-            let nodes = nodes.into_iter().flatten();
-            let servers = nodes.map(|node| self.stun_address(node, set.v6)).collect();
-            Set::new(set, servers)
+        let sets = plan.into_iter().map(|plan| {
+            let servers = self.stun_servers(&plan);
+            Set::new(now, plan, servers)
         });
         let sets = sets.collect();
         self.period = None;
@@ -284,7 +292,8 @@ impl Netcheck {
     /// When [`Self::handle_timeout`] is wanted next.
     pub fn poll_timeout(&self) -> Option<Instant> {
         let check = self.check.as_ref().map(Check::next_timeout);
-        [check, self.period].into_iter().flatten().min()
+        let names = self.names.next_timeout();
+        [check, self.period, names].into_iter().flatten().min()
     }
 
     /// The next STUN request to send.
@@ -352,6 +361,7 @@ impl Netcheck {
         };
         let mut report = check.report;
         report.os_has_ipv6 = self.os_has_ipv6;
+        report.unresolved = self.unresolved();
         let latency = &report.latency;
         let picked = self.homes.add(now, check.started, latency, self.home);
         self.set_home_from(picked, latency.clone());
@@ -426,40 +436,67 @@ impl Netcheck {
         self.events.push_back(event);
     }
 
-    fn host_names(&self) -> impl Iterator<Item = String> {
+    /// The nodes whose addresses the map leaves to DNS, in whole or in part.
+    fn nodes_by_name(&self) -> impl Iterator<Item = &DerpNode> {
         let nodes = self.map.regions.values().flat_map(|region| &region.nodes);
-        let asked =
-            nodes.filter(|node| node.v4() == Family::Resolve || node.v6() == Family::Resolve);
-        asked.map(|node| node.host_name.clone())
+        nodes.filter(|node| node.v4() == Family::Resolve || node.v6() == Family::Resolve)
     }
 
-    /// Where a node answers STUN over this family, if anywhere we know of.
-    fn stun_address(&self, node: &DerpNode, v6: bool) -> Option<SocketAddr> {
-        let port = node.stun_port()?;
-        let of_family = |ip: &IpAddr| ip.is_ipv6() == v6;
-        if let Ok(ip) = node.stun_test_ip.parse::<IpAddr>() {
-            return Some(ip)
-                .filter(of_family)
-                .map(|ip| SocketAddr::new(ip, port));
+    /// The names of nodes for which the map has no address of a family that we have.
+    fn needed_names(&self) -> impl Iterator<Item = &str> {
+        let needed = self.nodes_by_name().filter(|node| {
+            let v4 = matches!(node.v4(), Family::Literal(_)) && self.own.have(false);
+            let v6 = matches!(node.v6(), Family::Literal(_)) && self.own.have(true);
+            !v4 && !v6
+        });
+        needed.map(|node| node.host_name.as_str())
+    }
+
+    /// Of those, the ones without any answer so far.
+    fn unresolved(&self) -> Vec<String> {
+        let names = self.needed_names();
+        let unknown: BTreeSet<&str> = names
+            .filter(|name| self.names.addrs(name).is_empty())
+            .collect();
+        unknown.into_iter().map(str::to_owned).collect()
+    }
+
+    /// Where the nodes of a set's region answer STUN over its family: one place per node in their
+    /// order, empty where we know of none, then the further addresses that names gave.
+    fn stun_servers(&self, set: &ProbeSet) -> Vec<Option<SocketAddr>> {
+        let region = self.map.regions.get(&set.region.0);
+        let (mut firsts, mut others) = (Vec::new(), Vec::new());
+        for node in region.into_iter().flat_map(|region| &region.nodes) {
+            let mut addrs = self.stun_addresses(node, set.v6).into_iter();
+            firsts.push(addrs.next());
+            others.extend(addrs.map(Some));
         }
-        let resolved = || {
-            let addrs = self.resolved.get(&node.host_name);
-            addrs.and_then(|addrs| addrs.iter().copied().find(of_family))
+        firsts.extend(others);
+        firsts
+    }
+
+    fn stun_addresses(&self, node: &DerpNode, v6: bool) -> Vec<SocketAddr> {
+        let Some(port) = node.stun_port() else {
+            return Vec::new();
         };
-        let ip = if v6 {
-            match node.v6() {
-                Family::Literal(ip) => Some(IpAddr::V6(ip)),
-                Family::Resolve => resolved(),
-                Family::Off => None,
-            }
+        let test_ip = node.stun_test_ip.parse::<IpAddr>().ok();
+        let literal = if v6 {
+            node.v6().literal().map(IpAddr::V6)
         } else {
-            match node.v4() {
-                Family::Literal(ip) => Some(IpAddr::V4(ip)),
-                Family::Resolve => resolved(),
-                Family::Off => None,
-            }
+            node.v4().literal().map(IpAddr::V4)
         };
-        ip.map(|ip| SocketAddr::new(ip, port))
+        let by_name = if v6 {
+            node.v6() == Family::Resolve
+        } else {
+            node.v4() == Family::Resolve
+        };
+        let ips: Vec<IpAddr> = match test_ip.or(literal) {
+            Some(ip) => vec![ip],
+            None if by_name => self.names.addrs(&node.host_name).to_vec(),
+            None => Vec::new(),
+        };
+        let of_family = ips.into_iter().filter(|ip| ip.is_ipv6() == v6);
+        of_family.map(|ip| SocketAddr::new(ip, port)).collect()
     }
 }
 

@@ -12,11 +12,12 @@
 //! out at the first answer already, so that nobody waits for a dead relay.
 //!
 //! Verbs as in every core: time and randomness are given, DNS is the driver's
-//! ([`Netcheck::names_to_resolve`], [`Netcheck::set_resolved`]). Rules and numbers:
+//! ([`Netcheck::poll_name`], [`Netcheck::set_resolved`]). Rules and numbers:
 //! `protocol/netcheck.md`; own endpoints: `protocol/paths.md` §2.
 //!
-//! Rooms: `plan` says which probe leaves when; `check` is one running check; `home` chooses the
-//! region; `endpoints` gathers the own endpoints; `machine` ties them together.
+//! Rooms: `plan` says which probe leaves when; `check` is one running check; `names` has relays'
+//! names looked up; `home` chooses the region; `endpoints` gathers the own endpoints; `machine` ties
+//! them together.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -28,6 +29,7 @@ mod check;
 mod endpoints;
 mod home;
 mod machine;
+mod names;
 mod plan;
 
 pub use endpoints::{EndpointKind, Interface, OwnEndpoint};
@@ -115,11 +117,19 @@ pub struct Report {
     pub mappings_v4: BTreeMap<SocketAddr, u32>,
     /// The same for IPv6.
     pub mappings_v6: BTreeMap<SocketAddr, u32>,
+    /// Names of relays that could not be asked because they do not resolve.
+    pub unresolved: Vec<String>,
     /// The home region after this report.
     pub home: Option<RegionId>,
 }
 
 impl Report {
+    /// Whether UDP works; unknown if no relay could be asked, since no name resolves.
+    pub fn udp_works(&self) -> Option<bool> {
+        let asked = self.ipv4_can_send || self.ipv6_can_send;
+        (self.udp || asked || self.unresolved.is_empty()).then_some(self.udp)
+    }
+
     /// The public endpoints it shows: the global ones, then every other mapping that two servers
     /// saw. One seen once is taken for the noise of a hard NAT.
     pub fn public_endpoints(&self) -> Vec<SocketAddr> {

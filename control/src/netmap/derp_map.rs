@@ -145,6 +145,16 @@ pub enum Family<A> {
     Off,
 }
 
+impl<A> Family<A> {
+    /// The address that the map gives, if it gives one.
+    pub fn literal(self) -> Option<A> {
+        match self {
+            Self::Literal(address) => Some(address),
+            Self::Resolve | Self::Off => None,
+        }
+    }
+}
+
 fn family<A: std::str::FromStr>(text: &str) -> Family<A> {
     if text.is_empty() {
         return Family::Resolve;

@@ -17,6 +17,7 @@ use super::*;
 use crate::derp::client::{Client as ClientMachine, Event, Hello};
 use crate::derp::frame::{FrameType, put, put_send_packet};
 use crate::derp::{cert, info};
+use crate::driver::names::Names;
 use crate::driver::relay::{RelayEvent, RelayEvents, RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
 use crate::driver::tls::ClientTls;
@@ -96,6 +97,7 @@ impl Lab {
 
     fn pool(&self, private: NodePrivate) -> (RelayPool, RelayEvents) {
         let (pool, events) = RelayPool::new(RelayOptions {
+            names: Names::default(),
             private,
             fwmark: 0,
             io: Kind::Tokio,
@@ -307,7 +309,7 @@ fn two_pools_exchange_batches_and_disco_in_order() {
         // The least of three: a busy machine may stand still.
         let mut latency = Duration::MAX;
         for _ in 0..3 {
-            latency = latency.min(a.https_latency(REGION).await.unwrap());
+            latency = latency.min(a.https_latency(REGION).await.unwrap().0);
         }
         assert!(latency < Duration::from_secs(1));
         let status = serde_json::to_value(a.status()).unwrap();
@@ -669,6 +671,7 @@ fn the_pool_works_on_tokio_uring_too() {
         let lab = Rc::new(Lab::start());
         let uring = |private| {
             let (pool, events) = RelayPool::new(RelayOptions {
+                names: Names::default(),
                 private,
                 fwmark: 0,
                 io: Kind::Uring,

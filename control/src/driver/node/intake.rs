@@ -22,6 +22,9 @@ const SHARD_BATCH_MAX: usize = 256;
 /// The same for the relay connections.
 const RELAY_BATCH_MAX: usize = 256;
 
+/// A look-up for STUN counts as failed after this; its answer is taken when it is asked for again.
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(4);
+
 /// What a visit to the shards' queues found.
 pub(super) enum Taken {
     /// All there was.
@@ -34,8 +37,8 @@ pub(super) enum Taken {
 
 /// What look-ups and measurements in tasks of their own bring back.
 pub(super) enum Finding {
-    Resolved(Vec<(String, Vec<IpAddr>)>),
-    HttpsLatency(RegionId, Option<Duration>),
+    Resolved(String, Vec<IpAddr>),
+    HttpsLatency(RegionId, Option<(Duration, SocketAddr)>),
 }
 
 impl Node {
@@ -229,9 +232,9 @@ impl Node {
 
     pub(super) fn take_finding(&mut self, finding: Finding) {
         match finding {
-            Finding::Resolved(found) => self.agent.handle_resolved(now(), found),
-            Finding::HttpsLatency(region, latency) => {
-                self.agent.handle_https_latency(now(), region, latency);
+            Finding::Resolved(host, found) => self.agent.handle_resolved(now(), &host, found),
+            Finding::HttpsLatency(region, measured) => {
+                self.agent.handle_https_latency(now(), region, measured);
             }
         }
     }
@@ -270,18 +273,15 @@ impl Node {
         }
     }
 
-    pub(super) fn resolve(&self, hosts: Vec<String>) {
-        let findings = self.findings.0.clone();
+    pub(super) fn resolve(&self, host: String) {
+        let (findings, names) = (self.findings.0.clone(), self.names.clone());
         tokio::task::spawn_local(async move {
-            let mut found = Vec::with_capacity(hosts.len());
-            for host in hosts {
-                let addresses = match tokio::net::lookup_host((host.as_str(), 0)).await {
-                    Ok(addresses) => addresses.map(|addr| addr.ip()).collect(),
-                    Err(_) => Vec::new(),
-                };
-                found.push((host, addresses));
-            }
-            let _ = findings.send(Finding::Resolved(found)).await;
+            let found = names.look_up(&host, LOOK_UP_LIMIT).await;
+            let found = found.unwrap_or_else(|error| {
+                tracing::debug!(%error, "a relay is not found");
+                Vec::new()
+            });
+            let _ = findings.send(Finding::Resolved(host, found)).await;
         });
     }
 

@@ -30,6 +30,7 @@ use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
 use super::handshakes::Handshakes;
 use super::local_api::Call;
+use super::names::Names;
 use super::relay::{RelayEvents, RelayPool};
 use super::runtime;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
@@ -79,6 +80,7 @@ struct Node {
     agent: Agent,
     dataplane: Dataplane,
     discovery: Discovery,
+    names: Names,
     relays: RelayPool,
     relay_events: RelayEvents,
     coord: Option<mpsc::Receiver<CoordEvent>>,
@@ -203,7 +205,7 @@ impl Node {
                         changed
                     });
                 }
-                Output::Resolve(hosts) => self.resolve(hosts),
+                Output::Resolve(host) => self.resolve(host),
                 Output::MeasureHttps(regions) => self.measure_https(&regions),
                 Output::ListInterfaces => self.list_interfaces(now()),
                 Output::Story(event, fields) => self.log.write(event, fields),

@@ -19,6 +19,7 @@ use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
 use crate::driver::events::EventLog;
 use crate::driver::interface::Interface;
+use crate::driver::names::Names;
 use crate::driver::relay::{RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
 use crate::driver::state::{Keys, StateDir};
@@ -159,7 +160,9 @@ impl Node {
                 tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
             })
             .ok();
+        let names = Names::default();
         let (relays, relay_events) = RelayPool::new(RelayOptions {
+            names: names.clone(),
             private: keys.node.clone(),
             fwmark: config.fwmark.unwrap_or(0),
             io: kind,
@@ -201,6 +204,7 @@ impl Node {
         let mut node = Self {
             agent,
             discovery: Discovery::new(v4, v6)?,
+            names,
             relays,
             relay_events,
             coord: None,
@@ -260,7 +264,8 @@ impl Node {
                     control_key,
                     fwmark,
                 };
-                let (client, events) = CoordClient::start(config, self.self_state.subscribe())?;
+                let (client, events) =
+                    CoordClient::start(config, self.names.clone(), self.self_state.subscribe())?;
                 self.coord = Some(events);
                 self.coord_client = Some(client);
             }

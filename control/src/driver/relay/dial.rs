@@ -13,6 +13,8 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use rustls::pki_types::ServerName;
 
+use crate::driver::names::Names;
+use crate::driver::race::{self, Target};
 use crate::driver::runtime::Kind;
 use crate::driver::tls::stream::Stream;
 use crate::driver::tls::verify::Verifiers;
@@ -25,6 +27,9 @@ pub const NODE_STAGGER: Duration = Duration::from_millis(250);
 /// For DNS and the TCP handshake with one node.
 pub const TCP_LIMIT: Duration = Duration::from_millis(1500);
 
+/// Of it, for DNS: so that the error says which of the two it was.
+const LOOK_UP_LIMIT: Duration = Duration::from_millis(1200);
+
 /// For everything until packets may go.
 pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
@@ -34,6 +39,7 @@ pub(super) const READ_LEN: usize = 256 << 10;
 /// Where and how to dial.
 #[derive(Debug)]
 pub(super) struct Dialler {
+    pub(super) names: Names,
     pub(super) verifiers: Verifiers,
     pub(super) fwmark: u32,
     pub(super) kind: Kind,
@@ -117,23 +123,12 @@ impl Dialler {
         node: &DerpNode,
         on_attempt: &dyn Fn(SocketAddr),
     ) -> anyhow::Result<(SocketAddr, Stream)> {
-        let addrs = addresses(node).await?;
-        let mut running: FuturesUnordered<_> = addrs
-            .iter()
-            .map(|&addr| async move {
-                on_attempt(addr);
-                let result = Stream::connect(addr, self.fwmark, self.kind).await;
-                (addr, result)
-            })
-            .collect();
-        let mut errors = Vec::new();
-        while let Some((addr, result)) = running.next().await {
-            match result {
-                Ok(stream) => return Ok((addr, stream)),
-                Err(error) => errors.push(format!("{addr}: {error}")),
-            }
-        }
-        bail!(errors.join(", "));
+        let target = target(node);
+        race::connect(&self.names, &target, LOOK_UP_LIMIT, |addr| {
+            on_attempt(addr);
+            Stream::connect(addr, self.fwmark, self.kind)
+        })
+        .await
     }
 
     async fn handshake(&self, node: &DerpNode, stream: &Stream) -> anyhow::Result<ClientTls> {
@@ -178,27 +173,21 @@ fn explain(error: TlsError) -> anyhow::Error {
     anyhow!("{error}{hint}")
 }
 
-/// Where a node's relay listens, IPv6 first.
-async fn addresses(node: &DerpNode) -> anyhow::Result<Vec<SocketAddr>> {
-    let port = node.derp_port();
-    let mut addrs = Vec::new();
+/// Where a node's relay listens, IPv6 first. The name is asked for each family that the map leaves
+/// to DNS, whether or not it gives an address of the other.
+fn target(node: &DerpNode) -> Target<'_> {
+    let mut known = Vec::new();
     if let Family::Literal(v6) = node.v6() {
-        addrs.push(SocketAddr::from((v6, port)));
+        known.push(v6.into());
     }
     if let Family::Literal(v4) = node.v4() {
-        addrs.push(SocketAddr::from((v4, port)));
+        known.push(v4.into());
     }
-    let (want_v4, want_v6) = (node.v4() == Family::Resolve, node.v6() == Family::Resolve);
-    // A literal of one family is enough to connect; DNS that hangs must not cost the other.
-    if addrs.is_empty() && (want_v4 || want_v6) {
-        let host = node.host_name.as_str();
-        let found = tokio::net::lookup_host((host, port))
-            .await
-            .with_context(|| format!("cannot resolve {host}"))?;
-        addrs.extend(found.filter(|a| if a.is_ipv4() { want_v4 } else { want_v6 }));
+    Target {
+        known,
+        name: &node.host_name,
+        want_v4: node.v4() == Family::Resolve,
+        want_v6: node.v6() == Family::Resolve,
+        port: node.derp_port(),
     }
-    if addrs.is_empty() {
-        bail!("the DERP map gives {} no usable address", node.name);
-    }
-    Ok(addrs)
 }

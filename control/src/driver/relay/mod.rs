@@ -34,6 +34,7 @@ use crate::derp::client::LINK_CHANGE_LIMIT;
 use crate::derp::frame::{self, HEADER_LEN, PACKET_LEN_MAX};
 use crate::derp::queue::Dropped;
 use crate::derp::upgrade;
+use crate::driver::names::Names;
 use crate::driver::runtime::Kind;
 use crate::driver::tls::verify::Verifiers;
 use crate::key::{KEY_LEN, NodePrivate, NodePublic};
@@ -62,6 +63,8 @@ pub const LATENCY_LIMIT: Duration = Duration::from_secs(5);
 pub struct RelayOptions {
     /// The node's key, which is also its DERP address.
     pub private: NodePrivate,
+    /// What knows the addresses of relays that the map gives by name.
+    pub names: Names,
     /// SO_MARK of underlay sockets, or 0.
     pub fwmark: u32,
     /// Which streams to use; [`Kind::Uring`] only inside tokio-uring's runtime.
@@ -229,6 +232,7 @@ impl RelayPool {
         let inner = Inner {
             private: options.private,
             dialler: Dialler {
+                names: options.names,
                 verifiers: Verifiers::default(),
                 fwmark: options.fwmark,
                 kind: options.io,
@@ -357,12 +361,12 @@ impl RelayPool {
         self.0.0.routes.borrow().get(peer).copied()
     }
 
-    /// Latency of one HTTPS request to a region over a connection of its own, for networks
-    /// without UDP (`protocol/netcheck.md` §5).
+    /// Latency of one HTTPS request to a region over a connection of its own, and the address that
+    /// went to, for networks without UDP (`protocol/netcheck.md` §5).
     pub fn https_latency(
         &self,
         region: RegionId,
-    ) -> impl Future<Output = anyhow::Result<Duration>> + 'static + use<> {
+    ) -> impl Future<Output = anyhow::Result<(Duration, SocketAddr)>> + 'static + use<> {
         let inner = self.0.0.clone();
         async move {
             let definition = inner.definition(region).context("no such region")?;
@@ -453,7 +457,7 @@ impl Inner {
         self.routes.borrow_mut().retain(|_, at| *at != region);
     }
 
-    async fn latency(&self, region: &DerpRegion) -> anyhow::Result<Duration> {
+    async fn latency(&self, region: &DerpRegion) -> anyhow::Result<(Duration, SocketAddr)> {
         let id = RegionId(region.region_id);
         let first = self.good_nodes.borrow().get(&id).copied().unwrap_or(0);
         let mut dialled = self.dialler.dial(region, first, &|_| ()).await?;
@@ -483,7 +487,7 @@ impl Inner {
                 if !(200..300).contains(&status) {
                     bail!("the relay answered with HTTP status {status}");
                 }
-                return Ok(now() - asked);
+                return Ok((now() - asked, dialled.addr));
             }
         }
     }

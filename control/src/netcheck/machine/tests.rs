@@ -12,6 +12,9 @@ struct Lab {
     port: fn(u8) -> u16,
     answers: VecDeque<(Instant, Vec<u8>)>,
     sent: Vec<(Instant, SocketAddr)>,
+    /// What a name gives at a time.
+    dns: Box<dyn Fn(Instant) -> Vec<IpAddr>>,
+    asked: Vec<(Instant, String)>,
     events: Vec<(Instant, Event)>,
 }
 
@@ -35,6 +38,8 @@ impl Lab {
             port,
             answers: VecDeque::new(),
             sent: Vec::new(),
+            dns: Box::new(|_| Vec::new()),
+            asked: Vec::new(),
             events: Vec::new(),
         };
         lab.drain();
@@ -43,6 +48,11 @@ impl Lab {
     }
 
     fn drain(&mut self) {
+        while let Some(name) = self.check.poll_name(self.now) {
+            let found = (self.dns)(self.now);
+            self.check.set_resolved(self.now, &name, found);
+            self.asked.push((self.now, name));
+        }
         while let Some(transmit) = self.check.poll_transmit() {
             self.sent.push((self.now, transmit.to));
             let IpAddr::V4(ip) = transmit.to.ip() else {
@@ -289,21 +299,118 @@ fn junk_is_dropped_by_name() {
     assert_eq!(counted, [1, 1, 1, 1, 1, 0, 0]);
 }
 
+/// One relay that has a name alone.
+fn named(lab: &mut Lab) {
+    let mut map = DerpMap::of_regions(1);
+    let node = &mut map.regions.get_mut(&1).unwrap().nodes[0];
+    node.ipv4.clear();
+    lab.check.set_derp_map(lab.now, &map);
+}
+
+fn relay(last: u8) -> IpAddr {
+    IpAddr::from([203, 0, 113, last])
+}
+
 #[test]
 fn names_left_to_dns_are_asked_for_and_the_last_good_answer_stays() {
     let mut lab = Lab::new(&[Some(10)], |_| 5555);
-    let mut map = DerpMap::of_regions(1);
-    map.regions.get_mut(&1).unwrap().nodes[0].ipv4.clear();
-    lab.check.set_derp_map(lab.now, &map);
-    assert_eq!(lab.check.names_to_resolve(), ["derp1.example.com"]);
-    assert!(lab.check.poll_transmit().is_none());
-    let ip = IpAddr::from([203, 0, 113, 1]);
-    lab.check.set_resolved("derp1.example.com", vec![ip]);
-    lab.check.set_resolved("derp1.example.com", vec![]);
-    lab.run(6 * SECOND);
-    lab.check.start(lab.now, false);
-    assert_eq!(
-        lab.check.poll_transmit().unwrap().to,
-        SocketAddr::new(ip, 3478)
+    let began = lab.now;
+    lab.dns = Box::new(
+        move |now| {
+            if now == began { vec![relay(1)] } else { vec![] }
+        },
     );
+    named(&mut lab);
+    lab.run(40 * SECOND);
+    assert_eq!(lab.asked[0], (began, "derp1.example.com".to_owned()));
+    assert!(lab.asked.len() > 2, "and failed since");
+    let report = &lab.reports()[0].1;
+    assert!(report.udp && report.global_v4.is_some());
+    lab.sent.clear();
+    lab.check.start(lab.now, false);
+    lab.run(SECOND);
+    assert_eq!(lab.sent[0].1, SocketAddr::new(relay(1), 3478));
+}
+
+#[test]
+fn a_node_that_started_without_dns_has_its_endpoint_soon_after_dns_works() {
+    for works_after_ms in [100, 2_900, 7_000, 61_000, 3_600_000] {
+        let mut lab = Lab::new(&[Some(10)], |_| 5555);
+        let works = lab.now + Duration::from_millis(works_after_ms);
+        // A resolver that refuses at once, until it works.
+        lab.dns = Box::new(move |now| if now < works { vec![] } else { vec![relay(1)] });
+        named(&mut lab);
+        while lab.now < works + 20 * SECOND {
+            lab.run(Duration::from_millis(100));
+            // HTTPS fails for the same reason.
+            lab.check
+                .handle_https_latency(lab.now, RegionId(1), None, false);
+        }
+        let public = lab.events.iter().find(|(_, event)| {
+            let is_public = |own: &OwnEndpoint| own.kind == EndpointKind::Stun;
+            matches!(event, Event::Endpoints(own) if own.iter().any(is_public))
+        });
+        let (at, _) = public.expect("a public endpoint");
+        assert!(*at - works < 4 * SECOND, "{:?} late", *at - works);
+        let (_, first) = &lab.reports()[0];
+        let blames_names = first.unresolved == ["derp1.example.com"];
+        assert!(first.udp || (blames_names && first.udp_works().is_none()));
+        let (_, last) = lab.reports().pop().unwrap();
+        assert_eq!((last.udp_works(), last.unresolved.len()), (Some(true), 0));
+        assert!(lab.asked.len() as u64 <= 8 + works_after_ms / 3_000);
+    }
+}
+
+#[test]
+fn a_relay_that_moved_is_found_at_its_new_address() {
+    let mut lab = Lab::new(&[Some(10)], |_| 5555);
+    let moves = lab.now + 45 * SECOND;
+    lab.dns = Box::new(move |now| vec![relay(if now < moves { 1 } else { 2 })]);
+    named(&mut lab);
+    lab.check.set_active(lab.now, true);
+    lab.run(45 * SECOND);
+    assert!(lab.reports().iter().all(|(_, report)| report.udp));
+    // Now the old address answers nobody, and the new one is that of region 2.
+    lab.latency = vec![None, Some(Duration::from_millis(10))];
+    lab.sent.clear();
+    lab.run(35 * SECOND);
+    let (_, last) = lab.reports().pop().unwrap();
+    assert!(last.udp);
+    assert_eq!(lab.sent.last().unwrap().1.ip(), relay(2));
+}
+
+#[test]
+fn of_a_name_with_two_addresses_the_second_is_asked_too() {
+    let mut lab = Lab::new(&[None, Some(10)], |_| 5555);
+    lab.dns = Box::new(|_| vec![relay(1), relay(2)]);
+    named(&mut lab);
+    lab.run(6 * SECOND);
+    assert!(lab.reports()[0].1.udp);
+}
+
+#[test]
+fn a_name_beside_an_address_is_asked_for_the_other_family() {
+    let mut lab = Lab::new(&[Some(10)], |_| 5555);
+    let eth = |addrs: &[&str]| Interface {
+        name: "eth0".into(),
+        addrs: addrs.iter().map(|addr| addr.parse().unwrap()).collect(),
+    };
+    let mut map = DerpMap::of_regions(1);
+    map.regions.get_mut(&1).unwrap().nodes[0].ipv6.clear();
+    // Where IPv4 works, a name that does not resolve is no reason to complain.
+    lab.check.set_derp_map(lab.now, &map);
+    lab.run(SECOND);
+    assert_eq!(lab.reports()[0].1.unresolved, Vec::<String>::new());
+    // Where only IPv6 does, it is what the relay is reached by.
+    let now = lab.now;
+    lab.check
+        .set_interfaces(now, &[eth(&["2001:db8::2"])], "ringtail0", true);
+    let v6: IpAddr = "2001:db8::1".parse().unwrap();
+    lab.check
+        .set_resolved(now, "derp1.example.com", vec![relay(9), v6]);
+    let mut asked = Vec::new();
+    while let Some(transmit) = lab.check.poll_transmit() {
+        asked.push(transmit.to.ip());
+    }
+    assert_eq!(asked, [v6], "and the map's IPv4 address stands");
 }
