@@ -523,6 +523,14 @@ moved_prefix() {
 no_key_no_traffic() {
   a wg set "$A" private-key /dev/null && ! a ping -q -c 1 -W 1 10.66.0.2 && a wg set "$A" private-key <(base64_of $A_PRIVATE) && a ping -q -c 1 -W $PATIENCE 10.66.0.2
 }
+restarted() {
+  # A goes on with keys that B has lost. A's endpoint is in B's configuration, so B greets whoever sends from there.
+  b kill -9 "$(daemon_pids "$B")" && within 10 ended "$B" && start b "$B" &&
+    b wg set "$B" private-key <(base64_of $B_PRIVATE) listen-port 51983 peer "$(base64_of $A_PUBLIC)" \
+      allowed-ips 10.66.0.1/32,fd66::1/128 endpoint 192.0.2.1:51984 preshared-key <(key_n 3) &&
+    ip -n "${LAB}b" address add 10.66.0.2/24 dev "$B" && ip -n "${LAB}b" link set "$B" up &&
+    a ping -q -c 30 -i 0.1 -W 1 10.66.0.2 | tee /dev/stderr | awk '/received/ { exit !($4 >= 20) }'
+}
 ip -n "${LAB}a" route add 10.99.0.0/24 dev "$A"
 check "ten pings of 84 bytes in a new session count 1372 and 1428 (1460) bytes" exact_counters
 check "the last handshake is wall clock time and stays" wall_clock
@@ -535,6 +543,7 @@ check "the interface goes down and up" down_up
 check "the MTU changes to 9000 and to 1300" mtu_change
 check "without a private key nothing passes" no_key_no_traffic
 check "a peer's private key changes" key_change
+promise "a restarted device is reached within a second by a peer with its old keys" restarted
 stop "$A"
 stop "$B"
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
-use crate::channel::hub::{Network, PeerTable, RelayIn, Settings};
+use crate::channel::hub::{Network, PeerEntry, PeerTable, RelayIn, Settings};
 use crate::channel::{
     Activity, Datagrams, Event, Hub, NetworkConfig, PathDecision, PeerConfig, PeerId, Prefix,
     RegionId, RelayOut, Rules, Whereabouts,
@@ -117,11 +117,10 @@ impl Dataplane {
     ///
     /// # Errors
     /// See [`StartError`]. Nothing is left behind.
-    #[expect(clippy::disallowed_methods, reason = "the epoch of all activity times")]
     pub fn start(config: Config) -> Result<Dataplane, StartError> {
         check(&config)?;
         let kind = choose_driver(config.driver)?;
-        let epoch = Instant::now();
+        let epoch = sys::now();
         let device = Device::open(&config.tun_name, config.shards, config.offloads.tun).map_err(
             |source| StartError::Tun {
                 name: config.tun_name.clone(),
@@ -430,7 +429,6 @@ impl Dataplane {
 
     /// Sets a peer's endpoint in device mode; the peer may roam from there. For a new peer call
     /// [`Dataplane::set_peers`] first.
-    #[expect(clippy::disallowed_methods, reason = "how long is for ever")]
     pub fn set_endpoint(&self, peer: PeerId, endpoint: SocketAddr) {
         debug_assert!(self.roam, "elsewhere paths are decided");
         let table = self.hub.table();
@@ -444,7 +442,7 @@ impl Dataplane {
             generation: 0,
             udp: Some(endpoint),
             derp: None,
-            trust_until: Instant::now().checked_add(FOR_EVER),
+            trust_until: sys::now().checked_add(FOR_EVER),
             silence_limit: FOR_EVER,
             path_mtu: u16::MAX,
         };
@@ -456,6 +454,34 @@ impl Dataplane {
         for inbox in &self.hub.inboxes {
             // A full queue means that many handshakes are asked for already: one more is lost.
             let _full = inbox.asks.push(peer);
+            inbox.wake.ring();
+        }
+    }
+
+    /// Data that could not be opened came from where the peer is known to be ([`Event::Unopened`]). If
+    /// it adds up to what an initiation sends, and nothing else was heard of the peer for a second, the
+    /// owner shard sends one initiation, along the peer's path as it is: rate-limited, and not repeated.
+    pub fn unopened(&self, peer: PeerId, bytes: usize) {
+        let owner = self.hub.table().owner(peer);
+        if let Some(inbox) = owner.and_then(|owner| self.hub.inboxes.get(usize::from(owner))) {
+            // A full queue means that there is more than enough to do.
+            let _full = inbox.unopened.push((peer, bytes));
+            inbox.wake.ring();
+        }
+    }
+
+    /// The peer whose endpoint this is, in device mode.
+    #[must_use]
+    pub fn peer_at(&self, endpoint: SocketAddr) -> Option<PeerId> {
+        let table = self.hub.table();
+        let at = |entry: &&PeerEntry| entry.shared.whereabouts().endpoint == Some(endpoint);
+        table.peers().find(at).map(|entry| entry.config.id)
+    }
+
+    /// The machine has slept: every shard looks at the clock now instead of when a wait that began
+    /// before it ends. Sessions and paths that are too old meanwhile are not used any more.
+    pub fn resumed(&self) {
+        for inbox in &self.hub.inboxes {
             inbox.wake.ring();
         }
     }

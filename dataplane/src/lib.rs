@@ -59,3 +59,4 @@ pub use config::{
     pinned_by_default, shards_by_default,
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
+pub use sys::{now, slept};

@@ -12,6 +12,7 @@ mod check;
 mod configuration;
 mod directory;
 mod network;
+mod revival;
 mod status;
 mod story;
 
@@ -36,6 +37,9 @@ pub use directory::Directory;
 pub use network::{HeldBack, HoldReason, Network, NetworkPeer, NetworkRule};
 pub use status::Surroundings;
 pub use story::millis;
+
+use revival::Revival;
+pub(crate) use revival::heard_lately;
 
 /// The tunnel counts as used for so long after its last packet.
 const TUNNEL_ACTIVE: Duration = Duration::from_secs(45);
@@ -77,6 +81,10 @@ pub enum Output {
     SetNetwork(NetworkConfig),
     /// Give the data plane this decision.
     SetPath(PeerId, PathDecision),
+    /// Ask the data plane for a handshake with this peer.
+    Initiate(PeerId),
+    /// Tell the data plane that so many bytes came from this peer that it cannot open.
+    Unopened(PeerId, usize),
     /// Give the TUN exactly these addresses and routes.
     Configure {
         /// Own inner addresses.
@@ -143,6 +151,7 @@ pub struct Agent {
     directory: Directory,
     paths: Manager,
     netcheck: Netcheck,
+    revival: Revival,
     home: Option<RegionId>,
     /// Ways to peers whose first packet has been told: by relay, out and in.
     relay_told: BTreeSet<(PeerId, bool)>,
@@ -183,6 +192,7 @@ impl Agent {
             directory: Directory::default(),
             paths,
             netcheck,
+            revival: Revival::default(),
             home: None,
             relay_told: BTreeSet::new(),
             pings: BTreeMap::new(),
@@ -257,6 +267,7 @@ impl Agent {
             self.paths.set_peers(now, &setups);
             let known: BTreeSet<PeerId> = self.directory.iter().map(|(id, _)| id).collect();
             self.relay_told.retain(|(id, _)| known.contains(id));
+            self.revival.meet(now, |key| self.directory.id(key));
         }
         self.out.push_back(Output::Configure { addresses, routes });
         self.settle(now);
@@ -369,7 +380,49 @@ impl Agent {
             self.active_check = self.active_check.or(Some(now + ACTIVE_CHECK_PERIOD));
             self.netcheck.set_active(now, true);
         }
+        if let channel::Event::Unopened(from, bytes) = *event
+            && let Some(id) = self.paths.peer_at(from)
+        {
+            self.out.push_back(Output::Unopened(id, bytes));
+        }
         self.paths.handle_event(now, event, activity);
+        self.settle(now);
+    }
+
+    /// The machine has slept for so long. Whatever was true of the network may not be, and peers may
+    /// go on with keys that are too old here, or have dropped those that seem fresh.
+    pub fn handle_resume(
+        &mut self,
+        now: Instant,
+        slept: Duration,
+        activity: &dyn Fn(PeerId) -> Activity,
+    ) {
+        self.handle_link_change(now, LinkChange::Major);
+        let before = now.checked_sub(slept).unwrap_or(now);
+        let mut heard: Vec<(Instant, PeerId)> = self
+            .directory
+            .iter()
+            .filter_map(|(id, _)| Some((heard_lately(&activity(id), before)?, id)))
+            .collect();
+        heard.sort_unstable_by_key(|(at, _)| std::cmp::Reverse(*at));
+        self.revival.ask(now, heard.into_iter().map(|(_, id)| id));
+        self.settle(now);
+    }
+
+    /// The peers to be remembered for the next run ([`Self::remember_sessions`]).
+    pub fn sessions(&self, now: Instant, activity: &dyn Fn(PeerId) -> Activity) -> Vec<NodePublic> {
+        let heard = self
+            .directory
+            .iter()
+            .filter_map(|(id, peer)| Some((activity(id).last_received?, peer.node_key)));
+        self.revival.to_remember(now, heard.collect())
+    }
+
+    /// Takes the peers that an earlier run had sessions with, heard last first: there will be
+    /// handshakes with those of them that are peers now, or become it.
+    pub fn remember_sessions(&mut self, now: Instant, peers: Vec<NodePublic>) {
+        self.revival.remember(now, peers);
+        self.revival.meet(now, |key| self.directory.id(key));
         self.settle(now);
     }
 
@@ -432,6 +485,8 @@ impl Agent {
     pub fn handle_timeout(&mut self, now: Instant, activity: &dyn Fn(PeerId) -> Activity) {
         self.paths.handle_timeout(now, activity);
         self.netcheck.handle_timeout(now);
+        let due = self.revival.take_due(now).into_iter();
+        self.out.extend(due.map(Output::Initiate));
         if self.active_check.is_some_and(|at| at <= now) {
             let used = |id| {
                 let last = activity(id);
@@ -451,6 +506,7 @@ impl Agent {
         [
             self.paths.poll_timeout(),
             self.netcheck.poll_timeout(),
+            self.revival.poll_timeout(),
             self.active_check,
         ]
         .into_iter()
@@ -461,6 +517,11 @@ impl Agent {
     /// The next thing to do.
     pub fn poll_output(&mut self) -> Option<Output> {
         self.out.pop_front()
+    }
+
+    /// A peer's node key.
+    pub fn peer_key(&self, id: PeerId) -> Option<NodePublic> {
+        self.directory.peer(id).map(|peer| peer.node_key)
     }
 
     /// The home region.

@@ -265,3 +265,69 @@ fn the_network_survives_the_cache_unchanged() {
     let text = serde_json::to_string(&before).unwrap();
     assert_eq!(serde_json::from_str::<Network>(&text).unwrap(), before);
 }
+
+/// Whom the agent wants shaken hands with.
+fn initiated(out: &[Output]) -> Vec<PeerId> {
+    let initiated = out.iter().filter_map(|output| {
+        let Output::Initiate(id) = output else {
+            return None;
+        };
+        Some(*id)
+    });
+    initiated.collect()
+}
+
+#[test]
+fn peers_of_the_run_before_are_greeted_once_they_are_known() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let silent = |_| Activity::default();
+    agent.remember_sessions(now, vec![node(3).0, node(2).0]);
+    assert_ne!(agent.poll_timeout(), Some(now));
+    agent.handle_network(now, network(2));
+    assert_eq!(agent.poll_timeout(), Some(now));
+    agent.handle_timeout(now, &silent);
+    assert_eq!(initiated(&outputs(&mut agent)), [PeerId(0)]);
+    agent.handle_timeout(now, &silent);
+    assert_eq!(initiated(&outputs(&mut agent)), []);
+    // Nobody was heard yet: the next run tries them again.
+    assert_eq!(agent.sessions(now, &silent), [node(3).0, node(2).0]);
+}
+
+#[test]
+fn after_a_sleep_those_heard_shortly_before_it_are_greeted() {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network(2));
+    outputs(&mut agent);
+    let slept = Duration::from_secs(7200);
+    let woken = now + slept + Duration::from_secs(300);
+    for (heard_secs, greeted) in [(100, 0), (290, 1)] {
+        let heard = move |_| Activity {
+            last_received: Some(now + Duration::from_secs(heard_secs)),
+            ..Activity::default()
+        };
+        agent.handle_resume(woken, slept, &heard);
+        agent.handle_timeout(woken, &heard);
+        let out = outputs(&mut agent);
+        assert_eq!(initiated(&out).len(), greeted, "heard at {heard_secs} s");
+        assert!(out.iter().any(|o| matches!(o, Output::ListInterfaces)));
+    }
+}
+
+#[test]
+fn what_cannot_be_opened_is_told_of_a_peer_only_from_where_it_is_known_to_be() {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network(2));
+    outputs(&mut agent);
+    for (from, known) in [("203.0.113.2:41641", true), ("203.0.113.2:41642", false)] {
+        let event = channel::Event::Unopened(from.parse().unwrap(), 200);
+        agent.handle_dataplane(now, &event, &Activity::default());
+        let out = outputs(&mut agent);
+        let told = |o: &Output| matches!(o, Output::Unopened(PeerId(0), 200));
+        assert_eq!(out.iter().any(told), known, "{from}");
+        assert_eq!(
+            out.len(),
+            usize::from(known),
+            "and nothing is sent: {out:?}"
+        );
+    }
+}

@@ -2,17 +2,34 @@
 
 use std::time::Instant;
 
-/// The time now.
-#[expect(clippy::disallowed_methods, reason = "drivers own the clock")]
-#[must_use]
-pub fn now() -> Instant {
-    Instant::now()
+use tokio::sync::Notify;
+
+/// The time now, which goes on while the machine sleeps.
+pub use ringtail_dataplane::now;
+
+/// Told by whoever notices that the machine has slept.
+static RESUMED: Notify = Notify::const_new();
+
+/// Sleeps until then, or for ever. The runtime's timers stand still while the machine sleeps, so the
+/// wait is reckoned anew after [`resumed`].
+pub(super) async fn at(due: Option<Instant>) {
+    let Some(due) = due else {
+        return std::future::pending().await;
+    };
+    loop {
+        let resumed = RESUMED.notified();
+        let rest = due.saturating_duration_since(now());
+        if rest.is_zero() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(rest) => {}
+            () = resumed => {}
+        }
+    }
 }
 
-/// Sleeps until then, or for ever.
-pub(super) async fn at(due: Option<impl Into<tokio::time::Instant>>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
-        None => std::future::pending().await,
-    }
+/// The machine has slept: whoever waits in [`at`] looks at the clock again.
+pub(super) fn resumed() {
+    RESUMED.notify_waiters();
 }

@@ -13,7 +13,7 @@
 
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow};
 use base64::Engine as _;
@@ -27,9 +27,9 @@ use time::OffsetDateTime;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 
-use super::clock::at;
+use super::clock::{at, now};
 use super::control_url::{ByteStream, ControlUrl};
 use super::names::Names;
 use super::noise_stream::NoiseStream;
@@ -168,10 +168,14 @@ type Sender = http2::SendRequest<Full<Bytes>>;
 
 impl Client {
     async fn run(mut self) {
+        let redial = Arc::clone(&self.redial);
         loop {
-            let failure = match self.connection().await {
-                Ok(never) => match never {},
-                Err(failure) => failure,
+            let failure = tokio::select! {
+                connection = self.connection() => match connection {
+                    Ok(never) => match never {},
+                    Err(failure) => failure,
+                },
+                () = redial.notified() => Failure::Redial,
             };
             let (error, wait) = match failure {
                 Failure::Closed => return,
@@ -193,7 +197,7 @@ impl Client {
             }
             tokio::select! {
                 () = tokio::time::sleep(retry_in) => {}
-                () = self.redial.notified() => {}
+                () = redial.notified() => {}
             }
         }
     }
@@ -435,8 +439,8 @@ impl Client {
         let request = map_request(&self.config, &state, &self.os_version, true);
         let body = serde_json::to_vec(&request).context("cannot write the map request")?;
         let request = self.request("/machine/map", body)?;
-        let deadline = Instant::from_std(watchdog.poll_timeout());
-        let answer = tokio::time::timeout_at(deadline, sender.send_request(request)).await;
+        let rest = watchdog.poll_timeout().saturating_duration_since(now());
+        let answer = timeout(rest, sender.send_request(request)).await;
         let response = answer
             .map_err(|_| anyhow!("no answer to the map request within 120 s"))?
             .context("the map request was cut off")?;
@@ -469,7 +473,7 @@ impl Client {
         // A server that takes no state from the poll gets it by a lite update.
         lite.handle_change(now());
         loop {
-            let lite_due = lite.poll_timeout().map(Instant::from_std);
+            let lite_due = lite.poll_timeout();
             tokio::select! {
                 frame = body.frame() => {
                     let frame = frame.ok_or_else(|| anyhow!("the server ended the map stream"))?;
@@ -493,7 +497,7 @@ impl Client {
                         permit.send(CoordEvent::Netmap(netmap));
                     }
                 }
-                () = sleep_until(Instant::from_std(watchdog.poll_timeout())) => {
+                () = at(Some(watchdog.poll_timeout())) => {
                     return Err(anyhow!("nothing came on the map stream for 120 s").into());
                 }
                 () = at(expiry) => {
@@ -523,7 +527,6 @@ impl Client {
                     }
                     lite.handle_done(now(), result.is_ok(), rand::random());
                 }
-                () = self.redial.notified() => return Err(Failure::Redial),
             }
         }
     }
@@ -694,17 +697,13 @@ fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
     })
 }
 
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
-
 /// When the next key in the map expires.
 fn expiry_of(map: &MapState) -> Option<Instant> {
     let wall = OffsetDateTime::now_utc();
     let wait = map.next_expiry(wall)? - wall;
     // A timer far in the future is set again when it is reached.
     let wait = Duration::try_from(wait).unwrap_or_default();
-    Some(Instant::now() + wait.min(Duration::from_secs(86_400)) + Duration::from_millis(1))
+    Some(now() + wait.min(Duration::from_secs(86_400)) + Duration::from_millis(1))
 }
 
 /// The end of a spawned request.

@@ -20,7 +20,7 @@ use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context as TaskContext, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use base64::Engine as _;
@@ -38,9 +38,9 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::timeout;
 
-use super::clock::at;
+use super::clock::{at, now};
 use super::control_url::ByteStream;
 use super::coord_store::{Database, Store};
 use super::noise_stream::NoiseStream;
@@ -248,7 +248,7 @@ impl CoordServer {
     /// When the state cannot be loaded or a listener is not usable.
     pub fn start(config: CoordServerConfig) -> anyhow::Result<Self> {
         let loaded = config.database.load().context("cannot load the state")?;
-        let now = Instant::now().into_std();
+        let now = now();
         let server = Server::new(
             now,
             config.server,
@@ -343,7 +343,7 @@ impl Actor {
         mut ends: mpsc::UnboundedReceiver<SessionId>,
     ) {
         loop {
-            let timeout = self.server.poll_timeout().map(Instant::from_std);
+            let timeout = self.server.poll_timeout();
             tokio::select! {
                 ask = asked.recv() => match ask {
                     Some(Ask::Stop(done)) => {
@@ -360,7 +360,7 @@ impl Actor {
             }
             self.pump();
             if self.write_at.is_none() && self.server.has_writes() {
-                self.write_at = Some(Instant::now() + WRITE_DELAY);
+                self.write_at = Some(now() + WRITE_DELAY);
             }
         }
     }
@@ -521,10 +521,6 @@ impl Actor {
     }
 }
 
-fn now() -> std::time::Instant {
-    Instant::now().into_std()
-}
-
 /// A connection's standing: a stranger holds one of few places until its first valid request.
 #[derive(Debug)]
 struct Standing {
@@ -594,7 +590,7 @@ async fn connection(
     shared: Arc<Shared>,
     standing: Arc<Standing>,
 ) {
-    let deadline = Instant::now() + STRANGER_TIMEOUT;
+    let deadline = now() + STRANGER_TIMEOUT;
     // Small messages on long-lived connections.
     let _ = stream.set_nodelay(true);
     let stream: Box<dyn ByteStream> = match tls {
@@ -621,7 +617,7 @@ async fn connection(
         .max_buf_size(HEADER_LEN_MAX)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    match tokio::time::timeout_at(deadline, http).await {
+    match timeout(deadline.saturating_duration_since(now()), http).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => {
             tracing::debug!(%source, %error, "broken HTTP");
@@ -812,7 +808,7 @@ async fn inner(
     );
     let served = tokio::select! {
         served = &mut http => served,
-        () = sleep_until(deadline) => {
+        () = at(Some(deadline)) => {
             if !standing.is_known() {
                 return count(&counters.timed_out);
             }

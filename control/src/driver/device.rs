@@ -19,11 +19,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
+use super::clock::now;
 use super::handshakes::Handshakes;
 use super::interface::Interface;
 use super::link::{self, OwnLink};
 use super::runtime;
+use super::sleep;
 use super::uapi::{self, Call, SOCKET_DIR, Socket};
+use crate::agent::heard_lately;
 use crate::device::{Device, Status, Traffic};
 use crate::key::NodePrivate;
 use crate::uapi::{Errno, Reply, Request, Transaction};
@@ -35,6 +38,8 @@ const PRESENCE_CHECK_PERIOD: Duration = Duration::from_millis(250);
 const CALLS_MAX: usize = 16;
 /// News of the interface that wait for the loop.
 const LINK_NEWS_MAX: usize = 16;
+/// Peers greeted after a sleep of the machine at most; the others follow when there is a packet.
+const RESUMED_MAX: usize = 128;
 /// Events taken before the loop looks elsewhere.
 const EVENTS_MAX: usize = 256;
 
@@ -152,7 +157,11 @@ impl Running {
             driver = self.dataplane.driver().as_str(),
             "device is there"
         );
+        let mut sleep = sleep::Watch::new();
         let why = loop {
+            if let Some(slept) = sleep.look() {
+                self.resumed(slept);
+            }
             tokio::select! {
                 _ = terminate.recv() => break "SIGTERM",
                 _ = interrupt.recv() => break "SIGINT",
@@ -171,6 +180,7 @@ impl Running {
                     let _ = reply.send(self.answer(request));
                 }
                 Some(link) = link_news.recv() => self.link_changed(link),
+                () = sleep.jump() => {}
                 _ = presence_check.tick() => {
                     if !socket.is_there() {
                         break "the socket's file is gone";
@@ -208,6 +218,11 @@ impl Running {
                 Some(Event::SendError(id, to, errno)) => {
                     tracing::debug!(peer = id.0, %to, errno, "cannot send");
                 }
+                Some(Event::Unopened(from, bytes)) => {
+                    if let Some(id) = self.dataplane.peer_at(from) {
+                        self.dataplane.unopened(id, bytes);
+                    }
+                }
                 Some(
                     Event::Kick(_)
                     | Event::Active(_)
@@ -218,6 +233,21 @@ impl Running {
             }
         }
         Taken::More
+    }
+
+    /// The machine has slept for so long. Peers may go on with keys that are too old here, or have
+    /// dropped those that seem fresh: who was heard shortly before is greeted.
+    fn resumed(&self, slept: Duration) {
+        self.dataplane.resumed();
+        let at = now();
+        let before = at.checked_sub(slept).unwrap_or(at);
+        let heard = |id: &PeerId| heard_lately(&self.dataplane.activity(*id), before).is_some();
+        self.device
+            .peers()
+            .map(|(id, _)| id)
+            .filter(heard)
+            .take(RESUMED_MAX)
+            .for_each(|id| self.dataplane.initiate(id));
     }
 
     /// Follows the interface. Peers with a keep-alive get one as soon as it is up.

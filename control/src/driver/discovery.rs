@@ -16,6 +16,8 @@ use std::os::fd::AsRawFd as _;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
+use super::clock::now;
+
 /// Largest datagram read whole, in bytes: a jumbo probe fits.
 const DATAGRAM_LEN_MAX: usize = 16 * 1024;
 /// Datagrams taken per wake-up, so that a flood leaves time for everything else.
@@ -172,7 +174,7 @@ impl Clock {
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
         Self {
-            monotonic: Instant::now(),
+            monotonic: now(),
             realtime,
         }
     }

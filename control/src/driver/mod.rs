@@ -22,6 +22,7 @@ pub mod noise_stream;
 mod race;
 pub mod relay;
 pub mod runtime;
+mod sleep;
 pub mod state;
 pub mod status;
 pub mod tls;

@@ -5,6 +5,7 @@
 //! | `keys.json` | machine, node and DISCO private keys, the pinned control key | 0600 |
 //! | `netmap.json` | the last network map, so that a node comes up while coordination is down | 0600 |
 //! | `endpoints.json` | validated direct addresses per peer | 0600 |
+//! | `sessions.json` | node keys of the peers that had sessions lately, to shake hands with after a restart | 0600 |
 //! | `ringtail.sock` | the status socket | 0600 |
 //! | `lock` | held by the running node | 0600 |
 //!

@@ -10,7 +10,7 @@ use ringtail_dataplane::channel::{
     self, Activity, PEERS_MAX, PathDecision, PeerId, Prefix, RegionId,
 };
 
-use super::peer::{Peer, PeerKey};
+use super::peer::{At, Peer, PeerKey};
 use super::shared::Shared;
 use super::{
     CACHED_PATH_AGE_MAX, CACHED_PATHS_MAX, CachedPath, Config, Drop, Event, LinkChange, PeerSetup,
@@ -191,6 +191,7 @@ impl Manager {
             }
             channel::Event::SessionUp(_)
             | channel::Event::SessionDown(_)
+            | channel::Event::Unopened(..)
             | channel::Event::TunGone => {}
         }
     }
@@ -261,6 +262,20 @@ impl Manager {
     /// The id of a node.
     pub fn peer_of(&self, node_key: &NodePublic) -> Option<PeerId> {
         self.by_node.get(node_key).copied()
+    }
+
+    /// The peer that is known to be at this address, by its best one rather than by a candidate.
+    pub fn peer_at(&self, addr: SocketAddr) -> Option<PeerId> {
+        let addr = SocketAddr::new(addr.ip().to_canonical(), addr.port());
+        let mut candidate_of = None;
+        for (id, peer) in &self.peers {
+            match peer.is_at(&addr) {
+                Some(At::Best) => return Some(*id),
+                Some(At::Candidate) => candidate_of = candidate_of.or(Some(*id)),
+                None => {}
+            }
+        }
+        candidate_of
     }
 
     /// Paths worth remembering over a restart, at most [`CACHED_PATHS_MAX`] per peer.

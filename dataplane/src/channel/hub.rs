@@ -48,6 +48,8 @@ const REPORTS_MAX: usize = 1024;
 pub(crate) const FLOWS_TOLD_MAX: usize = 4096;
 /// Requests for a handshake that wait for a shard at most.
 const ASKS_MAX: usize = 256;
+/// Notes of data that could not be opened that wait for a shard at most.
+const UNOPENED_MAX: usize = 256;
 /// Datagrams for the control or handshake thread that reached a shard, waiting at most.
 const STRAYS_MAX: usize = 64;
 /// Emptied relay buffers kept for reuse.
@@ -260,6 +262,8 @@ pub(crate) struct Inbox {
     pub(crate) network: ArrayQueue<Network>,
     pub(crate) paths: PathSlots,
     pub(crate) asks: ArrayQueue<PeerId>,
+    /// Whom data came from that could not be opened, and its bytes.
+    pub(crate) unopened: ArrayQueue<(PeerId, usize)>,
     pub(crate) handshakes: ArrayQueue<HandshakeMessage>,
     pub(crate) relay: Lane<RelayIn>,
     pub(crate) handed: ArrayQueue<Handed>,
@@ -280,6 +284,7 @@ impl Inbox {
             network: ArrayQueue::new(1),
             paths: PathSlots::new(),
             asks: ArrayQueue::new(ASKS_MAX),
+            unopened: ArrayQueue::new(UNOPENED_MAX),
             handshakes: ArrayQueue::new(HANDSHAKES_MAX),
             relay: Lane::new(RELAY_IN_ENTRIES_MAX, RELAY_IN_BYTES_MAX),
             handed: ArrayQueue::new(HANDED_MAX),
@@ -299,6 +304,7 @@ impl Inbox {
             && self.paths.is_empty()
             && self.network.is_empty()
             && self.asks.is_empty()
+            && self.unopened.is_empty()
             && self.settings.is_empty()
             && self.sockets.is_empty()
     }

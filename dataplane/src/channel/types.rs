@@ -139,6 +139,10 @@ pub enum Event {
     SessionUp(PeerId),
     /// No usable session is left.
     SessionDown(PeerId),
+    /// So many bytes of data came from the address that belong to no session: whoever is there may
+    /// have keys that we have lost. Tell [`Dataplane::unopened`](crate::Dataplane::unopened) if a peer
+    /// is known to be there. A few a second at most; anybody can cause it.
+    Unopened(SocketAddr, usize),
     /// The TUN device is gone; nothing more will be moved. Now and then this is not told: see
     /// [`Dataplane::tun_is_there`](crate::Dataplane::tun_is_there).
     TunGone,

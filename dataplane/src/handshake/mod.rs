@@ -23,7 +23,7 @@ use crate::classify::{COOKIE_LEN, owner_shard};
 use crate::noise::{Gate, Half, LocalKeys, Verdict};
 use crate::stats::{Counters, DropReason, Meter, Published};
 use crate::sys::socket::{Leave, Local, Many, receive_many, send, wait_readable};
-use crate::sys::thread_time;
+use crate::sys::{now, thread_time};
 use crate::udp::Sockets;
 
 /// Messages read from one socket before the other gets its turn, and the budget is looked at.
@@ -35,7 +35,6 @@ const DATAGRAM_LEN_MAX: usize = 256;
 const FOREVER: i32 = -1;
 
 /// The body of the thread; ends when the hub stops.
-#[expect(clippy::disallowed_methods, reason = "this thread has the clock")]
 pub(crate) fn run(
     hub: &Hub,
     mut sockets: Arc<Sockets>,
@@ -44,8 +43,8 @@ pub(crate) fn run(
 ) {
     let pause_ms = i32::try_from(PAUSE.as_millis()).unwrap_or(FOREVER);
     let mut fds = readable(hub, &sockets);
-    let mut doorman = Doorman::new(Instant::now(), settings);
-    let mut budget = Budget::new(Instant::now());
+    let mut doorman = Doorman::new(now(), settings);
+    let mut budget = Budget::new(now());
     let mut used = thread_time();
     let mut many = Many::<BURST_MAX, DATAGRAM_LEN_MAX>::new();
     while !hub.stopping() {
@@ -62,7 +61,7 @@ pub(crate) fn run(
         }
         let mut work = true;
         while work {
-            let now = Instant::now();
+            let now = now();
             let before = std::mem::replace(&mut used, thread_time());
             budget.charge(now, used.saturating_sub(before));
             if budget.spent() {

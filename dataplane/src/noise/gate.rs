@@ -64,14 +64,14 @@ pub enum Verdict {
 
 /// A bucket of tokens that fills by time; the level is kept as the moment at which it is full.
 #[derive(Clone, Copy)]
-struct Bucket {
+pub(crate) struct Bucket {
     cost: Duration,
     burst: Duration,
     full_at: Instant,
 }
 
 impl Bucket {
-    fn new(now: Instant, per_second: u32, burst: u32) -> Bucket {
+    pub(crate) fn new(now: Instant, per_second: u32, burst: u32) -> Bucket {
         let cost = Duration::from_secs(1) / per_second;
         Bucket {
             cost,
@@ -80,7 +80,8 @@ impl Bucket {
         }
     }
 
-    fn take(&mut self, now: Instant) -> bool {
+    /// Takes one token, if there is one.
+    pub(crate) fn take(&mut self, now: Instant) -> bool {
         let full_at = self.full_at.max(now) + self.cost;
         let taken = full_at.saturating_duration_since(now) <= self.burst;
         if taken {

@@ -60,6 +60,7 @@ mod transcript;
 use std::time::Duration;
 
 pub use cookie::{COOKIE_LIFE, Cookie, Jar, JarState, consume_cookie_reply};
+pub(crate) use gate::Bucket;
 pub use gate::{
     CHALLENGES_BURST, CHALLENGES_PER_SECOND, COOKIE_REPLIES_PER_SECOND, Gate, LOAD_BURST,
     LOAD_LASTS, LOAD_PER_SECOND, Verdict,

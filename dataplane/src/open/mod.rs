@@ -15,8 +15,8 @@ pub(crate) enum Run<'a> {
     Handshake(&'a [u8]),
     /// One DISCO or STUN message.
     Control(&'a [u8]),
-    /// One data message of a session that another shard owns.
-    Foreign(u8),
+    /// One data message of a session that another shard owns, and its length in bytes.
+    Foreign(u8, usize),
     /// One datagram to drop.
     Invalid(DropReason),
 }
@@ -44,7 +44,7 @@ pub(crate) fn runs(bytes: &mut [u8], stride: usize, shard: u8, mut each: impl Fn
             Class::Data(index) if owner_shard(index) == shard => {
                 open.get_or_insert((index, at));
             }
-            Class::Data(index) => each(Run::Foreign(owner_shard(index))),
+            Class::Data(index) => each(Run::Foreign(owner_shard(index), end - at)),
             Class::Handshake => each(Run::Handshake(&bytes[at..end])),
             Class::Disco | Class::Stun => each(Run::Control(&bytes[at..end])),
             Class::Invalid(reason) => each(Run::Invalid(reason)),
@@ -99,7 +99,7 @@ mod tests {
                 Run::Data(_, bytes) => ("data", bytes.len()),
                 Run::Handshake(_) => ("handshake", 1),
                 Run::Control(_) => ("control", 1),
-                Run::Foreign(shard) => ("foreign", usize::from(shard)),
+                Run::Foreign(shard, _) => ("foreign", usize::from(shard)),
                 Run::Invalid(_) => ("invalid", 1),
             });
         });

@@ -8,6 +8,7 @@
 mod deadlines;
 mod guest;
 mod path;
+mod unopened;
 mod waiting;
 
 use std::net::SocketAddr;
@@ -18,6 +19,7 @@ use std::time::Instant;
 use deadlines::Deadlines;
 pub(crate) use guest::{Grant, Guest, Guests, Lent, Report};
 pub(crate) use path::{Kind, Path, Source, Way};
+use unopened::Unopened;
 use waiting::Waiting;
 
 use crate::channel::hub::PeerEntry;
@@ -91,6 +93,9 @@ pub(crate) struct Peer {
     grant: Option<Lent>,
     pub(crate) path: Path,
     pub(crate) waiting: Waiting,
+    pub(crate) unopened: Unopened,
+    /// An initiation was asked for when there was no way to the peer: the first way is to bring it.
+    pub(crate) called: bool,
 }
 
 /// The table.
@@ -264,6 +269,8 @@ impl Peer {
                 Path::default()
             },
             waiting: Waiting::default(),
+            unopened: Unopened::default(),
+            called: false,
         }
     }
 

@@ -342,6 +342,11 @@ impl Path {
         }
     }
 
+    /// True if something authentic arrived less than `limit` ago.
+    pub(crate) fn heard_within(&self, now: Instant, limit: Duration) -> bool {
+        within(now, self.heard_at, limit)
+    }
+
     /// How long data has been sent without anything authentic coming back on any way.
     pub(crate) fn quiet_for(&self, now: Instant) -> Duration {
         self.quiet_since

@@ -41,7 +41,7 @@ pub(crate) struct Machine {
     /// Our outstanding initiation. It stays when the peer's is answered: whichever response comes
     /// completes a handshake, so initiations that cross stall nobody.
     pub(super) initiated: Option<Initiated>,
-    /// Since when we have been trying to reach the peer.
+    /// Since when we have been trying to reach the peer; none if its initiation is not to be repeated.
     pub(super) attempt: Option<Instant>,
     /// When the last initiation or response was sent.
     pub(super) handshake_sent: Option<Instant>,
@@ -177,8 +177,8 @@ impl Machine {
         again: bool,
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Option<usize> {
-        if let Some(attempt) = &mut self.attempt {
-            *attempt = at.now;
+        if self.attempt.is_some() || self.initiated.is_some() {
+            self.attempt = Some(at.now);
         }
         let distance = if again {
             INITIATION_INTERVAL_MIN
@@ -196,6 +196,29 @@ impl Machine {
             return None;
         }
         self.send_initiation(own, at, out)
+    }
+
+    /// Writes an initiation that is not repeated, if [`Machine::may_initiate`]. Data that is sent
+    /// meanwhile makes an attempt of it.
+    pub(super) fn initiate_once(
+        &mut self,
+        own: &mut Own,
+        at: Moment,
+        out: &mut [u8; MESSAGE_LEN_MAX],
+    ) -> Option<usize> {
+        if !self.may_initiate(at.now) {
+            return None;
+        }
+        let made = self.send_initiation(own, at, out);
+        self.attempt = None;
+        made
+    }
+
+    /// True if no initiation is outstanding, and no handshake message went out less than
+    /// `REKEY_TIMEOUT` ago.
+    pub(super) fn may_initiate(&self, now: Instant) -> bool {
+        let lately = |sent: Instant| now.saturating_duration_since(sent) < REKEY_TIMEOUT;
+        self.initiated.is_none() && !self.handshake_sent.is_some_and(lately)
     }
 
     /// Sees to it that an initiation goes out as soon as one may, unless one is outstanding.
@@ -591,9 +614,9 @@ impl Machine {
                 Alarm::Expire => self.went_down(&mut outcome),
                 Alarm::Retransmit if self.tried_long_enough(at.now) => {
                     self.forget_initiation(own);
-                    self.attempt = None;
+                    let tried = self.attempt.take().is_some();
                     self.alarms.clear(Alarm::PassiveKeepalive);
-                    if !self.ready(at.now) {
+                    if (tried || self.up) && !self.ready(at.now) {
                         self.up = false;
                         outcome.change = Change::Down;
                     }
@@ -624,7 +647,7 @@ impl Machine {
 
     fn tried_long_enough(&self, now: Instant) -> bool {
         self.attempt
-            .is_some_and(|since| now.saturating_duration_since(since) >= REKEY_ATTEMPT_TIME)
+            .is_none_or(|since| now.saturating_duration_since(since) >= REKEY_ATTEMPT_TIME)
     }
 
     /// The last usable keys are gone.

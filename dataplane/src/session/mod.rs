@@ -67,6 +67,8 @@
 //! * Data without an answer makes a handshake after [`QUIET_LIMIT`] instead of 15 s, once keys are
 //!   older than [`FRESH`]: a peer that was restarted is reached again soon.
 //! * A new way to the peer gets a new initiation at once ([`INITIATION_INTERVAL_MIN`]).
+//! * Data that cannot be opened makes one initiation ([`Session::initiate_once`]): a peer may go on
+//!   with keys that we have lost.
 //! * An attempt that is given up drops its ephemeral key at once, and each retry the one before, so
 //!   none lives until §6.3 erases it.
 
@@ -600,6 +602,29 @@ impl Session {
         match self {
             Session::Ours(machine) => machine.initiate(&mut engine.own, at, again, out),
             Session::Boringtun(tunnel) => tunnel.initiate(at.now, again, out),
+        }
+    }
+
+    /// Makes an initiation that is not repeated, unless one is outstanding or a handshake message went
+    /// out less than `REKEY_TIMEOUT` ago.
+    pub(crate) fn initiate_once(
+        &mut self,
+        engine: &mut Engine,
+        at: Moment,
+        out: &mut [u8; MESSAGE_LEN_MAX],
+    ) -> Option<usize> {
+        match self {
+            Session::Ours(machine) => machine.initiate_once(&mut engine.own, at, out),
+            // It repeats each of its initiations.
+            Session::Boringtun(tunnel) => tunnel.initiate(at.now, false, out),
+        }
+    }
+
+    /// True if [`Session::initiate_once`] would make one.
+    pub(crate) fn may_initiate(&self, now: Instant) -> bool {
+        match self {
+            Session::Ours(machine) => machine.may_initiate(now),
+            Session::Boringtun(tunnel) => !tunnel.initiating(),
         }
     }
 

@@ -2,6 +2,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::net::SocketAddr;
+
 use arrayvec::ArrayVec;
 
 use super::{HANDSHAKES_PER_TURN_MAX, RELAYED_PER_TURN_MAX, Shard};
@@ -52,15 +54,21 @@ impl Shard<'_> {
             Run::Data(index, datagrams) => {
                 self.ctx.lap(Room::Classify);
                 let stride = if stride == 0 { datagrams.len() } else { stride };
-                self.open_run(index, datagrams, stride, Source::Udp(from), local, tos);
+                let len = datagrams.len();
+                if !self.open_run(index, datagrams, stride, Source::Udp(from), local, tos) {
+                    self.stranger(from, len);
+                }
             }
-            Run::Foreign(shard) if crossed => foreign += u64::from(others.contains(shard)),
+            Run::Foreign(shard, _) if crossed => foreign += u64::from(others.contains(shard)),
             Run::Handshake(_) | Run::Control(_) | Run::Invalid(_) if crossed => {}
-            Run::Foreign(shard) if usize::from(shard) < self.hub.inboxes.len() => {
+            Run::Foreign(shard, _) if usize::from(shard) < self.hub.inboxes.len() => {
                 others.insert(shard);
                 foreign += 1;
             }
-            Run::Foreign(_) => self.ctx.counters.drop_one(DropReason::UnknownIndex),
+            Run::Foreign(_, len) => {
+                self.ctx.counters.drop_one(DropReason::UnknownIndex);
+                self.stranger(from, len);
+            }
             Run::Handshake(message) => {
                 let pushed = HandshakeMessage::new(None, from, local, message)
                     .is_some_and(|message| self.hub.handshake_strays.push(message).is_ok());
@@ -140,7 +148,10 @@ impl Shard<'_> {
             rest = after;
             runs(datagrams, stride, self.id, |run| match run {
                 Run::Data(index, datagrams) => {
-                    self.open_run(index, datagrams, stride, source, None, 0);
+                    let len = datagrams.len();
+                    if !self.open_run(index, datagrams, stride, source, None, 0) {
+                        self.unopened(peer, len);
+                    }
                 }
                 Run::Handshake(message) => {
                     // Its type and length have been looked at.
@@ -152,7 +163,10 @@ impl Shard<'_> {
                 }
                 Run::Control(_) => self.ctx.counters.drop_one(DropReason::UnknownMessage),
                 // The control thread gave it to the owner of the peer; its sessions are here.
-                Run::Foreign(_) => self.ctx.counters.drop_one(DropReason::UnknownIndex),
+                Run::Foreign(_, len) => {
+                    self.ctx.counters.drop_one(DropReason::UnknownIndex);
+                    self.unopened(peer, len);
+                }
                 Run::Invalid(reason) => self.ctx.counters.drop_one(reason),
             });
         }
@@ -167,7 +181,7 @@ impl Shard<'_> {
     }
 
     /// Opens data of one session (datagrams of `stride` bytes, of which the last may be shorter),
-    /// filters it, and hands it to the coalescer.
+    /// filters it, and hands it to the coalescer. False if there is no such session.
     fn open_run(
         &mut self,
         index: u32,
@@ -176,7 +190,7 @@ impl Shard<'_> {
         source: Source,
         local: Option<Local>,
         tos: u8,
-    ) {
+    ) -> bool {
         let ctx = &mut self.ctx;
         let holder = self.engine.as_ref().and_then(|e| e.holder(index));
         let peer = holder.and_then(|id| self.peers.get(id));
@@ -184,12 +198,12 @@ impl Shard<'_> {
             let count = datagrams.len().div_ceil(stride.max(1));
             ctx.counters
                 .drop_many(DropReason::UnknownIndex, count as u64);
-            return;
+            return false;
         };
         let id = peer.id;
         let Some(session) = peer.session() else {
             // An index is held by a session.
-            return;
+            return false;
         };
         let counters = &mut ctx.counters;
         let report = session.open(
@@ -212,6 +226,14 @@ impl Shard<'_> {
         self.filter_and_merge(id, datagrams, tos);
         if report.change == Change::Up {
             self.session_up(id);
+        }
+        true
+    }
+
+    /// Data came by UDP that belongs to no session: the control side may know who is there.
+    pub(super) fn stranger(&mut self, from: SocketAddr, bytes: usize) {
+        if self.strangers.take(self.ctx.now) {
+            self.ctx.events.push(Event::Unopened(from, bytes));
         }
     }
 

@@ -23,9 +23,11 @@ use transmit::Transmit;
 
 use crate::channel::hub::{FLOWS_TOLD_MAX, Handed, Inbox, Network, PeerTable, Settings};
 use crate::channel::{Event, Hub, PeerId, PeerShared};
+use crate::classify::INITIATION_LEN;
 use crate::coalesce::Coalescer;
 use crate::config::{self, DriverKind};
 use crate::filter::Filter;
+use crate::noise::Bucket;
 use crate::packet::header::Headers;
 use crate::peer::{Guests, Kind, Peers, Way};
 use crate::ring::{Driver, Sources, TunRx, UdpRx};
@@ -49,6 +51,14 @@ const REPORTS_PER_TURN_MAX: usize = 1024;
 const RELAYED_PER_TURN_MAX: usize = 16;
 /// Sessions whose time has come that are called per turn at most.
 const TIMEOUTS_PER_TURN_MAX: usize = 256;
+/// Initiations because of data that cannot be opened: so many a second, and at once.
+const UNOPENED_PER_SECOND: u32 = 50;
+const UNOPENED_BURST: u32 = 100;
+/// Who is heard is not asked for a handshake because of such data.
+const UNOPENED_QUIET: Duration = Duration::from_secs(1);
+/// Sources of such data told to the control thread a second, and at once.
+const STRANGERS_PER_SECOND: u32 = 20;
+const STRANGERS_BURST: u32 = 20;
 /// Counters are published this often while packets flow, and once after.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -69,10 +79,6 @@ pub(crate) struct Seat {
 
 /// The body of a shard's thread. Says through `ready` whether it could start. The sockets are those
 /// it begins with; nobody here may hold on to them when others come.
-#[expect(
-    clippy::disallowed_methods,
-    reason = "the shard's clock, read once per turn"
-)]
 pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Result<()>>) {
     if let Some(cpu) = seat.cpu
         && !sys::pin_to(cpu)
@@ -87,7 +93,7 @@ pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Re
         wake: inbox.wake.as_fd(),
     };
     let started = Driver::new(seat.driver, sources)
-        .map(|driver| (driver, Shard::new(&seat, inbox, sockets, Instant::now())));
+        .map(|driver| (driver, Shard::new(&seat, inbox, sockets, sys::now())));
     let (mut driver, mut shard) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -121,7 +127,7 @@ pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Re
             hub.outbox.event(Event::TunGone);
         }
         more = found.more;
-        shard.ctx.now = Instant::now();
+        shard.ctx.now = sys::now();
         shard.ctx.lap(Room::Ring);
         shard.turn(&mut tun, &mut udp);
         if let Some(sockets) = inbox.sockets.pop() {
@@ -162,6 +168,8 @@ struct Shard<'a> {
     tx: Transmit,
     published: Published,
     publish_at: Instant,
+    unopened: Bucket,
+    strangers: Bucket,
 }
 
 impl<'a> Shard<'a> {
@@ -187,6 +195,8 @@ impl<'a> Shard<'a> {
             tx: Transmit::new(Arc::clone(&seat.hub), sender),
             published: seat.published.clone(),
             publish_at: now,
+            unopened: Bucket::new(now, UNOPENED_PER_SECOND, UNOPENED_BURST),
+            strangers: Bucket::new(now, STRANGERS_PER_SECOND, STRANGERS_BURST),
         }
     }
 
@@ -260,14 +270,17 @@ impl<'a> Shard<'a> {
             };
             // What waits for an answer to an initiation that may have gone nowhere gets a new one.
             let again = peer.decide(now, decision) && !peer.ready(now);
-            if again && (!peer.waiting.is_empty() || peer.session().is_some_and(|s| s.initiating()))
-            {
+            let wanted = peer.called || !peer.waiting.is_empty();
+            if again && (wanted || peer.session().is_some_and(|s| s.initiating())) {
                 self.initiate(id, true);
             }
             self.peers.touch(now, id);
         }
         while let Some(id) = self.inbox.asks.pop() {
             self.initiate(id, false);
+        }
+        while let Some((id, bytes)) = self.inbox.unopened.pop() {
+            self.unopened(id, bytes);
         }
     }
 
@@ -323,7 +336,8 @@ impl<'a> Shard<'a> {
         let Some(peer) = self.peers.wake(now, id, engine) else {
             return;
         };
-        if peer.path.way(now) == Way::default() {
+        peer.called = peer.path.way(now) == Way::default();
+        if peer.called {
             // An initiation would go nowhere, and the one that can go would have to keep its
             // distance from it. The first way to the peer brings us back here.
             let _silent = peer
@@ -338,6 +352,46 @@ impl<'a> Shard<'a> {
         if let Some(len) = session.initiate(engine, self.ctx.moment(), again, &mut out) {
             self.tx
                 .message(&mut self.ctx, peer, Kind::Handshake, &out[..len]);
+        }
+        self.peers.touch(now, id);
+    }
+
+    /// So many bytes came from where the peer is that no session of ours can open. We may have been
+    /// started anew, or have slept, and the peer goes on with keys that we have lost: it gets one
+    /// initiation, along its path as it is.
+    ///
+    /// Anybody may have sent them. So it costs the peer's credit, not more than what came; there is no
+    /// repetition, and no look for other ways, which a first packet of ours would bring; and peers that
+    /// are heard otherwise are left alone.
+    fn unopened(&mut self, id: PeerId, bytes: usize) {
+        let now = self.ctx.now;
+        let Some(peer) = self.peers.get(id) else {
+            return;
+        };
+        if peer.path.heard_within(now, UNOPENED_QUIET) {
+            return;
+        }
+        let brought = peer.unopened.add(now, bytes);
+        let way = peer.path.way(now);
+        let ways = usize::from(way.udp.is_some()) + usize::from(way.relay.is_some());
+        if ways == 0 || brought < ways * INITIATION_LEN {
+            return;
+        }
+        let Some(engine) = &mut self.engine else {
+            return;
+        };
+        let Some(peer) = self.peers.wake(now, id, engine) else {
+            return;
+        };
+        let mut out = [0; MESSAGE_LEN_MAX];
+        if let Some(session) = peer.session()
+            && session.may_initiate(now)
+            && self.unopened.take(now)
+            && let Some(len) = session.initiate_once(engine, self.ctx.moment(), &mut out)
+        {
+            peer.unopened.clear();
+            self.tx
+                .message(&mut self.ctx, peer, Kind::Keepalive, &out[..len]);
         }
         self.peers.touch(now, id);
     }

@@ -322,3 +322,143 @@ fn what_begins_to_wait_in_the_turn_that_ends_the_keys_goes_with_the_next() {
     shard.timers();
     assert_eq!(dropped(&shard, DropReason::NoSession), 1);
 }
+
+/// Data under keys that the shard never had.
+fn unopenable(len: usize) -> Vec<u8> {
+    let mut message = vec![7; len];
+    message[..8].copy_from_slice(&[4, 0, 0, 0, 9, 0, 9, 9]);
+    message
+}
+
+fn path(udp: Option<SocketAddr>, relay: bool) -> PathDecision {
+    PathDecision {
+        generation: 1,
+        udp,
+        derp: relay.then_some(REGION),
+        trust_until: None,
+        silence_limit: Duration::from_secs(1),
+        path_mtu: 1500,
+    }
+}
+
+#[test]
+fn who_sends_what_cannot_be_opened_gets_one_initiation_for_as_many_bytes() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
+    let arrive = |shard: &mut Shard<'_>, ms: u64, len: usize| {
+        shard.ctx.now = seat.hub.epoch + Duration::from_millis(ms);
+        comes_by_relay(shard, PeerId(1), &[unopenable(len)]);
+        shard.relayed();
+        shard.timers();
+        sent(shard)
+    };
+    assert_eq!(arrive(&mut shard, 0, 147), []);
+    assert_eq!(arrive(&mut shard, 5000, 32), [], "that was long ago");
+    assert_eq!(arrive(&mut shard, 5001, 115), []);
+    let sent = arrive(&mut shard, 5002, 32);
+    assert_eq!((sent.len(), sent[0].0, sent[0].1.len()), (1, far.id, 148));
+    let mut more = 0;
+    for ms in 5003..95_000 {
+        more += arrive(&mut shard, ms, 1400).len();
+    }
+    assert!((16..=18).contains(&more), "one in five seconds: {more}");
+    assert!(
+        !shard.ctx.events.iter().any(|e| matches!(e, Event::Kick(_))),
+        "nobody is pinged for it"
+    );
+    far.answer(&mut shard, &sent[0].1.clone());
+}
+
+#[test]
+fn a_peer_that_is_heard_gets_no_initiation_for_what_cannot_be_opened() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
+    shard.initiate(far.id, false);
+    let initiation = sent(&mut shard).remove(0).1;
+    far.answer(&mut shard, &initiation);
+    sent(&mut shard);
+    let start = shard.ctx.now;
+    shard.ctx.now = start + Duration::from_millis(999);
+    shard.unopened(far.id, 1400);
+    assert_eq!(sent(&mut shard), []);
+    shard.ctx.now = start + Duration::from_secs(6);
+    shard.unopened(far.id, 1400);
+    assert_eq!(sent(&mut shard).len(), 1);
+}
+
+#[test]
+fn initiations_for_what_cannot_be_opened_are_limited_and_go_where_the_peer_is() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let far: Vec<_> = (1..=150).map(Far::new).collect();
+    meet(&mut shard, &far);
+    for far in &far[..148] {
+        shard.unopened(far.id, 1400);
+    }
+    assert_eq!(sent(&mut shard).len(), UNOPENED_BURST as usize);
+    shard.ctx.now += Duration::from_secs(1);
+    // By both ways it sends twice as much.
+    let there = UdpSocket::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    there
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let id = far[149].id;
+    let at = there.local_addr().unwrap();
+    shard
+        .peers
+        .get(id)
+        .unwrap()
+        .decide(shard.ctx.now, path(Some(at), true));
+    shard.unopened(id, 200);
+    assert_eq!(sent(&mut shard), []);
+    shard.unopened(id, 96);
+    assert_eq!(sent(&mut shard).len(), 1);
+    assert_eq!(there.recv(&mut [0; 200]).unwrap(), INITIATION_LEN);
+    // Nowhere to go.
+    let id = far[148].id;
+    shard
+        .peers
+        .get(id)
+        .unwrap()
+        .decide(shard.ctx.now, path(None, false));
+    shard.unopened(id, 1400);
+    assert_eq!(sent(&mut shard), []);
+}
+
+#[test]
+fn data_of_no_session_by_udp_is_told_a_few_times_a_second_and_answered_by_nothing() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
+    let from = SocketAddr::from(([192, 0, 2, 1], 7));
+    for _ in 0..100 {
+        shard.stranger(from, 64);
+    }
+    let told = Event::Unopened(from, 64);
+    assert_eq!(shard.ctx.events, vec![told; STRANGERS_BURST as usize]);
+    assert_eq!(sent(&mut shard), []);
+}
+
+#[test]
+fn a_handshake_asked_for_before_there_is_a_way_goes_out_with_the_first() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
+    let now = shard.ctx.now;
+    shard
+        .peers
+        .get(far.id)
+        .unwrap()
+        .decide(now, path(None, false));
+    shard.initiate(far.id, false);
+    assert_eq!(sent(&mut shard), []);
+    seat.hub.inboxes[0].paths.set(far.id, path(None, true));
+    shard.commands();
+    assert_eq!(sent(&mut shard).len(), 1);
+}

@@ -1,19 +1,50 @@
-//! The cycle counter behind the per-room costs, and what a thread has used of its core.
+//! The clocks: the time that everything here is dated by, the cycle counter behind the per-room
+//! costs, and what a thread has used of its core.
 
-use std::time::Duration;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
-/// Returns the processor time of the calling thread since its start.
-pub(crate) fn thread_time() -> Duration {
+/// Returns the time to reckon with, which goes on while the machine sleeps (`CLOCK_BOOTTIME`).
+///
+/// An [`Instant`] of the standard library stands still in a suspend. Dated by it, keys that a peer
+/// has long erased would seem fresh after one, and a direct path trusted. So this is the first call's
+/// `Instant` and the boot time that has passed since, and every age in both crates is told by it:
+/// it must not be mixed with `Instant::now`. A wait in the kernel does not count sleep; who waits
+/// until a time asks here again afterwards. No system call: the kernel answers in user space.
+#[expect(clippy::disallowed_methods, reason = "this is the clock")]
+#[must_use]
+pub fn now() -> Instant {
+    static START: OnceLock<(Instant, Duration)> = OnceLock::new();
+    let boot = read(libc::CLOCK_BOOTTIME);
+    let (start, at) = *START.get_or_init(|| (Instant::now(), boot));
+    start + boot.saturating_sub(at)
+}
+
+/// Returns the time spent asleep since the machine was started, to within the time that passes
+/// between two readings of clocks; only its growth says anything.
+#[must_use]
+pub fn slept() -> Duration {
+    // In this order a delay between the two makes it less, never more.
+    let boot = read(libc::CLOCK_BOOTTIME);
+    boot.saturating_sub(read(libc::CLOCK_MONOTONIC))
+}
+
+fn read(clock: libc::clockid_t) -> Duration {
     let mut time = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
     // SAFETY: `time` is writable for the length of the call.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    unsafe { libc::clock_gettime(clock, &raw mut time) };
     Duration::new(
         u64::try_from(time.tv_sec).unwrap_or(0),
         u32::try_from(time.tv_nsec).unwrap_or(0),
     )
+}
+
+/// Returns the processor time of the calling thread since its start.
+pub(crate) fn thread_time() -> Duration {
+    read(libc::CLOCK_THREAD_CPUTIME_ID)
 }
 
 /// Returns the processor's time-stamp counter: constant rate on every machine of interest, about
@@ -26,17 +57,30 @@ pub(crate) fn cycles() -> u64 {
 
 /// Returns the monotonic clock in nanoseconds, where no cycle counter is at hand.
 #[cfg(not(target_arch = "x86_64"))]
-#[expect(clippy::disallowed_methods, reason = "this is the clock")]
 pub(crate) fn cycles() -> u64 {
-    use std::sync::OnceLock;
-    use std::time::Instant;
-    static START: OnceLock<Instant> = OnceLock::new();
-    u64::try_from(START.get_or_init(Instant::now).elapsed().as_nanos()).unwrap_or(u64::MAX)
+    u64::try_from(read(libc::CLOCK_MONOTONIC).as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_goes_on_as_the_clock_of_the_standard_library_does_while_nobody_sleeps() {
+        let (ours, theirs, slept) = (now(), std_now(), slept());
+        let mut passed = Duration::ZERO;
+        while passed < Duration::from_millis(20) {
+            passed = now() - ours;
+        }
+        let theirs = std_now() - theirs;
+        assert!(theirs >= passed, "{theirs:?} {passed:?}");
+        assert!(self::slept() < slept + Duration::from_secs(1));
+    }
+
+    #[expect(clippy::disallowed_methods, reason = "the clock to compare with")]
+    fn std_now() -> Instant {
+        Instant::now()
+    }
 
     #[test]
     fn thread_time_counts_work() {

@@ -13,10 +13,11 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::channel::{Hub, PeerShared};
 use crate::sys::netlink::{RouteNotices, RouteQuery};
+use crate::sys::now;
 use crate::sys::socket::wait_readable;
 
 /// After a round of questions it rests so many times as long as that took.
@@ -40,18 +41,14 @@ impl Routes {
     }
 
     /// The body of the thread; ends when the hub stops.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "a driver: it measures and bounds its own work"
-    )]
     pub(crate) fn run(mut self, hub: &Hub) {
         let fds = [hub.routes_wake.as_fd(), self.notices.as_fd()].map(|fd| fd.as_raw_fd());
         while !hub.stopping() {
             wait_readable(&fds, -1);
-            let start = Instant::now();
+            let start = now();
             if self.notices.take() {
                 self.check(hub);
-                let rest = (start.elapsed() * REST_FACTOR).max(REST_MIN);
+                let rest = ((now() - start) * REST_FACTOR).max(REST_MIN);
                 let rest = i32::try_from(rest.as_millis()).unwrap_or(i32::MAX);
                 wait_readable(&fds[..1], rest);
             }

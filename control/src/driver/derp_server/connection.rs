@@ -344,8 +344,11 @@ impl<'a> Relay<'a> {
         let hello_by = now() + HELLO_LIMIT;
         let mut keep_alive_at = now() + self.keep_alive_every;
         let mut stalled_at: Option<Instant> = None;
-        let timer = tokio::time::sleep_until(hello_by.into());
+        // One timer for the connection's life, set where its time changes; it stands still while the
+        // machine sleeps, and so do the clients' connections.
+        let timer = tokio::time::sleep(HELLO_LIMIT);
         tokio::pin!(timer);
+        let mut timer_due = hello_by;
 
         let mut failed = self.handle_plain(first).err();
         self.finish_input();
@@ -390,8 +393,10 @@ impl<'a> Relay<'a> {
             if let Some(since) = stalled_at.filter(|_| full) {
                 due = due.min(since + WRITE_LIMIT);
             }
-            if timer.deadline() != due.into() {
-                timer.as_mut().reset(due.into());
+            if timer_due != due {
+                timer_due = due;
+                let rest = due.saturating_duration_since(now());
+                timer.as_mut().reset(tokio::time::Instant::now() + rest);
             }
             let interest = if full {
                 Interest::READABLE | Interest::WRITABLE

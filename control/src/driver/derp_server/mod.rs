@@ -298,7 +298,7 @@ impl Shared {
             self.connections.load(Ordering::Relaxed),
         );
         vars.insert("gauge_keys", self.registry.keys_count() as u64);
-        vars.insert("uptime_secs", self.started.elapsed().as_secs());
+        vars.insert("uptime_secs", (now() - self.started).as_secs());
         serde_json::to_string_pretty(&vars).expect("names and numbers always serialise")
     }
 }

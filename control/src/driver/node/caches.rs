@@ -1,5 +1,7 @@
-//! What a node remembers over a restart besides its keys: the network map and direct addresses.
+//! What a node remembers over a restart besides its keys: the network map, direct addresses, and
+//! whom it had sessions with.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -10,6 +12,7 @@ use crate::key::NodePublic;
 use crate::path::CachedPath;
 
 pub(super) const NETMAP_CACHE: &str = "netmap.json";
+const SESSIONS_CACHE: &str = "sessions.json";
 const ENDPOINTS_CACHE: &str = "endpoints.json";
 
 /// A direct path remembered over a restart, on disk.
@@ -30,6 +33,18 @@ impl Node {
             && let Err(error) = self.state.write_cache(NETMAP_CACHE, &network)
         {
             tracing::warn!(error = format!("{error:#}"), "the network map is not saved");
+        }
+        let dataplane = &self.dataplane;
+        let sessions = self.agent.sessions(now(), &|id| dataplane.activity(id));
+        let set = |keys: &[NodePublic]| keys.iter().copied().collect::<BTreeSet<_>>();
+        // Their order matters little, and changes always.
+        if set(&sessions) != set(&self.sessions_saved) {
+            match self.state.write_cache(SESSIONS_CACHE, &sessions) {
+                Ok(()) => self.sessions_saved = sessions,
+                Err(error) => {
+                    tracing::warn!(error = format!("{error:#}"), "sessions are not saved");
+                }
+            }
         }
         let wall = since_1970();
         let paths: Vec<StoredPath> = self
@@ -53,6 +68,13 @@ impl Node {
                 "direct addresses are not saved"
             );
         }
+    }
+
+    /// Peers that the run before had sessions with, some of whom do not know that it has ended.
+    pub(super) fn load_sessions(&mut self, now: Instant) {
+        let peers: Vec<NodePublic> = self.state.read_cache(SESSIONS_CACHE).unwrap_or_default();
+        self.sessions_saved.clone_from(&peers);
+        self.agent.remember_sessions(now, peers);
     }
 
     pub(super) fn load_paths(&mut self, now: Instant) {

@@ -4,9 +4,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use anyhow::bail;
-use ringtail_dataplane::channel::RegionId;
+use ringtail_dataplane::channel::{Activity, RegionId};
 
-use super::{Node, now};
+use super::{Node, SAVE_SOON, now};
 use crate::agent::Network;
 use crate::coord::CoordEvent;
 use crate::driver::device;
@@ -59,6 +59,7 @@ impl Node {
                 use ringtail_dataplane::channel::Event;
                 let activity = match &event {
                     Event::TunGone => return Taken::TunGone,
+                    Event::Unopened(..) => Activity::default(),
                     Event::Kick(id)
                     | Event::Active(id)
                     | Event::NewSource(id, _)
@@ -68,6 +69,14 @@ impl Node {
                     | Event::SessionDown(id) => self.dataplane.activity(*id),
                 };
                 self.agent.handle_dataplane(now, &event, &activity);
+                if let Event::SessionUp(id) = event
+                    && !self
+                        .agent
+                        .peer_key(id)
+                        .is_some_and(|key| self.sessions_saved.contains(&key))
+                {
+                    self.save_at = self.save_at.min(now + SAVE_SOON);
+                }
             }
             if let Some(batch) = relayed {
                 let packets = batch.datagrams.lens.len();
@@ -253,6 +262,18 @@ impl Node {
             coord.redial();
         }
         self.agent.handle_link_change(now(), change);
+    }
+
+    /// The machine has slept for so long: nothing that stood then can be counted on.
+    pub(super) fn resumed(&mut self, slept: Duration) {
+        self.dataplane.resumed();
+        self.relays.resumed(slept);
+        if let Some(coord) = &self.coord_client {
+            coord.redial();
+        }
+        let dataplane = &self.dataplane;
+        self.agent
+            .handle_resume(now(), slept, &|id| dataplane.activity(id));
     }
 
     fn note_default_sources(&mut self) -> bool {

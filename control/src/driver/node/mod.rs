@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ipnet::IpNet;
@@ -33,16 +33,20 @@ use super::local_api::Call;
 use super::names::Names;
 use super::relay::{RelayEvents, RelayPool};
 use super::runtime;
+use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::uapi;
 use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
+use crate::key::NodePublic;
 use intake::{Finding, Taken};
 use start::{Parts, Source, dataplane_config, host_name};
 
 /// Caches are written this often when they changed.
 const SAVE_PERIOD: Duration = Duration::from_secs(10);
+/// They are written so soon after a session with a peer began that they do not name.
+const SAVE_SOON: Duration = Duration::from_secs(1);
 
 /// Runs a node until it is told to stop.
 ///
@@ -88,6 +92,7 @@ struct Node {
     self_state: watch::Sender<SelfState>,
     interface: watch::Sender<Option<(BTreeSet<IpNet>, BTreeSet<IpNet>)>>,
     link_changed: mpsc::Receiver<()>,
+    sleep: sleep::Watch,
     calls: mpsc::Receiver<Call>,
     /// The configuration socket and what is asked there; none where it could not be made.
     configuration: Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
@@ -103,6 +108,9 @@ struct Node {
     surroundings: Surroundings,
     default_sources: [Option<IpAddr>; 2],
     unsaved: Option<Network>,
+    /// Whom the run after this will shake hands with first, as it is on disk.
+    sessions_saved: Vec<NodePublic>,
+    save_at: Instant,
 }
 
 impl Node {
@@ -110,7 +118,6 @@ impl Node {
         let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut save = tokio::time::interval(SAVE_PERIOD);
         let mut datagrams: Vec<Datagram> = Vec::new();
         tracing::info!(
             tun = self.dataplane.tun_name(),
@@ -120,6 +127,9 @@ impl Node {
             "node is up"
         );
         let ended = loop {
+            if let Some(slept) = self.sleep.look() {
+                self.resumed(slept);
+            }
             self.carry_out();
             let due = self.agent.poll_timeout();
             tokio::select! {
@@ -161,11 +171,13 @@ impl Node {
                     let dataplane = &self.dataplane;
                     self.agent.handle_timeout(now(), &|id| dataplane.activity(id));
                 }
-                _ = save.tick() => {
+                () = self.sleep.jump() => {}
+                () = at(Some(self.save_at)) => {
                     if !self.dataplane.tun_is_there() {
                         break Err(anyhow::anyhow!("the TUN interface was taken away"));
                     }
                     self.save();
+                    self.save_at = now() + SAVE_PERIOD;
                 }
             }
         };
@@ -179,6 +191,8 @@ impl Node {
             match output {
                 Output::SetNetwork(network) => self.dataplane.set_network(network),
                 Output::SetPath(peer, decision) => self.dataplane.set_path(peer, decision),
+                Output::Initiate(peer) => self.dataplane.initiate(peer),
+                Output::Unopened(peer, bytes) => self.dataplane.unopened(peer, bytes),
                 Output::Configure { addresses, routes } => {
                     self.interface.send_replace(Some((addresses, routes)));
                 }

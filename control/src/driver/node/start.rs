@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
-use super::{Node, now};
+use super::{Node, SAVE_PERIOD, now};
 use crate::agent::{Agent, Network, Setup, Surroundings};
 use crate::config::{NodeConfig, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
@@ -23,7 +23,7 @@ use crate::driver::names::Names;
 use crate::driver::relay::{RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
 use crate::driver::state::{Keys, StateDir};
-use crate::driver::{link, local_api, uapi};
+use crate::driver::{link, local_api, sleep, uapi};
 use crate::key::MachinePublic;
 use crate::path::{self, Validate};
 
@@ -212,6 +212,7 @@ impl Node {
             self_state: watch::Sender::default(),
             interface: watch::Sender::default(),
             link_changed,
+            sleep: sleep::Watch::new(),
             calls,
             configuration,
             handshakes: RefCell::default(),
@@ -226,6 +227,8 @@ impl Node {
             surroundings,
             default_sources: [None, None],
             unsaved: None,
+            sessions_saved: Vec::new(),
+            save_at: now() + SAVE_PERIOD,
             dataplane,
         };
         tokio::task::spawn_local(configure_interface(interface, node.interface.subscribe()));
@@ -271,6 +274,7 @@ impl Node {
             }
         }
         self.load_paths(now);
+        self.load_sessions(now);
         Ok(())
     }
 }

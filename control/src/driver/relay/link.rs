@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use ringtail_dataplane::channel::{Datagrams, RegionId};
 use tokio::sync::Notify;
 
@@ -18,6 +18,7 @@ use crate::derp::client::{Client, Event, Hello};
 use crate::derp::frame::{self, HEADER_LEN};
 use crate::derp::queue::{Chunk, FrameQueue};
 use crate::derp::{cert, is_disco, upgrade};
+use crate::driver::clock;
 use crate::driver::tls::ClientTls;
 use crate::driver::tls::stream::Stream;
 use crate::key::NodePublic;
@@ -56,6 +57,8 @@ pub(super) struct Link {
     wake: Notify,
     /// A deadline became earlier, or a pause is to end.
     hurry: Notify,
+    /// The connection, or the dial for one, is to be given up and begun anew.
+    restart: Notify,
     stopped: Cell<bool>,
     stop: Notify,
 }
@@ -92,6 +95,7 @@ impl Link {
             resume_at: Cell::new(None),
             wake: Notify::new(),
             hurry: Notify::new(),
+            restart: Notify::new(),
             stopped: Cell::new(false),
             stop: Notify::new(),
         }
@@ -125,6 +129,12 @@ impl Link {
             self.wake.notify_one();
         }
         self.hurry.notify_one();
+    }
+
+    /// Gives up the connection, or the dial for one, and dials at once if there is a reason to.
+    pub(super) fn restart(&self) {
+        self.failures.set(0);
+        self.restart.notify_waiters();
     }
 
     pub(super) fn stop(&self) {
@@ -167,6 +177,7 @@ pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
     loop {
         let result = tokio::select! {
             result = connect_and_run(&inner, &link) => result,
+            () = link.restart.notified() => Err(anyhow!("given up to dial anew")),
             () = link.stop.notified() => Ok(End::Idle),
         };
         let established = link.live.take();
@@ -187,6 +198,7 @@ pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
         tokio::select! {
             () = tokio::time::sleep(pause(&link)) => {}
             () = link.hurry.notified() => {}
+            () = link.restart.notified() => {}
             () = link.stop.notified() => return,
         }
         // A peer's region that stays away keeps nothing waiting for ever.
@@ -542,7 +554,7 @@ async fn watch(link: &Link, live: &Live, started: Instant) -> anyhow::Result<End
         };
         let due = link.idle_at().map_or(due, |idle| due.min(idle));
         tokio::select! {
-            () = tokio::time::sleep_until(due.into()) => {}
+            () = clock::at(Some(due)) => {}
             () = link.hurry.notified() => {}
         }
     }

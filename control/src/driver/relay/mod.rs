@@ -52,6 +52,10 @@ pub const DISCO_QUEUE_BYTES: usize = 64 << 10;
 /// A connection that is not the home's is closed after this long without anything to send.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
+/// After a shorter sleep of the machine a connection is asked for a sign of life, after a longer one
+/// it is made anew.
+const SLEEP_KEPT: Duration = Duration::from_secs(10);
+
 /// Learned reverse routes at most.
 pub const ROUTES_MAX: usize = PEERS_MAX;
 
@@ -342,6 +346,17 @@ impl RelayPool {
     pub fn link_changed(&self) {
         for link in self.0.0.links.borrow().values() {
             link.probe(LINK_CHANGE_LIMIT);
+        }
+    }
+
+    /// The machine has slept for so long. The relays' ends of longer ones are gone, most likely, and
+    /// nobody will say so: every connection is made anew at once.
+    pub fn resumed(&self, slept: Duration) {
+        if slept < SLEEP_KEPT {
+            return self.link_changed();
+        }
+        for link in self.0.0.links.borrow().values() {
+            link.restart();
         }
     }
 

@@ -98,6 +98,16 @@ struct Suspect {
     urgent: bool,
 }
 
+/// How an address is known to be a peer's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum At {
+    /// It is in use.
+    Best,
+    /// It may be.
+    Candidate,
+}
+
+/// One peer.
 pub(super) struct Peer {
     pub(super) id: PeerId,
     pub(super) node_key: NodePublic,
@@ -260,6 +270,14 @@ impl Peer {
     /// The relay to reach the peer by: its home, else where it was heard last.
     pub(super) fn region(&self) -> Option<RegionId> {
         self.home.or(self.heard_region)
+    }
+
+    /// Whether the peer is known to be at this address.
+    pub(super) fn is_at(&self, addr: &SocketAddr) -> Option<At> {
+        if self.best().is_some_and(|best| best.addr == *addr) {
+            return Some(At::Best);
+        }
+        self.candidates.get(addr).map(|_| At::Candidate)
     }
 
     fn best(&self) -> Option<&Best> {

@@ -59,6 +59,13 @@ fn end(kind: config::Engine, own: u8, peer: &PeerConfig) -> End {
 }
 
 impl End {
+    fn initiate_once(&mut self, at: Moment) -> Option<Vec<u8>> {
+        let mut out = [0; MESSAGE_LEN_MAX];
+        let made = self.session.initiate_once(&mut self.engine, at, &mut out);
+        assert!(made.is_none() || made == Some(crate::noise::INITIATION_LEN));
+        made.map(|len| out[..len].to_vec())
+    }
+
     fn machine(&mut self) -> &mut Machine {
         match &mut self.session {
             Session::Ours(machine) => machine,

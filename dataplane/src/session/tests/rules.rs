@@ -121,6 +121,31 @@ fn new_data_begins_the_ninety_seconds_anew() {
 }
 
 #[test]
+fn an_initiation_for_what_cannot_be_opened_is_made_once() {
+    let (mut a, mut b) = pair(OURS);
+    let first = a.initiate_once(secs(0.0));
+    assert!(first.is_some());
+    assert_eq!(a.initiate_once(secs(1.0)), None, "it is outstanding");
+    assert_eq!(pass(&mut a, 0.0, 1000.0), [], "not repeated, and no news");
+    assert!(!a.session.initiating());
+    assert_eq!(a.engine.own.indexes.len(), 0, "its index is free");
+
+    // Data meanwhile makes an attempt of it.
+    assert!(a.initiate_once(secs(1000.0)).is_some());
+    assert_eq!(a.try_initiate(secs(1001.0), false), None);
+    let said = pass(&mut a, 1001.0, 2000.0);
+    assert_near(times(&said, Said::Initiation)[0], 1005.0, 1005.334);
+    assert_near(times(&said, Said::Down)[0], 1091.0, 1097.0);
+
+    let initiation = a.initiate_once(secs(3000.0)).unwrap();
+    let (_, response) = b.handshake(secs(3000.0), &initiation).unwrap();
+    let (outcome, _) = a.handshake(secs(3000.0), &response).unwrap();
+    assert_eq!(outcome.change, Change::Up);
+    assert_eq!(a.initiate_once(secs(3004.9)), None, "five seconds apart");
+    assert!(a.initiate_once(secs(3005.0)).is_some());
+}
+
+#[test]
 fn a_persistent_keepalive_tries_without_end() {
     let mut a = end(OURS, 1, &peer_config(2, Some(25)));
     let said = pass(&mut a, 0.0, 3600.0);
