@@ -115,7 +115,7 @@ impl DriverKind {
 /// refuses them; `false` does not even try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offloads {
-    /// TSO and USO super-packets from and to the TUN.
+    /// TSO and USO super-packets from the TUN, and merging into such for writes to it.
     pub tun: bool,
     /// `UDP_SEGMENT`: many datagrams in one send.
     pub gso: bool,

@@ -21,7 +21,7 @@ use crate::config::{Config, DriverChoice, DriverKind, MTU_MIN, SHARDS_MAX, Start
 use crate::filter::CompiledRules;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
-use crate::tun::{Device, Queue};
+use crate::tun::{Device, Kinds, Merging, Queue};
 use crate::udp::{Group, Routes, Wanted};
 use crate::{handshake, ring, sys};
 
@@ -37,7 +37,9 @@ pub struct Dataplane {
     tun: OwnedFd,
     tun_name: String,
     driver: DriverKind,
+    /// As they were at start.
     offloads: OffloadsInUse,
+    merging: Arc<Merging>,
     roam: bool,
     settings: Mutex<Arc<Settings>>,
     underlay: Mutex<Underlay>,
@@ -56,13 +58,17 @@ struct Underlay {
 /// The longest time for which a decision can be trusted: for ever, for all that matters.
 const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 
-/// Offloads that the kernel agreed to at start.
+/// Offloads that the kernel agreed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OffloadsInUse {
-    /// TCP super-packets from and to the TUN.
+    /// TCP super-packets from the TUN.
     pub tso: bool,
-    /// UDP super-packets from and to the TUN.
+    /// UDP super-packets from the TUN.
     pub uso: bool,
+    /// Super-packets to the TUN: what is merged now.
+    pub merging: Kinds,
+    /// Super-packets that are not written to the TUN any more because the kernel refused them.
+    pub refused: Kinds,
     /// Many datagrams in one send.
     pub gso: bool,
     /// Many datagrams in one receive.
@@ -138,6 +144,7 @@ impl Dataplane {
         let group = open_group(wanted)?;
         let hub = Arc::new(Hub::new(epoch, config.shards).map_err(StartError::Threads)?);
         hub.mark.store(config.fwmark, Ordering::Relaxed);
+        let merging = Arc::new(Merging::new(device.offloads.kinds()));
         let mut dataplane = Dataplane {
             hub,
             threads: Vec::new(),
@@ -148,9 +155,12 @@ impl Dataplane {
             offloads: OffloadsInUse {
                 tso: device.offloads.tso,
                 uso: device.offloads.uso,
+                merging: merging.kinds(),
+                refused: merging.refused(),
                 gso: group.gso,
                 gro: group.gro,
             },
+            merging,
             roam: config.roam,
             settings: Mutex::new(Arc::new(Settings {
                 private_key: config.private_key.clone(),
@@ -197,6 +207,7 @@ impl Dataplane {
                 id: u8::try_from(index).map_err(io::Error::other)?,
                 hub: Arc::clone(&self.hub),
                 queues: Arc::clone(&queues),
+                merging: Arc::clone(&self.merging),
                 gso: self.offloads.gso,
                 driver: self.driver,
                 cpu: cpus.get(index % cpus.len().max(1)).copied(),
@@ -343,10 +354,14 @@ impl Dataplane {
         self.driver
     }
 
-    /// The offloads the kernel agreed to.
+    /// The offloads the kernel agreed to, less what it has refused since.
     #[must_use]
     pub fn offloads(&self) -> OffloadsInUse {
-        self.offloads
+        OffloadsInUse {
+            merging: self.merging.kinds(),
+            refused: self.merging.refused(),
+            ..self.offloads
+        }
     }
 
     /// The moment that [`Activity`] times count from inside; before every one of them.

@@ -573,18 +573,7 @@ fn udp_segments(pair: &Pair, to: IpAddr) -> usize {
     pair.lab.inside(End::A, || {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = UdpSocket::bind(any).unwrap();
-        let size: libc::c_int = 1000;
-        // SAFETY: the value is 4 readable bytes for the length of the call.
-        let result = unsafe {
-            libc::setsockopt(
-                std::os::fd::AsRawFd::as_raw_fd(&socket),
-                libc::SOL_UDP,
-                libc::UDP_SEGMENT,
-                (&raw const size).cast(),
-                4,
-            )
-        };
-        assert_eq!(result, 0);
+        support::send_in_trains_of(&socket, 1000);
         for _ in 0..20 {
             socket.send_to(&[6; 40_000], to).unwrap();
             thread::sleep(Duration::from_millis(2));

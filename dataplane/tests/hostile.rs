@@ -12,7 +12,6 @@
 mod support;
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -26,7 +25,7 @@ use ringtail_dataplane::noise::{
 use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{Dataplane, DriverChoice, Engine, PeerConfig, PeerId, Prefix};
-use support::{End, PEER, Pair, Setup, can_run, peer};
+use support::{End, PEER, Pair, Setup, can_run, peer, send_in_trains_of};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// The attacker, as a peer of B.
@@ -202,23 +201,9 @@ impl Hand {
     /// Sends datagrams of one length, but for the last, in one segmented send.
     fn send_train(&self, datagrams: &[Vec<u8>]) {
         let size = libc::c_int::try_from(datagrams[0].len()).unwrap();
-        self.segment(size);
+        send_in_trains_of(&self.socket, size);
         self.socket.send_to(&datagrams.concat(), self.to).unwrap();
-        self.segment(0);
-    }
-
-    fn segment(&self, size: libc::c_int) {
-        // SAFETY: the value is 4 readable bytes for the length of the call.
-        let result = unsafe {
-            libc::setsockopt(
-                self.socket.as_raw_fd(),
-                libc::SOL_UDP,
-                libc::UDP_SEGMENT,
-                (&raw const size).cast(),
-                4,
-            )
-        };
-        assert_eq!(result, 0);
+        send_in_trains_of(&self.socket, 0);
     }
 }
 

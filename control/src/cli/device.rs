@@ -54,7 +54,7 @@ pub(super) struct DeviceArgs {
     /// Inner MTU in bytes at first; `ip link set` changes it later.
     #[arg(long, value_name = "BYTES", default_value_t = MTU_DEFAULT)]
     mtu: u16,
-    /// TUN segmentation offloads: true or false.
+    /// Super-packets from the TUN, and merging for writes to it: true or false.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     tun_offload: bool,
     /// UDP GSO on sends: true or false.

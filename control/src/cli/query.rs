@@ -212,6 +212,10 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
     for problem in list(&status["health"]) {
         writeln!(out, "  problem: {}", text(problem))?;
     }
+    if list(&status["offloads"]["tun_refused"]).next().is_some() {
+        let refused = joined(&status["offloads"]["tun_refused"]);
+        writeln!(out, "  the TUN device refuses super-packets of {refused}")?;
+    }
     for relay in list(&status["relays"]) {
         writeln!(
             out,
@@ -330,6 +334,7 @@ mod tests {
         let mut out = Vec::new();
         write_status(&mut out, &status).unwrap();
         let out = String::from_utf8(out).unwrap();
+        assert!(!out.contains("refuses"), "{out}");
         assert!(
             out.contains("b  10.7.0.2  direct 192.0.2.2:41641  1.2 ms  tx 12 kB rx 0 B"),
             "{out}"
@@ -337,5 +342,16 @@ mod tests {
         assert!(out.contains("c  -  relay via fra"), "{out}");
         assert!(out.contains("  problem: the roof leaks\n"), "{out}");
         assert!(out.contains("dropped: no_route 3\n"), "{out}");
+    }
+
+    #[test]
+    fn status_says_what_the_tun_device_refuses() {
+        let mut out = Vec::new();
+        let status =
+            json!({"offloads": {"tun_merging": ["tcp4"], "tun_refused": ["udp4", "udp6"]}});
+        write_status(&mut out, &status).unwrap();
+        let out = String::from_utf8(out).unwrap();
+        let line = "  the TUN device refuses super-packets of udp4 udp6\n";
+        assert!(out.contains(line), "{out}");
     }
 }

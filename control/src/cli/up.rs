@@ -58,7 +58,7 @@ pub(super) struct UpArgs {
     /// Transport engine: our own, or boringtun's for comparison [default: ringtail].
     #[arg(long, value_enum)]
     engine: Option<EngineName>,
-    /// TUN segmentation offloads: true or false [default: true].
+    /// Super-packets from the TUN, and merging for writes to it: true or false [default: true].
     #[arg(long, value_name = "BOOL")]
     tun_offload: Option<bool>,
     /// UDP GSO on sends: true or false [default: true].

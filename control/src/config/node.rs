@@ -82,7 +82,7 @@ pub struct NodeConfig {
     pub driver: Option<DriverName>,
     /// The transport engine.
     pub engine: Option<EngineName>,
-    /// TUN segmentation offloads; on by default.
+    /// Super-packets from the TUN, and merging for writes to it; on by default.
     pub tun_offload: Option<bool>,
     /// UDP GSO on sends; on by default.
     pub udp_gso: Option<bool>,

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use ringtail_dataplane::stats::DropReason;
+use ringtail_dataplane::tun::Kind;
 use ringtail_dataplane::{
     Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId, Rules, Stats,
 };
@@ -363,12 +364,21 @@ pub(super) fn extras(
     stats: &Stats,
     mtu: u32,
 ) -> Vec<(String, String)> {
+    let offloads = dataplane.offloads();
     let mut extras: Vec<(String, String)> = [
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("shards", stats.shards.len().to_string()),
         ("driver", dataplane.driver().as_str().to_owned()),
         ("engine", format!("{engine:?}").to_lowercase()),
-        ("offloads", offloads(dataplane.offloads())),
+        ("offloads", listed(offloads_by_name(offloads))),
+        (
+            "tun_merging",
+            listed(offloads.merging.iter().map(Kind::name)),
+        ),
+        (
+            "tun_refused",
+            listed(offloads.refused.iter().map(Kind::name)),
+        ),
         ("mtu", mtu.to_string()),
     ]
     .into_iter()
@@ -378,22 +388,26 @@ pub(super) fn extras(
     extras
 }
 
-/// The offloads in use by name, with commas, or `none`.
-fn offloads(offloads: OffloadsInUse) -> String {
+/// The offloads in use by name, but for those of TUN writes.
+pub(super) fn offloads_by_name(offloads: OffloadsInUse) -> impl Iterator<Item = &'static str> {
     let names = [
         ("tso", offloads.tso),
         ("uso", offloads.uso),
         ("gso", offloads.gso),
         ("gro", offloads.gro),
     ];
-    let used: Vec<&str> = names
-        .iter()
-        .filter_map(|(name, used)| used.then_some(*name))
-        .collect();
-    if used.is_empty() {
+    names
+        .into_iter()
+        .filter_map(|(name, used)| used.then_some(name))
+}
+
+/// Names with commas, or `none`.
+fn listed<'a>(names: impl Iterator<Item = &'a str>) -> String {
+    let names: Vec<&str> = names.collect();
+    if names.is_empty() {
         "none".to_owned()
     } else {
-        used.join(",")
+        names.join(",")
     }
 }
 

@@ -2,13 +2,21 @@
 
 use serde_json::{Map, Value, json};
 
-use ringtail_dataplane::Stats;
 use ringtail_dataplane::stats::{DropReason, Meter, Room, Snapshot};
+use ringtail_dataplane::tun::{Kind, Kinds};
+use ringtail_dataplane::{OffloadsInUse, Stats};
 
+use super::device::offloads_by_name;
 use super::relay::RelayStatus;
 
-/// Adds relays, shards and drops to the agent's status.
-pub fn complete(status: &mut Value, relays: &RelayStatus, shards: &Stats, events_lost: u64) {
+/// Adds relays, offloads, shards and drops to the agent's status.
+pub fn complete(
+    status: &mut Value,
+    relays: &RelayStatus,
+    shards: &Stats,
+    offloads: OffloadsInUse,
+    events_lost: u64,
+) {
     let Value::Object(status) = status else {
         return;
     };
@@ -24,6 +32,15 @@ pub fn complete(status: &mut Value, relays: &RelayStatus, shards: &Stats, events
     drops.insert("event_log_lines".into(), events_lost.into());
     status.insert("relays".into(), relays.regions.iter().map(region).collect());
     status.insert("relay_counters".into(), json!(relays.counters));
+    let names = |kinds: Kinds| kinds.iter().map(Kind::name).collect::<Vec<_>>();
+    status.insert(
+        "offloads".into(),
+        json!({
+            "in_use": offloads_by_name(offloads).collect::<Vec<_>>(),
+            "tun_merging": names(offloads.merging),
+            "tun_refused": names(offloads.refused),
+        }),
+    );
     let total = shards.total();
     for reason in DropReason::ALL {
         drops.insert(reason.name().to_owned(), shards.drops(*reason).into());

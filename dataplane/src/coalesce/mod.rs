@@ -33,6 +33,7 @@ pub use output::{SUPER_PACKET_LEN_MAX, SuperPackets, TAIL_LEN_MAX};
 use crate::packet::ecn;
 use crate::packet::header::{Headers, TCP_PSH};
 use crate::stats::DropReason;
+use crate::tun::Kinds;
 use crate::tun::vnet::VNET_HDR_LEN;
 use output::Item;
 use segment::{FlowId, HEADERS_LEN_MAX, Segment, Shape, Transport};
@@ -62,6 +63,8 @@ pub struct Coalescer {
     recent: Option<usize>,
     /// The slab in which packets start.
     nursery: Option<usize>,
+    /// What is merged.
+    kinds: Kinds,
     reserved: Option<Reserved>,
     saved: [u8; HEADERS_LEN_MAX],
 }
@@ -102,9 +105,16 @@ impl Coalescer {
             open: Vec::with_capacity(FLOWS_OPEN_MAX),
             recent: None,
             nursery: None,
+            kinds: Kinds::ALL,
             reserved: None,
             saved: [0; HEADERS_LEN_MAX],
         }
+    }
+
+    /// Merges only these kinds from now on.
+    pub fn set_kinds(&mut self, kinds: Kinds) {
+        self.open.retain(|open| kinds.has(open.first.kind()));
+        self.kinds = kinds;
     }
 
     /// Room of exactly `len` bytes for the next packet, with arbitrary content. A room that was not
@@ -157,7 +167,9 @@ impl Coalescer {
             return Err(reason);
         }
         match segment::shape(headers, packet) {
-            Shape::Segment(next) => self.merge(reserved, headers, next),
+            Shape::Segment(next) if self.kinds.has(next.kind()) => {
+                self.merge(reserved, headers, next)
+            }
             Shape::Barrier(flow) => {
                 if let Some(at) = self.find(headers, flow, reserved) {
                     self.open.remove(at);
@@ -168,7 +180,7 @@ impl Coalescer {
                 self.close_between(headers, reserved);
                 self.place(reserved, len, None);
             }
-            Shape::Alone => {
+            Shape::Segment(_) | Shape::Alone => {
                 self.place(reserved, len, None);
             }
         }

@@ -7,6 +7,7 @@ use zerocopy::IntoBytes;
 use super::segment::{Segment, Transport};
 use crate::packet::checksum;
 use crate::packet::header::{IpVersion, TCP, TCP_CHECKSUM_OFFSET, UDP, UDP_CHECKSUM_OFFSET};
+use crate::tun::Kind;
 use crate::tun::vnet::{GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
 
 /// Longest IP packet written to a TUN, in bytes.
@@ -82,6 +83,17 @@ impl SuperPackets {
     pub fn get(&self, i: usize) -> &[u8] {
         let item = &self.items[i];
         &self.slabs[item.slab].bytes[item.start..item.end()]
+    }
+
+    /// The same, to be written to: its content is nobody's any more then.
+    pub(crate) fn get_mut(&mut self, i: usize) -> &mut [u8] {
+        let item = &self.items[i];
+        &mut self.slabs[item.slab].bytes[item.start..item.end()]
+    }
+
+    /// What write `i` is, if it is of a kind that may be merged.
+    pub(crate) fn kind(&self, i: usize) -> Option<Kind> {
+        self.items[i].first.map(|first| first.kind())
     }
 
     /// Number of packets merged into write `i`.

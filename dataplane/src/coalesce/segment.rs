@@ -6,6 +6,7 @@ use crate::packet::checksum;
 use crate::packet::header::{
     Fragment, Headers, IPV4_DF, IpVersion, TCP, TCP_ACK, TCP_PSH, TcpHeader, UDP, UdpHeader, mix,
 };
+use crate::tun::Kind;
 
 /// Longest headers of a packet that is merged: IPv6 and TCP with all options.
 pub(super) const HEADERS_LEN_MAX: usize = 40 + 60;
@@ -38,6 +39,16 @@ pub(super) struct Segment {
 }
 
 impl Segment {
+    /// What a super-packet of it is.
+    pub(super) fn kind(&self) -> Kind {
+        match (self.transport, self.version) {
+            (Transport::Tcp { .. }, IpVersion::V4) => Kind::Tcp4,
+            (Transport::Tcp { .. }, IpVersion::V6) => Kind::Tcp6,
+            (Transport::Udp, IpVersion::V4) => Kind::Udp4,
+            (Transport::Udp, IpVersion::V6) => Kind::Udp6,
+        }
+    }
+
     /// The payload's length as sequence numbers count.
     pub(super) fn payload_len_u32(&self) -> u32 {
         u32::try_from(self.payload_len).expect("a packet is below 64 KiB")

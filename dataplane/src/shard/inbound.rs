@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io;
 use std::net::SocketAddr;
 
 use arrayvec::ArrayVec;
@@ -20,7 +21,7 @@ use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
 use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Local;
-use crate::tun::vnet::VNET_HDR_LEN;
+use crate::tun::{self, vnet::VNET_HDR_LEN};
 
 /// Types of handshake messages: 1 to 3 (WireGuard paper §5.4).
 const HANDSHAKE_TYPES: usize = 3;
@@ -277,23 +278,30 @@ impl Shard<'_> {
         if self.coalescer.is_empty() {
             return;
         }
-        let batch = self.coalescer.take();
+        let mut batch = self.coalescer.take();
         for i in 0..batch.len() {
-            let bytes = batch.get(i);
-            let packets = batch.segments(i) as u64;
-            let queue = self.queue_for(bytes);
+            let (packets, kind) = (batch.segments(i), batch.kind(i));
+            let queue = &self.queues[self.queue_for(batch.get(i))];
+            let written = tun::write(batch.get_mut(i), packets, |bytes| queue.write(bytes));
             let counters = &mut self.ctx.counters;
-            match self.queues[queue].write(bytes) {
-                Ok(()) => {
-                    counters.add(Meter::TunWrites, 1);
-                    counters.add(Meter::TunPacketsOut, packets);
-                    counters.add(Meter::TunBytesOut, bytes.len() as u64);
+            counters.add(Meter::TunWrites, written.writes as u64);
+            counters.add(Meter::TunPacketsOut, written.packets as u64);
+            counters.add(Meter::TunBytesOut, written.bytes as u64);
+            // The interface is down, most often.
+            counters.drop_many(DropReason::TunWriteFailed, written.failed as u64);
+            if let (Some(errno), Some(kind)) = (written.refused, kind) {
+                counters.add(Meter::TunRefused, 1);
+                if self.merging.refuse(kind) {
+                    tracing::warn!(
+                        error = %io::Error::from_raw_os_error(errno),
+                        "the TUN device refuses super-packets of {}: writing them singly from now on",
+                        kind.name()
+                    );
                 }
-                // The interface is down, most often.
-                Err(_) => counters.drop_many(DropReason::TunWriteFailed, packets),
             }
         }
         self.coalescer.recycle(batch);
+        self.coalescer.set_kinds(self.merging.kinds());
         self.ctx.lap(Room::Tun);
     }
 

@@ -35,7 +35,7 @@ use crate::seal;
 use crate::session::{Change, Engine, MESSAGE_LEN_MAX, Opened};
 use crate::stats::{DropReason, Meter, Published, Room};
 use crate::sys;
-use crate::tun::Queue;
+use crate::tun::{Merging, Queue};
 use crate::udp::{Sender, Sockets};
 
 /// Path decisions applied per turn at most.
@@ -68,6 +68,8 @@ pub(crate) struct Seat {
     pub(crate) hub: Arc<Hub>,
     /// Of the TUN, one for each shard: it reads its own, and may write to any.
     pub(crate) queues: Arc<[Queue]>,
+    /// What is merged for them.
+    pub(crate) merging: Arc<Merging>,
     pub(crate) gso: bool,
     pub(crate) driver: DriverKind,
     pub(crate) cpu: Option<usize>,
@@ -151,6 +153,7 @@ struct Shard<'a> {
     hub: &'a Hub,
     inbox: &'a Inbox,
     queues: &'a [Queue],
+    merging: &'a Merging,
     ctx: Context,
     settings: Arc<Settings>,
     kind: config::Engine,
@@ -175,11 +178,14 @@ struct Shard<'a> {
 impl<'a> Shard<'a> {
     fn new(seat: &'a Seat, inbox: &'a Inbox, sockets: Arc<Sockets>, now: Instant) -> Shard<'a> {
         let sender = Sender::new(sockets, seat.gso);
+        let mut coalescer = Coalescer::new();
+        coalescer.set_kinds(seat.merging.kinds());
         Shard {
             id: seat.id,
             hub: &seat.hub,
             inbox,
             queues: &seat.queues,
+            merging: &seat.merging,
             ctx: Context::new(now),
             settings: Arc::clone(&seat.settings),
             kind: seat.kind,
@@ -190,7 +196,7 @@ impl<'a> Shard<'a> {
             filter: Filter::closed(),
             opened: Opened::new(seat.kind),
             passed: Vec::with_capacity(128),
-            coalescer: Coalescer::new(),
+            coalescer,
             run: seal::Run::new(),
             tx: Transmit::new(Arc::clone(&seat.hub), sender),
             published: seat.published.clone(),

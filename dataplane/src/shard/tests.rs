@@ -12,6 +12,7 @@ use crate::channel::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, Rule
 use crate::filter::{CompiledRules, source_allowed};
 use crate::packet::build::Builder;
 use crate::session::{Moment, Session};
+use crate::tun::Kinds;
 
 const OWN_KEY: [u8; 32] = [1; 32];
 const REGION: RegionId = RegionId(1);
@@ -23,6 +24,7 @@ fn seat() -> Seat {
         id: 0,
         hub: Arc::new(Hub::new(now, 1).unwrap()),
         queues: Arc::new([]),
+        merging: Arc::new(Merging::new(Kinds::ALL)),
         gso: false,
         driver: DriverKind::Epoll,
         cpu: None,

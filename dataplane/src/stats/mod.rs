@@ -116,6 +116,8 @@ meters! {
     TunBytesIn = "tun_bytes_in",
     /// Writes to the TUN queue.
     TunWrites = "tun_writes",
+    /// Super-packets that the TUN refused, written again as single packets.
+    TunRefused = "tun_refused",
     /// Inner packets written, super-packets counted by their segments.
     TunPacketsOut = "tun_packets_out",
     /// Inner bytes written, super-packets as written.

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use tun_rs::{DeviceBuilder, SyncDevice};
 
+use super::merging::{Kind, Kinds};
 use crate::sys;
 
 /// `TUN_F_*`: unfinished checksums.
@@ -23,6 +24,18 @@ pub(crate) struct TunOffloads {
     pub(crate) tso: bool,
     /// UDP segmentation, both families.
     pub(crate) uso: bool,
+}
+
+impl TunOffloads {
+    /// What to merge for it: it takes what it gives, as far as is known.
+    pub(crate) fn kinds(self) -> Kinds {
+        let taken = |kind: &Kind| match kind {
+            Kind::Tcp4 | Kind::Tcp6 => self.tso,
+            Kind::Udp4 | Kind::Udp6 => self.uso,
+        };
+        let taken = Kind::ALL.into_iter().filter(taken);
+        taken.fold(Kinds::NONE, Kinds::with)
+    }
 }
 
 /// The device, from its opening until its queues go to the shards.

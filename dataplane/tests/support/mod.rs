@@ -16,7 +16,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -549,6 +549,21 @@ fn carry(
             }
         }
     })
+}
+
+/// Has every send of the socket leave as datagrams of `len` bytes, the last perhaps shorter.
+pub(crate) fn send_in_trains_of(socket: &UdpSocket, len: libc::c_int) {
+    // SAFETY: the value is 4 readable bytes for the length of the call.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_UDP,
+            libc::UDP_SEGMENT,
+            (&raw const len).cast(),
+            4,
+        )
+    };
+    assert_eq!(result, 0);
 }
 
 /// Bytes that depend on their position: xorshift.

@@ -180,7 +180,9 @@ impl Node {
                     .status(now, &self.surroundings, &|id| dataplane.activity(id));
                 let relays = self.relays.status();
                 let shards = self.dataplane.stats();
-                status::complete(&mut status, &relays, &shards, self.log.lost());
+                let offloads = self.dataplane.offloads();
+                let lost = self.log.lost();
+                status::complete(&mut status, &relays, &shards, offloads, lost);
                 let _ = call.answers.try_send(status);
             }
             local_api::Request::Ping { peer } => {
