@@ -127,7 +127,7 @@ lab_init
 [ -z "$KEEP" ] || : >"$LAB_DIR/keep"
 lab_limit $((LIMIT * 60)) too_late
 lab_run need_packages ip=iproute2 nft=nftables ping=iputils-ping awk=mawk wg=wireguard-tools sysctl=procps \
-  cc=gcc /usr/include/stdio.h=libc6-dev
+  cc=gcc /usr/include/stdio.h=libc6-dev perl=perl-base
 
 BEGAN=$SECONDS
 if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then

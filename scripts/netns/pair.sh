@@ -304,7 +304,19 @@ speed_part() {
   flock $turn
   check "a large file from us" transfer a 7003 full 0
   check "a large file to us" transfer b 7004 full 0
+  # Long enough for the eleven failed receives in a row after which it would stop reading.
+  [ "$PROGRAM$FIRST" != wireguard-goa ] || check "trains of small datagrams from us leave it alive" trains
   exec {turn}>&-
+}
+
+# 120 datagrams of 100 bytes at once, for six seconds. A batch of more than 64 is more than it splits.
+trains() {
+  on a perl -MSocket -e '
+    socket(my $socket, PF_INET, SOCK_DGRAM, 0) or die "socket: $!";
+    setsockopt($socket, 17, 103, pack("i", 100)) or die "UDP_SEGMENT: $!";
+    my ($to, $end) = (pack_sockaddr_in(9, inet_aton($ARGV[0])), time + 6);
+    while (time < $end) { send($socket, "x" x 12000, 0, $to); select(undef, undef, undef, 0.001) }' "$(inner b)" &&
+    pause 1 && flows a && flows b
 }
 
 # The end that began is behind a NAT with a short memory.
