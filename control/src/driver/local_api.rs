@@ -16,7 +16,7 @@ use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, Buf
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
-use super::accept;
+use super::accept::{self, Attention};
 
 /// Longest request line in bytes.
 const REQUEST_LEN_MAX: u64 = 4096;
@@ -77,17 +77,22 @@ pub fn listen(path: &Path) -> anyhow::Result<UnixListener> {
 
 /// Takes connections for ever and turns each into a [`Call`].
 pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
-    accept::serve(listener, CLIENTS_MAX, "status", |stream| {
-        serve_client(stream, calls.clone())
+    accept::serve(listener, CLIENTS_MAX, "status", |stream, attention| {
+        serve_client(stream, attention, calls.clone())
     })
     .await;
 }
 
-async fn serve_client(stream: UnixStream, calls: mpsc::Sender<Call>) -> anyhow::Result<()> {
+async fn serve_client(
+    stream: UnixStream,
+    attention: Attention,
+    calls: mpsc::Sender<Call>,
+) -> anyhow::Result<()> {
     let (read, mut write) = stream.into_split();
     let mut line = String::new();
     let mut read = BufReader::new(read.take(REQUEST_LEN_MAX));
     tokio::time::timeout(CLIENT_TIMEOUT, read.read_line(&mut line)).await??;
+    attention.ours();
     let (answers, mut answered) = mpsc::channel(ANSWERS_MAX);
     match serde_json::from_str(&line) {
         Ok(request) => calls
@@ -102,7 +107,9 @@ async fn serve_client(stream: UnixStream, calls: mpsc::Sender<Call>) -> anyhow::
     while let Some(answer) = answered.recv().await {
         let mut text = answer.to_string();
         text.push('\n');
+        attention.client();
         tokio::time::timeout(CLIENT_TIMEOUT, write.write_all(text.as_bytes())).await??;
+        attention.ours();
     }
     Ok(())
 }

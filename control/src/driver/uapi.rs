@@ -19,7 +19,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
-use super::accept;
+use super::accept::{self, Attention};
 use crate::uapi::{Parser, READ_LEN_MAX, Reply, Request};
 
 /// Where `wg` looks for sockets.
@@ -151,13 +151,20 @@ fn answers(path: &Path) -> anyhow::Result<bool> {
 
 /// Takes connections for ever and turns what they ask into [`Call`]s.
 pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
-    accept::serve(listener, CLIENTS_MAX, "configuration", |stream| {
-        serve_client(stream, calls.clone())
-    })
+    accept::serve(
+        listener,
+        CLIENTS_MAX,
+        "configuration",
+        |stream, attention| serve_client(stream, attention, calls.clone()),
+    )
     .await;
 }
 
-async fn serve_client(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> anyhow::Result<()> {
+async fn serve_client(
+    mut stream: UnixStream,
+    attention: Attention,
+    calls: mpsc::Sender<Call>,
+) -> anyhow::Result<()> {
     if timed(IDLE_TIMEOUT, stream.readable()).await.is_err() {
         return Ok(());
     }
@@ -167,9 +174,10 @@ async fn serve_client(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> anyh
         while let Some(request) = parser.poll_request() {
             let (reply, answer) = oneshot::channel();
             let call = Call { request, reply };
+            attention.ours();
             calls.send(call).await.ok().context("the device is going")?;
             let answer = answer.await.context("the device is going")?;
-            send(&mut stream, answer.as_bytes()).await?;
+            send(&mut stream, &attention, answer.as_bytes()).await?;
         }
         if parser.is_closed() {
             return Ok(());
@@ -179,6 +187,7 @@ async fn serve_client(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> anyh
         } else {
             CLIENT_TIMEOUT
         };
+        attention.client();
         match timed(patience, stream.read(&mut piece)).await? {
             0 => parser.handle_end(),
             len => parser.handle_bytes(&piece[..len]),
@@ -187,8 +196,13 @@ async fn serve_client(mut stream: UnixStream, calls: mpsc::Sender<Call>) -> anyh
 }
 
 /// Sends all of it; a client may take its time for the whole, but not for a part.
-async fn send(stream: &mut UnixStream, mut bytes: &[u8]) -> std::io::Result<()> {
+async fn send(
+    stream: &mut UnixStream,
+    attention: &Attention,
+    mut bytes: &[u8],
+) -> std::io::Result<()> {
     while !bytes.is_empty() {
+        attention.client();
         let sent = timed(CLIENT_TIMEOUT, stream.write(bytes)).await?;
         bytes = &bytes[sent..];
     }
