@@ -174,7 +174,20 @@ impl Device {
             }
         }
         if prefixes > ALLOWED_IPS_MAX {
-            return Err(Errno::NO_SPACE);
+            return self.clone().check_prefixes(transaction);
+        }
+        Ok(())
+    }
+
+    /// Tries the transaction out: of the prefixes it gives, some may be there, or come for others.
+    fn check_prefixes(mut self, transaction: &Transaction) -> Result<(), Errno> {
+        let mut changes = self.begin(transaction);
+        let mut section = Section::Ignored;
+        for step in &transaction.steps {
+            section = self.step(section, step.clone(), &mut changes);
+            if self.owners.len() > ALLOWED_IPS_MAX {
+                return Err(Errno::NO_SPACE);
+            }
         }
         Ok(())
     }
@@ -182,9 +195,19 @@ impl Device {
     /// Carries out a transaction that [`Device::check`] has let through. The port is not kept here:
     /// the data plane knows it.
     pub fn apply(&mut self, transaction: Transaction) -> Changes {
+        let mut changes = self.begin(&transaction);
+        let mut section = Section::Ignored;
+        for step in transaction.steps {
+            section = self.step(section, step, &mut changes);
+        }
+        changes
+    }
+
+    /// What comes before the steps.
+    fn begin(&mut self, transaction: &Transaction) -> Changes {
         let mut changes = Changes::default();
-        if let Some(key) = transaction.private_key {
-            self.set_private_key(key, &mut changes);
+        if let Some(key) = &transaction.private_key {
+            self.set_private_key(key.clone(), &mut changes);
         }
         if let Some(fwmark) = transaction.fwmark {
             self.fwmark = fwmark;
@@ -193,10 +216,6 @@ impl Device {
             for id in self.peers.keys().copied().collect::<Vec<_>>() {
                 self.remove(id, &mut changes);
             }
-        }
-        let mut section = Section::Ignored;
-        for step in transaction.steps {
-            section = self.step(section, step, &mut changes);
         }
         changes
     }

@@ -263,6 +263,39 @@ fn prefixes_have_a_bound() {
     assert_eq!(Device::default().check(&transaction), Err(Errno::NO_SPACE));
 }
 
+/// `wg set wg0 peer P allowed-ips …` and `wg syncconf` say the whole list again.
+#[test]
+fn a_full_list_of_prefixes_can_be_set_again() {
+    let max = u32::try_from(ALLOWED_IPS_MAX).unwrap();
+    let list = |first: &[Step], range: std::ops::Range<u32>| {
+        let prefixes = range.map(|n| Step::Allow(net(n)));
+        steps(first.iter().cloned().chain(prefixes))
+    };
+    let mut device = Device::default();
+    let set = |device: &mut Device, transaction: Transaction| {
+        device.check(&transaction)?;
+        device.apply(transaction);
+        Ok(device.allowed_ips_len())
+    };
+    let two = Step::Peer(key(2));
+    let again = [Step::Peer(key(1)), Step::ReplaceAllowedIps];
+    assert_eq!(set(&mut device, list(&again, 0..max)), Ok(max as usize));
+    assert_eq!(set(&mut device, list(&again, 0..max)), Ok(max as usize));
+    // To another peer, without saying that these are all.
+    assert_eq!(
+        set(&mut device, list(std::slice::from_ref(&two), 0..9)),
+        Ok(max as usize)
+    );
+    // One more is one too many, also for a moment.
+    let more = list(std::slice::from_ref(&two), max..max + 1);
+    assert_eq!(set(&mut device, more), Err(Errno::NO_SPACE));
+    let moved = [two.clone(), Step::Allow(net(max)), Step::Disallow(net(0))];
+    assert_eq!(set(&mut device, steps(moved.clone())), Err(Errno::NO_SPACE));
+    let [two, allow, disallow] = moved;
+    let moved = steps([two, disallow, allow]);
+    assert_eq!(set(&mut device, moved), Ok(max as usize));
+}
+
 /// `protocol/uapi.md` §6: the sizes the kernel's own tests use.
 #[test]
 fn a_large_device_is_set_and_read_back_whole() {

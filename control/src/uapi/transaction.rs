@@ -9,8 +9,9 @@ use zeroize::{Zeroize, ZeroizeOnDrop};
 use super::{Errno, value};
 use crate::key::{NodePrivate, NodePublic};
 
-/// Steps of one request at most: eight times the largest table that the kernel's own tests set.
-pub const STEPS_MAX: usize = 1 << 20;
+/// Steps of one request at most: every prefix that a device may have, and what `wg` says of each peer
+/// beside them.
+pub const STEPS_MAX: usize = (1 << 20) + (1 << 17);
 
 /// A preshared key (32 bytes), wiped when dropped.
 #[derive(Clone, PartialEq, Eq, Zeroize, ZeroizeOnDrop)]
