@@ -20,7 +20,10 @@
 #
 #    left 192.0.2.1 ----- veth ----- 192.0.2.2 right     direct
 #        \                                 /
-#         198.51.100.2 ---- hub ---- 198.51.100.6        relays nyc and fra, on a third host
+#         198.51.100.2 ---- hub ---- 198.51.100.6        one relay 203.0.113.1, and coordination, on a third host
+#
+# For a relayed path the veth between left and right is down, so that there is no other; the relay is
+# `ringtail derp` or derper, for two ringtails and for two tailscaled alike.
 #
 # Each box is a network namespace of this run's own; nothing outside of them is touched, and they go
 # away however this script ends. Needs root, Debian and Rust; installs what else it needs.
@@ -31,16 +34,17 @@ usage() {
 usage: bench/iperf-pair.sh [options]
 
   --seconds N     length of each iperf3 test (default 4)
-  --relay-only    act two: only the relayed path of ringtail
+  --relay-only    act two: only relayed paths of ringtail
   --direct-only   act two: only the direct path of ringtail
   --mtu N         inner MTU of every program (default 1420)
   --shards N      data plane threads per node (default 1)
   --full          three interleaved rounds with median and spread, unpinned and pinned, CUBIC and BBR
   --rounds N      rounds of --full (default 3)
-  --peers         install boringtun-cli, gotatun and wireguard-go into a cache first
-  --only LIST     act two: only these programs, by comma (ringtail,ringtail-device,ringtail-relay,veth,
-                  wireguard-go,boringtun-cli,gotatun,kernel; ringtail-boringtun: ringtail device with
-                  --engine boringtun; dataplane: see start_dataplane)
+  --peers         install boringtun-cli, gotatun, wireguard-go, tailscaled and derper into a cache first
+  --only LIST     act two: only these programs, by comma (ringtail,ringtail-device,veth,wireguard-go,
+                  boringtun-cli,gotatun,kernel,tailscaled; through a relay: ringtail-relay,ringtail-derper,
+                  tailscaled-relay,tailscaled-derper; ringtail-boringtun: ringtail device with --engine
+                  boringtun; dataplane: see start_dataplane)
   --skip-story    no act one
   --skip-figures  no act two
   --json          print the results as JSON instead of tables
@@ -90,7 +94,7 @@ exec 3>&1
 
 # shellcheck source=../scripts/netns/packages.sh
 . scripts/netns/packages.sh
-need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping taskset=util-linux ethtool=ethtool awk=mawk \
+need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping taskset=util-linux ethtool=ethtool awk=mawk jq=jq \
   cc=gcc /usr/include/stdio.h=libc6-dev
 # For profiles of these runs; the figures do not need it.
 need_packages perf=linux-perf || true
@@ -109,7 +113,7 @@ BENCH=$RINGTAIL_BIN_DIR/ringtail-bench
 
 if [ -n "$PEERS" ]; then
   echo "installing the programs to compare with ..."
-  install_peers wireguard-go boringtun-cli gotatun
+  install_peers "${WIREGUARD_PEERS[@]}" tailscaled tailscale derper
   # Without Go the packaged one, which is years older, stands in.
   peer_path wireguard-go >/dev/null || install_peers wireguard-go-debian
 fi
@@ -240,10 +244,12 @@ underlay() {
   ip -n "${LAB}hub" addr add 198.51.100.2/30 dev left
   ip -n "${LAB}right" addr add 198.51.100.5/30 dev r0
   ip -n "${LAB}hub" addr add 198.51.100.6/30 dev right
-  ip -n "${LAB}hub" addr add 203.0.113.1/32 dev lo
-  ip -n "${LAB}hub" addr add 203.0.113.2/32 dev lo
-  ip -n "${LAB}left" route add 203.0.113.0/24 via 198.51.100.2
-  ip -n "${LAB}right" route add 203.0.113.0/24 via 198.51.100.6
+  local address
+  for address in 203.0.113.1 10.255.0.1; do
+    ip -n "${LAB}hub" addr add $address/32 dev lo
+    ip -n "${LAB}left" route add $address/32 via 198.51.100.2
+    ip -n "${LAB}right" route add $address/32 via 198.51.100.6
+  done
 }
 
 # Nodes announce every address of their host as an endpoint, so that these are there for the plain veth alone.
@@ -316,20 +322,28 @@ start_device() { # start_device [OPTION...]
   set_by_wg $left $right
 }
 
-start_ringtail() { # start_ringtail direct|relay
-  start_relay hub nyc 203.0.113.1 900 nyc || return 1
-  start_relay hub fra 203.0.113.2 901 fra || return 1
-  make_derp_map nyc fra || return 1
+# The relay, of the kind that the path names, and whether there is another way.
+start_path() { # direct|relay|derper
+  if [ "$1" = derper ]; then
+    start_derper hub relay 203.0.113.1 900 nyc || return 1
+  else
+    start_relay hub relay 203.0.113.1 900 nyc || return 1
+  fi
+  [ "$1" = direct ] || ip -n "${LAB}left" link set u0 down
+  make_derp_map relay
+}
+
+start_ringtail() { # direct|relay|derper
+  start_path "$1" || return 1
   local side
   for side in left right; do
     rm -rf "$LAB_DIR/$side.state" "$RESULTS/$side.events"
     "$RINGTAIL" genkey --state-dir "$LAB_DIR/$side.state" >"$LAB_DIR/$side.keys" || return 1
   done
-  network left $TUNNEL_LEFT nyc right $TUNNEL_RIGHT fra 192.0.2.2 >"$LAB_DIR/left.toml"
-  network right $TUNNEL_RIGHT fra left $TUNNEL_LEFT nyc 192.0.2.1 >"$LAB_DIR/right.toml"
+  network $TUNNEL_LEFT right $TUNNEL_RIGHT 192.0.2.2 >"$LAB_DIR/left.toml"
+  network $TUNNEL_RIGHT left $TUNNEL_LEFT 192.0.2.1 >"$LAB_DIR/right.toml"
   local options=(--mtu "$MTU" --shards "$SHARDS" --listen-port 41641)
   [ "$LAYOUT" = pinned ] && options+=(--pin true) || options+=(--no-pin)
-  [ "$1" = direct ] || options+=(--relay-only)
   for side in left right; do
     run_tunnel $side $side "$RINGTAIL" up --network "$LAB_DIR/$side.toml" --state-dir "$LAB_DIR/$side.state" \
       --tun rt0 --hostname $side --events "$RESULTS/$side.events" "${options[@]}"
@@ -337,6 +351,21 @@ start_ringtail() { # start_ringtail direct|relay
   for side in left right; do
     "$BENCH" wait "$RESULTS/$side.events" derp_connected --timeout 10 >/dev/null || return 1
   done
+}
+
+# Two tailscaled, which need coordination: ours, with nothing to do while traffic runs.
+start_tailscaled() { # direct|relay|derper
+  start_path "$1" || return 1
+  rm -rf "$LAB_DIR"/{coord,auth-key,node-left,node-right,left.addresses,right.addresses}
+  COORD_NS=hub
+  start_coord || return 1
+  local side
+  for side in left right; do
+    TAILNET_RUN=(env TS_DEBUG_MTU="$MTU")
+    [ "$LAYOUT" != pinned ] || TAILNET_RUN+=(taskset -c $([ $side = left ] && echo 1 || echo 0))
+    tailnet_tailscaled $side $side --netfilter-mode=off
+  done
+  tailnet_ready left right && TARGET=$(tailnet_ip right)
 }
 
 # The data plane without its control thread, for whoever works on it: --only dataplane, and built by
@@ -350,20 +379,23 @@ start_dataplane() {
     --peer-ip $TUNNEL_LEFT --endpoint 192.0.2.1:41641 "${options[@]}"
 }
 
-network() { # own name, address, home; the peer's name, address, home, endpoint: a static network file
+network() { # own address; the peer's name, address, endpoint: a static network file
   cat <<TOML
-addresses = ["$2/24"]
-home = "$3"
+addresses = ["$1/24"]
+home = "nyc"
 derp_map = "derp-map.json"
 
 [[peer]]
-name = "$4"
-$(cat "$LAB_DIR/$4.keys")
-home = "$6"
-addresses = ["$5/32"]
-endpoints = ["$7:41641"]
+name = "$2"
+$(cat "$LAB_DIR/$2.keys")
+home = "nyc"
+addresses = ["$3/32"]
+endpoints = ["$4:41641"]
 TOML
 }
+
+# The labels of what start_program starts.
+PROGRAM_LABELS=(left right node-left node-right relay coord)
 
 # start_program NAME: brings it up in both namespaces; sets TARGET and PROCESSES.
 start_program() {
@@ -371,8 +403,8 @@ start_program() {
   PROCESSES=()
   case $1 in
     veth) start_plain ;;
-    ringtail) start_ringtail direct ;;
-    ringtail-relay) start_ringtail relay ;;
+    ringtail | tailscaled) start_$1 direct ;;
+    ringtail-relay | ringtail-derper | tailscaled-relay | tailscaled-derper) "start_${1%-*}" "${1#*-}" ;;
     ringtail-device) start_device ;;
     ringtail-boringtun) start_device --engine boringtun ;;
     # In the foreground, so that its process is the one we started.
@@ -384,16 +416,18 @@ start_program() {
     dataplane) start_dataplane ;;
   esac || return 1
   local label
-  for label in left right nyc fra; do
-    lab_alive $label && PROCESSES+=(--proc "$label=$(lab_pid $label)")
+  for label in "${PROGRAM_LABELS[@]}"; do
+    ! lab_alive "$label" || PROCESSES+=(--proc "${label#node-}=$(lab_pid "$label")")
   done
-  # The first packets make the session; ringtail's also find the direct path.
+  # The first packets make the session; a node's also find the direct path.
   lab_in left "$BENCH" ping $TARGET --rate 20 --seconds 1 >/dev/null || true
-  if [ "$1" = ringtail ]; then
-    for label in left right; do
-      "$BENCH" wait "$RESULTS/$label.events" path --where state=direct --timeout 15 >/dev/null || return 1
-    done
-  fi
+  case $1 in
+    ringtail)
+      for label in left right; do
+        "$BENCH" wait "$RESULTS/$label.events" path --where state=direct --timeout 15 >/dev/null || return 1
+      done ;;
+    tailscaled) within 15 tailnet_direct left right || return 1 ;;
+  esac
   lab_in left "$BENCH" ping $TARGET --rate 20 --seconds 0.5 --lost-max 2 >/dev/null
 }
 
@@ -404,10 +438,11 @@ stop_program() {
       "$RINGTAIL" status --json --state-dir "$LAB_DIR/$label.state" >"$RESULTS/status-$1-$label.json" 2>/dev/null || true
     done
   fi
-  for label in left right nyc fra; do
-    lab_stop $label || true
+  for label in "${PROGRAM_LABELS[@]}"; do
+    lab_stop "$label" || true
   done
-  rm -rf "$LAB_DIR/nyc" "$LAB_DIR/fra"
+  rm -rf "$LAB_DIR/relay"
+  ip -n "${LAB}left" link set u0 up
   ip -n "${LAB}left" link del wg0 2>/dev/null || true
   ip -n "${LAB}right" link del wg0 2>/dev/null || true
   # The routes go with them.
@@ -415,14 +450,15 @@ stop_program() {
   ip -n "${LAB}right" addr del $PLAIN_RIGHT/32 dev u0 2>/dev/null || true
 }
 
-# Name and path of a program as the tables have it.
-title() { [ "$1" = ringtail-relay ] && echo "ringtail relay" || echo "$1 direct"; }
+# path_of PROGRAM: direct, relay (`ringtail derp`) or derper.
+path_of() { case $1 in *-relay) echo relay ;; *-derper) echo derper ;; *) echo direct ;; esac; }
 
 find_programs() {
   PROGRAMS=()
   local program
   [ -n "$RELAY_ONLY" ] || PROGRAMS+=(ringtail ringtail-device)
   [ -n "$DIRECT_ONLY" ] || PROGRAMS+=(ringtail-relay)
+  [ -n "$DIRECT_ONLY" ] || ! peer_path derper >/dev/null || PROGRAMS+=(ringtail-derper)
   PROGRAMS+=(veth)
   for program in wireguard-go boringtun-cli gotatun; do
     if peer_path $program >/dev/null || { [ $program = wireguard-go ] && peer_path wireguard-go-debian >/dev/null; }; then
@@ -431,6 +467,12 @@ find_programs() {
       MISSING+=("$program")
     fi
   done
+  if peer_path tailscaled >/dev/null && peer_path tailscale >/dev/null; then
+    PROGRAMS+=(tailscaled tailscaled-relay)
+    ! peer_path derper >/dev/null || PROGRAMS+=(tailscaled-derper)
+  else
+    MISSING+=(tailscaled)
+  fi
   if ip link add "wg$$" type wireguard 2>/dev/null; then
     ip link del "wg$$"
     PROGRAMS+=(kernel)
@@ -448,13 +490,16 @@ find_programs() {
 }
 
 measure_program() { # PROGRAM ROUND: with LAYOUT and CCS set
-  local program=$1 round=$2 kind cc path=direct name=$1
-  [ "$program" != ringtail-relay ] || { name=ringtail path=relay; }
+  local program=$1 round=$2 kind cc path name kinds="ping tcp1 tcp4 reverse bidir udp-small udp-full"
+  path=$(path_of "$program")
+  name=${program%-"$path"}
+  # What is told of relays and of tailscaled needs no more, and a run is to stay short.
+  case $program in *-derper | tailscaled*) [ -n "$FULL" ] || kinds="ping tcp1 tcp4" ;; esac
   local common=(--program "$name" --path "$path" --client "${LAB}left" --server "${LAB}right" --mtu "$MTU"
     --round "$round" --layout "$LAYOUT" --out "$RESULTS/cells.jsonl")
   if ! start_program "$program"; then
-    printf '[%s]  %-20s could not be started\n' "$(elapsed)" "$(title "$program")"
-    for label in left right; do
+    printf '[%s]  %-20s could not be started\n' "$(elapsed)" "$name $path"
+    for label in "${PROGRAM_LABELS[@]}"; do
       [ ! -s "$LAB_DIR/$label.log" ] || tail -n 5 "$LAB_DIR/$label.log"
     done
     printf '{"program":"%s","path":"%s","layout":"%s","cc":"cubic","round":%s,"kind":"tcp1","error":"%s"}\n' \
@@ -462,7 +507,7 @@ measure_program() { # PROGRAM ROUND: with LAYOUT and CCS set
     stop_program "$program"
     return 0
   fi
-  for kind in ping tcp1 tcp4 reverse bidir udp-small udp-full; do
+  for kind in $kinds; do
     for cc in $CCS; do
       # Congestion control is TCP's alone.
       case $kind in ping | udp-*) [ "$cc" = cubic ] || continue ;; esac
@@ -470,7 +515,7 @@ measure_program() { # PROGRAM ROUND: with LAYOUT and CCS set
       [ $kind != ping ] || seconds=2
       lab_run "$BENCH" cell $kind "${common[@]}" --target $TARGET --seconds "$seconds" --cc "$cc" "${PROCESSES[@]}" \
         >"$LAB_DIR/words" || true
-      printf '[%s of about %s]  %-20s %-9s%s %s\n' "$(elapsed)" "$ESTIMATE" "$(title "$program")" $kind \
+      printf '[%s of about %s]  %-20s %-9s%s %s\n' "$(elapsed)" "$ESTIMATE" "$name $path" $kind \
         "$([ "$CCS" = cubic ] || echo " $cc")" "$(cat "$LAB_DIR/words")"
     done
   done

@@ -64,7 +64,7 @@ impl Kind {
 pub(crate) struct Cell {
     /// "ringtail", "veth", "wireguard-go", …
     pub(crate) program: String,
-    /// "direct" or "relay".
+    /// "direct", "relay" (`ringtail derp`) or "derper".
     pub(crate) path: String,
     /// "unpinned" or "pinned".
     pub(crate) layout: String,
@@ -111,7 +111,7 @@ pub(crate) struct Args {
     /// Name of the program under test.
     #[arg(long)]
     program: String,
-    /// direct or relay.
+    /// direct, relay or derper.
     #[arg(long, default_value = "direct")]
     path: String,
     /// Namespace of the client.

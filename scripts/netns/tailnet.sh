@@ -40,6 +40,8 @@
 # tailnets run beside each other.
 
 COORD_URL=http://10.255.0.1:8080
+# The namespace of coordination, and words that go before the command line of a node, such as `taskset -c 1`.
+COORD_NS=coord TAILNET_RUN=()
 
 fail() {
   echo "error: $*" >&2
@@ -108,9 +110,9 @@ make_derp_map() {
 }
 
 start_coord() {
-  lab_spawn coord coord "$RINGTAIL" coord --addr "${COORD_URL#http://}" --state-dir "$LAB_DIR/coord" \
+  lab_spawn "$COORD_NS" coord "$RINGTAIL" coord --addr "${COORD_URL#http://}" --state-dir "$LAB_DIR/coord" \
     --derp-map "$LAB_DIR/derp-map.json"
-  within 20 tailnet_listens coord 8080 || return 1
+  within 20 tailnet_listens "$COORD_NS" 8080 || return 1
   [ -e "$LAB_DIR/auth-key" ] || "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key"
 }
 
@@ -119,8 +121,8 @@ start_headscale() {
   # YAML takes JSON; Headscale wants the names in lower case and the regions' numbers bare.
   sed -E 's/"([0-9]+)": *\{/\1: {/; s/"([A-Za-z0-9]+)":/"\L\1":/' "$LAB_DIR/derp-map.json" >"$LAB_DIR/derp.yaml"
   headscale_config >"$LAB_DIR/headscale.yaml"
-  lab_spawn coord headscale headscale -c "$LAB_DIR/headscale.yaml" serve
-  within 20 tailnet_listens coord 8080 || return 1
+  lab_spawn "$COORD_NS" headscale headscale -c "$LAB_DIR/headscale.yaml" serve
+  within 20 tailnet_listens "$COORD_NS" 8080 || return 1
   [ ! -e "$LAB_DIR/auth-key" ] || return 0
   for user in alice bob; do
     hs users create $user >/dev/null || return 1
@@ -181,7 +183,7 @@ tailnet_start() {
   local name=$1 ns=${TAILNET_NS[$1]} at=$LAB_DIR/node-$1 options
   eval "options=(${TAILNET_OPTIONS[$name]})"
   if [ "${TAILNET_KIND[$name]}" = ringtail ]; then
-    lab_spawn "$ns" "node-$name" "$RINGTAIL" up --coord "$COORD_URL" --auth-key-file "${TAILNET_KEY:-$LAB_DIR/auth-key}" \
+    lab_spawn "$ns" "node-$name" "${TAILNET_RUN[@]}" "$RINGTAIL" up --coord "$COORD_URL" --auth-key-file "${TAILNET_KEY:-$LAB_DIR/auth-key}" \
       --state-dir "$at" --hostname "$name" --events "${TAILNET_EVENTS:-$LAB_DIR}/$name.events" "${options[@]}"
     return
   fi
@@ -192,7 +194,7 @@ tailnet_start() {
   # Namespaces share /etc; this one's is its own, so that nothing can be written into the host's.
   [ -e "$at/resolv.conf" ] || echo "nameserver 203.0.113.254" >"$at/resolv.conf"
   # shellcheck disable=SC2016 # for the other shell
-  lab_spawn "$ns" "node-$name" sh -c 'mount --bind "$0" /etc/resolv.conf && exec env "$@"' "$at/resolv.conf" \
+  lab_spawn "$ns" "node-$name" "${TAILNET_RUN[@]}" sh -c 'mount --bind "$0" /etc/resolv.conf && exec env "$@"' "$at/resolv.conf" \
     "${env[@]}" tailscaled --tun=ts0 --statedir="$at" --socket="$at/sock" --port=41641 --no-logs-no-support
   # It remembers what it was told.
   [ -z "$known" ] || return 0

@@ -92,10 +92,10 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// "ringtail direct", or the bare name of a program that knows one path only.
+    /// "ringtail direct", "tailscaled relay"; of the others the bare name, for theirs is direct.
     pub(crate) fn name(&self) -> String {
-        if self.program == "ringtail" {
-            format!("ringtail {}", self.path)
+        if self.program == "ringtail" || self.path != "direct" {
+            format!("{} {}", self.program, self.path)
         } else {
             self.program.clone()
         }
@@ -450,9 +450,20 @@ pub(crate) mod tests {
             cell("veth", "direct", Kind::Tcp1, 1, 20.0),
             cell("ringtail", "direct", Kind::Tcp1, 2, 6.0),
             cell("ringtail", "relay", Kind::Tcp1, 1, 1.0),
+            cell("tailscaled", "direct", Kind::Tcp1, 1, 1.0),
+            cell("tailscaled", "derper", Kind::Tcp1, 1, 1.0),
         ]);
         let names: Vec<_> = got.iter().map(Row::name).collect();
-        assert_eq!(names, ["ringtail direct", "veth", "ringtail relay"]);
+        assert_eq!(
+            names,
+            [
+                "ringtail direct",
+                "veth",
+                "ringtail relay",
+                "tailscaled",
+                "tailscaled derper"
+            ]
+        );
         assert_eq!(got[0].gbps(Kind::Tcp1), Some(5.0));
     }
 

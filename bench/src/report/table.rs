@@ -203,17 +203,10 @@ fn throughput(rows: &[&Row]) -> Vec<Vec<String>> {
 
 /// CPU seconds per GB of each process, TCP one stream.
 fn costs(rows: &[&Row]) -> Vec<Vec<String>> {
-    let names = ["left", "right", "nyc", "fra", "iperf3-server"];
+    let names = ["left", "right", "relay", "iperf3-server"];
     let mut table = vec![header(
         "CPU s/GB, TCP 1 stream",
-        [
-            "machine",
-            "node A",
-            "node B",
-            "relay nyc",
-            "relay fra",
-            "iperf3 server",
-        ],
+        ["machine", "node A", "node B", "relay", "iperf3 server"],
     )];
     for row in rows {
         let figures = row.figures.get(&Kind::Tcp1);
