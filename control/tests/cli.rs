@@ -1,8 +1,10 @@
 //! The program from the outside: what people type and what they get.
 #![expect(clippy::unwrap_used, reason = "a test ends by panicking")]
+#![expect(clippy::disallowed_methods, reason = "a signal needs its time")]
 
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::process::{Command, Output, Stdio};
+use std::time::Duration;
 
 fn ringtail(args: &[&str], input: &str) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_ringtail"))
@@ -99,6 +101,91 @@ fn errors_say_what_to_do() {
             error.starts_with("ringtail: ") && error.contains(words),
             "{args:?}: {error}"
         );
+    }
+}
+
+#[test]
+fn routes_with_host_bits_are_refused_with_the_right_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let settings = file(
+        "n.toml",
+        "coord = \"http://127.0.0.1:1\"\nadvertise_routes = [\"10.30.0.1/16\"]",
+    );
+    let network = file(
+        "net.toml",
+        "addresses = [\"10.7.0.1/24\"]\n[[peer]]\naddresses = [\"10.7.0.2/32\"]\n\
+         allowed_ips = [\"fd00::1/64\"]\n\
+         node_key = \"nodekey:0102030405060708091011121314151617181920212223242526272829303132\"",
+    );
+    let state = dir.path().join("state");
+    let state = state.to_str().unwrap();
+    let coord = "http://127.0.0.1:1";
+    let offered = "10.1.0.0/16,10.20.0.1/16";
+    for (args, right) in [
+        (
+            vec!["up", "--coord", coord, "--advertise-routes", offered],
+            "write 10.20.0.0/16",
+        ),
+        (vec!["up", "--config", &settings], "write 10.30.0.0/16"),
+        (
+            vec!["up", "--network", &network, "--state-dir", state],
+            "write fd00::/64",
+        ),
+        (
+            vec!["coord", "--approve-route", "10.40.0.1/24"],
+            "write 10.40.0.0/24",
+        ),
+    ] {
+        let out = ringtail(&args, "");
+        assert!(!out.status.success(), "{args:?}");
+        let error = text(&out.stderr);
+        assert!(error.contains(right), "{args:?}: {error}");
+    }
+}
+
+#[test]
+fn a_server_ends_by_the_signals_that_mean_it_and_by_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().to_str().unwrap();
+    let derp = ["derp", "--hostname", "127.0.0.1", "--addr", "127.0.0.1:0"];
+    for (args, end) in [
+        (vec!["coord", "--addr", "127.0.0.1:0"], "TERM"),
+        ([&derp[..], &["--no-stun"]].concat(), "INT"),
+    ] {
+        let mut server = Command::new(env!("CARGO_BIN_EXE_ringtail"))
+            .args(&args)
+            .args(["--state-dir", state])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let pid = server.id();
+        let signal = |name: &str| {
+            let command = format!("kill -{name} {pid}");
+            let sent = Command::new("sh").args(["-c", &command]).status().unwrap();
+            assert!(sent.success(), "{args:?}: {name}");
+        };
+        // What it prints is the sign that it listens, to signals from then on at the latest.
+        let mut first = [0; 1];
+        server
+            .stdout
+            .take()
+            .unwrap()
+            .read_exact(&mut first)
+            .unwrap();
+        std::thread::sleep(Duration::from_millis(500));
+        for name in ["HUP", "USR1", "USR2", "PIPE"] {
+            signal(name);
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        signal(end);
+        let ended = server.wait().unwrap();
+        assert!(ended.success(), "{args:?}: {ended}");
     }
 }
 

@@ -100,6 +100,34 @@ check "no default route of b's is put up" no_default
 said() { status a | grep -q "0.0.0.0/0 of b is not used: no exit node is chosen"; }
 check "status says what is not used, and why" said
 
+# Signals that mean nothing end nothing, and the network file is read again.
+printf 'addresses = ["10.7.0.1/24"]\n' >"$LAB_DIR/net.toml"
+lab_spawn coord static "$RINGTAIL" up --network "$LAB_DIR/net.toml" --state-dir "$LAB_DIR/static" --listen-port 0
+lab_spawn coord device "$RINGTAIL" device -f rtdev0
+static_peers() { "$RINGTAIL" status --json --state-dir "$LAB_DIR/static" | grep -c '"node_key": "nodekey:0102'; }
+check "a node of a static network starts" within 20 test -S "$LAB_DIR/static/ringtail.sock"
+check "and a device" within 20 says device 'device is there'
+signal_all() {
+  local label signal
+  printf '[[peer]]\nnode_key = "nodekey:0102%060d"\naddresses = ["10.7.0.2/32"]\n' 0 >>"$LAB_DIR/net.toml"
+  for signal in HUP USR1 USR2 PIPE; do
+    for label in node-a node-b static device coord; do kill "-$signal" "$(lab_pid "$label")"; done
+    pause 0.2
+  done
+}
+signal_all
+all_alive() {
+  local label
+  for label in node-a node-b static device coord; do lab_alive "$label" || { echo "$label is gone"; return 1; }; done
+}
+check "SIGHUP, SIGUSR1, SIGUSR2 and SIGPIPE end nothing" all_alive
+check "traffic goes on" lab_in b ping -qc 3 -i 0.1 -W 1 100.64.0.1
+check "SIGHUP reads the network file again" within 5 static_peers
+echo 'colour = 1' >>"$LAB_DIR/net.toml"
+kill -HUP "$(lab_pid static)"
+check "a wrong one is refused" within 5 says static 'the network stays as it was'
+check "and changes nothing" static_peers
+
 echo
 echo "admission-test: $(counted ok) passed, $(counted FAIL) failed"
 if [ "$(counted FAIL)" -gt 0 ]; then

@@ -16,41 +16,12 @@
 //! tailscaled has the first and the last rule (`wgengine/wgcfg/nmcfg`), the others are ours.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::IpAddr;
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::IpNet;
 
 use super::network::{Network, NetworkPeer};
-
-/// Shortest prefixes that can be a subnet: the widest private networks, 10.0.0.0/8 and fc00::/7.
-/// What is wider stands for the internet.
-const SUBNET_BITS_MIN: [u8; 2] = [8, 7];
-
-/// Whose addresses no host has, beside multicast: "this network", loopback, link-local, reserved;
-/// of IPv6 the unspecified and loopback address, IPv4-mapped ones, link-local.
-const NO_HOSTS: [IpNet; 7] = [
-    v4([0, 0, 0, 0], 8),
-    v4([127, 0, 0, 0], 8),
-    v4([169, 254, 0, 0], 16),
-    v4([240, 0, 0, 0], 4),
-    v6([0; 8], 127),
-    v6([0, 0, 0, 0, 0, 0xffff, 0, 0], 96),
-    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
-];
-
-/// The metadata address of clouds: link-local, yet routed to by subnet routers.
-const CLOUD_METADATA: IpNet = v4([169, 254, 169, 254], 32);
-
-const fn v4([a, b, c, d]: [u8; 4], bits: u8) -> IpNet {
-    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), bits))
-}
-
-const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], bits: u8) -> IpNet {
-    IpNet::V6(Ipv6Net::new_assert(
-        Ipv6Addr::new(a, b, c, d, e, f, g, h),
-        bits,
-    ))
-}
+use crate::netmap::prefix::{has_no_hosts, is_exit};
 
 /// What counts.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -154,21 +125,6 @@ impl Allowed {
         }
         allowed
     }
-}
-
-/// Whether a prefix stands for the internet, or a piece of it that no site is as large as.
-pub(super) fn is_exit(prefix: &IpNet) -> bool {
-    let [v4, v6] = SUBNET_BITS_MIN;
-    match prefix {
-        IpNet::V4(net) => net.prefix_len() < v4,
-        IpNet::V6(net) => net.prefix_len() < v6,
-    }
-}
-
-/// Whether a prefix without host bits holds nothing but addresses that no host has.
-fn has_no_hosts(prefix: &IpNet) -> bool {
-    let no_hosts = || NO_HOSTS.iter().any(|net| net.contains(prefix));
-    *prefix != CLOUD_METADATA && (prefix.addr().is_multicast() || no_hosts())
 }
 
 /// An address as a prefix of its own, whatever network it stands in.

@@ -13,7 +13,6 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
@@ -26,9 +25,11 @@ use crate::driver::coord_client::CoordClient;
 use crate::driver::coord_server::{CoordServer, CoordServerConfig};
 use crate::driver::coord_store::Database;
 use crate::driver::names::Names;
+use crate::driver::signals::{Signals, Told};
 use crate::driver::state::{StateDir, write_private};
 use crate::driver::{runtime, tls};
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
+use crate::netmap::prefix::parse_route;
 use crate::netmap::wire::EndpointKind;
 use crate::netmap::{DerpMap, Netmap};
 
@@ -113,7 +114,7 @@ struct ServeArgs {
     #[arg(long, value_name = "PREFIX", default_value_t = V6_RANGE)]
     prefix6: Ipv6Net,
     /// A route nodes may offer, such as 10.20.0.0/16; may be repeated.
-    #[arg(long = "approve-route", value_name = "PREFIX")]
+    #[arg(long = "approve-route", value_name = "PREFIX", value_parser = parse_route)]
     approved_routes: Vec<IpNet>,
     /// Forget a node that joined with an ephemeral key when it stays away for this long.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_time)]
@@ -367,7 +368,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         domain: args.base_domain.trim_matches('.').to_owned(),
         addresses,
         derp_map,
-        approved_routes: args.approved_routes.iter().map(IpNet::trunc).collect(),
+        approved_routes: args.approved_routes.clone(),
         ephemeral_timeout: args.ephemeral_timeout.0.unwrap_or(FOR_EVER),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -384,23 +385,24 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             database,
             server,
         })?;
-        let mut hangup = signal(SignalKind::hangup())?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        loop {
-            tokio::select! {
-                _ = hangup.recv() => {
-                    let Some(file) = &args.derp_map else { continue };
-                    match read_derp_map(file) {
-                        Ok(map) => server.set_derp_map(map).await,
-                        Err(error) => {
-                            let error = format!("{error:#}");
-                            tracing::error!(error, "the old DERP map stays in force");
-                        }
-                    }
+        let mut signals = Signals::listen()?;
+        while signals.next().await == Told::ReadAgain {
+            let Some(file) = &args.derp_map else {
+                tracing::info!("SIGHUP: there is no DERP map to read again");
+                continue;
+            };
+            match read_derp_map(file) {
+                Ok(map) => {
+                    tracing::info!(
+                        regions = map.regions.len(),
+                        "SIGHUP: the DERP map was read again"
+                    );
+                    server.set_derp_map(map).await;
                 }
-                _ = terminate.recv() => break,
-                _ = interrupt.recv() => break,
+                Err(error) => {
+                    let error = format!("{error:#}");
+                    tracing::error!(error, "SIGHUP: the old DERP map stays in force");
+                }
             }
         }
         tracing::info!(counters = ?server.counters().list(), "stopping");

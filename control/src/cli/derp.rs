@@ -10,6 +10,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use crate::driver::derp_server::{DerpOptions, DerpServer, identity};
+use crate::driver::signals::Signals;
 use crate::driver::state::StateDir;
 use crate::driver::tls::verify::pin_of;
 use crate::netmap::{DerpMap, DerpNode, DerpRegion};
@@ -109,24 +110,16 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
         crate::driver::state::write_private(&state.file("derp-node.json"), text.as_bytes())?;
         writeln!(std::io::stdout(), "{text}")?;
         tracing::info!(addrs = ?server.addrs()?, stun = ?server.stun_addrs()?, "relay is up");
-        let signalled = signalled()?;
-        server.run(signalled).await;
+        let mut signals = Signals::listen()?;
+        server
+            .run(async move {
+                signals.end().await;
+            })
+            .await;
         anyhow::Ok(())
     });
     runtime.shutdown_timeout(SHUTDOWN_LIMIT);
     result
-}
-
-fn signalled() -> anyhow::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    })
 }
 
 /// A DERP map with this relay alone.

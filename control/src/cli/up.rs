@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use crate::config::{DriverName, EngineName, NodeConfig, ValidateMode};
+use crate::netmap::prefix::parse_route;
 
 /// Run a node: join a network and move its traffic until stopped.
 ///
@@ -71,7 +72,7 @@ pub(super) struct UpArgs {
     #[arg(long, value_name = "MARK")]
     fwmark: Option<u32>,
     /// Prefixes this node offers to route for others, separated by commas.
-    #[arg(long, value_name = "PREFIXES", value_delimiter = ',')]
+    #[arg(long, value_name = "PREFIXES", value_delimiter = ',', value_parser = parse_route)]
     advertise_routes: Vec<ipnet::IpNet>,
     /// Stay on relays: no direct paths.
     #[arg(long)]

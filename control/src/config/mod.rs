@@ -12,6 +12,11 @@ pub use node::{DriverName, EngineName, NodeConfig, ValidateMode};
 
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
+use serde::{Deserialize, Deserializer};
+
+use crate::netmap::prefix::parse_route;
+
 /// Why a file was refused, with the file's name and, for TOML, the line.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -39,6 +44,22 @@ pub enum ConfigError {
         /// What is wrong and what would be right.
         message: String,
     },
+}
+
+/// A list of prefixes that somebody wants routed.
+fn routes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    let texts = Vec::<String>::deserialize(deserializer)?;
+    let parsed = texts.iter().map(|text| parse_route(text));
+    parsed
+        .collect::<Result<_, _>>()
+        .map_err(serde::de::Error::custom)
+}
+
+/// The same where there may be none.
+fn optional_routes<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<Vec<IpNet>>, D::Error> {
+    routes(deserializer).map(Some)
 }
 
 /// Reads a TOML file into its type.

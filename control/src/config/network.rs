@@ -65,7 +65,7 @@ struct FilePeer {
     #[serde(default)]
     home: Option<Region>,
     addresses: Vec<IpNet>,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "super::optional_routes")]
     allowed_ips: Option<Vec<IpNet>>,
     #[serde(default)]
     endpoints: Vec<SocketAddr>,
@@ -240,6 +240,10 @@ mod tests {
             (format!("{head}{twice}{twice}"), "same node_key"),
             (format!("{head}{twice}{other}"), "another peer too"),
             (format!("{head}colour = 1"), "colour"),
+            (
+                format!("{head}{twice}allowed_ips = [\"10.8.0.1/24\"]"),
+                "write 10.8.0.0/24",
+            ),
         ] {
             let error = parse(&text).unwrap_err();
             assert!(error.contains(part), "{error}");

@@ -98,7 +98,8 @@ pub struct NodeConfig {
     pub control_key: Option<String>,
     /// Static network file, instead of a coordination server.
     pub network: Option<PathBuf>,
-    /// Prefixes this node offers to route for others.
+    /// Prefixes this node offers to route for others; none has host bits set.
+    #[serde(deserialize_with = "super::routes")]
     pub advertise_routes: Vec<ipnet::IpNet>,
     /// Stay on relays: no DISCO pings, no direct paths.
     pub relay_only: bool,
@@ -238,6 +239,13 @@ mod tests {
     fn a_misspelt_key_is_refused_by_name() {
         let error = parse("listen-port = 1").unwrap_err().to_string();
         assert!(error.contains("listen-port"), "{error}");
+    }
+
+    #[test]
+    fn a_route_with_host_bits_is_refused_with_the_right_prefix() {
+        let text = "network = \"n\"\nadvertise_routes = [\"10.20.0.0/16\", \"10.30.0.1/16\"]";
+        let error = parse(text).unwrap_err().to_string();
+        assert!(error.contains("write 10.30.0.0/16"), "{error}");
     }
 
     #[test]

@@ -16,7 +16,6 @@ use ringtail_dataplane::tun::Kind;
 use ringtail_dataplane::{
     Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId, Rules, Stats,
 };
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
@@ -26,6 +25,7 @@ use super::interface::Interface;
 use super::link::{self, OwnLink};
 use super::runtime;
 use super::sleep;
+use super::signals::Signals;
 use super::uapi::{self, Call, SOCKET_DIR, Socket};
 use crate::agent::heard_lately;
 use crate::device::{Device, Status, Traffic};
@@ -148,9 +148,7 @@ impl Running {
         mut link_news: mpsc::Receiver<OwnLink>,
     ) -> anyhow::Result<()> {
         let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut hang_up = signal(SignalKind::hangup())?;
+        let mut signals = Signals::listen()?;
         let mut presence_check = tokio::time::interval(PRESENCE_CHECK_PERIOD);
         tracing::info!(
             interface = self.dataplane.tun_name(),
@@ -164,9 +162,7 @@ impl Running {
                 self.resumed(slept);
             }
             tokio::select! {
-                _ = terminate.recv() => break "SIGTERM",
-                _ = interrupt.recv() => break "SIGINT",
-                _ = hang_up.recv() => break "SIGHUP",
+                signal = signals.end() => break signal,
                 ready = shards.readable() => {
                     let mut ready = ready?;
                     match self.take_from_shards() {

@@ -23,6 +23,7 @@ mod race;
 pub mod relay;
 pub mod runtime;
 mod sleep;
+pub mod signals;
 pub mod state;
 pub mod status;
 pub mod tls;

@@ -6,6 +6,7 @@
 mod derp_map;
 pub mod filter;
 mod merge;
+pub mod prefix;
 pub mod wire;
 
 pub use derp_map::*;

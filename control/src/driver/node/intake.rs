@@ -8,6 +8,7 @@ use ringtail_dataplane::channel::{Activity, RegionId};
 
 use super::{Node, SAVE_SOON, now};
 use crate::agent::Network;
+use crate::config::StaticNetwork;
 use crate::coord::CoordEvent;
 use crate::driver::device;
 use crate::driver::interface::{interfaces, source_address};
@@ -246,6 +247,30 @@ impl Node {
             Finding::Resolved(host, found) => self.agent.handle_resolved(now(), &host, found),
             Finding::HttpsLatency(region, measured) => {
                 self.agent.handle_https_latency(now(), region, measured);
+            }
+        }
+    }
+
+    /// Reads the static network file again; one that is wrong changes nothing. All else is read at the
+    /// start only.
+    pub(super) fn read_again(&mut self) {
+        let Some(path) = &self.network_file else {
+            tracing::info!(
+                "SIGHUP: there is nothing to read again; settings count from a restart on"
+            );
+            return;
+        };
+        match StaticNetwork::read(path) {
+            Ok(network) => {
+                tracing::info!(
+                    peers = network.peers.len(),
+                    "SIGHUP: the network file was read again"
+                );
+                self.agent.handle_network(now(), network.into());
+            }
+            Err(error) => {
+                let error = error.to_string();
+                tracing::error!(error, "SIGHUP: the network stays as it was");
             }
         }
     }

@@ -21,7 +21,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use ipnet::IpNet;
 use ringtail_dataplane::{Dataplane, Engine};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::{at, now};
@@ -34,6 +33,7 @@ use super::names::Names;
 use super::relay::{RelayEvents, RelayPool};
 use super::runtime;
 use super::sleep;
+use super::signals::{Signals, Told};
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::uapi;
 use crate::agent::{Agent, Network, Output, Surroundings};
@@ -76,7 +76,8 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
             engine,
             kind,
         };
-        Node::start(parts).await?.run().await
+        let signals = Signals::listen()?;
+        Node::start(parts).await?.run(signals).await
     })
 }
 
@@ -106,6 +107,8 @@ struct Node {
     fwmark: u32,
     engine: Engine,
     surroundings: Surroundings,
+    /// The static network file, if that is who tells us of the network.
+    network_file: Option<PathBuf>,
     default_sources: [Option<IpAddr>; 2],
     unsaved: Option<Network>,
     /// Whom the run after this will shake hands with first, as it is on disk.
@@ -114,10 +117,8 @@ struct Node {
 }
 
 impl Node {
-    async fn run(mut self) -> anyhow::Result<()> {
+    async fn run(mut self, mut signals: Signals) -> anyhow::Result<()> {
         let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
         let mut datagrams: Vec<Datagram> = Vec::new();
         tracing::info!(
             tun = self.dataplane.tun_name(),
@@ -133,8 +134,10 @@ impl Node {
             self.carry_out();
             let due = self.agent.poll_timeout();
             tokio::select! {
-                _ = terminate.recv() => break Ok(()),
-                _ = interrupt.recv() => break Ok(()),
+                told = signals.next() => match told {
+                    Told::End(_) => break Ok(()),
+                    Told::ReadAgain => self.read_again(),
+                },
                 ready = shards.readable() => {
                     let mut ready = ready?;
                     match self.take_from_shards() {

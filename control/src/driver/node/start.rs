@@ -225,6 +225,7 @@ impl Node {
             fwmark: config.fwmark.unwrap_or(0),
             engine,
             surroundings,
+            network_file: config.network.clone(),
             default_sources: [None, None],
             unsaved: None,
             sessions_saved: Vec::new(),

@@ -1,0 +1,142 @@
+//! What a prefix can stand for: a subnet, the internet, or nothing that a host could have.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+/// Shortest prefixes that can be a subnet: the widest private networks, 10.0.0.0/8 and fc00::/7.
+/// What is wider stands for the internet.
+const SUBNET_BITS_MIN: [u8; 2] = [8, 7];
+
+/// Whose addresses no host has, beside multicast: "this network", loopback, link-local, reserved;
+/// of IPv6 the unspecified and loopback address, IPv4-mapped ones, link-local.
+const NO_HOSTS: [IpNet; 7] = [
+    v4([0, 0, 0, 0], 8),
+    v4([127, 0, 0, 0], 8),
+    v4([169, 254, 0, 0], 16),
+    v4([240, 0, 0, 0], 4),
+    v6([0; 8], 127),
+    v6([0, 0, 0, 0, 0, 0xffff, 0, 0], 96),
+    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
+];
+
+/// The metadata address of clouds: link-local, yet routed to by subnet routers.
+const CLOUD_METADATA: IpNet = v4([169, 254, 169, 254], 32);
+
+const fn v4([a, b, c, d]: [u8; 4], bits: u8) -> IpNet {
+    IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), bits))
+}
+
+const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], bits: u8) -> IpNet {
+    IpNet::V6(Ipv6Net::new_assert(
+        Ipv6Addr::new(a, b, c, d, e, f, g, h),
+        bits,
+    ))
+}
+
+/// Whether a prefix stands for the internet, or a piece of it that no site is as large as.
+pub fn is_exit(prefix: &IpNet) -> bool {
+    let [v4, v6] = SUBNET_BITS_MIN;
+    match prefix {
+        IpNet::V4(net) => net.prefix_len() < v4,
+        IpNet::V6(net) => net.prefix_len() < v6,
+    }
+}
+
+/// Whether a prefix without host bits holds nothing but addresses that no host has.
+pub fn has_no_hosts(prefix: &IpNet) -> bool {
+    let no_hosts = || NO_HOSTS.iter().any(|net| net.contains(prefix));
+    *prefix != CLOUD_METADATA && (prefix.addr().is_multicast() || no_hosts())
+}
+
+/// Reads a prefix that somebody wants routed.
+///
+/// # Errors
+/// A sentence that names the prefix that was probably meant: where host bits are set, where the
+/// length is missing, where an IPv4 prefix is written as an IPv6 one. Or that no host has such
+/// addresses.
+pub fn parse_route(text: &str) -> Result<IpNet, String> {
+    let text = text.trim();
+    let net: IpNet = match text.parse() {
+        Ok(net) => net,
+        Err(_) => {
+            let address: Option<IpAddr> = text.parse().ok();
+            let meant = address.map(|address| match unmapped(IpNet::from(address)) {
+                Some(net) => net,
+                None => IpNet::from(address),
+            });
+            return Err(match meant {
+                Some(net) => format!("{text} is an address without a prefix length: write {net}"),
+                None => format!("{text:?} is no prefix such as 10.20.0.0/16 or fd00:20::/64"),
+            });
+        }
+    };
+    if let Some(v4) = unmapped(net) {
+        let v4 = v4.trunc();
+        return Err(format!(
+            "{text} is an IPv4 prefix in the form of an IPv6 one: write {v4}"
+        ));
+    }
+    if net != net.trunc() {
+        let right = net.trunc();
+        return Err(format!(
+            "{text} has bits set behind the prefix: write {right}"
+        ));
+    }
+    if !is_exit(&net) && has_no_hosts(&net) {
+        return Err(format!(
+            "{text} cannot be routed: no host has such addresses"
+        ));
+    }
+    Ok(net)
+}
+
+/// The IPv4 prefix behind an IPv4-mapped one.
+fn unmapped(net: IpNet) -> Option<IpNet> {
+    let IpNet::V6(net) = net else { return None };
+    let address = net.addr().to_ipv4_mapped()?;
+    let bits = net.prefix_len().checked_sub(96)?;
+    Some(Ipv4Net::new(address, bits).ok()?.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_route_is_taken_as_it_stands_or_refused_with_the_right_one() {
+        for text in [
+            "10.20.0.0/16",
+            "10.20.30.40/32",
+            "fd00:20::/64",
+            "0.0.0.0/0",
+            "::/0",
+            "128.0.0.0/1",
+            "169.254.169.254/32",
+            " 10.1.0.0/16 ",
+        ] {
+            let net = parse_route(text);
+            assert_eq!(net.unwrap().to_string(), text.trim(), "{text}");
+        }
+        for (text, said) in [
+            ("10.20.0.1/16", "write 10.20.0.0/16"),
+            ("fd00:20::5/64", "write fd00:20::/64"),
+            ("1.2.3.4/0", "write 0.0.0.0/0"),
+            ("10.20.0.1", "write 10.20.0.1/32"),
+            ("fd00::1", "write fd00::1/128"),
+            ("::ffff:10.20.0.0/112", "write 10.20.0.0/16"),
+            ("::ffff:10.20.0.1/112", "write 10.20.0.0/16"),
+            ("::ffff:10.20.0.1", "write 10.20.0.1/32"),
+            ("10.20/16", "no prefix"),
+            ("10.20.0.0/33", "no prefix"),
+            ("", "no prefix"),
+            ("127.0.0.0/8", "no host"),
+            ("224.0.0.0/24", "no host"),
+            ("fe80::/64", "no host"),
+            ("ff02::/16", "no host"),
+        ] {
+            let error = parse_route(text).unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+    }
+}
