@@ -13,6 +13,7 @@ mod configuration;
 mod directory;
 mod network;
 mod revival;
+mod standing;
 mod status;
 mod story;
 
@@ -25,6 +26,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use ringtail_dataplane::channel::{self, Activity, NetworkConfig, PathDecision, PeerId, RegionId};
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 
 use crate::disco::{self, Class};
 use crate::key::{DiscoPrivate, NodePublic};
@@ -34,7 +36,7 @@ use crate::path::{self, LinkChange, Manager, PeerSetup, PingId, Route, Via};
 
 use allowed::Allowed;
 pub use directory::Directory;
-pub use network::{HeldBack, HoldReason, Network, NetworkPeer, NetworkRule};
+pub use network::{HeldBack, HoldReason, Network, NetworkPeer, NetworkRule, Standing};
 pub use status::Surroundings;
 pub use story::millis;
 
@@ -45,6 +47,8 @@ pub(crate) use revival::heard_lately;
 const TUNNEL_ACTIVE: Duration = Duration::from_secs(45);
 /// So often the agent looks whether it still is.
 const ACTIVE_CHECK_PERIOD: Duration = Duration::from_secs(5);
+/// An expiry is waited for so long at most before the wall clock is looked at again.
+const EXPIRY_CHECK_PERIOD_MAX: Duration = Duration::from_secs(3600);
 /// Prefixes of peers that do not count and are told of at most.
 const REFUSED_TOLD_MAX: usize = 64;
 /// User pings that wait for their answer at most.
@@ -148,6 +152,11 @@ pub struct Agent {
     allowed: Allowed,
     /// Those that do not, in sentences.
     refused: BTreeSet<String>,
+    /// The wall clock as told last, and when the next key expires by it.
+    wall: OffsetDateTime,
+    next_expiry: Option<OffsetDateTime>,
+    /// When to be told the wall clock again.
+    expiry_check: Option<Instant>,
     directory: Directory,
     paths: Manager,
     netcheck: Netcheck,
@@ -189,6 +198,9 @@ impl Agent {
             network: None,
             allowed: Allowed::default(),
             refused: BTreeSet::new(),
+            wall: OffsetDateTime::UNIX_EPOCH,
+            next_expiry: None,
+            expiry_check: None,
             directory: Directory::default(),
             paths,
             netcheck,
@@ -209,11 +221,42 @@ impl Agent {
         if self.told.as_ref() == Some(&network) {
             return;
         }
-        let told = self.told.insert(network);
-        let (network, allowed) = told.in_force();
+        self.told = Some(network);
+        self.enforce(now);
+    }
+
+    /// Whether there is a network to take part in.
+    pub fn has_network(&self) -> bool {
+        self.told.is_some()
+    }
+
+    /// Takes what the wall clock says. Keys expire by it, so it has to be told before a network is,
+    /// whenever [`Self::poll_timeout`] says, and now and then besides, since clocks are set.
+    pub fn handle_wall_clock(&mut self, now: Instant, wall: OffsetDateTime) {
+        let set_back = wall < self.wall;
+        self.wall = wall;
+        if set_back || self.next_expiry.is_some_and(|at| at <= wall) {
+            self.enforce(now);
+        }
+        self.await_expiry(now);
+    }
+
+    fn await_expiry(&mut self, now: Instant) {
+        let wait = self.next_expiry.map(|at| at - self.wall);
+        let wait = wait.map(|wait| Duration::try_from(wait).unwrap_or_default());
+        self.expiry_check = wait.map(|wait| now + wait.min(EXPIRY_CHECK_PERIOD_MAX));
+    }
+
+    /// Puts into force what counts of the network by now.
+    fn enforce(&mut self, now: Instant) {
+        let Some(told) = &self.told else { return };
+        self.next_expiry = told.next_expiry(self.wall);
+        let (network, allowed) = told.in_force(self.wall);
+        self.await_expiry(now);
         if self.network.as_ref() == Some(&network) && self.allowed == allowed {
             return;
         }
+        self.tell_standing(&network);
         self.tell_peers(&network);
         self.tell_refused(&network, &allowed);
         self.allowed = allowed;
@@ -508,6 +551,7 @@ impl Agent {
             self.netcheck.poll_timeout(),
             self.revival.poll_timeout(),
             self.active_check,
+            self.expiry_check,
         ]
         .into_iter()
         .flatten()

@@ -6,11 +6,13 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use ringtail_dataplane::channel::{Prefix, Rule, Rules};
 use serde::{Deserialize, Serialize};
+use time::OffsetDateTime;
 
 use super::allowed::Allowed;
 use crate::config::StaticNetwork;
 use crate::coord::address::{DNS_SERVICE_V4, DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
 use crate::key::{DiscoPublic, NodePublic};
+use crate::netmap::wire::WireTime;
 use crate::netmap::{DerpMap, Netmap, Peer};
 
 /// One whole view of the network.
@@ -32,8 +34,25 @@ pub struct Network {
     /// has the whole, and its DNS service.
     #[serde(default)]
     pub reserved: Vec<IpNet>,
+    /// How it stands with ourselves.
+    #[serde(default)]
+    pub own: Standing,
     /// Who may reach us; without rules every peer may.
     pub rules: Option<Vec<NetworkRule>>,
+}
+
+/// How the coordination server sees this node.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Standing {
+    /// Our key has expired: peers refuse us.
+    pub expired: bool,
+    /// When it does, by our wall clock.
+    pub key_expiry: Option<WireTime>,
+    /// An administrator has yet to let us in.
+    pub unapproved: bool,
+    /// Problems that the server wants to be shown.
+    pub health: Vec<String>,
 }
 
 /// One peer.
@@ -55,6 +74,12 @@ pub struct NetworkPeer {
     pub endpoints: Vec<SocketAddr>,
     /// Whether the coordination server sees it, if it says so.
     pub online: Option<bool>,
+    /// When it was seen last, if it is offline.
+    #[serde(default)]
+    pub last_seen: Option<WireTime>,
+    /// When its key expires, by our wall clock.
+    #[serde(default)]
+    pub key_expiry: Option<WireTime>,
 }
 
 /// A node that may not take part.
@@ -68,6 +93,22 @@ pub struct HeldBack {
     pub addresses: Vec<IpNet>,
     /// Why not.
     pub why: HoldReason,
+    /// When its key expires or expired, by our wall clock.
+    #[serde(default)]
+    pub key_expiry: Option<WireTime>,
+}
+
+impl HeldBack {
+    /// A peer whose key has expired since we were told of it.
+    fn expired(peer: &NetworkPeer) -> Self {
+        Self {
+            name: peer.name.clone(),
+            node_key: peer.node_key,
+            addresses: peer.addresses.clone(),
+            why: HoldReason::Expired,
+            key_expiry: peer.key_expiry,
+        }
+    }
 }
 
 /// Why a node may not take part.
@@ -87,6 +128,16 @@ pub enum HoldReason {
 }
 
 impl HoldReason {
+    /// The name in `ringtail status`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Expired => "expired",
+            Self::Jailed => "jailed",
+            Self::Unreachable => "unreachable",
+            Self::NoAccess => "no_access",
+        }
+    }
+
     fn of(peer: &Peer) -> Self {
         if peer.expired {
             Self::Expired
@@ -130,11 +181,14 @@ impl From<StaticNetwork> for Network {
                     allowed_ips: peer.allowed_ips,
                     endpoints: peer.endpoints,
                     online: None,
+                    last_seen: None,
+                    key_expiry: None,
                 })
                 .collect(),
             // The file's allowed IPs are whoever wrote it's word, the whole of a range included.
             held_back: Vec::new(),
             reserved: Vec::new(),
+            own: Standing::default(),
             rules: None,
         }
     }
@@ -160,6 +214,8 @@ impl From<&Netmap> for Network {
                     allowed_ips: peer.allowed_ips.clone(),
                     endpoints: peer.endpoints.clone(),
                     online: peer.online,
+                    last_seen: peer.last_seen.map(WireTime),
+                    key_expiry: peer.key_expiry.map(WireTime),
                 })
                 .collect(),
             held_back: jailed
@@ -169,6 +225,7 @@ impl From<&Netmap> for Network {
                     node_key: peer.key,
                     addresses: peer.addresses.clone(),
                     why: HoldReason::of(peer),
+                    key_expiry: peer.key_expiry.map(WireTime),
                 })
                 .collect(),
             reserved: vec![
@@ -177,6 +234,12 @@ impl From<&Netmap> for Network {
                 IpAddr::from(DNS_SERVICE_V4).into(),
                 IpAddr::from(DNS_SERVICE_V6).into(),
             ],
+            own: Standing {
+                expired: map.self_node.expired,
+                key_expiry: map.self_node.key_expiry.map(WireTime),
+                unapproved: !map.self_node.machine_authorized,
+                health: map.health.clone(),
+            },
             rules: match &map.rules {
                 Rules::AllowAll => None,
                 Rules::List(rules) => Some(rules.iter().map(NetworkRule::from).collect()),
@@ -203,14 +266,27 @@ impl From<&Rule> for NetworkRule {
 }
 
 impl Network {
-    /// What counts of it, and what does not: peers with the prefixes that are theirs.
-    pub(super) fn in_force(&self) -> (Self, Allowed) {
+    /// What counts of it at our wall clock `wall`: peers whose keys are good, with the prefixes that
+    /// are theirs. The other part says what does not count.
+    pub(super) fn in_force(&self, wall: OffsetDateTime) -> (Self, Allowed) {
         let mut network = self.clone();
+        let past = |expiry: Option<WireTime>| expiry.is_some_and(|expiry| expiry.0 <= wall);
+        let expired = network.peers.extract_if(.., |peer| past(peer.key_expiry));
+        let expired: Vec<HeldBack> = expired.map(|peer| HeldBack::expired(&peer)).collect();
+        network.held_back.extend(expired);
+        network.own.expired |= past(network.own.key_expiry);
         let mut allowed = Allowed::of(&network);
         for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
             peer.allowed_ips = std::mem::take(counts);
         }
         (network, allowed)
+    }
+
+    /// The first expiry of a key after `wall`: what is in force may differ from then on.
+    pub(super) fn next_expiry(&self, wall: OffsetDateTime) -> Option<OffsetDateTime> {
+        let peers = self.peers.iter().map(|peer| peer.key_expiry);
+        let all = peers.chain([self.own.key_expiry]).flatten();
+        all.map(|expiry| expiry.0).filter(|at| *at > wall).min()
     }
 
     /// The rules in the data plane's form.

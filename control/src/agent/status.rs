@@ -5,7 +5,7 @@ use std::time::Instant;
 use ringtail_dataplane::channel::{Activity, PeerId};
 use serde_json::{Value, json};
 
-use super::{Agent, millis};
+use super::{Agent, HeldBack, HoldReason, millis, standing};
 use crate::key::{DiscoPublic, NodePublic};
 
 /// What the agent is told about its surroundings, for people only.
@@ -47,10 +47,17 @@ impl Agent {
             .flat_map(|n| &n.addresses)
             .map(|net| net.addr().to_string())
             .collect();
+        let own = self.network.as_ref().map(|network| &network.own);
+        let mut state = around.coordination_state.clone();
+        if own.is_some_and(|own| own.expired) {
+            state.push_str("; this node's key has expired");
+        }
+        let held_back = self.network.iter().flat_map(|network| &network.held_back);
         let peers: Vec<Value> = self
             .directory
             .iter()
             .map(|(id, _)| self.peer_status(now, id, &activity(id)))
+            .chain(held_back.map(held_back_status))
             .collect();
         let mut drops: serde_json::Map<String, Value> = self
             .drops
@@ -72,14 +79,16 @@ impl Agent {
             "node_key": around.node_key,
             "disco_key": around.disco_key,
             "addresses": addresses,
-            "health": self.refused,
+            "expired": own.is_some_and(|own| own.expired),
+            "key_expiry": own.and_then(|own| standing::text(own.key_expiry)),
+            "health": self.health(),
             "tun": {"name": around.tun, "mtu": around.mtu},
             "shards": around.shards,
             "driver": around.driver,
             "listen_port": around.listen_port,
             "coordination": {
                 "kind": around.coordination.as_deref().unwrap_or("static"),
-                "state": around.coordination_state,
+                "state": state,
             },
             "home": {"id": self.home.map(|id| id.0), "region": self.home.map(|id| self.region_code(id))},
             "endpoints": self.endpoints.iter().map(|own| own.addr).collect::<Vec<_>>(),
@@ -122,6 +131,10 @@ impl Agent {
             "allowed_ips": peer.allowed_ips,
             "home": peer.home.map(|id| self.region_code(ringtail_dataplane::channel::RegionId(id))),
             "online": peer.online,
+            "last_seen": standing::text(peer.last_seen),
+            "key_expiry": standing::text(peer.key_expiry),
+            "expired": false,
+            "held_back": null,
             "path": path,
             "tx_bytes": activity.tx_bytes,
             "rx_bytes": activity.rx_bytes,
@@ -131,4 +144,18 @@ impl Agent {
             "last_received_s": since(activity.last_received),
         })
     }
+}
+
+/// A peer that may not take part, so that nobody wonders where it went.
+fn held_back_status(node: &HeldBack) -> Value {
+    json!({
+        "name": super::short_name(&node.name),
+        "node_key": node.node_key,
+        "addresses": node.addresses.iter().map(|net| net.addr().to_string()).collect::<Vec<_>>(),
+        "allowed_ips": [],
+        "key_expiry": standing::text(node.key_expiry),
+        "expired": node.why == HoldReason::Expired,
+        "held_back": node.why.as_str(),
+        "path": null,
+    })
 }

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::key::{DiscoPrivate, NodePrivate};
+use crate::netmap::wire::WireTime;
 
 fn node(seed: u8) -> (NodePublic, DiscoPrivate) {
     (
@@ -42,7 +43,7 @@ fn network(peer: u8) -> Network {
             addresses: vec!["10.7.0.2/32".parse().unwrap()],
             allowed_ips: vec!["10.7.0.2/32".parse().unwrap()],
             endpoints: vec!["203.0.113.2:41641".parse().unwrap()],
-            online: None,
+            ..NetworkPeer::default()
         }],
         rules: None,
         ..Network::default()
@@ -130,6 +131,102 @@ fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed(
     assert_eq!(configure, Some((1, 1)));
     agent.handle_network(now, network(2));
     assert!(outputs(&mut agent).is_empty());
+}
+
+/// What `ringtail status` says.
+fn status(agent: &Agent, now: Instant) -> Value {
+    let (node_key, disco_key) = node(1);
+    let around = Surroundings {
+        hostname: "a".into(),
+        node_key,
+        disco_key: disco_key.public(),
+        tun: "tun0".into(),
+        mtu: 1280,
+        shards: 1,
+        driver: "epoll",
+        listen_port: 41641,
+        coordination: Some("http://10.0.0.1".into()),
+        coordination_state: "connected".into(),
+    };
+    agent.status(now, &around, &|_| Activity::default())
+}
+
+fn peers_given(out: &[Output]) -> Option<usize> {
+    out.iter().rev().find_map(|o| {
+        let Output::SetNetwork(network) = o else {
+            return None;
+        };
+        Some(network.peers.len())
+    })
+}
+
+const NOON: OffsetDateTime = time::macros::datetime!(2026-11-29 12:00 UTC);
+
+#[test]
+fn a_peers_key_expires_by_the_wall_clock_with_nobody_to_tell_us() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let hour = Duration::from_secs(3600);
+    let mut cached = network(2);
+    cached.peers[0].key_expiry = Some(WireTime(NOON + hour));
+    agent.handle_wall_clock(now, NOON);
+    agent.handle_network(now, cached.clone());
+    assert_eq!(peers_given(&outputs(&mut agent)), Some(1));
+    // The timer is the expiry's; what the agent is woken for before it changes nothing.
+    assert!(agent.poll_timeout().unwrap() <= now + hour);
+    agent.handle_wall_clock(now + hour / 2, NOON + hour / 2);
+    assert_eq!(peers_given(&outputs(&mut agent)), None);
+    agent.handle_wall_clock(now + hour, NOON + hour);
+    let out = outputs(&mut agent);
+    assert_eq!(peers_given(&out), Some(0));
+    let held = |o: &Output| matches!(o, Output::Story("held_back", what) if what["peer"] == "b");
+    assert!(out.iter().any(held));
+    let shown = &status(&agent, now + hour)["peers"][0];
+    assert_eq!(shown["name"], "b");
+    assert_eq!(shown["expired"], true);
+    assert_eq!(shown["key_expiry"], "2026-11-29T13:00:00Z");
+    // Told once, and nobody else gets its address.
+    agent.handle_wall_clock(now + 2 * hour, NOON + 2 * hour);
+    assert!(outputs(&mut agent).is_empty());
+    // A clock that was wrong is put right.
+    agent.handle_wall_clock(now + 2 * hour, NOON);
+    assert_eq!(peers_given(&outputs(&mut agent)), Some(1));
+    // A cached map is judged at once.
+    let mut restarted = self::agent(1, false);
+    restarted.handle_wall_clock(now, NOON + 2 * hour);
+    restarted.handle_network(now, cached);
+    assert_eq!(peers_given(&outputs(&mut restarted)), Some(0));
+}
+
+#[test]
+fn our_own_expiry_is_noticed_by_our_own_clock_and_told_once() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let minute = Duration::from_secs(60);
+    let mut told = network(2);
+    told.own.key_expiry = Some(WireTime(NOON + minute));
+    told.own.health = vec!["the disk is full".into()];
+    agent.handle_wall_clock(now, NOON);
+    agent.handle_network(now, told.clone());
+    outputs(&mut agent);
+    let before = status(&agent, now);
+    assert_eq!(before["expired"], false);
+    assert_eq!(before["key_expiry"], "2026-11-29T12:01:00Z");
+    assert_eq!(before["health"], json!(["the disk is full"]));
+    assert_eq!(before["coordination"]["state"], "connected");
+    agent.handle_wall_clock(now + minute, NOON + minute);
+    let expired = |o: &Output| matches!(o, Output::Story("expired", _));
+    assert!(outputs(&mut agent).iter().any(expired));
+    let after = status(&agent, now + minute);
+    assert_eq!(after["expired"], true);
+    let health = after["health"][0].as_str().unwrap();
+    assert!(health.contains("2026-11-29T12:01:00Z") && health.contains("--auth-key-file"));
+    let state = after["coordination"]["state"].as_str().unwrap();
+    assert!(state.contains("expired"), "{state}");
+    agent.handle_wall_clock(now + 2 * minute, NOON + 2 * minute);
+    assert!(outputs(&mut agent).is_empty());
+    // An administrator has extended it.
+    told.own.key_expiry = Some(WireTime(NOON + 9 * minute));
+    agent.handle_network(now + 2 * minute, told);
+    assert_eq!(status(&agent, now)["expired"], false);
 }
 
 #[test]

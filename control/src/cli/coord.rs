@@ -19,7 +19,7 @@ use zeroize::Zeroizing;
 use crate::coord::address::{AddressPlan, V4_RANGE, V6_RANGE};
 use crate::coord::auth_key::{self, AuthKey, KeySeed};
 use crate::coord::server::ServerConfig;
-use crate::coord::{CoordConfig, CoordEvent, SelfState};
+use crate::coord::{CoordConfig, CoordEvent, NotAdmitted, SelfState};
 use crate::driver::control_url::{ControlUrl, is_private};
 use crate::driver::coord_client::CoordClient;
 use crate::driver::coord_server::{CoordServer, CoordServerConfig};
@@ -608,7 +608,7 @@ fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
             let Some(event) = event else { return Ok(()) };
             writeln!(std::io::stdout().lock(), "{}", describe(&event))?;
             if let CoordEvent::Fatal(text) = event {
-                bail!("{text}");
+                return Err(NotAdmitted(text).into());
             }
         }
     })
@@ -640,7 +640,7 @@ fn describe_netmap(netmap: &Netmap) -> serde_json::Value {
         })
         .collect();
     json!({"event": "netmap", "id": netmap.self_node.id, "name": netmap.self_node.name,
-           "addresses": netmap.self_node.addresses, "key": netmap.self_node.key,
+           "addresses": netmap.self_node.addresses, "key": netmap.self_node.key, "expired": netmap.self_node.expired,
            "regions": netmap.derp_map.regions.keys().collect::<Vec<_>>(),
            "rules": format!("{:?}", netmap.rules), "domain": netmap.domain, "peers": peers})
 }

@@ -14,7 +14,12 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::coord::NotAdmitted;
 use crate::driver::state::STATE_DIR_DEFAULT;
+
+/// The exit code of a node that the network does not let in, or no more: a person has to act, and
+/// starting it again is of no use (`EX_NOPERM` of sysexits.h).
+const EXIT_NOT_ADMITTED: u8 = 77;
 
 /// A throughput-optimised mesh VPN node for Linux, with its own relay and coordination server.
 ///
@@ -84,7 +89,11 @@ pub fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ringtail: {error:#}");
-            ExitCode::FAILURE
+            if error.downcast_ref::<NotAdmitted>().is_some() {
+                ExitCode::from(EXIT_NOT_ADMITTED)
+            } else {
+                ExitCode::FAILURE
+            }
         }
     }
 }

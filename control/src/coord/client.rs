@@ -16,6 +16,10 @@ use crate::netmap::wire::{
     CAPABILITY_VERSION, MapRequest, RegisterAuth, RegisterRequest, RegisterResponse,
 };
 
+/// A node asks so often whether the server still knows it, where it has nothing to report: Headscale
+/// does not tell a node that it was removed, and keeps its stream alive.
+pub const CONFIRM_PERIOD: Duration = Duration::from_secs(45);
+
 /// A stream without any complete message for this long is dead.
 pub const WATCHDOG: Duration = Duration::from_secs(120);
 
@@ -52,8 +56,8 @@ impl Outcome {
         }
         if answer.node_key_expired {
             return Self::Fatal(
-                "the coordination server says that this node's key has expired: remove the node \
-                 key from the state directory and start again with an auth key"
+                "the coordination server says that this node's key has expired: start again with \
+                 an auth key (--auth-key-file), or have an administrator extend the key"
                     .to_owned(),
             );
         }
@@ -118,6 +122,15 @@ pub enum AfterMap {
     Retry(String),
 }
 
+/// What to tell the user when the server does not know a node any more that had its map: an
+/// administrator has removed it. Joining again by the key that is still at hand would undo that.
+pub fn removed(url: &str) -> String {
+    format!(
+        "this node was removed from the network: the coordination server at {url} does not know it \
+         any more. If it shall join again, start ringtail again with an auth key (--auth-key-file)"
+    )
+}
+
 /// Judges the status of a map request and the text of its body.
 pub fn after_map_status(status: u16, text: &str) -> AfterMap {
     let said = text.lines().next().unwrap_or_default();
@@ -162,6 +175,8 @@ impl Watchdog {
 #[derive(Clone, Debug, Default)]
 pub struct LiteGate {
     state: Lite,
+    /// When the server took an update last.
+    delivered: Option<Instant>,
     backoff: Backoff,
 }
 
@@ -186,6 +201,13 @@ impl LiteGate {
         }
     }
 
+    /// The server gave a sign of life: time to ask for one of ours, if that was long ago.
+    pub fn handle_keep_alive(&mut self, now: Instant) {
+        if self.delivered.is_none_or(|at| now >= at + CONFIRM_PERIOD) {
+            self.handle_change(now);
+        }
+    }
+
     /// Whether an update has to be sent now; saying yes puts it in flight.
     pub fn poll_send(&mut self, now: Instant) -> bool {
         let Lite::Due(at) = self.state else {
@@ -203,6 +225,9 @@ impl LiteGate {
         let Lite::InFlight { changed } = self.state else {
             return;
         };
+        if delivered {
+            self.delivered = Some(now);
+        }
         self.state = if !delivered {
             Lite::Due(now + self.backoff.fail(random).max(LITE_COALESCE))
         } else if changed {
@@ -409,6 +434,20 @@ mod tests {
         assert!(gate.poll_send(ms(900)));
         gate.handle_done(ms(901), true, 0.5);
         assert_eq!(gate.poll_timeout(), None);
+    }
+
+    #[test]
+    fn with_nothing_to_report_the_server_is_asked_now_and_then_whether_it_knows_us() {
+        let t0 = crate::coord::tests::start();
+        let mut gate = LiteGate::default();
+        gate.handle_change(t0);
+        assert!(gate.poll_send(t0 + LITE_COALESCE));
+        let done = t0 + Duration::from_secs(1);
+        gate.handle_done(done, true, 0.5);
+        gate.handle_keep_alive(done + CONFIRM_PERIOD / 2);
+        assert_eq!(gate.poll_timeout(), None, "not at every sign of life");
+        gate.handle_keep_alive(done + CONFIRM_PERIOD);
+        assert!(gate.poll_send(done + CONFIRM_PERIOD + LITE_COALESCE));
     }
 
     #[test]

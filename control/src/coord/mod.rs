@@ -97,6 +97,12 @@ pub enum CoordEvent {
     Fatal(String),
 }
 
+/// The network does not let this node in, or no more; the text says what a person is to do. No use
+/// trying again before that.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct NotAdmitted(pub String);
+
 #[cfg(test)]
 mod tests {
     use std::time::Instant;

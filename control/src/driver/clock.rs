@@ -2,10 +2,17 @@
 
 use std::time::Instant;
 
+use time::OffsetDateTime;
 use tokio::sync::Notify;
 
 /// The time now, which goes on while the machine sleeps.
 pub use ringtail_dataplane::now;
+
+/// The wall clock, by which people and keys reckon.
+#[must_use]
+pub fn wall() -> OffsetDateTime {
+    OffsetDateTime::now_utc()
+}
 
 /// Told by whoever notices that the machine has slept.
 static RESUMED: Notify = Notify::const_new();

@@ -35,7 +35,7 @@ use super::names::Names;
 use super::noise_stream::NoiseStream;
 use crate::coord::client::{
     AfterMap, LiteGate, Outcome, Watchdog, after_map_status, map_request, register_request,
-    worth_reporting,
+    removed, worth_reporting,
 };
 use crate::coord::frames::{Codec, FrameReader};
 use crate::coord::{Backoff, CoordConfig, CoordEvent, SelfState};
@@ -113,6 +113,7 @@ impl CoordClient {
             events,
             redial: Arc::clone(&redial),
             registered: false,
+            had_map: false,
             backoff: Backoff::default(),
         };
         let task = tokio::task::spawn_local(client.run());
@@ -161,6 +162,8 @@ struct Client {
     control: Option<MachinePublic>,
     /// Whether this process was let in once.
     registered: bool,
+    /// Whether it had a network map since: who knew us then and does not now has removed us.
+    had_map: bool,
     backoff: Backoff,
 }
 
@@ -236,6 +239,9 @@ impl Client {
                 Polled::Refused(status, text) => (status, text),
             };
             match after_map_status(status, &text) {
+                AfterMap::Register if self.had_map => {
+                    return Err(Failure::Fatal(removed(&self.config.url)));
+                }
                 AfterMap::Register if !registered_again => {
                     registered_again = true;
                     self.register(&mut sender).await?;
@@ -468,7 +474,7 @@ impl Client {
         let mut reported = self.own_state.borrow().clone();
         let mut own_state_open = true;
         let mut lite = LiteGate::default();
-        let mut in_flight: Option<JoinHandle<anyhow::Result<()>>> = None;
+        let mut in_flight: Option<JoinHandle<anyhow::Result<StatusCode>>> = None;
         let mut answered_ping = String::new();
         // A server that takes no state from the poll gets it by a lite update.
         lite.handle_change(now());
@@ -484,6 +490,9 @@ impl Client {
                         frames.poll_message().map_err(anyhow::Error::from)?
                     {
                         watchdog.handle_message(now());
+                        if message.keep_alive {
+                            lite.handle_keep_alive(now());
+                        }
                         self.answer_ping(&sender, &message, &mut answered_ping);
                         if self.handle_message(&mut map, message)? {
                             pending = self.snapshot(&map);
@@ -522,10 +531,23 @@ impl Client {
                 }
                 result = done(&mut in_flight), if in_flight.is_some() => {
                     in_flight = None;
-                    if let Err(error) = &result {
-                        tracing::debug!(%error, "a lite update failed");
-                    }
-                    lite.handle_done(now(), result.is_ok(), rand::random());
+                    let delivered = match result {
+                        Ok(StatusCode::OK) => true,
+                        Ok(status) => {
+                            if after_map_status(status.as_u16(), "") == AfterMap::Register {
+                                // The map request of the next connection settles what becomes of us.
+                                let error = anyhow!("the coordination server does not know us any more");
+                                return Err(error.into());
+                            }
+                            tracing::debug!(%status, "a lite update was refused");
+                            false
+                        }
+                        Err(error) => {
+                            tracing::debug!(%error, "a lite update failed");
+                            false
+                        }
+                    };
+                    lite.handle_done(now(), delivered, rand::random());
                 }
             }
         }
@@ -543,6 +565,7 @@ impl Client {
             .handle_response(wall, message)
             .map_err(|error| anyhow!("the map stream is useless: {error}"))?;
         if applied.first {
+            self.had_map = true;
             self.backoff.reset();
         }
         if map.tailnet_lock() && !lock {
@@ -570,7 +593,7 @@ impl Client {
     fn lite_update(
         &self,
         mut sender: Sender,
-    ) -> Result<impl Future<Output = anyhow::Result<()>> + use<>, Failure> {
+    ) -> Result<impl Future<Output = anyhow::Result<StatusCode>> + use<>, Failure> {
         let state = self.own_state.borrow().clone();
         let request = map_request(&self.config, &state, &self.os_version, false);
         let body = serde_json::to_vec(&request).context("cannot write a lite update")?;
@@ -579,8 +602,7 @@ impl Client {
             let response = timeout(REQUEST_TIMEOUT, sender.send_request(request)).await??;
             let status = response.status();
             read_body(response.into_body(), ANSWER_LEN_MAX).await?;
-            anyhow::ensure!(status == StatusCode::OK, "HTTP {status}");
-            Ok(())
+            Ok(status)
         })
     }
 
@@ -707,7 +729,9 @@ fn expiry_of(map: &MapState) -> Option<Instant> {
 }
 
 /// The end of a spawned request.
-async fn done(task: &mut Option<JoinHandle<anyhow::Result<()>>>) -> anyhow::Result<()> {
+async fn done(
+    task: &mut Option<JoinHandle<anyhow::Result<StatusCode>>>,
+) -> anyhow::Result<StatusCode> {
     match task {
         Some(task) => task.await?,
         None => std::future::pending().await,

@@ -49,7 +49,7 @@ pub struct SelfNode {
     pub addresses: Vec<IpNet>,
     /// Addresses and the routes approved for us.
     pub allowed_ips: Vec<IpNet>,
-    /// When our key stops being valid, if ever.
+    /// When our key stops being valid, if ever; by our wall clock.
     pub key_expiry: Option<OffsetDateTime>,
     /// The key has expired: peers refuse us.
     pub expired: bool,
@@ -84,6 +84,8 @@ pub struct Peer {
     pub last_seen: Option<OffsetDateTime>,
     /// Its key has expired, by flag or by time.
     pub expired: bool,
+    /// When its key stops being valid, if ever; by our wall clock.
+    pub key_expiry: Option<OffsetDateTime>,
     /// Plain WireGuard: no disco, no relay, static endpoints.
     pub wireguard_only: bool,
     /// It may not open connections to us: inbound rules do not apply to it.
@@ -350,6 +352,11 @@ impl MapState {
         now.checked_add(self.clock_offset).unwrap_or(now)
     }
 
+    /// A time of the server's by our wall clock.
+    fn own_time(&self, time: Option<WireTime>) -> Option<OffsetDateTime> {
+        time.and_then(WireTime::get)?.checked_sub(self.clock_offset)
+    }
+
     /// When, on our wall clock, the next key expires: a snapshot taken then differs.
     pub fn next_expiry(&self, now: OffsetDateTime) -> Option<OffsetDateTime> {
         let server_now = self.server_time(now);
@@ -373,7 +380,7 @@ impl MapState {
             name: node.name.clone(),
             addresses: node.addresses.clone(),
             allowed_ips: node.allowed_ips.clone().unwrap_or_default(),
-            key_expiry: node.key_expiry.and_then(WireTime::get),
+            key_expiry: self.own_time(node.key_expiry),
             expired: expired(node, server_now),
             machine_authorized: node.machine_authorized,
             cap_map: node.cap_map.clone().unwrap_or_default(),
@@ -383,7 +390,7 @@ impl MapState {
             if node.id == self_node.id || node.key == self.own_key {
                 continue;
             }
-            let peer = peer(node, server_now);
+            let peer = peer(node, server_now, self.own_time(node.key_expiry));
             let reachable = peer.disco.is_some() || peer.home.is_some() || peer.wireguard_only;
             let usable = reachable && !peer.expired && !node.unsigned_peer_api_only;
             let list = if usable { &mut peers } else { &mut held_back };
@@ -410,7 +417,7 @@ fn expired(node: &Node, server_now: OffsetDateTime) -> bool {
     node.expired || by_time.is_some_and(|expiry| expiry <= server_now)
 }
 
-fn peer(node: &Node, server_now: OffsetDateTime) -> Peer {
+fn peer(node: &Node, server_now: OffsetDateTime, key_expiry: Option<OffsetDateTime>) -> Peer {
     Peer {
         id: node.id,
         key: node.key,
@@ -428,6 +435,7 @@ fn peer(node: &Node, server_now: OffsetDateTime) -> Peer {
         online: node.online,
         last_seen: node.last_seen.and_then(WireTime::get),
         expired: expired(node, server_now),
+        key_expiry,
         wireguard_only: node.is_wireguard_only,
         jailed: node.is_jailed,
     }

@@ -3,13 +3,12 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
 use ringtail_dataplane::channel::{Activity, RegionId};
 
-use super::{Node, SAVE_SOON, now};
+use super::{Node, SAVE_SOON, now, wall};
 use crate::agent::Network;
 use crate::config::StaticNetwork;
-use crate::coord::CoordEvent;
+use crate::coord::{CoordEvent, NotAdmitted};
 use crate::driver::device;
 use crate::driver::interface::{interfaces, source_address};
 use crate::driver::local_api::{self, Call};
@@ -25,6 +24,8 @@ const RELAY_BATCH_MAX: usize = 256;
 
 /// A look-up for STUN counts as failed after this; its answer is taken when it is asked for again.
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(4);
+/// How it stands with coordination while its map stream runs.
+const CONNECTED: &str = "connected";
 
 /// What a visit to the shards' queues found.
 pub(super) enum Taken {
@@ -152,10 +153,12 @@ impl Node {
             }
             CoordEvent::Netmap(map) => {
                 self.agent.handle_coordination(true);
-                self.surroundings.coordination_state = "connected".into();
+                self.surroundings.coordination_state = CONNECTED.into();
                 let network = Network::from(&*map);
+                self.agent.handle_wall_clock(now(), wall());
                 self.agent.handle_network(now(), network.clone());
                 self.unsaved = Some(network);
+                self.tell_up();
             }
             CoordEvent::AuthUrl(url) => {
                 self.surroundings.coordination_state = format!("waiting for approval at {url}");
@@ -163,12 +166,26 @@ impl Node {
             }
             CoordEvent::Lost { error, retry_in } => {
                 self.agent.handle_coordination(false);
+                let connected = self.surroundings.coordination_state == CONNECTED;
                 self.surroundings.coordination_state = format!("unreachable: {error}");
-                tracing::warn!(%error, ?retry_in, "coordination lost; the last network map stays in force");
+                let what = match (connected, self.agent.has_network()) {
+                    (true, _) => "coordination lost; the last network map stays in force",
+                    (false, true) => "no coordination; the last network map stays in force",
+                    (false, false) => "no coordination, and no network map yet",
+                };
+                tracing::warn!(%error, ?retry_in, "{what}");
             }
-            CoordEvent::Fatal(text) => bail!("{text}"),
+            CoordEvent::Fatal(text) => return Err(NotAdmitted(text).into()),
         }
         Ok(())
+    }
+
+    /// Says once that the node takes part: when there is a network to take part in.
+    pub(super) fn tell_up(&mut self) {
+        if !self.told_up && self.agent.has_network() {
+            self.told_up = true;
+            tracing::info!("node is up");
+        }
     }
 
     pub(super) fn take_call(&mut self, call: Call) {
@@ -266,6 +283,7 @@ impl Node {
                     peers = network.peers.len(),
                     "SIGHUP: the network file was read again"
                 );
+                self.agent.handle_wall_clock(now(), wall());
                 self.agent.handle_network(now(), network.into());
             }
             Err(error) => {

@@ -23,7 +23,7 @@ use ipnet::IpNet;
 use ringtail_dataplane::{Dataplane, Engine};
 use tokio::sync::{mpsc, watch};
 
-use super::clock::{at, now};
+use super::clock::{at, now, wall};
 use super::coord_client::CoordClient;
 use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
@@ -32,8 +32,8 @@ use super::local_api::Call;
 use super::names::Names;
 use super::relay::{RelayEvents, RelayPool};
 use super::runtime;
-use super::sleep;
 use super::signals::{Signals, Told};
+use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::uapi;
 use crate::agent::{Agent, Network, Output, Surroundings};
@@ -109,6 +109,8 @@ struct Node {
     surroundings: Surroundings,
     /// The static network file, if that is who tells us of the network.
     network_file: Option<PathBuf>,
+    /// The log says that the node is up.
+    told_up: bool,
     default_sources: [Option<IpAddr>; 2],
     unsaved: Option<Network>,
     /// Whom the run after this will shake hands with first, as it is on disk.
@@ -125,8 +127,12 @@ impl Node {
             port = self.dataplane.local_port(),
             driver = self.dataplane.driver().as_str(),
             node_key = %self.keys.node.public(),
-            "node is up"
+            "node has started"
         );
+        if !self.agent.has_network() {
+            tracing::info!("waiting for coordination: there is no network map yet");
+        }
+        self.tell_up();
         let ended = loop {
             if let Some(slept) = self.sleep.look() {
                 self.resumed(slept);
@@ -172,6 +178,7 @@ impl Node {
                 Some(()) = self.link_changed.recv() => self.link_changed(),
                 () = at(due) => {
                     let dataplane = &self.dataplane;
+                    self.agent.handle_wall_clock(now(), wall());
                     self.agent.handle_timeout(now(), &|id| dataplane.activity(id));
                 }
                 () = self.sleep.jump() => {}
@@ -179,6 +186,7 @@ impl Node {
                     if !self.dataplane.tun_is_there() {
                         break Err(anyhow::anyhow!("the TUN interface was taken away"));
                     }
+                    self.agent.handle_wall_clock(now(), wall());
                     self.save();
                     self.save_at = now() + SAVE_PERIOD;
                 }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
-use super::{Node, SAVE_PERIOD, now};
+use super::{Node, SAVE_PERIOD, now, wall};
 use crate::agent::{Agent, Network, Setup, Surroundings};
 use crate::config::{NodeConfig, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
@@ -226,6 +226,7 @@ impl Node {
             engine,
             surroundings,
             network_file: config.network.clone(),
+            told_up: false,
             default_sources: [None, None],
             unsaved: None,
             sessions_saved: Vec::new(),
@@ -241,6 +242,7 @@ impl Node {
     fn join(&mut self, source: Source, hostname: String) -> anyhow::Result<()> {
         let now = now();
         self.list_interfaces(now);
+        self.agent.handle_wall_clock(now, wall());
         match source {
             Source::Static(network) => self.agent.handle_network(now, *network),
             Source::Coord {

@@ -1,0 +1,77 @@
+//! How it stands with this node and with the peers that may not take part: told once, at the change.
+
+use std::collections::BTreeMap;
+
+use serde_json::json;
+use time::format_description::well_known::Rfc3339;
+
+use super::{Agent, HoldReason, Network, Standing};
+use crate::key::NodePublic;
+use crate::netmap::wire::WireTime;
+
+/// What a person whose node's key has expired is to do.
+const RENEW: &str = "start ringtail again with an auth key (--auth-key-file), or have an \
+                     administrator extend the key";
+
+impl Agent {
+    /// Tells what changes with `network` for ourselves and for peers that are held back.
+    pub(super) fn tell_standing(&mut self, network: &Network) {
+        let before = self.network.as_ref();
+        let old = before.map_or_else(Standing::default, |before| before.own.clone());
+        let new = &network.own;
+        let expiry = text(new.key_expiry);
+        if new.expired && !old.expired {
+            tracing::error!("this node's key has expired, and peers refuse it: {RENEW}");
+            self.story("expired", json!({"key_expiry": expiry}));
+        } else if old.expired && !new.expired {
+            tracing::info!(key_expiry = expiry, "this node's key is good again");
+            self.story("renewed", json!({"key_expiry": expiry}));
+        }
+        if new.unapproved && !old.unapproved {
+            tracing::warn!("an administrator has to approve this node before peers let it in");
+        }
+        for problem in new.health.iter().filter(|one| !old.health.contains(one)) {
+            tracing::warn!(problem, "the coordination server reports a problem");
+        }
+        let held: BTreeMap<NodePublic, HoldReason> = self
+            .network
+            .iter()
+            .flat_map(|before| &before.held_back)
+            .map(|node| (node.node_key, node.why))
+            .collect();
+        for node in &network.held_back {
+            if held.get(&node.node_key) == Some(&node.why) {
+                continue;
+            }
+            let (peer, why) = (super::short_name(&node.name), node.why.as_str());
+            tracing::info!(peer, why, "a peer is held back");
+            self.story("held_back", json!({"peer": peer, "why": why}));
+        }
+    }
+
+    /// What is wrong, for people; nothing where all is well.
+    pub(super) fn health(&self) -> Vec<String> {
+        let own = self.network.as_ref().map(|network| &network.own);
+        let expired = own.filter(|own| own.expired).map(|own| {
+            let since = text(own.key_expiry).map_or_else(String::new, |at| format!(" at {at}"));
+            format!("this node's key expired{since}, and peers refuse it: {RENEW}")
+        });
+        let unapproved = own
+            .filter(|own| own.unapproved)
+            .map(|_| "an administrator has to approve this node".to_owned());
+        let told = own.into_iter().flat_map(|own| own.health.iter().cloned());
+        let refused = self.refused.iter().cloned();
+        let all = expired.into_iter().chain(unapproved);
+        all.chain(told).chain(refused).collect()
+    }
+}
+
+/// A time as people and programs read it.
+pub(super) fn text(time: Option<WireTime>) -> Option<String> {
+    time?
+        .get()?
+        .replace_nanosecond(0)
+        .ok()?
+        .format(&Rfc3339)
+        .ok()
+}
