@@ -23,3 +23,4 @@ scripts/wg-conformance.sh
 scripts/netns/flow-test.sh
 scripts/netns/admission-test.sh
 scripts/netns/reach-test.sh
+scripts/netns/mtu-test.sh

@@ -121,7 +121,10 @@ impl Teller {
         let (key, most) = match event.event.as_str() {
             // The test of a path is told by its result.
             "ping_tx" | "pong_rx" | "ping_rx"
-                if matches!(f("purpose").as_str(), "validate" | "mtu" | "heartbeat") =>
+                if matches!(
+                    f("purpose").as_str(),
+                    "validate" | "mtu" | "fragments" | "heartbeat"
+                ) =>
             {
                 return true;
             }

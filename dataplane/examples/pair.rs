@@ -165,6 +165,7 @@ fn main() -> anyhow::Result<()> {
             trust_until: Instant::now().checked_add(Duration::from_secs(1 << 30)),
             silence_limit: Duration::from_secs(1),
             path_mtu: 1500,
+            relayed_alone: false,
         },
     );
     loop {

@@ -460,6 +460,7 @@ impl Dataplane {
             trust_until: sys::now().checked_add(FOR_EVER),
             silence_limit: FOR_EVER,
             path_mtu: u16::MAX,
+            relayed_alone: false,
         };
         self.set_path(peer, decision);
     }

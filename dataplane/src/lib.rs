@@ -60,3 +60,4 @@ pub use config::{
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
 pub use sys::{now, slept};
+pub use udp::set_dont_fragment;

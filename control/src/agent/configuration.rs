@@ -32,7 +32,8 @@ impl Agent {
                 extras.push(("path", path.state.as_str().to_owned()));
                 extras.extend(path.region.map(|id| ("relay", self.region_code(id))));
             }
-            extras.extend(best.map(|best| ("path_mtu", best.mtu.to_string())));
+            let mtu = best.and_then(|best| best.mtu);
+            extras.extend(mtu.map(|mtu| ("path_mtu", mtu.to_string())));
             extras.push(("tx_relay_bytes", activity.tx_relay_bytes.to_string()));
             extras.push(("rx_relay_bytes", activity.rx_relay_bytes.to_string()));
             let status = PeerStatus {

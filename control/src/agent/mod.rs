@@ -103,6 +103,8 @@ pub enum Output {
         to: SocketAddr,
         /// The payload.
         bytes: Vec<u8>,
+        /// With the don't-fragment bit.
+        dont_fragment: bool,
     },
     /// Send a STUN request from the discovery socket; a failure goes to
     /// [`Agent::handle_stun_error`].
@@ -469,10 +471,15 @@ impl Agent {
         self.settle(now);
     }
 
-    /// A datagram of ours could not be sent.
-    pub fn handle_send_error(&mut self, now: Instant, to: SocketAddr, errno: i32) {
-        self.drop_one("disco_send_error");
-        self.paths.handle_send_error(now, to, errno);
+    /// A datagram of ours, of `len` bytes, could not be sent.
+    pub fn handle_send_error(&mut self, now: Instant, to: SocketAddr, errno: i32, len: usize) {
+        if errno == nix::libc::EMSGSIZE {
+            // A probe of the path's MTU, larger than the device's: an answer, and no fault.
+            self.paths.handle_too_big(now, to, len);
+        } else {
+            self.drop_one("disco_send_error");
+            self.paths.handle_send_error(now, to, errno);
+        }
         self.settle(now);
     }
 
@@ -623,11 +630,10 @@ impl Agent {
         while let Some(transmit) = self.paths.poll_transmit() {
             match transmit.via {
                 Via::Udp(_) if self.setup.relay_only => {}
-                // The discovery sockets set don't-fragment on everything: only large Pings need it,
-                // and the others are far below any MTU.
                 Via::Udp(to) => self.out.push_back(Output::Datagram {
                     to,
                     bytes: transmit.bytes,
+                    dont_fragment: transmit.dont_fragment,
                 }),
                 Via::Derp { region, node_key } => {
                     self.out.push_back(Output::Relay {

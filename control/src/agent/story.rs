@@ -69,9 +69,14 @@ pub(super) fn describe(
 fn validation(peer: &str, addr: &std::net::SocketAddr, phase: &Phase) -> Value {
     match phase {
         Phase::Start => json!({"peer": peer, "addr": addr, "phase": "start"}),
-        Phase::Pass { rtt, loss_pct, mtu } => {
+        Phase::Pass {
+            rtt,
+            loss_pct,
+            mtu,
+            fragments,
+        } => {
             json!({"peer": peer, "addr": addr, "phase": "pass", "rtt_ms": millis(*rtt),
-                   "loss_pct": loss_pct, "mtu": mtu})
+                   "loss_pct": loss_pct, "mtu": mtu, "fragments": fragments})
         }
         Phase::Fail {
             test,
@@ -96,6 +101,7 @@ fn purpose_name(purpose: Purpose) -> &'static str {
         Purpose::Heartbeat => "heartbeat",
         Purpose::Validate => "validate",
         Purpose::Mtu(_) => "mtu",
+        Purpose::Fragments(_) => "fragments",
         Purpose::RelayLatency => "relay_latency",
         Purpose::User(_) => "user",
     }

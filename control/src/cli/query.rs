@@ -230,9 +230,10 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
             Some(address) => format!("{} {address}", text(&path["state"])),
             None => format!("{} via {}", text(&path["state"]), text(&peer["home"])),
         };
-        let latency = match path["latency_ms"].as_f64() {
-            Some(ms) => format!("{ms:.1} ms"),
-            None => "-".into(),
+        let latency = match (path["latency_ms"].as_f64(), &path["fragments"]) {
+            (Some(ms), Value::Bool(true)) => format!("{ms:.1} ms, full packets in fragments"),
+            (Some(ms), _) => format!("{ms:.1} ms"),
+            (None, _) => "-".into(),
         };
         writeln!(
             out,
@@ -328,6 +329,8 @@ mod tests {
             "peers": [
                 {"name": "b", "addresses": ["10.7.0.2"], "home": "fra", "tx_bytes": 12345,
                  "path": {"state": "direct", "address": "192.0.2.2:41641", "latency_ms": 1.25}},
+                {"name": "d", "path": {"state": "direct", "address": "192.0.2.4:41641",
+                                       "latency_ms": 2.0, "fragments": true}},
                 {"name": "c", "home": "fra", "path": {"state": "relay", "address": null}}],
             "drops": {"no_route": 3, "replay": 0},
         });
@@ -337,6 +340,10 @@ mod tests {
         assert!(!out.contains("refuses"), "{out}");
         assert!(
             out.contains("b  10.7.0.2  direct 192.0.2.2:41641  1.2 ms  tx 12 kB rx 0 B"),
+            "{out}"
+        );
+        assert!(
+            out.contains("192.0.2.4:41641  2.0 ms, full packets in fragments"),
             "{out}"
         );
         assert!(out.contains("c  -  relay via fra"), "{out}");

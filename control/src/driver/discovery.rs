@@ -12,7 +12,8 @@ use anyhow::Context as _;
 use nix::sys::socket::{
     ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt,
 };
-use std::os::fd::AsRawFd as _;
+use ringtail_dataplane::set_dont_fragment;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -92,27 +93,39 @@ impl Discovery {
         Ok(())
     }
 
-    /// Sends one datagram.
+    /// Sends one datagram, with the don't-fragment bit if that is asked for.
     ///
     /// # Errors
-    /// What the kernel said; `EAFNOSUPPORT` when the family is not to be had.
-    pub fn send(&self, to: SocketAddr, bytes: &[u8]) -> io::Result<()> {
+    /// What the kernel said; `EAFNOSUPPORT` when the family is not to be had, `EMSGSIZE` when the
+    /// datagram may not be fragmented and is larger than the device's MTU.
+    pub fn send(&self, to: SocketAddr, bytes: &[u8], dont_fragment: bool) -> io::Result<()> {
         let socket = match to {
             SocketAddr::V4(_) => &self.v4,
             SocketAddr::V6(_) => self.v6.as_ref().ok_or_else(|| {
                 io::Error::from_raw_os_error(nix::errno::Errno::EAFNOSUPPORT as i32)
             })?,
         };
-        // Straight to the kernel: nobody waits for room here, and the runtime may not have noticed
-        // yet that a new socket can be written to.
-        nix::sys::socket::sendto(
-            socket.as_raw_fd(),
-            bytes,
-            &SockaddrStorage::from(to),
-            MsgFlags::MSG_DONTWAIT,
-        )?;
-        Ok(())
+        if !dont_fragment {
+            return send_now(socket, to, bytes);
+        }
+        // The bit is the socket's, and only this thread sends from it.
+        set_dont_fragment(socket.as_fd(), to.is_ipv6(), true)?;
+        let sent = send_now(socket, to, bytes);
+        set_dont_fragment(socket.as_fd(), to.is_ipv6(), false)?;
+        sent
     }
+}
+
+/// Straight to the kernel: nobody waits for room here, and the runtime may not have noticed yet that
+/// a new socket can be written to.
+fn send_now(socket: &UdpSocket, to: SocketAddr, bytes: &[u8]) -> io::Result<()> {
+    nix::sys::socket::sendto(
+        socket.as_raw_fd(),
+        bytes,
+        &SockaddrStorage::from(to),
+        MsgFlags::MSG_DONTWAIT,
+    )?;
+    Ok(())
 }
 
 fn read_one(socket: &UdpSocket, buffer: &mut [u8], clock: &Clock) -> io::Result<Option<Datagram>> {
@@ -204,8 +217,8 @@ mod tests {
             let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
             let mut sockets = Discovery::new(v4, Some(v6))?;
             let before = Clock::now().monotonic;
-            sockets.send(to4, b"four")?;
-            sockets.send(to6, b"six")?;
+            sockets.send(to4, b"four", false)?;
+            sockets.send(to6, b"six", false)?;
             let mut got = Vec::new();
             while got.len() < 2 {
                 sockets.receive(&mut got).await?;
@@ -215,6 +228,25 @@ mod tests {
             anyhow::ensure!(got[1].bytes == b"four" && got[1].from == to4);
             for datagram in &got {
                 anyhow::ensure!(datagram.at >= before && datagram.at <= Clock::now().monotonic);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn only_what_may_be_fragmented_is_larger_than_the_device() {
+        runtime::block_on(|_| async {
+            // Loopback carries 64 KiB: a little less than a UDP payload over IPv6 can be.
+            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            let v6 = std::net::UdpSocket::bind("[::1]:0")?;
+            let to = v6.local_addr()?;
+            let sockets = Discovery::new(v4, Some(v6))?;
+            let bytes = vec![0; 65_527];
+            for _ in 0..2 {
+                let refused = sockets.send(to, &bytes, true).unwrap_err();
+                anyhow::ensure!(refused.raw_os_error() == Some(nix::libc::EMSGSIZE));
+                sockets.send(to, &bytes, false)?;
             }
             Ok(())
         })

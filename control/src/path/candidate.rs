@@ -43,6 +43,10 @@ pub(super) struct Candidate {
     pub(super) new_source_at: Option<Instant>,
     /// It failed validation and is left alone until then.
     pub(super) blocked_until: Option<Instant>,
+    /// By its last test, full packets pass in fragments only.
+    pub(super) fragments: bool,
+    /// By its last test, they do not pass at all: no data goes there while the next one runs.
+    pub(super) narrow: bool,
 }
 
 impl Candidate {
@@ -83,6 +87,7 @@ impl Candidate {
     pub(super) fn wipe(&mut self) {
         (self.last_round, self.last_ping, self.quick) = (None, None, None);
         (self.pong, self.blocked_until) = (None, None);
+        (self.fragments, self.narrow) = (false, false);
     }
 }
 

@@ -201,6 +201,12 @@ impl Manager {
         self.for_all(now, |peer, shared| peer.send_error(now, shared, to, errno));
     }
 
+    /// The kernel refused a don't-fragment [`Transmit`] of ours to `to`, of `len` bytes: it is larger
+    /// than the device's MTU (`EMSGSIZE`).
+    pub fn handle_too_big(&mut self, now: Instant, to: SocketAddr, len: usize) {
+        self.for_all(now, |peer, shared| peer.too_big(now, shared, to, len));
+    }
+
     /// Does what is due. `activity` reads what the shards know of a peer's traffic.
     pub fn handle_timeout(&mut self, now: Instant, activity: &dyn Fn(PeerId) -> Activity) {
         while let Some((at, id)) = self.due.first().copied()
@@ -292,7 +298,8 @@ impl Manager {
                     rtt,
                     mtu: best
                         .filter(|best| best.addr == addr)
-                        .map_or(super::mtu::MTU_UNPROVED, |best| best.mtu),
+                        .and_then(|best| best.mtu)
+                        .unwrap_or(super::mtu::MTU_UNPROVED),
                 }
             }));
         }

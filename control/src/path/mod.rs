@@ -5,8 +5,8 @@
 //! all candidates (the addresses the network map, the peer's CallMeMaybe and its own Pings gave us,
 //! and those that worked before), repeated quickly while nothing is trusted, and a CallMeMaybe by
 //! relay so that the peer pings us through the hole that our Pings opened. The first candidate that
-//! answers, or the best of several, is validated by a burst of Pings: loss, latency, and one Ping as
-//! large as a full packet; meanwhile data goes both ways, so nothing is lost. What passes is
+//! answers, or the best of several, is validated by a burst of Pings: loss, latency, and Pings as
+//! large as a full packet, which pass whole, or in fragments, or not (`mtu`); meanwhile data goes both ways, so nothing is lost. What passes is
 //! promoted: **Direct**, used alone for as long as Pongs keep coming (trust is renewed by each and
 //! runs out after 6.5 s). When trust runs out, a heartbeat stays unanswered or sending fails, the
 //! peer is in **Fallback**: data goes both ways until a Pong from the address (Direct again) or until
@@ -26,7 +26,9 @@
 //! and no clock, and its randomness is given to it.
 //!
 //! Each end decides its own sending direction alone, and everything on the wire means what it means
-//! between tailscaled nodes. Rules and numbers: `protocol/paths.md`; §15 and §15.1 where we differ
+//! between tailscaled nodes. Where one direction is too narrow, one end stays on the relay; the other
+//! hears it there and doubts its own direction at first, until Pongs have shown for some seconds that
+//! it works all the same. Rules and numbers: `protocol/paths.md`; §15 and §15.1 where we differ
 //! from Tailscale on purpose.
 //!
 //! Rooms: `peer` is one peer's machine, in `state` (transitions, decision), `round` (Pings out,
@@ -254,8 +256,10 @@ pub enum Purpose {
     Heartbeat,
     /// One of the burst that tests a candidate.
     Validate,
-    /// A large one: does the path carry wire packets of so many bytes?
+    /// A large one with the don't-fragment bit: does the path carry wire packets of so many bytes?
     Mtu(u16),
+    /// As large a one without: does it carry them in fragments?
+    Fragments(u16),
     /// By relay: how long is the detour?
     RelayLatency,
     /// A user asked.
@@ -386,8 +390,10 @@ pub enum Phase {
         rtt: Duration,
         /// Lost in the last burst, in percent of those sent so far.
         loss_pct: u8,
-        /// Largest wire packet known to pass, in bytes.
-        mtu: u16,
+        /// Largest wire packet known to pass whole, in bytes.
+        mtu: Option<u16>,
+        /// Full packets pass, but only in fragments.
+        fragments: bool,
     },
     /// The candidate is left alone for [`BLOCKED_DURATION`].
     Fail {
@@ -407,7 +413,7 @@ pub enum FailedTest {
     Loss,
     /// Far slower than the relay.
     Latency,
-    /// Full packets do not pass.
+    /// Full packets do not pass, not even in fragments.
     Mtu,
 }
 
@@ -543,8 +549,10 @@ pub struct BestStatus {
     pub jitter: Duration,
     /// Heartbeats lost of the last 20, in percent.
     pub loss_pct: u8,
-    /// Largest wire packet known to pass, in bytes.
-    pub mtu: u16,
+    /// Largest wire packet proved to pass whole, in bytes.
+    pub mtu: Option<u16>,
+    /// Full packets of the tunnel pass, but only in fragments.
+    pub fragments: bool,
     /// Time since the last Pong.
     pub last_pong: Duration,
 }

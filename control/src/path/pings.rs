@@ -4,6 +4,7 @@
 //! of its own.
 
 use std::collections::VecDeque;
+use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::{PING_TIMEOUT, PINGS_OUTSTANDING_MAX, Purpose, Route};
@@ -37,6 +38,14 @@ impl Pings {
     pub(super) fn take(&mut self, tx_id: &TxId) -> Option<Sent> {
         let at = self.0.iter().position(|sent| sent.tx_id == *tx_id)?;
         self.0.remove(at)
+    }
+
+    /// Forgets a don't-fragment Ping of this size that never left; `false` if there is none.
+    pub(super) fn refused(&mut self, to: SocketAddr, wire: u16) -> bool {
+        let refused =
+            |sent: &Sent| sent.to == Route::Direct(to) && sent.purpose == Purpose::Mtu(wire);
+        let at = self.0.iter().rposition(refused);
+        at.and_then(|at| self.0.remove(at)).is_some()
     }
 
     /// Takes the oldest Ping if its time is over.

@@ -12,13 +12,19 @@ pub struct Rank {
     pub latency: Duration,
     /// Largest wire packet known to pass, in bytes.
     pub mtu: u16,
+    /// Full packets are known to pass only in fragments.
+    pub fragments: bool,
 }
 
-/// Whether `a` should replace `b`: clearly faster, or about as fast and nearer by the kind of its
-/// address. One point of a hundred is no reason to switch.
+/// Whether `a` should replace `b`: it carries full packets whole and `b` does not, or it is clearly
+/// faster, or about as fast and nearer by the kind of its address. One point of a hundred is no
+/// reason to switch.
 pub fn better(a: &Rank, b: &Rank) -> bool {
     if a.addr == b.addr {
         return a.mtu > b.mtu;
+    }
+    if a.fragments != b.fragments {
+        return b.fragments;
     }
     let (a_points, b_points) = latency_points(a.latency, b.latency);
     let a_points = a_points + kind_points(a.addr.ip());
@@ -69,7 +75,15 @@ mod tests {
             addr: SocketAddr::new(ip.parse().unwrap(), 41641),
             latency: Duration::from_millis(ms),
             mtu: 0,
+            fragments: false,
         }
+    }
+
+    #[test]
+    fn whole_packets_go_before_fragments() {
+        let (whole, mut cut) = (rank("203.0.113.7", 90), rank("2001:db8::7", 10));
+        cut.fragments = true;
+        assert!(better(&whole, &cut) && !better(&cut, &whole));
     }
 
     #[test]

@@ -1,15 +1,16 @@
 //! The test a candidate must pass before data depends on it (`protocol/paths.md` §15).
 //!
 //! Ten Pings 20 ms apart and, beside them, one or two as large as a full packet with the
-//! don't-fragment bit. Nine Pongs pass at once; six to eight earn a second burst half a second later,
+//! don't-fragment bit; if these stay unanswered for a while, one or two without it. Nine Pongs pass at once; six to eight earn a second burst half a second later,
 //! which passes with eight; fewer fail. What passed must not be far slower than the relay, and a
-//! large Ping must have been answered within a second. Against a peer without relay anything that
+//! large Ping must have been answered within a second, of either kind (`mtu` says what follows). Against a peer without relay anything that
 //! answers passes, for it is all there is.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::FailedTest;
+use super::mtu::Carries;
 
 const BURST: u32 = 10;
 const BURST_SPACING: Duration = Duration::from_millis(20);
@@ -32,8 +33,10 @@ const MTU_WAIT: Duration = Duration::from_secs(1);
 pub(super) enum Probe {
     /// A Ping of ordinary size, belonging to the burst of this number.
     Small(u32),
-    /// A Ping for a wire packet of so many bytes.
-    Large(u16),
+    /// A don't-fragment Ping for a wire packet of so many bytes.
+    Whole(u16),
+    /// As large a one, which may be fragmented.
+    Split(u16),
 }
 
 /// How a test ended.
@@ -51,8 +54,8 @@ pub(super) struct Figures {
     /// The latency check goes by the median.
     pub(super) median: Option<Duration>,
     pub(super) loss_pct: u8,
-    /// Whether a large Ping was answered.
-    pub(super) mtu: bool,
+    /// Which large Pings were answered.
+    pub(super) carries: Carries,
 }
 
 /// What the verdict depends on besides the Pongs.
@@ -71,6 +74,8 @@ pub(super) struct Validation {
     /// It replaces the best address even if it is not better by rank.
     pub(super) replaces: bool,
     pub(super) last_pong: Instant,
+    /// Data goes there while it runs.
+    pub(super) data: bool,
     /// It began with a Pong of some time ago, and nothing has been answered since.
     on_trust: bool,
     /// Number of the burst, unique per peer.
@@ -84,9 +89,13 @@ pub(super) struct Validation {
     first_rtt: Duration,
     rtts: Vec<Duration>,
     mtu: u16,
-    mtu_passed: bool,
-    mtu_sent: u32,
-    mtu_next: Option<Instant>,
+    carries: Carries,
+    /// Don't-fragment Pings: how many, the last, the next; then those without the bit.
+    whole_sent: u32,
+    whole_last: Instant,
+    whole_next: Option<Instant>,
+    split_sent: u32,
+    split_next: Option<Instant>,
     mtu_deadline: Instant,
 }
 
@@ -106,6 +115,7 @@ impl Validation {
             addr,
             replaces,
             last_pong: now,
+            data: true,
             on_trust: early,
             burst,
             second: false,
@@ -117,19 +127,28 @@ impl Validation {
             first_rtt,
             rtts: Vec::new(),
             mtu,
-            mtu_passed: false,
-            mtu_sent: 0,
-            mtu_next: Some(now),
+            carries: Carries::Unknown,
+            whole_sent: 0,
+            whole_last: now,
+            whole_next: Some(now),
+            split_sent: 0,
+            split_next: Some(now + MTU_RETRY),
             mtu_deadline: now + MTU_WAIT,
         }
     }
 
     /// The next probe that is due.
     pub(super) fn poll_probe(&mut self, now: Instant) -> Option<Probe> {
-        if let Some(at) = self.mtu_next.filter(|at| *at <= now) {
-            self.mtu_sent += 1;
-            self.mtu_next = (self.mtu_sent < MTU_TRIES).then_some(at + MTU_RETRY);
-            return Some(Probe::Large(self.mtu));
+        if let Some(at) = self.whole_next.filter(|at| *at <= now) {
+            self.whole_sent += 1;
+            self.whole_last = now;
+            self.whole_next = (self.whole_sent < MTU_TRIES).then_some(at + MTU_RETRY);
+            return Some(Probe::Whole(self.mtu));
+        }
+        if let Some(at) = self.split_next.filter(|at| *at <= now) {
+            self.split_sent += 1;
+            self.split_next = (self.split_sent < MTU_TRIES).then_some(at + MTU_RETRY);
+            return Some(Probe::Split(self.mtu));
         }
         let at = self.next.filter(|at| *at <= now)?;
         self.sent += 1;
@@ -149,10 +168,25 @@ impl Validation {
                 self.rtts.push(rtt);
             }
             Probe::Small(_) => {}
-            Probe::Large(_) => {
-                self.mtu_passed = true;
-                self.mtu_next = None;
+            Probe::Whole(_) => {
+                self.carries = Carries::Whole;
+                (self.whole_next, self.split_next) = (None, None);
             }
+            Probe::Split(_) => {
+                if self.carries == Carries::Unknown {
+                    self.carries = Carries::Fragments;
+                }
+                self.split_next = None;
+            }
+        }
+    }
+
+    /// The kernel refused the don't-fragment Ping: it is larger than the device's MTU.
+    pub(super) fn refused(&mut self, now: Instant) {
+        (self.whole_sent, self.whole_next) = (MTU_TRIES, None);
+        self.whole_last = now.checked_sub(self.wait()).unwrap_or(now);
+        if self.split_sent == 0 {
+            self.split_next = Some(now);
         }
     }
 
@@ -189,27 +223,45 @@ impl Validation {
         if !terms.lenient && figures.median > Some(LATENCY_MAX.max(relayed)) {
             return Some(Verdict::Fail(FailedTest::Latency, figures));
         }
-        if self.mtu_passed || terms.lenient && now >= self.mtu_deadline {
-            return Some(Verdict::Pass(figures));
+        let over = now >= self.mtu_deadline;
+        match self.carries {
+            Carries::Whole => Some(Verdict::Pass(figures)),
+            Carries::Fragments => {
+                let certain = over || self.whole_over().is_some_and(|at| at <= now);
+                certain.then_some(Verdict::Pass(figures))
+            }
+            Carries::Unknown if !over => None,
+            Carries::Unknown if terms.lenient => Some(Verdict::Pass(figures)),
+            Carries::Unknown => Some(Verdict::Fail(FailedTest::Mtu, figures)),
         }
-        (now >= self.mtu_deadline).then_some(Verdict::Fail(FailedTest::Mtu, figures))
     }
 
     /// When something is due.
     pub(super) fn next_timeout(&self) -> Option<Instant> {
-        let verdict = if self.loss_passed {
-            Some(self.mtu_deadline)
-        } else {
-            self.burst_deadline()
+        let verdict = match (self.loss_passed, self.carries) {
+            (false, _) => self.burst_deadline(),
+            (true, Carries::Fragments) => self.whole_over().or(Some(self.mtu_deadline)),
+            (true, Carries::Whole | Carries::Unknown) => Some(self.mtu_deadline),
         };
-        let times = [self.next, self.mtu_next, verdict];
+        let times = [self.next, self.whole_next, self.split_next, verdict];
         times.into_iter().flatten().min()
     }
 
     /// The moment after which no Pong of the burst is waited for; `None` while it is being sent.
     fn burst_deadline(&self) -> Option<Instant> {
-        let wait = (self.first_rtt * 4).clamp(WAIT_MIN, WAIT_MAX);
-        (self.sent == BURST).then_some(self.last_sent + wait)
+        (self.sent == BURST).then_some(self.last_sent + self.wait())
+    }
+
+    /// The moment after which no Pong to a don't-fragment Ping is waited for; `None` while more of
+    /// them are to leave.
+    fn whole_over(&self) -> Option<Instant> {
+        let over = (self.whole_last + self.wait()).min(self.mtu_deadline);
+        self.whole_next.is_none().then_some(over)
+    }
+
+    /// How long a Pong is waited for.
+    fn wait(&self) -> Duration {
+        (self.first_rtt * 4).clamp(WAIT_MIN, WAIT_MAX)
     }
 
     fn figures(&self) -> Figures {
@@ -220,7 +272,7 @@ impl Validation {
             min: sorted.first().copied(),
             median: sorted.get(sorted.len() / 2).copied(),
             loss_pct: u8::try_from(lost_pct).expect("a share of a hundred"),
-            mtu: self.mtu_passed,
+            carries: self.carries,
         }
     }
 }

@@ -69,6 +69,7 @@ mod tests {
             trust_until: None,
             silence_limit: Duration::from_secs(1),
             path_mtu: 1500,
+            relayed_alone: false,
         }
     }
 

@@ -72,6 +72,9 @@ pub struct PathDecision {
     pub silence_limit: Duration,
     /// Largest wire packet (IP header included) known to pass on `udp`, in bytes.
     pub path_mtu: u16,
+    /// The peer sends by relay though our direction is known to work: its arrivals by relay say
+    /// nothing against `udp`.
+    pub relayed_alone: bool,
 }
 
 /// Whole-table and per-peer instructions for the shards. By default nobody may reach us.

@@ -13,7 +13,8 @@
 //! it, or the other end's move to both ways would silence ours. *Outrun*: while UDP is trusted, an
 //! authentic packet came by relay alone; the other end has lost the direct path, so we send both
 //! ways. Both states end with an authentic datagram from the decided address, or with a decision
-//! whose trust has been renewed: a Pong came over that address.
+//! whose trust has been renewed: a Pong came over that address. A decision that says that the peer
+//! sends by relay for reasons of its own keeps its arrivals from counting as outrun.
 //!
 //! *In device mode* there is no control side that knows better: the endpoint follows the peer. It is
 //! the source of the newest authentic datagram, whatever was configured, and answers leave from the
@@ -336,7 +337,8 @@ impl Path {
                 Arrived::OtherUdp
             }
             Source::Relay(_) => {
-                self.outrun |= self.trusted(now);
+                let alone = self.decision.as_ref().is_some_and(|d| d.relayed_alone);
+                self.outrun |= self.trusted(now) && !alone;
                 Arrived::Relay
             }
         }
@@ -426,6 +428,7 @@ mod tests {
                 trust_until: trust_ms.map(|ms| self.at(ms)),
                 silence_limit: LIMIT,
                 path_mtu: 1500,
+                relayed_alone: false,
             };
             self.path.decide(self.at(ms), decision)
         }
@@ -661,6 +664,21 @@ mod tests {
         assert_eq!(rig.arrive(10, Source::Udp(addr(2))).1.len(), 0);
         assert_eq!(rig.arrive(20, Source::Udp(addr(3))).1.len(), 1);
         assert_eq!(rig.arrive(1020, Source::Udp(addr(3))).1.len(), 1);
+    }
+
+    #[test]
+    fn a_peer_that_sends_by_relay_anyway_does_not_outrun() {
+        let mut rig = Rig::new();
+        let relayed = Source::Relay(RegionId(9));
+        rig.decide(0, Some(1), Some(9), Some(60_000));
+        rig.arrive(100, relayed);
+        assert_eq!(rig.send(110).1, Some(9));
+        let mut decision = rig.path.decision.clone().unwrap();
+        decision.trust_until = Some(rig.at(61_000));
+        decision.relayed_alone = true;
+        rig.path.decide(rig.at(200), decision);
+        rig.arrive(300, relayed);
+        assert_eq!(rig.send(310).1, None);
     }
 
     #[test]

@@ -227,6 +227,7 @@ impl Loan {
             trust_until: None,
             silence_limit: Duration::from_secs(1),
             path_mtu: 1500,
+            relayed_alone: false,
         };
         let now = self.now;
         self.owner.get(LENT).unwrap().decide(now, decision);

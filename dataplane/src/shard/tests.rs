@@ -146,6 +146,7 @@ fn meet(shard: &mut Shard<'_>, far: &[Far]) {
             trust_until: None,
             silence_limit: Duration::from_secs(1),
             path_mtu: 1500,
+            relayed_alone: false,
         };
         shard
             .peers
@@ -340,6 +341,7 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> PathDecision {
         trust_until: None,
         silence_limit: Duration::from_secs(1),
         path_mtu: 1500,
+        relayed_alone: false,
     }
 }
 

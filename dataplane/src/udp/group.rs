@@ -8,7 +8,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
@@ -177,6 +177,45 @@ fn members(at: SocketAddr, wanted: Wanted) -> io::Result<Vec<UdpSocket>> {
     Ok(sockets)
 }
 
+/// Sets what becomes of datagrams that are larger than an MTU on their way.
+///
+/// Off, as data goes: no don't-fragment bit, since until path MTU discovery reaches the TUN a packet
+/// too large for the underlay is better fragmented than lost. What the route says of its MTU does
+/// not count over IPv4: a route that says less than the path's test has proved would have every
+/// datagram cut in two here and cost us GSO; a router that must cut, cuts. IPv6 has no routers that
+/// fragment, so there the host cuts by what the route says.
+///
+/// On, as probes of a path's MTU go: with the bit (over IPv6 unfragmented), whatever the route says
+/// of its MTU. What is larger than the device's is refused with `EMSGSIZE`.
+///
+/// # Errors
+/// When the socket is not of that family.
+pub fn set_dont_fragment(socket: BorrowedFd<'_>, ipv6: bool, on: bool) -> io::Result<()> {
+    let (level, name, value) = match (ipv6, on) {
+        (false, false) => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_OMIT,
+        ),
+        (false, true) => (
+            libc::IPPROTO_IP,
+            libc::IP_MTU_DISCOVER,
+            libc::IP_PMTUDISC_PROBE,
+        ),
+        (true, false) => (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_DONT,
+        ),
+        (true, true) => (
+            libc::IPPROTO_IPV6,
+            libc::IPV6_MTU_DISCOVER,
+            libc::IPV6_PMTUDISC_PROBE,
+        ),
+    };
+    set_int(socket, level, name, value)
+}
+
 fn member(at: SocketAddr, wanted: Wanted, first: bool) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::for_address(at), Type::DGRAM, Some(Protocol::UDP))?;
     if at.is_ipv6() {
@@ -213,28 +252,19 @@ fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, data: bool) -> io:
             set_int(fd, libc::SOL_SOCKET, plain, size)?;
         }
     }
-    // No don't-fragment bit: until path MTU discovery reaches the TUN, a packet too large for the
-    // underlay is better fragmented than lost. Where paths are validated, large probes have passed
-    // whatever the route says of its MTU, and data goes as they did: a route that says less would
-    // have every datagram cut in two and cost us GSO. IPv6 has no routers that fragment.
-    if at.is_ipv4() {
-        let discover = if wanted.device {
-            libc::IP_PMTUDISC_DONT
-        } else {
-            libc::IP_PMTUDISC_OMIT
-        };
+    if at.is_ipv4() && wanted.device {
+        // The kernel cuts what is larger than the route's MTU, as it does for the kernel's own tunnel.
+        let discover = libc::IP_PMTUDISC_DONT;
         set_int(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, discover)?;
+    } else {
+        set_dont_fragment(fd, at.is_ipv6(), false)?;
+    }
+    if at.is_ipv4() {
         set_int(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
         if wanted.device {
             set_int(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
         }
     } else {
-        set_int(
-            fd,
-            libc::IPPROTO_IPV6,
-            libc::IPV6_MTU_DISCOVER,
-            libc::IPV6_PMTUDISC_DONT,
-        )?;
         set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
         if wanted.device {
             set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;

@@ -7,6 +7,7 @@ mod routes;
 mod sender;
 mod steer;
 
+pub use group::set_dont_fragment;
 pub(crate) use group::{Group, Sockets, Wanted};
 pub(crate) use routes::Routes;
 pub(crate) use sender::{SEND_BYTES_MAX, Sender};

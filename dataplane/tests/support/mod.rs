@@ -340,6 +340,7 @@ impl Pair {
                 trust_until: Some(Instant::now() + trust),
                 silence_limit: Duration::from_secs(1),
                 path_mtu: 1500,
+                relayed_alone: false,
             },
         );
     }

@@ -207,14 +207,18 @@ impl Node {
                 Output::Configure { addresses, routes } => {
                     self.interface.send_replace(Some((addresses, routes)));
                 }
-                Output::Datagram { to, bytes } => {
-                    if let Err(error) = self.discovery.send(to, &bytes) {
+                Output::Datagram {
+                    to,
+                    bytes,
+                    dont_fragment,
+                } => {
+                    if let Err(error) = self.discovery.send(to, &bytes, dont_fragment) {
                         let errno = error.raw_os_error().unwrap_or_default();
-                        self.agent.handle_send_error(now(), to, errno);
+                        self.agent.handle_send_error(now(), to, errno, bytes.len());
                     }
                 }
                 Output::Stun { to, bytes } => {
-                    if let Err(error) = self.discovery.send(to, &bytes) {
+                    if let Err(error) = self.discovery.send(to, &bytes, false) {
                         let errno = error.raw_os_error().unwrap_or_default();
                         self.agent.handle_stun_error(now(), to, errno);
                     }

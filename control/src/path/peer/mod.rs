@@ -8,7 +8,7 @@ use ringtail_dataplane::channel::{Activity, PathDecision, PeerId, RegionId};
 
 use super::candidate::Candidates;
 use super::limit::{Bucket, PEER_PINGS_PER_S, PEER_PONGS_PER_S};
-use super::mtu::{MTU_UNPROVED, MtuSearch, wire_mtu};
+use super::mtu::{Carries, MTU_UNPROVED, MtuSearch, wire_mtu};
 use super::pings::Pings;
 use super::quality::Quality;
 use super::score::Rank;
@@ -63,8 +63,14 @@ impl Best {
         Rank {
             addr: self.addr,
             latency: self.latency,
-            mtu: self.mtu.known(),
+            mtu: self.mtu.known().unwrap_or(MTU_UNPROVED),
+            fragments: self.fragments(),
         }
+    }
+
+    /// Whether full packets pass in fragments only.
+    fn fragments(&self) -> bool {
+        self.mtu.carries() == Carries::Fragments
     }
 }
 
@@ -107,6 +113,33 @@ pub(super) enum At {
     Candidate,
 }
 
+/// So long, and with so many Pongs meanwhile, a peer that is heard by relay alone says nothing
+/// against our direction: its own is the bad one.
+const RELAYED_LASTS: Duration = Duration::from_secs(3);
+const RELAYED_PONGS: u32 = 3;
+/// Not heard by relay for so long, it uses the direct path again.
+const RELAYED_OVER: Duration = Duration::from_secs(10);
+
+/// While we are direct, the peer's packets come by relay: since when, the last ones, and how often
+/// the best address has answered meanwhile.
+#[derive(Clone, Copy)]
+struct Relayed {
+    since: Instant,
+    last: Instant,
+    pongs: u32,
+}
+
+impl Relayed {
+    fn lasts(self) -> bool {
+        self.pongs >= RELAYED_PONGS
+            && self.last.saturating_duration_since(self.since) >= RELAYED_LASTS
+    }
+
+    fn over(self, now: Instant) -> bool {
+        now.saturating_duration_since(self.last) >= RELAYED_OVER
+    }
+}
+
 /// One peer.
 pub(super) struct Peer {
     pub(super) id: PeerId,
@@ -146,6 +179,7 @@ pub(super) struct Peer {
     last_sent: Option<Instant>,
     activity: Activity,
     suspect: Option<Suspect>,
+    relayed: Option<Relayed>,
     /// The address that was best before it was lost, when, and its next Ping.
     last_good: Option<(SocketAddr, Instant)>,
     last_good_next: Option<Instant>,
@@ -188,6 +222,7 @@ impl Peer {
             last_sent: None,
             activity: Activity::default(),
             suspect: None,
+            relayed: None,
             last_good: None,
             last_good_next: None,
             relay_rtt: None,
@@ -342,17 +377,14 @@ impl Peer {
 
     /// The decision as it is now, without a generation.
     fn decision(&self, sh: &Shared) -> PathDecision {
-        let tested = self.validation.as_ref().map(|test| test.addr);
+        let test = self.validation.as_ref().filter(|test| test.data);
+        let tested = test.map(|test| test.addr);
         let needed = |addr| wire_mtu(sh.config.tunnel_mtu, addr);
         let (udp, trust_until, path_mtu) = match &self.state {
             State::Relay | State::Held { .. } => (None, None, None),
             State::Probing { .. } => (tested, None, tested.map(needed)),
-            State::Direct(best) => (
-                Some(best.addr),
-                Some(best.trust_until),
-                Some(best.mtu.known()),
-            ),
-            State::Fallback(best) => (Some(best.addr), None, Some(best.mtu.known())),
+            State::Direct(best) => (Some(best.addr), Some(best.trust_until), best.mtu.known()),
+            State::Fallback(best) => (Some(best.addr), None, best.mtu.known()),
         };
         PathDecision {
             generation: 0,
@@ -361,6 +393,7 @@ impl Peer {
             trust_until,
             silence_limit: sh.config.silence_limit,
             path_mtu: path_mtu.unwrap_or(MTU_UNPROVED),
+            relayed_alone: self.relayed.is_some_and(Relayed::lasts),
         }
     }
 
@@ -402,6 +435,7 @@ impl Peer {
                 jitter: best.quality.jitter(),
                 loss_pct: best.quality.loss_pct(),
                 mtu: best.mtu.known(),
+                fragments: best.fragments(),
                 last_pong: now.saturating_duration_since(best.last_pong),
             }),
             validating: self.validation.as_ref().map(|test| test.addr),

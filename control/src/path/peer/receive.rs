@@ -12,7 +12,7 @@ use super::super::{
     CALL_ME_MAYBE_ROUND_INTERVAL, Drop, Event, HEARTBEAT_INTERVAL, JUDGING_INTERVAL,
     PING_BACK_INTERVAL, PING_TIMEOUT, Purpose, Reason, RestunReason, Route, Story,
 };
-use super::{Peer, State};
+use super::{Peer, Relayed, State};
 use crate::disco::{CALL_ME_MAYBE_ENDPOINTS_MAX, DERP_FAKE_IP, Message, TxId};
 
 impl Peer {
@@ -184,7 +184,8 @@ impl Peer {
         if let Some(test) = self.validation.as_mut().filter(|test| test.addr == addr) {
             match sent.purpose {
                 Purpose::Validate => test.pong(now, rtt, Probe::Small(sent.burst)),
-                Purpose::Mtu(wire) => test.pong(now, rtt, Probe::Large(wire)),
+                Purpose::Mtu(wire) => test.pong(now, rtt, Probe::Whole(wire)),
+                Purpose::Fragments(wire) => test.pong(now, rtt, Probe::Split(wire)),
                 Purpose::Discovery
                 | Purpose::PingBack
                 | Purpose::Heartbeat
@@ -202,6 +203,7 @@ impl Peer {
                     Purpose::Discovery
                     | Purpose::PingBack
                     | Purpose::Validate
+                    | Purpose::Fragments(_)
                     | Purpose::RelayLatency
                     | Purpose::User(_) => {}
                 }
@@ -388,6 +390,16 @@ impl Peer {
             return;
         };
         let quiet = now.saturating_duration_since(best.last_pong) >= JUDGING_INTERVAL;
+        let fresh = Relayed {
+            since: now,
+            last: now,
+            pongs: 0,
+        };
+        let relayed = self.relayed.filter(|relayed| !relayed.over(now));
+        self.relayed = Some(Relayed {
+            last: now,
+            ..relayed.unwrap_or(fresh)
+        });
         if quiet && self.suspect.is_none() {
             self.ping_best(now, sh, true);
         }

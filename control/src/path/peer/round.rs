@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::super::limit::ROUND_RESERVE;
-use super::super::mtu::payload_len;
+use super::super::mtu::{payload_len, wire_len};
 use super::super::pings::Sent;
 use super::super::shared::Shared;
 use super::super::validation::Probe;
@@ -144,6 +144,7 @@ impl Peer {
             | Purpose::Heartbeat
             | Purpose::Validate
             | Purpose::Mtu(_)
+            | Purpose::Fragments(_)
             | Purpose::RelayLatency => (0, true),
         };
         if limited && !(self.ping_rate.take(now, reserve) && sh.pings.take(now, 0)) {
@@ -151,16 +152,19 @@ impl Peer {
             return false;
         }
         let padding = match (purpose, to) {
-            (Purpose::Mtu(wire), Route::Direct(addr)) => ping_padding(payload_len(wire, addr)),
+            (Purpose::Mtu(wire) | Purpose::Fragments(wire), Route::Direct(addr)) => {
+                ping_padding(payload_len(wire, addr))
+            }
             _ => 0,
         };
+        let dont_fragment = matches!(purpose, Purpose::Mtu(_));
         let tx_id = sh.tx_id();
         let message = Message::Ping {
             tx_id,
             node_key: Some(sh.node_key),
             padding,
         };
-        if !self.send(sh, to, padding > 0, &message) {
+        if !self.send(sh, to, dont_fragment, &message) {
             return false;
         }
         let sent = Sent {
@@ -201,11 +205,37 @@ impl Peer {
                 Some(Probe::Small(burst)) => {
                     self.ping_burst(now, sh, route, Purpose::Validate, burst);
                 }
-                Some(Probe::Large(wire)) => {
+                Some(Probe::Whole(wire)) => {
                     self.ping(now, sh, route, Purpose::Mtu(wire));
+                }
+                Some(Probe::Split(wire)) => {
+                    self.ping(now, sh, route, Purpose::Fragments(wire));
                 }
                 None => return,
             }
+        }
+    }
+
+    /// The kernel refused a don't-fragment Ping of `len` bytes, which is larger than the device's
+    /// MTU: it counts as lost at once.
+    pub(in super::super) fn too_big(
+        &mut self,
+        now: Instant,
+        sh: &mut Shared,
+        to: SocketAddr,
+        len: usize,
+    ) {
+        let wire = wire_len(len, to);
+        if !self.pings.refused(to, wire) {
+            return;
+        }
+        if let Some(test) = self.validation.as_mut().filter(|test| test.addr == to) {
+            test.refused(now);
+            self.run_validation(now, sh);
+            self.judge_validation(now, sh);
+        }
+        if let Some(best) = self.best_mut().filter(|best| best.addr == to) {
+            best.mtu.refused(now, wire);
         }
     }
 

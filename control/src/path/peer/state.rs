@@ -5,14 +5,14 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt as _;
 
-use super::super::mtu::{MTU_UNPROVED, MtuSearch, wire_mtu};
+use super::super::mtu::{Carries, MTU_UNPROVED, MtuSearch, wire_mtu};
 use super::super::quality::{Alarm, Quality};
 use super::super::score::{Rank, better};
 use super::super::shared::Shared;
 use super::super::validation::{Figures, Terms, Validation, Verdict};
 use super::super::{
-    BLOCKED_DURATION, HEARTBEAT_INTERVAL, HOLD_MAX, HOLD_MIN, LAST_GOOD_INTERVAL, LinkChange,
-    PING_TIMEOUT, Phase, Reason, Story, TRUST_UDP_ADDR_DURATION, Validate,
+    BLOCKED_DURATION, FailedTest, HEARTBEAT_INTERVAL, HOLD_MAX, HOLD_MIN, LAST_GOOD_INTERVAL,
+    LinkChange, PING_TIMEOUT, Phase, Reason, Story, TRUST_UDP_ADDR_DURATION, Validate,
 };
 use super::{Best, Peer, State, Suspect};
 
@@ -22,6 +22,9 @@ impl Peer {
         let (name, addr) = (self.state_name(), self.best().map(|best| best.addr));
         self.state = state;
         let now_best = self.best().map(|best| best.addr);
+        if addr != now_best || !matches!(self.state, State::Direct(_)) {
+            self.relayed = None;
+        }
         if addr.is_some() && now_best != addr {
             self.switches += 1;
             self.suspect = None;
@@ -176,6 +179,12 @@ impl Peer {
         best.latency = rtt;
         best.last_pong = now;
         best.quality.pong(rtt);
+        if let Some(relayed) = &mut self.relayed {
+            relayed.pongs += 1;
+        }
+        let Some(best) = self.best_mut() else {
+            return;
+        };
         let (addr, retest) = (best.addr, best.retest);
         if retest {
             if self.validation.is_none() {
@@ -216,6 +225,7 @@ impl Peer {
                 addr,
                 latency: rtt,
                 mtu: MTU_UNPROVED,
+                fragments: candidate.fragments,
             };
             if trusted && !replaces && !better(&rank, &best.rank()) {
                 return;
@@ -243,14 +253,15 @@ impl Peer {
                 return;
             }
             let last_pong = now;
-            self.promote(now, sh, addr, rtt, last_pong, mtu, replaces);
+            self.promote(now, sh, addr, rtt, last_pong, Carries::Unknown, replaces);
             return;
         }
         if let State::Relay | State::Held { .. } = self.state {
             self.probe(now, sh, Reason::PingReceived);
         }
         self.bursts += 1;
-        let test = Validation::new(now, addr, rtt, mtu, self.bursts, replaces, early);
+        let mut test = Validation::new(now, addr, rtt, mtu, self.bursts, replaces, early);
+        test.data = !self.candidates.get(&addr).is_some_and(|c| c.narrow);
         self.validation = Some(test);
         let phase = Phase::Start;
         sh.tell(self.id, Story::Validate { addr, phase });
@@ -279,15 +290,21 @@ impl Peer {
         match verdict {
             Verdict::Pass(figures) => {
                 let needed = wire_mtu(sh.config.tunnel_mtu, addr);
-                let mtu = if figures.mtu { needed } else { MTU_UNPROVED };
+                let carries = figures.carries;
+                let fragments = carries == Carries::Fragments;
+                let mtu = (carries == Carries::Whole).then_some(needed);
+                if let Some(candidate) = self.candidates.get_mut(&addr) {
+                    (candidate.fragments, candidate.narrow) = (fragments, false);
+                }
                 let rtt = figures.min.unwrap_or_default();
                 let phase = Phase::Pass {
                     rtt: figures.median.unwrap_or_default(),
                     loss_pct: figures.loss_pct,
                     mtu,
+                    fragments,
                 };
                 sh.tell(self.id, Story::Validate { addr, phase });
-                self.promote(now, sh, addr, rtt, test.last_pong, mtu, test.replaces);
+                self.promote(now, sh, addr, rtt, test.last_pong, carries, test.replaces);
             }
             Verdict::Fail(failed, figures) => {
                 let Figures {
@@ -305,6 +322,7 @@ impl Peer {
                     Some(candidate) => {
                         candidate.blocked_until = Some(now + BLOCKED_DURATION);
                         candidate.quick = None;
+                        candidate.narrow = failed == FailedTest::Mtu;
                     }
                     None => {}
                 }
@@ -324,8 +342,12 @@ impl Peer {
         let ranks = self.candidates.iter().filter_map(|(addr, candidate)| {
             let usable = candidate.answered_within(now, PING_TIMEOUT) && !candidate.blocked(now);
             let (_, latency) = candidate.pong.filter(|_| usable && Some(*addr) != best)?;
-            let (addr, mtu) = (*addr, MTU_UNPROVED);
-            Some(Rank { addr, latency, mtu })
+            Some(Rank {
+                addr: *addr,
+                latency,
+                mtu: MTU_UNPROVED,
+                fragments: candidate.fragments,
+            })
         });
         let top = ranks.reduce(|top, rank| if better(&rank, &top) { rank } else { top });
         if let Some(top) = top {
@@ -341,15 +363,24 @@ impl Peer {
         addr: SocketAddr,
         rtt: Duration,
         last_pong: Instant,
-        mtu: u16,
+        carries: Carries,
         replaces: bool,
     ) {
         let trust_until = last_pong + TRUST_UDP_ADDR_DURATION;
+        let limit = match sh.config.validate {
+            Validate::Full => sh.config.link_mtu,
+            Validate::Fast => 0,
+        };
+        let needed = wire_mtu(sh.config.tunnel_mtu, addr);
+        let mtu = MtuSearch::new(now, needed, carries, limit);
         if let Some(best) = self.best_mut().filter(|best| best.addr == addr) {
             best.retest = false;
             best.quality.absolve(rtt);
             best.last_pong = last_pong;
             best.trust_until = trust_until;
+            if best.mtu.carries() != carries {
+                best.mtu = mtu;
+            }
             let best = *best;
             self.enter(now, sh, State::Direct(best), Reason::Validated);
             return;
@@ -358,23 +389,20 @@ impl Peer {
             addr,
             latency: rtt,
             mtu: MTU_UNPROVED,
+            fragments: carries == Carries::Fragments,
         };
         let trusted = self.trusted(now);
         let beaten = |best: &Best| !best.retest && !replaces && !better(&rank, &best.rank());
         if trusted && self.best().is_some_and(beaten) {
             return;
         }
-        let limit = match sh.config.validate {
-            Validate::Full => sh.config.link_mtu,
-            Validate::Fast => 0,
-        };
         let best = Best {
             addr,
             latency: rtt,
             last_pong,
             trust_until,
             quality: Quality::new(rtt),
-            mtu: MtuSearch::new(now, mtu, limit),
+            mtu,
             retest: false,
         };
         let reason = if trusted {
@@ -400,13 +428,19 @@ impl Peer {
             Alarm::Rtt => {}
             Alarm::Loss => {
                 best.retest = sh.config.validate == Validate::Full;
-                let (addr, rtt, retest) = (best.addr, best.latency, best.retest);
-                if retest && self.validation.is_none() {
-                    self.start_validation(now, sh, addr, rtt, true, false);
-                }
+                self.test_best(now, sh);
             }
         }
         self.start_round(now, sh, true, Reason::Quality);
+    }
+
+    /// Begins the test of a best address that must pass again.
+    pub(super) fn test_best(&mut self, now: Instant, sh: &mut Shared) {
+        if let Some(best) = self.best().copied().filter(|best| best.retest)
+            && self.validation.is_none()
+        {
+            self.start_validation(now, sh, best.addr, best.latency, true, false);
+        }
     }
 
     /// A Ping to the best address left: if no Pong comes back soon, the path counts as silent. With

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::channel::Activity;
 
-use super::super::mtu::wire_mtu;
+use super::super::mtu::Step;
 use super::super::pings::Sent;
 use super::super::shared::Shared;
 use super::super::{
@@ -155,6 +155,7 @@ impl Peer {
             HEARTBEAT_INTERVAL
         };
         self.heartbeat = Some(now + interval);
+        self.relayed = self.relayed.filter(|relayed| !relayed.over(now));
         let alarm = self.best_mut().and_then(|best| best.quality.tick());
         self.ping_best(now, sh, false);
         if let Some(alarm) = alarm {
@@ -272,9 +273,15 @@ impl Peer {
             return;
         }
         let addr = best.addr;
-        let needed = wire_mtu(sh.config.tunnel_mtu, addr);
-        if let Some(wire) = best.mtu.poll(now).filter(|wire| *wire > needed) {
-            self.ping(now, sh, Route::Direct(addr), Purpose::Mtu(wire));
+        match best.mtu.poll(now) {
+            Some(Step::Probe(wire)) => {
+                self.ping(now, sh, Route::Direct(addr), Purpose::Mtu(wire));
+            }
+            Some(Step::Test) => {
+                best.retest = true;
+                self.test_best(now, sh);
+            }
+            None => {}
         }
     }
 }

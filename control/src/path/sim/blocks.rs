@@ -230,11 +230,11 @@ fn larger_packets_are_found_in_the_background() {
     world.weather.mtu = 9000;
     world.ping_from(0, Duration::ZERO, 50 * MS);
     world.run(SECOND);
-    assert_eq!(world.status(0).best.unwrap().mtu, 9000);
+    assert_eq!(world.status(0).best.unwrap().mtu, Some(9000));
     assert_eq!(world.status(0).decision.path_mtu, 9000);
     world.weather.mtu = 1480;
     world.run(620 * SECOND);
-    assert_eq!(world.status(0).best.unwrap().mtu, 1400);
+    assert_eq!(world.status(0).best.unwrap().mtu, Some(1400));
 }
 
 #[test]

@@ -22,6 +22,8 @@ pub(super) enum Out {
     Ping(SocketAddr),
     /// With its UDP payload in bytes; the don't-fragment bit was asked for.
     LargePing(SocketAddr, usize),
+    /// The same without the bit.
+    SplitPing(SocketAddr, usize),
     RelayPing,
     Pong(SocketAddr),
     RelayPong(SocketAddr),
@@ -286,11 +288,13 @@ impl Script {
                     },
                 ) => {
                     assert_eq!(node_key, Some(self.ours));
-                    assert_eq!(transmit.dont_fragment, padding > 0);
+                    let len = transmit.bytes.len();
                     self.pinged(to, tx_id, padding > 0);
-                    match padding {
-                        0 => Out::Ping(to),
-                        _ => Out::LargePing(to, transmit.bytes.len()),
+                    match (padding, transmit.dont_fragment) {
+                        (0, true) => panic!("small Pings may be fragmented"),
+                        (0, false) => Out::Ping(to),
+                        (_, true) => Out::LargePing(to, len),
+                        (_, false) => Out::SplitPing(to, len),
                     }
                 }
                 (Via::Udp(to), Message::Pong { source, .. }) => {

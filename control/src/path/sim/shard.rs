@@ -116,7 +116,10 @@ impl Shard {
                     self.events.push(Event::NewSource(PEER, from));
                 }
             }
-            None => self.outrun |= self.trusted(now),
+            None => {
+                let alone = self.decision.as_ref().is_some_and(|d| d.relayed_alone);
+                self.outrun |= self.trusted(now) && !alone;
+            }
         }
         true
     }

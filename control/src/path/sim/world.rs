@@ -65,8 +65,13 @@ pub(super) struct Weather {
     /// Of a thousand direct packets, and of a thousand relayed ones.
     pub(super) loss: u32,
     pub(super) relay_loss: u32,
-    /// Larger direct packets are lost without a word.
+    /// Larger direct packets are lost without a word, from the nodes that this holds for.
     pub(super) mtu: usize,
+    pub(super) narrow_from: [bool; 2],
+    /// Unless they may be fragmented, and fragments pass.
+    pub(super) fragments: bool,
+    /// UDP payload of the application's packets, in bytes.
+    pub(super) data_len: usize,
     /// UDP from the internet is dropped on arrival at these nodes.
     pub(super) blocked: [bool; 2],
     /// STUN servers do not answer.
@@ -84,6 +89,9 @@ impl Default for Weather {
             loss: 0,
             relay_loss: 0,
             mtu: 1500,
+            narrow_from: [true; 2],
+            fragments: false,
+            data_len: 148,
             blocked: [false; 2],
             no_stun: false,
             echo: true,
@@ -122,6 +130,8 @@ pub(super) struct World {
     /// Data packets that left by each way.
     pub(super) sent_direct: u64,
     pub(super) sent_relayed: u64,
+    /// Of each node, those that left by both.
+    pub(super) sent_twice: [u64; 2],
 }
 
 fn stun_servers() -> BTreeSet<SocketAddr> {
@@ -195,6 +205,7 @@ impl World {
             queued: 0,
             sent_direct: 0,
             sent_relayed: 0,
+            sent_twice: [0; 2],
         };
         world.pump(0);
         world.pump(1);
@@ -373,9 +384,10 @@ impl World {
     fn send_data(&mut self, node: usize, echo: bool, seq: u64) {
         let ways = self.nodes[node].shard.send(self.now);
         let payload = Payload::Data { echo, seq };
+        self.sent_twice[node] += u64::from(ways.udp.is_some() && ways.relay.is_some());
         if let Some(to) = ways.udp {
             self.sent_direct += 1;
-            self.send_udp(node, to, 148, payload.clone());
+            self.send_udp(node, to, self.weather.data_len, false, payload.clone());
         }
         if ways.relay.is_some() {
             self.sent_relayed += 1;
@@ -421,11 +433,21 @@ impl World {
         }
     }
 
-    fn send_udp(&mut self, node: usize, to: SocketAddr, len: usize, payload: Payload) {
+    fn send_udp(
+        &mut self,
+        node: usize,
+        to: SocketAddr,
+        len: usize,
+        dont_fragment: bool,
+        payload: Payload,
+    ) {
         let headers = if to.is_ipv4() { 28 } else { 48 };
         let to_server = stun_servers().contains(&to);
         let lost = self.lost_in(self.weather.loss);
-        if !to_server && (len + headers > self.weather.mtu || lost) {
+        let weather = &self.weather;
+        let large = weather.narrow_from[node] && len + headers > weather.mtu;
+        let cut = weather.fragments && !dont_fragment;
+        if !to_server && (large && !cut || lost) {
             return;
         }
         let same_family = |ip: &&IpAddr| ip.is_ipv4() == to.is_ipv4();
@@ -550,18 +572,23 @@ impl World {
             while let Some(transmit) = self.nodes[node].netcheck.poll_transmit() {
                 idle = false;
                 let payload = Payload::Disco(transmit.bytes);
-                self.send_udp(node, transmit.to, 40, payload);
+                self.send_udp(node, transmit.to, 40, false, payload);
             }
             while let Some(event) = self.nodes[node].netcheck.poll_event() {
                 idle = false;
                 self.netcheck_event(node, event);
             }
-            while let Some(Transmit { via, bytes, .. }) = self.nodes[node].paths.poll_transmit() {
+            while let Some(transmit) = self.nodes[node].paths.poll_transmit() {
+                let Transmit {
+                    via,
+                    dont_fragment,
+                    bytes,
+                } = transmit;
                 idle = false;
                 let len = bytes.len();
                 let payload = Payload::Disco(bytes);
                 match via {
-                    Via::Udp(to) => self.send_udp(node, to, len, payload),
+                    Via::Udp(to) => self.send_udp(node, to, len, dont_fragment, payload),
                     Via::Derp { .. } => self.send_relay(node, payload),
                 }
             }
