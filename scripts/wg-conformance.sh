@@ -32,9 +32,12 @@ done
 lab_or_skip
 # shellcheck source=netns/packages.sh
 . scripts/netns/packages.sh
-need_packages wg=wireguard-tools ip=iproute2 ping=iputils-ping perl=perl-base sysctl=procps nft=nftables
+need_packages wg=wireguard-tools ip=iproute2 ping=iputils-ping perl=perl-base sysctl=procps nft=nftables \
+  cc=gcc /usr/include/stdio.h=libc6-dev
 # shellcheck source=netns/checks.sh
 . scripts/netns/checks.sh
+# shellcheck source=netns/clock.sh
+. scripts/netns/clock.sh
 lab_init
 [ -z "$KEEP" ] || : >"$LAB_DIR/keep"
 
@@ -44,6 +47,7 @@ if [ -z "$DAEMON" ]; then
   DAEMON=$LAB_DIR/ringtail-wg
   ln -s "$(readlink -f "${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}/ringtail")" "$DAEMON"
 fi
+export RINGTAIL_DEVICE_STATE_DIR=$LAB_DIR/state
 DIR=/var/run/wireguard
 A=wa$$ B=wb$$
 SOCK=$DIR/$A.sock
@@ -523,9 +527,15 @@ moved_prefix() {
 no_key_no_traffic() {
   a wg set "$A" private-key /dev/null && ! a ping -q -c 1 -W 1 10.66.0.2 && a wg set "$A" private-key <(base64_of $A_PRIVATE) && a ping -q -c 1 -W $PATIENCE 10.66.0.2
 }
+# restarted [behind]: with its clock a day behind.
 restarted() {
   # A goes on with keys that B has lost. A's endpoint is in B's configuration, so B greets whoever sends from there.
-  b kill -9 "$(daemon_pids "$B")" && within 10 ended "$B" && start b "$B" &&
+  # Where its clock is behind, A would take none of its initiations, had B not kept how far the clock has come.
+  b kill -9 "$(daemon_pids "$B")" && within 10 ended "$B" &&
+    if [ "${1:-}" = behind ]; then
+      clock_make && clock_set "$LAB_DIR/clock" 0 -86400 &&
+        LD_PRELOAD=$CLOCK_LIB RINGTAIL_CLOCK=$LAB_DIR/clock start b "$B"
+    else start b "$B"; fi &&
     b wg set "$B" private-key <(base64_of $B_PRIVATE) listen-port 51983 peer "$(base64_of $A_PUBLIC)" \
       allowed-ips 10.66.0.1/32,fd66::1/128 endpoint 192.0.2.1:51984 preshared-key <(key_n 3) &&
     ip -n "${LAB}b" address add 10.66.0.2/24 dev "$B" && ip -n "${LAB}b" link set "$B" up &&
@@ -544,6 +554,7 @@ check "the MTU changes to 9000 and to 1300" mtu_change
 check "without a private key nothing passes" no_key_no_traffic
 check "a peer's private key changes" key_change
 promise "a restarted device is reached within a second by a peer with its old keys" restarted
+promise "and so is one whose clock is a day behind then, if it has a state directory" restarted behind
 stop "$A"
 stop "$B"
 

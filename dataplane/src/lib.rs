@@ -59,5 +59,5 @@ pub use config::{
     pinned_by_default, shards_by_default,
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
-pub use sys::{now, slept};
+pub use sys::{now, slept, wall, wall_at_least};
 pub use udp::set_dont_fragment;

@@ -13,6 +13,8 @@ use crate::driver::device::{self, Options};
 
 /// The program is a device when it is called by this name.
 pub(super) const LINK_NAME: &str = "ringtail-wg";
+/// Names the state directory where `wg-quick` starts the device, without options.
+const STATE_DIR_VARIABLE: &str = "RINGTAIL_DEVICE_STATE_DIR";
 /// Inner MTU unless told otherwise: what fits into 1500 bytes with an IPv6 header outside.
 const MTU_DEFAULT: u16 = 1420;
 
@@ -25,7 +27,7 @@ const MTU_DEFAULT: u16 = 1420;
 /// `wg-quick` starts it where WG_QUICK_USERSPACE_IMPLEMENTATION names a link `ringtail-wg` to this
 /// program: called by that name it is `ringtail device`.
 ///
-/// Environment: WG_PROCESS_FOREGROUND=1 is -f; LOG_LEVEL is verbose, debug, error or silent. In the
+/// Environment: WG_PROCESS_FOREGROUND=1 is -f; RINGTAIL_DEVICE_STATE_DIR is --state-dir; LOG_LEVEL is verbose, debug, error or silent. In the
 /// background nothing is logged unless LOG_LEVEL, RUST_LOG or -v asks for it (then to standard
 /// error as it was), or --log-file names a file.
 #[derive(Debug, Args)]
@@ -63,6 +65,10 @@ pub(super) struct DeviceArgs {
     /// UDP GRO on receives: true or false.
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     udp_gro: bool,
+    /// Keep in this directory how far the clock has come, so that after a restart with the clock behind
+    /// peers take our handshakes; RINGTAIL_DEVICE_STATE_DIR does the same [default: nothing is kept].
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
     /// In the background, append the log to this file.
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
@@ -163,6 +169,9 @@ impl DeviceArgs {
                 gro: self.udp_gro,
             },
             engine: self.engine.into(),
+            state_dir: self
+                .state_dir
+                .or_else(|| std::env::var_os(STATE_DIR_VARIABLE).map(PathBuf::from)),
         })
     }
 }

@@ -7,7 +7,7 @@
 //! is removed, or when its socket's file is deleted; interface and socket go with it.
 
 use std::cell::RefCell;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -19,13 +19,15 @@ use ringtail_dataplane::{
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
-use super::clock::now;
+use super::clock::{at, now};
 use super::handshakes::Handshakes;
 use super::interface::Interface;
 use super::link::{self, OwnLink};
 use super::runtime;
 use super::signals::Signals;
 use super::sleep;
+use super::state::{StateDir, TIMESTAMP_FILE};
+use super::timestamps::Timestamps;
 use super::uapi::{self, Call, SOCKET_DIR, Socket};
 use crate::agent::heard_lately;
 use crate::device::{Device, Status, Traffic};
@@ -61,6 +63,8 @@ pub struct Options {
     pub offloads: Offloads,
     /// The WireGuard transport.
     pub engine: Engine,
+    /// Where the time of the last handshake is kept, if anywhere.
+    pub state_dir: Option<PathBuf>,
 }
 
 /// Runs a device until it is told to stop. `ready` is called once interface and socket exist.
@@ -157,6 +161,7 @@ impl Running {
             "device is there"
         );
         let mut sleep = sleep::Watch::new();
+        let mut timestamps = self.timestamps()?;
         let why = loop {
             if let Some(slept) = sleep.look() {
                 self.resumed(slept);
@@ -178,6 +183,9 @@ impl Running {
                 }
                 Some(link) = link_news.recv() => self.link_changed(link),
                 () = sleep.jump() => {}
+                () = at(timestamps.as_ref().map(Timestamps::due)) => {
+                    timestamps.iter_mut().for_each(Timestamps::renew);
+                }
                 _ = presence_check.tick() => {
                     if !socket.is_there() {
                         break "the socket's file is gone";
@@ -188,6 +196,9 @@ impl Running {
                 }
             }
         };
+        if let Some(timestamps) = timestamps {
+            timestamps.close();
+        }
         tracing::info!(why, "device ends");
         Ok(())
     }
@@ -230,6 +241,17 @@ impl Running {
             }
         }
         Taken::More
+    }
+
+    /// The time that handshakes may have carried, by the interface's name. There is no private key yet,
+    /// and so no handshake.
+    fn timestamps(&self) -> anyhow::Result<Option<Timestamps>> {
+        let Some(dir) = &self.options.state_dir else {
+            return Ok(None);
+        };
+        let name = format!("{}.{TIMESTAMP_FILE}", self.dataplane.tun_name());
+        let path = StateDir::open(dir)?.file(&name);
+        Ok(Some(Timestamps::open(path)))
     }
 
     /// The machine has slept for so long. Peers may go on with keys that are too old here, or have

@@ -26,6 +26,7 @@ pub mod signals;
 mod sleep;
 pub mod state;
 pub mod status;
+mod timestamps;
 pub mod tls;
 pub mod uapi;
 pub mod underlay;

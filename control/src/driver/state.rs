@@ -6,6 +6,7 @@
 //! | `netmap.json` | the last network map, so that a node comes up while coordination is down | 0600 |
 //! | `endpoints.json` | validated direct addresses per peer | 0600 |
 //! | `sessions.json` | node keys of the peers that had sessions lately, to shake hands with after a restart | 0600 |
+//! | `timestamp` | how far the wall clock may have come, for the timestamps of the next run's handshakes | 0600 |
 //! | `ringtail.sock` | the status socket | 0600 |
 //! | `lock` | held by the running node | 0600 |
 //!
@@ -26,6 +27,9 @@ use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 
 /// Where a node keeps its state unless told otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/ringtail";
+
+/// See `driver/timestamps.rs`.
+pub const TIMESTAMP_FILE: &str = "timestamp";
 
 /// Largest file read back, in bytes: a network map of 10,000 nodes is a few MB.
 const FILE_LEN_MAX: u64 = 64 << 20;

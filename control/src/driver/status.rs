@@ -82,7 +82,10 @@ fn region(region: &super::relay::RegionStatus) -> Value {
         let state = match (region.connected, &region.problem) {
             (true, None) => "connected".to_owned(),
             (true, Some(problem)) => format!("connected; it reports: {problem}"),
-            (false, _) if region.failures > 0 => format!("{} failed dials", region.failures),
+            (false, _) if region.failures > 0 => {
+                let why = region.error.as_deref().unwrap_or("unknown");
+                format!("{} failed dials, the last: {why}", region.failures)
+            }
             (false, _) => "connecting".to_owned(),
         };
         fields.insert("state".into(), state.into());

@@ -2,12 +2,12 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 
 use crate::channel::Event;
 use crate::session::Moment;
 use crate::stats::{Counters, Room};
-use crate::sys::cycles;
+use crate::sys::{cycles, wall};
 
 /// Room for events of one turn before the vector grows.
 const EVENTS_ROOM: usize = 64;
@@ -32,16 +32,10 @@ impl Context {
     }
 
     /// The time of this turn with the wall clock, which is read now: a handshake may begin.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the shard's wall clock, for the timestamps of initiations"
-    )]
     pub(crate) fn moment(&self) -> Moment {
-        let wall = SystemTime::now().duration_since(UNIX_EPOCH);
         Moment {
             now: self.now,
-            // Before 1970 a timestamp is as good as any.
-            wall: wall.unwrap_or_default(),
+            wall: wall(),
         }
     }
 

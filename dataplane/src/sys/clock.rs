@@ -2,6 +2,7 @@
 //! costs, and what a thread has used of its core.
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Returns the time to reckon with, which goes on while the machine sleeps (`CLOCK_BOOTTIME`).
@@ -27,6 +28,35 @@ pub fn slept() -> Duration {
     // In this order a delay between the two makes it less, never more.
     let boot = read(libc::CLOCK_BOOTTIME);
     boot.saturating_sub(read(libc::CLOCK_MONOTONIC))
+}
+
+/// Returns the wall clock since 1970 as it is known to this process: the system's where that is ahead
+/// of all it said before, else what it said before and the time since. For what must not go back:
+/// the timestamps of initiations, of which peers want newer ones only.
+#[must_use]
+pub fn wall() -> Duration {
+    WALL.read(read(libc::CLOCK_BOOTTIME), read(libc::CLOCK_REALTIME))
+}
+
+/// From now on [`wall`] is not behind this time since 1970, which an earlier process may have told.
+pub fn wall_at_least(time: Duration) {
+    WALL.read(read(libc::CLOCK_BOOTTIME), time);
+}
+
+static WALL: Wall = Wall(AtomicU64::new(0));
+
+/// A wall clock that never goes back, as the time at which the boot clock was zero, in nanoseconds
+/// since 1970.
+struct Wall(AtomicU64);
+
+impl Wall {
+    fn read(&self, boot: Duration, system: Duration) -> Duration {
+        let nanos = system.saturating_sub(boot).as_nanos();
+        // Enough for five hundred years.
+        let start = u64::try_from(nanos).unwrap_or(u64::MAX);
+        let latest = self.0.fetch_max(start, Ordering::Relaxed).max(start);
+        Duration::from_nanos(latest).saturating_add(boot)
+    }
 }
 
 fn read(clock: libc::clockid_t) -> Duration {
@@ -80,6 +110,34 @@ mod tests {
     #[expect(clippy::disallowed_methods, reason = "the clock to compare with")]
     fn std_now() -> Instant {
         Instant::now()
+    }
+
+    #[test]
+    fn the_wall_clock_follows_the_systems_ahead_and_never_back() {
+        let secs = Duration::from_secs;
+        let wall = Wall(AtomicU64::new(0));
+        assert_eq!(wall.read(secs(100), secs(1_000_000)), secs(1_000_000));
+        assert_eq!(wall.read(secs(101), secs(1_000_001)), secs(1_000_001));
+        // Set back by a day: it goes on by the boot clock.
+        assert_eq!(wall.read(secs(103), secs(913_603)), secs(1_000_003));
+        // Set ahead.
+        assert_eq!(wall.read(secs(104), secs(1_000_010)), secs(1_000_010));
+        assert_eq!(
+            wall.read(secs(105), secs(0)),
+            secs(1_000_011),
+            "before 1970"
+        );
+        assert_eq!(wall.read(secs(106), secs(1_000_012)), secs(1_000_012));
+        wall.read(secs(107), Duration::MAX);
+        assert!(wall.read(secs(108), secs(5)) > secs(u64::MAX / 1_000_000_000));
+    }
+
+    #[test]
+    fn a_time_that_was_told_before_is_not_told_again() {
+        let told = wall() + Duration::from_secs(3600);
+        wall_at_least(told);
+        let next = wall();
+        assert!(next >= told && next < told + Duration::from_secs(60));
     }
 
     #[test]

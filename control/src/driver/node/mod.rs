@@ -35,6 +35,7 @@ use super::runtime;
 use super::signals::{Signals, Told};
 use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
+use super::timestamps::Timestamps;
 use super::uapi;
 use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
@@ -94,6 +95,7 @@ struct Node {
     interface: watch::Sender<Option<(BTreeSet<IpNet>, BTreeSet<IpNet>)>>,
     link_changed: mpsc::Receiver<()>,
     sleep: sleep::Watch,
+    timestamps: Timestamps,
     calls: mpsc::Receiver<Call>,
     /// The configuration socket and what is asked there; none where it could not be made.
     configuration: Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
@@ -182,6 +184,7 @@ impl Node {
                     self.agent.handle_timeout(now(), &|id| dataplane.activity(id));
                 }
                 () = self.sleep.jump() => {}
+                () = at(Some(self.timestamps.due())) => self.timestamps.renew(),
                 () = at(Some(self.save_at)) => {
                     if !self.dataplane.tun_is_there() {
                         break Err(anyhow::anyhow!("the TUN interface was taken away"));
@@ -193,6 +196,7 @@ impl Node {
             }
         };
         self.save();
+        self.timestamps.close();
         ended
     }
 

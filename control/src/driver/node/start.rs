@@ -22,7 +22,8 @@ use crate::driver::interface::Interface;
 use crate::driver::names::Names;
 use crate::driver::relay::{RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
-use crate::driver::state::{Keys, StateDir};
+use crate::driver::state::{Keys, StateDir, TIMESTAMP_FILE};
+use crate::driver::timestamps::Timestamps;
 use crate::driver::{link, local_api, sleep, uapi};
 use crate::key::MachinePublic;
 use crate::path::{self, Validate};
@@ -213,6 +214,7 @@ impl Node {
             interface: watch::Sender::default(),
             link_changed,
             sleep: sleep::Watch::new(),
+            timestamps: Timestamps::open(state.file(TIMESTAMP_FILE)),
             calls,
             configuration,
             handshakes: RefCell::default(),

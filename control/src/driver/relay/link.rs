@@ -33,6 +33,9 @@ const BACKOFF_MAX: Duration = Duration::from_secs(5);
 /// The longest a relay may ask for patience while it restarts.
 const RESTART_PATIENCE_MAX: Duration = Duration::from_secs(120);
 
+/// Failed dials in a row after which the log says why, once.
+const WARN_FAILURES: u32 = 3;
+
 /// Failed dials in a row after which a home is given up.
 const HOME_FAILURES: u32 = 2;
 
@@ -49,6 +52,8 @@ pub(super) struct Link {
     live: RefCell<Option<Rc<Live>>>,
     failures: Cell<u32>,
     problem: RefCell<Option<String>>,
+    /// Why the last dial failed.
+    error: RefCell<Option<String>>,
     /// Until then failed dials of a relay that announced a restart are no news.
     patience_until: Cell<Option<Instant>>,
     /// When a relay that announced a restart wants to be dialled.
@@ -91,6 +96,7 @@ impl Link {
             live: RefCell::new(None),
             failures: Cell::new(0),
             problem: RefCell::new(None),
+            error: RefCell::new(None),
             patience_until: Cell::new(None),
             resume_at: Cell::new(None),
             wake: Notify::new(),
@@ -160,6 +166,7 @@ impl Link {
             queued_bytes: self.data.borrow().len_bytes() + self.disco.borrow().len_bytes(),
             problem: self.problem.borrow().clone(),
             failures: self.failures.get(),
+            error: self.error.borrow().clone(),
         }
     }
 
@@ -226,7 +233,12 @@ fn report(inner: &Inner, link: &Link, established: bool, error: &anyhow::Error) 
     };
     link.failures.set(failures);
     let error = format!("{error:#}");
-    tracing::debug!(region = region.0, home, failures, %error, "relay connection failed");
+    if failures == WARN_FAILURES {
+        tracing::warn!(region = region.0, home, %error, "the relay cannot be reached");
+    } else {
+        tracing::debug!(region = region.0, home, failures, %error, "relay connection failed");
+    }
+    link.error.replace(Some(error.clone()));
     let lost = RelayEvent::Lost {
         region,
         home,
@@ -400,6 +412,7 @@ async fn read(inner: &Inner, link: &Link, live: &Live, started: Instant) -> anyh
         }
         link.heard.set(Some(now()));
         link.failures.set(0);
+        link.error.replace(None);
         link.patience_until.set(None);
         add(&counters.rx_reads, 1);
         let mut tls = live.tls.borrow_mut();

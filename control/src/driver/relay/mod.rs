@@ -214,6 +214,8 @@ pub struct RegionStatus {
     pub problem: Option<String>,
     /// Dials that failed in a row.
     pub failures: u32,
+    /// Why the last of them did.
+    pub error: Option<String>,
 }
 
 /// All of it.

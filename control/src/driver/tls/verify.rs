@@ -13,7 +13,9 @@
 
 use std::fmt::Write as _;
 use std::sync::Arc;
+use std::time::Duration;
 
+use ringtail_dataplane::wall;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
@@ -160,12 +162,23 @@ impl ServerCertVerifier for RelayVerifier {
             .filter(|certificate| !cert::is_meta(certificate))
             .cloned()
             .collect();
-        match &self.check {
+        let check = |now| match &self.check {
             Check::Nothing => Ok(ServerCertVerified::assertion()),
             Check::Pin(pin) => self
                 .check_pin(pin, leaf, chain.len(), name, now)
                 .map(|()| ServerCertVerified::assertion()),
             Check::Web(wanted) => self.web.verify_server_cert(leaf, &chain, wanted, ocsp, now),
+        };
+        match check(now) {
+            Err(Error::InvalidCertificate(
+                CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. },
+            )) => {
+                // The system's clock may be behind what we know the time to be at least.
+                check(UnixTime::since_unix_epoch(
+                    wall().max(Duration::from_secs(now.as_secs())),
+                ))
+            }
+            verdict => verdict,
         }
     }
 
