@@ -252,6 +252,11 @@ impl Filter {
                 self.ask(headers, Ask::Port(headers.protocol, flow.dst_port))
             }
             TSMP => Verdict::Consume,
+            // Rules ask for protocols and ports; nobody gets past them by hiding these.
+            _ if headers.is_hidden() => Verdict::Drop(match headers.fragment {
+                Fragment::Whole => DropReason::FilterDenied,
+                Fragment::First | Fragment::Later(_) => DropReason::FilterFragment,
+            }),
             protocol => self.ask(headers, Ask::AllPorts(protocol)),
         }
     }

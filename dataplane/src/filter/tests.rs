@@ -469,6 +469,47 @@ fn ipv6_fragments_and_extension_headers_are_seen_through() {
 }
 
 #[test]
+fn a_transport_that_extension_headers_hide_passes_no_rule_but_allow_all() {
+    let now = start();
+    let builder = Builder::new(
+        "[fd7a::9]:1000".parse().unwrap(),
+        "[fd7a::1]:2000".parse().unwrap(),
+    );
+    // Nine and a hundred headers in front of UDP, and one that runs past the end.
+    let chain = |count: usize| {
+        let mut body = [60, 0, 0, 0, 0, 0, 0, 0].repeat(count);
+        body[8 * (count - 1)] = UDP;
+        body.extend(&builder.udp(b"hidden")[40..]);
+        builder.ip(60, &body)
+    };
+    let mut fragment = [60, 0, 0, 1, 1, 2, 3, 4, 60, 200].to_vec();
+    fragment.resize(24, 0);
+    let any = |text| vec![prefix(text)];
+    let every = Rules::List(vec![Rule {
+        sources: any("::/0"),
+        protocols: (0..=255).collect(),
+        destinations: vec![(prefix("::/0"), 0, u16::MAX)],
+    }]);
+    let mut rules = Filter::new(now, Arc::new(CompiledRules::compile(&every, None)));
+    let mut all = Filter::new(now, Arc::new(CompiledRules::allow_all()));
+    let local = CompiledRules::compile(&Rules::AllowAll, Some(&any("fd7a::2/128")));
+    let mut no_router = Filter::new(now, Arc::new(local));
+    assert_eq!(admit(&mut rules, now, &chain(8)), Ok(()));
+    for (packet, reason) in [
+        (chain(9), DropReason::FilterDenied),
+        (chain(100), DropReason::FilterDenied),
+        (builder.ip(0, &[6, 9, 0, 0]), DropReason::FilterDenied),
+        (builder.ip(44, &fragment), DropReason::FilterFragment),
+    ] {
+        assert_eq!(admit(&mut all, now, &packet), Ok(()));
+        assert_eq!(admit(&mut rules, now, &packet), Err(reason));
+        let refused = Err(DropReason::FilterNotLocal);
+        assert_eq!(admit(&mut no_router, now, &packet), refused);
+        assert_eq!(remember(&mut rules, now, &packet), None);
+    }
+}
+
+#[test]
 fn icmp_of_the_other_family_is_no_icmp() {
     let now = start();
     let mut filter = deny_all(now);

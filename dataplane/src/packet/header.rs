@@ -38,7 +38,7 @@ pub const TCP_CWR: u8 = 0x80;
 
 /// Offset of the TOS byte in an IPv4 header.
 pub const TOS_V4_OFFSET: usize = 1;
-/// IPv6 extension headers walked at most; more are malformed.
+/// IPv6 extension headers walked at most; what is behind more of them is not seen.
 pub const EXTENSION_HEADERS_MAX: usize = 8;
 
 /// The family of an inner packet.
@@ -181,11 +181,12 @@ pub struct Headers {
     pub version: IpVersion,
     /// TOS or traffic class: DSCP and ECN.
     pub tos: u8,
-    /// Transport protocol, behind any extension headers.
+    /// Transport protocol, behind any extension headers; [`Headers::is_hidden`] tells where there is
+    /// none to see.
     pub protocol: u8,
     /// Place in the datagram.
     pub fragment: Fragment,
-    /// Where the transport header starts, in bytes.
+    /// Where the transport header starts, or what hides it, in bytes.
     pub l4_offset: usize,
     /// The IP packet in bytes; what follows in the buffer is padding.
     pub total_len: usize,
@@ -199,8 +200,8 @@ impl Headers {
     /// Walks the headers of an IP packet; bytes behind its own length are allowed (WireGuard pads).
     ///
     /// # Errors
-    /// [`DropReason::InnerMalformed`] if a header is truncated, a length contradicts another, or
-    /// there are more than [`EXTENSION_HEADERS_MAX`] extension headers.
+    /// [`DropReason::InnerMalformed`] if the IP header is truncated or its lengths contradict each
+    /// other.
     #[inline]
     pub fn parse(packet: &[u8]) -> Result<Headers, DropReason> {
         match IpVersion::of(packet)? {
@@ -208,6 +209,15 @@ impl Headers {
             IpVersion::V6 => parse_v6(packet),
         }
         .ok_or(DropReason::InnerMalformed)
+    }
+
+    /// Whether the transport header was not reached: behind more than [`EXTENSION_HEADERS_MAX`] IPv6
+    /// extension headers, or behind one that the packet cuts off. `protocol` is that header's number.
+    #[inline]
+    pub fn is_hidden(&self) -> bool {
+        self.version == IpVersion::V6
+            && is_extension(self.protocol)
+            && !matches!(self.fragment, Fragment::Later(_))
     }
 
     /// The transport header and payload; empty if the packet ends before it.
@@ -439,7 +449,7 @@ fn parse_v6(packet: &[u8]) -> Option<Headers> {
     let total_len = size_of::<Ipv6Header>() + usize::from(header.payload_len.get());
     let packet = packet.get(..total_len)?;
     let [first, second, ..] = *packet.first_chunk::<2>()?;
-    let (protocol, l4_offset, fragment) = walk_extensions(packet, header.next_header)?;
+    let (protocol, l4_offset, fragment) = walk_extensions(packet, header.next_header);
     Some(Headers {
         version: IpVersion::V6,
         tos: (first << 4) | (second >> 4),
@@ -453,49 +463,61 @@ fn parse_v6(packet: &[u8]) -> Option<Headers> {
 }
 
 /// Walks IPv6 extension headers (RFC 8200 §4) to the transport header: its protocol, its offset and
-/// the packet's place in its datagram.
-fn walk_extensions(packet: &[u8], first: u8) -> Option<(u8, usize, Fragment)> {
-    const HOP_BY_HOP: u8 = 0;
-    const ROUTING: u8 = 43;
-    const FRAGMENT: u8 = 44;
-    const AUTHENTICATION: u8 = 51;
-    const DESTINATION: u8 = 60;
-    const MOBILITY: u8 = 135;
-    const HIP: u8 = 139;
-    const SHIM6: u8 = 140;
-
+/// the packet's place in its datagram. A chain that is too long or runs past the packet is walked as far
+/// as it goes, and the first header that was not is what is found: a forwarding kernel does not look.
+fn walk_extensions(packet: &[u8], first: u8) -> (u8, usize, Fragment) {
     let mut next = first;
     let mut offset = size_of::<Ipv6Header>();
     let mut fragment = Fragment::Whole;
-    for _ in 0..=EXTENSION_HEADERS_MAX {
-        let len = match next {
-            HOP_BY_HOP | ROUTING | DESTINATION | MOBILITY | HIP | SHIM6 => {
-                8 + usize::from(*packet.get(offset + 1)?) * 8
-            }
-            AUTHENTICATION => 8 + usize::from(*packet.get(offset + 1)?) * 4,
-            FRAGMENT => {
-                let bytes = packet.get(offset..)?.first_chunk::<8>()?;
-                let field = u16::from_be_bytes([bytes[2], bytes[3]]);
-                fragment = match (field >> 3, field & 1 != 0) {
-                    (0, false) => Fragment::Whole,
-                    (0, true) => Fragment::First,
-                    (units, _) => Fragment::Later(units),
-                };
-                8
-            }
-            protocol => return Some((protocol, offset, fragment)),
-        };
-        next = *packet.get(offset)?;
-        offset += len;
-        if offset > packet.len() {
-            return None;
+    for _ in 0..EXTENSION_HEADERS_MAX {
+        if !is_extension(next) {
+            break;
         }
+        let rest = packet.get(offset..).unwrap_or_default();
+        let Some(header) = rest.first_chunk::<8>() else {
+            break;
+        };
+        let len = match next {
+            FRAGMENT => 8,
+            AUTHENTICATION => 8 + usize::from(header[1]) * 4,
+            _ => 8 + usize::from(header[1]) * 8,
+        };
+        if len > rest.len() {
+            break;
+        }
+        if next == FRAGMENT {
+            let field = u16::from_be_bytes([header[2], header[3]]);
+            fragment = match (field >> 3, field & 1 != 0) {
+                (0, false) => Fragment::Whole,
+                (0, true) => Fragment::First,
+                (units, _) => Fragment::Later(units),
+            };
+        }
+        next = header[0];
+        offset += len;
         // What follows the header of a later fragment is payload, not headers.
         if matches!(fragment, Fragment::Later(_)) {
-            return Some((next, offset, fragment));
+            break;
         }
     }
-    None
+    (next, offset, fragment)
+}
+
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION: u8 = 60;
+const MOBILITY: u8 = 135;
+const HIP: u8 = 139;
+const SHIM6: u8 = 140;
+
+/// Whether a next header is one that has another behind it, which we know how to find.
+fn is_extension(next: u8) -> bool {
+    matches!(
+        next,
+        HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION | MOBILITY | HIP | SHIM6
+    )
 }
 
 #[cfg(test)]
@@ -639,14 +661,40 @@ mod tests {
         }
     }
 
+    /// The kernel carries them, and so do we: what they hide is not seen, and nothing else is wrong.
     #[test]
-    fn endless_or_overlong_extension_headers_are_malformed() {
+    fn endless_or_overlong_extension_headers_hide_the_transport() {
         let eight = |len: u8| [vec![0, len], vec![0; 6]].concat();
-        let many = vec![(60, eight(0)); EXTENSION_HEADERS_MAX];
-        assert!(Headers::parse(&with_extensions(&many)).is_ok());
-        let more = vec![(60, eight(0)); EXTENSION_HEADERS_MAX + 1];
-        assert!(Headers::parse(&with_extensions(&more)).is_err());
-        assert!(Headers::parse(&with_extensions(&[(60, eight(255))])).is_err());
+        let many = |count| with_extensions(&vec![(60, eight(0)); count]);
+        let visible = Headers::parse(&many(EXTENSION_HEADERS_MAX)).unwrap();
+        assert!(!visible.is_hidden());
+        assert_eq!((visible.protocol, visible.l4_offset), (UDP, 40 + 64));
+        // Too many; the ninth is there in part; the second runs past the end.
+        let mut cut = many(EXTENSION_HEADERS_MAX + 1);
+        cut.truncate(40 + 64 + 4);
+        cut[4..6].copy_from_slice(&68u16.to_be_bytes());
+        let overlong = with_extensions(&[(0, eight(0)), (60, eight(255))]);
+        for (packet, protocol, l4_offset) in [
+            (many(EXTENSION_HEADERS_MAX + 1), 60, 40 + 64),
+            (many(150), 60, 40 + 64),
+            (cut, 60, 40 + 64),
+            (overlong, 60, 48),
+            (v6().ip(44, &[0; 7]), 44, 40),
+            (v6().ip(51, &[]), 51, 40),
+        ] {
+            let headers = Headers::parse(&packet).unwrap();
+            assert!(headers.is_hidden());
+            assert_eq!((headers.protocol, headers.l4_offset), (protocol, l4_offset));
+            assert_eq!(
+                (headers.total_len, headers.fragment),
+                (packet.len(), Fragment::Whole)
+            );
+            assert_eq!(headers.ports(&packet), None);
+            assert_eq!(headers.flow(&packet).dst_port, 0);
+        }
+        // IPv4 numbers its protocols alike, but has no such headers.
+        let v4 = Headers::parse(&v4().ip(60, &[0; 8])).unwrap();
+        assert!(!v4.is_hidden());
     }
 
     /// Random bytes that look like IP often enough to get past the first checks.
