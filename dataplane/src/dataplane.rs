@@ -17,7 +17,7 @@ use crate::channel::{
     Activity, Datagrams, Event, Hub, NetworkConfig, PathDecision, PeerConfig, PeerId, Prefix,
     RegionId, RelayOut, Rules, Whereabouts,
 };
-use crate::config::{Config, DriverChoice, DriverKind, MTU_MIN, SHARDS_MAX, StartError};
+use crate::config::{Config, DriverChoice, DriverKind, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError};
 use crate::filter::CompiledRules;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
@@ -607,8 +607,8 @@ fn check(config: &Config) -> Result<(), StartError> {
     if !(1..=SHARDS_MAX).contains(&config.shards) {
         return Err(StartError::Config("shards must be 1 to 64"));
     }
-    if config.mtu < MTU_MIN {
-        return Err(StartError::Config("mtu must be at least 576"));
+    if !(MTU_MIN..=MTU_MAX).contains(&config.mtu) {
+        return Err(StartError::Config("mtu must be 576 to 65475"));
     }
     Ok(())
 }

@@ -55,7 +55,7 @@ pub use channel::{
     RegionId, RelayOut, Rule, Rules,
 };
 pub use config::{
-    Config, DriverChoice, DriverKind, Engine, MTU_MIN, Offloads, SHARDS_MAX, StartError,
+    Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, StartError,
     pinned_by_default, shards_by_default,
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};

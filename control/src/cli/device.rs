@@ -5,7 +5,9 @@ use std::process::Stdio;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use ringtail_dataplane::{MTU_MIN, Offloads, SHARDS_MAX, pinned_by_default, shards_by_default};
+use ringtail_dataplane::{
+    MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, pinned_by_default, shards_by_default,
+};
 
 use crate::config::{DriverName, EngineName};
 use crate::driver::background::{self, Child};
@@ -145,9 +147,9 @@ impl DeviceArgs {
         if name.contains('%') && name.replacen("%d", "", 1).contains('%') {
             bail!("{name:?} cannot name an interface; only one %d may be in it");
         }
-        if self.mtu < MTU_MIN {
+        if !(MTU_MIN..=MTU_MAX).contains(&self.mtu) {
             bail!(
-                "mtu {} is out of range; it must be at least {MTU_MIN}",
+                "mtu {} is out of range; it can be {MTU_MIN} to {MTU_MAX}",
                 self.mtu
             );
         }

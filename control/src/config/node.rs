@@ -72,7 +72,7 @@ pub struct NodeConfig {
     pub tun: Option<String>,
     /// UDP port of the tunnel; 41641 by default, 0 takes any free one.
     pub listen_port: Option<u16>,
-    /// Inner MTU in bytes, 1280 to 65535 minus overhead; 1280 by default.
+    /// Inner MTU in bytes, 1280 to 65475; 1280 by default.
     pub mtu: Option<u16>,
     /// Data plane threads; one per usable core by default.
     pub shards: Option<usize>,
@@ -114,8 +114,8 @@ pub struct NodeConfig {
 impl NodeConfig {
     /// Smallest inner MTU: IPv6 needs it (RFC 8200 §5).
     pub const MTU_MIN: u16 = 1280;
-    /// Largest inner MTU: an outer IPv6 datagram of 65535 less 80 bytes of overhead.
-    pub const MTU_MAX: u16 = 65_455;
+    /// Largest inner MTU that the data plane has.
+    pub const MTU_MAX: u16 = ringtail_dataplane::MTU_MAX;
     /// Port of tailscaled's packages, which firewalls may already know.
     pub const LISTEN_PORT: u16 = 41_641;
     /// Shards at most: the owner's number has eight bits of the receiver index.

@@ -14,7 +14,8 @@ use anyhow::Context as _;
 use ringtail_dataplane::stats::DropReason;
 use ringtail_dataplane::tun::Kind;
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Event, Offloads, OffloadsInUse, PeerId, Rules, Stats,
+    Config, Dataplane, DriverChoice, Engine, Event, MTU_MAX, Offloads, OffloadsInUse, PeerId,
+    Rules, Stats,
 };
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
@@ -106,6 +107,7 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
                 up: false,
                 mtu: options.mtu.into(),
             },
+            interface,
             dataplane,
             options,
         };
@@ -131,6 +133,7 @@ fn config(options: &Options) -> Config {
 
 struct Running {
     device: Device,
+    interface: Interface,
     dataplane: Dataplane,
     handshakes: RefCell<Handshakes>,
     link: OwnLink,
@@ -181,7 +184,7 @@ impl Running {
                     // A client that went away does not want it.
                     let _ = reply.send(self.answer(request));
                 }
-                Some(link) = link_news.recv() => self.link_changed(link),
+                Some(link) = link_news.recv() => self.link_changed(link).await,
                 () = sleep.jump() => {}
                 () = at(timestamps.as_ref().map(Timestamps::due)) => {
                     timestamps.iter_mut().for_each(Timestamps::renew);
@@ -270,13 +273,19 @@ impl Running {
     }
 
     /// Follows the interface. Peers with a keep-alive get one as soon as it is up.
-    fn link_changed(&mut self, link: OwnLink) {
+    async fn link_changed(&mut self, link: OwnLink) {
         let before = std::mem::replace(&mut self.link, link);
-        if link.mtu != before.mtu
-            && let Ok(mtu) = u16::try_from(link.mtu)
-        {
+        if link.mtu != before.mtu {
+            let mtu = u16::try_from(link.mtu).unwrap_or(MTU_MAX).min(MTU_MAX);
             tracing::debug!(mtu, "the interface's MTU changed");
             self.dataplane.set_mtu(mtu);
+            // The kernel would let larger packets in, and they would vanish.
+            if link.mtu > mtu.into() {
+                tracing::warn!(asked = link.mtu, mtu, "no larger MTU fits a datagram");
+                if let Err(error) = self.interface.set_mtu(mtu).await {
+                    tracing::warn!(%error, "larger packets are dropped");
+                }
+            }
         }
         if link.up != before.up {
             tracing::debug!(up = link.up, "the interface changed");
