@@ -188,6 +188,24 @@ lets_go_of_stderr() {
   local text
   text=$(timeout 10 ip netns exec "${LAB}a" "$DAEMON" "$A" 2>&1) && get && kill -0 "$(daemon_pids "$A")"
 }
+# Of 64 descriptors: forty clients that say nothing, and then `get`, `set` and another port, all beside them.
+few_descriptors() {
+  # shellcheck disable=SC2016 # the shell inside expands it
+  lab_spawn a few sh -c 'ulimit -n 64; exec "$@"' - "$DAEMON" -f --shards 2 "$A"
+  within 10 test -S "$SOCK" && a perl -e '
+    use strict; use IO::Socket::UNIX; $| = 1; alarm 20;
+    my ($path, $interface) = @ARGV;
+    my $connect = sub { IO::Socket::UNIX->new(Type => SOCK_STREAM, Peer => $path) or die "connect: $!" };
+    my @idle = map { $connect->() } 1 .. 40;
+    my $asks = $connect->();
+    for (1 .. 3) {
+      print $asks "get=1\n\n";
+      while (1) { my $line = <$asks> // die "no answer\n"; last if $line eq "errno=0\n" }
+      <$asks>;
+      system("wg", "set", $interface, "listen-port", 51000 + $_) == 0 or die "wg set: $?\n";
+      push @idle, map { $connect->() } 1 .. 5;
+    }' "$SOCK" "$A" && kill "$(lab_pid few)" && within 10 gone "$A"
+}
 numbered_name() {
   local name
   timeout 10 ip netns exec "${LAB}a" "$DAEMON" "w$$n%d"
@@ -213,6 +231,7 @@ check "WG_PROCESS_FOREGROUND=1 stays in the foreground" foreground WG_PROCESS_FO
 check "in the background it lets go of the caller's output" lets_go_of_stderr
 stop "$A"
 promise "a name with %d gets the first free number" numbered_name
+promise "forty idle clients and 64 descriptors keep nobody from being served" few_descriptors
 
 ### the protocol
 start a "$A"
@@ -507,6 +526,14 @@ mtu_change() {
     ip -n "${LAB}a" link set "$A" mtu 1300 && ip -n "${LAB}b" link set "$B" mtu 1300 && a ping -q -c 2 -i 0.2 -W $PATIENCE -M "do" -s 1272 10.66.0.2 &&
     ! a ping -q -c 1 -W 1 -M "do" -s 1273 10.66.0.2 && ip -n "${LAB}a" link set "$A" mtu 1420 && ip -n "${LAB}b" link set "$B" mtu 1420
 }
+mtu_is() { ip -n "$LAB$1" link show "$2" | tee /dev/stderr | grep -q "mtu $3 "; }
+# 65475 bytes are what fits a datagram; more would vanish.
+mtu_too_large() {
+  ip -n "${LAB}a" link set "$A" mtu 65535 && ip -n "${LAB}b" link set "$B" mtu 65535 &&
+    within 10 mtu_is a "$A" 65475 && within 10 mtu_is b "$B" 65475 &&
+    a ping -q -c 3 -i 0.2 -W $PATIENCE -M "do" -s 65447 10.66.0.2 &&
+    ip -n "${LAB}a" link set "$A" mtu 1420 && ip -n "${LAB}b" link set "$B" mtu 1420
+}
 keepalive_at_once() {
   # Off to on sends one at once: the counter moves with no traffic.
   local before
@@ -551,6 +578,7 @@ check "the ports change with the session up" port_change
 check "the endpoint changes to IPv6, both families inside" to_ipv6_outside
 check "the interface goes down and up" down_up
 check "the MTU changes to 9000 and to 1300" mtu_change
+promise "an MTU of 65535 becomes the largest that passes" mtu_too_large
 check "without a private key nothing passes" no_key_no_traffic
 check "a peer's private key changes" key_change
 promise "a restarted device is reached within a second by a peer with its old keys" restarted
