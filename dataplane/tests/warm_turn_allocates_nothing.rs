@@ -70,8 +70,14 @@ fn watch_shards() -> usize {
     found
 }
 
-/// The first full batches make the coalescer grow to its size, so a round may still see that; but
-/// soon there is a round of thousands of packets without a single allocation.
+/// Rounds without a single allocation that are wanted on end.
+const STILL_ROUNDS: usize = 3;
+/// What two shards allocate at most until their memory has its size: each has two sets of about twenty
+/// slabs and a list of what lies in them, and a few queues that double. A round that sees the last of
+/// it is none of those that are wanted; but whatever allocates again and again comes to more than this.
+const GROWTH_MAX: u64 = 2 * 64;
+
+/// How full a batch gets is the machine's to say, so the growth may take its time; but it ends.
 #[test]
 fn a_warm_shard_allocates_nothing() {
     if !can_run("a_warm_shard_allocates_nothing") {
@@ -87,19 +93,18 @@ fn a_warm_shard_allocates_nothing() {
         pair.transfer(End::A, End::B.inner4(), 16 << 20);
         pair.transfer(End::B, End::A.inner4(), 16 << 20);
         let mut rounds = Vec::new();
-        for _ in 0..6 {
+        while !rounds.ends_with(&[0; STILL_ROUNDS]) {
             let packets = || pair.a.stats().total().get(Meter::TunPacketsIn);
             let before = packets();
             ALLOCATIONS.store(0, SeqCst);
             COUNTING.store(true, SeqCst);
-            pair.transfer(End::A, End::B.inner4(), 8 << 20);
+            pair.transfer(End::A, End::B.inner4(), 4 << 20);
+            pair.transfer(End::B, End::A.inner4(), 2 << 20);
             COUNTING.store(false, SeqCst);
-            support::soon("they went through here", || packets() - before > 5000);
+            support::soon("they went through here", || packets() - before > 2500);
             rounds.push(ALLOCATIONS.load(SeqCst));
-            if rounds.last() == Some(&0) {
-                break;
-            }
+            let all: u64 = rounds.iter().sum();
+            assert!(all <= GROWTH_MAX, "allocations per round: {rounds:?}");
         }
-        assert_eq!(rounds.last(), Some(&0), "allocations per round: {rounds:?}");
     }
 }

@@ -388,6 +388,17 @@ impl Pair {
 
     /// Sends `len` bytes by TCP from an end to the other's address and checks every one there.
     pub(crate) fn transfer(&self, from: End, to: IpAddr, len: usize) {
+        self.transfer_from(from, to, len, |_, _| true);
+    }
+
+    /// The same between a pair of own and far address that is wanted.
+    pub(crate) fn transfer_from(
+        &self,
+        from: End,
+        to: IpAddr,
+        len: usize,
+        wanted: impl Fn(SocketAddr, SocketAddr) -> bool + Sync,
+    ) {
         let listener = self
             .lab
             .inside(from.other(), || TcpListener::bind((to, 0)).unwrap());
@@ -419,7 +430,30 @@ impl Pair {
                 total
             });
             self.lab.inside(from, || {
-                let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10)).unwrap();
+                let own = if to.is_ipv4() {
+                    from.inner4()
+                } else {
+                    from.inner6()
+                };
+                let mut others = Vec::new();
+                let socket = loop {
+                    let socket = socket2::Socket::new(
+                        socket2::Domain::for_address(to),
+                        socket2::Type::STREAM,
+                        None,
+                    )
+                    .unwrap();
+                    socket.bind(&SocketAddr::new(own, 0).into()).unwrap();
+                    let own = socket.local_addr().unwrap().as_socket().unwrap();
+                    if wanted(own, to) {
+                        break socket;
+                    }
+                    others.push(socket);
+                };
+                socket
+                    .connect_timeout(&to.into(), Duration::from_secs(10))
+                    .unwrap();
+                let mut stream = TcpStream::from(socket);
                 stream
                     .set_write_timeout(Some(Duration::from_secs(20)))
                     .unwrap();
