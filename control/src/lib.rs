@@ -13,6 +13,7 @@ pub mod device;
 pub mod disco;
 pub mod driver;
 pub mod fuzzing;
+pub mod hostnet;
 pub mod key;
 pub mod netcheck;
 pub mod netmap;

@@ -1,0 +1,268 @@
+//! What the host's network is to look like for the tunnel, as a core: wanted state from the network
+//! map, the settings and what the host has; difference to what is there; nothing is read or
+//! written here. `driver/hostnet.rs` does that, on a thread of its own.
+//!
+//! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
+//! table of our own (52 unless told otherwise), and rules between `100 * table + 11` and
+//! `100 * table + 70` lead there (5211 to 5270, in tailscaled's range). What is ours bears the
+//! protocol number [`PROTOCOL`], by which a start finds what a killed run left behind; what does
+//! not bear it is never deleted.
+//!
+//! **Which route wins.** The kernel merges both tables as if they were one, host first among
+//! equals. For every prefix length `L` that our table has, longest first, there are two rules:
+//!
+//! ```text
+//! lookup main suppress_prefixlength L-1     the host's route, if it is L or longer
+//! lookup 52   suppress_prefixlength L-1     else ours, if it is L or longer
+//! ```
+//!
+//! So the host's equal and longer routes stay in force, also those that are added later, without a
+//! moment in between: the kernel decides at each look-up. (Throw routes in our table, the other way to
+//! say it, come too late for a route that a DHCP client or a container bridge adds.) What is less
+//! specific than ours loses, with one exception: a subnet to which the host is connected keeps all
+//! of itself but the addresses of peers, so a route inside it is not installed at all.
+//!
+//! **Underlay.** What carries our mark, or leaves from our UDP port, jumps over all of it to the end
+//! marker, and meets the host's own rules behind, so source routing stays as it is. The rule for the
+//! port is there for a strict `rp_filter`: the kernel looks up the way back of an arriving packet without a
+//! mark, but with the ports of the flow, once some rule needs them that is not bound to `lo`: the
+//! end marker, which decides nothing, names the port for that reason alone. Our TCP connections
+//! have no port of their own, and the host's resolver no mark: these few addresses are thrown back
+//! to the host's table one by one, and only where one of our routes covers them.
+//!
+//! **Never installed:** what this node itself offers, and what the agent does not let through (exit
+//! routes, whole or in pieces, and addresses that no host has).
+//!
+//! Later parts of the host (nftables, sysctl values, the resolver) join [`State`] and [`steps`] here, and
+//! get a file in `driver/` each.
+
+mod plan;
+mod resolvers;
+mod steps;
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use serde::Serialize;
+
+pub use plan::plan;
+pub use resolvers::resolvers;
+pub use steps::{Step, steps};
+
+/// Route and rule protocol number (`RTA_PROTOCOL`, `FRA_PROTOCOL`) of what is ours.
+pub const PROTOCOL: u8 = 114;
+/// The table unless told otherwise, which is tailscaled's.
+pub const TABLE_DEFAULT: u8 = 52;
+/// The largest table there can be: 253 to 255 are the host's.
+pub const TABLE_MAX: u8 = 252;
+/// The mark of underlay sockets unless told otherwise, which is tailscaled's.
+pub const MARK_DEFAULT: u32 = 0x8_0000;
+/// Bits of a mark that count, if it is the default one.
+const MARK_DEFAULT_MASK: u32 = 0xff_0000;
+/// Shortest prefix of a route into the tunnel, IPv4 and IPv6: the widest private networks, 10.0.0.0/8 and
+/// fc00::/7. What is wider stands for the internet.
+pub const LEN_MIN: [u8; 2] = [8, 7];
+/// Conflicts told at most.
+pub const CONFLICTS_MAX: usize = 64;
+/// Addresses outside of the tunnel that were dialled, at most; the oldest goes.
+pub const DIALLED_MAX: usize = 64;
+/// The host's main table.
+const MAIN: u8 = 254;
+
+/// Lengths at which a level begins, longest first. A level holds lengths from its own up to the next one's;
+/// inside a level the host's routes win. IPv4 has one for each.
+const LEVELS_V6: [u8; 26] = [
+    128, 124, 120, 112, 104, 96, 88, 80, 72, 64, 62, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20,
+    16, 12, 8, 7,
+];
+
+/// What does not change while a node runs.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Our table.
+    pub table: u8,
+    /// The mark of underlay sockets; 0 is none.
+    pub fwmark: u32,
+    /// UDP port of the underlay.
+    pub port: u16,
+    /// Index of the TUN interface.
+    pub tun: u32,
+    /// Prefixes that this node routes for others.
+    pub offered: Vec<IpNet>,
+    /// Whether the kernel takes policy rules, IPv4 and IPv6. Where it does not, only peers' own
+    /// addresses are routed, in the main table and beside what is there.
+    pub rules: [bool; 2],
+}
+
+/// What the network wants of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overlay {
+    /// Own inner addresses.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Peers' own inner addresses.
+    pub peers: BTreeSet<IpAddr>,
+    /// Everything else that peers route.
+    pub routes: BTreeSet<IpNet>,
+}
+
+/// What the host has of its own; nothing here is ours.
+#[derive(Clone, Debug, Default)]
+pub struct Host {
+    /// Subnets of its addresses, those of our TUN left out.
+    pub connected: BTreeSet<IpNet>,
+    /// Destinations in its main table, those by our TUN left out.
+    pub routes: BTreeSet<IpNet>,
+    /// Servers that its resolver asks.
+    pub resolvers: Vec<IpAddr>,
+    /// Where our TCP connections go.
+    pub dialled: Vec<IpAddr>,
+    /// Whether the TUN can have IPv6 addresses.
+    pub ipv6: bool,
+}
+
+/// Everything that we add to a host.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    /// Addresses of the TUN, each with its full length.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Policy rules.
+    pub rules: BTreeSet<Rule>,
+    /// Routes of our table.
+    pub routes: BTreeSet<Route>,
+}
+
+/// A policy rule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Rule {
+    /// Its place; smaller ones are asked first.
+    pub priority: u32,
+    /// Whether it is for IPv6.
+    pub v6: bool,
+    /// What it does.
+    pub action: Action,
+    /// Mark and mask it is for.
+    pub mark: Option<(u32, u32)>,
+    /// Whether it is for what the host itself sends (`iif lo`).
+    pub local: bool,
+    /// The UDP source port it is for.
+    pub port: Option<u16>,
+    /// What it finds must be longer than this.
+    pub longer_than: Option<u8>,
+}
+
+/// What a rule does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Action {
+    /// Looks into a table.
+    Table(u32),
+    /// Goes on at a later rule.
+    Goto(u32),
+    /// Nothing.
+    Nop,
+}
+
+/// A route of ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    /// The destination.
+    pub net: IpNet,
+    /// Where it stands.
+    pub table: u8,
+    /// Where it leads.
+    pub way: Way,
+}
+
+/// Where a route leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// Back to the rules behind our table.
+    Throw,
+    /// Into the tunnel.
+    Tunnel,
+    /// Elsewhere: what an earlier run left.
+    Stale,
+}
+
+/// A route of the network that meets one of the host's.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub struct Conflict {
+    /// The network's.
+    pub route: IpNet,
+    /// The host's.
+    pub host_route: IpNet,
+    /// How they lie.
+    pub relation: Relation,
+}
+
+/// How a route of the network lies to one of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Relation {
+    /// The same prefix: the host's is in force, ours as soon as the host's goes.
+    Same,
+    /// It covers the host's, which stays in force for its part.
+    Covers,
+    /// It lies inside a subnet that the host is connected to: it is not installed.
+    InsideConnected,
+    /// It lies inside a route of the host: it is in force for its part.
+    Inside,
+}
+
+impl Conflict {
+    /// A sentence about it.
+    pub fn describe(&self) -> String {
+        let route = self.route;
+        let host = self.host_route;
+        match self.relation {
+            Relation::Same => {
+                format!("{route}: the host has a route of its own, which stays in force")
+            }
+            Relation::Covers => format!("{route}: the host's {host} inside stays in force"),
+            Relation::InsideConnected => format!(
+                "{route} is not installed: it lies inside {host}, to which the host is connected"
+            ),
+            Relation::Inside => format!("{route} takes a part of the host's {host}"),
+        }
+    }
+}
+
+/// What [`plan`] finds.
+#[derive(Clone, Debug, Default)]
+pub struct Plan {
+    /// What is to be there.
+    pub state: State,
+    /// Where it meets what the host has, at most [`CONFLICTS_MAX`].
+    pub conflicts: Vec<Conflict>,
+    /// Conflicts beyond those.
+    pub more_conflicts: usize,
+    /// Addresses that stay outside of the tunnel although a route of the network covers them.
+    pub kept_out: Vec<IpAddr>,
+}
+
+impl Settings {
+    /// First and last place of our rules.
+    pub fn priorities(table: u8) -> std::ops::RangeInclusive<u32> {
+        let base = 100 * u32::from(table);
+        base + 10..=base + 70
+    }
+
+    /// The mark and the bits of it that count, if there is one.
+    fn mark(&self) -> Option<(u32, u32)> {
+        let mask = if self.fwmark == MARK_DEFAULT {
+            MARK_DEFAULT_MASK
+        } else {
+            u32::MAX
+        };
+        (self.fwmark != 0).then_some((self.fwmark, mask))
+    }
+}
+
+/// The table to which a rule at this place would belong.
+pub fn table_of_priority(priority: u32) -> Option<u8> {
+    let table = u8::try_from(priority / 100).ok()?;
+    (1..=TABLE_MAX)
+        .contains(&table)
+        .then_some(table)
+        .filter(|table| Settings::priorities(*table).contains(&priority))
+}

@@ -1,0 +1,512 @@
+//! What is to be there.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+use super::{
+    Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, LEN_MIN, LEVELS_V6, MAIN, Overlay, Plan,
+    Relation, Route, Rule, Settings, Way,
+};
+
+/// Places after the first of the table's hundred.
+const MARKED: u32 = 11;
+const OUR_PORT: u32 = 12;
+const FIRST_LEVEL: u32 = 13;
+const END: u32 = 70;
+
+/// Computes what is to be there, and tells where it meets what the host has.
+pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
+    let mut plan = Plan::default();
+    let usable = |v6: bool| !v6 || host.ipv6;
+    plan.state.addresses = overlay
+        .addresses
+        .iter()
+        .copied()
+        .filter(|ip| usable(ip.is_ipv6()))
+        .collect();
+    let mut tell = Teller::default();
+    let own: BTreeSet<IpNet> = host.connected.union(&host.routes).copied().collect();
+    let mut tunnel: BTreeSet<IpNet> = BTreeSet::new();
+    for net in overlay.routes.iter().map(IpNet::trunc) {
+        let itself = net.prefix_len() == net.max_prefix_len()
+            && (overlay.addresses.contains(&net.addr()) || overlay.peers.contains(&net.addr()));
+        let offered = settings.offered.iter().any(|own| own.trunc() == net);
+        let v6 = net.addr().is_ipv6();
+        // Nothing wider is in force: it would stand for the internet.
+        let wide = net.prefix_len() < LEN_MIN[usize::from(v6)];
+        if itself || offered || wide || !usable(v6) {
+            continue;
+        }
+        if let Some(subnet) = longest_around(&host.connected, &net) {
+            tell.conflict(net, subnet, Relation::InsideConnected);
+        } else if settings.rules[usize::from(v6)] {
+            meet(&mut tell, &own, &net);
+            tunnel.insert(net);
+        }
+    }
+    plan.kept_out = kept_out(overlay, host, &tunnel);
+    let peers = overlay.peers.iter().copied();
+    let peers = peers.filter(|ip| usable(ip.is_ipv6()) && !overlay.addresses.contains(ip));
+    let covered: Vec<IpNet> = settings
+        .offered
+        .iter()
+        .map(IpNet::trunc)
+        .filter(|net| longest_around(&tunnel, net).is_some())
+        .collect();
+    for net in peers.map(IpNet::from) {
+        if own.contains(&net) {
+            tell.conflict(net, net, Relation::Same);
+        }
+        tunnel.insert(net);
+    }
+    let kept_out = plan.kept_out.iter().copied().map(IpNet::from);
+    let throw: BTreeSet<IpNet> = kept_out.chain(covered).collect();
+    plan.state.rules = rules(settings, &tunnel);
+    let route = |net: IpNet, way| Route {
+        net,
+        table: match settings.rules[usize::from(net.addr().is_ipv6())] {
+            true => settings.table,
+            false => MAIN,
+        },
+        way,
+    };
+    let into = tunnel
+        .difference(&throw)
+        .map(|net| route(*net, Way::Tunnel));
+    plan.state.routes = into.collect();
+    let back = throw.iter().map(|net| route(*net, Way::Throw));
+    plan.state.routes.extend(back);
+    plan.conflicts = tell.told;
+    plan.more_conflicts = tell.more;
+    plan
+}
+
+/// The rules for both families.
+fn rules(settings: &Settings, tunnel: &BTreeSet<IpNet>) -> BTreeSet<Rule> {
+    let mut rules = BTreeSet::new();
+    for v6 in [false, true] {
+        if !settings.rules[usize::from(v6)] {
+            continue;
+        }
+        let base = 100 * u32::from(settings.table);
+        let plain = Rule {
+            priority: base + END,
+            v6,
+            action: Action::Nop,
+            mark: None,
+            local: false,
+            port: None,
+            longer_than: None,
+        };
+        // Decides nothing, but has the kernel look for ports in what arrives (module doc).
+        rules.insert(Rule {
+            port: Some(settings.port),
+            ..plain
+        });
+        let jump = Rule {
+            action: Action::Goto(base + END),
+            ..plain
+        };
+        if let Some(mark) = settings.mark() {
+            rules.insert(Rule {
+                priority: base + MARKED,
+                mark: Some(mark),
+                ..jump
+            });
+        }
+        rules.insert(Rule {
+            priority: base + OUR_PORT,
+            local: true,
+            port: Some(settings.port),
+            ..jump
+        });
+        let nets = tunnel.iter().filter(|net| net.addr().is_ipv6() == v6);
+        let levels: BTreeSet<(u32, u8)> = nets.map(|net| level(v6, net.prefix_len())).collect();
+        for (index, from) in levels {
+            for (offset, table) in [(0, MAIN), (1, settings.table)] {
+                rules.insert(Rule {
+                    priority: base + FIRST_LEVEL + 2 * index + offset,
+                    action: Action::Table(table.into()),
+                    longer_than: Some(from - 1),
+                    ..plain
+                });
+            }
+        }
+    }
+    rules
+}
+
+/// The level of a prefix length: its number from the longest on, and the shortest length in it.
+fn level(v6: bool, len: u8) -> (u32, u8) {
+    if !v6 {
+        return (u32::from(32_u8.saturating_sub(len)), len);
+    }
+    let at = LEVELS_V6
+        .iter()
+        .zip(0_u32..)
+        .find(|(from, _)| **from <= len);
+    at.map_or((0, 128), |(from, index)| (index, *from))
+}
+
+/// The addresses that are thrown back to the host's table.
+fn kept_out(overlay: &Overlay, host: &Host, tunnel: &BTreeSet<IpNet>) -> Vec<IpAddr> {
+    let dialled = host.dialled.iter().take(DIALLED_MAX);
+    let mut found: Vec<IpAddr> = host
+        .resolvers
+        .iter()
+        .chain(dialled)
+        .copied()
+        // A server that is a peer is meant to be reached through the tunnel.
+        .filter(|ip| !overlay.peers.contains(ip) && !overlay.addresses.contains(ip))
+        .filter(|ip| {
+            let single = IpNet::from(*ip);
+            tunnel.contains(&single) || longest_around(tunnel, &single).is_some()
+        })
+        .collect();
+    found.sort_unstable();
+    found.dedup();
+    found
+}
+
+/// Tells where a route of the network meets the host's.
+fn meet(tell: &mut Teller, host: &BTreeSet<IpNet>, net: &IpNet) {
+    if host.contains(net) {
+        tell.conflict(*net, *net, Relation::Same);
+    } else if let Some(around) = longest_around(host, net) {
+        tell.conflict(*net, around, Relation::Inside);
+    }
+    let last = IpNet::from(net.broadcast());
+    for inside in host.range(*net..=last).filter(|inside| *inside != net) {
+        if net.contains(inside) {
+            tell.conflict(*net, *inside, Relation::Covers);
+        }
+    }
+}
+
+/// The longest prefix in `nets` that is shorter than `net` and holds it; default routes do not count.
+fn longest_around(nets: &BTreeSet<IpNet>, net: &IpNet) -> Option<IpNet> {
+    (1..net.prefix_len())
+        .rev()
+        .filter_map(|len| IpNet::new(net.addr(), len).ok())
+        .map(|around| around.trunc())
+        .find(|around| nets.contains(around))
+}
+
+/// Collects conflicts, up to their bound.
+#[derive(Default)]
+struct Teller {
+    told: Vec<Conflict>,
+    more: usize,
+}
+
+impl Teller {
+    fn conflict(&mut self, route: IpNet, host_route: IpNet, relation: Relation) {
+        if self.told.len() < CONFLICTS_MAX {
+            self.told.push(Conflict {
+                route,
+                host_route,
+                relation,
+            });
+        } else {
+            self.more += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn nets(list: &[&str]) -> BTreeSet<IpNet> {
+        list.iter().map(|net| net.parse().unwrap()).collect()
+    }
+
+    fn ips(list: &[&str]) -> Vec<IpAddr> {
+        list.iter().map(|ip| ip.parse().unwrap()).collect()
+    }
+
+    fn settings() -> Settings {
+        Settings {
+            table: 52,
+            fwmark: super::super::MARK_DEFAULT,
+            port: 41_641,
+            tun: 7,
+            offered: Vec::new(),
+            rules: [true; 2],
+        }
+    }
+
+    fn overlay(peers: &[&str], routes: &[&str]) -> Overlay {
+        Overlay {
+            addresses: ips(&["100.64.0.1", "fd7a:115c:a1e0::1"])
+                .into_iter()
+                .collect(),
+            peers: ips(peers).into_iter().collect(),
+            routes: nets(routes),
+        }
+    }
+
+    fn host(connected: &[&str], routes: &[&str]) -> Host {
+        Host {
+            connected: nets(connected),
+            routes: nets(routes),
+            ipv6: true,
+            ..Host::default()
+        }
+    }
+
+    /// What the kernel does with `ip`, by the rules' own words: whose table answers.
+    fn kernel(plan: &Plan, main: &BTreeSet<IpNet>, ip: &str, marked: bool) -> &'static str {
+        let ip: IpAddr = ip.parse().unwrap();
+        let longest = |nets: &mut dyn Iterator<Item = (IpNet, Way)>| {
+            nets.filter(|(net, _)| net.contains(&ip))
+                .max_by_key(|(net, _)| net.prefix_len())
+        };
+        let mut from = 0;
+        for rule in plan
+            .state
+            .rules
+            .iter()
+            .filter(|rule| rule.v6 == ip.is_ipv6())
+        {
+            if rule.priority < from || rule.port.is_some() || rule.mark.is_some() && !marked {
+                continue;
+            }
+            let (found, answer) = match rule.action {
+                Action::Nop => continue,
+                Action::Goto(target) => {
+                    from = target;
+                    continue;
+                }
+                Action::Table(52) => {
+                    let mut ours = plan.state.routes.iter().map(|r| (r.net, r.way));
+                    (longest(&mut ours), "tunnel")
+                }
+                Action::Table(_) => {
+                    let mut host = main.iter().map(|net| (*net, Way::Stale));
+                    (longest(&mut host), "host")
+                }
+            };
+            if let Some((net, way)) = found
+                && way != Way::Throw
+                && rule.longer_than.is_none_or(|len| net.prefix_len() > len)
+            {
+                return answer;
+            }
+        }
+        "host"
+    }
+
+    #[test]
+    fn the_longest_prefix_wins_and_the_host_among_equals() {
+        let main = nets(&[
+            "0.0.0.0/0",
+            "192.168.1.0/24",
+            "172.17.0.0/16",
+            "10.0.0.0/8",
+            "10.1.2.3/32",
+            "fd01::/64",
+        ]);
+        let connected = ["192.168.1.0/24", "172.17.0.0/16", "fd01::/64"];
+        let wants = overlay(
+            &["100.64.0.2", "192.168.1.77"],
+            &[
+                "192.168.1.0/24",
+                "172.16.0.0/12",
+                "10.1.0.0/16",
+                "10.1.2.3/32",
+                "fd01::/48",
+            ],
+        );
+        let plan = plan(
+            &settings(),
+            &wants,
+            &host(&connected, &["10.0.0.0/8", "10.1.2.3/32"]),
+        );
+        for (ip, table) in [
+            ("192.168.1.5", "host"),
+            // A peer's own address.
+            ("192.168.1.77", "tunnel"),
+            ("172.17.0.2", "host"),
+            ("172.18.0.2", "tunnel"),
+            ("10.1.9.9", "tunnel"),
+            ("10.1.2.3", "host"),
+            ("10.2.0.1", "host"),
+            ("8.8.8.8", "host"),
+            ("100.64.0.2", "tunnel"),
+            ("fd01::7", "host"),
+            ("fd01:0:0:1::7", "tunnel"),
+        ] {
+            assert_eq!(kernel(&plan, &main, ip, false), table, "{ip}");
+            assert_eq!(kernel(&plan, &main, ip, true), "host", "{ip} with our mark");
+        }
+        // A route that the host gets later, before anybody here hears of it.
+        let mut later = main.clone();
+        later.extend(nets(&["172.20.0.0/14", "10.1.9.0/24"]));
+        assert_eq!(kernel(&plan, &later, "172.20.0.9", false), "host");
+        assert_eq!(kernel(&plan, &later, "10.1.9.9", false), "host");
+    }
+
+    #[test]
+    fn every_length_agrees_with_a_plain_search() {
+        // One route of ours and one of the host's, of any two lengths, around one address.
+        for (ip, lens, exact) in [
+            ("10.9.8.7", 8..=32_u8, true),
+            ("fd09:8:7::6", 7..=128, false),
+        ] {
+            let addr: IpAddr = ip.parse().unwrap();
+            for (ours, theirs) in lens.clone().flat_map(|a| lens.clone().map(move |b| (a, b))) {
+                let net = |len| IpNet::new(addr, len).unwrap().trunc();
+                let wants = Overlay {
+                    routes: BTreeSet::from([net(ours)]),
+                    ..Overlay::default()
+                };
+                let main = BTreeSet::from([net(theirs)]);
+                let plan = plan(&settings(), &wants, &host(&[], &[]));
+                let found = kernel(&plan, &main, ip, false);
+                let ruled = settings_hold(&plan);
+                assert!(ruled, "places overlap");
+                if ours <= theirs {
+                    assert_eq!(found, "host", "{ours} {theirs}");
+                } else if exact || level(true, ours).1 > theirs {
+                    assert_eq!(found, "tunnel", "{ours} {theirs}");
+                }
+            }
+        }
+    }
+
+    /// Places are within the table's range, and no two rules of a family share one.
+    fn settings_hold(plan: &Plan) -> bool {
+        let places: BTreeSet<(bool, u32)> = plan
+            .state
+            .rules
+            .iter()
+            .map(|rule| (rule.v6, rule.priority))
+            .collect();
+        let range = Settings::priorities(52);
+        places.len() == plan.state.rules.len() && places.iter().all(|(_, at)| range.contains(at))
+    }
+
+    #[test]
+    fn default_routes_stay_out_whole_or_in_pieces() {
+        let wants = overlay(
+            &[],
+            &["0.0.0.0/0", "::/0", "0.0.0.0/1", "8.0.0.0/7", "2000::/3"],
+        );
+        let plan = plan(&settings(), &wants, &host(&[], &[]));
+        assert_eq!(plan.state.routes, BTreeSet::new());
+    }
+
+    #[test]
+    fn what_this_node_offers_is_not_routed_into_the_tunnel() {
+        let mut settings = settings();
+        settings.offered = vec![
+            "192.168.7.0/24".parse().unwrap(),
+            "10.5.0.0/16".parse().unwrap(),
+        ];
+        let wants = overlay(&["100.64.0.2"], &["192.168.7.0/24", "10.0.0.0/8"]);
+        let plan = plan(&settings, &wants, &host(&[], &[]));
+        let main = nets(&["0.0.0.0/0"]);
+        assert_eq!(kernel(&plan, &main, "192.168.7.9", false), "host");
+        assert_eq!(kernel(&plan, &main, "10.5.1.1", false), "host");
+        assert_eq!(kernel(&plan, &main, "10.6.1.1", false), "tunnel");
+    }
+
+    #[test]
+    fn a_subnet_of_the_host_keeps_all_of_itself() {
+        let wants = overlay(&[], &["192.168.1.0/25", "192.168.1.64/26"]);
+        let plan = plan(
+            &settings(),
+            &wants,
+            &host(&["192.168.1.0/24"], &["192.168.1.0/24"]),
+        );
+        assert_eq!(plan.state.routes, BTreeSet::new());
+        let told: Vec<Relation> = plan.conflicts.iter().map(|c| c.relation).collect();
+        assert_eq!(told, [Relation::InsideConnected; 2]);
+    }
+
+    #[test]
+    fn conflicts_are_told_by_kind_and_bounded() {
+        let wants = overlay(&[], &["10.0.0.0/8", "192.168.1.0/24", "172.16.5.0/24"]);
+        let has = host(
+            &["10.3.0.0/16", "192.168.1.0/24"],
+            &["172.16.0.0/12", "10.4.0.0/16"],
+        );
+        let found = plan(&settings(), &wants, &has);
+        let told: Vec<(String, Relation)> = found
+            .conflicts
+            .iter()
+            .map(|c| (c.host_route.to_string(), c.relation))
+            .collect();
+        let expected = [
+            ("10.3.0.0/16", Relation::Covers),
+            ("10.4.0.0/16", Relation::Covers),
+            ("172.16.0.0/12", Relation::Inside),
+            ("192.168.1.0/24", Relation::Same),
+        ];
+        assert_eq!(
+            told,
+            expected.map(|(net, relation)| (net.to_owned(), relation))
+        );
+        let many: Vec<String> = (0..200).map(|n| format!("10.{n}.0.0/16")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        let found = plan(&settings(), &wants, &host(&[], &many));
+        assert_eq!(
+            (found.conflicts.len(), found.more_conflicts),
+            (CONFLICTS_MAX, 200 - CONFLICTS_MAX)
+        );
+    }
+
+    #[test]
+    fn resolvers_and_dialled_addresses_stay_outside_but_peers_do_not() {
+        let wants = overlay(&["100.64.0.2", "10.9.9.9"], &["10.0.0.0/8"]);
+        let mut has = host(&[], &[]);
+        has.resolvers = ips(&["10.0.0.53", "8.8.8.8", "10.9.9.9"]);
+        has.dialled = ips(&["10.0.0.7", "203.0.113.1", "10.0.0.53"]);
+        let plan = plan(&settings(), &wants, &has);
+        assert_eq!(plan.kept_out, ips(&["10.0.0.7", "10.0.0.53"]));
+        let main = nets(&["0.0.0.0/0"]);
+        for (ip, table) in [
+            ("10.0.0.53", "host"),
+            ("10.0.0.7", "host"),
+            ("10.0.0.8", "tunnel"),
+            ("10.9.9.9", "tunnel"),
+        ] {
+            assert_eq!(kernel(&plan, &main, ip, false), table, "{ip}");
+        }
+    }
+
+    #[test]
+    fn without_policy_rules_only_peers_are_routed() {
+        let mut settings = settings();
+        settings.rules = [false, true];
+        let wants = overlay(&["100.64.0.2", "fd7a::2"], &["10.0.0.0/8", "fd00::/48"]);
+        let plan = plan(&settings, &wants, &host(&[], &[]));
+        let routes: Vec<String> = plan
+            .state
+            .routes
+            .iter()
+            .map(|r| format!("{} {}", r.net, r.table))
+            .collect();
+        assert_eq!(
+            routes,
+            ["100.64.0.2/32 254", "fd00::/48 52", "fd7a::2/128 52"]
+        );
+        assert!(plan.state.rules.iter().all(|rule| rule.v6));
+    }
+
+    #[test]
+    fn a_host_without_ipv6_gets_none() {
+        let wants = overlay(&["fd7a::2"], &["fd00::/48"]);
+        let mut has = host(&[], &[]);
+        has.ipv6 = false;
+        let plan = plan(&settings(), &wants, &has);
+        assert_eq!(plan.state.routes, BTreeSet::new());
+        assert_eq!(
+            plan.state.addresses,
+            ips(&["100.64.0.1"]).into_iter().collect()
+        );
+    }
+}

@@ -1,0 +1,146 @@
+//! From what is there to what is wanted, in an order that harms nobody on the way.
+
+use std::net::IpAddr;
+
+use super::{Action, Route, Rule, State};
+
+/// One change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Give the TUN an address.
+    AddAddress(IpAddr),
+    /// Take one from it.
+    DeleteAddress(IpAddr),
+    /// Add a rule.
+    AddRule(Rule),
+    /// Remove a rule.
+    DeleteRule(Rule),
+    /// Add a route.
+    AddRoute(Route),
+    /// Remove a route.
+    DeleteRoute(Route),
+}
+
+/// The changes, in order: what protects the host comes before what it is protected from, and goes
+/// after it. A rule that looks into our table follows the one that looks into the host's; a throw
+/// route comes before the route around it.
+pub fn steps(wanted: &State, there: &State) -> Vec<Step> {
+    let mut new_rules: Vec<Rule> = wanted.rules.difference(&there.rules).copied().collect();
+    new_rules.sort_by_key(|rule| (rank(rule), *rule));
+    let mut old_rules: Vec<Rule> = there.rules.difference(&wanted.rules).copied().collect();
+    old_rules.sort_by_key(|rule| (std::cmp::Reverse(rank(rule)), *rule));
+    let mut new_routes: Vec<Route> = wanted.routes.difference(&there.routes).copied().collect();
+    new_routes.sort_by_key(|route| (route.way, *route));
+    let mut old_routes: Vec<Route> = there.routes.difference(&wanted.routes).copied().collect();
+    old_routes.sort_by_key(|route| (std::cmp::Reverse(route.way), *route));
+    let new_addresses = wanted.addresses.difference(&there.addresses);
+    let old_addresses = there.addresses.difference(&wanted.addresses);
+    new_addresses
+        .map(|address| Step::AddAddress(*address))
+        .chain(new_rules.into_iter().map(Step::AddRule))
+        .chain(new_routes.into_iter().map(Step::AddRoute))
+        .chain(old_routes.into_iter().map(Step::DeleteRoute))
+        .chain(old_rules.into_iter().map(Step::DeleteRule))
+        .chain(old_addresses.map(|address| Step::DeleteAddress(*address)))
+        .collect()
+}
+
+/// Rules of a lower rank are there while one of a higher is.
+fn rank(rule: &Rule) -> u8 {
+    match (rule.action, rule.longer_than) {
+        (Action::Nop, _) => 0,
+        (Action::Goto(_), _) => 1,
+        (Action::Table(table), _) if table == u32::from(super::MAIN) => 2,
+        (Action::Table(_), _) => 3,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hostnet::{Host, Overlay, Settings, Way, plan};
+
+    fn plan_of(routes: &[&str], offered: &[&str]) -> State {
+        let settings = Settings {
+            table: 52,
+            fwmark: 0x8_0000,
+            port: 41_641,
+            tun: 9,
+            offered: offered.iter().map(|net| net.parse().unwrap()).collect(),
+            rules: [true; 2],
+        };
+        let overlay = Overlay {
+            routes: routes.iter().map(|net| net.parse().unwrap()).collect(),
+            ..Overlay::default()
+        };
+        let host = Host {
+            ipv6: true,
+            ..Host::default()
+        };
+        plan(&settings, &overlay, &host).state
+    }
+
+    /// Applies steps one by one and looks after each: no rule leads into our table without the one before it
+    /// that asks the host's, and no route into the tunnel is there without the throw routes inside.
+    fn walk(from: &State, to: &State) {
+        let mut now = from.clone();
+        for step in steps(to, from) {
+            match step {
+                Step::AddAddress(address) => assert!(now.addresses.insert(address)),
+                Step::DeleteAddress(address) => assert!(now.addresses.remove(&address)),
+                Step::AddRule(rule) => assert!(now.rules.insert(rule)),
+                Step::DeleteRule(rule) => assert!(now.rules.remove(&rule)),
+                Step::AddRoute(route) => assert!(now.routes.insert(route)),
+                Step::DeleteRoute(route) => assert!(now.routes.remove(&route)),
+            }
+            let leads = |rule: &&Rule| rule.action == Action::Table(52);
+            for rule in now.rules.iter().filter(leads) {
+                let before = Rule {
+                    priority: rule.priority - 1,
+                    action: Action::Table(254),
+                    ..*rule
+                };
+                assert!(now.rules.contains(&before), "{step:?} bares {rule:?}");
+                let jumps = |r: &&Rule| r.v6 == rule.v6 && matches!(r.action, Action::Goto(_));
+                assert_eq!(now.rules.iter().filter(jumps).count(), 2, "{step:?}");
+                assert!(
+                    now.rules.iter().any(|r| r.action == Action::Nop),
+                    "{step:?}"
+                );
+            }
+            for state in [from, to] {
+                for throw in state.routes.iter().filter(|r| r.way == Way::Throw) {
+                    let covers = |r: &&Route| r.way == Way::Tunnel && r.net.contains(&throw.net);
+                    if state == to
+                        && now
+                            .routes
+                            .iter()
+                            .any(|r| covers(&r) && to.routes.contains(r))
+                    {
+                        assert!(now.routes.contains(throw), "{step:?} bares {throw:?}");
+                    }
+                }
+            }
+        }
+        assert_eq!(&now, to);
+    }
+
+    #[test]
+    fn nothing_is_bare_on_the_way_between_any_two_states() {
+        let states = [
+            State::default(),
+            plan_of(&["10.0.0.0/8", "fd00::/48"], &["10.5.0.0/16"]),
+            plan_of(
+                &["10.0.0.0/8", "192.168.7.0/24"],
+                &["10.5.0.0/16", "192.168.7.0/24"],
+            ),
+            plan_of(&["10.5.0.0/16"], &[]),
+        ];
+        for from in &states {
+            for to in &states {
+                walk(from, to);
+            }
+        }
+        assert_eq!(steps(&states[1], &states[1]), []);
+    }
+}
