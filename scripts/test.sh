@@ -20,6 +20,7 @@ cargo build --workspace --bins --tests --locked
 cp Cargo.lock dataplane/oracle/Cargo.lock
 cargo test --manifest-path dataplane/oracle/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
 scripts/wg-conformance.sh
+scripts/netns/host-test.sh
 scripts/netns/flow-test.sh
 scripts/netns/admission-test.sh
 scripts/netns/reach-test.sh

@@ -17,6 +17,7 @@ use ringtail::driver::coord_client::CoordClient;
 use ringtail::driver::coord_server::{CoordServer, CoordServerConfig};
 use ringtail::driver::coord_store::Database;
 use ringtail::driver::names::Names;
+use ringtail::driver::underlay::Underlay;
 use ringtail::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 use ringtail::netmap::wire::EndpointKind;
 use ringtail::netmap::{DerpMap, Netmap};
@@ -129,14 +130,18 @@ impl Node {
             node: NodePrivate::from_random([seed ^ 0x80; 32]).public(),
             disco: DiscoPrivate::from_random([seed ^ 0xc0; 32]).public(),
             control_key: None,
-            fwmark: 0,
         }
     }
 
     fn start(config: CoordConfig) -> Self {
         let (state, own_state) = watch::channel(SelfState::default());
-        let (client, events) =
-            CoordClient::start(config.clone(), Names::default(), own_state).unwrap();
+        let (client, events) = CoordClient::start(
+            config.clone(),
+            Names::default(),
+            Underlay::default(),
+            own_state,
+        )
+        .unwrap();
         Self {
             _client: client,
             events,

@@ -29,6 +29,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use crate::disco::{self, Class};
+use crate::hostnet::Overlay;
 use crate::key::{DiscoPrivate, NodePublic};
 use crate::netcheck::{Netcheck, OwnEndpoint};
 use crate::netmap::DerpMap;
@@ -89,13 +90,8 @@ pub enum Output {
     Initiate(PeerId),
     /// Tell the data plane that so many bytes came from this peer that it cannot open.
     Unopened(PeerId, usize),
-    /// Give the TUN exactly these addresses and routes.
-    Configure {
-        /// Own inner addresses.
-        addresses: BTreeSet<IpNet>,
-        /// What is routed into the tunnel.
-        routes: BTreeSet<IpNet>,
-    },
+    /// Give the TUN these addresses, and the host routes into it.
+    Configure(Overlay),
     /// Send a DISCO datagram from the discovery socket; a failure goes to
     /// [`Agent::handle_send_error`].
     Datagram {
@@ -266,16 +262,8 @@ impl Agent {
         let network = self.network.as_ref().expect("it was just put there");
         let rules = network.rules();
         let addresses: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
-        let routes: BTreeSet<IpNet> = network
-            .peers
-            .iter()
-            .flat_map(|peer| peer.allowed_ips.iter().copied())
-            .collect();
-        let inner = routes
-            .iter()
-            .chain(&addresses)
-            .map(network::prefix)
-            .collect();
+        let overlay = network.overlay();
+        let inner = network.inner_addresses();
         let map = network.derp_map.clone();
         let fixed_home = network.fixed_home;
         let peers_changed = before.as_ref().is_none_or(|b| b.peers != network.peers);
@@ -302,8 +290,8 @@ impl Agent {
             rules,
             local: Some(local),
         }));
+        self.paths.set_inner_addresses(inner);
         if peers_changed {
-            self.paths.set_inner_prefixes(inner);
             let setups: Vec<PeerSetup> = self
                 .directory
                 .iter()
@@ -314,7 +302,7 @@ impl Agent {
             self.relay_told.retain(|(id, _)| known.contains(id));
             self.revival.meet(now, |key| self.directory.id(key));
         }
-        self.out.push_back(Output::Configure { addresses, routes });
+        self.out.push_back(Output::Configure(overlay));
         self.settle(now);
     }
 

@@ -1,6 +1,7 @@
 //! The network as the agent needs it, whoever told us: a coordination server, the static file, or
 //! the cache of an earlier run.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -11,6 +12,7 @@ use time::OffsetDateTime;
 use super::allowed::Allowed;
 use crate::config::StaticNetwork;
 use crate::coord::address::{DNS_SERVICE_V4, DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
+use crate::hostnet::Overlay;
 use crate::key::{DiscoPublic, NodePublic};
 use crate::netmap::wire::WireTime;
 use crate::netmap::{DerpMap, Netmap, Peer};
@@ -287,6 +289,36 @@ impl Network {
         let peers = self.peers.iter().map(|peer| peer.key_expiry);
         let all = peers.chain([self.own.key_expiry]).flatten();
         all.map(|expiry| expiry.0).filter(|at| *at > wall).min()
+    }
+
+    /// What is wanted of the host. Addresses of peers count as theirs if they are routed to them.
+    pub fn overlay(&self) -> Overlay {
+        let mut overlay = Overlay {
+            addresses: self.addresses.iter().map(IpNet::addr).collect(),
+            ..Overlay::default()
+        };
+        for peer in &self.peers {
+            let own = |net: &IpNet| {
+                net.prefix_len() == net.max_prefix_len()
+                    && peer.addresses.iter().any(|own| own.addr() == net.addr())
+            };
+            let (own, routes): (Vec<IpNet>, Vec<IpNet>) =
+                peer.allowed_ips.iter().partition(|net| own(net));
+            overlay.peers.extend(own.iter().map(IpNet::addr));
+            overlay.routes.extend(routes);
+        }
+        overlay
+    }
+
+    /// Every node's own address inside the tunnel. Nothing is pinged there; a prefix that a node routes is
+    /// another matter, since what leaves outside of the tunnel does not follow its routes.
+    pub fn inner_addresses(&self) -> BTreeSet<IpAddr> {
+        let peers = self.peers.iter().flat_map(|peer| &peer.addresses);
+        self.addresses
+            .iter()
+            .chain(peers)
+            .map(IpNet::addr)
+            .collect()
     }
 
     /// The rules in the data plane's form.

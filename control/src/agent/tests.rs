@@ -123,12 +123,16 @@ fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed(
     );
     assert!(out.iter().any(|o| matches!(o, Output::SetDerpMap(_))));
     let configure = out.iter().find_map(|o| {
-        let Output::Configure { addresses, routes } = o else {
+        let Output::Configure(overlay) = o else {
             return None;
         };
-        Some((addresses.len(), routes.len()))
+        Some((
+            overlay.addresses.len(),
+            overlay.peers.len(),
+            overlay.routes.len(),
+        ))
     });
-    assert_eq!(configure, Some((1, 1)));
+    assert_eq!(configure, Some((1, 1, 0)));
     agent.handle_network(now, network(2));
     assert!(outputs(&mut agent).is_empty());
 }
@@ -257,12 +261,12 @@ fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
     assert_eq!(theirs, ["10.7.0.2/32", "10.7.0.0/16"]);
     assert_eq!(text(&given.reserved), ["10.7.0.1/32", "10.7.0.3/32"]);
     let routed = out.iter().find_map(|o| {
-        let Output::Configure { routes, .. } = o else {
+        let Output::Configure(overlay) = o else {
             return None;
         };
-        Some(routes.len())
+        Some((overlay.peers.len(), overlay.routes.len()))
     });
-    assert_eq!(routed, Some(2));
+    assert_eq!(routed, Some((1, 1)));
 }
 
 #[test]
@@ -426,5 +430,57 @@ fn what_cannot_be_opened_is_told_of_a_peer_only_from_where_it_is_known_to_be() {
             usize::from(known),
             "and nothing is sent: {out:?}"
         );
+    }
+}
+
+/// A DISCO Ping of the node with this seed to the one with seed 1.
+fn disco_ping(seed: u8) -> Vec<u8> {
+    let (node_key, private) = node(seed);
+    let ping = disco::Message::Ping {
+        tx_id: [7; 12],
+        node_key: Some(node_key),
+        padding: 0,
+    };
+    disco::SharedKey::new(&private, &node(1).1.public())
+        .unwrap()
+        .seal(&private.public(), [9; 24], &ping)
+}
+
+#[test]
+fn what_others_route_hides_no_address_of_a_peer() {
+    for routes in [
+        &["0.0.0.0/0", "::/0"][..],
+        &["203.0.0.0/8"],
+        &["203.0.113.2/32"],
+    ] {
+        let (now, mut agent) = (start(), agent(1, false));
+        let mut network = network(2);
+        network.peers.push(NetworkPeer {
+            name: "exit.tail.test.".into(),
+            node_key: node(3).0,
+            allowed_ips: routes.iter().map(|net| net.parse().unwrap()).collect(),
+            ..NetworkPeer::default()
+        });
+        agent.handle_network(now, network);
+        outputs(&mut agent);
+        agent.handle_dataplane(now, &channel::Event::Kick(PeerId(0)), &Activity::default());
+        let to: SocketAddr = "203.0.113.2:41641".parse().unwrap();
+        let sent = |agent: &mut Agent| {
+            let is_there = |o: &Output| matches!(o, Output::Datagram { to: t, .. } if *t == to);
+            outputs(agent).iter().filter(|o| is_there(o)).count()
+        };
+        assert!(sent(&mut agent) > 0, "{routes:?}");
+        agent.handle_datagram(now, now, to, &disco_ping(2));
+        assert!(sent(&mut agent) > 0, "{routes:?}: a Pong");
+        // A node's own address inside the tunnel is no address outside of it.
+        let inner = "10.7.0.2:41641".parse().unwrap();
+        agent.handle_datagram(now, now, inner, &disco_ping(2));
+        let bad: u64 = agent
+            .paths
+            .drops()
+            .filter(|(name, _)| name.contains("bad_source"))
+            .map(|(_, n)| n)
+            .sum();
+        assert_eq!((sent(&mut agent), bad), (0, 1));
     }
 }

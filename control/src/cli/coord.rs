@@ -27,6 +27,7 @@ use crate::driver::coord_store::Database;
 use crate::driver::names::Names;
 use crate::driver::signals::{Signals, Told};
 use crate::driver::state::{StateDir, write_private};
+use crate::driver::underlay::Underlay;
 use crate::driver::{runtime, tls};
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 use crate::netmap::prefix::parse_route;
@@ -582,7 +583,6 @@ fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
         node,
         disco,
         control_key: args.control_key,
-        fwmark: 0,
     };
     runtime::block_on(|_| async move {
         let state = SelfState {
@@ -595,7 +595,8 @@ fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
             ..SelfState::default()
         };
         let (_state, own_state) = watch::channel(state);
-        let (_client, mut events) = CoordClient::start(config, Names::default(), own_state)?;
+        let (_client, mut events) =
+            CoordClient::start(config, Names::default(), Underlay::default(), own_state)?;
         let end = args.seconds.map_or(FOR_EVER, Duration::from_secs);
         let end = tokio::time::sleep(end);
         tokio::pin!(end);

@@ -244,6 +244,7 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
             bytes(&peer["rx_bytes"])
         )?;
     }
+    write_host(out, &status["host"])?;
     let drops: Vec<String> = status["drops"]
         .as_object()
         .into_iter()
@@ -296,6 +297,28 @@ fn write_netcheck(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Where the network meets what the host has of its own.
+fn write_host(out: &mut impl Write, host: &Value) -> std::io::Result<()> {
+    for problem in list(&host["problems"]) {
+        writeln!(out, "host: {}", text(problem))?;
+    }
+    for conflict in list(&host["conflicts"]) {
+        writeln!(out, "host: {}", text(&conflict["text"]))?;
+    }
+    match host["more_conflicts"].as_u64() {
+        None | Some(0) => {}
+        Some(more) => writeln!(out, "host: and {more} more such routes")?,
+    }
+    if list(&host["kept_out"]).next().is_some() {
+        let addresses = joined(&host["kept_out"]);
+        writeln!(
+            out,
+            "host: outside of the tunnel although a route covers them: {addresses}"
+        )?;
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -333,6 +356,8 @@ mod tests {
                                        "latency_ms": 2.0, "fragments": true}},
                 {"name": "c", "home": "fra", "path": {"state": "relay", "address": null}}],
             "drops": {"no_route": 3, "replay": 0},
+            "host": {"conflicts": [{"text": "10.0.0.0/8 takes a part"}], "more_conflicts": 2,
+                     "kept_out": ["10.0.0.53"], "problems": ["no rules"]},
         });
         let mut out = Vec::new();
         write_status(&mut out, &status).unwrap();
@@ -349,6 +374,14 @@ mod tests {
         assert!(out.contains("c  -  relay via fra"), "{out}");
         assert!(out.contains("  problem: the roof leaks\n"), "{out}");
         assert!(out.contains("dropped: no_route 3\n"), "{out}");
+        for line in [
+            "host: no rules\n",
+            "host: 10.0.0.0/8 takes a part\n",
+            "host: and 2 more such routes\n",
+            "host: outside of the tunnel although a route covers them: 10.0.0.53\n",
+        ] {
+            assert!(out.contains(line), "{line} in {out}");
+        }
     }
 
     #[test]

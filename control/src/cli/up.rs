@@ -68,9 +68,13 @@ pub(super) struct UpArgs {
     /// UDP GRO on receives: true or false [default: true].
     #[arg(long, value_name = "BOOL")]
     udp_gro: Option<bool>,
-    /// Mark on every underlay socket.
-    #[arg(long, value_name = "MARK")]
+    /// Mark on every underlay socket; 0 is none [default: 0x80000, 524288].
+    #[arg(long, value_name = "MARK", value_parser = mark)]
     fwmark: Option<u32>,
+    /// Routing table of our own, 1 to 252, with rules from 100 times that number on [default: 52, or the next
+    /// that no other program uses].
+    #[arg(long, value_name = "NUMBER")]
+    table: Option<u8>,
     /// Prefixes this node offers to route for others, separated by commas.
     #[arg(long, value_name = "PREFIXES", value_delimiter = ',', value_parser = parse_route)]
     advertise_routes: Vec<ipnet::IpNet>,
@@ -114,6 +118,7 @@ impl UpArgs {
             udp_gso: self.udp_gso,
             udp_gro: self.udp_gro,
             fwmark: self.fwmark,
+            table: self.table,
             coord: self.coord,
             auth_key_file: self.auth_key_file,
             control_key: self.control_key,
@@ -124,5 +129,13 @@ impl UpArgs {
             retry_limit: self.retry_limit,
             events: self.events,
         }
+    }
+}
+
+/// A mark in decimal, or in hexadecimal behind `0x` as other tools print it.
+fn mark(text: &str) -> Result<u32, std::num::ParseIntError> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 
 use super::{ConfigError, read_toml};
+use crate::hostnet::TABLE_MAX;
 
 /// Which driver moves packets in the shards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -88,8 +89,10 @@ pub struct NodeConfig {
     pub udp_gso: Option<bool>,
     /// UDP GRO on receives; on by default.
     pub udp_gro: Option<bool>,
-    /// Mark on every underlay socket; 0 is none.
+    /// Mark on every underlay socket; 0 is none, 0x80000 by default.
     pub fwmark: Option<u32>,
+    /// Routing table of our own, 1 to 252; the first free one from 52 on by default.
+    pub table: Option<u8>,
     /// URL of the coordination server.
     pub coord: Option<String>,
     /// File with the pre-auth key for the first registration.
@@ -159,6 +162,7 @@ impl NodeConfig {
             udp_gso: flags.udp_gso.or(self.udp_gso),
             udp_gro: flags.udp_gro.or(self.udp_gro),
             fwmark: flags.fwmark.or(self.fwmark),
+            table: flags.table.or(self.table),
             // Naming one source of the network on the command line drops the file's other one.
             coord: flags
                 .coord
@@ -213,6 +217,13 @@ impl NodeConfig {
             return Err(format!(
                 "shards = {shards} is out of range; it can be 1 to {}",
                 Self::SHARDS_MAX
+            ));
+        }
+        if let Some(table) = self.table
+            && !(1..=TABLE_MAX).contains(&table)
+        {
+            return Err(format!(
+                "table = {table} is the host's own; it can be 1 to {TABLE_MAX}"
             ));
         }
         // IFNAMSIZ counts the closing NUL.
@@ -270,6 +281,7 @@ mod tests {
             "",
             "mtu = 1000\nnetwork = \"n\"",
             "shards = 0\nnetwork = \"n\"",
+            "table = 254\nnetwork = \"n\"",
             "tun = \"a/b\"\nnetwork = \"n\"",
             "coord = \"x\"\nnetwork = \"y\"",
         ] {

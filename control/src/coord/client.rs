@@ -470,7 +470,6 @@ mod tests {
             node: NodePublic([2; 32]),
             disco: DiscoPublic([3; 32]),
             control_key: None,
-            fwmark: 0,
         };
         let state = SelfState {
             endpoints: vec![("192.0.2.1:41641".parse().unwrap(), EndpointKind::Stun)],

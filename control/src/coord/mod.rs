@@ -43,8 +43,6 @@ pub struct CoordConfig {
     /// The server's key, when it is known already: another one is refused. With it, a TLS
     /// certificate need not be trusted, because Noise authenticates the server.
     pub control_key: Option<MachinePublic>,
-    /// `SO_MARK` of the connection to the server, unless 0.
-    pub fwmark: u32,
 }
 
 /// What a node reports about itself; the agent replaces it whole whenever something changes.

@@ -20,7 +20,7 @@ use tokio::net::TcpStream;
 
 use super::names::Names;
 use super::race::{self, Target};
-use super::underlay;
+use super::underlay::Underlay;
 
 /// A connected byte stream, plain or TLS.
 pub trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -28,13 +28,13 @@ pub trait ByteStream: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> ByteStream for T {}
 
 /// A parsed coordination URL.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ControlUrl {
     tls: bool,
     host: String,
     port: u16,
-    /// `SO_MARK` of connections, unless 0.
-    fwmark: u32,
+    /// How connections stay outside of the tunnel.
+    underlay: Underlay,
 }
 
 impl ControlUrl {
@@ -66,7 +66,7 @@ impl ControlUrl {
                 .trim_end_matches(']')
                 .to_owned(),
             port: authority.port_u16().unwrap_or(if tls { 443 } else { 80 }),
-            fwmark: 0,
+            underlay: Underlay::default(),
         };
         if let Ok(address) = url.host.parse() {
             url.check_address(address)?;
@@ -74,10 +74,10 @@ impl ControlUrl {
         Ok(url)
     }
 
-    /// The same, for connections with this `SO_MARK` (0: none), as all of the underlay's.
+    /// The same, for connections that stay outside of the tunnel.
     #[must_use]
-    pub fn marked(self, fwmark: u32) -> Self {
-        Self { fwmark, ..self }
+    pub fn outside(self, underlay: Underlay) -> Self {
+        Self { underlay, ..self }
     }
 
     /// Host name or address, without brackets.
@@ -126,7 +126,7 @@ impl ControlUrl {
         };
         let attempt = |address: SocketAddr| async move {
             self.check_address(address.ip())?;
-            Ok::<_, anyhow::Error>(underlay::connect(address, self.fwmark).await?)
+            Ok::<_, anyhow::Error>(self.underlay.connect(address).await?)
         };
         let (_, stream) = race::connect(names, &target, limit, attempt)
             .await

@@ -33,6 +33,7 @@ use super::clock::{at, now};
 use super::control_url::{ByteStream, ControlUrl};
 use super::names::Names;
 use super::noise_stream::NoiseStream;
+use super::underlay::Underlay;
 use crate::coord::client::{
     AfterMap, LiteGate, Outcome, Watchdog, after_map_status, map_request, register_request,
     removed, worth_reporting,
@@ -97,9 +98,10 @@ impl CoordClient {
     pub fn start(
         config: CoordConfig,
         names: Names,
+        underlay: Underlay,
         own_state: watch::Receiver<SelfState>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<CoordEvent>)> {
-        let url = ControlUrl::parse(&config.url)?.marked(config.fwmark);
+        let url = ControlUrl::parse(&config.url)?.outside(underlay);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let redial = Arc::new(Notify::new());
         let os_release = std::fs::read_to_string("/proc/sys/kernel/osrelease");

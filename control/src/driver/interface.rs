@@ -1,23 +1,19 @@
-//! The TUN interface's addresses, routes and MTU, and the host's own addresses, by netlink.
+//! The TUN interface's MTU and state, and the host's own addresses, by netlink.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 
 use crate::netcheck;
 use anyhow::Context as _;
 use futures_util::TryStreamExt as _;
-use ipnet::IpNet;
-use rtnetlink::packet_route::link::LinkAttribute;
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage};
-use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, RouteMessageBuilder};
+use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec};
 
 /// One TUN interface, driven by netlink. The kernel removes everything with the interface.
 pub struct Interface {
     handle: Handle,
     index: u32,
     name: String,
-    addresses: BTreeSet<IpNet>,
-    routes: BTreeSet<IpNet>,
 }
 
 impl Interface {
@@ -42,8 +38,6 @@ impl Interface {
             handle,
             index: link.header.index,
             name: name.to_owned(),
-            addresses: BTreeSet::new(),
-            routes: BTreeSet::new(),
         })
     }
 
@@ -52,11 +46,18 @@ impl Interface {
         self.index
     }
 
-    /// Sets the MTU (bytes) and brings the interface up.
+    /// Sets the MTU (bytes) and brings the interface up, without a link-local address, which would
+    /// bring a route of its own into the host's main table.
     ///
     /// # Errors
     /// When the kernel refuses, as for an MTU it does not support.
     pub async fn up(&self, mtu: u16) -> anyhow::Result<()> {
+        let none = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
+        let none = LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![none])]);
+        // A host without IPv6 refuses, and has no such address anyway.
+        let _ = self
+            .change(self.link(mtu).append_extra_attribute(none))
+            .await;
         self.change(self.link(mtu).up())
             .await
             .with_context(|| format!("cannot bring {} up with MTU {mtu}", self.name))
@@ -80,126 +81,6 @@ impl Interface {
 
     async fn change(&self, link: LinkMessageBuilder<LinkUnspec>) -> Result<(), rtnetlink::Error> {
         self.handle.link().set(link.build()).execute().await
-    }
-
-    /// Makes the interface's addresses and the routes through it exactly these.
-    ///
-    /// Own addresses are set with their full length, so that only `routes` decide what goes into
-    /// the tunnel. Default routes are left out: sending everything through a peer needs policy
-    /// routing beside it. The first failure is reported after the rest has been tried.
-    ///
-    /// # Errors
-    /// The first address or route that the kernel refused.
-    pub async fn configure(
-        &mut self,
-        addresses: &BTreeSet<IpNet>,
-        routes: &BTreeSet<IpNet>,
-    ) -> anyhow::Result<()> {
-        let mut result = Ok(());
-        let mut keep = |outcome: anyhow::Result<()>| {
-            let ok = outcome.is_ok();
-            if result.is_ok() {
-                result = outcome;
-            }
-            ok
-        };
-        let single = |net: &IpNet| IpNet::from(net.addr());
-        let wanted: BTreeSet<IpNet> = addresses.iter().map(single).collect();
-        for gone in self
-            .addresses
-            .difference(&wanted)
-            .copied()
-            .collect::<Vec<_>>()
-        {
-            if keep(self.delete_address(gone.addr()).await) {
-                self.addresses.remove(&gone);
-            }
-        }
-        for new in wanted
-            .difference(&self.addresses)
-            .copied()
-            .collect::<Vec<_>>()
-        {
-            let added = self
-                .handle
-                .address()
-                .add(self.index, new.addr(), new.prefix_len())
-                .execute()
-                .await
-                .with_context(|| format!("cannot give {} the address {new}", self.name));
-            if keep(added) {
-                self.addresses.insert(new);
-            }
-        }
-        let wanted: BTreeSet<IpNet> = routes
-            .iter()
-            .map(IpNet::trunc)
-            .filter(|net| net.prefix_len() > 0 && !self.addresses.contains(net))
-            .collect();
-        for gone in self.routes.difference(&wanted).copied().collect::<Vec<_>>() {
-            let deleted = self
-                .handle
-                .route()
-                .del(self.route(gone))
-                .execute()
-                .await
-                .with_context(|| format!("cannot remove the route {gone} from {}", self.name));
-            if keep(deleted) {
-                self.routes.remove(&gone);
-            }
-        }
-        for new in wanted.difference(&self.routes).copied().collect::<Vec<_>>() {
-            let added = self
-                .handle
-                .route()
-                .add(self.route(new))
-                .replace()
-                .execute()
-                .await
-                .with_context(|| format!("cannot route {new} to {}", self.name));
-            if keep(added) {
-                self.routes.insert(new);
-            }
-        }
-        result
-    }
-
-    async fn delete_address(&self, address: IpAddr) -> anyhow::Result<()> {
-        let mut found = self
-            .handle
-            .address()
-            .get()
-            .set_link_index_filter(self.index)
-            .set_address_filter(address)
-            .execute();
-        while let Some(message) = found.try_next().await? {
-            self.handle
-                .address()
-                .del(message)
-                .execute()
-                .await
-                .with_context(|| format!("cannot take the address {address} from {}", self.name))?;
-        }
-        Ok(())
-    }
-
-    fn route(&self, net: IpNet) -> RouteMessage {
-        let attributes = match net {
-            IpNet::V4(net) => RouteMessageBuilder::<std::net::Ipv4Addr>::new()
-                .destination_prefix(net.addr(), net.prefix_len())
-                .output_interface(self.index)
-                .scope(rtnetlink::packet_route::route::RouteScope::Link)
-                .build(),
-            IpNet::V6(net) => RouteMessageBuilder::<std::net::Ipv6Addr>::new()
-                .destination_prefix(net.addr(), net.prefix_len())
-                .output_interface(self.index)
-                .build(),
-        };
-        debug_assert!(attributes.attributes.iter().any(|attribute| matches!(
-            attribute,
-            RouteAttribute::Destination(RouteAddress::Inet(_) | RouteAddress::Inet6(_))
-        )));
-        attributes
     }
 }
 
@@ -226,13 +107,17 @@ pub fn interfaces() -> anyhow::Result<Vec<netcheck::Interface>> {
         .collect())
 }
 
-/// The address the host would send from towards `destination`; nothing is sent.
-pub fn source_address(destination: SocketAddr) -> Option<IpAddr> {
+/// The address the host would send from towards `destination`, outside of the tunnel if there is a
+/// mark; nothing is sent.
+pub fn source_address(destination: SocketAddr, fwmark: u32) -> Option<IpAddr> {
     let any: SocketAddr = match destination {
         SocketAddr::V4(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
     };
     let socket = std::net::UdpSocket::bind(any).ok()?;
+    if fwmark != 0 {
+        socket2::SockRef::from(&socket).set_mark(fwmark).ok()?;
+    }
     socket.connect(destination).ok()?;
     Some(socket.local_addr().ok()?.ip())
 }

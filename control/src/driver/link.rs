@@ -116,9 +116,12 @@ fn concerns(payload: &NetlinkPayload<RouteNetlinkMessage>, own_tun: u32) -> bool
         }
         RouteNetlinkMessage::NewRoute(m) | RouteNetlinkMessage::DelRoute(m) => {
             use rtnetlink::packet_route::route::RouteAttribute;
-            !m.attributes
-                .iter()
-                .any(|a| matches!(a, RouteAttribute::Oif(i) if *i == own_tun))
+            // Not all routes of ours lead into the tunnel.
+            u8::from(m.header.protocol) != crate::hostnet::PROTOCOL
+                && !m
+                    .attributes
+                    .iter()
+                    .any(|a| matches!(a, RouteAttribute::Oif(i) if *i == own_tun))
         }
         _ => false,
     }

@@ -13,6 +13,7 @@ pub mod device;
 pub mod discovery;
 pub mod events;
 pub mod handshakes;
+pub mod hostnet;
 pub mod interface;
 pub mod link;
 pub mod local_api;

@@ -7,13 +7,15 @@ use ringtail_dataplane::tun::{Kind, Kinds};
 use ringtail_dataplane::{OffloadsInUse, Stats};
 
 use super::device::offloads_by_name;
+use super::hostnet::Report;
 use super::relay::RelayStatus;
 
-/// Adds relays, offloads, shards and drops to the agent's status.
+/// Adds relays, the host's network, offloads, shards and drops to the agent's status.
 pub fn complete(
     status: &mut Value,
     relays: &RelayStatus,
     shards: &Stats,
+    host: &Report,
     offloads: OffloadsInUse,
     events_lost: u64,
 ) {
@@ -41,6 +43,7 @@ pub fn complete(
             "tun_refused": names(offloads.refused),
         }),
     );
+    status.insert("host".into(), host_network(host));
     let total = shards.total();
     for reason in DropReason::ALL {
         drops.insert(reason.name().to_owned(), shards.drops(*reason).into());
@@ -56,6 +59,26 @@ pub fn complete(
         json!({"shards": threads, "handshake": counters(&shards.handshake)}),
     );
     status.insert("drops".into(), Value::Object(drops));
+}
+
+/// How our routes stand beside the host's.
+fn host_network(host: &Report) -> Value {
+    let conflicts: Vec<Value> = host
+        .conflicts
+        .iter()
+        .map(|conflict| {
+            let mut value = json!(conflict);
+            value["text"] = conflict.describe().into();
+            value
+        })
+        .collect();
+    json!({
+        "table": host.table,
+        "conflicts": conflicts,
+        "more_conflicts": host.more_conflicts,
+        "kept_out": host.kept_out,
+        "problems": host.problems,
+    })
 }
 
 /// One thread's counters: meters, cycles per room, batch sizes by power of two.

@@ -60,9 +60,6 @@ pub const TABLE_MAX: u8 = 252;
 pub const MARK_DEFAULT: u32 = 0x8_0000;
 /// Bits of a mark that count, if it is the default one.
 const MARK_DEFAULT_MASK: u32 = 0xff_0000;
-/// Shortest prefix of a route into the tunnel, IPv4 and IPv6: the widest private networks, 10.0.0.0/8 and
-/// fc00::/7. What is wider stands for the internet.
-pub const LEN_MIN: [u8; 2] = [8, 7];
 /// Conflicts told at most.
 pub const CONFLICTS_MAX: usize = 64;
 /// Addresses outside of the tunnel that were dialled, at most; the oldest goes.

@@ -6,9 +6,10 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{
-    Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, LEN_MIN, LEVELS_V6, MAIN, Overlay, Plan,
-    Relation, Route, Rule, Settings, Way,
+    Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, LEVELS_V6, MAIN, Overlay, Plan, Relation,
+    Route, Rule, Settings, Way,
 };
+use crate::netmap::prefix::is_exit;
 
 /// Places after the first of the table's hundred.
 const MARKED: u32 = 11;
@@ -34,9 +35,8 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
             && (overlay.addresses.contains(&net.addr()) || overlay.peers.contains(&net.addr()));
         let offered = settings.offered.iter().any(|own| own.trunc() == net);
         let v6 = net.addr().is_ipv6();
-        // Nothing wider is in force: it would stand for the internet.
-        let wide = net.prefix_len() < LEN_MIN[usize::from(v6)];
-        if itself || offered || wide || !usable(v6) {
+        // The agent lets no exit route through; here they would have no place among the levels.
+        if itself || offered || is_exit(&net) || !usable(v6) {
             continue;
         }
         if let Some(subnet) = longest_around(&host.connected, &net) {

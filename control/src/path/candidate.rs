@@ -3,11 +3,9 @@
 //! A candidate lives while some source still names it: the network map, the latest CallMeMaybe, a
 //! Ping (or packets) received from it in the last 45 s, or the memory of an earlier run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
-
-use ringtail_dataplane::channel::Prefix;
 
 use super::{CANDIDATES_MAX, DISCO_PING_INTERVAL, QUICK_PINGS, SESSION_ACTIVE_TIMEOUT};
 use crate::disco::TxId;
@@ -223,8 +221,8 @@ impl Candidates {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Admission {
     pub(super) loopback: bool,
-    /// Inner prefixes: nothing is pinged through the tunnel.
-    pub(super) inner: Vec<Prefix>,
+    /// The nodes' own inner addresses: nothing is pinged through the tunnel.
+    pub(super) inner: BTreeSet<IpAddr>,
 }
 
 impl Admission {
@@ -235,7 +233,7 @@ impl Admission {
             IpAddr::V4(ip) => ip.is_broadcast(),
             IpAddr::V6(_) => false,
         };
-        let inner = self.inner.iter().any(|prefix| contains(prefix, ip));
+        let inner = self.inner.contains(&ip);
         let nobody = ip.is_unspecified() || ip.is_multicast() || never || addr.port() == 0;
         !nobody && !inner && (self.loopback || !ip.is_loopback())
     }
@@ -248,26 +246,6 @@ impl Admission {
             IpAddr::V6(ip) => ip.is_unicast_link_local(),
         };
         self.admits(addr) && !link_local
-    }
-}
-
-fn contains(prefix: &Prefix, ip: IpAddr) -> bool {
-    match (prefix.addr, ip) {
-        (IpAddr::V4(net), IpAddr::V4(ip)) => {
-            let host_bits = 32 - u32::from(prefix.bits.min(32));
-            (u32::from(net) ^ u32::from(ip))
-                .checked_shr(host_bits)
-                .unwrap_or(0)
-                == 0
-        }
-        (IpAddr::V6(net), IpAddr::V6(ip)) => {
-            let host_bits = 128 - u32::from(prefix.bits.min(128));
-            (u128::from(net) ^ u128::from(ip))
-                .checked_shr(host_bits)
-                .unwrap_or(0)
-                == 0
-        }
-        (IpAddr::V4(_), IpAddr::V6(_)) | (IpAddr::V6(_), IpAddr::V4(_)) => false,
     }
 }
 
@@ -342,13 +320,11 @@ mod tests {
 
     #[test]
     fn addresses_that_are_nobodys_are_not_admitted() {
-        let inner = Prefix {
-            addr: "100.64.0.0".parse().unwrap(),
-            bits: 10,
-        };
         let mut admission = Admission {
             loopback: false,
-            inner: vec![inner],
+            inner: BTreeSet::from(
+                ["100.100.1.1", "fd7a:115c:a1e0::1"].map(|ip| ip.parse().unwrap()),
+            ),
         };
         for (text, admitted, named) in [
             ("203.0.113.7:1", true, true),
@@ -363,7 +339,8 @@ mod tests {
             ("[fe80::1]:1", true, false),
             ("[2001:db8::1]:1", true, true),
             ("100.100.1.1:1", false, false),
-            ("100.128.0.1:1", true, true),
+            ("100.100.1.2:1", true, true),
+            ("[fd7a:115c:a1e0::1]:1", false, false),
         ] {
             let addr = text.parse().unwrap();
             assert_eq!(admission.admits(addr), admitted, "{text}");

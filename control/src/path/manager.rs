@@ -1,14 +1,12 @@
 //! All peers of a node behind the verbs of a core.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
 use rand::rngs::StdRng;
-use ringtail_dataplane::channel::{
-    self, Activity, PEERS_MAX, PathDecision, PeerId, Prefix, RegionId,
-};
+use ringtail_dataplane::channel::{self, Activity, PEERS_MAX, PathDecision, PeerId, RegionId};
 
 use super::peer::{At, Peer, PeerKey};
 use super::shared::Shared;
@@ -113,8 +111,8 @@ impl Manager {
         self.for_all(now, |peer, shared| peer.own_endpoints(now, shared, changed));
     }
 
-    /// Takes the prefixes inside the tunnel, which are never candidates.
-    pub fn set_inner_prefixes(&mut self, inner: Vec<Prefix>) {
+    /// Takes the nodes' own addresses inside the tunnel, which are never candidates.
+    pub fn set_inner_addresses(&mut self, inner: BTreeSet<IpAddr>) {
         self.shared.admission.inner = inner;
     }
 

@@ -1,6 +1,6 @@
 //! What all peers of a node have in common: keys, own endpoints, randomness, and the ways out.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -51,7 +51,7 @@ impl Shared {
     ) -> Self {
         let admission = Admission {
             loopback: config.loopback,
-            inner: Vec::new(),
+            inner: BTreeSet::new(),
         };
         Self {
             config,
@@ -82,11 +82,11 @@ impl Shared {
 
     /// Takes a new set of own endpoints; returns whether it differs from the last, order ignored.
     pub(super) fn set_own(&mut self, now: Instant, mut endpoints: Vec<SocketAddr>) -> bool {
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         endpoints.retain(|addr| seen.insert(*addr));
         endpoints.truncate(super::OWN_ENDPOINTS_MAX);
-        let before: std::collections::BTreeSet<_> = self.own.iter().copied().collect();
-        let after: std::collections::BTreeSet<_> = endpoints.iter().copied().collect();
+        let before: BTreeSet<_> = self.own.iter().copied().collect();
+        let after: BTreeSet<_> = endpoints.iter().copied().collect();
         self.own = endpoints;
         self.own_at = Some(now);
         before != after

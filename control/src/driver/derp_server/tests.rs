@@ -23,6 +23,7 @@ use crate::driver::runtime::Kind;
 use crate::driver::tls::ClientTls;
 use crate::driver::tls::stream::Stream;
 use crate::driver::tls::verify::{Verifiers, pin_of};
+use crate::driver::underlay::Underlay;
 use crate::netmap::{DerpMap, DerpNode, DerpRegion};
 
 const REGION: RegionId = RegionId(900);
@@ -99,7 +100,7 @@ impl Lab {
         let (pool, events) = RelayPool::new(RelayOptions {
             names: Names::default(),
             private,
-            fwmark: 0,
+            underlay: Underlay::default(),
             io: Kind::Tokio,
         });
         pool.set_map(&self.map());
@@ -124,7 +125,9 @@ impl Lab {
     }
 
     async fn tls(&self) -> (Stream, ClientTls) {
-        let stream = Stream::connect(self.addr, 0, Kind::Tokio).await.unwrap();
+        let stream = Stream::connect(self.addr, &Underlay::default(), Kind::Tokio)
+            .await
+            .unwrap();
         let (config, name) = Verifiers::default().client_config(&self.node).unwrap();
         let mut tls = ClientTls::client(config, name).unwrap();
         while !tls.is_established() {
@@ -473,7 +476,9 @@ fn hostile_clients_are_closed_and_counted_and_others_go_on() {
             b"GET /derp HTTP/1.1\r\n\r\n",
             b"\x16\x03\x01\xff\xff",
         ] {
-            let stream = Stream::connect(lab.addr, 0, Kind::Tokio).await.unwrap();
+            let stream = Stream::connect(lab.addr, &Underlay::default(), Kind::Tokio)
+                .await
+                .unwrap();
             let (result, _) = stream.write_all(junk.to_vec(), junk.len()).await;
             result.unwrap();
         }
@@ -629,7 +634,11 @@ fn too_many_connections_are_refused() {
         let lab = Lab::start();
         let mut held = Vec::new();
         for _ in 0..60 {
-            held.push(Stream::connect(lab.addr, 0, Kind::Tokio).await.unwrap());
+            held.push(
+                Stream::connect(lab.addr, &Underlay::default(), Kind::Tokio)
+                    .await
+                    .unwrap(),
+            );
         }
         lab.wait_count("accepts_refused", 10).await;
         assert_eq!(lab.count("gauge_connections"), 50);
@@ -673,7 +682,7 @@ fn the_pool_works_on_tokio_uring_too() {
             let (pool, events) = RelayPool::new(RelayOptions {
                 names: Names::default(),
                 private,
-                fwmark: 0,
+                underlay: Underlay::default(),
                 io: Kind::Uring,
             });
             pool.set_map(&lab.map());

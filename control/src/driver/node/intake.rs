@@ -200,7 +200,8 @@ impl Node {
                 let shards = self.dataplane.stats();
                 let offloads = self.dataplane.offloads();
                 let lost = self.log.lost();
-                status::complete(&mut status, &relays, &shards, offloads, lost);
+                let host = self.hostnet.report();
+                status::complete(&mut status, &relays, &shards, &host, offloads, lost);
                 let _ = call.answers.try_send(status);
             }
             local_api::Request::Ping { peer } => {
@@ -322,7 +323,7 @@ impl Node {
     }
 
     fn note_default_sources(&mut self) -> bool {
-        let fresh = FAR_AWAY.map(source_address);
+        let fresh = FAR_AWAY.map(|to| source_address(to, self.fwmark));
         let changed = fresh != self.default_sources;
         self.default_sources = fresh;
         changed

@@ -13,13 +13,12 @@ mod intake;
 mod start;
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use ipnet::IpNet;
 use ringtail_dataplane::{Dataplane, Engine};
 use tokio::sync::{mpsc, watch};
 
@@ -28,6 +27,7 @@ use super::coord_client::CoordClient;
 use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
 use super::handshakes::Handshakes;
+use super::hostnet::HostNet;
 use super::local_api::Call;
 use super::names::Names;
 use super::relay::{RelayEvents, RelayPool};
@@ -42,7 +42,7 @@ use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
 use crate::key::NodePublic;
 use intake::{Finding, Taken};
-use start::{Parts, Source, dataplane_config, host_name};
+use start::{Parts, Source, dataplane_config, host_name, underlay_mark};
 
 /// Caches are written this often when they changed.
 const SAVE_PERIOD: Duration = Duration::from_secs(10);
@@ -53,7 +53,8 @@ const SAVE_SOON: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When it cannot start, or cannot go on.
-pub fn run(config: NodeConfig) -> anyhow::Result<()> {
+pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
+    config.fwmark = Some(underlay_mark(config.fwmark));
     let dir = config
         .state_dir
         .clone()
@@ -77,6 +78,7 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
             engine,
             kind,
         };
+        // Before anything is added to the host that would stay behind.
         let signals = Signals::listen()?;
         Node::start(parts).await?.run(signals).await
     })
@@ -84,6 +86,8 @@ pub fn run(config: NodeConfig) -> anyhow::Result<()> {
 
 struct Node {
     agent: Agent,
+    /// Dropped before the TUN goes.
+    hostnet: HostNet,
     dataplane: Dataplane,
     discovery: Discovery,
     names: Names,
@@ -92,7 +96,6 @@ struct Node {
     coord: Option<mpsc::Receiver<CoordEvent>>,
     coord_client: Option<CoordClient>,
     self_state: watch::Sender<SelfState>,
-    interface: watch::Sender<Option<(BTreeSet<IpNet>, BTreeSet<IpNet>)>>,
     link_changed: mpsc::Receiver<()>,
     sleep: sleep::Watch,
     timestamps: Timestamps,
@@ -208,9 +211,7 @@ impl Node {
                 Output::SetPath(peer, decision) => self.dataplane.set_path(peer, decision),
                 Output::Initiate(peer) => self.dataplane.initiate(peer),
                 Output::Unopened(peer, bytes) => self.dataplane.unopened(peer, bytes),
-                Output::Configure { addresses, routes } => {
-                    self.interface.send_replace(Some((addresses, routes)));
-                }
+                Output::Configure(overlay) => self.hostnet.set_overlay(overlay),
                 Output::Datagram {
                     to,
                     bytes,

@@ -1,12 +1,12 @@
 //! Starting a node: from settings and keys to everything that runs.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context as _;
-use ipnet::IpNet;
 use ringtail_dataplane::{Config, Dataplane, Engine, Offloads};
+use socket2::SockRef;
 use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
 
@@ -18,13 +18,16 @@ use crate::coord::CoordConfig;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
 use crate::driver::events::EventLog;
+use crate::driver::hostnet::{self, HostNet};
 use crate::driver::interface::Interface;
 use crate::driver::names::Names;
 use crate::driver::relay::{RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
 use crate::driver::state::{Keys, StateDir, TIMESTAMP_FILE};
 use crate::driver::timestamps::Timestamps;
+use crate::driver::underlay::Underlay;
 use crate::driver::{link, local_api, sleep, uapi};
+use crate::hostnet::MARK_DEFAULT;
 use crate::key::MachinePublic;
 use crate::path::{self, Validate};
 
@@ -44,7 +47,6 @@ pub(super) enum Source {
         url: String,
         auth_key: Option<Zeroizing<String>>,
         control_key: Option<MachinePublic>,
-        fwmark: u32,
     },
 }
 
@@ -76,9 +78,22 @@ impl Source {
             url,
             auth_key,
             control_key: given.or(stored),
-            fwmark: config.fwmark.unwrap_or(0),
         })
     }
+}
+
+/// The mark of underlay sockets: the chosen one, or the default where this process may set marks.
+pub(super) fn underlay_mark(chosen: Option<u32>) -> u32 {
+    chosen.unwrap_or_else(|| {
+        let probe = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0));
+        match probe.and_then(|socket| SockRef::from(&socket).set_mark(MARK_DEFAULT)) {
+            Ok(()) => MARK_DEFAULT,
+            Err(error) => {
+                tracing::warn!(%error, "underlay sockets get no mark");
+                0
+            }
+        }
+    })
 }
 
 pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
@@ -145,6 +160,17 @@ impl Node {
         let interface = Interface::open(dataplane.tun_name()).await?;
         interface.up(mtu).await?;
         let tun_index = interface.index();
+        let hostnet = HostNet::start(hostnet::Options {
+            table: config.table,
+            fwmark: config.fwmark.unwrap_or(0),
+            port: dataplane.local_port(),
+            tun: (dataplane.tun_name().to_owned(), tun_index),
+            offered: config.advertise_routes.clone(),
+        })?;
+        let underlay = Underlay {
+            fwmark: config.fwmark.unwrap_or(0),
+            keeper: Some(hostnet.keeper()),
+        };
         let (link_sender, link_changed) = mpsc::channel(1);
         tokio::task::spawn_local(async move {
             if let Err(error) = link::watch(tun_index, link_sender).await {
@@ -165,7 +191,7 @@ impl Node {
         let (relays, relay_events) = RelayPool::new(RelayOptions {
             names: names.clone(),
             private: keys.node.clone(),
-            fwmark: config.fwmark.unwrap_or(0),
+            underlay: underlay.clone(),
             io: kind,
         });
         let agent = Agent::new(
@@ -211,7 +237,7 @@ impl Node {
             coord: None,
             coord_client: None,
             self_state: watch::Sender::default(),
-            interface: watch::Sender::default(),
+            hostnet,
             link_changed,
             sleep: sleep::Watch::new(),
             timestamps: Timestamps::open(state.file(TIMESTAMP_FILE)),
@@ -235,13 +261,12 @@ impl Node {
             save_at: now() + SAVE_PERIOD,
             dataplane,
         };
-        tokio::task::spawn_local(configure_interface(interface, node.interface.subscribe()));
-        node.join(source, hostname)?;
+        node.join(source, hostname, underlay)?;
         Ok(node)
     }
 
     /// Takes the static network, or the last one known and the coordination client.
-    fn join(&mut self, source: Source, hostname: String) -> anyhow::Result<()> {
+    fn join(&mut self, source: Source, hostname: String, underlay: Underlay) -> anyhow::Result<()> {
         let now = now();
         self.list_interfaces(now);
         self.agent.handle_wall_clock(now, wall());
@@ -251,7 +276,6 @@ impl Node {
                 url,
                 auth_key,
                 control_key,
-                fwmark,
             } => {
                 self.surroundings.coordination = Some(url.clone());
                 self.surroundings.coordination_state = "connecting".into();
@@ -270,10 +294,13 @@ impl Node {
                     node: self.keys.node.public(),
                     disco: self.keys.disco.public(),
                     control_key,
-                    fwmark,
                 };
-                let (client, events) =
-                    CoordClient::start(config, self.names.clone(), self.self_state.subscribe())?;
+                let (client, events) = CoordClient::start(
+                    config,
+                    self.names.clone(),
+                    underlay,
+                    self.self_state.subscribe(),
+                )?;
                 self.coord = Some(events);
                 self.coord_client = Some(client);
             }
@@ -293,23 +320,4 @@ fn serve_configuration(
     let (sender, calls) = mpsc::channel(QUESTIONS_MAX);
     tokio::task::spawn_local(uapi::serve(socket.listener()?, sender));
     Ok((socket, calls))
-}
-
-/// Keeps the interface as the latest wish says; a refusal is logged and the next wish tried.
-async fn configure_interface(
-    mut interface: Interface,
-    mut wishes: watch::Receiver<Option<(BTreeSet<IpNet>, BTreeSet<IpNet>)>>,
-) {
-    while wishes.changed().await.is_ok() {
-        let wish = wishes.borrow_and_update().clone();
-        let Some((addresses, routes)) = wish else {
-            continue;
-        };
-        if let Err(error) = interface.configure(&addresses, &routes).await {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                "the interface is not as it should be"
-            );
-        }
-    }
 }

@@ -19,6 +19,7 @@ use crate::driver::runtime::Kind;
 use crate::driver::tls::stream::Stream;
 use crate::driver::tls::verify::Verifiers;
 use crate::driver::tls::{ClientTls, TlsError};
+use crate::driver::underlay::Underlay;
 use crate::netmap::{DerpNode, DerpRegion, Family};
 
 /// Head start of a node over the next.
@@ -41,7 +42,7 @@ pub(super) const READ_LEN: usize = 256 << 10;
 pub(super) struct Dialler {
     pub(super) names: Names,
     pub(super) verifiers: Verifiers,
-    pub(super) fwmark: u32,
+    pub(super) underlay: Underlay,
     pub(super) kind: Kind,
 }
 
@@ -126,7 +127,7 @@ impl Dialler {
         let target = target(node);
         race::connect(&self.names, &target, LOOK_UP_LIMIT, |addr| {
             on_attempt(addr);
-            Stream::connect(addr, self.fwmark, self.kind)
+            Stream::connect(addr, &self.underlay, self.kind)
         })
         .await
     }

@@ -37,6 +37,7 @@ use crate::derp::upgrade;
 use crate::driver::names::Names;
 use crate::driver::runtime::Kind;
 use crate::driver::tls::verify::Verifiers;
+use crate::driver::underlay::Underlay;
 use crate::key::{KEY_LEN, NodePrivate, NodePublic};
 use crate::netmap::{DerpMap, DerpRegion};
 use dial::Dialler;
@@ -69,8 +70,8 @@ pub struct RelayOptions {
     pub private: NodePrivate,
     /// What knows the addresses of relays that the map gives by name.
     pub names: Names,
-    /// SO_MARK of underlay sockets, or 0.
-    pub fwmark: u32,
+    /// How connections stay outside of the tunnel.
+    pub underlay: Underlay,
     /// Which streams to use; [`Kind::Uring`] only inside tokio-uring's runtime.
     pub io: Kind,
 }
@@ -240,7 +241,7 @@ impl RelayPool {
             dialler: Dialler {
                 names: options.names,
                 verifiers: Verifiers::default(),
-                fwmark: options.fwmark,
+                underlay: options.underlay,
                 kind: options.io,
             },
             events: events.clone(),

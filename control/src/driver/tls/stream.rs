@@ -7,7 +7,7 @@ use std::rc::Rc;
 use tokio_uring::buf::BoundedBuf as _;
 
 use crate::driver::runtime::Kind;
-use crate::driver::underlay;
+use crate::driver::underlay::Underlay;
 
 /// A connected TCP stream on the control thread.
 #[derive(Clone)]
@@ -28,12 +28,12 @@ impl std::fmt::Debug for Stream {
 }
 
 impl Stream {
-    /// Connects, with the mark of underlay sockets if it is not 0.
+    /// Connects outside of the tunnel.
     ///
     /// # Errors
     /// What the socket calls give; setting a mark needs CAP_NET_ADMIN.
-    pub async fn connect(addr: SocketAddr, fwmark: u32, kind: Kind) -> io::Result<Self> {
-        let stream = underlay::connect(addr, fwmark).await?;
+    pub async fn connect(addr: SocketAddr, underlay: &Underlay, kind: Kind) -> io::Result<Self> {
+        let stream = underlay.connect(addr).await?;
         Ok(match kind {
             Kind::Tokio => Self::Tokio(Rc::new(stream)),
             Kind::Uring => {

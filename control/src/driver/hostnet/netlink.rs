@@ -1,0 +1,500 @@
+//! Rules, routes and addresses by rtnetlink(7), one question at a time. The kernel answers while it
+//! is being asked, so nothing here waits long.
+
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use rtnetlink::packet_core::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
+    NetlinkPayload,
+};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, RulePortRange};
+use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
+use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
+
+use crate::hostnet::{Action, PROTOCOL, Route, Rule, Step, Way};
+
+/// One answer, or a part of a long one.
+const BUFFER_LEN: usize = 64 << 10;
+/// For a kernel that does not answer at all.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// `RTNLGRP_*` of what concerns us: links, addresses, routes and rules of both families.
+const GROUPS: [u32; 7] = [1, 5, 9, 7, 11, 8, 19];
+
+/// Asks and changes.
+pub(super) struct Netlink {
+    socket: Socket,
+    sequence: u32,
+}
+
+/// A rule as it is there.
+pub(super) struct FoundRule {
+    pub(super) rule: Rule,
+    pub(super) ours: bool,
+}
+
+/// A route as it is there.
+pub(super) struct FoundRoute {
+    pub(super) net: IpNet,
+    pub(super) table: u32,
+    pub(super) kind: RouteType,
+    pub(super) interface: Option<u32>,
+    pub(super) ours: bool,
+}
+
+/// An address as it is there.
+pub(super) struct FoundAddress {
+    pub(super) address: IpAddr,
+    pub(super) subnet: Option<IpNet>,
+    pub(super) interface: u32,
+}
+
+impl Netlink {
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        socket.connect(&SocketAddr::new(0, 0))?;
+        socket2::SockRef::from(&socket).set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        // Lets the kernel filter; one that cannot is filtered here all the same.
+        let _ = socket.set_netlink_get_strict_chk(true);
+        Ok(Self {
+            socket,
+            sequence: 0,
+        })
+    }
+
+    /// The policy rules of one family.
+    pub(super) fn rules(&mut self, v6: bool) -> io::Result<Vec<FoundRule>> {
+        let mut question = RuleMessage::default();
+        question.header.family = family(v6);
+        let mut found = Vec::new();
+        self.dump(RouteNetlinkMessage::GetRule(question), &mut |message| {
+            if let RouteNetlinkMessage::NewRule(message) = message
+                && message.header.family == family(v6)
+            {
+                found.extend(parse_rule(&message));
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Hands over routes of one family: of one table (0: of all), of any protocol or only ours.
+    pub(super) fn routes(
+        &mut self,
+        v6: bool,
+        table: u8,
+        ours_only: bool,
+        each: &mut dyn FnMut(FoundRoute),
+    ) -> io::Result<()> {
+        let mut question = RouteMessage::default();
+        question.header.address_family = family(v6);
+        question.header.table = table;
+        if ours_only {
+            question.header.protocol = RouteProtocol::Other(PROTOCOL);
+        }
+        let result = self.dump(RouteNetlinkMessage::GetRoute(question), &mut |message| {
+            if let RouteNetlinkMessage::NewRoute(message) = message
+                && message.header.address_family == family(v6)
+                && let Some(route) = parse_route(&message)
+                && (table == 0 || route.table == u32::from(table))
+                && (!ours_only || route.ours)
+            {
+                each(route);
+            }
+        });
+        match result {
+            // A table in which nothing ever stood.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            result => result,
+        }
+    }
+
+    /// All addresses of both families.
+    pub(super) fn addresses(&mut self) -> io::Result<Vec<FoundAddress>> {
+        let mut found = Vec::new();
+        let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+        self.dump(question, &mut |message| {
+            if let RouteNetlinkMessage::NewAddress(message) = message {
+                found.extend(parse_address(&message));
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// Makes one change.
+    pub(super) fn carry_out(&mut self, step: &Step, tun: u32) -> io::Result<()> {
+        let (message, flags) = match step {
+            Step::AddAddress(ip) => (
+                RouteNetlinkMessage::NewAddress(address_message(*ip, tun)),
+                NLM_F_CREATE | NLM_F_EXCL,
+            ),
+            Step::DeleteAddress(ip) => (
+                RouteNetlinkMessage::DelAddress(address_message(*ip, tun)),
+                0,
+            ),
+            Step::AddRule(rule) => (
+                RouteNetlinkMessage::NewRule(rule_message(rule)),
+                NLM_F_CREATE | NLM_F_EXCL,
+            ),
+            Step::DeleteRule(rule) => (RouteNetlinkMessage::DelRule(rule_message(rule)), 0),
+            // Beside another of the same prefix in our own table, which is removed next.
+            Step::AddRoute(route) => {
+                let exclusive = if route.table == MAIN { NLM_F_EXCL } else { 0 };
+                (
+                    RouteNetlinkMessage::NewRoute(route_message(route, tun)),
+                    NLM_F_CREATE | exclusive,
+                )
+            }
+            Step::DeleteRoute(route) => {
+                (RouteNetlinkMessage::DelRoute(route_message(route, tun)), 0)
+            }
+        };
+        self.ask(message, NLM_F_ACK | flags, &mut |_| {})
+    }
+
+    fn dump(
+        &mut self,
+        question: RouteNetlinkMessage,
+        each: &mut dyn FnMut(RouteNetlinkMessage),
+    ) -> io::Result<()> {
+        self.ask(question, NLM_F_DUMP, each)
+    }
+
+    /// Asks, and hands over every answer until the last.
+    fn ask(
+        &mut self,
+        question: RouteNetlinkMessage,
+        flags: u16,
+        each: &mut dyn FnMut(RouteNetlinkMessage),
+    ) -> io::Result<()> {
+        self.sequence = self.sequence.wrapping_add(1);
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | flags;
+        header.sequence_number = self.sequence;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(question));
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+        self.socket.send(&bytes, 0)?;
+        let mut buffer = Vec::with_capacity(BUFFER_LEN);
+        loop {
+            buffer.clear();
+            self.socket.recv(&mut buffer, 0)?;
+            let mut rest = buffer.as_slice();
+            while let Some(len) = rest.first_chunk::<4>() {
+                let len = usize::try_from(u32::from_ne_bytes(*len)).unwrap_or(usize::MAX);
+                let Some(one) = rest.get(..len).filter(|one| one.len() >= HEADER_LEN) else {
+                    break;
+                };
+                rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+                // What cannot be read is somebody else's.
+                let Ok(answer) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(one) else {
+                    continue;
+                };
+                if answer.header.sequence_number != self.sequence {
+                    continue;
+                }
+                match answer.payload {
+                    NetlinkPayload::InnerMessage(message) => each(message),
+                    NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
+                    NetlinkPayload::Done(done) => {
+                        return Err(io::Error::from_raw_os_error(-done.code));
+                    }
+                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(()),
+                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    NetlinkPayload::Noop | NetlinkPayload::Overrun(_) | _ => {}
+                }
+            }
+        }
+    }
+}
+
+/// `struct nlmsghdr`, in bytes.
+const HEADER_LEN: usize = 16;
+/// The host's main table.
+const MAIN: u8 = 254;
+/// Index of the loopback interface.
+const LOOPBACK: u32 = 1;
+
+/// Says when links, addresses, routes or rules changed.
+pub(super) struct Watch(Socket);
+
+impl Watch {
+    pub(super) fn open() -> io::Result<Self> {
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        socket.bind_auto()?;
+        for group in GROUPS {
+            socket.add_membership(group)?;
+        }
+        socket.set_non_blocking(true)?;
+        Ok(Self(socket))
+    }
+
+    /// Takes what has come; what was too much for the socket counts too.
+    pub(super) fn take(&self) {
+        let mut buffer = Vec::with_capacity(BUFFER_LEN);
+        loop {
+            buffer.clear();
+            match self.0.recv(&mut buffer, 0) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {}
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+fn family(v6: bool) -> AddressFamily {
+    if v6 {
+        AddressFamily::Inet6
+    } else {
+        AddressFamily::Inet
+    }
+}
+
+fn rule_message(rule: &Rule) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family(rule.v6);
+    let attributes = &mut message.attributes;
+    attributes.push(RuleAttribute::Priority(rule.priority));
+    attributes.push(RuleAttribute::Protocol(RouteProtocol::Other(PROTOCOL)));
+    message.header.action = match rule.action {
+        Action::Table(table) => {
+            attributes.push(RuleAttribute::Table(table));
+            RuleAction::ToTable
+        }
+        Action::Goto(target) => {
+            attributes.push(RuleAttribute::Goto(target));
+            RuleAction::Goto
+        }
+        Action::Nop => RuleAction::Nop,
+    };
+    if let Some((mark, mask)) = rule.mark {
+        attributes.push(RuleAttribute::FwMark(mark));
+        attributes.push(RuleAttribute::FwMask(mask));
+    }
+    if rule.local {
+        attributes.push(RuleAttribute::Iifname("lo".to_owned()));
+    }
+    if let Some(port) = rule.port {
+        attributes.push(RuleAttribute::IpProtocol(IpProtocol::Udp));
+        attributes.push(RuleAttribute::SourcePortRange(RulePortRange {
+            start: port,
+            end: port,
+        }));
+    }
+    if let Some(len) = rule.longer_than {
+        attributes.push(RuleAttribute::SuppressPrefixLen(len.into()));
+    }
+    message
+}
+
+/// None for a rule of a kind that we never make, and that is not ours.
+fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
+    let mut table = u32::from(message.header.table);
+    let mut target = 0;
+    let mut ours = false;
+    let (mut mark, mut mask) = (None, u32::MAX);
+    let mut rule = Rule {
+        priority: 0,
+        v6: message.header.family == AddressFamily::Inet6,
+        action: Action::Nop,
+        mark: None,
+        local: false,
+        port: None,
+        longer_than: None,
+    };
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "rules can do much that ours do not"
+    )]
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Protocol(protocol) => ours = u8::from(*protocol) == PROTOCOL,
+            RuleAttribute::Table(number) => table = *number,
+            RuleAttribute::Goto(priority) => target = *priority,
+            RuleAttribute::FwMark(value) => mark = Some(*value),
+            RuleAttribute::FwMask(value) => mask = *value,
+            RuleAttribute::Iifname(name) => rule.local = name == "lo",
+            RuleAttribute::SourcePortRange(range) => rule.port = Some(range.start),
+            // All ones is none.
+            RuleAttribute::SuppressPrefixLen(len) => rule.longer_than = u8::try_from(*len).ok(),
+            _ => {}
+        }
+    }
+    rule.mark = mark.map(|mark| (mark, mask));
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "rules can do much that ours do not"
+    )]
+    let action = match message.header.action {
+        RuleAction::ToTable => Action::Table(table),
+        RuleAction::Goto => Action::Goto(target),
+        RuleAction::Nop => Action::Nop,
+        _ => return None,
+    };
+    rule.action = action;
+    Some(FoundRule { rule, ours })
+}
+
+fn route_message(route: &Route, tun: u32) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    let header = &mut message.header;
+    header.address_family = family(route.net.addr().is_ipv6());
+    header.destination_prefix_length = route.net.prefix_len();
+    header.table = route.table;
+    header.protocol = RouteProtocol::Other(PROTOCOL);
+    let destination = match route.net.addr() {
+        IpAddr::V4(ip) => RouteAddress::Inet(ip),
+        IpAddr::V6(ip) => RouteAddress::Inet6(ip),
+    };
+    message.attributes = vec![RouteAttribute::Destination(destination)];
+    match route.way {
+        Way::Throw => {
+            header.kind = RouteType::Throw;
+            // As the kernel has it; without, a deletion would take any route of that prefix.
+            if route.net.addr().is_ipv6() {
+                message.attributes.push(RouteAttribute::Oif(LOOPBACK));
+            }
+        }
+        Way::Tunnel => {
+            header.kind = RouteType::Unicast;
+            if route.net.addr().is_ipv4() {
+                header.scope = RouteScope::Link;
+            }
+            message.attributes.push(RouteAttribute::Oif(tun));
+        }
+        // Only ever deleted: whatever it is, scope "nowhere" stands for any.
+        Way::Stale => header.scope = RouteScope::NoWhere,
+    }
+    message
+}
+
+fn parse_route(message: &RouteMessage) -> Option<FoundRoute> {
+    let mut table = u32::from(message.header.table);
+    let mut destination = None;
+    let mut interface = None;
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "routes have dozens of attributes"
+    )]
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Destination(RouteAddress::Inet(ip)) => {
+                destination = Some(IpAddr::V4(*ip));
+            }
+            RouteAttribute::Destination(RouteAddress::Inet6(ip)) => {
+                destination = Some(IpAddr::V6(*ip));
+            }
+            RouteAttribute::Oif(index) => interface = Some(*index),
+            _ => {}
+        }
+    }
+    let any = if message.header.address_family == AddressFamily::Inet6 {
+        IpAddr::from([0; 16])
+    } else {
+        IpAddr::from([0; 4])
+    };
+    let ip = destination.unwrap_or(any);
+    Some(FoundRoute {
+        net: IpNet::new(ip, message.header.destination_prefix_length).ok()?,
+        table,
+        kind: message.header.kind,
+        interface,
+        ours: u8::from(message.header.protocol) == PROTOCOL,
+    })
+}
+
+/// With its full length, and without a route of its own in the main table (IPv6 would add one).
+fn address_message(ip: IpAddr, tun: u32) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = family(ip.is_ipv6());
+    message.header.prefix_len = if ip.is_ipv6() { 128 } else { 32 };
+    message.header.index = tun;
+    message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+    if ip.is_ipv6() {
+        let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
+        message.attributes.push(AddressAttribute::Flags(flags));
+    }
+    message
+}
+
+fn parse_address(message: &AddressMessage) -> Option<FoundAddress> {
+    let (mut local, mut far) = (None, None);
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "addresses have a dozen attributes"
+    )]
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(ip) => local = Some(*ip),
+            AddressAttribute::Address(ip) => far = Some(*ip),
+            _ => {}
+        }
+    }
+    // The subnet is the far end's where the two differ, as on a point-to-point link.
+    let address = local.or(far)?;
+    let subnet = IpNet::new(far.unwrap_or(address), message.header.prefix_len).ok()?;
+    Some(FoundAddress {
+        address,
+        subnet: (subnet.prefix_len() < subnet.max_prefix_len()).then_some(subnet.trunc()),
+        interface: message.header.index,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hostnet::{Host, Overlay, Settings, plan};
+
+    #[test]
+    fn rules_and_routes_are_read_back_as_they_were_written() {
+        let settings = Settings {
+            table: 52,
+            fwmark: 0x8_0000,
+            port: 41_641,
+            tun: 9,
+            offered: vec!["10.5.0.0/16".parse().unwrap()],
+            rules: [true; 2],
+        };
+        let overlay = Overlay {
+            routes: ["10.0.0.0/8", "fd00::/48"]
+                .map(|net| net.parse().unwrap())
+                .into(),
+            ..Overlay::default()
+        };
+        let host = Host {
+            ipv6: true,
+            ..Host::default()
+        };
+        let state = plan(&settings, &overlay, &host).state;
+        assert_eq!((state.rules.len(), state.routes.len()), (10, 3));
+        for rule in &state.rules {
+            let found = parse_rule(&rule_message(rule)).unwrap();
+            assert_eq!((found.rule, found.ours), (*rule, true));
+        }
+        for route in &state.routes {
+            let found = parse_route(&route_message(route, 9)).unwrap();
+            let throw = found.kind == RouteType::Throw;
+            assert_eq!((found.net, throw), (route.net, route.way == Way::Throw));
+            assert_eq!((found.table, found.ours), (52, true));
+            assert_eq!(found.interface, (!throw).then_some(9));
+        }
+    }
+}

@@ -1,0 +1,200 @@
+#!/usr/bin/env bash
+# What a node does to its host: on a LAN that the network offers a route for, behind a route that covers everything of
+# the underlay, with a strict reverse path filter, beside other programs' routes, and after every kind of end.
+#
+#   scripts/netns/host-test.sh
+#
+#   lan 10.1.0.9 --+                  +-- b 10.2.0.2, a peer (fd10:2::2)
+#     a 10.1.0.2 --+-- r (10.N.0.1) --+-- c 10.3.0.2, the router that offers 10.0.0.0/8, 10.1.0.0/24, fd10::/16 ...
+#                  +-- x 10.5.0.2     +-- s 10.4.0.2, relay and coordination
+#
+# Uses $RINGTAIL_BIN_DIR, target/debug by default. Needs root; without it the test is skipped aloud, or fails when
+# RINGTAIL_NO_SKIP=1.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "$0")/../.." && pwd)
+cd "$ROOT"
+# shellcheck source=lab.sh
+. scripts/netns/lab.sh
+lab_or_skip
+BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
+RINGTAIL=$BIN/ringtail
+# shellcheck source=checks.sh
+. scripts/netns/checks.sh
+lab_init
+lab_limit 300 "echo 'error: it hangs' >&2"
+
+# ---- the hosts ---------------------------------------------------------------------------------
+lab_ns r a b c s lan
+lab_in r sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding'
+ip -n "${LAB}r" link add lan type bridge
+ip -n "${LAB}r" link set dev lan up
+wired() { # NAME SUBNET HOST
+  lab_wire r "p_$1" "$1" eth0
+  ip -n "$LAB$1" addr add "10.$2.0.$3/24" dev eth0
+  ip -n "$LAB$1" addr add "fd10:$2::$3/64" dev eth0 nodad
+  if [ "$2" = 1 ]; then
+    ip -n "${LAB}r" link set dev "p_$1" master lan
+  else
+    ip -n "${LAB}r" addr add "10.$2.0.1/24" dev "p_$1"
+    ip -n "${LAB}r" addr add "fd10:$2::1/64" dev "p_$1" nodad
+  fi
+  ip -n "$LAB$1" route add default via "10.$2.0.1"
+  ip -n "$LAB$1" -6 route add default via "fd10:$2::1"
+}
+ip -n "${LAB}r" addr add 10.1.0.1/24 dev lan
+ip -n "${LAB}r" addr add fd10:1::1/64 dev lan nodad
+wired a 1 2
+wired lan 1 9
+wired b 2 2
+wired c 3 2
+wired s 4 2
+for host in a b c; do
+  lab_in "$host" sh -c 'for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 1 >$file; done'
+done
+# The resolver of a, which nobody asks.
+mkdir -p "/etc/netns/${LAB}a"
+echo "nameserver 10.4.0.53" >"/etc/netns/${LAB}a/resolv.conf"
+echo "/etc/netns/${LAB}a/resolv.conf" >>"$LAB_DIR/files"
+
+relay() { lab_spawn s relay "$RINGTAIL" derp --hostname 10.4.0.2 --addr 10.4.0.2:443 --stun-port 3478 \
+  --state-dir "$LAB_DIR/relay" --region-id 900 --region-code nyc; }
+coord() {
+  lab_spawn s coord "$RINGTAIL" coord --addr 10.4.0.2:8080 --state-dir "$LAB_DIR/coord" \
+    --derp-map "$LAB_DIR/derp-map.json" ${APPROVED[@]/#/--approve-route=}
+}
+node() { # NAME [OPTION...]
+  local name=$1
+  shift
+  lab_spawn "$name" "node-$name" env RUST_LOG=info "$RINGTAIL" up --coord http://10.4.0.2:8080 \
+    --auth-key-file "$LAB_DIR/auth-key" --state-dir "$LAB_DIR/node-$name" --hostname "$name" "$@"
+}
+status() { "$RINGTAIL" status --state-dir "$LAB_DIR/node-$1" "${@:2}"; }
+direct() { status "$1" 2>/dev/null | has "^$2 .* direct "; }
+inner() { status "$1" | awk -v name="$2" '$1 == name { print $2 }' | tr -d ,; }
+# grep that reads to the end: a writer without a reader would fail.
+has() { grep "$@" >/dev/null; }
+# Everything that a node might touch.
+host_state() {
+  ip -n "$LAB$1" route; ip -n "$LAB$1" -6 route; ip -n "$LAB$1" rule; ip -n "$LAB$1" -6 rule
+  ip -n "$LAB$1" route show table all; lab_in "$1" nft list ruleset; lab_in "$1" sysctl -a 2>/dev/null | grep -E '\.(rp_filter|forwarding|ip_forward|src_valid_mark) '
+}
+untouched() { diff "$LAB_DIR/before" <(host_state a); }
+main_untouched() { diff "$LAB_DIR/main" <(ip -n "${LAB}a" route; ip -n "${LAB}a" -6 route); }
+goes() { # ADDRESS WORDS: where a's kernel would send to
+  ip -n "${LAB}a" route get "$1" | tee /dev/stderr | has "$2"
+}
+all_answer() { lab_in a ping -q -i 0.05 -W 2 -c 30 "$1" | tee /dev/stderr | has ' 30 received, .*0% packet loss'; }
+rules() { ip -n "${LAB}a" rule | grep -c 'proto 114'; }
+
+APPROVED=(10.0.0.0/8 10.1.0.0/24 10.1.0.0/25 172.16.0.0/12 fd10::/16 192.0.2.0/24 0.0.0.0/1 128.0.0.0/1 0.0.0.0/0)
+OFFERED=$(IFS=,; echo "${APPROVED[*]}")
+relay
+lab_wait_file "$LAB_DIR/relay/derp-node.json" 20
+RINGTAIL_MAP=$("$BIN/ringtail-bench" derp-map "$LAB_DIR/relay")
+echo "$RINGTAIL_MAP" >"$LAB_DIR/derp-map.json"
+coord
+within 20 lab_in s grep -qi ":$(printf %04x 8080) 0*:0000 0A" /proc/net/tcp
+"$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key"
+
+# ---- a route of everything, and one of the LAN itself ------------------------------------------
+host_state a >"$LAB_DIR/before"
+{ ip -n "${LAB}a" route; ip -n "${LAB}a" -6 route; } >"$LAB_DIR/main"
+host_state c >"$LAB_DIR/before-c"
+node c --advertise-routes "$OFFERED"
+node b
+check "the two that offer and wait know each other" within 30 status b
+lab_spawn a lan-ping ping -q -i 0.1 10.1.0.9
+node a
+check "a learns of both" within 30 eval '[ -n "$(inner a b)" ] && [ -n "$(inner a c)" ]'
+check "the covering route is in force" within 10 goes 10.77.0.1 ringtail0
+check "the covering route is in force in IPv6" within 10 goes fd10:77::1 ringtail0
+B=$(inner a b)
+STARTED=$(date +%s%N)
+lab_spawn a first-ping ping -q -c 3 -i 0.2 "$B"
+direct_soon() { within 3 direct a b && within 3 direct b a && SAID="$((($(date +%s%N) - STARTED) / 1000000)) ms"; }
+check "both are direct, though an exit node and routes over both are approved" direct_soon
+check "30 of 30 pings answered through the tunnel, with relay, coordination and peer inside the route" all_answer "$B"
+check "and still direct" direct a b
+check "the main tables are untouched while it runs" main_untouched
+check "the LAN keeps its route" goes 10.1.0.9 "dev eth0"
+check "and its IPv6 route" goes fd10:1::9 "dev eth0"
+check "a part of the LAN is not routed elsewhere" goes 10.1.0.100 "dev eth0"
+check "the internet is not taken by default routes in pieces" goes 198.51.100.1 "via 10.1.0.1"
+check "the resolver's server stays outside" goes 10.4.0.53 "via 10.1.0.1"
+check "relay and coordination stay outside" goes 10.4.0.2 "via 10.1.0.1"
+check "our mark stays outside" eval 'ip -n "${LAB}a" route get 10.77.0.1 mark 0x80000 | has "via 10.1.0.1"'
+check "status tells of the LAN's route" eval 'status a | has "host: 10.1.0.0/24: the host has a route of its own"'
+check "status --json too" eval 'status a --json | has "\"relation\": \"inside-connected\""'
+check "the log tells it once" eval '[ "$(grep -c "10.1.0.0/24: the host has" "$LAB_DIR/node-a.log")" = 1 ]'
+check "the router keeps what it offers" eval 'ip -n "${LAB}c" route get 10.77.0.1 | has "via 10.3.0.1"'
+check "the router's own state has no route into the tunnel but peers'" eval \
+  '[ "$(ip -n "${LAB}c" route show table 52 | grep -vc "^100\.")" = 0 ]'
+
+# ---- the host changes under it -----------------------------------------------------------------
+check "a network of containers goes into the tunnel before there is one here" goes 172.17.0.2 ringtail0
+ip -n "${LAB}a" link add docker0 type bridge
+ip -n "${LAB}a" link set dev docker0 up
+ip -n "${LAB}a" addr add 172.17.0.1/16 dev docker0
+check "a container bridge inside the network's route is respected at once" goes 172.17.0.2 "dev docker0"
+check "the rest of that route is not" goes 172.18.0.2 ringtail0
+ip -n "${LAB}a" link del docker0
+ip -n "${LAB}a" route add 10.9.0.0/16 via 10.1.0.9
+check "so is a route that is added later" goes 10.9.1.1 "via 10.1.0.9"
+ip -n "${LAB}a" route del 10.9.0.0/16
+for v in -4 -6; do
+  ip -n "${LAB}a" $v rule flush proto 114 2>/dev/null || for at in $(ip -n "${LAB}a" $v rule | sed -n 's/^\(5[0-9]*\):.*/\1/p'); do ip -n "${LAB}a" $v rule del pref "$at"; done
+done
+check "rules that a network manager flushes come back" within 5 goes 10.77.0.1 ringtail0
+ip -n "${LAB}a" link set dev ringtail0 down
+ip -n "${LAB}a" link set dev ringtail0 up
+check "and so do routes and IPv6 addresses of an interface that went down" within 5 eval \
+  'goes 10.77.0.1 ringtail0 && goes fd10:77::1 ringtail0 && goes "'"$B"'" ringtail0'
+lab_stop relay
+relay
+check "the relay is found again inside the route" within 20 eval 'status a | has "relay nyc: connected"'
+check "30 of 30 pings answered after all that" all_answer "$B"
+
+# ---- every kind of end -------------------------------------------------------------------------
+lab_stop node-a
+check "after SIGTERM the host is as before" untouched
+lab_stop coord
+node a
+check "the network map of the last run does no harm either" within 10 goes 10.77.0.1 ringtail0
+check "the LAN keeps its route with it" goes 10.1.0.9 "dev eth0"
+lab_stop node-a KILL
+check "a killed node leaves its rules, which do no harm" eval '[ "$(rules)" -gt 0 ] && goes 10.1.0.9 "dev eth0" && goes 10.77.0.1 "via 10.1.0.1"'
+node a
+check "the next start removes them" within 10 grep -q "removing what an earlier run left" "$LAB_DIR/node-a.log"
+within 10 goes 10.77.0.1 ringtail0 2>/dev/null
+lab_stop node-a
+check "after SIGKILL, a start and SIGTERM the host is as before" untouched
+ip -n "${LAB}a" route add 100.100.100.100/32 dev eth0 table 52
+ip -n "${LAB}a" rule add pref 5270 lookup 52
+host_state a >"$LAB_DIR/before"
+refused() {
+  not lab_in a timeout 20 "$RINGTAIL" up --coord http://10.4.0.2:8080 --state-dir "$LAB_DIR/node-a" --table 52 \
+    2>"$LAB_DIR/refused.log" && grep 'another program' "$LAB_DIR/refused.log"
+}
+check "the table of another program is refused in words" refused
+check "a start that fails leaves nothing" untouched
+node a
+check "without a choice the next table is taken" within 10 eval 'ip -n "${LAB}a" route show table 53 | has ringtail0'
+echo 'addresses = ["10.99.0.1/32"]' >"$LAB_DIR/lonely.toml"
+lab_spawn a second "$RINGTAIL" up --network "$LAB_DIR/lonely.toml" --state-dir "$LAB_DIR/second" --tun ringtail1 --listen-port 0
+check "a second node beside it takes another" within 10 eval 'ip -n "${LAB}a" rule | has "^54.*proto 114"'
+lab_stop second KILL
+lab_spawn a second "$RINGTAIL" up --network "$LAB_DIR/lonely.toml" --state-dir "$LAB_DIR/second" --tun ringtail1 --listen-port 0
+check "and removes its own leftovers, not the first one's" within 10 grep -q "removing what an earlier run left" "$LAB_DIR/second.log"
+check "the first one's are there" eval 'ip -n "${LAB}a" rule | has "^53.*proto 114"'
+lab_stop second
+lab_stop node-a
+check "both leave the host and the other program's table as they were" untouched
+
+kill -INT "$(lab_pid lan-ping)" 2>/dev/null || true
+pause 0.3
+check "the LAN lost nothing in all that time" grep -q ' 0% packet loss' "$LAB_DIR/lan-ping.log"
+
+FAILED=$(counted FAIL)
+echo "host-test: $(counted ok) passed, $FAILED failed"
+[ "$FAILED" = 0 ]
