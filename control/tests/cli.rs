@@ -3,7 +3,8 @@
 #![expect(clippy::disallowed_methods, reason = "a signal needs its time")]
 
 use std::io::{Read as _, Write as _};
-use std::process::{Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
 use std::time::Duration;
 
 fn ringtail(args: &[&str], input: &str) -> Output {
@@ -189,6 +190,130 @@ fn a_server_ends_by_the_signals_that_mean_it_and_by_no_other() {
         let ended = server.wait().unwrap();
         assert!(ended.success(), "{args:?}: {ended}");
     }
+}
+
+/// A program that runs beside the test; it ends with it.
+struct Running(Child);
+
+impl Running {
+    fn start(args: &[&str], output: &Path) -> Self {
+        let file = std::fs::File::create(output).unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_ringtail"))
+            .args(args)
+            .stdout(file.try_clone().unwrap())
+            .stderr(file)
+            .spawn();
+        Self(child.unwrap())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// What a file holds once it holds `wanted`.
+fn read_when(path: &Path, wanted: &str) -> String {
+    for _ in 0..600 {
+        let found = std::fs::read_to_string(path).unwrap_or_default();
+        if found.contains(wanted) {
+            return found;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let found = std::fs::read_to_string(path).unwrap_or_default();
+    panic!("{wanted:?} is missing in {}:\n{found}", path.display());
+}
+
+#[test]
+fn the_coordination_server_says_who_is_refused_and_who_is_online() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let text_of = |name: &str| path(name).to_str().unwrap().to_owned();
+    let (state, log) = (text_of("state"), path("log"));
+    let key = text_of("key");
+    let serve = ["coord", "--addr", "127.0.0.1:0", "--state-dir", &state];
+    let server = Running::start(&[&serve[..], &["--auth-key-file", &key]].concat(), &log);
+    let said = read_when(&log, "ringtail up");
+    let url = said
+        .split_whitespace()
+        .find(|word| word.starts_with("http://"));
+    let url = url.unwrap();
+    std::fs::write(path("bad"), "not-the-key").unwrap();
+    let join = |key: &str, name: &str| {
+        [
+            "coord",
+            "watch",
+            url,
+            "--auth-key-file",
+            key,
+            "--hostname",
+            name,
+        ]
+        .map(str::to_owned)
+    };
+    let bad = join(&text_of("bad"), "stranger");
+    let out = ringtail(&bad.each_ref().map(String::as_str), "");
+    assert_eq!(out.status.code(), Some(77), "{}", text(&out.stderr));
+    let said = read_when(&log, "a join was refused");
+    assert!(
+        said.contains("stranger") && said.contains("127.0.0.1"),
+        "{said}"
+    );
+    assert!(!said.contains("not-the-key"), "{said}");
+
+    let nodes = || {
+        let out = ringtail(&["coord", "nodes", "--state-dir", &state], "");
+        text(&out.stdout).to_owned()
+    };
+    let until = |wanted: &str| {
+        for _ in 0..600 {
+            if nodes().contains(wanted) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        panic!("{wanted:?} is missing in {}", nodes());
+    };
+    let good = join(&key, "member");
+    let member = Running::start(&good.each_ref().map(String::as_str), &path("member"));
+    until("online");
+    drop(member);
+    until("last seen 20");
+    let member = Running::start(&good.each_ref().map(String::as_str), &path("member"));
+    until("online");
+    // What a killed server has written does not count.
+    drop(server);
+    assert!(!nodes().contains("online"), "{}", nodes());
+    drop(member);
+}
+
+#[test]
+fn a_derp_map_in_the_place_of_a_node_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let map = dir.path().join("map.json");
+    let node = r#"{"Regions":{"900":{"RegionID":900,"Nodes":[{"Name":"a","HostName":"h"}]}}}"#;
+    let wrapped = format!(r#"{{"Regions":{{"900":{{"RegionID":900,"Nodes":[{node}]}}}}}}"#);
+    std::fs::write(&map, wrapped).unwrap();
+    let (map, state) = (map.to_str().unwrap(), dir.path().to_str().unwrap());
+    let args = [
+        "coord",
+        "--state-dir",
+        state,
+        "--addr",
+        "127.0.0.1:0",
+        "--derp-map",
+        map,
+    ];
+    let out = ringtail(&args, "");
+    assert_eq!(out.status.code(), Some(1));
+    let error = text(&out.stderr);
+    assert!(
+        error.contains("map.json") && error.contains("whole map"),
+        "{error}"
+    );
 }
 
 /// SQLite refuses one of two processes that make a file at a time; neither of ours may fail by it.

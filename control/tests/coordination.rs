@@ -394,6 +394,37 @@ async fn bad_credentials_and_a_wrong_server_are_final_and_say_what_to_do() {
 }
 
 #[tokio::test]
+async fn who_was_in_and_is_known_no_more_ends_instead_of_joining_again_by_its_key() {
+    let (dir, empty) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    put_key(dir.path(), "the key", true);
+    put_key(empty.path(), "the key", true);
+    let (server, address) = serve(dir.path(), CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let mut node = Node::join(address, 1, "the key");
+            node.netmap(|_| true).await;
+            drop(server);
+            // As after an administrator has removed the node.
+            let _server = serve_again(empty.path(), address, CONTROL).await;
+            let fatal = node.event(|event| match event {
+                CoordEvent::Fatal(text) => Some(text),
+                CoordEvent::Registered { .. } => panic!("it joined again by itself"),
+                _ => None,
+            });
+            let text = fatal.await;
+            assert!(
+                text.contains("removed") && text.contains("--auth-key-file"),
+                "{text}"
+            );
+            let nodes = Database::open(&empty.path().join("coord.db")).unwrap();
+            assert!(nodes.load().unwrap().nodes.is_empty());
+            // A person starts it anew.
+            Node::start(node.config.clone()).netmap(|_| true).await;
+        })
+        .await;
+}
+
+#[tokio::test]
 async fn a_server_that_shows_another_key_later_is_outwaited() {
     let dir = tempfile::tempdir().unwrap();
     put_key(dir.path(), "the key", true);

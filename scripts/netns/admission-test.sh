@@ -59,9 +59,16 @@ count() { status "$1" --json | sed -nE "s/^ *\"$2\": ([0-9]+),?$/\1/p" | sort -n
 echoes() { lab_in a awk '/^Icmp: [0-9]/ { print $10 }' /proc/net/snmp; }
 
 check "the coordination server starts" start_coord
+# Started before there is anybody to let it in: nothing is up, nothing was lost.
+lab_stop coord KILL
 start_node a
+check "a node that waits for coordination says so" within 20 says node-a 'waiting for coordination'
+check "and that it has no network map" within 20 says node-a 'no coordination, and no network map yet'
+check "and nothing else" not says node-a 'node is up|stays in force'
+check "the coordination server comes back" start_coord
 check "a is let in" within 20 says node-a ' registered '
 start_node b --advertise-routes "$(IFS=,; echo "${OFFERS[*]}")"
+check "and up" within 20 says node-a 'node is up'
 check "a and b meet" within 20 lab_in a ping -qc 1 -W 1 100.64.0.2
 check "and the other way" within 20 lab_in b ping -qc 1 -W 1 100.64.0.1
 
@@ -100,6 +107,14 @@ check "no default route of b's is put up" no_default
 said() { status a | grep -q "0.0.0.0/0 of b is not used: no exit node is chosen"; }
 check "status says what is not used, and why" said
 
+# Who has gone is shown as offline, not as reached by relay.
+lab_stop node-b KILL
+offline() { status a | grep -E '^b .* offline since 20[0-9-]+T'; }
+check "a node that has gone is shown as offline" within 40 offline
+start_node b --advertise-routes "$(IFS=,; echo "${OFFERS[*]}")"
+check "and not when it is back" within 20 not offline
+check "it answers" within 20 lab_in b ping -qc 1 -W 1 100.64.0.1
+
 # Signals that mean nothing end nothing, and the network file is read again.
 printf 'addresses = ["10.7.0.1/24"]\n' >"$LAB_DIR/net.toml"
 lab_spawn coord static "$RINGTAIL" up --network "$LAB_DIR/net.toml" --state-dir "$LAB_DIR/static" --listen-port 0
@@ -127,6 +142,18 @@ echo 'colour = 1' >>"$LAB_DIR/net.toml"
 kill -HUP "$(lab_pid static)"
 check "a wrong one is refused" within 5 says static 'the network stays as it was'
 check "and changes nothing" static_peers
+
+# Somebody removes all nodes: their key would let them in again, but that is for a person to decide.
+lab_stop coord
+rm -f "$LAB_DIR"/coord/coord.db*
+check "the coordination server forgets everybody" start_coord
+ended() { ! lab_alive node-b; }
+check "a node that was removed ends" within 60 ended
+wait "$(lab_pid node-b)" && code=0 || code=$?
+check "with an exit code of its own" test "$code" = 77
+last_words() { tail -n 1 "$LAB_DIR/node-b.log" | grep -q 'removed from the network.*start ringtail again with an auth key'; }
+check "and last words that say what to do" last_words
+check "and nobody has joined by itself" test -z "$("$RINGTAIL" coord nodes --state-dir "$LAB_DIR/coord")"
 
 echo
 echo "admission-test: $(counted ok) passed, $(counted FAIL) failed"

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use rustls_pki_types::pem::PemObject as _;
@@ -67,7 +67,7 @@ enum Command {
     /// Make, list and revoke the keys new machines join with.
     #[command(subcommand)]
     Keys(KeysCommand),
-    /// List the nodes of the network, as last written to the state directory.
+    /// List the nodes of the network, and who of them is connected or was when.
     Nodes(StateArg),
     Watch(Box<WatchArgs>),
 }
@@ -299,19 +299,30 @@ fn keys_expire(args: &ExpireArgs) -> anyhow::Result<()> {
 }
 
 fn nodes(state: &StateArg) -> anyhow::Result<()> {
-    let (_, database) = open(state)?;
+    let (dir, database) = open(state)?;
+    // What a server that was killed has left says nothing of now.
+    let online = if dir.is_in_use()? {
+        database.online()?
+    } else {
+        Vec::new()
+    };
     let mut out = std::io::stdout().lock();
     for node in database.load()?.nodes {
         let seen = node.last_seen.map(|at| at.format(&Rfc3339)).transpose()?;
+        let seen = match seen {
+            _ if online.contains(&node.id) => "online".to_owned(),
+            Some(at) => format!("last seen {at}"),
+            None => "last seen never".to_owned(),
+        };
         writeln!(
             out,
-            "{}  {}  {}  {}  {}  last seen {}{}",
+            "{}  {}  {}  {}  {}  {}{}",
             node.id,
             node.name,
             node.v4,
             node.v6,
             node.node_key,
-            seen.as_deref().unwrap_or("never"),
+            seen,
             if node.expires.is_some() {
                 "  logged out"
             } else {
@@ -498,7 +509,7 @@ fn accept_key_file(database: &Database, path: &Path) -> anyhow::Result<()> {
 }
 
 fn read_derp_map(path: &Path) -> anyhow::Result<DerpMap> {
-    let wrong = || format!("{} is no DERP map", path.display());
+    let wrong = |why: String| anyhow!("{} is no DERP map: {why}", path.display());
     let len = std::fs::metadata(path)
         .with_context(|| format!("cannot read {}", path.display()))?
         .len();
@@ -507,15 +518,17 @@ fn read_derp_map(path: &Path) -> anyhow::Result<DerpMap> {
     }
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    if path
+    let is_toml = path
         .extension()
-        .is_some_and(|extension| extension == "toml")
-    {
+        .is_some_and(|extension| extension == "toml");
+    let value = if is_toml {
         // By way of JSON, whose object keys may be numbers.
-        let value: toml::Value = toml::from_str(&text).with_context(wrong)?;
-        return serde_json::from_value(serde_json::to_value(value)?).with_context(wrong);
-    }
-    serde_json::from_str(&text).with_context(wrong)
+        let value: toml::Value = toml::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+        serde_json::to_value(value)?
+    } else {
+        serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?
+    };
+    DerpMap::from_file(value).map_err(wrong)
 }
 
 fn tls_config(args: &ServeArgs, dir: &StateDir) -> anyhow::Result<rustls::ServerConfig> {

@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::StateDirArg;
+use crate::coord::NotAdmitted;
 use crate::driver::local_api::{Request, ask};
 use crate::driver::runtime;
 use crate::driver::state::StateDir;
@@ -64,9 +65,19 @@ pub(super) fn status(args: &StatusArgs) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{answer:#}")?;
-        return Ok(());
+        return not_expired(&answer);
     }
     write_status(&mut out, &answer)?;
+    not_expired(&answer)
+}
+
+/// A node whose key has expired is out of its network: scripts that watch it are told by the exit
+/// code.
+fn not_expired(status: &Value) -> anyhow::Result<()> {
+    if status["expired"].as_bool() == Some(true) {
+        let why = text(&status["health"][0]);
+        return Err(NotAdmitted(why).into());
+    }
     Ok(())
 }
 
@@ -226,10 +237,7 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
     }
     for peer in list(&status["peers"]) {
         let path = &peer["path"];
-        let way = match path["address"].as_str() {
-            Some(address) => format!("{} {address}", text(&path["state"])),
-            None => format!("{} via {}", text(&path["state"]), text(&peer["home"])),
-        };
+        let way = way_to(peer);
         let latency = match (path["latency_ms"].as_f64(), &path["fragments"]) {
             (Some(ms), Value::Bool(true)) => format!("{ms:.1} ms, full packets in fragments"),
             (Some(ms), _) => format!("{ms:.1} ms"),
@@ -256,6 +264,37 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
         writeln!(out, "dropped: {}", drops.join(", "))?;
     }
     Ok(())
+}
+
+/// Whom we heard within this time is there, whatever coordination thinks; a session in use is never
+/// silent for longer (WireGuard paper §6.5). Seconds.
+const HEARD_LATELY_S: f64 = 15.0;
+
+/// How a peer is reached, or why it is not.
+fn way_to(peer: &Value) -> String {
+    let since = |time: &Value, word: &str| match time.as_str() {
+        Some(time) => format!(" {word} {time}"),
+        None => String::new(),
+    };
+    let path = &peer["path"];
+    if let Some(why) = peer["held_back"].as_str() {
+        return match why {
+            "expired" => format!("key expired{}", since(&peer["key_expiry"], "at")),
+            why => format!("held back ({why})"),
+        };
+    }
+    let heard = [&peer["last_received_s"], &path["last_pong_s"]];
+    let lately = |ago: &Value| ago.as_f64().is_some_and(|ago| ago < HEARD_LATELY_S);
+    if peer["online"].as_bool() == Some(false) && !heard.into_iter().any(lately) {
+        return format!("offline{}", since(&peer["last_seen"], "since"));
+    }
+    if let Some(address) = path["address"].as_str() {
+        return format!("{} {address}", text(&path["state"]));
+    }
+    if peer["home"].is_null() {
+        return format!("{}, no relay", text(&path["state"]));
+    }
+    format!("{} via {}", text(&path["state"]), text(&peer["home"]))
 }
 
 fn write_netcheck(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
@@ -352,9 +391,17 @@ mod tests {
             "peers": [
                 {"name": "b", "addresses": ["10.7.0.2"], "home": "fra", "tx_bytes": 12345,
                  "path": {"state": "direct", "address": "192.0.2.2:41641", "latency_ms": 1.25}},
-                {"name": "d", "path": {"state": "direct", "address": "192.0.2.4:41641",
+                {"name": "z", "path": {"state": "direct", "address": "192.0.2.4:41641",
                                        "latency_ms": 2.0, "fragments": true}},
-                {"name": "c", "home": "fra", "path": {"state": "relay", "address": null}}],
+                {"name": "c", "home": "fra", "path": {"state": "relay", "address": null}},
+                {"name": "d", "home": "fra", "online": false, "last_seen": "2026-11-29T12:00:00Z",
+                 "path": {"state": "relay", "address": null}},
+                {"name": "e", "home": "fra", "online": false, "last_received_s": 1.0,
+                 "path": {"state": "relay", "address": null}},
+                {"name": "f", "home": "fra", "online": false, "path": {"state": "relay"}},
+                {"name": "g", "held_back": "expired", "expired": true, "path": null,
+                 "key_expiry": "2026-11-29T12:00:00Z"},
+                {"name": "h", "held_back": "jailed", "path": null}],
             "drops": {"no_route": 3, "replay": 0},
             "host": {"conflicts": [{"text": "10.0.0.0/8 takes a part"}], "more_conflicts": 2,
                      "kept_out": ["10.0.0.53"], "problems": ["no rules"]},
@@ -372,6 +419,17 @@ mod tests {
             "{out}"
         );
         assert!(out.contains("c  -  relay via fra"), "{out}");
+        assert!(
+            out.contains("d  -  offline since 2026-11-29T12:00:00Z  -"),
+            "{out}"
+        );
+        assert!(out.contains("e  -  relay via fra"), "{out}");
+        assert!(out.contains("f  -  offline  -"), "{out}");
+        assert!(
+            out.contains("g  -  key expired at 2026-11-29T12:00:00Z  -"),
+            "{out}"
+        );
+        assert!(out.contains("h  -  held back (jailed)  -"), "{out}");
         assert!(out.contains("  problem: the roof leaks\n"), "{out}");
         assert!(out.contains("dropped: no_route 3\n"), "{out}");
         for line in [

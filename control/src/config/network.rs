@@ -95,7 +95,9 @@ impl StaticNetwork {
                     path: map.clone(),
                     source,
                 })?;
-                serde_json::from_str(&text).map_err(|error| ConfigError::Parse {
+                let value = serde_json::from_str(&text).map_err(|error| error.to_string());
+                let read = value.and_then(DerpMap::from_file);
+                read.map_err(|error| ConfigError::Parse {
                     path: map.clone(),
                     message: format!("not a DERP map: {error}"),
                 })?

@@ -44,9 +44,46 @@ impl FailureLimit {
     }
 }
 
+/// How many lines of one kind a log gets per window: whoever is refused may ask for ever.
+const LINES_MAX: u32 = 20;
+
+/// Bounds what strangers can have written to the log.
+#[derive(Debug, Default)]
+pub struct LogLimit {
+    end: Option<Instant>,
+    lines: u32,
+    left_out: u64,
+}
+
+impl LogLimit {
+    /// Whether a line may be written now; how many were left out since the last that was.
+    pub fn admit(&mut self, now: Instant) -> Option<u64> {
+        if self.end.is_none_or(|end| end <= now) {
+            self.end = Some(now + WINDOW);
+            self.lines = 0;
+        }
+        if self.lines >= LINES_MAX {
+            self.left_out += 1;
+            return None;
+        }
+        self.lines += 1;
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_log_gets_so_many_lines_a_minute_and_the_number_of_those_left_out() {
+        let t0 = crate::coord::tests::start();
+        let mut limit = LogLimit::default();
+        let written = (0..100).filter(|_| limit.admit(t0).is_some()).count();
+        assert_eq!(written, 20);
+        assert_eq!(limit.admit(t0 + WINDOW), Some(80));
+        assert_eq!(limit.admit(t0 + WINDOW), Some(0));
+    }
 
     #[test]
     fn ten_failures_close_the_door_for_a_minute_and_memory_is_bounded() {

@@ -166,6 +166,8 @@ pub enum Write {
     Save(Box<NodeRecord>),
     /// The node is gone.
     Delete(i64),
+    /// These nodes, and no others, are connected.
+    Online(Vec<i64>),
 }
 
 /// See the module's text.
@@ -184,6 +186,8 @@ pub struct Server {
     tick: Option<Instant>,
     unsaved: BTreeSet<i64>,
     deleted: BTreeSet<i64>,
+    /// Whether the store is to be told who is connected.
+    presence_unsaved: bool,
     /// Sessions to be ended by the driver.
     ended: Vec<SessionId>,
 }
@@ -245,6 +249,8 @@ impl Server {
             tick: None,
             unsaved: BTreeSet::new(),
             deleted: BTreeSet::new(),
+            // Whoever was connected to the server before is not to this one.
+            presence_unsaved: true,
             ended: Vec::new(),
         };
         for record in records {
@@ -544,13 +550,14 @@ impl Server {
             return Ok(MapAnswer::Once(Box::new(self.full(wall, id))));
         }
         Ok(MapAnswer::Stream(
-            self.open_session(now, id, request, random),
+            self.open_session(now, wall, id, request, random),
         ))
     }
 
     fn open_session(
         &mut self,
         now: Instant,
+        wall: OffsetDateTime,
         node: i64,
         request: &MapRequest,
         random: f64,
@@ -584,6 +591,9 @@ impl Server {
                 Presence::Online(streams) => Presence::Online(streams + 1),
                 Presence::Leaving(..) | Presence::Offline(_) => Presence::Online(1),
             };
+            entry.record.last_seen = Some(wall);
+            self.unsaved.insert(node);
+            self.presence_unsaved = true;
             self.rebuild(now, node);
         }
         id
@@ -602,6 +612,7 @@ impl Server {
             Presence::Online(_) => {
                 entry.record.last_seen = Some(wall);
                 self.unsaved.insert(session.node);
+                self.presence_unsaved = true;
                 Presence::Leaving(now + OFFLINE_DELAY, Some(true))
             }
             other @ (Presence::Leaving(..) | Presence::Offline(_)) => other,
@@ -820,8 +831,14 @@ impl Server {
             Some(Write::Save(Box::new(entry.record.clone())))
         });
         let deletes = std::mem::take(&mut self.deleted);
+        let online = std::mem::take(&mut self.presence_unsaved).then(|| {
+            let online = |entry: &&Entry| matches!(entry.presence, Presence::Online(_));
+            let ids = self.nodes.values().filter(online);
+            Write::Online(ids.map(|entry| entry.record.id).collect())
+        });
         saves
             .chain(deletes.into_iter().map(Write::Delete))
+            .chain(online)
             .collect()
     }
 
@@ -836,13 +853,14 @@ impl Server {
                 Write::Delete(id) => {
                     self.deleted.insert(*id);
                 }
+                Write::Online(_) => self.presence_unsaved = true,
             }
         }
     }
 
     /// Whether [`Server::take_writes`] would give something.
     pub fn has_writes(&self) -> bool {
-        !self.unsaved.is_empty() || !self.deleted.is_empty()
+        !self.unsaved.is_empty() || !self.deleted.is_empty() || self.presence_unsaved
     }
 
     fn mark_dirty(&mut self, now: Instant, id: i64) {
@@ -995,7 +1013,8 @@ fn expired(record: &NodeRecord, wall: OffsetDateTime) -> bool {
 }
 
 /// An expiry in the past asks to be logged out, and wins over everything else in the request.
-fn is_logout(wall: OffsetDateTime, request: &RegisterRequest) -> bool {
+/// Whether a registration is a log-out: it asks for a key that has expired.
+pub fn is_logout(wall: OffsetDateTime, request: &RegisterRequest) -> bool {
     let expiry = request.expiry.and_then(WireTime::get);
     expiry.is_some_and(|expiry| expiry < wall)
 }

@@ -40,15 +40,16 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::clock::{at, now};
+use super::clock::{at, now, wall};
 use super::control_url::ByteStream;
 use super::coord_store::{Database, Store};
 use super::noise_stream::NoiseStream;
 use crate::coord::auth_key::{self, KeyCheck};
 use crate::coord::frames::{Codec, encode};
-use crate::coord::limit::FailureLimit;
+use crate::coord::limit::{FailureLimit, LogLimit};
 use crate::coord::server::{
     CAPABILITY_VERSION_MIN, MapAnswer, MapRefusal, Registration, Server, ServerConfig, SessionId,
+    is_logout,
 };
 use crate::key::{MachinePrivate, MachinePublic, NodePublic};
 use crate::netmap::DerpMap;
@@ -273,6 +274,7 @@ impl CoordServer {
             shared: Arc::downgrade(&shared),
             streams: BTreeMap::new(),
             failures: FailureLimit::default(),
+            refusals: LogLimit::default(),
             write_at: None,
         };
         let actor = tokio::spawn(actor.run(asked, ends));
@@ -333,6 +335,7 @@ struct Actor {
     shared: std::sync::Weak<Shared>,
     streams: BTreeMap<SessionId, mpsc::Sender<MapResponse>>,
     failures: FailureLimit,
+    refusals: LogLimit,
     write_at: Option<Instant>,
 }
 
@@ -369,6 +372,7 @@ impl Actor {
         match ask {
             Ask::Register(machine, source, request, answer) => {
                 let registered = self.register(machine, source, &request).await;
+                self.tell_refusal(machine, source, &request, &registered);
                 let _ = answer.send(registered);
             }
             Ask::Map(machine, request, answer) => {
@@ -439,6 +443,42 @@ impl Actor {
         tracing::info!(node = record.id, name = record.name, machine = %machine.short(),
                        key = %record.node_key.short(), "registration");
         self.commit(plan, host).await
+    }
+
+    /// Writes to the log whom we did not let in and why; never the key that was shown.
+    fn tell_refusal(
+        &mut self,
+        machine: MachinePublic,
+        source: IpAddr,
+        request: &RegisterRequest,
+        registered: &Registered,
+    ) {
+        let why = match registered {
+            Registered::Answer(answer) if !answer.error.is_empty() => answer.error.as_str(),
+            Registered::Answer(answer)
+                if answer.node_key_expired && !is_logout(wall(), request) =>
+            {
+                "its key has expired, and it shows no auth key"
+            }
+            Registered::TooMany(_) => "too many bad auth keys from this address",
+            // Let in, logged out, or in the log already.
+            Registered::Answer(_) | Registered::StoreFailed => return,
+        };
+        let Some(left_out) = self.refusals.admit(now()) else {
+            return;
+        };
+        let name = request
+            .hostinfo
+            .as_ref()
+            .and_then(|info| info["Hostname"].as_str());
+        let name: String = name.unwrap_or_default().chars().take(63).collect();
+        tracing::warn!(%source, ?name, machine = %machine.short(), why, "a join was refused");
+        if left_out > 0 {
+            tracing::warn!(
+                left_out,
+                "more joins were refused than the log has lines for"
+            );
+        }
     }
 
     /// Commits, then applies. What waits to be written goes first, so that names and addresses

@@ -134,6 +134,22 @@ impl Database {
         })
     }
 
+    /// The nodes that were connected when a server wrote last; true only while it runs.
+    ///
+    /// # Errors
+    /// When the file cannot be read or the entry makes no sense.
+    pub fn online(&self) -> anyhow::Result<Vec<i64>> {
+        let sql = "SELECT v FROM meta WHERE k = 'online'";
+        let text: Option<String> = self
+            .connection
+            .query_row(sql, [], |row| row.get(0))
+            .optional()?;
+        Ok(match text {
+            Some(text) => serde_json::from_str(&text)?,
+            None => Vec::new(),
+        })
+    }
+
     /// The auth key stored under a name.
     ///
     /// # Errors
@@ -259,6 +275,13 @@ impl Database {
                 Write::Save(record) => save(&transaction, record)?,
                 Write::Delete(id) => {
                     transaction.execute("DELETE FROM nodes WHERE id = ?1", [id])?;
+                }
+                Write::Online(ids) => {
+                    transaction.execute(
+                        "INSERT INTO meta (k, v) VALUES ('online', ?1)
+                         ON CONFLICT (k) DO UPDATE SET v = excluded.v",
+                        [serde_json::to_string(ids)?],
+                    )?;
                 }
             }
         }

@@ -128,6 +128,28 @@ impl StateDir {
         }
     }
 
+    /// Whether a process holds the lock of the directory now.
+    ///
+    /// # Errors
+    /// When that cannot be found out.
+    pub fn is_in_use(&self) -> anyhow::Result<bool> {
+        let path = self.file("lock");
+        let file = match OpenOptions::new().read(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot open {}", path.display()));
+            }
+        };
+        match Flock::lock(file, FlockArg::LockSharedNonblock) {
+            Ok(_) => Ok(false),
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => Ok(true),
+            Err((_, errno)) => {
+                Err(errno).with_context(|| format!("cannot lock {}", path.display()))
+            }
+        }
+    }
+
     /// Loads the keys, making and saving new ones the first time.
     ///
     /// # Errors

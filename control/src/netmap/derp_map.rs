@@ -3,7 +3,7 @@
 //! JSON as in `protocol/netcheck.md` §1 (tailcfg/derpmap.go in tailscale/tailscale): field names
 //! are Go's, absent and `null` collections are the same, unknown fields are ignored.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -34,6 +34,85 @@ pub struct DerpMap {
     /// Only relevant where default maps are merged.
     #[serde(rename = "omitDefaultRegions", skip_serializing_if = "is_default")]
     pub omit_default_regions: bool,
+}
+
+impl DerpMap {
+    /// Reads a map that a person wrote, as a JSON value; ids that are left out are filled in.
+    ///
+    /// # Errors
+    /// A sentence that says what is wrong, also where the JSON is a map to a machine that ignores
+    /// what it does not know: a region or a whole map in the place of another thing.
+    pub fn from_file(value: serde_json::Value) -> Result<Self, String> {
+        let Some(fields) = value.as_object() else {
+            return Err("it is no JSON object".to_owned());
+        };
+        if !fields.is_empty() && !fields.contains_key("Regions") {
+            let names: Vec<&str> = fields.keys().take(3).map(String::as_str).collect();
+            return Err(format!(
+                "it has no \"Regions\", but {}: a map is {{\"Regions\": {{\"900\": {{\"RegionID\": 900, \
+                 \"Nodes\": [...]}}}}}}",
+                names.join(", ")
+            ));
+        }
+        let mut map: Self = serde_json::from_value(value).map_err(|error| error.to_string())?;
+        let mut names = BTreeSet::new();
+        for (id, region) in &mut map.regions {
+            region.check(*id, &mut names)?;
+        }
+        Ok(map)
+    }
+}
+
+impl DerpRegion {
+    /// Checks a region that stands under `id` in a map with nodes of these `names` before it.
+    fn check(&mut self, id: u32, names: &mut BTreeSet<String>) -> Result<(), String> {
+        if id == 0 {
+            return Err("region 0: ids begin with 1".to_owned());
+        }
+        if self.region_id == 0 {
+            self.region_id = id;
+        }
+        if self.region_id != id {
+            let said = self.region_id;
+            return Err(format!("region {id} says that its RegionID is {said}"));
+        }
+        if self.nodes.is_empty() {
+            return Err(format!("region {id} has no Nodes"));
+        }
+        for (index, node) in self.nodes.iter_mut().enumerate() {
+            let place = format!("region {id}, node {} {:?}", index + 1, node.name);
+            if node.host_name.is_empty() {
+                return Err(format!(
+                    "{place}: HostName is missing. Is a whole map, such as the one `ringtail derp` \
+                     prints, in the place of a node?"
+                ));
+            }
+            if node.name.is_empty() {
+                return Err(format!("{place}: Name is missing"));
+            }
+            if node.region_id == 0 {
+                node.region_id = id;
+            }
+            if node.region_id != id {
+                let said = node.region_id;
+                return Err(format!("{place}: it says that its RegionID is {said}"));
+            }
+            let off = |text: &str| text == "none";
+            if node.v4() == Family::Off && !off(&node.ipv4) {
+                return Err(format!("{place}: IPv4 is neither an address nor \"none\""));
+            }
+            if node.v6() == Family::Off && !off(&node.ipv6) {
+                return Err(format!("{place}: IPv6 is neither an address nor \"none\""));
+            }
+            if node.stun_port > i32::from(u16::MAX) {
+                return Err(format!("{place}: STUNPort is over 65535"));
+            }
+            if !names.insert(node.name.clone()) {
+                return Err(format!("{place}: another node has the same Name"));
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -209,6 +288,46 @@ mod tests {
         assert_eq!((node.derp_port(), node.stun_port()), (443, Some(3478)));
         let again: DerpMap = serde_json::from_str(&serde_json::to_string(&map).unwrap()).unwrap();
         assert_eq!(again, map);
+    }
+
+    #[test]
+    fn a_map_that_a_person_wrote_is_refused_with_what_is_wrong() {
+        let region = |fields: &str, nodes: &str| {
+            format!(r#"{{"Regions":{{"900":{{{fields}"Nodes":[{nodes}]}}}}}}"#)
+        };
+        let node = r#"{"Name":"a","HostName":"h"}"#;
+        let whole = region("", node);
+        let with = |more: &str| region("", &format!(r#"{{"Name":"a","HostName":"h",{more}}}"#));
+        for (text, said) in [
+            ("7".to_owned(), "no JSON object"),
+            (
+                r#"{"RegionID":900,"Nodes":[]}"#.to_owned(),
+                "no \"Regions\"",
+            ),
+            (r#"{"900":{"Nodes":[]}}"#.to_owned(), "no \"Regions\""),
+            (region("", &whole), "whole map"),
+            (region("", r#"{"Name":"a"}"#), "HostName is missing"),
+            (region("", r#"{"HostName":"h"}"#), "Name is missing"),
+            (region("", ""), "no Nodes"),
+            (region(r#""RegionID":901,"#, node), "RegionID is 901"),
+            (with(r#""RegionID":901"#), "RegionID is 901"),
+            (with(r#""IPv4":"203.0.113.300""#), "IPv4 is neither"),
+            (with(r#""IPv6":"off""#), "IPv6 is neither"),
+            (with(r#""STUNPort":70000"#), "STUNPort"),
+            (with(r#""DERPPort":70000"#), "70000"),
+            (region("", &format!("{node},{node}")), "same Name"),
+        ] {
+            let value = serde_json::from_str(&text).unwrap();
+            let error = DerpMap::from_file(value).unwrap_err();
+            assert!(error.contains(said), "{text}: {error}");
+        }
+        for text in ["{}", r#"{"Regions":{}}"#, r#"{"Regions":null}"#] {
+            let map = DerpMap::from_file(serde_json::from_str(text).unwrap()).unwrap();
+            assert!(map.regions.is_empty(), "{text}");
+        }
+        let map = DerpMap::from_file(serde_json::from_str(&whole).unwrap()).unwrap();
+        let region = &map.regions[&900];
+        assert_eq!((region.region_id, region.nodes[0].region_id), (900, 900));
     }
 
     #[test]
