@@ -82,19 +82,99 @@ restarted() { tailnet_stop "$1" KILL && tailnet_start "$1" && within 20 tailnet_
 relayed() { [[ $(tailnet_path "$1" "$2") == relay* ]] && [[ $(tailnet_path "$2" "$1") == relay* ]]; }
 lost_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost" && [ "$LOST" -le "$2" ]; }
 
-# An administrator deletes a node: nobody has it any more.
+# An administrator deletes nodes: nobody has them any more, and they stay away although their key lets anybody in. a
+# hears of it by asking, c only when it can reach Headscale again.
 row_deleted() {
+  tailnet_up
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  lab_host c 203.0.113.13
+  lab_host d 203.0.113.14
+  tailnet_ringtail a a
+  tailnet_tailscaled b b
+  tailnet_ringtail c c
+  tailnet_tailscaled d d
+  ready a b c d || return 0
+  check "ping before" tailnet_pings a d 1
+  hs_delete d
+  check "ringtail has a deleted tailscaled no longer in its map" within 10 not tailnet_knows a d
+  check "and it answers no more" not tailnet_pings a d 1
+  ip -n "${LAB}c" link set wan down
+  hs_delete a
+  hs_delete c
+  check "tailscaled has a deleted ringtail no longer in its map" within 10 not tailnet_knows b a
+  # It asks once a minute.
+  check "the deleted ringtail ends" within 90 not lab_alive node-a
+  check "with an exit code that says so" exited a 77
+  lab_stop headscale KILL
+  start_headscale
+  ip -n "${LAB}c" link set wan up
+  ip -n "${LAB}c" route replace default via 203.0.113.254 dev wan onlink
+  check "so does one that was away meanwhile" within 40 not lab_alive node-c
+  check "they are not in the network again" gone a c
+  tailnet_start a
+  check "until somebody starts one" within 20 tailnet_pings b a 1
+}
+exited() { # NODE CODE
+  local code=0
+  not lab_alive "node-$1" || return 1
+  wait "$(lab_pid "node-$1")" || code=$?
+  tail -n 1 "$LAB_DIR/node-$1.log"
+  [ $code = "$2" ]
+}
+gone() { not hs_id "$1" && not hs_id "$2" && hs_id b; }
+
+# The key of a node expires: it says so, also when it starts by the map that it kept.
+row_expired() {
   tailnet_up
   lab_host a 203.0.113.11
   lab_host b 203.0.113.12
   tailnet_ringtail a a
   tailnet_tailscaled b b
   ready a b || return 0
-  check "ping before" tailnet_pings a b 1
-  hs_delete b
-  check "ringtail has the deleted node no longer in its map" within 10 not tailnet_knows a b
-  check "and it answers no more" not tailnet_pings a b 1
+  hs_expire a
+  check "a node whose key has expired says so in its status" within 10 says_expired a
+  check "and once in its log" expired_once a
+  lab_stop headscale KILL
+  tailnet_stop a
+  tailnet_start a
+  check "also without coordination" within 10 says_expired a
+  check "Headscale starts again" start_headscale
+  tailnet_stop a
+  tailnet_start a
+  check "with its auth key it comes back when somebody starts it" within 20 tailnet_pings b a 1
+  check "and says nothing of it any more" not says_expired a
 }
+says_expired() { rt "$1" status | grep -q 'key expired' && rt "$1" status --json | jq -e .expired >/dev/null; }
+expired_once() { [ "$(grep -c 'key has expired' "$LAB_DIR/node-$1.log")" = 1 ]; }
+
+# An exit node is approved, and nobody uses it.
+row_exit() {
+  tailnet_up
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  lab_host x 203.0.113.13
+  tailnet_tailscaled x x --advertise-exit-node
+  tailnet_ringtail a a
+  tailnet_ringtail b b
+  ready a b x || return 0
+  check "the exit node is approved" within 10 hs_routes x 0.0.0.0/0,::/0
+  pause 1
+  check "two others go direct" goes_direct a b
+  check "and with the exit node" goes_direct a x
+  lab_in a nft -f - <<'NFT'
+table inet count {
+  chain in { type filter hook prerouting priority raw; policy accept;
+    iifname "ringtail0" ip saddr 198.51.100.77 counter accept
+  }
+}
+NFT
+  ip -n "${LAB}x" addr add 198.51.100.77/32 dev lo
+  lab_in x ping -c 5 -i 0.2 -W 1 -I 198.51.100.77 "$(tailnet_ip a)" >/dev/null
+  check "it may not send from any address" none_came a
+  check "where its own address may" tailnet_pings x a 1
+}
+none_came() { SAID=$(lab_in "$1" nft list table inet count | grep -o 'packets [0-9]*') && [ "$SAID" = "packets 0" ]; }
 
 # Only alice's nodes may begin, and only to bob's port 7000 and by ping, which has no ports.
 row_filter() {
