@@ -7,7 +7,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
@@ -23,7 +23,7 @@ use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::{Device, Kinds, Merging, Queue};
 use crate::udp::{Group, Routes, Wanted};
-use crate::{handshake, ring, sys};
+use crate::{handshake, sys, threads};
 
 /// A running data plane. Dropping it stops and joins its threads and removes the interface.
 ///
@@ -125,7 +125,6 @@ impl Dataplane {
     /// See [`StartError`]. Nothing is left behind.
     pub fn start(config: Config) -> Result<Dataplane, StartError> {
         check(&config)?;
-        let kind = choose_driver(config.driver)?;
         let epoch = sys::now();
         let device = Device::open(&config.tun_name, config.shards, config.offloads.tun).map_err(
             |source| StartError::Tun {
@@ -151,7 +150,7 @@ impl Dataplane {
             epoch,
             tun: device.descriptor().map_err(StartError::Threads)?,
             tun_name: device.name.clone(),
-            driver: kind,
+            driver: DriverKind::Epoll,
             offloads: OffloadsInUse {
                 tso: device.offloads.tso,
                 uso: device.offloads.uso,
@@ -175,79 +174,121 @@ impl Dataplane {
             handshake: Published::default(),
         };
         // Dropping `dataplane` on the way out stops what has been started.
-        dataplane
-            .spawn(&config, device)
-            .map_err(StartError::Threads)?;
+        dataplane.spawn(&config, device.queues.into())?;
         tracing::info!(
             tun = dataplane.tun_name,
             port = dataplane.local_port(),
             shards = config.shards,
-            driver = kind.as_str(),
+            driver = dataplane.driver.as_str(),
             offloads = ?dataplane.offloads,
             "data plane started"
         );
         Ok(dataplane)
     }
 
-    fn spawn(&mut self, config: &Config, device: Device) -> io::Result<()> {
-        let cpus = if config.pin {
-            sys::allowed_cpus()
-        } else {
-            Vec::new()
+    fn spawn(&mut self, config: &Config, queues: Arc<[Queue]>) -> Result<(), StartError> {
+        self.driver = match config.driver {
+            DriverChoice::Epoll => DriverKind::Epoll,
+            DriverChoice::Auto | DriverChoice::IoUring => DriverKind::IoUring,
         };
-        let (data, handshake) = {
-            let group = &self.underlay().group;
-            (group.data.clone(), Arc::clone(&group.handshake))
-        };
+        match self.spawn_shards(config, &queues) {
+            Err(StartError::IoUring(why)) if config.driver == DriverChoice::Auto => {
+                tracing::warn!("{why}: using the epoll driver");
+                self.driver = DriverKind::Epoll;
+                self.spawn_shards(config, &queues)
+            }
+            started => started,
+        }?;
+        let sockets = Arc::clone(&self.underlay().group.handshake);
         let settings = Arc::clone(&lock(&self.settings));
-        let (ready, started) = mpsc::channel();
-        let queues: Arc<[Queue]> = device.queues.into();
-        for (index, sockets) in data.into_iter().enumerate() {
-            let seat = Seat {
-                id: u8::try_from(index).map_err(io::Error::other)?,
-                hub: Arc::clone(&self.hub),
-                queues: Arc::clone(&queues),
-                merging: Arc::clone(&self.merging),
-                gso: self.offloads.gso,
-                driver: self.driver,
-                cpu: cpus.get(index % cpus.len().max(1)).copied(),
-                settings: Arc::clone(&settings),
-                roam: config.roam,
-                kind: config.engine,
-                published: self.shards[index].clone(),
-            };
-            let ready = ready.clone();
-            let thread = thread::Builder::new()
-                .name(format!("rt-shard-{index}"))
-                .spawn(move || shard::run(seat, sockets, &ready))?;
-            self.threads.push(thread);
-        }
-        drop(ready);
-        for _ in 0..config.shards {
-            started
-                .recv()
-                .unwrap_or_else(|_| Err(io::Error::other("a shard's thread died at its start")))?;
-        }
-        let hub = Arc::clone(&self.hub);
-        let published = self.handshake.clone();
-        let thread = thread::Builder::new()
-            .name("rt-handshake".to_owned())
-            .spawn(move || handshake::run(&hub, handshake, &settings, &published))?;
-        self.threads.push(thread);
+        let (hub, published) = (Arc::clone(&self.hub), self.handshake.clone());
+        let thread = threads::spawn(&self.hub, "rt-handshake", move || {
+            handshake::run(&hub, sockets, &settings, &published)
+        });
+        self.threads.push(thread.map_err(StartError::Threads)?);
         if self.roam {
             self.watch_routes();
         }
         Ok(())
     }
 
+    /// Starts all shards with the driver in `self`, or none.
+    fn spawn_shards(&mut self, config: &Config, queues: &Arc<[Queue]>) -> Result<(), StartError> {
+        let (ready, started) = mpsc::channel();
+        let mut waiting = Vec::new();
+        let mut begun = Vec::new();
+        let spawned = (0..config.shards).try_for_each(|index| {
+            let (go, gone) = mpsc::channel();
+            waiting.push(go);
+            let thread = self.spawn_shard(index, config, queues, ready.clone(), gone)?;
+            begun.push(thread);
+            io::Result::Ok(())
+        });
+        drop(ready);
+        let all_started = spawned.map_err(StartError::Threads).and_then(|()| {
+            // A thread that dies says nothing, and takes its end of the channel with it.
+            let answers = (0..config.shards).map(|_| {
+                let dead = || Err(io::Error::other("a shard's thread died at its start"));
+                started.recv().unwrap_or_else(|_| dead())
+            });
+            let all = answers.collect::<io::Result<()>>();
+            all.map_err(|error| match self.driver {
+                DriverKind::IoUring => StartError::IoUring(error.to_string()),
+                DriverKind::Epoll => StartError::Threads(error),
+            })
+        });
+        if all_started.is_ok() {
+            // One that has died since is told of as any that does later.
+            for go in &waiting {
+                let _alive = go.send(());
+            }
+            self.threads.append(&mut begun);
+        }
+        drop(waiting);
+        for thread in begun {
+            // What it died of has been logged.
+            drop(thread.join());
+        }
+        all_started
+    }
+
+    fn spawn_shard(
+        &self,
+        index: usize,
+        config: &Config,
+        queues: &Arc<[Queue]>,
+        ready: mpsc::Sender<io::Result<()>>,
+        go: mpsc::Receiver<()>,
+    ) -> io::Result<JoinHandle<()>> {
+        let cpus = if config.pin {
+            sys::allowed_cpus()
+        } else {
+            Vec::new()
+        };
+        let sockets = Arc::clone(&self.underlay().group.data[index]);
+        let seat = Seat {
+            id: u8::try_from(index).map_err(io::Error::other)?,
+            hub: Arc::clone(&self.hub),
+            queues: Arc::clone(queues),
+            merging: Arc::clone(&self.merging),
+            gso: self.offloads.gso,
+            driver: self.driver,
+            cpu: cpus.get(index % cpus.len().max(1)).copied(),
+            settings: Arc::clone(&lock(&self.settings)),
+            roam: config.roam,
+            kind: config.engine,
+            published: self.shards[index].clone(),
+        };
+        threads::spawn(&self.hub, &format!("rt-shard-{index}"), move || {
+            shard::run(seat, sockets, ready, &go)
+        })
+    }
+
     /// Without it, answers stick to an address until a send from there fails.
     fn watch_routes(&mut self) {
         let hub = Arc::clone(&self.hub);
-        let started = Routes::open().and_then(|routes| {
-            thread::Builder::new()
-                .name("rt-routes".to_owned())
-                .spawn(move || routes.run(&hub))
-        });
+        let started = Routes::open()
+            .and_then(|routes| threads::spawn(&self.hub, "rt-routes", move || routes.run(&hub)));
         match started {
             Ok(thread) => self.threads.push(thread),
             Err(error) => tracing::warn!(%error, "routes cannot be watched"),
@@ -611,20 +652,4 @@ fn check(config: &Config) -> Result<(), StartError> {
         return Err(StartError::Config("mtu must be 576 to 65475"));
     }
     Ok(())
-}
-
-fn choose_driver(choice: DriverChoice) -> Result<DriverKind, StartError> {
-    match choice {
-        DriverChoice::Epoll => Ok(DriverKind::Epoll),
-        DriverChoice::IoUring => ring::probe()
-            .map(|()| DriverKind::IoUring)
-            .map_err(StartError::IoUring),
-        DriverChoice::Auto => Ok(match ring::probe() {
-            Ok(()) => DriverKind::IoUring,
-            Err(why) => {
-                tracing::warn!("{why}: using the epoll driver");
-                DriverKind::Epoll
-            }
-        }),
-    }
 }

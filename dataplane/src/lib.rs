@@ -47,6 +47,7 @@ mod session;
 mod shard;
 pub mod stats;
 mod sys;
+mod threads;
 pub mod tun;
 mod udp;
 

@@ -25,7 +25,7 @@ use crate::driver::coord_client::CoordClient;
 use crate::driver::coord_server::{CoordServer, CoordServerConfig};
 use crate::driver::coord_store::Database;
 use crate::driver::names::Names;
-use crate::driver::signals::{Signals, Told};
+use crate::driver::signals::{Blocked, Told};
 use crate::driver::state::{StateDir, write_private};
 use crate::driver::underlay::Underlay;
 use crate::driver::{runtime, tls};
@@ -344,6 +344,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             );
         }
     }
+    let signals = Blocked::new()?;
     let (dir, database) = open(&args.state)?;
     let _lock = dir.lock()?;
     let control = control_key(&dir)?;
@@ -390,15 +391,22 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         .build()
         .context("cannot start the server's threads")?;
     runtime.block_on(async {
-        let server = CoordServer::start(CoordServerConfig {
+        let mut server = CoordServer::start(CoordServerConfig {
             listeners,
             tls: tls.map(Arc::new),
             control,
             database,
             server,
         })?;
-        let mut signals = Signals::listen()?;
-        while signals.next().await == Told::ReadAgain {
+        let signals = signals.listen()?;
+        loop {
+            let told = tokio::select! {
+                told = signals.next() => told?,
+                why = server.failed() => bail!("{why}"),
+            };
+            if told != Told::ReadAgain {
+                break;
+            }
             let Some(file) = &args.derp_map else {
                 tracing::info!("SIGHUP: there is no DERP map to read again");
                 continue;

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 
 use crate::driver::derp_server::{DerpOptions, DerpServer, identity};
-use crate::driver::signals::Signals;
+use crate::driver::signals::Blocked;
 use crate::driver::state::StateDir;
 use crate::driver::tls::verify::pin_of;
 use crate::netmap::{DerpMap, DerpNode, DerpRegion};
@@ -69,6 +69,7 @@ pub(super) struct DerpArgs {
 
 /// Runs the relay until SIGTERM or SIGINT.
 pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
+    let signals = Blocked::new()?;
     let state = StateDir::open(&args.state_dir)?;
     let private = identity::relay_key(&state.file("derp-key.json"))?;
     let (chain, key, pin) = match (&args.cert_file, &args.key_file) {
@@ -110,13 +111,13 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
         crate::driver::state::write_private(&state.file("derp-node.json"), text.as_bytes())?;
         writeln!(std::io::stdout(), "{text}")?;
         tracing::info!(addrs = ?server.addrs()?, stun = ?server.stun_addrs()?, "relay is up");
-        let mut signals = Signals::listen()?;
-        server
-            .run(async move {
-                signals.end().await;
-            })
-            .await;
-        anyhow::Ok(())
+        let signals = signals.listen()?;
+        let told = async {
+            if let Err(error) = signals.end().await {
+                tracing::error!(%error, "signals cannot be heard");
+            }
+        };
+        server.run(told).await
     });
     runtime.shutdown_timeout(SHUTDOWN_LIMIT);
     result

@@ -308,6 +308,16 @@ impl CoordServer {
         let _ = self.shared.asks.send(Ask::DerpMap(derp_map)).await;
     }
 
+    /// Waits until one of its tasks ends by itself, and says which: there is no going on without.
+    pub async fn failed(&mut self) -> &'static str {
+        tokio::select! {
+            _ = &mut self.actor => "the task with the state failed",
+            _ = futures_util::future::select_all(&mut self.tasks), if !self.tasks.is_empty() => {
+                "a listener failed"
+            }
+        }
+    }
+
     /// Writes what waits to be written and ends.
     pub async fn stop(self) {
         let (done, finished) = oneshot::channel();

@@ -1,16 +1,17 @@
 //! A running WireGuard device: the loop between the configuration socket, the data plane and the
 //! interface.
 //!
-//! Start: the socket, which keeps the name; the data plane (TUN, UDP sockets, shards); then on this
-//! thread the runtime with the socket's clients and netlink. The interface is left down and without
-//! addresses, as `wg-quick` expects. A device ends on SIGTERM, SIGINT or SIGHUP, when its interface
-//! is removed, or when its socket's file is deleted; interface and socket go with it.
+//! Start: signals are blocked; the socket, which keeps the name; the data plane (TUN, UDP sockets,
+//! shards); then on this thread the runtime with the socket's clients and netlink. The interface is
+//! left down and without addresses, as `wg-quick` expects. A device ends on SIGTERM or SIGINT, when
+//! its interface is removed, or when its socket's file is deleted; interface and socket go with it.
+//! It ends with an error when a thread of the data plane fails, or anything panics.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use ringtail_dataplane::stats::DropReason;
 use ringtail_dataplane::tun::Kind;
 use ringtail_dataplane::{
@@ -24,8 +25,9 @@ use super::clock::{at, now};
 use super::handshakes::Handshakes;
 use super::interface::Interface;
 use super::link::{self, OwnLink};
+use super::panics::Panics;
 use super::runtime;
-use super::signals::Signals;
+use super::signals::{Blocked, Signals};
 use super::sleep;
 use super::state::{StateDir, TIMESTAMP_FILE};
 use super::timestamps::Timestamps;
@@ -73,6 +75,8 @@ pub struct Options {
 /// # Errors
 /// When it cannot start, or cannot go on.
 pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<()> {
+    let signals = Blocked::new()?;
+    let panics = Panics::watch();
     let dir = Path::new(SOCKET_DIR);
     // With a pattern the kernel sees to it that the name is free.
     let socket = if options.name.contains('%') {
@@ -88,6 +92,7 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
         None => Socket::bind(dir, dataplane.tun_name())?,
     };
     runtime::block_on(async |_| {
+        let signals = signals.listen()?;
         let interface = Interface::open(dataplane.tun_name()).await?;
         interface.set_mtu(options.mtu).await?;
         let index = interface.index();
@@ -111,7 +116,12 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
             dataplane,
             options,
         };
-        running.run(&socket, calls, link_news).await
+        let surroundings = Surroundings {
+            socket: &socket,
+            signals,
+            panics,
+        };
+        running.run(surroundings, calls, link_news).await
     })
 }
 
@@ -131,6 +141,13 @@ fn config(options: &Options) -> Config {
     }
 }
 
+/// What can end a device from outside.
+struct Surroundings<'a> {
+    socket: &'a Socket,
+    signals: Signals,
+    panics: Panics,
+}
+
 struct Running {
     device: Device,
     interface: Interface,
@@ -145,17 +162,17 @@ enum Taken {
     All,
     More,
     TunGone,
+    Failed(String),
 }
 
 impl Running {
     async fn run(
         mut self,
-        socket: &Socket,
+        outside: Surroundings<'_>,
         mut calls: mpsc::Receiver<Call>,
         mut link_news: mpsc::Receiver<OwnLink>,
     ) -> anyhow::Result<()> {
         let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
-        let mut signals = Signals::listen()?;
         let mut presence_check = tokio::time::interval(PRESENCE_CHECK_PERIOD);
         tracing::info!(
             interface = self.dataplane.tun_name(),
@@ -170,7 +187,8 @@ impl Running {
                 self.resumed(slept);
             }
             tokio::select! {
-                signal = signals.end() => break signal,
+                signal = outside.signals.end() => break signal?,
+                words = outside.panics.first() => bail!("{words}"),
                 ready = shards.readable() => {
                     let mut ready = ready?;
                     match self.take_from_shards() {
@@ -178,6 +196,7 @@ impl Running {
                         // The data plane has made its descriptor unreadable again.
                         Taken::All => ready.clear_ready(),
                         Taken::TunGone => break "the interface is gone",
+                        Taken::Failed(why) => bail!("the data plane failed: {why}"),
                     }
                 }
                 Some(Call { request, reply }) = calls.recv() => {
@@ -190,7 +209,7 @@ impl Running {
                     timestamps.iter_mut().for_each(Timestamps::renew);
                 }
                 _ = presence_check.tick() => {
-                    if !socket.is_there() {
+                    if !outside.socket.is_there() {
                         break "the socket's file is gone";
                     }
                     if !self.dataplane.tun_is_there() {
@@ -221,6 +240,7 @@ impl Running {
             match event {
                 None => {}
                 Some(Event::TunGone) => return Taken::TunGone,
+                Some(Event::Failed(why)) => return Taken::Failed(why),
                 Some(Event::SessionUp(id)) => {
                     // Its time is read now, while it is new.
                     let _ = self.last_handshake(id);

@@ -6,7 +6,7 @@
 
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -51,13 +51,23 @@ pub struct Call {
     pub answers: mpsc::Sender<Value>,
 }
 
+/// The socket's file; it goes with this.
+pub struct SocketFile(PathBuf);
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        // A file that is gone, or cannot go, hurts nobody: the next node takes its place.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
 /// Opens the socket, taking the place of one left behind by a killed node.
 ///
 /// The caller holds the state directory's lock, so nobody else listens here.
 ///
 /// # Errors
 /// When the socket cannot be made.
-pub fn listen(path: &Path) -> anyhow::Result<UnixListener> {
+pub fn listen(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
     match std::fs::remove_file(path) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::NotFound => {}
@@ -71,8 +81,9 @@ pub fn listen(path: &Path) -> anyhow::Result<UnixListener> {
             path.display()
         )
     })?;
+    let file = SocketFile(path.to_owned());
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
+    Ok((listener, file))
 }
 
 /// Takes connections for ever and turns each into a [`Call`].
@@ -166,7 +177,8 @@ mod tests {
             let dir = tempfile::tempdir()?;
             let path = dir.path().join("s");
             let (calls, mut called) = mpsc::channel(4);
-            tokio::task::spawn_local(serve(listen(&path)?, calls));
+            let (listener, file) = listen(&path)?;
+            tokio::task::spawn_local(serve(listener, calls));
             tokio::task::spawn_local(async move {
                 while let Some(Call { request, answers }) = called.recv().await {
                     for n in 0..2 {
@@ -194,6 +206,8 @@ mod tests {
             let mut text = String::new();
             raw.read_to_string(&mut text).await?;
             anyhow::ensure!(text.contains("bad request"), "{text}");
+            drop(file);
+            anyhow::ensure!(!path.exists());
             Ok(())
         })
         .unwrap();

@@ -20,6 +20,7 @@ pub mod local_api;
 pub mod names;
 pub mod node;
 pub mod noise_stream;
+pub mod panics;
 mod race;
 pub mod relay;
 pub mod runtime;

@@ -1,4 +1,4 @@
-//! The control thread's runtime: tokio-uring, or tokio's own where io_uring is forbidden.
+//! The control thread's runtime: tokio-uring, or tokio's own where io_uring is forbidden or of no use.
 //!
 //! tokio's sockets and timers work inside tokio-uring's runtime, so nothing above this file needs
 //! to know which of the two runs; who owns a stream asks [`Kind`] for the transport to use.
@@ -19,11 +19,27 @@ pub enum Kind {
     Tokio,
 }
 
-/// Runs the future to its end on this thread; tasks spawned locally run beside it.
+/// Runs the future to its end on this thread, on tokio's runtime; tasks spawned locally run beside it.
 ///
 /// # Errors
-/// When neither runtime starts, or the future fails.
+/// When the runtime does not start, or the future fails.
 pub fn block_on<F>(make: impl FnOnce(Kind) -> F) -> anyhow::Result<()>
+where
+    F: Future<Output = anyhow::Result<()>>,
+{
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the control thread's runtime")?;
+    tokio::task::LocalSet::new().block_on(&runtime, make(Kind::Tokio))
+}
+
+/// The same on tokio-uring's, if that starts: where io_uring has been tried already and works, for a
+/// sandbox may let a ring be made and not be used.
+///
+/// # Errors
+/// As for [`block_on`].
+pub fn block_on_uring<F>(make: impl FnOnce(Kind) -> F) -> anyhow::Result<()>
 where
     F: Future<Output = anyhow::Result<()>>,
 {
@@ -32,11 +48,7 @@ where
         Ok(runtime) => runtime.block_on(make(Kind::Uring)),
         Err(error) => {
             tracing::debug!(%error, "io_uring is not to be had here: the control thread uses epoll");
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .context("cannot start the control thread's runtime")?;
-            tokio::task::LocalSet::new().block_on(&runtime, make(Kind::Tokio))
+            block_on(make)
         }
     }
 }
@@ -55,15 +67,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn local_tasks_and_timers_run_on_it() {
-        block_on(|_| async {
+    fn local_tasks_and_timers_run_on_both() {
+        async fn run() -> anyhow::Result<()> {
             let task = tokio::task::spawn_local(async {
                 tokio::time::sleep(std::time::Duration::from_millis(1)).await;
                 7
             });
             anyhow::ensure!(task.await? == 7);
             Ok(())
-        })
-        .unwrap();
+        }
+        block_on(|_| run()).unwrap();
+        block_on_uring(|_| run()).unwrap();
     }
 }

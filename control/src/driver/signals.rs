@@ -3,19 +3,28 @@
 //! SIGTERM and SIGINT end it tidily. SIGHUP means "read your files again", as to every daemon, also
 //! where there is none to read: whoever closes a terminal or sends it to all daemons of a host must
 //! not take the network away. SIGUSR1 and SIGUSR2, whose default is to kill, mean nothing.
+//!
+//! They are blocked first of all, before there is anything that must not be left behind, such as a
+//! socket's file. Threads inherit that, so a signal waits, however early it comes, until somebody
+//! looks.
 
-use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use anyhow::Context as _;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use tokio::io::unix::AsyncFd;
 
-/// Listens from its making on: a signal that comes before [`Signals::next`] is not lost.
-#[derive(Debug)]
-pub struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hang_up: Signal,
-    user: [Signal; 2],
-}
+use super::runtime;
+
+/// The signals that mean something to us, if only that they do not kill.
+const SIGNALS: [Signal; 5] = [
+    Signal::SIGTERM,
+    Signal::SIGINT,
+    Signal::SIGHUP,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+];
 
 /// What is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,45 +35,75 @@ pub enum Told {
     ReadAgain,
 }
 
-impl Signals {
-    /// Takes the signals over from their defaults.
+/// Signals that nobody listens for yet.
+#[derive(Debug)]
+pub struct Blocked(SignalFd);
+
+impl Blocked {
+    /// Blocks the signals in the calling thread and in those it starts from now on: there must be no
+    /// others yet. Children start without (`std::process` sees to it).
     ///
     /// # Errors
-    /// The operating system refuses.
-    ///
-    /// # Panics
-    /// Outside a tokio runtime.
-    pub fn listen() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-            hang_up: signal(SignalKind::hangup())?,
-            user: [
-                signal(SignalKind::user_defined1())?,
-                signal(SignalKind::user_defined2())?,
-            ],
-        })
+    /// No more file descriptors.
+    pub fn new() -> anyhow::Result<Self> {
+        let set: SigSet = SIGNALS.into_iter().collect();
+        set.thread_block().context("cannot block signals")?;
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        let fd = SignalFd::with_flags(&set, flags).context("cannot listen for signals")?;
+        Ok(Self(fd))
     }
 
+    /// Listens, inside a runtime.
+    ///
+    /// # Errors
+    /// The runtime cannot watch another descriptor.
+    pub fn listen(self) -> anyhow::Result<Signals> {
+        let readable = runtime::watch_descriptor(self.0.as_fd().try_clone_to_owned()?)?;
+        Ok(Signals {
+            fd: self.0,
+            readable,
+        })
+    }
+}
+
+/// Signals that somebody listens for.
+#[derive(Debug)]
+pub struct Signals {
+    fd: SignalFd,
+    readable: AsyncFd<OwnedFd>,
+}
+
+impl Signals {
     /// The next wish. Dropping the future loses none.
-    pub async fn next(&mut self) -> Told {
-        let [user1, user2] = &mut self.user;
+    ///
+    /// # Errors
+    /// The descriptor cannot be read.
+    pub async fn next(&self) -> anyhow::Result<Told> {
         loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return Told::End("SIGTERM"),
-                _ = self.interrupt.recv() => return Told::End("SIGINT"),
-                _ = self.hang_up.recv() => return Told::ReadAgain,
-                _ = user1.recv() => tracing::info!("SIGUSR1 means nothing here"),
-                _ = user2.recv() => tracing::info!("SIGUSR2 means nothing here"),
+            let mut ready = self.readable.readable().await?;
+            let Some(found) = self.fd.read_signal()? else {
+                ready.clear_ready();
+                continue;
+            };
+            let signal = Signal::try_from(i32::try_from(found.ssi_signo)?)?;
+            if matches!(signal, Signal::SIGTERM | Signal::SIGINT) {
+                return Ok(Told::End(signal.as_str()));
             }
+            if signal == Signal::SIGHUP {
+                return Ok(Told::ReadAgain);
+            }
+            tracing::info!("{signal} means nothing here");
         }
     }
 
     /// The next wish to end, for a program that has nothing to read again.
-    pub async fn end(&mut self) -> &'static str {
+    ///
+    /// # Errors
+    /// As for [`Signals::next`].
+    pub async fn end(&self) -> anyhow::Result<&'static str> {
         loop {
-            match self.next().await {
-                Told::End(signal) => return signal,
+            match self.next().await? {
+                Told::End(signal) => return Ok(signal),
                 Told::ReadAgain => tracing::info!("SIGHUP: there is nothing to read again"),
             }
         }

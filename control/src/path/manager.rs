@@ -190,7 +190,8 @@ impl Manager {
             channel::Event::SessionUp(_)
             | channel::Event::SessionDown(_)
             | channel::Event::Unopened(..)
-            | channel::Event::TunGone => {}
+            | channel::Event::TunGone
+            | channel::Event::Failed(_) => {}
         }
     }
 

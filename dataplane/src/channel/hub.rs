@@ -312,6 +312,8 @@ impl Inbox {
 
 /// What waits for the control thread. Its descriptor is readable when something does.
 pub(crate) struct Outbox {
+    /// The first thread that failed.
+    failed: ArrayQueue<String>,
     events: ArrayQueue<Event>,
     events_lost: AtomicU64,
     relay: Lane<RelayOut>,
@@ -324,6 +326,7 @@ pub(crate) struct Outbox {
 impl Outbox {
     fn new() -> io::Result<Outbox> {
         Ok(Outbox {
+            failed: ArrayQueue::new(1),
             events: ArrayQueue::new(EVENTS_MAX),
             events_lost: AtomicU64::new(0),
             relay: Lane::new(RELAY_OUT_ENTRIES_MAX, RELAY_OUT_BYTES_MAX),
@@ -338,6 +341,13 @@ impl Outbox {
         if self.events.push(event).is_err() {
             self.events_lost.fetch_add(1, Ordering::Relaxed);
         }
+        self.signal();
+    }
+
+    /// Tells that a thread failed. The others will soon be at odds with what is left: the first counts.
+    pub(crate) fn failed(&self, why: String) {
+        // The log has every one.
+        drop(self.failed.push(why));
         self.signal();
     }
 
@@ -381,7 +391,8 @@ impl Outbox {
         if self.signalled.load(Ordering::Relaxed) {
             self.event.clear();
             self.signalled.store(false, Ordering::SeqCst);
-            if !self.events.is_empty() || !self.relay.is_empty() || !self.strays.is_empty() {
+            let events = self.events.len() + self.failed.len();
+            if events > 0 || !self.relay.is_empty() || !self.strays.is_empty() {
                 self.signal();
             }
         }
@@ -389,7 +400,10 @@ impl Outbox {
     }
 
     pub(crate) fn poll_event(&self) -> Option<Event> {
-        self.poll(|| self.events.pop())
+        self.poll(|| {
+            let failed = self.failed.pop().map(Event::Failed);
+            failed.or_else(|| self.events.pop())
+        })
     }
 
     pub(crate) fn poll_relay(&self) -> Option<RelayOut> {

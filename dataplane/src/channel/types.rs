@@ -149,6 +149,9 @@ pub enum Event {
     /// The TUN device is gone; nothing more will be moved. Now and then this is not told: see
     /// [`Dataplane::tun_is_there`](crate::Dataplane::tun_is_there).
     TunGone,
+    /// A thread of the data plane failed, for this reason: what it did, nobody does any more. Comes
+    /// before all other events, and is never lost.
+    Failed(String),
 }
 
 /// What the shards know of one peer's traffic, read without disturbing them.

@@ -10,6 +10,7 @@
 mod budget;
 
 use std::collections::HashMap;
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
@@ -35,12 +36,15 @@ const DATAGRAM_LEN_MAX: usize = 256;
 const FOREVER: i32 = -1;
 
 /// The body of the thread; ends when the hub stops.
+///
+/// # Errors
+/// It cannot wait, or a socket is none any more.
 pub(crate) fn run(
     hub: &Hub,
     mut sockets: Arc<Sockets>,
     settings: &Settings,
     published: &Published,
-) {
+) -> io::Result<()> {
     let pause_ms = i32::try_from(PAUSE.as_millis()).unwrap_or(FOREVER);
     let mut fds = readable(hub, &sockets);
     let mut doorman = Doorman::new(now(), settings);
@@ -49,9 +53,9 @@ pub(crate) fn run(
     let mut many = Many::<BURST_MAX, DATAGRAM_LEN_MAX>::new();
     while !hub.stopping() {
         if budget.spent() {
-            wait_readable(&fds[..1], pause_ms);
+            wait_readable(&fds[..1], pause_ms)?;
         } else {
-            wait_readable(&fds, FOREVER);
+            wait_readable(&fds, FOREVER)?;
         }
         hub.handshake_wake.clear();
         doorman.hear(hub);
@@ -69,11 +73,12 @@ pub(crate) fn run(
             }
             work = doorman.strays(now, hub, &sockets);
             for socket in sockets.both() {
-                work |= doorman.drain(now, hub, socket, &mut many);
+                work |= doorman.drain(now, hub, socket, &mut many)?;
             }
         }
         published.publish(&doorman.counters);
     }
+    Ok(())
 }
 
 fn readable(hub: &Hub, sockets: &Sockets) -> Vec<RawFd> {
@@ -157,8 +162,8 @@ impl Doorman {
         hub: &Hub,
         socket: &UdpSocket,
         many: &mut Many<BURST_MAX, DATAGRAM_LEN_MAX>,
-    ) -> bool {
-        let count = receive_many(socket.as_fd(), many);
+    ) -> io::Result<bool> {
+        let count = receive_many(socket.as_fd(), many)?;
         if count > 0 {
             self.counters.add(Meter::UdpReceives, 1);
         }
@@ -167,7 +172,7 @@ impl Doorman {
             self.counters.add(Meter::UdpBytesIn, message.len() as u64);
             self.handle(now, hub, from, local, message, Some(socket));
         }
-        count == BURST_MAX
+        Ok(count == BURST_MAX)
     }
 
     fn handle(

@@ -12,6 +12,7 @@ use super::{Found, Sources, TUN_BUFFERS, TunRx, UDP_BUFFERS, UdpRx, means_gone};
 use crate::packet::{BUF_LEN, Pool};
 use crate::stats::{Counters, DropReason};
 use crate::sys::poll::Poll;
+use crate::sys::socket::is_final;
 use crate::sys::{read, socket};
 use crate::udp::Sockets;
 
@@ -79,38 +80,50 @@ impl<'a> Epoll<'a> {
         })?;
         if self.ready.udp4 {
             let udp4 = &self.sources.udp.v4;
-            self.ready.udp4 = drain_udp(udp4, &mut self.udp_pool, udp, counters);
+            self.ready.udp4 = drain_udp(udp4, &mut self.udp_pool, udp, counters)?;
         }
         if let Some(udp6) = &self.sources.udp.v6
             && self.ready.udp6
         {
-            self.ready.udp6 = drain_udp(udp6, &mut self.udp_pool, udp, counters);
+            self.ready.udp6 = drain_udp(udp6, &mut self.udp_pool, udp, counters)?;
         }
         if self.ready.tun {
-            self.ready.tun = self.drain_tun(tun, &mut found);
+            self.ready.tun = self.drain_tun(tun, &mut found, counters)?;
         }
         found.more = self.ready.tun || self.ready.udp4 || self.ready.udp6;
         Ok(found)
     }
 
     /// Reads packets until none is left (false) or no buffer is free (true).
-    fn drain_tun(&mut self, tun: &mut Vec<TunRx>, found: &mut Found) -> bool {
+    fn drain_tun(
+        &mut self,
+        tun: &mut Vec<TunRx>,
+        found: &mut Found,
+        counters: &mut Counters,
+    ) -> io::Result<bool> {
         while let Some(index) = self.tun_pool.take_free() {
             let mut buf = self.tun_pool.claim(index, BUF_LEN);
             match read(self.sources.tun, buf.bytes_mut()) {
+                // A TUN has no end.
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 Ok(len) => {
                     buf.narrow(0, len);
                     tun.push(TunRx { buf });
                 }
+                Err(libc::EAGAIN | libc::EINTR) => return Ok(false),
                 Err(errno) if means_gone(errno) => {
                     // It would be readable for ever.
                     found.tun_gone = self.poll.remove(self.sources.tun).is_ok();
-                    return false;
+                    return Ok(false);
                 }
-                Err(_) => return false,
+                // It took the packet along, as a rule; the next turn tries again.
+                Err(_) => {
+                    counters.drop_one(DropReason::TunReadFailed);
+                    return Ok(false);
+                }
             }
         }
-        true
+        Ok(true)
     }
 }
 
@@ -128,7 +141,7 @@ fn drain_udp(
     pool: &mut Pool,
     udp: &mut Vec<UdpRx>,
     counters: &mut Counters,
-) -> bool {
+) -> io::Result<bool> {
     while let Some(index) = pool.take_free() {
         let mut buf = pool.claim(index, BUF_LEN);
         match socket::receive(socket.as_fd(), buf.bytes_mut()) {
@@ -146,9 +159,11 @@ fn drain_udp(
                     local: received.ancillary.local,
                 });
             }
-            // An error is one the socket has kept for us, such as a bad ICMP; it is gone now.
-            Ok(None) | Err(_) => return false,
+            Ok(None) => return Ok(false),
+            Err(error) if error.raw_os_error().is_some_and(is_final) => return Err(error),
+            // One the socket has kept for us, such as a bad ICMP; it is gone now.
+            Err(_) => return Ok(false),
         }
     }
-    true
+    Ok(true)
 }

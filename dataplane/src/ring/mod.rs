@@ -25,8 +25,6 @@ use crate::stats::Counters;
 use crate::sys::socket::Local;
 use crate::udp::Sockets;
 
-pub(crate) use uring::probe;
-
 /// Buffers for TUN reads. Rings of provided buffers are first in, first out, so each buffer is
 /// cycled through the cache; more help small packets, fewer help large ones.
 const TUN_BUFFERS: u16 = 32;
@@ -79,7 +77,11 @@ pub(crate) enum Driver<'a> {
 }
 
 impl<'a> Driver<'a> {
-    /// Makes a driver of the given kind on the calling thread, which must be the one that uses it.
+    /// Makes a driver of the given kind on the calling thread, which must be the one that uses it. With
+    /// io_uring everything it needs has been tried then.
+    ///
+    /// # Errors
+    /// One line for people: what is missing.
     pub(crate) fn new(kind: DriverKind, sources: Sources<'a>) -> io::Result<Driver<'a>> {
         Ok(match kind {
             DriverKind::IoUring => Driver::IoUring(Box::new(uring::Uring::new(sources)?)),
@@ -103,6 +105,9 @@ impl<'a> Driver<'a> {
 
     /// Waits up to `wait` (`None`: until something comes; zero: not at all) and appends what has
     /// arrived.
+    ///
+    /// # Errors
+    /// It cannot go on: the kernel refuses to wait, or a source is none any more.
     pub(crate) fn turn(
         &mut self,
         wait: Option<Duration>,

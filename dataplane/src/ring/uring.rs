@@ -21,7 +21,7 @@ use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types::BufRingEntry};
 use super::{Found, Sources, TUN_BUFFERS, TunRx, UDP_BUFFERS, UdpRx, means_gone};
 use crate::packet::{BUF_LEN, Pool};
 use crate::stats::{Counters, DropReason, Meter};
-use crate::sys::socket::{CONTROL_LEN, NAME_LEN, parse_control, parse_name};
+use crate::sys::socket::{CONTROL_LEN, NAME_LEN, is_final, parse_control, parse_name};
 use crate::udp::Sockets;
 
 /// Submissions in flight are one per request below.
@@ -52,6 +52,8 @@ const REQUESTS: [Request; 4] = [Request::Tun, Request::Udp4, Request::Udp6, Requ
 const GENERATION_SHIFT: u32 = 8;
 /// A cancellation of a request that the kernel holds finishes at once; this is for one that hangs.
 const CANCEL_SECONDS: u64 = 1;
+/// The same for a request that does nothing.
+const ENTER_SECONDS: u64 = 1;
 /// At the end, requests are waited for this often at most, so long each time.
 const CLOSING_TURNS_MAX: usize = 100;
 const CLOSING_WAIT: Duration = Duration::from_millis(1);
@@ -83,33 +85,53 @@ pub(crate) struct Uring<'a> {
     sources: Sources<'a>,
 }
 
-/// Says whether this kernel, and whoever guards it, lets us use what the driver needs.
-///
-/// # Errors
-/// One line for people: what is missing.
-pub(crate) fn probe() -> Result<(), String> {
-    let ring = build().map_err(|e| match e.raw_os_error() {
-        Some(libc::EPERM) => {
-            "io_uring_setup is forbidden here (a sandbox, or kernel.io_uring_disabled)".to_owned()
-        }
-        Some(libc::ENOSYS) => "this kernel has no io_uring".to_owned(),
-        _ => format!("io_uring_setup: {e}"),
-    })?;
+/// Whether the kernel knows what the driver asks for.
+fn knows_requests(ring: &IoUring) -> io::Result<()> {
     let mut probe = Probe::new();
-    ring.submitter()
-        .register_probe(&mut probe)
-        .map_err(|e| format!("io_uring cannot be probed: {e}"))?;
+    let asked = ring.submitter().register_probe(&mut probe);
+    asked.map_err(|error| refused("io_uring_register", &error))?;
     for (code, name) in [
         (opcode::ReadMulti::CODE, "multishot read (Linux 6.7)"),
         (opcode::RecvMsgMulti::CODE, "recvmsg"),
         (opcode::PollAdd::CODE, "poll"),
     ] {
         if !probe.is_supported(code) {
-            return Err(format!("this kernel's io_uring has no {name}"));
+            let why = format!("this kernel's io_uring has no {name}");
+            return Err(io::Error::other(why));
         }
     }
-    Buffers::new(&ring, GROUP_TUN, 1).map_err(|e| format!("provided buffer rings: {e}"))?;
     Ok(())
+}
+
+/// One request that does nothing, there and back in the two ways in which a turn enters the kernel.
+fn enters(ring: &mut IoUring) -> io::Result<()> {
+    let timeout = Timespec::new().sec(ENTER_SECONDS);
+    for _ in 0..2 {
+        push(ring, &opcode::Nop::new().build());
+        let args = SubmitArgs::new().timespec(&timeout);
+        let entered = ring
+            .submit()
+            .and_then(|_| ring.submitter().submit_with_args(1, &args));
+        entered.map_err(|error| refused("io_uring_enter", &error))?;
+        if ring.completion().next().is_none() {
+            return Err(io::Error::other("io_uring_enter brings nothing back"));
+        }
+    }
+    Ok(())
+}
+
+/// What a refusal means, for people.
+fn refused(call: &str, error: &io::Error) -> io::Error {
+    io::Error::other(match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            format!("{call} is forbidden here (a sandbox, or kernel.io_uring_disabled)")
+        }
+        Some(libc::ENOSYS) => format!("this kernel, or a sandbox, has no {call}"),
+        Some(libc::ENOMEM) => {
+            format!("{call}: the limit on locked memory (RLIMIT_MEMLOCK) leaves no room")
+        }
+        _ => format!("{call}: {error}"),
+    })
 }
 
 fn build() -> io::Result<IoUring> {
@@ -132,10 +154,14 @@ fn build() -> io::Result<IoUring> {
 }
 
 impl<'a> Uring<'a> {
+    /// Makes all that the driver needs and tries it, since limits and sandboxes may refuse any part.
     pub(super) fn new(sources: Sources<'a>) -> io::Result<Uring<'a>> {
-        let ring = build()?;
-        let tun = Buffers::new(&ring, GROUP_TUN, TUN_BUFFERS)?;
-        let udp = Buffers::new(&ring, GROUP_UDP, UDP_BUFFERS)?;
+        let mut ring = build().map_err(|error| refused("io_uring_setup", &error))?;
+        knows_requests(&ring)?;
+        let lends = |error| refused("a ring of buffers", &error);
+        let tun = Buffers::new(&ring, GROUP_TUN, TUN_BUFFERS).map_err(lends)?;
+        let udp = Buffers::new(&ring, GROUP_UDP, UDP_BUFFERS).map_err(lends)?;
+        enters(&mut ring)?;
         // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
         let mut header: Box<libc::msghdr> = Box::new(unsafe { std::mem::zeroed() });
         header.msg_namelen = libc::socklen_t::try_from(NAME_LEN).map_err(io::Error::other)?;
@@ -197,7 +223,7 @@ impl<'a> Uring<'a> {
         self.udp.lend();
         let limit = self.arm();
         self.enter([wait, limit].into_iter().flatten().min())?;
-        Ok(self.reap(tun, udp, counters))
+        self.reap(tun, udp, counters)
     }
 
     /// Arms what is not armed. Gives the longest wait until it should be tried again with what had
@@ -268,8 +294,9 @@ impl<'a> Uring<'a> {
         tun: &mut Vec<TunRx>,
         udp: &mut Vec<UdpRx>,
         counters: &mut Counters,
-    ) -> Found {
+    ) -> io::Result<Found> {
         let mut found = Found::default();
+        let mut failed = None;
         for completion in self.ring.completion() {
             let [kind, ..] = completion.user_data().to_le_bytes();
             let Some(request) = REQUESTS.get(usize::from(kind)).copied() else {
@@ -277,11 +304,8 @@ impl<'a> Uring<'a> {
             };
             let state = &mut self.states[request as usize];
             let mut given_up = State::default();
-            let state = if completion.user_data() == state.user_data(request) {
-                state
-            } else {
-                &mut given_up
-            };
+            let current = completion.user_data() == state.user_data(request);
+            let state = if current { state } else { &mut given_up };
             if !cqueue::more(completion.flags()) {
                 state.armed = false;
             }
@@ -292,6 +316,14 @@ impl<'a> Uring<'a> {
                         state.fd = None;
                         found.tun_gone = true;
                     }
+                    // Of a socket that was given up it means nothing.
+                    (_, errno) if is_final(errno) && current => {
+                        failed = Some(io::Error::from_raw_os_error(errno));
+                    }
+                    (Request::Tun, _) => {
+                        counters.drop_one(DropReason::TunReadFailed);
+                        state.rest = REST_TURNS;
+                    }
                     _ => state.rest = REST_TURNS,
                 }
                 continue;
@@ -299,6 +331,10 @@ impl<'a> Uring<'a> {
             let buffer = cqueue::buffer_select(completion.flags());
             match (request, buffer) {
                 (Request::Wake, _) => found.woken = true,
+                // A TUN has no end.
+                (Request::Tun, _) if len == 0 => {
+                    failed = Some(io::ErrorKind::UnexpectedEof.into());
+                }
                 (Request::Tun, Some(index)) => tun.push(TunRx {
                     buf: self.tun.claim(index, len),
                 }),
@@ -312,7 +348,7 @@ impl<'a> Uring<'a> {
                 (Request::Tun | Request::Udp4 | Request::Udp6, None) => {}
             }
         }
-        found
+        failed.map_or(Ok(found), Err)
     }
 }
 
@@ -404,8 +440,8 @@ impl Buffers {
             lent: 0,
         };
         // SAFETY: the memory is page-aligned, `slots` entries long, and is freed only in `drop`,
-        // after the ring (or its registration) is gone: `Uring` unregisters first, and `probe`'s
-        // ring has no request that would use it.
+        // after the ring (or its registration) is gone: `Uring` unregisters first, and a ring
+        // that never became one has no request that would use it.
         unsafe {
             ring.submitter()
                 .register_buf_ring_with_flags(memory as u64, slots, group, 0)

@@ -79,9 +79,18 @@ pub(crate) struct Seat {
     pub(crate) published: Published,
 }
 
-/// The body of a shard's thread. Says through `ready` whether it could start. The sockets are those
-/// it begins with; nobody here may hold on to them when others come.
-pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Result<()>>) {
+/// The body of a shard's thread. Says through `ready` whether it could start, and ends unless `go` says
+/// that all could. The sockets are those it begins with; nobody here may hold on to them when others
+/// come.
+///
+/// # Errors
+/// The driver cannot go on.
+pub(crate) fn run(
+    seat: Seat,
+    sockets: Arc<Sockets>,
+    ready: mpsc::Sender<io::Result<()>>,
+    go: &mpsc::Receiver<()>,
+) -> io::Result<()> {
     if let Some(cpu) = seat.cpu
         && !sys::pin_to(cpu)
     {
@@ -101,10 +110,15 @@ pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Re
         Err(error) => {
             // Nobody listens only if the start has failed elsewhere already.
             drop(ready.send(Err(error)));
-            return;
+            return Ok(());
         }
     };
     drop(ready.send(Ok(())));
+    // Others cannot be told of by those who wait.
+    drop(ready);
+    if go.recv().is_err() {
+        return Ok(());
+    }
 
     let mut tun = Vec::with_capacity(64);
     let mut udp = Vec::with_capacity(64);
@@ -112,14 +126,9 @@ pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Re
     while !hub.stopping() {
         inbox.wake.about_to_sleep();
         let wait = shard.wait(more);
-        let found = match driver.turn(wait, &mut tun, &mut udp, &mut shard.ctx.counters) {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::error!(shard = seat.id, %error, "the driver failed: this shard stops");
-                hub.outbox.event(Event::TunGone);
-                return;
-            }
-        };
+        let found = driver
+            .turn(wait, &mut tun, &mut udp, &mut shard.ctx.counters)
+            .map_err(|error| failed("the driver failed", &error))?;
         inbox.wake.awake();
         if found.woken {
             inbox.wake.clear();
@@ -133,12 +142,17 @@ pub(crate) fn run(seat: Seat, sockets: Arc<Sockets>, ready: &mpsc::Sender<io::Re
         shard.ctx.lap(Room::Ring);
         shard.turn(&mut tun, &mut udp);
         if let Some(sockets) = inbox.sockets.pop() {
-            if let Err(error) = driver.rebind(Arc::clone(&sockets)) {
-                tracing::error!(shard = seat.id, %error, "the new sockets cannot be read");
-            }
+            driver
+                .rebind(Arc::clone(&sockets))
+                .map_err(|error| failed("the new sockets cannot be read", &error))?;
             shard.tx.rebind(sockets);
         }
     }
+    Ok(())
+}
+
+fn failed(what: &str, error: &io::Error) -> io::Error {
+    io::Error::other(format!("{what}: {error}"))
 }
 
 fn engine(id: u8, kind: config::Engine, settings: &Settings) -> Option<Engine> {

@@ -35,6 +35,8 @@ drop_reasons! {
     VnetInvalid = "vnet_invalid",
     /// Not IPv4 or IPv6, truncated, or with lengths that contradict each other (either direction).
     InnerMalformed = "inner_malformed",
+    /// A read of the TUN failed, though the device is there: the packet it was about, or none.
+    TunReadFailed = "tun_read_failed",
     /// No peer has the destination among its allowed IPs.
     NoRoute = "no_route",
     /// No usable session, and the queue of packets that wait for one is full or disabled.

@@ -484,6 +484,12 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Option
     }))
 }
 
+/// True for errors of a receive that no later one will be without: the descriptor is closed, or
+/// something else now. Nothing that others send may look like it.
+pub(crate) fn is_final(errno: i32) -> bool {
+    matches!(errno, libc::EBADF | libc::ENOTSOCK)
+}
+
 /// True for errors of a send that naming another source, or none, may cure: the address is no
 /// longer ours, or its interface is gone.
 pub(crate) fn source_refused(errno: i32) -> bool {
@@ -532,10 +538,13 @@ impl<const COUNT: usize, const LEN: usize> Many<COUNT, LEN> {
 
 /// Receives what waits on a socket, up to the room there is, with one system call and without
 /// waiting. Returns how many datagrams came.
+///
+/// # Errors
+/// Those that are [final](is_final).
 pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
     fd: BorrowedFd<'_>,
     many: &mut Many<COUNT, LEN>,
-) -> usize {
+) -> io::Result<usize> {
     let mut iovs: [MaybeUninit<libc::iovec>; COUNT] = [const { MaybeUninit::uninit() }; COUNT];
     let mut messages: [MaybeUninit<libc::mmsghdr>; COUNT] =
         [const { MaybeUninit::uninit() }; COUNT];
@@ -565,7 +574,7 @@ pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
             msg_len: 0,
         });
     }
-    let room = libc::c_uint::try_from(COUNT).expect("a small number");
+    let room = libc::c_uint::try_from(COUNT).map_err(io::Error::other)?;
     let first = messages.as_mut_ptr().cast::<libc::mmsghdr>();
     // SAFETY: all `COUNT` entries are initialised; names, vectors, buffers and controls are
     // writable and outlive the call. No timeout is passed.
@@ -578,7 +587,11 @@ pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
             std::ptr::null_mut(),
         )
     };
-    // An error is one the socket has kept for us, or there is nothing.
+    if received < 0 && is_final(errno()) {
+        *count = 0;
+        return Err(io::Error::last_os_error());
+    }
+    // Another error is one the socket has kept for us, or there is nothing.
     *count = usize::try_from(received).unwrap_or(0);
     for (lens, message) in lens.iter_mut().zip(&messages).take(*count) {
         // SAFETY: every entry was initialised above, and the call wrote this one's lengths.
@@ -587,7 +600,7 @@ pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
         let control = message.msg_hdr.msg_controllen;
         *lens = (len.min(LEN), control.min(CONTROL_LEN));
     }
-    *count
+    Ok(*count)
 }
 
 /// The calling thread's last error number.
@@ -599,7 +612,10 @@ pub(crate) fn errno() -> i32 {
 const WAIT_MAX: usize = 4;
 
 /// Waits until one of `fds` (the first four) is readable, or `timeout_ms` has passed (-1: no limit).
-pub(crate) fn wait_readable(fds: &[RawFd], timeout_ms: i32) {
+///
+/// # Errors
+/// The system refuses to wait, or one of them is no descriptor.
+pub(crate) fn wait_readable(fds: &[RawFd], timeout_ms: i32) -> io::Result<()> {
     let mut polls = [libc::pollfd {
         fd: -1,
         events: libc::POLLIN,
@@ -609,7 +625,16 @@ pub(crate) fn wait_readable(fds: &[RawFd], timeout_ms: i32) {
         poll.fd = *fd;
     }
     // SAFETY: `polls` is a valid array for the length of the call; entries with fd -1 are skipped.
-    unsafe { libc::poll(polls.as_mut_ptr(), WAIT_MAX as libc::nfds_t, timeout_ms) };
+    let found = unsafe { libc::poll(polls.as_mut_ptr(), WAIT_MAX as libc::nfds_t, timeout_ms) };
+    if found < 0 {
+        let error = io::Error::last_os_error();
+        let interrupted = error.kind() == io::ErrorKind::Interrupted;
+        return if interrupted { Ok(()) } else { Err(error) };
+    }
+    if polls.iter().any(|poll| poll.revents & libc::POLLNVAL != 0) {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -626,7 +651,7 @@ mod tests {
     }
 
     fn receive_soon(socket: &UdpSocket, bytes: &mut [u8]) -> Received {
-        wait_readable(&[socket.as_raw_fd()], 2000);
+        wait_readable(&[socket.as_raw_fd()], 2000).unwrap();
         receive(socket.as_fd(), bytes)
             .unwrap()
             .expect("sent on loopback")
@@ -701,7 +726,7 @@ mod tests {
             };
             set_int(b.as_fd(), level, name, 1).unwrap();
             let mut many = Many::<4, 10>::new();
-            assert_eq!(receive_many(b.as_fd(), &mut many), 0);
+            assert_eq!(receive_many(b.as_fd(), &mut many).unwrap(), 0);
             let sent: [(&UdpSocket, &[u8]); 6] = [
                 (&a, b"one"),
                 (&c, b"two"),
@@ -715,8 +740,8 @@ mod tests {
             }
             let mut got = Vec::new();
             while got.len() < 6 {
-                wait_readable(&[b.as_raw_fd()], 2000);
-                let count = receive_many(b.as_fd(), &mut many);
+                wait_readable(&[b.as_raw_fd()], 2000).unwrap();
+                let count = receive_many(b.as_fd(), &mut many).unwrap();
                 assert!((1..=4).contains(&count), "{count}");
                 for (from, local, bytes) in many.iter() {
                     assert_eq!(local.unwrap().addr, to.ip());

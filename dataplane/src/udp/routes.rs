@@ -41,18 +41,22 @@ impl Routes {
     }
 
     /// The body of the thread; ends when the hub stops.
-    pub(crate) fn run(mut self, hub: &Hub) {
+    ///
+    /// # Errors
+    /// It cannot wait.
+    pub(crate) fn run(mut self, hub: &Hub) -> io::Result<()> {
         let fds = [hub.routes_wake.as_fd(), self.notices.as_fd()].map(|fd| fd.as_raw_fd());
         while !hub.stopping() {
-            wait_readable(&fds, -1);
+            wait_readable(&fds, -1)?;
             let start = now();
             if self.notices.take() {
                 self.check(hub);
                 let rest = ((now() - start) * REST_FACTOR).max(REST_MIN);
                 let rest = i32::try_from(rest.as_millis()).unwrap_or(i32::MAX);
-                wait_readable(&fds[..1], rest);
+                wait_readable(&fds[..1], rest)?;
             }
         }
+        Ok(())
     }
 
     fn check(&mut self, hub: &Hub) {

@@ -217,7 +217,7 @@ mod tests {
             assert_eq!((sent.datagrams, sent.error), (count, None));
             let mut left = count;
             while left > 0 {
-                wait_readable(&[receiver.as_raw_fd()], 2000);
+                wait_readable(&[receiver.as_raw_fd()], 2000).unwrap();
                 let received = receive(receiver.as_fd(), &mut bytes).unwrap().unwrap();
                 let datagrams = received.len.div_ceil(stride);
                 assert_eq!(datagrams, left.min(64), "of {count}");

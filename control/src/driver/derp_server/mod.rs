@@ -274,7 +274,10 @@ impl DerpServer {
     }
 
     /// Serves until `shutdown` is over; then every connection ends.
-    pub async fn run(self, shutdown: impl Future<Output = ()>) {
+    ///
+    /// # Errors
+    /// One of those who wait for connections, or for STUN, has failed: there is no going on without.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         let mut tasks = tokio::task::JoinSet::new();
         for listener in self.listeners {
             tasks.spawn(accept(self.shared.clone(), listener, true));
@@ -285,8 +288,15 @@ impl DerpServer {
         for stun in self.stun {
             tasks.spawn(stun::serve(self.shared.clone(), stun, self.stun_any));
         }
-        shutdown.await;
+        let ended = tokio::select! {
+            () = shutdown => Ok(()),
+            Some(failed) = tasks.join_next() => {
+                let why = failed.err().map_or_else(String::new, |error| format!(": {error}"));
+                Err(anyhow::anyhow!("a listener of the relay failed{why}"))
+            }
+        };
         tasks.shutdown().await;
+        ended
     }
 }
 

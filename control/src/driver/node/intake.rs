@@ -35,6 +35,8 @@ pub(super) enum Taken {
     More,
     /// The end: the TUN is gone.
     TunGone,
+    /// The end: a thread of the data plane failed.
+    Failed(String),
 }
 
 /// What look-ups and measurements in tasks of their own bring back.
@@ -62,6 +64,7 @@ impl Node {
                 let activity = match &event {
                     Event::TunGone => return Taken::TunGone,
                     Event::Unopened(..) => Activity::default(),
+                    Event::Failed(why) => return Taken::Failed(why.clone()),
                     Event::Kick(id)
                     | Event::Active(id)
                     | Event::NewSource(id, _)

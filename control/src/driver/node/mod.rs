@@ -4,7 +4,8 @@
 //! the runtime with the discovery sockets, relay connections, coordination client, netlink and the
 //! status socket. Everything that happens reaches the agent here, one at a time; relayed packets
 //! pass between the shards and the relay connections without it. A node ends on SIGTERM or SIGINT,
-//! when the TUN is taken away, or when coordination says for good that it may not join.
+//! when the TUN is taken away, when coordination says for good that it may not join, when a thread of
+//! the data plane fails, or when anything panics.
 //!
 //! Rooms: `start` builds it, `intake` takes what comes from every side, `caches` is its memory on disk.
 
@@ -19,7 +20,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use ringtail_dataplane::{Dataplane, Engine};
+use ringtail_dataplane::{Dataplane, DriverKind, Engine};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::{at, now, wall};
@@ -28,11 +29,12 @@ use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
 use super::handshakes::Handshakes;
 use super::hostnet::HostNet;
-use super::local_api::Call;
+use super::local_api::{self, Call};
 use super::names::Names;
+use super::panics::Panics;
 use super::relay::{RelayEvents, RelayPool};
 use super::runtime;
-use super::signals::{Signals, Told};
+use super::signals::{Blocked, Signals, Told};
 use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::timestamps::Timestamps;
@@ -54,6 +56,8 @@ const SAVE_SOON: Duration = Duration::from_secs(1);
 /// # Errors
 /// When it cannot start, or cannot go on.
 pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
+    let signals = Blocked::new()?;
+    let panics = Panics::watch();
     config.fwmark = Some(underlay_mark(config.fwmark));
     let dir = config
         .state_dir
@@ -67,7 +71,9 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
     let dataplane_config = dataplane_config(&config, &keys);
     let engine = dataplane_config.engine;
     let dataplane = Dataplane::start(dataplane_config).context("cannot start")?;
-    runtime::block_on(async |kind| {
+    let io_uring = dataplane.driver() == DriverKind::IoUring;
+    let run = async |kind| {
+        let signals = signals.listen()?;
         let parts = Parts {
             config,
             state,
@@ -78,10 +84,13 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
             engine,
             kind,
         };
-        // Before anything is added to the host that would stay behind.
-        let signals = Signals::listen()?;
-        Node::start(parts).await?.run(signals).await
-    })
+        Node::start(parts).await?.run(&signals, &panics).await
+    };
+    if io_uring {
+        runtime::block_on_uring(run)
+    } else {
+        runtime::block_on(run)
+    }
 }
 
 struct Node {
@@ -100,6 +109,8 @@ struct Node {
     sleep: sleep::Watch,
     timestamps: Timestamps,
     calls: mpsc::Receiver<Call>,
+    /// The status socket's file, while there is somebody behind it.
+    _socket_file: local_api::SocketFile,
     /// The configuration socket and what is asked there; none where it could not be made.
     configuration: Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
     handshakes: RefCell<Handshakes>,
@@ -124,7 +135,7 @@ struct Node {
 }
 
 impl Node {
-    async fn run(mut self, mut signals: Signals) -> anyhow::Result<()> {
+    async fn run(mut self, signals: &Signals, panics: &Panics) -> anyhow::Result<()> {
         let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
         let mut datagrams: Vec<Datagram> = Vec::new();
         tracing::info!(
@@ -146,9 +157,11 @@ impl Node {
             let due = self.agent.poll_timeout();
             tokio::select! {
                 told = signals.next() => match told {
-                    Told::End(_) => break Ok(()),
-                    Told::ReadAgain => self.read_again(),
+                    Ok(Told::End(_)) => break Ok(()),
+                    Ok(Told::ReadAgain) => self.read_again(),
+                    Err(error) => break Err(error),
                 },
+                words = panics.first() => break Err(anyhow::anyhow!("{words}")),
                 ready = shards.readable() => {
                     let mut ready = ready?;
                     match self.take_from_shards() {
@@ -156,6 +169,7 @@ impl Node {
                         // The data plane has made its descriptor unreadable again.
                         Taken::All => ready.clear_ready(),
                         Taken::TunGone => break Err(anyhow::anyhow!("the TUN interface was taken away")),
+                        Taken::Failed(why) => break Err(anyhow::anyhow!("the data plane failed: {why}")),
                     }
                 }
                 event = self.relay_events.recv() => {

@@ -178,10 +178,8 @@ impl Node {
             }
         });
         let (calls_sender, calls) = mpsc::channel(QUESTIONS_MAX);
-        tokio::task::spawn_local(local_api::serve(
-            local_api::listen(&state.socket())?,
-            calls_sender,
-        ));
+        let (listener, socket_file) = local_api::listen(&state.socket())?;
+        tokio::task::spawn_local(local_api::serve(listener, calls_sender));
         let configuration = serve_configuration(dataplane.tun_name())
             .inspect_err(|error| {
                 tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
@@ -242,6 +240,7 @@ impl Node {
             sleep: sleep::Watch::new(),
             timestamps: Timestamps::open(state.file(TIMESTAMP_FILE)),
             calls,
+            _socket_file: socket_file,
             configuration,
             handshakes: RefCell::default(),
             questions: BTreeMap::new(),
