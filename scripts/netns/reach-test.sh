@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What stands between a node and its relays and peers when the host's surroundings are odd, on the real binary: relays
-# known by name, DNS that comes late, relays that move.
+# known by name, DNS that comes late, relays that move, routes that change all the time.
 #
 #   scripts/netns/reach-test.sh [--keep]
 #
@@ -111,6 +111,17 @@ up six
 check "a host without IPv4 reaches a relay that the map gives an IPv4 address" event six 5 derp_connected
 check "and asks it by STUN" within 5 says six 'public address [2001:db8::66]' netcheck
 lab_stop node-six
+
+# A host whose routes never rest, and whose default route moves: to the same router, by another address.
+lab_in a ip addr add 192.168.1.3/24 dev eth0
+lab_spawn a restless bash -c 'while :; do
+  ip route add 198.18.0.0/24 dev lo; sleep 0.05; ip route del 198.18.0.0/24 dev lo; sleep 0.05
+done'
+pause 2
+lab_in a ip route replace default via 192.168.1.1 src 192.168.1.3
+major() { grep -q 'network changed change=Major' "$LAB_DIR/node-a.log"; }
+check "a host whose routes change all the time notices that its default route moved" within 4 major
+lab_stop restless
 lab_stop node-a
 
 echo

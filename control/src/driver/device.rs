@@ -97,11 +97,7 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
         interface.set_mtu(options.mtu).await?;
         let index = interface.index();
         let (link_sender, link_news) = mpsc::channel(LINK_NEWS_MAX);
-        tokio::task::spawn_local(async move {
-            if let Err(error) = link::watch_own(index, link_sender).await {
-                tracing::warn!(%error, "changes of the interface will not be noticed");
-            }
-        });
+        tokio::task::spawn_local(link::watch_own(index, link_sender));
         let (calls_sender, calls) = mpsc::channel(CALLS_MAX);
         tokio::task::spawn_local(uapi::serve(socket.listener()?, calls_sender));
         ready()?;

@@ -1,5 +1,6 @@
 //! What reaches a running node, each from its own side, and on to the agent.
 
+use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -26,6 +27,11 @@ const RELAY_BATCH_MAX: usize = 256;
 const LOOK_UP_LIMIT: Duration = Duration::from_secs(4);
 /// How it stands with coordination while its map stream runs.
 const CONNECTED: &str = "connected";
+
+/// So many minor changes of the host's network are looked into,
+const MINOR_BURST: usize = 3;
+/// in this time.
+const MINOR_WINDOW: Duration = Duration::from_secs(15);
 
 /// What a visit to the shards' queues found.
 pub(super) enum Taken {
@@ -298,12 +304,15 @@ impl Node {
     }
 
     /// Another default route or source address makes every path doubtful; anything else may only
-    /// have changed our endpoints.
+    /// have changed our endpoints, which a restless host has looked up now and then.
     pub(super) fn link_changed(&mut self) {
         let change = if self.note_default_sources() {
+            self.minor_change = Pace::default();
             LinkChange::Major
-        } else {
+        } else if self.minor_change.take(now()) {
             LinkChange::Minor
+        } else {
+            return;
         };
         tracing::info!(?change, "the host's network changed");
         self.relays.link_changed();
@@ -366,6 +375,38 @@ impl Node {
     }
 }
 
+/// Lets a thing happen at once, but [`MINOR_BURST`] times in [`MINOR_WINDOW`] at most.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Pace {
+    done: VecDeque<Instant>,
+    due: Option<Instant>,
+}
+
+impl Pace {
+    /// Whether it may happen now; if not, it is due later.
+    fn take(&mut self, now: Instant) -> bool {
+        while self
+            .done
+            .front()
+            .is_some_and(|at| *at + MINOR_WINDOW <= now)
+        {
+            self.done.pop_front();
+        }
+        if self.done.len() < MINOR_BURST {
+            self.done.push_back(now);
+            self.due = None;
+        } else {
+            self.due = self.done.front().map(|at| *at + MINOR_WINDOW);
+        }
+        self.due.is_none()
+    }
+
+    /// When what had to wait may happen.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.due
+    }
+}
+
 /// Addresses of the internet, to ask the kernel which source it would use; nothing is sent.
 const FAR_AWAY: [SocketAddr; 2] = [
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(8, 8, 8, 8)), 53),
@@ -374,3 +415,27 @@ const FAR_AWAY: [SocketAddr; 2] = [
         53,
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::path::test_clock::start;
+
+    #[test]
+    fn what_comes_too_early_happens_later() {
+        let began = start();
+        let at = |secs| began + Duration::from_secs(secs);
+        let mut pace = Pace::default();
+        for secs in 0..3 {
+            assert!(pace.take(at(secs)));
+        }
+        assert_eq!(pace.due(), None);
+        for secs in [3, 9, 14] {
+            assert!(!pace.take(at(secs)));
+            assert_eq!(pace.due(), Some(at(15)));
+        }
+        assert!(pace.take(at(15)));
+        assert_eq!(pace.due(), None);
+        assert!(pace.take(at(16)) && pace.take(at(17)) && !pace.take(at(18)));
+    }
+}

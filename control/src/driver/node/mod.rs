@@ -43,7 +43,7 @@ use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
 use crate::key::NodePublic;
-use intake::{Finding, Taken};
+use intake::{Finding, Pace, Taken};
 use start::{Parts, Source, dataplane_config, host_name, underlay_mark};
 
 /// Caches are written this often when they changed.
@@ -108,6 +108,7 @@ struct Node {
     link_changed: mpsc::Receiver<()>,
     sleep: sleep::Watch,
     timestamps: Timestamps,
+    minor_change: Pace,
     calls: mpsc::Receiver<Call>,
     /// The status socket's file, while there is somebody behind it.
     _socket_file: local_api::SocketFile,
@@ -195,6 +196,7 @@ impl Node {
                 }
                 Some(finding) = self.findings.1.recv() => self.take_finding(finding),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
+                () = at(self.minor_change.due()) => self.link_changed(),
                 () = at(due) => {
                     let dataplane = &self.dataplane;
                     self.agent.handle_wall_clock(now(), wall());

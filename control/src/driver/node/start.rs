@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
+use super::intake::Pace;
 use super::{Node, SAVE_PERIOD, now, wall};
 use crate::agent::{Agent, Network, Setup, Surroundings};
 use crate::config::{NodeConfig, StaticNetwork, ValidateMode};
@@ -172,11 +173,7 @@ impl Node {
             keeper: Some(hostnet.keeper()),
         };
         let (link_sender, link_changed) = mpsc::channel(1);
-        tokio::task::spawn_local(async move {
-            if let Err(error) = link::watch(tun_index, link_sender).await {
-                tracing::warn!(%error, "changes of the network will not be noticed");
-            }
-        });
+        tokio::task::spawn_local(link::watch(tun_index, link_sender));
         let (calls_sender, calls) = mpsc::channel(QUESTIONS_MAX);
         let (listener, socket_file) = local_api::listen(&state.socket())?;
         tokio::task::spawn_local(local_api::serve(listener, calls_sender));
@@ -239,6 +236,7 @@ impl Node {
             link_changed,
             sleep: sleep::Watch::new(),
             timestamps: Timestamps::open(state.file(TIMESTAMP_FILE)),
+            minor_change: Pace::default(),
             calls,
             _socket_file: socket_file,
             configuration,
