@@ -161,6 +161,7 @@ fn main() -> anyhow::Result<()> {
         PathDecision {
             generation: 1,
             udp: Some(args.endpoint),
+            local: None,
             derp: None,
             trust_until: Instant::now().checked_add(Duration::from_secs(1 << 30)),
             silence_limit: Duration::from_secs(1),

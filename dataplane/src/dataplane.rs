@@ -497,6 +497,7 @@ impl Dataplane {
         let decision = PathDecision {
             generation: 0,
             udp: Some(endpoint),
+            local: None,
             derp: None,
             trust_until: sys::now().checked_add(FOR_EVER),
             silence_limit: FOR_EVER,

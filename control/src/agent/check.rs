@@ -16,6 +16,8 @@ use crate::netmap::wire;
 impl Agent {
     /// Takes the host's interfaces that are up and whether the system has IPv6 at all.
     pub fn handle_interfaces(&mut self, now: Instant, found: &[Interface], os_has_ipv6: bool) {
+        let ours = found.iter().flat_map(|interface| &interface.addrs);
+        self.sources.retain(&ours.copied().collect());
         let tun = self.setup.tun.clone();
         self.netcheck.set_interfaces(now, found, &tun, os_has_ipv6);
         self.settle(now);

@@ -13,12 +13,13 @@ mod configuration;
 mod directory;
 mod network;
 mod revival;
+mod sources;
 mod standing;
 mod status;
 mod story;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -36,6 +37,8 @@ use crate::netmap::DerpMap;
 use crate::path::{self, LinkChange, Manager, PeerSetup, PingId, Route, Via};
 
 use allowed::Allowed;
+use sources::Sources;
+
 pub use directory::Directory;
 pub use network::{HeldBack, HoldReason, Network, NetworkPeer, NetworkRule, Standing};
 pub use status::Surroundings;
@@ -97,6 +100,8 @@ pub enum Output {
     Datagram {
         /// Where to.
         to: SocketAddr,
+        /// Which of our addresses to send it from; without one routing chooses.
+        local: Option<IpAddr>,
         /// The payload.
         bytes: Vec<u8>,
         /// With the don't-fragment bit.
@@ -170,6 +175,10 @@ pub struct Agent {
     active_check: Option<Instant>,
     /// Own endpoints, best first.
     endpoints: Vec<OwnEndpoint>,
+    /// Where peers reach us.
+    sources: Sources,
+    /// Whose datagram is being answered, and which address of ours it came to.
+    answering: Option<(SocketAddr, IpAddr)>,
     drops: BTreeMap<&'static str, u64>,
     out: VecDeque<Output>,
 }
@@ -209,6 +218,8 @@ impl Agent {
             netcheck_waiters: Vec::new(),
             active_check: None,
             endpoints: Vec::new(),
+            sources: Sources::default(),
+            answering: None,
             drops: BTreeMap::new(),
             out: VecDeque::new(),
         }
@@ -332,8 +343,15 @@ impl Agent {
         }
     }
 
-    /// Takes a datagram of the discovery socket.
-    pub fn handle_datagram(&mut self, now: Instant, at: Instant, from: SocketAddr, bytes: &[u8]) {
+    /// Takes a datagram of the discovery socket, sent to our address `local` where that is known.
+    pub fn handle_datagram(
+        &mut self,
+        now: Instant,
+        at: Instant,
+        from: SocketAddr,
+        local: Option<IpAddr>,
+        bytes: &[u8],
+    ) {
         match disco::classify(bytes) {
             Class::Stun => {
                 // Netcheck has counted what it refuses.
@@ -342,7 +360,12 @@ impl Agent {
             Class::Disco if self.setup.relay_only => self.drop_one("disco_relay_only"),
             Class::Disco => {
                 // The manager has counted what it refuses.
-                let _ = self.paths.handle_datagram(at, from, bytes);
+                if let (Ok(what), Some(local)) =
+                    (self.paths.handle_datagram(at, from, bytes), local)
+                {
+                    self.sources.heard(at, from, local, what);
+                    self.answering = Some((from, local));
+                }
             }
             Class::RelayedDisco | Class::RelayedWireGuard => self.drop_one("peer_relay"),
             // Steering sends WireGuard elsewhere: what is left is junk.
@@ -489,6 +512,9 @@ impl Agent {
 
     /// The host's network changed: read its addresses again, then decide how deep it went.
     pub fn handle_link_change(&mut self, now: Instant, change: LinkChange) {
+        if change == LinkChange::Major {
+            self.sources.clear();
+        }
         self.paths.handle_link_change(now, change);
         self.netcheck.handle_link_change(now);
         self.out.push_back(Output::ListInterfaces);
@@ -612,7 +638,9 @@ impl Agent {
 
     /// Drains the path machine and netcheck into outputs.
     fn settle(&mut self, now: Instant) {
-        while let Some((id, decision)) = self.paths.poll_decision() {
+        let answering = self.answering.take();
+        while let Some((id, mut decision)) = self.paths.poll_decision() {
+            decision.local = decision.udp.and_then(|to| self.sources.of(to));
             self.out.push_back(Output::SetPath(id, decision));
         }
         while let Some(transmit) = self.paths.poll_transmit() {
@@ -620,6 +648,10 @@ impl Agent {
                 Via::Udp(_) if self.setup.relay_only => {}
                 Via::Udp(to) => self.out.push_back(Output::Datagram {
                     to,
+                    local: match answering {
+                        Some((from, local)) if from == to => Some(local),
+                        Some(_) | None => self.sources.of(to),
+                    },
                     bytes: transmit.bytes,
                     dont_fragment: transmit.dont_fragment,
                 }),

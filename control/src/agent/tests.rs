@@ -309,10 +309,10 @@ fn strangers_are_counted_wherever_they_come_from() {
             .handle_relayed_data(now, RegionId(900), node(2).0, 1)
             .is_some()
     );
-    agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), b"junk");
+    agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), None, b"junk");
     let mut disco = disco::MAGIC.to_vec();
     disco.resize(120, 7);
-    agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), &disco);
+    agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), None, &disco);
     let around = Surroundings {
         hostname: "a".into(),
         node_key: node(1).0,
@@ -433,11 +433,11 @@ fn what_cannot_be_opened_is_told_of_a_peer_only_from_where_it_is_known_to_be() {
     }
 }
 
-/// A DISCO Ping of the node with this seed to the one with seed 1.
-fn disco_ping(seed: u8) -> Vec<u8> {
+/// The DISCO Ping number `n` of the node with this seed to the one with seed 1.
+fn disco_ping(seed: u8, n: u8) -> Vec<u8> {
     let (node_key, private) = node(seed);
     let ping = disco::Message::Ping {
-        tx_id: [7; 12],
+        tx_id: [n; 12],
         node_key: Some(node_key),
         padding: 0,
     };
@@ -470,11 +470,11 @@ fn what_others_route_hides_no_address_of_a_peer() {
             outputs(agent).iter().filter(|o| is_there(o)).count()
         };
         assert!(sent(&mut agent) > 0, "{routes:?}");
-        agent.handle_datagram(now, now, to, &disco_ping(2));
+        agent.handle_datagram(now, now, to, None, &disco_ping(2, 1));
         assert!(sent(&mut agent) > 0, "{routes:?}: a Pong");
         // A node's own address inside the tunnel is no address outside of it.
         let inner = "10.7.0.2:41641".parse().unwrap();
-        agent.handle_datagram(now, now, inner, &disco_ping(2));
+        agent.handle_datagram(now, now, inner, None, &disco_ping(2, 2));
         let bad: u64 = agent
             .paths
             .drops()
@@ -483,4 +483,50 @@ fn what_others_route_hides_no_address_of_a_peer() {
             .sum();
         assert_eq!((sent(&mut agent), bad), (0, 1));
     }
+}
+
+/// What the agent sends to `to`, with the address it is to leave from.
+fn sent(agent: &mut Agent, to: SocketAddr) -> Vec<Option<IpAddr>> {
+    let outputs = outputs(agent).into_iter();
+    let datagrams = outputs.filter_map(|output| {
+        if let Output::Datagram { to: t, local, .. } = output {
+            (t == to).then_some(local)
+        } else {
+            None
+        }
+    });
+    datagrams.collect()
+}
+
+#[test]
+fn a_peer_is_answered_from_the_address_it_came_to_and_asked_from_there() {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network(2));
+    let peer: SocketAddr = "203.0.113.2:41641".parse().unwrap();
+    let ping = |n| disco_ping(2, n);
+    outputs(&mut agent);
+    let [first, second] = ["198.51.100.2", "192.0.2.2"].map(|ip| ip.parse::<IpAddr>().unwrap());
+    agent.handle_datagram(now, now, peer, Some(first), &ping(1));
+    let answers = sent(&mut agent, peer);
+    assert_eq!(answers, [Some(first); 2], "a Pong and a Ping");
+    // Another uplink: its Ping is answered by it, and later Pings leave there too.
+    let later = now + Duration::from_secs(1);
+    agent.handle_datagram(later, later, peer, Some(second), &ping(2));
+    assert!(
+        sent(&mut agent, peer)
+            .iter()
+            .all(|local| *local == Some(second))
+    );
+    agent.handle_timeout(later + Duration::from_secs(1), &|_| Activity::default());
+    let quick = sent(&mut agent, peer);
+    assert!(!quick.is_empty() && quick.iter().all(|local| *local == Some(second)));
+    // Without that address routing chooses again.
+    let eth = crate::netcheck::Interface {
+        name: "eth0".into(),
+        addrs: vec![first],
+    };
+    agent.handle_interfaces(later, &[eth], true);
+    outputs(&mut agent);
+    agent.handle_datagram(later, later, peer, None, &ping(3));
+    assert!(sent(&mut agent, peer).iter().all(Option::is_none));
 }

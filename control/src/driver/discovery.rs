@@ -1,7 +1,7 @@
 //! The discovery sockets: DISCO and STUN datagrams on the tunnel's own UDP port.
 //!
 //! The data plane opens them as members of its reuse-port group; here they are read in batches,
-//! with the kernel's time of arrival, and written to. A datagram for the wrong family or without
+//! with the kernel's time of arrival and the address they were sent to, and written to. A datagram for the wrong family or without
 //! a route is not an error worth ending anything: it is reported to the caller by its errno.
 
 use std::io;
@@ -9,8 +9,11 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use nix::errno::Errno;
+use nix::libc::{in_addr, in_pktinfo, in6_addr, in6_pktinfo};
 use nix::sys::socket::{
-    ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt,
+    ControlMessage, ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, sendmsg, setsockopt,
+    sockopt,
 };
 use ringtail_dataplane::set_dont_fragment;
 use std::os::fd::{AsFd as _, AsRawFd as _};
@@ -38,6 +41,8 @@ pub struct Datagram {
     pub at: Instant,
     /// The sender; IPv4 is never in its mapped IPv6 form.
     pub from: SocketAddr,
+    /// Which of our addresses it was sent to, if the socket was told to say so.
+    pub local: Option<IpAddr>,
     /// The payload.
     pub bytes: Vec<u8>,
 }
@@ -93,43 +98,102 @@ impl Discovery {
         Ok(())
     }
 
-    /// Sends one datagram, with the don't-fragment bit if that is asked for.
+    /// Sends one datagram, from `local` if that is still ours, else from where routing says, and with
+    /// the don't-fragment bit if that is asked for.
     ///
     /// # Errors
     /// What the kernel said; `EAFNOSUPPORT` when the family is not to be had, `EMSGSIZE` when the
     /// datagram may not be fragmented and is larger than the device's MTU.
-    pub fn send(&self, to: SocketAddr, bytes: &[u8], dont_fragment: bool) -> io::Result<()> {
+    pub fn send(
+        &self,
+        to: SocketAddr,
+        local: Option<IpAddr>,
+        bytes: &[u8],
+        dont_fragment: bool,
+    ) -> io::Result<()> {
         let socket = match to {
             SocketAddr::V4(_) => &self.v4,
-            SocketAddr::V6(_) => self.v6.as_ref().ok_or_else(|| {
-                io::Error::from_raw_os_error(nix::errno::Errno::EAFNOSUPPORT as i32)
-            })?,
+            SocketAddr::V6(_) => self
+                .v6
+                .as_ref()
+                .ok_or_else(|| io::Error::from_raw_os_error(Errno::EAFNOSUPPORT as i32))?,
         };
         if !dont_fragment {
-            return send_now(socket, to, bytes);
+            return send_now(socket, to, local, bytes);
         }
         // The bit is the socket's, and only this thread sends from it.
         set_dont_fragment(socket.as_fd(), to.is_ipv6(), true)?;
-        let sent = send_now(socket, to, bytes);
+        let sent = send_now(socket, to, local, bytes);
         set_dont_fragment(socket.as_fd(), to.is_ipv6(), false)?;
         sent
     }
 }
 
+/// Sends from `local` if that is still ours, else from where routing says.
+fn send_now(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    local: Option<IpAddr>,
+    bytes: &[u8],
+) -> io::Result<()> {
+    match send_from(socket, to, local, bytes) {
+        Err(error) if local.is_some() && !is_about_datagram(error) => {
+            Ok(send_from(socket, to, None, bytes)?)
+        }
+        result => Ok(result?),
+    }
+}
+
+/// Whether leaving out the source would change nothing.
+fn is_about_datagram(error: Errno) -> bool {
+    use Errno::{EAGAIN, EMSGSIZE, ENOBUFS, EPERM};
+    [EAGAIN, EMSGSIZE, ENOBUFS, EPERM].contains(&error)
+}
+
 /// Straight to the kernel: nobody waits for room here, and the runtime may not have noticed yet that
 /// a new socket can be written to.
-fn send_now(socket: &UdpSocket, to: SocketAddr, bytes: &[u8]) -> io::Result<()> {
-    nix::sys::socket::sendto(
+fn send_from(
+    socket: &UdpSocket,
+    to: SocketAddr,
+    local: Option<IpAddr>,
+    bytes: &[u8],
+) -> nix::Result<()> {
+    // Routing, which knows the source, picks the interface.
+    let v4 = local.and_then(|ip| match ip {
+        IpAddr::V4(ip) => Some(in_pktinfo {
+            ipi_ifindex: 0,
+            ipi_spec_dst: in_addr {
+                s_addr: u32::from_ne_bytes(ip.octets()),
+            },
+            ipi_addr: in_addr { s_addr: 0 },
+        }),
+        IpAddr::V6(_) => None,
+    });
+    let v6 = local.and_then(|ip| match ip {
+        IpAddr::V6(ip) => Some(in6_pktinfo {
+            ipi6_addr: in6_addr {
+                s6_addr: ip.octets(),
+            },
+            ipi6_ifindex: 0,
+        }),
+        IpAddr::V4(_) => None,
+    });
+    let control: Vec<ControlMessage<'_>> = match to {
+        SocketAddr::V4(_) => v4.iter().map(ControlMessage::Ipv4PacketInfo).collect(),
+        SocketAddr::V6(_) => v6.iter().map(ControlMessage::Ipv6PacketInfo).collect(),
+    };
+    sendmsg(
         socket.as_raw_fd(),
-        bytes,
-        &SockaddrStorage::from(to),
+        &[io::IoSlice::new(bytes)],
+        &control,
         MsgFlags::MSG_DONTWAIT,
+        Some(&SockaddrStorage::from(to)),
     )?;
     Ok(())
 }
 
 fn read_one(socket: &UdpSocket, buffer: &mut [u8], clock: &Clock) -> io::Result<Option<Datagram>> {
-    let mut control = nix::cmsg_space!(nix::sys::time::TimeSpec, [u8; 64]);
+    let mut control = nix::cmsg_space!(nix::sys::time::TimeSpec, in6_pktinfo, [u8; 64]);
     let mut parts = [io::IoSliceMut::new(buffer)];
     let message = recvmsg::<SockaddrStorage>(
         socket.as_raw_fd(),
@@ -138,14 +202,16 @@ fn read_one(socket: &UdpSocket, buffer: &mut [u8], clock: &Clock) -> io::Result<
         MsgFlags::MSG_DONTWAIT,
     )
     .map_err(io::Error::from)?;
-    let stamp = message.cmsgs().ok().and_then(|mut all| {
-        all.find_map(|one| {
-            let ControlMessageOwned::ScmTimestampns(stamp) = one else {
-                return None;
-            };
-            Some(Duration::from(stamp))
-        })
-    });
+    let (mut stamp, mut local) = (None, None);
+    for one in message.cmsgs().into_iter().flatten() {
+        if let ControlMessageOwned::ScmTimestampns(at) = one {
+            stamp = Some(Duration::from(at));
+        } else if let ControlMessageOwned::Ipv4PacketInfo(info) = one {
+            local = Some(IpAddr::from(info.ipi_spec_dst.s_addr.to_ne_bytes()));
+        } else if let ControlMessageOwned::Ipv6PacketInfo(info) = one {
+            local = Some(IpAddr::from(info.ipi6_addr.s6_addr));
+        }
+    }
     let (len, truncated) = (message.bytes, message.flags.contains(MsgFlags::MSG_TRUNC));
     let from = message.address.and_then(socket_addr);
     let Some(from) = from.filter(|_| !truncated) else {
@@ -154,6 +220,7 @@ fn read_one(socket: &UdpSocket, buffer: &mut [u8], clock: &Clock) -> io::Result<
     Ok(Some(Datagram {
         at: clock.instant_of(stamp),
         from,
+        local,
         bytes: buffer[..len].to_vec(),
     }))
 }
@@ -217,8 +284,8 @@ mod tests {
             let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
             let mut sockets = Discovery::new(v4, Some(v6))?;
             let before = Clock::now().monotonic;
-            sockets.send(to4, b"four", false)?;
-            sockets.send(to6, b"six", false)?;
+            sockets.send(to4, None, b"four", false)?;
+            sockets.send(to6, None, b"six", false)?;
             let mut got = Vec::new();
             while got.len() < 2 {
                 sockets.receive(&mut got).await?;
@@ -244,9 +311,38 @@ mod tests {
             let sockets = Discovery::new(v4, Some(v6))?;
             let bytes = vec![0; 65_527];
             for _ in 0..2 {
-                let refused = sockets.send(to, &bytes, true).unwrap_err();
+                let refused = sockets.send(to, None, &bytes, true).unwrap_err();
                 anyhow::ensure!(refused.raw_os_error() == Some(nix::libc::EMSGSIZE));
-                sockets.send(to, &bytes, false)?;
+                sockets.send(to, None, &bytes, false)?;
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn an_answer_leaves_from_the_address_that_the_question_was_sent_to() {
+        runtime::block_on(|_| async {
+            let v4 = std::net::UdpSocket::bind("0.0.0.0:0")?;
+            setsockopt(&v4, sockopt::Ipv4PacketInfo, &true)?;
+            let port = v4.local_addr()?.port();
+            let mut sockets = Discovery::new(v4, None)?;
+            let peer = UdpSocket::bind("127.0.0.1:0").await?;
+            let ours: IpAddr = "127.0.0.9".parse()?;
+            peer.send_to(b"ping", (ours, port)).await?;
+            let mut got = Vec::new();
+            sockets.receive(&mut got).await?;
+            anyhow::ensure!(got[0].local == Some(ours));
+            let strangers: IpAddr = "192.0.2.9".parse()?;
+            for (local, from) in [
+                (Some(ours), "127.0.0.9"),
+                (None, "127.0.0.1"),
+                // No longer ours: the datagram leaves all the same.
+                (Some(strangers), "127.0.0.1"),
+            ] {
+                sockets.send(got[0].from, local, b"pong", false)?;
+                let (_, seen) = peer.recv_from(&mut [0; 16]).await?;
+                anyhow::ensure!(seen == (from.parse::<IpAddr>()?, port).into(), "{seen}");
             }
             Ok(())
         })

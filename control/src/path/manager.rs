@@ -11,8 +11,8 @@ use ringtail_dataplane::channel::{self, Activity, PEERS_MAX, PathDecision, PeerI
 use super::peer::{At, Peer, PeerKey};
 use super::shared::Shared;
 use super::{
-    CACHED_PATH_AGE_MAX, CACHED_PATHS_MAX, CachedPath, Config, Drop, Event, LinkChange, PeerSetup,
-    PingId, Purpose, Route, Status, Transmit,
+    CACHED_PATH_AGE_MAX, CACHED_PATHS_MAX, CachedPath, Config, Drop, Event, Heard, LinkChange,
+    PeerSetup, PingId, Purpose, Route, Status, Transmit,
 };
 use crate::disco::{self, Class, Message, OpenError, ParseError, SharedKey};
 use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
@@ -123,7 +123,7 @@ impl Manager {
         self.for_all(now, |peer, shared| peer.link_changed(now, shared, change));
     }
 
-    /// Takes a DISCO datagram from the underlay port, received at `now`.
+    /// Takes a DISCO datagram from the underlay port, received at `now`, and says what it was.
     ///
     /// # Errors
     /// Why it was dropped; it has been counted under that name.
@@ -132,7 +132,7 @@ impl Manager {
         now: Instant,
         from: SocketAddr,
         bytes: &[u8],
-    ) -> Result<(), Drop> {
+    ) -> Result<Heard, Drop> {
         let from = SocketAddr::new(from.ip().to_canonical(), from.port());
         let result = self.datagram(now, from, bytes);
         self.counted(result)
@@ -327,7 +327,7 @@ impl Manager {
         self.shared.counters.named()
     }
 
-    fn counted(&mut self, result: Result<(), Drop>) -> Result<(), Drop> {
+    fn counted<T>(&mut self, result: Result<T, Drop>) -> Result<T, Drop> {
         result.inspect_err(|drop| self.shared.counters.count(*drop))
     }
 
@@ -359,7 +359,7 @@ impl Manager {
             .unwrap_or_default()
     }
 
-    fn datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) -> Result<(), Drop> {
+    fn datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) -> Result<Heard, Drop> {
         let (sender, message) = self.open(bytes)?;
         if !self.shared.admission.admits(from) {
             return Err(Drop::BadSource);
@@ -384,9 +384,11 @@ impl Manager {
                 let sent = self.with(now, answering, |peer, shared| {
                     peer.pong(now, shared, route, tx_id)
                 });
-                sent.unwrap_or(Ok(()))
+                sent.unwrap_or(Ok(())).map(|()| Heard::Ping)
             }
-            Message::Pong { tx_id, source } => self.pong(now, &ids, true, &tx_id, source),
+            Message::Pong { tx_id, source } => self
+                .pong(now, &ids, true, &tx_id, source)
+                .map(|()| Heard::Pong),
             Message::CallMeMaybe { .. } => Err(Drop::CallMeMaybeOverUdp),
         }
     }

@@ -241,6 +241,15 @@ pub struct Transmit {
     pub bytes: Vec<u8>,
 }
 
+/// What a peer said over UDP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// It asks whether we can be reached.
+    Ping,
+    /// It answered a Ping of ours.
+    Pong,
+}
+
 /// Names a ping that a user asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PingId(pub u64);

@@ -65,6 +65,7 @@ mod tests {
         PathDecision {
             generation,
             udp: None,
+            local: None,
             derp: None,
             trust_until: None,
             silence_limit: Duration::from_secs(1),

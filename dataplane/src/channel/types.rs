@@ -63,6 +63,9 @@ pub struct PathDecision {
     pub generation: u64,
     /// The best direct address, trusted or not.
     pub udp: Option<SocketAddr>,
+    /// Which of our addresses to send to `udp` from, where routing would choose another: the one
+    /// that the path was validated with.
+    pub local: Option<IpAddr>,
     /// The region at which the peer can be reached by relay.
     pub derp: Option<RegionId>,
     /// `udp` is used alone up to this moment; after it data goes both ways. The shard compares it

@@ -126,8 +126,11 @@ impl Path {
         }
     }
 
-    /// Lets routing choose the local address, until the peer is heard again.
+    /// Lets routing choose the local address, until the peer is heard again or the next decision.
     pub(crate) fn unstick(&mut self) {
+        if let Some(decision) = &mut self.decision {
+            decision.local = None;
+        }
         if let Some(at) = self.follow {
             self.move_to(Whereabouts { local: None, ..at });
         }
@@ -183,10 +186,12 @@ impl Path {
             .decision
             .as_ref()
             .map_or((None, None), |d| (d.udp, d.derp));
+        let local = self.decision.as_ref().and_then(|d| d.local);
         let way = Way {
             udp,
             relay: derp,
-            local: None,
+            // Elsewhere routing names the interface.
+            local: local.map(|addr| Local { addr, interface: 0 }),
             singly,
         };
         if self.sure(now) {
@@ -195,6 +200,7 @@ impl Path {
         match (udp, derp, self.heard) {
             (None, None, Some(Source::Udp(from))) => Way {
                 udp: Some(from),
+                local: None,
                 ..way
             },
             (None, None, Some(Source::Relay(region))) => Way {
@@ -381,6 +387,8 @@ impl Path {
 
 #[cfg(test)]
 mod tests {
+    use std::net::IpAddr;
+
     use super::*;
 
     const PEER: PeerId = PeerId(3);
@@ -424,6 +432,7 @@ mod tests {
             let decision = PathDecision {
                 generation: self.generation,
                 udp: udp.map(addr),
+                local: None,
                 derp: derp.map(RegionId),
                 trust_until: trust_ms.map(|ms| self.at(ms)),
                 silence_limit: LIMIT,
@@ -521,6 +530,28 @@ mod tests {
         told.clear();
         elsewhere(&mut rig, 6005, &mut told);
         assert_eq!(told, [Event::Silent(PEER)]);
+    }
+
+    #[test]
+    fn the_local_address_of_a_decision_is_sent_from_until_the_kernel_refuses_it() {
+        let mut rig = Rig::new();
+        rig.decide(0, Some(1), Some(7), Some(60_000));
+        assert_eq!(rig.path.way(rig.at(0)).local, None);
+        let here = IpAddr::from([192, 0, 2, 99]);
+        let mut decision = rig.path.decision.clone().unwrap();
+        decision.local = Some(here);
+        rig.path.decide(rig.at(1), decision.clone());
+        let way = rig.path.way(rig.at(1));
+        assert_eq!(way.local.map(|local| local.addr), Some(here));
+        assert_eq!(
+            rig.path.lend(rig.at(1)).unwrap().0,
+            way,
+            "guests do the same"
+        );
+        rig.path.unstick();
+        assert_eq!(rig.path.way(rig.at(2)).local, None);
+        rig.path.decide(rig.at(3), decision);
+        assert_eq!(rig.path.way(rig.at(3)), way);
     }
 
     #[test]

@@ -223,6 +223,7 @@ impl Loan {
         let decision = PathDecision {
             generation: 0,
             udp: Some(SocketAddr::from(([192, 0, 2, last], 1))),
+            local: None,
             derp: None,
             trust_until: None,
             silence_limit: Duration::from_secs(1),

@@ -142,6 +142,7 @@ fn meet(shard: &mut Shard<'_>, far: &[Far]) {
         let decision = PathDecision {
             generation: 0,
             udp: None,
+            local: None,
             derp: Some(REGION),
             trust_until: None,
             silence_limit: Duration::from_secs(1),
@@ -337,6 +338,7 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> PathDecision {
     PathDecision {
         generation: 1,
         udp,
+        local: None,
         derp: relay.then_some(REGION),
         trust_until: None,
         silence_limit: Duration::from_secs(1),

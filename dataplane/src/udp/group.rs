@@ -60,7 +60,8 @@ pub(crate) struct Wanted {
     pub(crate) fwmark: u32,
     pub(crate) gso: bool,
     pub(crate) gro: bool,
-    /// Device mode: receives say where they arrived, and there is no discovery socket.
+    /// Device mode: all receives say where they arrived, and there is no discovery socket. Elsewhere
+    /// those that are answered by themselves do: handshakes and discovery.
     pub(crate) device: bool,
 }
 
@@ -261,12 +262,12 @@ fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, data: bool) -> io:
     }
     if at.is_ipv4() {
         set_int(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
-        if wanted.device {
+        if wanted.device || !data {
             set_int(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
         }
     } else {
         set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
-        if wanted.device {
+        if wanted.device || !data {
             set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
         }
     }

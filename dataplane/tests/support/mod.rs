@@ -336,6 +336,7 @@ impl Pair {
             PathDecision {
                 generation,
                 udp: udp.map(|ip| SocketAddr::new(ip, port)),
+                local: None,
                 derp: relay.then_some(RegionId(7)),
                 trust_until: Some(Instant::now() + trust),
                 silence_limit: Duration::from_secs(1),

@@ -63,7 +63,7 @@ impl Node {
                 return Taken::All;
             }
             if let Some((from, bytes)) = stray {
-                self.agent.handle_datagram(now, now, from, &bytes);
+                self.agent.handle_datagram(now, now, from, None, &bytes);
             }
             if let Some(event) = event {
                 use ringtail_dataplane::channel::Event;
@@ -339,6 +339,12 @@ impl Node {
         let changed = fresh != self.default_sources;
         self.default_sources = fresh;
         changed
+    }
+
+    /// Which of our addresses to name in what is sent to `to`: none where routing chooses it anyway,
+    /// lest it sticks when routing changes its mind.
+    pub(super) fn named_source(&self, to: SocketAddr, local: Option<IpAddr>) -> Option<IpAddr> {
+        local.filter(|local| source_address(to, self.fwmark) != Some(*local))
     }
 
     pub(super) fn list_interfaces(&mut self, now: Instant) {

@@ -182,7 +182,8 @@ impl Node {
                     received?;
                     let now = now();
                     for datagram in datagrams.drain(..) {
-                        self.agent.handle_datagram(now, datagram.at, datagram.from, &datagram.bytes);
+                        let Datagram { at, from, local, bytes } = datagram;
+                        self.agent.handle_datagram(now, at, from, local, &bytes);
                     }
                 }
                 event = next(&mut self.coord) => {
@@ -224,22 +225,28 @@ impl Node {
         while let Some(output) = self.agent.poll_output() {
             match output {
                 Output::SetNetwork(network) => self.dataplane.set_network(network),
-                Output::SetPath(peer, decision) => self.dataplane.set_path(peer, decision),
+                Output::SetPath(peer, mut decision) => {
+                    let named = |to| self.named_source(to, decision.local);
+                    decision.local = decision.udp.and_then(named);
+                    self.dataplane.set_path(peer, decision);
+                }
                 Output::Initiate(peer) => self.dataplane.initiate(peer),
                 Output::Unopened(peer, bytes) => self.dataplane.unopened(peer, bytes),
                 Output::Configure(overlay) => self.hostnet.set_overlay(overlay),
                 Output::Datagram {
                     to,
+                    local,
                     bytes,
                     dont_fragment,
                 } => {
-                    if let Err(error) = self.discovery.send(to, &bytes, dont_fragment) {
+                    let local = self.named_source(to, local);
+                    if let Err(error) = self.discovery.send(to, local, &bytes, dont_fragment) {
                         let errno = error.raw_os_error().unwrap_or_default();
                         self.agent.handle_send_error(now(), to, errno, bytes.len());
                     }
                 }
                 Output::Stun { to, bytes } => {
-                    if let Err(error) = self.discovery.send(to, &bytes, false) {
+                    if let Err(error) = self.discovery.send(to, None, &bytes, false) {
                         let errno = error.raw_os_error().unwrap_or_default();
                         self.agent.handle_stun_error(now(), to, errno);
                     }

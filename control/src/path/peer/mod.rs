@@ -389,6 +389,7 @@ impl Peer {
         PathDecision {
             generation: 0,
             udp,
+            local: None,
             derp: self.region(),
             trust_until,
             silence_limit: sh.config.silence_limit,

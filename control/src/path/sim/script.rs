@@ -220,7 +220,7 @@ impl Script {
         let bytes = self.seal(message);
         let result = self.paths.handle_datagram(self.now, from, &bytes);
         self.drain();
-        result
+        result.map(|_| ())
     }
 
     /// A message of the peer arrives by relay.
