@@ -44,6 +44,7 @@ use super::clock::{at, now, wall};
 use super::control_url::ByteStream;
 use super::coord_store::{Database, Store};
 use super::noise_stream::NoiseStream;
+use super::sleep;
 use crate::coord::auth_key::{self, KeyCheck};
 use crate::coord::frames::{Codec, encode};
 use crate::coord::limit::{FailureLimit, LogLimit};
@@ -278,7 +279,7 @@ impl CoordServer {
             write_at: None,
         };
         let actor = tokio::spawn(actor.run(asked, ends));
-        let mut tasks = Vec::new();
+        let mut tasks = vec![tokio::spawn(sleep::watch())];
         for listener in config.listeners {
             listener
                 .set_nonblocking(true)

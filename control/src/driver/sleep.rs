@@ -73,6 +73,15 @@ impl Watch {
     }
 }
 
+/// Watches for ever, for the sake of those who wait in [`clock::at`].
+pub(super) async fn watch() {
+    let mut watch = Watch::new();
+    loop {
+        watch.jump().await;
+        watch.look();
+    }
+}
+
 fn timer() -> std::io::Result<AsyncFd<OwnedFd>> {
     let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
     let timer = timerfd_create(TimerfdClockId::Realtime, flags)?;

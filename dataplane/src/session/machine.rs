@@ -551,6 +551,7 @@ impl Machine {
         };
         if !keypair.opens(now) {
             (0..datagrams.len().div_ceil(stride)).for_each(|_| dropped(DropReason::SessionExpired));
+            report.expired = true;
             return report;
         }
         let with_data = opened.len();

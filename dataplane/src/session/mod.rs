@@ -389,6 +389,8 @@ pub struct OpenReport {
     pub bytes: usize,
     /// Whether keys came.
     pub change: Change,
+    /// The keys are too old to open anything: the peer goes on with what we have given up.
+    pub expired: bool,
 }
 
 /// Messages that were put into a send buffer.

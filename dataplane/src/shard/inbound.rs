@@ -207,6 +207,7 @@ impl Shard<'_> {
             return false;
         };
         let counters = &mut ctx.counters;
+        let len = datagrams.len();
         let report = session.open(
             engine,
             ctx.now,
@@ -227,6 +228,9 @@ impl Shard<'_> {
         self.filter_and_merge(id, datagrams, tos);
         if report.change == Change::Up {
             self.session_up(id);
+        }
+        if report.expired {
+            self.unopened(id, len);
         }
         true
     }

@@ -56,7 +56,8 @@ const UNOPENED_PER_SECOND: u32 = 50;
 const UNOPENED_BURST: u32 = 100;
 /// Who is heard is not asked for a handshake because of such data.
 const UNOPENED_QUIET: Duration = Duration::from_secs(1);
-/// Sources of such data told to the control thread a second, and at once.
+/// Sources of such data told to the control thread a second, and at once, by all shards together (but
+/// each may tell of one).
 const STRANGERS_PER_SECOND: u32 = 20;
 const STRANGERS_BURST: u32 = 20;
 /// Counters are published this often while packets flow, and once after.
@@ -192,6 +193,7 @@ struct Shard<'a> {
 impl<'a> Shard<'a> {
     fn new(seat: &'a Seat, inbox: &'a Inbox, sockets: Arc<Sockets>, now: Instant) -> Shard<'a> {
         let sender = Sender::new(sockets, seat.gso);
+        let shards = u32::try_from(seat.hub.inboxes.len()).unwrap_or(1);
         let mut coalescer = Coalescer::new();
         coalescer.set_kinds(seat.merging.kinds());
         Shard {
@@ -216,7 +218,11 @@ impl<'a> Shard<'a> {
             published: seat.published.clone(),
             publish_at: now,
             unopened: Bucket::new(now, UNOPENED_PER_SECOND, UNOPENED_BURST),
-            strangers: Bucket::new(now, STRANGERS_PER_SECOND, STRANGERS_BURST),
+            strangers: Bucket::new(
+                now,
+                (STRANGERS_PER_SECOND / shards).max(1),
+                (STRANGERS_BURST / shards).max(1),
+            ),
         }
     }
 

@@ -468,3 +468,30 @@ fn a_handshake_asked_for_before_there_is_a_way_goes_out_with_the_first() {
     shard.commands();
     assert_eq!(sent(&mut shard).len(), 1);
 }
+
+#[test]
+fn who_goes_on_with_keys_that_are_too_old_here_gets_an_initiation() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
+    shard.initiate(far.id, false);
+    let initiation = sent(&mut shard).remove(0).1;
+    far.answer(&mut shard, &initiation);
+    let confirmation = sent(&mut shard).remove(0).1;
+    let now = shard.ctx.now;
+    let index = u32::from_le_bytes(*confirmation[4..].first_chunk().unwrap());
+    let (engine, session) = (&mut far.engine, &mut far.session);
+    let mut opened = Opened::new(seat.kind);
+    let mut bytes = confirmation;
+    session.open(engine, now, index, &mut bytes, 32, &mut opened, |_| {});
+    let mut data = vec![0; 160];
+    session.seal(engine, now, &mut data, 160).unwrap();
+    // By the sleeper's clock; the peer's has not gone on.
+    shard.ctx.now += Duration::from_secs(200);
+    comes_by_relay(&shard, far.id, &[data]);
+    shard.relayed();
+    assert_eq!(dropped(&shard, DropReason::SessionExpired), 1);
+    let messages = sent(&mut shard);
+    assert_eq!((messages.len(), messages[0].1.len()), (1, INITIATION_LEN));
+}
