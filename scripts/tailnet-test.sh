@@ -176,6 +176,75 @@ NFT
 }
 none_came() { SAID=$(lab_in "$1" nft list table inet count | grep -o 'packets [0-9]*') && [ "$SAID" = "packets 0" ]; }
 
+# An administrator deletes one of ours, which has a key at hand that would let it in again. Headscale tells it
+# nothing and keeps its stream alive.
+row_removed() {
+  tailnet_up
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  tailnet_ringtail a a
+  tailnet_ringtail b b
+  ready a b || return 0
+  hs_delete a
+  check "a removed node ends by itself" within 90 not lab_alive node-a
+  local code=0
+  wait "$(lab_pid node-a)" || code=$?
+  check "with the exit code of those that may not take part" [ "$code" = 77 ]
+  check "and last words that say what to do" last_words a 'was removed from the network.*start ringtail again with an auth key'
+  check "and did not join again" not hs_id a
+  tailnet_start a
+  check "a person starts it again, and it is let in" within 20 tailnet_online a
+}
+last_words() { tail -n 1 "$LAB_DIR/node-$1.log" | grep -q "$2"; }
+
+# Keys expire, of a peer and of our own; an exit node is approved, and nobody chose it.
+row_standing() {
+  tailnet_up
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  lab_host c 203.0.113.13
+  tailnet_ringtail a a
+  tailnet_tailscaled b b --advertise-exit-node
+  tailnet_ringtail c c --advertise-routes 0.0.0.0/0,::/0,10.66.0.0/16
+  ready a b c || return 0
+  hs_routes b 0.0.0.0/0,::/0
+  hs_routes c 0.0.0.0/0,::/0,10.66.0.0/16
+  check "status says of both that they are not used" within 10 not_used 2
+  check "a and the exit node b go direct" goes_direct a b
+  check "a and the exit node c go direct" goes_direct a c
+  ip -n "${LAB}b" addr add 198.18.0.1/32 dev lo
+  check "an exit node that is a tailscaled does not send from the internet" spoofed b 198.18.0.1
+  ip -n "${LAB}c" addr add 198.18.0.1/32 dev lo
+  check "nor one that is ours" spoofed c 198.18.0.1
+  ip -n "${LAB}c" addr add 10.66.0.1/32 dev lo
+  check "its subnet's addresses it may send from" lab_in c ping -qc 3 -i 0.2 -W 2 -I 10.66.0.1 "$(tailnet_ip a)"
+  hs_expire b
+  check "a peer whose key has expired is shown so" within 10 shows_expired a b
+  check "and gets no answer" not tailnet_pings b a 1
+  hs_expire a
+  check "its own expiry is in the status of a, with an exit code" within 10 own_expiry a
+  check "and once in its log" [ "$(grep -c "this node's key has expired" "$LAB_DIR/node-a.log")" = 1 ]
+  tailnet_stop a
+  tailnet_start a
+  check "a start with an auth key makes it good again" within 20 tailnet_pings a c 1
+}
+not_used() { [ "$(rt a status | grep -c '0.0.0.0/0 of .* is not used: no exit node is chosen')" = "$1" ]; }
+# Of three pings none is taken, and all are counted.
+spoofed() {
+  local before dropped
+  before=$(echoes) dropped=$(rt a status --json | jq .drops.source_not_allowed)
+  lab_in "$1" ping -qc 3 -i 0.2 -W 1 -I "$2" "$(tailnet_ip a)" || true
+  SAID="$(($(echoes) - before)) arrived, $(($(rt a status --json | jq .drops.source_not_allowed) - dropped)) counted"
+  [ "$SAID" = "0 arrived, 3 counted" ]
+}
+echoes() { lab_in a awk '/^Icmp: [0-9]/ { print $10 }' /proc/net/snmp; }
+shows_expired() { rt "$1" status | grep -qE "^$2 .* key expired at 20"; }
+own_expiry() {
+  local code=0
+  rt "$1" status >"$LAB_DIR/said" || code=$?
+  [ "$code" = 77 ] && grep -q 'problem: this node.s key expired at 20.*--auth-key-file' "$LAB_DIR/said"
+}
+
 # Only alice's nodes may begin, and only to bob's port 7000 and by ping, which has no ports.
 row_filter() {
   tailnet_up

@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
 use ringtail_dataplane::channel::{PEERS_MAX, PeerConfig, PeerId};
 
 use super::network::{NetworkPeer, prefix};
@@ -76,22 +77,9 @@ impl Directory {
     /// # Errors
     /// A sentence that says what is known instead.
     pub fn find(&self, text: &str) -> Result<PeerId, String> {
-        let address: Option<IpAddr> = text.parse().ok();
-        let key: Option<NodePublic> = text.parse().ok();
-        let wanted = text.trim_end_matches('.');
-        let named = |peer: &NetworkPeer| {
-            let name = peer.name.trim_end_matches('.');
-            name.eq_ignore_ascii_case(wanted)
-                || name
-                    .split('.')
-                    .next()
-                    .is_some_and(|label| label.eq_ignore_ascii_case(wanted))
-        };
-        let found = self.iter().find(|(_, peer)| {
-            named(peer)
-                || Some(peer.node_key) == key
-                || address.is_some_and(|a| peer.addresses.iter().any(|net| net.addr() == a))
-        });
+        let found = self
+            .iter()
+            .find(|(_, peer)| is_meant(text, &peer.name, peer.node_key, &peer.addresses));
         found.map(|(id, _)| id).ok_or_else(|| {
             let names: Vec<&str> = self
                 .by_id
@@ -120,6 +108,18 @@ impl Directory {
     pub fn refused(&self) -> u64 {
         self.refused
     }
+}
+
+/// Whether a person means this node: by name (whole, or its first label), inner address, or key.
+pub(super) fn is_meant(text: &str, name: &str, key: NodePublic, addresses: &[IpNet]) -> bool {
+    let wanted = text.trim_end_matches('.');
+    let name = name.trim_end_matches('.');
+    let label = name.split('.').next().unwrap_or(name);
+    let address: Option<IpAddr> = text.parse().ok();
+    name.eq_ignore_ascii_case(wanted)
+        || label.eq_ignore_ascii_case(wanted)
+        || text.parse() == Ok(key)
+        || address.is_some_and(|a| addresses.iter().any(|net| net.addr() == a))
 }
 
 #[cfg(test)]

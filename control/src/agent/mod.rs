@@ -523,7 +523,9 @@ impl Agent {
 
     /// Pings a peer for the question `question`; the answers follow as [`Output::Answer`].
     pub fn handle_ping(&mut self, now: Instant, question: u64, peer: &str) {
-        let started = self.directory.find(peer).and_then(|id| {
+        let found = self.directory.find(peer);
+        let found = found.map_err(|unknown| self.why_held_back(peer).unwrap_or(unknown));
+        let started = found.and_then(|id| {
             if self.pings.len() >= PINGS_MAX {
                 return Err("too many pings are under way; try again".into());
             }

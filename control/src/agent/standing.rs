@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 
+use super::directory::is_meant;
 use super::{Agent, HoldReason, Network, Standing};
 use crate::key::NodePublic;
 use crate::netmap::wire::WireTime;
@@ -47,6 +48,22 @@ impl Agent {
             tracing::info!(peer, why, "a peer is held back");
             self.story("held_back", json!({"peer": peer, "why": why}));
         }
+    }
+
+    /// Why the node that a person means takes no part; none if it is not held back.
+    pub(super) fn why_held_back(&self, text: &str) -> Option<String> {
+        let held_back = &self.network.as_ref()?.held_back;
+        let node = held_back
+            .iter()
+            .find(|node| is_meant(text, &node.name, node.node_key, &node.addresses))?;
+        let why = match node.why {
+            HoldReason::Expired => "its key has expired",
+            HoldReason::Jailed => "it may not open connections to this node",
+            HoldReason::Unreachable => "it has neither a DISCO key nor a relay",
+            HoldReason::NoAccess => "the network gives it no access",
+        };
+        let name = super::short_name(&node.name);
+        Some(format!("{name} is held back: {why}"))
     }
 
     /// What is wrong, for people; nothing where all is well.

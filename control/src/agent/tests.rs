@@ -188,7 +188,10 @@ fn a_peers_key_expires_by_the_wall_clock_with_nobody_to_tell_us() {
     assert_eq!(shown["name"], "b");
     assert_eq!(shown["expired"], true);
     assert_eq!(shown["key_expiry"], "2026-11-29T13:00:00Z");
-    // Told once, and nobody else gets its address.
+    agent.handle_ping(now + hour, 1, "b");
+    let why = |o: &Output| matches!(o, Output::Answer(1, answer) if answer["error"] == "b is held back: its key has expired");
+    assert!(outputs(&mut agent).iter().any(why));
+    // Told once.
     agent.handle_wall_clock(now + 2 * hour, NOON + 2 * hour);
     assert!(outputs(&mut agent).is_empty());
     // A clock that was wrong is put right.
