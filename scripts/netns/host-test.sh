@@ -4,8 +4,8 @@
 #
 #   scripts/netns/host-test.sh
 #
-#   lan 10.1.0.9 --+                  +-- b 10.2.0.2, a peer (fd10:2::2)
-#     a 10.1.0.2 --+-- r (10.N.0.1) --+-- c 10.3.0.2, the router that offers 10.0.0.0/8, 10.1.0.0/24, fd10::/16 ...
+#   lan 10.1.0.9 --+                  +-- b 10.2.0.2, a peer (2001:db8:2::2)
+#     a 10.1.0.2 --+-- r (10.N.0.1) --+-- c 10.3.0.2, the router that offers 10.0.0.0/8, 10.1.0.0/24, 2001:db8::/32 ...
 #                  +-- x 10.5.0.2     +-- s 10.4.0.2, relay and coordination
 #
 # Uses $RINGTAIL_BIN_DIR, target/debug by default. Needs root; without it the test is skipped aloud, or fails when
@@ -32,18 +32,18 @@ ip -n "${LAB}r" link set dev lan up
 wired() { # NAME SUBNET HOST
   lab_wire r "p_$1" "$1" eth0
   ip -n "$LAB$1" addr add "10.$2.0.$3/24" dev eth0
-  ip -n "$LAB$1" addr add "fd10:$2::$3/64" dev eth0 nodad
+  ip -n "$LAB$1" addr add "2001:db8:$2::$3/64" dev eth0 nodad
   if [ "$2" = 1 ]; then
     ip -n "${LAB}r" link set dev "p_$1" master lan
   else
     ip -n "${LAB}r" addr add "10.$2.0.1/24" dev "p_$1"
-    ip -n "${LAB}r" addr add "fd10:$2::1/64" dev "p_$1" nodad
+    ip -n "${LAB}r" addr add "2001:db8:$2::1/64" dev "p_$1" nodad
   fi
   ip -n "$LAB$1" route add default via "10.$2.0.1"
-  ip -n "$LAB$1" -6 route add default via "fd10:$2::1"
+  ip -n "$LAB$1" -6 route add default via "2001:db8:$2::1"
 }
 ip -n "${LAB}r" addr add 10.1.0.1/24 dev lan
-ip -n "${LAB}r" addr add fd10:1::1/64 dev lan nodad
+ip -n "${LAB}r" addr add 2001:db8:1::1/64 dev lan nodad
 wired a 1 2
 wired lan 1 9
 wired b 2 2
@@ -87,7 +87,7 @@ goes() { # ADDRESS WORDS: where a's kernel would send to
 all_answer() { lab_in a ping -q -i 0.05 -W 2 -c 30 "$1" | tee /dev/stderr | has ' 30 received, .*0% packet loss'; }
 rules() { ip -n "${LAB}a" rule | grep -c 'proto 114'; }
 
-APPROVED=(10.0.0.0/8 10.1.0.0/24 10.1.0.0/25 172.16.0.0/12 fd10::/16 192.0.2.0/24 0.0.0.0/1 128.0.0.0/1 0.0.0.0/0)
+APPROVED=(10.0.0.0/8 10.1.0.0/24 10.1.0.0/25 172.16.0.0/12 2001:db8::/32 192.0.2.0/24 0.0.0.0/1 128.0.0.0/1 0.0.0.0/0)
 OFFERED=$(IFS=,; echo "${APPROVED[*]}")
 relay
 lab_wait_file "$LAB_DIR/relay/derp-node.json" 20
@@ -108,7 +108,7 @@ lab_spawn a lan-ping ping -q -i 0.1 10.1.0.9
 node a
 check "a learns of both" within 30 eval '[ -n "$(inner a b)" ] && [ -n "$(inner a c)" ]'
 check "the covering route is in force" within 10 goes 10.77.0.1 ringtail0
-check "the covering route is in force in IPv6" within 10 goes fd10:77::1 ringtail0
+check "the covering route is in force in IPv6" within 10 goes 2001:db8:77::1 ringtail0
 B=$(inner a b)
 STARTED=$(date +%s%N)
 lab_spawn a first-ping ping -q -c 3 -i 0.2 "$B"
@@ -118,7 +118,7 @@ check "30 of 30 pings answered through the tunnel, with relay, coordination and 
 check "and still direct" direct a b
 check "the main tables are untouched while it runs" main_untouched
 check "the LAN keeps its route" goes 10.1.0.9 "dev eth0"
-check "and its IPv6 route" goes fd10:1::9 "dev eth0"
+check "and its IPv6 route" goes 2001:db8:1::9 "dev eth0"
 check "a part of the LAN is not routed elsewhere" goes 10.1.0.100 "dev eth0"
 check "the internet is not taken by default routes in pieces" goes 198.51.100.1 "via 10.1.0.1"
 check "the resolver's server stays outside" goes 10.4.0.53 "via 10.1.0.1"
@@ -130,6 +130,30 @@ check "the log tells it once" eval '[ "$(grep -c "10.1.0.0/24: the host has" "$L
 check "the router keeps what it offers" eval 'ip -n "${LAB}c" route get 10.77.0.1 | has "via 10.3.0.1"'
 check "the router's own state has no route into the tunnel but peers'" eval \
   '[ "$(ip -n "${LAB}c" route show table 52 | grep -vc "^100\.")" = 0 ]'
+
+# ---- other underlays ---------------------------------------------------------------------------
+lab_in r nft -f - <<'NFT'
+table ip block { chain forward { type filter hook forward priority filter; policy accept; meta l4proto udp drop; }; }
+NFT
+check "over IPv6 too, inside a route of everything" within 15 eval 'status a | has "^b .* direct \[2001:db8:2::2\]"'
+check "30 of 30 pings answered that way" all_answer "$B"
+lab_in r nft delete table ip block
+lab_wire r p_second a eth1
+ip -n "${LAB}r" addr add 10.6.0.1/24 dev p_second
+ip -n "${LAB}a" addr add 10.6.0.2/24 dev eth1
+ip -n "${LAB}a" route add default via 10.6.0.1 table 100
+ip -n "${LAB}a" rule add from 10.6.0.2 lookup 100
+from_second() { ip -n "${LAB}a" route get 10.77.0.1 from 10.6.0.2 mark 0x80000 | has "via 10.6.0.1"; }
+check "the underlay follows the host's own rules, as for a second uplink" from_second
+ip -n "${LAB}a" rule del from 10.6.0.2 lookup 100
+ip -n "${LAB}a" link del eth1
+ip -n "${LAB}a" route add 10.2.0.0/24 dev ringtail0
+ip -n "${LAB}a" -6 route add 2001:db8:2::/64 dev ringtail0
+check "what somebody routes into the tunnel by hand is no way to a peer" within 15 not direct a b
+check "30 of 30 pings answered by relay meanwhile" all_answer "$B"
+ip -n "${LAB}a" route del 10.2.0.0/24 dev ringtail0
+ip -n "${LAB}a" -6 route del 2001:db8:2::/64 dev ringtail0
+check "and it is direct again without that" within 15 direct a b
 
 # ---- the host changes under it -----------------------------------------------------------------
 check "a network of containers goes into the tunnel before there is one here" goes 172.17.0.2 ringtail0
@@ -149,7 +173,7 @@ check "rules that a network manager flushes come back" within 5 goes 10.77.0.1 r
 ip -n "${LAB}a" link set dev ringtail0 down
 ip -n "${LAB}a" link set dev ringtail0 up
 check "and so do routes and IPv6 addresses of an interface that went down" within 5 eval \
-  'goes 10.77.0.1 ringtail0 && goes fd10:77::1 ringtail0 && goes "'"$B"'" ringtail0'
+  'goes 10.77.0.1 ringtail0 && goes 2001:db8:77::1 ringtail0 && goes "'"$B"'" ringtail0'
 lab_stop relay
 relay
 check "the relay is found again inside the route" within 20 eval 'status a | has "relay nyc: connected"'
@@ -158,6 +182,19 @@ check "30 of 30 pings answered after all that" all_answer "$B"
 # ---- every kind of end -------------------------------------------------------------------------
 lab_stop node-a
 check "after SIGTERM the host is as before" untouched
+ended_early() { # TERM at any moment of a start
+  local ms
+  for ms in 10 40 70 100 130 160 200 300; do
+    node a
+    pause "0.$(printf %03d $ms)"
+    lab_stop node-a && untouched || { echo "after $ms ms"; return 1; }
+  done
+}
+check "and after SIGTERM at any moment of a start" ended_early
+node a
+within 10 goes 10.77.0.1 ringtail0 2>/dev/null
+ip -n "${LAB}a" link del ringtail0
+check "and after the loss of its interface" within 5 untouched
 lab_stop coord
 node a
 check "the network map of the last run does no harm either" within 10 goes 10.77.0.1 ringtail0
@@ -190,6 +227,26 @@ check "the first one's are there" eval 'ip -n "${LAB}a" rule | has "^53.*proto 1
 lab_stop second
 lab_stop node-a
 check "both leave the host and the other program's table as they were" untouched
+
+# ---- many routes, and no IPv6 ------------------------------------------------------------------
+"$RINGTAIL" genkey --state-dir "$LAB_DIR/many-peer" >"$LAB_DIR/many-keys"
+{
+  echo 'addresses = ["10.99.0.1/32"]'
+  echo '[[peer]]'
+  echo 'name = "p"'
+  sed -n 's/.*\(nodekey:[0-9a-f]*\).*/node_key = "\1"/p; s/.*\(discokey:[0-9a-f]*\).*/disco_key = "\1"/p' "$LAB_DIR/many-keys"
+  echo 'addresses = ["10.99.0.2/32"]'
+  echo "allowed_ips = [\"10.99.0.2/32\"$(for i in $(seq 0 4999); do printf ', "10.%d.%d.0/24"' $((100 + i / 250)) $((i % 250)); done)]"
+} >"$LAB_DIR/many.toml"
+host_state lan >"$LAB_DIR/before-lan"
+lab_in lan sh -c 'echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6'
+lab_spawn lan many "$RINGTAIL" up --network "$LAB_DIR/many.toml" --state-dir "$LAB_DIR/many"
+routes() { [ "$(ip -n "${LAB}lan" route show table 52 2>/dev/null | wc -l)" = "$1" ]; }
+check "5000 routes are in force within 5 s" within 5 routes 5001
+check "a host without IPv6 for the tunnel hears no complaint" eval 'not has "not as it should be" "$LAB_DIR/many.log"'
+lab_stop many
+lab_in lan sh -c 'echo 0 >/proc/sys/net/ipv6/conf/default/disable_ipv6'
+check "and none stays behind" diff "$LAB_DIR/before-lan" <(host_state lan)
 
 kill -INT "$(lab_pid lan-ping)" 2>/dev/null || true
 pause 0.3

@@ -1,9 +1,13 @@
 //! The discovery sockets: DISCO and STUN datagrams on the tunnel's own UDP port.
 //!
 //! The data plane opens them as members of its reuse-port group; here they are read in batches,
-//! with the kernel's time of arrival and the address they were sent to, and written to. A datagram for the wrong family or without
-//! a route is not an error worth ending anything: it is reported to the caller by its errno.
+//! with the kernel's time of arrival and the address they were sent to, and written to. A datagram
+//! for the wrong family or without a route is not an error worth ending anything: it is reported to
+//! the caller by its errno. What the kernel would send into our own tunnel has no route: somebody may
+//! have put one there by hand.
 
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -21,17 +25,56 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 use super::clock::now;
+use super::interface::source_address;
 
 /// Largest datagram read whole, in bytes: a jumbo probe fits.
 const DATAGRAM_LEN_MAX: usize = 16 * 1024;
 /// Datagrams taken per wake-up, so that a flood leaves time for everything else.
 const BATCH_LEN_MAX: usize = 64;
 
+/// What the kernel said of an address counts so long.
+const LOOP_ANSWER_LIFE: Duration = Duration::from_secs(2);
+/// Addresses it was asked about, at most.
+const LOOP_ANSWERS_MAX: usize = 1024;
+
 /// Both families of the discovery port.
 pub struct Discovery {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     buffer: Vec<u8>,
+    tunnel: Tunnel,
+}
+
+/// Whether addresses lie behind our own tunnel.
+#[derive(Debug, Default)]
+struct Tunnel {
+    /// The sockets' mark. Without one, a socket that only asks would be routed otherwise than they are.
+    fwmark: u32,
+    inner: BTreeSet<IpAddr>,
+    answers: RefCell<BTreeMap<IpAddr, (bool, Instant)>>,
+}
+
+impl Tunnel {
+    /// Whether what is sent to `to` would leave from an inner address, that is, through the TUN.
+    fn leads_to(&self, to: SocketAddr) -> bool {
+        if self.fwmark == 0 || self.inner.is_empty() {
+            return false;
+        }
+        let now = now();
+        let mut answers = self.answers.borrow_mut();
+        if let Some((inside, at)) = answers.get(&to.ip())
+            && now.saturating_duration_since(*at) < LOOP_ANSWER_LIFE
+        {
+            return *inside;
+        }
+        if answers.len() >= LOOP_ANSWERS_MAX {
+            answers.clear();
+        }
+        let source = source_address(to, self.fwmark);
+        let inside = source.is_some_and(|source| self.inner.contains(&source));
+        answers.insert(to.ip(), (inside, now));
+        inside
+    }
 }
 
 /// One datagram as it came.
@@ -63,7 +106,17 @@ impl Discovery {
             v4: adopt(v4)?,
             v6: v6.map(adopt).transpose()?,
             buffer: vec![0; DATAGRAM_LEN_MAX],
+            tunnel: Tunnel::default(),
         })
+    }
+
+    /// Takes the mark of the sockets and our own addresses inside the tunnel.
+    pub fn set_tunnel(&mut self, fwmark: u32, inner: BTreeSet<IpAddr>) {
+        self.tunnel = Tunnel {
+            fwmark,
+            inner,
+            answers: RefCell::default(),
+        };
     }
 
     /// Waits for datagrams and appends up to 64 of them to `out`.
@@ -103,7 +156,8 @@ impl Discovery {
     ///
     /// # Errors
     /// What the kernel said; `EAFNOSUPPORT` when the family is not to be had, `EMSGSIZE` when the
-    /// datagram may not be fragmented and is larger than the device's MTU.
+    /// datagram may not be fragmented and is larger than the device's MTU. `ENETUNREACH` also for what
+    /// would go into our own tunnel.
     pub fn send(
         &self,
         to: SocketAddr,
@@ -118,6 +172,9 @@ impl Discovery {
                 .as_ref()
                 .ok_or_else(|| io::Error::from_raw_os_error(Errno::EAFNOSUPPORT as i32))?,
         };
+        if self.tunnel.leads_to(to) {
+            return Err(io::Error::from_raw_os_error(nix::libc::ENETUNREACH));
+        }
         if !dont_fragment {
             return send_now(socket, to, local, bytes);
         }
@@ -295,6 +352,32 @@ mod tests {
             anyhow::ensure!(got[1].bytes == b"four" && got[1].from == to4);
             for datagram in &got {
                 anyhow::ensure!(datagram.at >= before && datagram.at <= Clock::now().monotonic);
+            }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn what_would_leave_from_an_inner_address_has_no_route() {
+        let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        if socket2::SockRef::from(&probe).set_mark(1).is_err() {
+            println!("skipped: marks need CAP_NET_ADMIN");
+            return;
+        }
+        runtime::block_on(|_| async {
+            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            let to = v4.local_addr()?;
+            let mut sockets = Discovery::new(v4, None)?;
+            for (mark, inner, refused) in [
+                (1, "127.0.0.1", true),
+                (1, "10.7.0.1", false),
+                (0, "127.0.0.1", false),
+            ] {
+                sockets.set_tunnel(mark, BTreeSet::from([inner.parse()?]));
+                let sent = sockets.send(to, None, b"ping", false);
+                let errno = sent.err().and_then(|error| error.raw_os_error());
+                anyhow::ensure!(errno == refused.then_some(nix::libc::ENETUNREACH));
             }
             Ok(())
         })

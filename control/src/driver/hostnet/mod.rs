@@ -46,8 +46,13 @@ const HOST_ROUTES_MAX: usize = 65_536;
 const TOLD_MAX: usize = 1024;
 /// Times the rules are tried, as each family may turn out not to have any.
 const TRIES: usize = 3;
-/// Where the resolver's servers stand; the second holds those of systemd-resolved's stub.
-const RESOLV_CONF: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv.conf"];
+/// Where the resolver's servers stand, and, if that names but a stub on this host, those of
+/// systemd-resolved and NetworkManager.
+const RESOLV_CONF: [&str; 3] = [
+    "/etc/resolv.conf",
+    "/run/systemd/resolve/resolv.conf",
+    "/run/NetworkManager/no-stub-resolv.conf",
+];
 /// `ENODEV`, `ESRCH`, `ENOENT`, `EADDRNOTAVAIL`: what a deletion meets when it is gone already.
 const GONE: [i32; 4] = [
     nix::libc::ENODEV,

@@ -232,7 +232,11 @@ impl Node {
                 }
                 Output::Initiate(peer) => self.dataplane.initiate(peer),
                 Output::Unopened(peer, bytes) => self.dataplane.unopened(peer, bytes),
-                Output::Configure(overlay) => self.hostnet.set_overlay(overlay),
+                Output::Configure(overlay) => {
+                    self.discovery
+                        .set_tunnel(self.fwmark, overlay.addresses.clone());
+                    self.hostnet.set_overlay(overlay);
+                }
                 Output::Datagram {
                     to,
                     local,
