@@ -133,6 +133,10 @@ check "the nodes find coordination again" event a 60 netmap --since-ns "$SINCE"
 check "traffic goes on" pings 2 0
 
 # Noise at every socket: dropped and counted, and traffic goes on.
+a_has_mtu() { ip -n "${LAB}a" link show ringtail0 | grep -q "mtu $1 "; }
+ip -n "${LAB}a" link set ringtail0 mtu 65535
+check "an MTU that fits no datagram is not kept" within 10 a_has_mtu 65475
+ip -n "${LAB}a" link set ringtail0 mtu 1280
 check "noise at a node's socket" lab_in ra "$BENCH" garbage --udp 192.168.1.2:41641
 check "noise at the relays and at coordination" lab_in a "$BENCH" garbage --udp 203.0.113.1:3478 \
   --tcp 203.0.113.1:443 --tcp 203.0.113.2:443 --tcp 10.255.0.1:8080

@@ -295,13 +295,7 @@ impl Running {
             let mtu = u16::try_from(link.mtu).unwrap_or(MTU_MAX).min(MTU_MAX);
             tracing::debug!(mtu, "the interface's MTU changed");
             self.dataplane.set_mtu(mtu);
-            // The kernel would let larger packets in, and they would vanish.
-            if link.mtu > mtu.into() {
-                tracing::warn!(asked = link.mtu, mtu, "no larger MTU fits a datagram");
-                if let Err(error) = self.interface.set_mtu(mtu).await {
-                    tracing::warn!(%error, "larger packets are dropped");
-                }
-            }
+            self.interface.cap_mtu(link).await;
         }
         if link.up != before.up {
             tracing::debug!(up = link.up, "the interface changed");

@@ -6,8 +6,12 @@ use std::net::{IpAddr, SocketAddr};
 use crate::netcheck;
 use anyhow::Context as _;
 use futures_util::TryStreamExt as _;
+use ringtail_dataplane::MTU_MAX;
 use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec};
+use tokio::sync::mpsc;
+
+use super::link::{self, OwnLink};
 
 /// One TUN interface, driven by netlink. The kernel removes everything with the interface.
 pub struct Interface {
@@ -71,6 +75,28 @@ impl Interface {
         self.change(self.link(mtu))
             .await
             .with_context(|| format!("cannot give {} the MTU {mtu}", self.name))
+    }
+
+    /// Gives the interface the largest MTU that has a use if it has a larger one: the kernel would let
+    /// packets in that fit no datagram. What cannot be changed is logged.
+    pub async fn cap_mtu(&self, link: OwnLink) {
+        if link.mtu > MTU_MAX.into() {
+            tracing::warn!(asked = link.mtu, "no MTU above {MTU_MAX} fits a datagram");
+            if let Err(error) = self.set_mtu(MTU_MAX).await {
+                tracing::warn!(%error, "larger packets are dropped");
+            }
+        }
+    }
+
+    /// Does so for ever, whenever somebody changes it.
+    pub async fn keep_mtu_capped(&self) {
+        let (sender, mut news) = mpsc::channel(1);
+        let capped = async {
+            while let Some(link) = news.recv().await {
+                self.cap_mtu(link).await;
+            }
+        };
+        tokio::join!(link::watch_own(self.index, sender), capped);
     }
 
     fn link(&self, mtu: u16) -> LinkMessageBuilder<LinkUnspec> {

@@ -172,6 +172,7 @@ impl Node {
             fwmark: config.fwmark.unwrap_or(0),
             keeper: Some(hostnet.keeper()),
         };
+        tokio::task::spawn_local(async move { interface.keep_mtu_capped().await });
         let (link_sender, link_changed) = mpsc::channel(1);
         tokio::task::spawn_local(link::watch(tun_index, link_sender));
         let (calls_sender, calls) = mpsc::channel(QUESTIONS_MAX);
