@@ -9,7 +9,7 @@
 mod support;
 
 use std::net::{SocketAddr, UdpSocket};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::packet::build::Builder;
@@ -431,6 +431,78 @@ fn replies_to_flows_of_any_shard_pass_the_filter() {
         pair.a.stats().total().get(Meter::SealedForOthers) >= 4
     });
     assert_eq!(pair.a.stats().drops(DropReason::FilterDenied), 0);
+}
+
+/// A quiet flow is not forgotten by the owner beside more flows than it has ever had room for, while the
+/// shard that sealed it thinks that it has been told.
+#[test]
+fn quiet_flows_are_answered_beside_160000_others() {
+    if !can_run("quiet_flows_are_answered_beside_160000_others") {
+        return;
+    }
+    const QUIET: usize = 200;
+    const PER_MS: u32 = 8;
+    const ROUND: Duration = Duration::from_secs(10);
+    let pair = Pair::new(Setup {
+        shards: 2,
+        ..Setup::default()
+    });
+    pair.a.set_rules(&Rules::List(Vec::new()), None);
+    pair.direct();
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let socket = |end: End| UdpSocket::bind((end.inner4(), 0)).unwrap();
+    let echo = pair.lab.inside(End::B, || socket(End::B));
+    let (flood, quiet): (Vec<_>, Vec<_>) = pair.lab.inside(End::A, || {
+        let sockets = |count| (0..count).map(|_| socket(End::A)).collect();
+        (sockets(3), sockets(QUIET))
+    });
+    let to = echo.local_addr().unwrap();
+    let over = AtomicBool::new(false);
+    echo.set_read_timeout(Some(Duration::from_millis(100)))
+        .unwrap();
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut bytes = [0; 64];
+            while !over.load(Ordering::Relaxed) {
+                if let Ok((len, from)) = echo.recv_from(&mut bytes) {
+                    echo.send_to(&bytes[..len], from).unwrap();
+                }
+            }
+        });
+        let (mut sent, mut asked) = (0, 0);
+        while sent < 160_000 {
+            let passed = start.elapsed();
+            let due = u32::try_from(passed.as_millis()).unwrap() * PER_MS;
+            while sent < due.min(160_000) {
+                // Nobody listens there, and B's kernel says so now and then.
+                let port = u16::try_from(1024 + sent % 64_000).unwrap();
+                let by = &flood[usize::try_from(sent / 64_000).unwrap()];
+                let _refused = by.send_to(b"x", (End::B.inner4(), port));
+                sent += 1;
+            }
+            if passed >= ROUND / u32::try_from(QUIET).unwrap() * asked {
+                let by = usize::try_from(asked).unwrap() % QUIET;
+                quiet[by].send_to(b"anybody there?", to).unwrap();
+                asked += 1;
+            }
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        over.store(true, Ordering::Relaxed);
+        let mut answers = 0;
+        for socket in &quiet {
+            socket.set_nonblocking(true).unwrap();
+            answers += std::iter::from_fn(|| socket.recv(&mut [0; 64]).ok()).count();
+        }
+        pair.report();
+        assert_eq!(pair.a.stats().drops(DropReason::FilterDenied), 0);
+        // Nothing is sent twice, and queues of a busy machine run over: those are not the filter's.
+        let asked = usize::try_from(asked).unwrap();
+        assert!(asked >= 2 * QUIET, "{asked}");
+        assert!(answers * 10 >= asked * 9, "{answers} of {asked}");
+    });
+    assert!(pair.a.stats().total().get(Meter::SealedForOthers) >= 10_000);
 }
 
 /// What waited for keys, what was handed over meanwhile, and what shards seal themselves thereafter:
