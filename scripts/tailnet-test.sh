@@ -106,6 +106,7 @@ row_deleted() {
   # It asks once a minute.
   check "the deleted ringtail ends" within 90 not lab_alive node-a
   check "with an exit code that says so" exited a 77
+  check "and last words that say what to do" last_words a 'was removed from the network.*start ringtail again with an auth key'
   lab_stop headscale KILL
   start_headscale
   ip -n "${LAB}c" link set wan up
@@ -122,83 +123,51 @@ exited() { # NODE CODE
   tail -n 1 "$LAB_DIR/node-$1.log"
   [ $code = "$2" ]
 }
+last_words() { tail -n 1 "$LAB_DIR/node-$1.log" | grep -q "$2"; }
 gone() { not hs_id "$1" && not hs_id "$2" && hs_id b; }
 
-# The key of a node expires: it says so, also when it starts by the map that it kept.
+# Keys expire, of a peer and of our own, and another is away: status says all of it, by the map that was kept too.
 row_expired() {
   tailnet_up
   lab_host a 203.0.113.11
   lab_host b 203.0.113.12
+  lab_host c 203.0.113.13
+  lab_host d 203.0.113.14
   tailnet_ringtail a a
   tailnet_tailscaled b b
-  ready a b || return 0
+  tailnet_ringtail c c
+  tailnet_ringtail d d
+  ready a b c d || return 0
+  check "ping before" tailnet_pings b a 1
+  hs_expire b
+  check "a peer whose key has expired is shown so" within 10 shows a b 'key expired at 20'
+  check "and gets no answer" not tailnet_pings b a 1
+  check "nor is it asked" not tailnet_pings a b 1
+  tailnet_stop c
+  check "a peer that is away is shown as offline" within 20 shows a c offline
   hs_expire a
-  check "a node whose key has expired says so in its status" within 10 says_expired a
-  check "and once in its log" expired_once a
+  check "its own expiry is in the status of a, with an exit code" within 10 own_expiry a
+  check "and once in its log" [ "$(grep -c "this node's key has expired" "$LAB_DIR/node-a.log")" = 1 ]
   lab_stop headscale KILL
   tailnet_stop a
   tailnet_start a
-  check "also without coordination" within 10 says_expired a
+  check "also without coordination" within 10 own_expiry a
+  check "and the peer's" shows a b 'key expired at 20'
   check "Headscale starts again" start_headscale
   tailnet_stop a
   tailnet_start a
-  check "with its auth key it comes back when somebody starts it" within 20 tailnet_pings b a 1
-  check "and says nothing of it any more" not says_expired a
+  check "a start with an auth key makes it good again" within 20 tailnet_pings a d 1
+  check "and its status is in order" rt a status
 }
-says_expired() { rt "$1" status | grep -q 'key expired' && rt "$1" status --json | jq -e .expired >/dev/null; }
-expired_once() { [ "$(grep -c 'key has expired' "$LAB_DIR/node-$1.log")" = 1 ]; }
-
-# An exit node is approved, and nobody uses it.
-row_exit() {
-  tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host x 203.0.113.13
-  tailnet_tailscaled x x --advertise-exit-node
-  tailnet_ringtail a a
-  tailnet_ringtail b b
-  ready a b x || return 0
-  check "the exit node is approved" within 10 hs_routes x 0.0.0.0/0,::/0
-  pause 1
-  check "two others go direct" goes_direct a b
-  check "and with the exit node" goes_direct a x
-  lab_in a nft -f - <<'NFT'
-table inet count {
-  chain in { type filter hook prerouting priority raw; policy accept;
-    iifname "ringtail0" ip saddr 198.51.100.77 counter accept
-  }
-}
-NFT
-  ip -n "${LAB}x" addr add 198.51.100.77/32 dev lo
-  lab_in x ping -c 5 -i 0.2 -W 1 -I 198.51.100.77 "$(tailnet_ip a)" >/dev/null
-  check "it may not send from any address" none_came a
-  check "where its own address may" tailnet_pings x a 1
-}
-none_came() { SAID=$(lab_in "$1" nft list table inet count | grep -o 'packets [0-9]*') && [ "$SAID" = "packets 0" ]; }
-
-# An administrator deletes one of ours, which has a key at hand that would let it in again. Headscale tells it
-# nothing and keeps its stream alive.
-row_removed() {
-  tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  tailnet_ringtail a a
-  tailnet_ringtail b b
-  ready a b || return 0
-  hs_delete a
-  check "a removed node ends by itself" within 90 not lab_alive node-a
+shows() { { rt "$1" status || true; } | grep -E "^$2 .*$3"; }
+own_expiry() {
   local code=0
-  wait "$(lab_pid node-a)" || code=$?
-  check "with the exit code of those that may not take part" [ "$code" = 77 ]
-  check "and last words that say what to do" last_words a 'was removed from the network.*start ringtail again with an auth key'
-  check "and did not join again" not hs_id a
-  tailnet_start a
-  check "a person starts it again, and it is let in" within 20 tailnet_online a
+  rt "$1" status >"$LAB_DIR/said" || code=$?
+  [ "$code" = 77 ] && grep -q 'problem: this node.s key expired at 20.*--auth-key-file' "$LAB_DIR/said"
 }
-last_words() { tail -n 1 "$LAB_DIR/node-$1.log" | grep -q "$2"; }
 
-# Keys expire, of a peer and of our own; an exit node is approved, and nobody chose it.
-row_standing() {
+# Exit nodes of both kinds are approved, and nobody chose them.
+row_exit() {
   tailnet_up
   lab_host a 203.0.113.11
   lab_host b 203.0.113.12
@@ -218,15 +187,6 @@ row_standing() {
   check "nor one that is ours" spoofed c 198.18.0.1
   ip -n "${LAB}c" addr add 10.66.0.1/32 dev lo
   check "its subnet's addresses it may send from" lab_in c ping -qc 3 -i 0.2 -W 2 -I 10.66.0.1 "$(tailnet_ip a)"
-  hs_expire b
-  check "a peer whose key has expired is shown so" within 10 shows_expired a b
-  check "and gets no answer" not tailnet_pings b a 1
-  hs_expire a
-  check "its own expiry is in the status of a, with an exit code" within 10 own_expiry a
-  check "and once in its log" [ "$(grep -c "this node's key has expired" "$LAB_DIR/node-a.log")" = 1 ]
-  tailnet_stop a
-  tailnet_start a
-  check "a start with an auth key makes it good again" within 20 tailnet_pings a c 1
 }
 not_used() { [ "$(rt a status | grep -c '0.0.0.0/0 of .* is not used: no exit node is chosen')" = "$1" ]; }
 # Of three pings none is taken, and all are counted.
@@ -238,12 +198,96 @@ spoofed() {
   [ "$SAID" = "0 arrived, 3 counted" ]
 }
 echoes() { lab_in a awk '/^Icmp: [0-9]/ { print $10 }' /proc/net/snmp; }
-shows_expired() { rt "$1" status | grep -qE "^$2 .* key expired at 20"; }
-own_expiry() {
-  local code=0
-  rt "$1" status >"$LAB_DIR/said" || code=$?
-  [ "$code" = 77 ] && grep -q 'problem: this node.s key expired at 20.*--auth-key-file' "$LAB_DIR/said"
+
+# A LAN behind two subnet routers of ours, of which h stands by, and a tailscaled b far away. p is on the LAN alone.
+#
+#   b -- internet -- r, h -- 192.168.77.0/24 -- p
+row_subnet() {
+  local before
+  tailnet_up
+  lab_host b 203.0.113.12
+  lab_host r 203.0.113.21
+  lab_host h 203.0.113.22
+  lab_ns p
+  lan r=1 h=2 p=9
+  ip -n "${LAB}p" route add 100.64.0.0/10 via 192.168.77.1
+  lab_in r sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward'
+  before=$(host_state h)
+  tailnet_tailscaled b b --accept-routes
+  tailnet_ringtail r r --advertise-routes 192.168.77.0/24
+  tailnet_ringtail h h --advertise-routes 192.168.77.0/24
+  ready b r h || return 0
+  tailnet_stream h 192.168.77.9 lan
+  check "Headscale hears of the offer, and it is approved" within 10 hs_routes r 192.168.77.0/24
+  check "tailscaled reaches the LAN through ours" within 15 tailnet_pings b 192.168.77.9 1
+  hs_routes h 192.168.77.0/24
+  pause 2
+  check "the router reaches its LAN itself" tailnet_pings r 192.168.77.9 1
+  check "so does the one that stands by" goes_by h 192.168.77.9 lan
+  tailnet_stop h KILL
+  check "and after a kill" goes_by h 192.168.77.9 lan
+  tailnet_start h
+  check "and when started again" within 20 tailnet_online h
+  pause 1
+  check "by its LAN, still" goes_by h 192.168.77.9 lan
+  tailnet_stop h
+  check "the host is left as it was found" same_state h "$before"
+  lab_stop headscale
+  tailnet_start h
+  pause 3
+  check "a start without coordination leaves the LAN alone" goes_by h 192.168.77.9 lan
+  check "no ping on the LAN was lost in all this" lost_at_most lan 0
+  tailnet_stop h KILL
+  tailnet_start h
+  pause 2
+  tailnet_stop h
+  check "nor does a kill leave anything once it was started again" same_state h "$before"
 }
+lan() { # HOST=NUMBER...: a segment
+  local pair host
+  lab_ns lan
+  ip -n "${LAB}lan" link add br0 type bridge
+  ip -n "${LAB}lan" link set br0 up
+  for pair in "$@"; do
+    host=${pair%=*}
+    lab_wire "$host" lan lan "l_$host"
+    ip -n "${LAB}lan" link set "l_$host" master br0
+    ip -n "$LAB$host" addr add "192.168.77.${pair#*=}/24" dev lan
+  done
+}
+host_state() {
+  lab_in "$1" sh -c 'ip route; ip -6 route; ip route show table 52 2>/dev/null; ip rule; ip -6 rule; nft list ruleset
+    sysctl -a 2>/dev/null | grep -E "forward|rp_filter"'
+}
+same_state() { diff <(echo "$2") <(host_state "$1"); }
+goes_by() { lab_in "$1" ip route get "$2" | grep "dev $3" && tailnet_pings "$1" "$2" 1; }
+
+# An approved subnet that has everything in it: the peers' addresses, the relay, the coordination server.
+row_covered() {
+  tailnet_up
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  lab_host r 203.0.113.21
+  lab_in a sh -c 'echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter'
+  tailnet_tailscaled r r --advertise-routes=203.0.113.0/24,10.255.0.0/24
+  tailnet_ringtail a a
+  tailnet_ringtail b b
+  ready a b r || return 0
+  check "the routes are approved" within 10 hs_routes r 203.0.113.0/24,10.255.0.0/24
+  check "and arrive" within 10 has_route a 203.0.113.0/24
+  pause 1
+  check "30 of 30 pings are answered" thirty a b
+  check "directly" within 5 tailnet_direct a b
+  check "coordination stays" tailnet_online a b
+  check "also after a restart with the map that was kept" restarted_pings a b
+  check "directly, again" within 5 tailnet_direct a b
+  check "to the router itself, too" tailnet_pings a r 1
+  check "nothing is sent round in circles" sent_less a 3000000
+}
+has_route() { rt "$1" status --json | jq -e --arg net "$2" '[.peers[].allowed_ips[]] | index($net)' >/dev/null; }
+thirty() { lab_in "$1" "$BENCH" ping "$(tailnet_ip "$2")" --rate 20 --seconds 1.5 --lost-max 0; }
+sent_less() { SAID=$(rt "$1" status --json | jq '[.peers[].tx_bytes] | add') && [ "$SAID" -lt "$2" ]; }
+restarted_pings() { tailnet_stop "$1" && tailnet_start "$1" && within 20 tailnet_online "$1" && pause 1 && tailnet_pings "$1" "$2" 1; }
 
 # Only alice's nodes may begin, and only to bob's port 7000 and by ping, which has no ports.
 row_filter() {
