@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What stands between a node and its relays and peers when the host's surroundings are odd, on the real binary: relays
 # known by name, DNS that comes late, relays that move, routes that change all the time, two
-# uplinks.
+# uplinks, a copied state directory.
 #
-#   scripts/netns/reach-test.sh [--keep] [PART...]      all of: names restless uplinks
+#   scripts/netns/reach-test.sh [--keep] [PART...]      all of: names restless uplinks twins
 #
 #   dns 203.0.113.53 ----- inet ----- relay 203.0.113.1, 2001:db8::1
 #         2001:db8::53     /  \  \--- moved 203.0.113.2
@@ -190,7 +190,42 @@ uplinks() {
   lab_stop node-peer
 }
 
-[ $# -gt 0 ] || set -- names restless uplinks
+# Two machines with one state directory: both are to say so.
+twins() {
+  local node
+  lab_host coord 203.0.113.3
+  ip -n "${LAB}coord" addr add 10.255.0.1/32 dev lo
+  ip -n "${LAB}inet" route add 10.255.0.1/32 via 203.0.113.3 dev p_coord onlink
+  lab_spawn coord coord "$RINGTAIL" coord --addr 10.255.0.1:8080 --state-dir "$LAB_DIR/coord" --derp-map "$LAB_DIR/map-a.json"
+  listens() { lab_in coord grep -qi ":$(printf %04x 8080) 0*:0000 0A" /proc/net/tcp; }
+  check "coordination starts" within 20 listens
+  "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key"
+  lab_host one 203.0.113.41
+  lab_host copy 203.0.113.42
+  resolver one 203.0.113.53
+  resolver copy 203.0.113.53
+  join() {
+    lab_spawn "$1" "node-$1" "$RINGTAIL" up --coord http://10.255.0.1:8080 --auth-key-file "$LAB_DIR/auth-key" \
+      --state-dir "$LAB_DIR/$1" --events "$LAB_DIR/$1.events" --hostname "$1"
+  }
+  join one
+  check "a node joins" event one 20 netmap
+  check "and has nothing to complain of" not says one 'another machine' status
+  lab_stop node-one
+  cp -a "$LAB_DIR/one" "$LAB_DIR/copy"
+  rm -f "$LAB_DIR/copy/ringtail.sock"
+  join one
+  join copy
+  for node in one copy; do
+    check "of two machines with one state directory, '$node' says so" within 60 says "$node" ' machine' status
+    check "in its log, too" grep -q ' machine' "$LAB_DIR/node-$node.log"
+  done
+  lab_stop node-one
+  lab_stop node-copy
+  lab_stop coord
+}
+
+[ $# -gt 0 ] || set -- names restless uplinks twins
 for part in "$@"; do "$part"; done
 
 echo

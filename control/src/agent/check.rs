@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Agent, Output, millis};
 use crate::coord::SelfState;
+use crate::derp::DUPLICATE;
 use crate::driver::relay::RelayEvent;
 use crate::netcheck::{EndpointKind, Event, Interface, Report};
 use crate::netmap::DerpMap;
@@ -101,7 +102,11 @@ impl Agent {
                 region,
                 problem: Some(problem),
             } => {
-                tracing::warn!(region = %self.region_code(*region), %problem, "a relay reports a problem");
+                let region = self.region_code(*region);
+                tracing::warn!(%region, %problem, "a relay reports a problem");
+                if problem.starts_with(DUPLICATE) {
+                    self.doubled(now, &region);
+                }
             }
             RelayEvent::Health { problem: None, .. }
             | RelayEvent::PeerGone { .. }
@@ -137,6 +142,7 @@ impl Agent {
             working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
             routes: self.setup.routes_offered.clone(),
+            corrections: self.corrections,
             ..SelfState::default()
         }
     }
@@ -187,6 +193,7 @@ impl Agent {
                 }
                 Event::Endpoints(endpoints) => {
                     let addrs: Vec<SocketAddr> = endpoints.iter().map(|own| own.addr).collect();
+                    self.twin.ours(now, addrs.iter().copied());
                     if self.endpoints != endpoints {
                         self.endpoints = endpoints;
                         self.story("endpoints", json!({"endpoints": addrs}));

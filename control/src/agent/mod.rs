@@ -17,6 +17,7 @@ mod sources;
 mod standing;
 mod status;
 mod story;
+mod twin;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -38,6 +39,7 @@ use crate::path::{self, LinkChange, Manager, PeerSetup, PingId, Route, Via};
 
 use allowed::Allowed;
 use sources::Sources;
+use twin::Twin;
 
 pub use directory::Directory;
 pub use network::{HeldBack, HoldReason, Network, NetworkPeer, NetworkRule, Standing};
@@ -177,6 +179,9 @@ pub struct Agent {
     endpoints: Vec<OwnEndpoint>,
     /// Where peers reach us.
     sources: Sources,
+    twin: Twin,
+    /// How often coordination was told again what it had wrong.
+    corrections: u32,
     /// Whose datagram is being answered, and which address of ours it came to.
     answering: Option<(SocketAddr, IpAddr)>,
     drops: BTreeMap<&'static str, u64>,
@@ -219,6 +224,8 @@ impl Agent {
             active_check: None,
             endpoints: Vec::new(),
             sources: Sources::default(),
+            twin: Twin::default(),
+            corrections: 0,
             answering: None,
             drops: BTreeMap::new(),
             out: VecDeque::new(),
@@ -551,6 +558,7 @@ impl Agent {
     pub fn handle_timeout(&mut self, now: Instant, activity: &dyn Fn(PeerId) -> Activity) {
         self.paths.handle_timeout(now, activity);
         self.netcheck.handle_timeout(now);
+        self.correct(now);
         let due = self.revival.take_due(now).into_iter();
         self.out.extend(due.map(Output::Initiate));
         if self.active_check.is_some_and(|at| at <= now) {
@@ -573,6 +581,7 @@ impl Agent {
             self.paths.poll_timeout(),
             self.netcheck.poll_timeout(),
             self.revival.poll_timeout(),
+            self.twin.correct_at(),
             self.active_check,
             self.expiry_check,
         ]

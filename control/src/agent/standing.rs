@@ -1,12 +1,14 @@
 //! How it stands with this node and with the peers that may not take part: told once, at the change.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::time::Instant;
 
 use serde_json::json;
 use time::format_description::well_known::Rfc3339;
 
 use super::directory::is_meant;
-use super::{Agent, HoldReason, Network, Standing};
+use super::{Agent, HoldReason, Network, Output, Standing};
 use crate::key::NodePublic;
 use crate::netmap::wire::WireTime;
 
@@ -66,8 +68,38 @@ impl Agent {
         Some(format!("{name} is held back: {why}"))
     }
 
+    /// Coordination has these endpoints of us.
+    pub fn handle_told_endpoints(&mut self, now: Instant, endpoints: &[SocketAddr]) {
+        if self.twin.told(now, endpoints) {
+            self.tell_twin(now);
+        }
+        self.correct(now);
+    }
+
+    /// Tells coordination our endpoints again, if it has those of another machine.
+    pub(super) fn correct(&mut self, now: Instant) {
+        if self.twin.take_correction(now) {
+            self.corrections = self.corrections.wrapping_add(1);
+            self.out.push_back(Output::Publish);
+        }
+    }
+
+    /// A relay has two connections that use our key in turns.
+    pub(super) fn doubled(&mut self, now: Instant, relay: &str) {
+        if self.twin.doubled(now, relay) {
+            self.tell_twin(now);
+        }
+    }
+
+    fn tell_twin(&mut self, now: Instant) {
+        if let Some(problem) = self.twin.health(now) {
+            tracing::error!("{problem}");
+            self.story("twin", json!({"problem": problem}));
+        }
+    }
+
     /// What is wrong, for people; nothing where all is well.
-    pub(super) fn health(&self) -> Vec<String> {
+    pub(super) fn health(&self, now: Instant) -> Vec<String> {
         let own = self.network.as_ref().map(|network| &network.own);
         let expired = own.filter(|own| own.expired).map(|own| {
             let since = text(own.key_expiry).map_or_else(String::new, |at| format!(" at {at}"));
@@ -79,6 +111,7 @@ impl Agent {
         let told = own.into_iter().flat_map(|own| own.health.iter().cloned());
         let refused = self.refused.iter().cloned();
         let all = expired.into_iter().chain(unapproved);
+        let all = all.chain(self.twin.health(now));
         all.chain(told).chain(refused).collect()
     }
 }

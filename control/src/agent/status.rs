@@ -81,7 +81,7 @@ impl Agent {
             "addresses": addresses,
             "expired": own.is_some_and(|own| own.expired),
             "key_expiry": own.and_then(|own| standing::text(own.key_expiry)),
-            "health": self.health(),
+            "health": self.health(now),
             "tun": {"name": around.tun, "mtu": around.mtu},
             "shards": around.shards,
             "driver": around.driver,

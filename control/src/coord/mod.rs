@@ -65,6 +65,8 @@ pub struct SelfState {
     pub routes: Vec<IpNet>,
     /// Refuse all inbound connections.
     pub shields_up: bool,
+    /// Grows when the server is to be told all this again, because what it has is not what we gave it.
+    pub corrections: u32,
     /// Further `Hostinfo` fields as a JSON object; they win over ours of the same name.
     pub hostinfo: Option<Value>,
 }

@@ -11,7 +11,7 @@
 //! Rules: `protocol/coordination-server.md` §4 to §6. Everybody may reach everybody in this
 //! version, so every node sees every other.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -195,10 +195,43 @@ pub struct Server {
 #[derive(Debug)]
 struct Entry {
     record: NodeRecord,
+    rivals: Rivals,
     /// As peers see it; replaced when anything visible changed.
     wire: Arc<Node>,
     presence: Presence,
     routes: Vec<IpNet>,
+}
+
+/// What both are told.
+const TWO_MACHINES: &str = "two machines use this node's keys and take its place in turns: one of \
+                            their state directories is a copy of the other";
+/// Last takings over that are looked at,
+const TURNS: usize = 4;
+/// and the time within which they have to be.
+const TURNS_TIME: Duration = Duration::from_secs(10 * 60);
+
+/// Streams of a node that took the place of one that still stood, as those of two machines with the
+/// same keys do, in turns. One machine that reconnects does not come back to the endpoints it had.
+#[derive(Debug, Default)]
+struct Rivals {
+    turns: VecDeque<(Instant, Vec<SocketAddr>)>,
+    seen: bool,
+}
+
+impl Rivals {
+    /// A stream takes the place of another, from a machine with these endpoints. True if that shows
+    /// that there are two.
+    fn took_over(&mut self, now: Instant, endpoints: &[SocketAddr]) -> bool {
+        let old = |at: Instant| now.saturating_duration_since(at) > TURNS_TIME;
+        while self.turns.front().is_some_and(|(at, _)| old(*at)) || self.turns.len() >= TURNS {
+            self.turns.pop_front();
+        }
+        self.turns.push_back((now, endpoints.to_vec()));
+        let turns: Vec<&[SocketAddr]> = self.turns.iter().map(|(_, of)| &of[..]).collect();
+        let before = self.seen;
+        self.seen = matches!(turns[..], [a, b, c, d] if a != b && a == c && b == d);
+        self.seen && !before
+    }
 }
 
 /// Whether a node is connected.
@@ -467,6 +500,7 @@ impl Server {
         let routes = announced(&record.hostinfo, &self.config.approved_routes);
         let entry = Entry {
             record,
+            rivals: Rivals::default(),
             wire: Arc::default(),
             presence,
             routes,
@@ -586,7 +620,16 @@ impl Server {
         if of_node.len() > SESSIONS_PER_NODE_MAX {
             self.ended.push(of_node[0]);
         }
+        let replaces = self
+            .sessions
+            .iter()
+            .any(|(other, session)| session.node == node && *other != id && session.started);
         if let Some(entry) = self.nodes.get_mut(&node) {
+            if !replaces {
+                entry.rivals = Rivals::default();
+            } else if entry.rivals.took_over(now, &entry.record.endpoints) {
+                tracing::warn!(node = entry.record.name, "{TWO_MACHINES}");
+            }
             entry.presence = match entry.presence {
                 Presence::Online(streams) => Presence::Online(streams + 1),
                 Presence::Leaving(..) | Presence::Offline(_) => Presence::Online(1),
@@ -733,6 +776,11 @@ impl Server {
             return MapResponse::default();
         };
         let mut message = self.full(wall, node);
+        let rivals = self.nodes.get(&node).map(|entry| &entry.rivals);
+        if let Some(rivals) = rivals.filter(|rivals| !rivals.turns.is_empty()) {
+            let problem = rivals.seen.then(|| TWO_MACHINES.to_owned());
+            message.health = Some(problem.into_iter().collect());
+        }
         let sent: BTreeMap<i64, Arc<Node>> = self
             .nodes
             .iter()

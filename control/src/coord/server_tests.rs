@@ -448,6 +448,44 @@ fn the_newest_stream_of_a_node_ends_the_older_one_and_keeps_it_online() {
 }
 
 #[test]
+fn two_machines_that_take_a_node_s_place_in_turns_are_told() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    lab.join(2);
+    lab.wait(TICK);
+    let mut health = Vec::new();
+    let mut open = |lab: &mut Lab, last: u8| {
+        let here: SocketAddr = format!("192.0.2.{last}:41641").parse().unwrap();
+        let request = MapRequest {
+            endpoints: Some(vec![here]),
+            ..poll(2)
+        };
+        let answer = lab
+            .server
+            .handle_map(lab.now, WALL, machine(2), &request, 0.0);
+        let Ok(MapAnswer::Stream(id)) = answer else {
+            panic!("{answer:?}");
+        };
+        lab.streams.insert(id, (2, MapState::new(node_key(2))));
+        let messages = lab.pump();
+        let told = messages.into_iter().find(|(n, _)| *n == 2).unwrap().1;
+        health.push(told.health.map(|problems| problems.len()));
+        lab.wait(Duration::from_secs(20));
+    };
+    // One that reconnects, here and there.
+    for last in [1, 1, 2, 3, 3] {
+        open(&mut lab, last);
+    }
+    for last in [4, 5, 4, 5, 4] {
+        open(&mut lab, last);
+    }
+    let none = Some(0);
+    let some = Some(1);
+    let wanted = [none, none, none, none, none, none, none, none, some, some];
+    assert_eq!(health, wanted);
+}
+
+#[test]
 fn streams_get_signs_of_life_between_50_and_59_seconds() {
     let mut lab = Lab::new();
     lab.join(1);

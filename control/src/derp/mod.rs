@@ -33,6 +33,9 @@ pub const DISCO_MAGIC: [u8; 6] = *b"TS\xf0\x9f\x92\xac";
 /// The shortest DISCO packet: magic, sender key, nonce.
 pub const DISCO_LEN_MIN: usize = 6 + 32 + 24;
 
+/// How a Health frame begins where several connections have one key.
+pub const DUPLICATE: &str = "duplicate connection";
+
 /// Whether a relayed packet is DISCO, by its first bytes and length, as the relays judge it.
 pub fn is_disco(packet: &[u8]) -> bool {
     packet.len() >= DISCO_LEN_MIN && packet.starts_with(&DISCO_MAGIC)

@@ -47,6 +47,8 @@ pub struct SelfNode {
     pub name: String,
     /// Our inner addresses, a /32 and a /128 in general.
     pub addresses: Vec<IpNet>,
+    /// Where the server believes that we can be reached.
+    pub endpoints: Vec<SocketAddr>,
     /// Addresses and the routes approved for us.
     pub allowed_ips: Vec<IpNet>,
     /// When our key stops being valid, if ever; by our wall clock.
@@ -379,6 +381,7 @@ impl MapState {
             key: node.key,
             name: node.name.clone(),
             addresses: node.addresses.clone(),
+            endpoints: node.endpoints.clone(),
             allowed_ips: node.allowed_ips.clone().unwrap_or_default(),
             key_expiry: self.own_time(node.key_expiry),
             expired: expired(node, server_now),

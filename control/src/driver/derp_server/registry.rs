@@ -7,9 +7,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use tokio::sync::Notify;
 
 use super::{CONTROL_QUEUE_BYTES, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, add};
-use crate::derp::frame::{self, PeerGoneReason};
+use crate::derp::DUPLICATE;
+use crate::derp::frame::{self, FrameType, PeerGoneReason};
 use crate::derp::queue::{Chunk, FrameQueue};
 use crate::key::NodePublic;
+
+/// So often connections of one key have taken turns in writing when two machines use the key: a
+/// client that reconnects leaves its old connection with a few writes at most. Then they are told.
+const TURNS: u64 = 8;
 
 /// Receivers remembered per sending key, so that they hear when it leaves.
 const DELIVERED_MAX: usize = 64 << 10;
@@ -26,6 +31,8 @@ pub(super) struct Registry {
 pub(super) struct Slot {
     key: NodePublic,
     active: AtomicU64,
+    /// How often another connection became active by writing, while there were several.
+    turns: AtomicU64,
     members: Mutex<Vec<Arc<Client>>>,
     /// Connections that got something from this key.
     delivered: Mutex<BTreeMap<u64, Weak<Client>>>,
@@ -45,7 +52,7 @@ pub(super) struct Client {
 pub(super) struct Outbox {
     pub(super) data: FrameQueue,
     pub(super) disco: FrameQueue,
-    /// PeerGone frames.
+    /// PeerGone and Health frames.
     pub(super) control: Vec<u8>,
     closed: bool,
 }
@@ -84,6 +91,7 @@ impl Registry {
             Arc::new(Slot {
                 key,
                 active: AtomicU64::new(id),
+                turns: AtomicU64::new(0),
                 members: Mutex::default(),
                 delivered: Mutex::default(),
             })
@@ -121,6 +129,11 @@ impl Registry {
             let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
             let mut members = lock(&slot.members);
             members.retain(|member| member.id != client.id);
+            if let [only] = &members[..]
+                && slot.turns.swap(0, Ordering::Relaxed) >= TURNS
+            {
+                only.tell_health("");
+            }
             if let Some(newest) = members.last() {
                 let active = slot.active.load(Ordering::Relaxed);
                 if active == client.id {
@@ -178,9 +191,32 @@ impl Slot {
 impl Client {
     /// The connection wrote something: from now on it gets its key's traffic.
     pub(super) fn wrote(&self) {
-        if self.slot.active.load(Ordering::Relaxed) != self.id {
-            self.slot.active.store(self.id, Ordering::Relaxed);
+        if self.slot.active.load(Ordering::Relaxed) == self.id {
+            return;
         }
+        self.slot.active.store(self.id, Ordering::Relaxed);
+        if self.slot.turns.fetch_add(1, Ordering::Relaxed) + 1 == TURNS {
+            let members = lock(&self.slot.members).clone();
+            tracing::warn!(key = %self.slot.key, connections = members.len(), "two machines use one node key");
+            for member in members {
+                member.tell_health(DUPLICATE);
+            }
+        }
+    }
+
+    /// Queues a Health frame: a problem, or its end if the text is empty.
+    fn tell_health(&self, problem: &str) {
+        let mut outbox = self.outbox();
+        if outbox.closed || outbox.control.len() >= CONTROL_QUEUE_BYTES {
+            return;
+        }
+        frame::put(
+            &mut outbox.control,
+            FrameType::HEALTH,
+            &[problem.as_bytes()],
+        );
+        drop(outbox);
+        self.wake.notify_one();
     }
 
     /// Remembers that `receiver` got something from this connection's key.

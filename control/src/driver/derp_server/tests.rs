@@ -449,7 +449,25 @@ fn a_newer_connection_of_a_key_gets_the_traffic_until_the_older_writes() {
         older.wait_for("Pong").await;
         sender.send(&frame).await;
         older.wait_for("Packet").await;
+        // Two machines that go on taking turns are told so, and the one that is left of the end.
+        let mut told = 0;
+        for _ in 0..8 {
+            for client in [&mut newer, &mut older] {
+                client.client.ping(*b"12345678", PATIENCE, now());
+                client.send(&[]).await;
+                loop {
+                    let events = client.recv().await.unwrap();
+                    let about = |word| events.iter().filter(move |e| e.contains(word)).count();
+                    told += about("duplicate connection");
+                    if about("Pong") > 0 {
+                        break;
+                    }
+                }
+            }
+        }
+        assert_eq!(told, 2, "each once");
         drop(older);
+        newer.wait_for("Health(None)").await;
         // The one that is left takes over, and nobody is told of a departure.
         for _ in 0..6000 {
             if lab.count("gauge_connections") == 2 {

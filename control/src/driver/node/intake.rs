@@ -166,6 +166,8 @@ impl Node {
                 let network = Network::from(&*map);
                 self.agent.handle_wall_clock(now(), wall());
                 self.agent.handle_network(now(), network.clone());
+                self.agent
+                    .handle_told_endpoints(now(), &map.self_node.endpoints);
                 self.unsaved = Some(network);
                 self.tell_up();
             }
