@@ -20,7 +20,9 @@
 //! moment in between: the kernel decides at each look-up. (Throw routes in our table, the other way to
 //! say it, come too late for a route that a DHCP client or a container bridge adds.) What is less
 //! specific than ours loses, with one exception: a subnet to which the host is connected keeps all
-//! of itself but the addresses of peers, so a route inside it is not installed at all.
+//! of itself, so a route or an address of a node inside it is not installed at all. Addresses of the ranges
+//! that are there for networks like ours (100.64.0.0/10, fd7a:115c:a1e0::/48) are, as tailscaled has them:
+//! providers use the former too.
 //!
 //! **Underlay.** What carries our mark, or leaves from our UDP port, jumps over all of it to the end
 //! marker, and meets the host's own rules behind, so source routing stays as it is. The rule for the
@@ -204,6 +206,8 @@ pub enum Relation {
     InsideConnected,
     /// It lies inside a route of the host: it is in force for its part.
     Inside,
+    /// It is a node's address, and the host's resolver asks a server of that address: it is not used.
+    Resolver,
 }
 
 impl Conflict {
@@ -219,6 +223,9 @@ impl Conflict {
             Relation::InsideConnected => format!(
                 "{route} is not installed: it lies inside {host}, to which the host is connected"
             ),
+            Relation::Resolver => {
+                format!("{route} is not used: the host's resolver asks a server of that address")
+            }
             Relation::Inside => format!("{route} takes a part of the host's {host}"),
         }
     }

@@ -9,6 +9,7 @@ use super::{
     Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, LEVELS_V6, MAIN, Overlay, Plan, Relation,
     Route, Rule, Settings, Way,
 };
+use crate::coord::address::{V4_RANGE, V6_RANGE};
 use crate::netmap::prefix::is_exit;
 
 /// Places after the first of the table's hundred.
@@ -21,13 +22,14 @@ const END: u32 = 70;
 pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
     let mut plan = Plan::default();
     let usable = |v6: bool| !v6 || host.ipv6;
-    plan.state.addresses = overlay
-        .addresses
-        .iter()
-        .copied()
-        .filter(|ip| usable(ip.is_ipv6()))
-        .collect();
     let mut tell = Teller::default();
+    for ip in overlay.addresses.iter().copied() {
+        match host_own(host, ip) {
+            Some((theirs, relation)) => tell.conflict(ip.into(), theirs, relation),
+            None if usable(ip.is_ipv6()) => _ = plan.state.addresses.insert(ip),
+            None => {}
+        }
+    }
     let own: BTreeSet<IpNet> = host.connected.union(&host.routes).copied().collect();
     let mut tunnel: BTreeSet<IpNet> = BTreeSet::new();
     for net in overlay.routes.iter().map(IpNet::trunc) {
@@ -55,7 +57,12 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
         .map(IpNet::trunc)
         .filter(|net| longest_around(&tunnel, net).is_some())
         .collect();
-    for net in peers.map(IpNet::from) {
+    for ip in peers {
+        let net = IpNet::from(ip);
+        if let Some((theirs, relation)) = host_own(host, ip) {
+            tell.conflict(net, theirs, relation);
+            continue;
+        }
         if own.contains(&net) {
             tell.conflict(net, net, Relation::Same);
         }
@@ -159,7 +166,10 @@ fn kept_out(overlay: &Overlay, host: &Host, tunnel: &BTreeSet<IpNet>) -> Vec<IpA
         .chain(dialled)
         .copied()
         // A server that is a peer is meant to be reached through the tunnel.
-        .filter(|ip| !overlay.peers.contains(ip) && !overlay.addresses.contains(ip))
+        .filter(|ip| {
+            let node = overlay.peers.contains(ip) || overlay.addresses.contains(ip);
+            !node || host_own(host, *ip).is_some()
+        })
         .filter(|ip| {
             let single = IpNet::from(*ip);
             tunnel.contains(&single) || longest_around(tunnel, &single).is_some()
@@ -168,6 +178,25 @@ fn kept_out(overlay: &Overlay, host: &Host, tunnel: &BTreeSet<IpNet>) -> Vec<IpA
     found.sort_unstable();
     found.dedup();
     found
+}
+
+/// What of the host's an address of a node would take away: a subnet that the host is connected to, or a
+/// resolver that it asks. The ranges that are there for such networks are left to them: a provider's
+/// network may lie in one.
+fn host_own(host: &Host, ip: IpAddr) -> Option<(IpNet, Relation)> {
+    let left_to_nodes = match ip {
+        IpAddr::V4(ip) => V4_RANGE.contains(&ip),
+        IpAddr::V6(ip) => V6_RANGE.contains(&ip),
+    };
+    if left_to_nodes {
+        return None;
+    }
+    let single = IpNet::from(ip);
+    if host.resolvers.contains(&ip) {
+        return Some((single, Relation::Resolver));
+    }
+    let subnet = longest_around(&host.connected, &single)?;
+    Some((subnet, Relation::InsideConnected))
 }
 
 /// Tells where a route of the network meets the host's.
@@ -327,8 +356,8 @@ mod tests {
         );
         for (ip, table) in [
             ("192.168.1.5", "host"),
-            // A peer's own address.
-            ("192.168.1.77", "tunnel"),
+            // A peer's own address, to which the host is connected already.
+            ("192.168.1.77", "host"),
             ("172.17.0.2", "host"),
             ("172.18.0.2", "tunnel"),
             ("10.1.9.9", "tunnel"),
@@ -461,21 +490,44 @@ mod tests {
 
     #[test]
     fn resolvers_and_dialled_addresses_stay_outside_but_peers_do_not() {
-        let wants = overlay(&["100.64.0.2", "10.9.9.9"], &["10.0.0.0/8"]);
+        let wants = overlay(&["100.64.0.2", "10.9.9.9", "10.9.9.53"], &["10.0.0.0/8"]);
         let mut has = host(&[], &[]);
-        has.resolvers = ips(&["10.0.0.53", "8.8.8.8", "10.9.9.9"]);
-        has.dialled = ips(&["10.0.0.7", "203.0.113.1", "10.0.0.53"]);
+        has.resolvers = ips(&["10.0.0.53", "8.8.8.8", "10.9.9.53", "100.64.0.2"]);
+        has.dialled = ips(&["10.0.0.7", "203.0.113.1", "10.0.0.53", "10.9.9.9"]);
         let plan = plan(&settings(), &wants, &has);
-        assert_eq!(plan.kept_out, ips(&["10.0.0.7", "10.0.0.53"]));
+        assert_eq!(plan.kept_out, ips(&["10.0.0.7", "10.0.0.53", "10.9.9.53"]));
         let main = nets(&["0.0.0.0/0"]);
         for (ip, table) in [
             ("10.0.0.53", "host"),
             ("10.0.0.7", "host"),
             ("10.0.0.8", "tunnel"),
             ("10.9.9.9", "tunnel"),
+            // Some network calls one of its nodes as the host's resolver is called.
+            ("10.9.9.53", "host"),
+            ("100.64.0.2", "tunnel"),
         ] {
             assert_eq!(kernel(&plan, &main, ip, false), table, "{ip}");
         }
+    }
+
+    #[test]
+    fn no_node_has_an_address_of_a_subnet_or_a_resolver_of_the_host() {
+        let mut wants = overlay(&["192.168.1.1", "fd01::1", "100.64.0.2"], &[]);
+        wants.addresses = ips(&["192.168.1.5", "9.9.9.9", "100.64.0.1"])
+            .into_iter()
+            .collect();
+        let mut has = host(&["192.168.1.0/24", "fd01::/64", "100.64.0.0/20"], &[]);
+        has.resolvers = ips(&["9.9.9.9"]);
+        let plan = plan(&settings(), &wants, &has);
+        assert_eq!(
+            plan.state.addresses,
+            ips(&["100.64.0.1"]).into_iter().collect()
+        );
+        let routed: Vec<IpNet> = plan.state.routes.iter().map(|route| route.net).collect();
+        assert_eq!(routed, ["100.64.0.2/32".parse().unwrap()]);
+        let told: Vec<Relation> = plan.conflicts.iter().map(|c| c.relation).collect();
+        let subnet = Relation::InsideConnected;
+        assert_eq!(told, [Relation::Resolver, subnet, subnet, subnet]);
     }
 
     #[test]
