@@ -124,7 +124,10 @@ lab_stop coord KILL
 check "traffic goes on without coordination" pings 3 0
 SINCE=$(now_ns)
 lab_stop node-b KILL
+# As if the farther relay had been its home: nobody can be told of another.
+echo 900 >"$LAB_DIR/node-b/home.json"
 start_node b "$LAB_DIR/b.events"
+check "B restarted without coordination keeps its home" event b 30 home --where region=nyc --since-ns "$SINCE"
 check "B restarted without coordination answers again" within 30 answers
 check "and is direct again" event b 30 path --where state=direct --since-ns "$SINCE"
 SINCE=$(now_ns)

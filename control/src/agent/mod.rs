@@ -517,6 +517,17 @@ impl Agent {
         self.netcheck.set_control_up(up);
     }
 
+    /// Takes the home relay of an earlier run, before there is a network: peers may know of no other
+    /// while coordination is down.
+    pub fn remember_home(&mut self, region: RegionId) {
+        self.netcheck.remember_home(region);
+    }
+
+    /// The home relay that peers know of, to be remembered for the next run.
+    pub fn told_home(&self) -> Option<RegionId> {
+        self.netcheck.told_home()
+    }
+
     /// The host's network changed: read its addresses again, then decide how deep it went.
     pub fn handle_link_change(&mut self, now: Instant, change: LinkChange) {
         if change == LinkChange::Major {

@@ -6,7 +6,8 @@
 //! client skips waiting for when the relay's key came inside the TLS handshake as an extra
 //! certificate ([`cert`]); then both sides prove who they are with one sealed JSON object each
 //! ([`info`]). [`client`] and [`server`] are the two ends as machines that take bytes and give
-//! bytes; [`queue`] is what waits to be written.
+//! bytes; [`queue`] is what waits to be written, and
+//! [`routes`] where peers are found.
 //!
 //! Source: `derp/derp.go`, `derp/derp_client.go`, `derp/derpserver` in tailscale/tailscale.
 
@@ -15,6 +16,7 @@ pub mod client;
 pub mod frame;
 pub mod info;
 pub mod queue;
+pub mod routes;
 pub mod server;
 pub mod upgrade;
 

@@ -7,6 +7,7 @@
 //! | `endpoints.json` | validated direct addresses per peer | 0600 |
 //! | `sessions.json` | node keys of the peers that had sessions lately, to shake hands with after a restart | 0600 |
 //! | `timestamp` | how far the wall clock may have come, for the timestamps of the next run's handshakes | 0600 |
+//! | `home.json` | the home relay that peers know of | 0600 |
 //! | `ringtail.sock` | the status socket | 0600 |
 //! | `lock` | held by the running node | 0600 |
 //!

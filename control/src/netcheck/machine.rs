@@ -36,6 +36,8 @@ pub struct Netcheck {
     control_up: bool,
     homes: HomeChoice,
     home: Option<RegionId>,
+    /// The home that peers know of, as far as we could tell them.
+    told: Option<RegionId>,
     own: OwnEndpoints,
     os_has_ipv6: bool,
     transmits: VecDeque<Transmit>,
@@ -61,6 +63,7 @@ impl Netcheck {
             control_up: true,
             homes: HomeChoice::default(),
             home: None,
+            told: None,
             own: OwnEndpoints::new(port, port_is_fixed, loopback),
             os_has_ipv6: false,
             transmits: VecDeque::new(),
@@ -85,6 +88,11 @@ impl Netcheck {
         let known = |region: RegionId| self.map.regions.contains_key(&region.0);
         self.homes.retain(known);
         self.home = self.home.filter(|home| known(*home));
+        if let Some(region) = self.told.filter(|told| self.home.is_none() && known(*told)) {
+            self.home = Some(region);
+            let latency = None;
+            self.event(Event::Home { region, latency });
+        }
         let names: BTreeSet<String> = self.nodes_by_name().map(|n| n.host_name.clone()).collect();
         self.names.set(now, names.into_iter());
         self.start(now, true);
@@ -193,6 +201,20 @@ impl Netcheck {
     /// Whether coordination can be told of a new home; if not, the home stays as it is.
     pub fn set_control_up(&mut self, up: bool) {
         self.control_up = up;
+        if up {
+            self.told = self.home;
+        }
+    }
+
+    /// Takes the home of an earlier run, before there is a map: peers may know of no other, so it is
+    /// home again until coordination can be told of another.
+    pub fn remember_home(&mut self, region: RegionId) {
+        (self.told, self.control_up) = (Some(region), false);
+    }
+
+    /// The home that peers know of, for the next run.
+    pub fn told_home(&self) -> Option<RegionId> {
+        self.told
     }
 
     /// The present home region.
@@ -388,6 +410,9 @@ impl Netcheck {
         let home = picked.or(self.home).or_else(random);
         if let Some(region) = home.filter(|home| self.home != Some(*home)) {
             self.home = home;
+            if self.control_up {
+                self.told = home;
+            }
             let latency = latency.get(&region).copied();
             self.event(Event::Home { region, latency });
         }

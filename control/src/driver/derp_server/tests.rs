@@ -322,6 +322,33 @@ fn two_pools_exchange_batches_and_disco_in_order() {
 }
 
 #[test]
+fn a_peer_that_is_not_at_its_home_is_reached_where_it_was_heard() {
+    const FAR: RegionId = RegionId(901);
+    local(async {
+        let (near, far) = (Lab::start(), Lab::start());
+        let mut map = near.map();
+        let mut region = far.map().regions[&REGION.0].clone();
+        (region.region_id, region.nodes[0].region_id) = (FAR.0, FAR.0);
+        map.regions.insert(FAR.0, region);
+        let (a, mut a_events) = near.pool(key(1));
+        let (b, mut b_events) = near.pool(key(2));
+        a.set_map(&map);
+        a.set_home(Some(REGION));
+        b.set_home(Some(REGION));
+        wait_connected(&mut a_events).await;
+        wait_connected(&mut b_events).await;
+        near.wait_count("clients", 2).await;
+        // A believes B's home to be the far relay, which says that it is not there.
+        a.send_disco(FAR, &key(2).public(), &disco_packet(1));
+        far.wait_count("dropped_unknown_dest", 1).await;
+        b.send_data(REGION, &key(1).public(), &batch(1, 100, 7));
+        while !matches!(next(&mut a_events).await, RelayEvent::Data { .. }) {}
+        a.send_data(FAR, &key(2).public(), &batch(1, 100, 9));
+        while !matches!(next(&mut b_events).await, RelayEvent::Data { .. }) {}
+    });
+}
+
+#[test]
 fn a_peer_that_leaves_is_told_and_its_route_forgotten() {
     local(async {
         let lab = Lab::start();

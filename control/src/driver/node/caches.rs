@@ -1,10 +1,11 @@
-//! What a node remembers over a restart besides its keys: the network map, direct addresses, and
-//! whom it had sessions with.
+//! What a node remembers over a restart besides its keys: the network map, direct addresses, its home
+//! relay, and whom it had sessions with.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use ringtail_dataplane::channel::RegionId;
 use serde::{Deserialize, Serialize};
 
 use super::{Node, now};
@@ -12,6 +13,7 @@ use crate::key::NodePublic;
 use crate::path::CachedPath;
 
 pub(super) const NETMAP_CACHE: &str = "netmap.json";
+const HOME_CACHE: &str = "home.json";
 const SESSIONS_CACHE: &str = "sessions.json";
 const ENDPOINTS_CACHE: &str = "endpoints.json";
 
@@ -34,6 +36,7 @@ impl Node {
         {
             tracing::warn!(error = format!("{error:#}"), "the network map is not saved");
         }
+        self.save_home();
         let dataplane = &self.dataplane;
         let sessions = self.agent.sessions(now(), &|id| dataplane.activity(id));
         let set = |keys: &[NodePublic]| keys.iter().copied().collect::<BTreeSet<_>>();
@@ -67,6 +70,29 @@ impl Node {
                 error = format!("{error:#}"),
                 "direct addresses are not saved"
             );
+        }
+    }
+
+    /// Writes the home relay if peers know of another now.
+    pub(super) fn save_home(&mut self) {
+        let home = self.agent.told_home().map(|region| region.0);
+        if home.is_none() || home == self.home_saved {
+            return;
+        }
+        match self.state.write_cache(HOME_CACHE, &home) {
+            Ok(()) => self.home_saved = home,
+            Err(error) => {
+                tracing::warn!(error = format!("{error:#}"), "the home relay is not saved");
+            }
+        }
+    }
+
+    /// The home relay of the run before: peers that cannot be told of another expect us there.
+    pub(super) fn load_home(&mut self) {
+        let home: Option<Option<u32>> = self.state.read_cache(HOME_CACHE);
+        if let Some(Some(home)) = home {
+            self.home_saved = Some(home);
+            self.agent.remember_home(RegionId(home));
         }
     }
 

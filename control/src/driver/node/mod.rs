@@ -132,6 +132,7 @@ struct Node {
     unsaved: Option<Network>,
     /// Whom the run after this will shake hands with first, as it is on disk.
     sessions_saved: Vec<NodePublic>,
+    home_saved: Option<u32>,
     save_at: Instant,
 }
 
@@ -257,7 +258,10 @@ impl Node {
                 }
                 Output::Relay { region, to, bytes } => self.relays.send_disco(region, &to, &bytes),
                 Output::SetDerpMap(map) => self.relays.set_map(&map),
-                Output::SetHome(region) => self.relays.set_home(Some(region)),
+                Output::SetHome(region) => {
+                    self.relays.set_home(Some(region));
+                    self.save_home();
+                }
                 Output::Publish => {
                     let report = self.agent.self_report();
                     self.self_state.send_if_modified(|old| {

@@ -255,6 +255,7 @@ impl Node {
             told_up: false,
             default_sources: [None, None],
             unsaved: None,
+            home_saved: None,
             sessions_saved: Vec::new(),
             save_at: now() + SAVE_PERIOD,
             dataplane,
@@ -277,6 +278,7 @@ impl Node {
             } => {
                 self.surroundings.coordination = Some(url.clone());
                 self.surroundings.coordination_state = "connecting".into();
+                self.load_home();
                 if let Some(network) = self.state.read_cache::<Network>(NETMAP_CACHE) {
                     tracing::info!(
                         peers = network.peers.len(),

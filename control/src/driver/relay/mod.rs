@@ -16,7 +16,7 @@ mod events;
 mod link;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use crate::driver::clock::now;
 use anyhow::{Context as _, bail};
-use ringtail_dataplane::channel::{Datagrams, PEERS_MAX, RegionId};
+use ringtail_dataplane::channel::{Datagrams, RegionId};
 use serde::Serialize;
 
 pub use dial::{CONNECT_LIMIT, NODE_STAGGER, TCP_LIMIT};
@@ -33,6 +33,7 @@ pub use events::{EVENT_BYTES_MAX, EVENTS_MAX, RelayEvent, RelayEvents};
 use crate::derp::client::LINK_CHANGE_LIMIT;
 use crate::derp::frame::{self, HEADER_LEN, PACKET_LEN_MAX};
 use crate::derp::queue::Dropped;
+use crate::derp::routes::Routes;
 use crate::derp::upgrade;
 use crate::driver::names::Names;
 use crate::driver::runtime::Kind;
@@ -56,9 +57,6 @@ pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 /// After a shorter sleep of the machine a connection is asked for a sign of life, after a longer one
 /// it is made anew.
 const SLEEP_KEPT: Duration = Duration::from_secs(10);
-
-/// Learned reverse routes at most.
-pub const ROUTES_MAX: usize = PEERS_MAX;
 
 /// For one HTTPS latency check.
 pub const LATENCY_LIMIT: Duration = Duration::from_secs(5);
@@ -102,8 +100,8 @@ struct Inner {
     map: RefCell<DerpMap>,
     home: Cell<Option<RegionId>>,
     links: RefCell<BTreeMap<RegionId, Rc<Link>>>,
-    /// Where a peer was last heard, as long as that connection stands.
-    routes: RefCell<HashMap<NodePublic, RegionId>>,
+    /// Where peers are found.
+    routes: RefCell<Routes>,
     /// The node of a region that last worked.
     good_nodes: RefCell<BTreeMap<RegionId, usize>>,
 }
@@ -293,35 +291,22 @@ impl RelayPool {
         self.0.0.home.get()
     }
 
-    /// Sends a batch to a peer whose home is `region`: over that region's connection, else over
-    /// the one the peer was last heard on, else by dialling the region. Region 0 is "unknown".
+    /// Sends a batch to a peer whose home is `region`, there or where it was heard last or both
+    /// ([`Routes::ways`]), dialling the region if need be. Region 0 is "unknown".
     ///
     /// Never waits; what cannot be sent is dropped and counted.
     pub fn send_data(&self, region: RegionId, dst: &NodePublic, batch: &Datagrams) {
         let inner = &self.0.0;
-        let counters = &inner.counters;
-        let Some(link) = inner.choose(region, dst) else {
-            return add(&counters.tx_dropped_no_region, batch.lens.len() as u64);
-        };
-        let mut rest = &batch.bytes[..];
-        let mut dropped = Dropped::default();
-        {
-            let mut queue = link.data.borrow_mut();
-            for &len in &batch.lens {
-                let Some((packet, tail)) = rest.split_at_checked(usize::from(len)) else {
-                    debug_assert!(false, "the lengths of a batch add up");
-                    break;
-                };
-                rest = tail;
-                dropped += queue.push(HEADER_LEN + KEY_LEN + packet.len(), |out| {
-                    frame::put_send_packet(out, dst, packet);
-                });
-            }
+        let links = inner.choose(region, dst);
+        if links.iter().all(Option::is_none) {
+            add(
+                &inner.counters.tx_dropped_no_region,
+                batch.lens.len() as u64,
+            );
         }
-        add(&counters.tx_packets, batch.lens.len() as u64);
-        add(&counters.tx_bytes, batch.bytes.len() as u64);
-        add(&counters.tx_dropped_data_queue, dropped.frames);
-        link.asked();
+        for link in links.into_iter().flatten() {
+            inner.send_batch(&link, dst, batch);
+        }
     }
 
     /// Sends a DISCO packet the same way, past all data that waits.
@@ -331,17 +316,20 @@ impl RelayPool {
         if packet.len() > PACKET_LEN_MAX {
             return add(&counters.tx_dropped_oversize, 1);
         }
-        let Some(link) = inner.choose(region, dst) else {
-            return add(&counters.tx_dropped_no_region, 1);
-        };
-        let len = HEADER_LEN + KEY_LEN + packet.len();
-        let dropped = link.disco.borrow_mut().push(len, |out| {
-            frame::put_send_packet(out, dst, packet);
-        });
-        add(&counters.tx_packets, 1);
-        add(&counters.tx_bytes, packet.len() as u64);
-        add(&counters.tx_dropped_disco_queue, dropped.frames);
-        link.asked();
+        let links = inner.choose(region, dst);
+        if links.iter().all(Option::is_none) {
+            add(&counters.tx_dropped_no_region, 1);
+        }
+        for link in links.into_iter().flatten() {
+            let len = HEADER_LEN + KEY_LEN + packet.len();
+            let dropped = link.disco.borrow_mut().push(len, |out| {
+                frame::put_send_packet(out, dst, packet);
+            });
+            add(&counters.tx_packets, 1);
+            add(&counters.tx_bytes, packet.len() as u64);
+            add(&counters.tx_dropped_disco_queue, dropped.frames);
+            link.asked();
+        }
     }
 
     /// The host's network changed: every connection has 3 s to prove that it still works, and
@@ -376,7 +364,7 @@ impl RelayPool {
 
     /// The region at which a peer was last heard, if that connection stands.
     pub fn route(&self, peer: &NodePublic) -> Option<RegionId> {
-        self.0.0.routes.borrow().get(peer).copied()
+        self.0.0.routes.borrow().last(peer)
     }
 
     /// Latency of one HTTPS request to a region over a connection of its own, and the address that
@@ -412,18 +400,37 @@ impl Inner {
         self.map.borrow().regions.get(&region.0).cloned()
     }
 
-    /// The connection for a packet, by the order of [`RelayPool::send_data`].
-    fn choose(self: &Rc<Self>, region: RegionId, dst: &NodePublic) -> Option<Rc<Link>> {
-        {
+    /// The connections for a packet to a peer whose home is `region`.
+    fn choose(self: &Rc<Self>, region: RegionId, dst: &NodePublic) -> [Option<Rc<Link>>; 2] {
+        let ways = {
             let links = self.links.borrow();
-            let ready = |region: &RegionId| links.get(region).filter(|link| link.is_ready());
-            let routes = self.routes.borrow();
-            let found = ready(&region).or_else(|| ready(routes.get(dst)?));
-            if let Some(link) = found {
-                return Some(link.clone());
+            let ready = |region| links.get(&region).is_some_and(|link| link.is_ready());
+            self.routes.borrow_mut().ways(now(), dst, region, ready)
+        };
+        ways.map(|region| self.link(region?))
+    }
+
+    fn send_batch(&self, link: &Link, dst: &NodePublic, batch: &Datagrams) {
+        let counters = &self.counters;
+        let mut rest = &batch.bytes[..];
+        let mut dropped = Dropped::default();
+        {
+            let mut queue = link.data.borrow_mut();
+            for &len in &batch.lens {
+                let Some((packet, tail)) = rest.split_at_checked(usize::from(len)) else {
+                    debug_assert!(false, "the lengths of a batch add up");
+                    break;
+                };
+                rest = tail;
+                dropped += queue.push(HEADER_LEN + KEY_LEN + packet.len(), |out| {
+                    frame::put_send_packet(out, dst, packet);
+                });
             }
         }
-        self.link(region)
+        add(&counters.tx_packets, batch.lens.len() as u64);
+        add(&counters.tx_bytes, batch.bytes.len() as u64);
+        add(&counters.tx_dropped_data_queue, dropped.frames);
+        link.asked();
     }
 
     /// The link of a region, with a task that dials it if there was none.
@@ -456,23 +463,17 @@ impl Inner {
     }
 
     fn learn_route(&self, peer: NodePublic, region: RegionId) {
-        let mut routes = self.routes.borrow_mut();
-        if routes.len() < ROUTES_MAX || routes.contains_key(&peer) {
-            routes.insert(peer, region);
-        } else {
+        if !self.routes.borrow_mut().heard(peer, region) {
             add(&self.counters.routes_full, 1);
         }
     }
 
     fn forget_route(&self, peer: &NodePublic, region: RegionId) {
-        let mut routes = self.routes.borrow_mut();
-        if routes.get(peer) == Some(&region) {
-            routes.remove(peer);
-        }
+        self.routes.borrow_mut().gone(now(), peer, region);
     }
 
     fn forget_routes(&self, region: RegionId) {
-        self.routes.borrow_mut().retain(|_, at| *at != region);
+        self.routes.borrow_mut().lost(region);
     }
 
     async fn latency(&self, region: &DerpRegion) -> anyhow::Result<(Duration, SocketAddr)> {

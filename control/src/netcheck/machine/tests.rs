@@ -264,6 +264,31 @@ fn a_check_asked_for_during_a_check_follows_it() {
 }
 
 #[test]
+fn the_home_of_an_earlier_run_is_home_until_coordination_can_be_told_of_another() {
+    let mut lab = Lab::new(&[Some(10), Some(60)], |_| 5555);
+    lab.check.remember_home(RegionId(2));
+    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
+    // At once, and not only when something has been measured.
+    assert_eq!(lab.check.home(), Some(RegionId(2)));
+    lab.run(120 * SECOND);
+    assert_eq!(lab.check.home(), Some(RegionId(2)));
+    lab.check.set_control_up(true);
+    assert_eq!(lab.check.told_home(), Some(RegionId(2)));
+    lab.check.set_active(lab.now, true);
+    lab.run(120 * SECOND);
+    assert_eq!(lab.check.home(), Some(RegionId(1)));
+    assert_eq!(lab.check.told_home(), Some(RegionId(1)));
+    // A region that is gone is nobody's home.
+    let mut gone = Lab::new(&[Some(10)], |_| 5555);
+    gone.check.remember_home(RegionId(9));
+    gone.check.set_derp_map(gone.now, &DerpMap::of_regions(1));
+    gone.run(SECOND);
+    assert_eq!(gone.check.home(), Some(RegionId(1)));
+    // Which nobody knows of yet.
+    assert_eq!(gone.check.told_home(), Some(RegionId(9)));
+}
+
+#[test]
 fn a_home_that_is_down_is_left_at_once_unless_nobody_could_be_told() {
     let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
     lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
