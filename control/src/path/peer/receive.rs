@@ -53,14 +53,15 @@ impl Peer {
         }
         let untrusted = !self.trusted(now);
         let is_best = self.best().is_some_and(|best| best.addr == from);
-        // Packets from there while the best address is quiet are news, however well we know it.
+        let known = self.candidates.get(&from);
+        let answers = known.is_some_and(|known| known.answered_within(now, PING_TIMEOUT));
+        let new =
+            known.is_none_or(|known| !answers && (known.new_source_at.is_none() || ping.is_none()));
+        // Packets from an address that answers: if the best one is quiet, both are asked. The best
+        // is not left for it before it has had its time, or two good paths would take turns.
         let over = |at: Instant| now.saturating_duration_since(at) >= JUDGING_INTERVAL;
         let best_quiet = self.best().is_none_or(|best| over(best.last_pong));
-        let new = self.candidates.get(&from).is_none_or(|candidate| {
-            let again = !candidate.answered_within(now, PING_TIMEOUT)
-                || best_quiet && candidate.new_source_at.is_some_and(over);
-            candidate.new_source_at.is_none() || ping.is_none() && again
-        });
+        let back = ping.is_none() && answers && best_quiet;
         let Ok(candidate) = self.candidates.entry(now, from) else {
             sh.counters.count(Drop::CandidatesFull);
             return;
@@ -73,7 +74,7 @@ impl Peer {
         let rested = candidate
             .last_ping
             .is_none_or(|at| now.saturating_duration_since(at) >= PING_BACK_INTERVAL);
-        let asked = new || untrusted && !candidate.answered_within(now, PING_TIMEOUT);
+        let asked = new || back || untrusted && !answers;
         if !rested || candidate.blocked(now) || !asked || is_best && !untrusted {
             return;
         }
@@ -85,7 +86,7 @@ impl Peer {
         {
             candidate.quick = quick;
         }
-        if new && !untrusted {
+        if (new || back) && !untrusted {
             // If the peer has moved, the best address stays silent while this one answers.
             self.ping_best(now, sh, false);
         }

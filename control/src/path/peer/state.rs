@@ -213,7 +213,7 @@ impl Peer {
             }
             self.validation = None;
         }
-        let mut replaces = false;
+        let (mut replaces, mut left) = (false, false);
         if let Some(best) = self.best().copied().filter(|best| best.addr != addr) {
             // Packets come from there, and the best address has been quiet since they do.
             let fresh = |at: &Instant| now.saturating_duration_since(*at) <= PING_TIMEOUT;
@@ -230,11 +230,12 @@ impl Peer {
             if trusted && !replaces && !better(&rank, &best.rank()) {
                 return;
             }
-            if trusted && moved {
-                self.fall_back(now, sh, Reason::NewSource);
-            }
+            left = trusted && moved;
         }
         self.start_validation(now, sh, addr, rtt, replaces, early);
+        if left && self.best().is_some_and(|best| best.addr != addr) {
+            self.fall_back(now, sh, Reason::NewSource);
+        }
     }
 
     fn start_validation(
