@@ -1,0 +1,401 @@
+//! The thread: reads what is there, and carries out the difference to what is wanted.
+
+use std::collections::BTreeSet;
+use std::io::{self, Read as _};
+use std::net::IpAddr;
+use std::os::fd::AsFd as _;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rtnetlink::packet_route::route::RouteType;
+use tokio::sync::oneshot;
+
+use super::netlink::{FoundRoute, Netlink, Watch};
+use super::table::{self, Claim};
+use super::{Report, Shared, lock};
+use crate::hostnet::{
+    Conflict, DIALLED_MAX, Host, Overlay, Plan, Route, Settings, State, Step, Way, resolvers, steps,
+};
+
+/// After a look because of others' changes it rests so many times as long as that took.
+const REST_FACTOR: u32 = 10;
+/// And at least so long: changes come in bursts.
+const REST_MIN: Duration = Duration::from_millis(20);
+/// The resolver's files are read this often: they tell nobody that they changed.
+const FILES_PERIOD: Duration = Duration::from_secs(10);
+/// Host routes remembered at most; beyond them, conflicts are not told.
+const HOST_ROUTES_MAX: usize = 65_536;
+/// Conflicts remembered as told at most.
+const TOLD_MAX: usize = 1024;
+/// Times the rules are tried, as each family may turn out not to have any.
+const TRIES: usize = 3;
+/// Where the resolver's servers stand, and, if that names but a stub on this host, those of
+/// systemd-resolved and NetworkManager.
+const RESOLV_CONF: [&str; 3] = [
+    "/etc/resolv.conf",
+    "/run/systemd/resolve/resolv.conf",
+    "/run/NetworkManager/no-stub-resolv.conf",
+];
+/// `ENODEV`, `ESRCH`, `ENOENT`, `EADDRNOTAVAIL`: what a deletion meets when it is gone already.
+const GONE: [i32; 4] = [
+    nix::libc::ENODEV,
+    nix::libc::ESRCH,
+    nix::libc::ENOENT,
+    nix::libc::EADDRNOTAVAIL,
+];
+
+/// The thread's own.
+pub(super) struct Worker {
+    pub(super) settings: Settings,
+    pub(super) tun_name: String,
+    /// Keeps the table ours.
+    pub(super) _claim: Claim,
+    pub(super) netlink: Netlink,
+    pub(super) overlay: Overlay,
+    pub(super) host: Host,
+    /// Addresses that we gave the TUN.
+    pub(super) added: BTreeSet<IpAddr>,
+    pub(super) told: BTreeSet<Conflict>,
+    pub(super) problems: Vec<String>,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Worker {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a driver: it measures and bounds its own work"
+    )]
+    pub(super) fn run(mut self, watch: &Watch, woken: &UnixStream) {
+        let mut look = true;
+        let mut rest_until = Instant::now();
+        loop {
+            let start = Instant::now();
+            let (stop, asked) = self.take_wishes();
+            if stop {
+                break;
+            }
+            let rested = start >= rest_until;
+            if look && rested {
+                self.look_at_host();
+            }
+            if look && rested || !asked.is_empty() {
+                self.settle();
+            }
+            for done in asked {
+                // Who asked may have given up.
+                let _ = done.send(());
+            }
+            if look && rested {
+                look = false;
+                let took = start.elapsed();
+                rest_until = Instant::now() + (took * REST_FACTOR).max(REST_MIN);
+            }
+            let timeout = if look {
+                rest_until.saturating_duration_since(Instant::now())
+            } else {
+                FILES_PERIOD
+            };
+            match wait(watch, woken, timeout, look) {
+                Woken::Wish => {}
+                Woken::News => {
+                    watch.take();
+                    look = true;
+                }
+                Woken::Nothing => look = look || Self::resolvers() != self.host.resolvers,
+            }
+            if drain(woken) {
+                // A wish is carried out at once.
+                look = look || lock(&self.shared.wishes).overlay.is_some();
+                if lock(&self.shared.wishes).overlay.is_some() {
+                    rest_until = Instant::now();
+                }
+            }
+        }
+        self.clean_up();
+    }
+
+    /// Whether to stop, and who waits for an address to be kept out.
+    fn take_wishes(&mut self) -> (bool, Vec<oneshot::Sender<()>>) {
+        let mut wishes = lock(&self.shared.wishes);
+        if let Some(overlay) = wishes.overlay.take() {
+            self.overlay = overlay;
+        }
+        let mut waiting = Vec::new();
+        for (address, done) in std::mem::take(&mut wishes.asked) {
+            if self.host.dialled.contains(&address) {
+                let _ = done.send(());
+                continue;
+            }
+            self.host.dialled.insert(0, address);
+            self.host.dialled.truncate(DIALLED_MAX);
+            waiting.push(done);
+        }
+        (wishes.stop, waiting)
+    }
+
+    /// Reads what the host has of its own.
+    fn look_at_host(&mut self) {
+        let tun = self.settings.tun;
+        let file = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.tun_name);
+        self.host.ipv6 = std::fs::read_to_string(file).is_ok_and(|text| text.trim() == "0");
+        self.host.resolvers = Self::resolvers();
+        if let Ok(addresses) = self.netlink.addresses() {
+            let others = addresses.iter().filter(|found| found.interface != tun);
+            self.host.connected = others.filter_map(|found| found.subnet).collect();
+        }
+        let routes = &mut self.host.routes;
+        routes.clear();
+        for v6 in [false, true] {
+            // A family that is not there has none.
+            let _ = self.netlink.routes(v6, table::MAIN, false, &mut |found| {
+                let counts = matches!(
+                    found.kind,
+                    RouteType::Unicast
+                        | RouteType::BlackHole
+                        | RouteType::Unreachable
+                        | RouteType::Prohibit
+                );
+                let others = !found.ours && found.interface != Some(tun);
+                if counts && others && found.net.prefix_len() > 0 && routes.len() < HOST_ROUTES_MAX
+                {
+                    routes.insert(found.net);
+                }
+            });
+        }
+    }
+
+    /// The servers of the first file that names any.
+    fn resolvers() -> Vec<IpAddr> {
+        let files = RESOLV_CONF
+            .iter()
+            .map(|path| std::fs::read_to_string(path).unwrap_or_default());
+        files
+            .map(|text| resolvers(&text))
+            .find(|found| !found.is_empty())
+            .unwrap_or_default()
+    }
+
+    /// Makes it as it is to be, and says how it stands.
+    fn settle(&mut self) {
+        let mut plan = Plan::default();
+        let mut problems = Vec::new();
+        for _ in 0..TRIES {
+            plan = crate::hostnet::plan(&self.settings, &self.overlay, &self.host);
+            problems.clear();
+            let rules = self.settings.rules;
+            match self.read(&plan.state) {
+                Ok((there, shared_table)) => {
+                    if shared_table {
+                        problems.push(format!(
+                            "another program uses table {} too; choose another with --table",
+                            self.settings.table
+                        ));
+                    }
+                    self.carry_out(&steps(&plan.state, &there), &mut problems);
+                }
+                Err(error) => problems.push(format!("cannot read the host's routes: {error}")),
+            }
+            if rules == self.settings.rules {
+                break;
+            }
+        }
+        for (v6, family) in [(false, "IPv4"), (true, "IPv6")] {
+            if !self.settings.rules[usize::from(v6)] && (!v6 || self.host.ipv6) {
+                problems.push(format!(
+                    "the kernel takes no {family} policy rules: only peers' own addresses are routed"
+                ));
+            }
+        }
+        self.publish(plan, problems);
+    }
+
+    /// What is there of ours, and whether somebody else uses our table.
+    fn read(&mut self, wanted: &State) -> io::Result<(State, bool)> {
+        let mut there = State::default();
+        let mut shared_table = false;
+        let (table, tun) = (self.settings.table, self.settings.tun);
+        let places = Settings::priorities(table);
+        for v6 in [false, true] {
+            if !self.settings.rules[usize::from(v6)] {
+                self.netlink.routes(v6, table::MAIN, true, &mut |found| {
+                    if found.interface == Some(tun) {
+                        there.routes.insert(route(&found, table::MAIN, tun));
+                    }
+                })?;
+                continue;
+            }
+            match self.netlink.rules(v6) {
+                Ok(rules) => {
+                    let ours = rules.iter().filter(|found| found.ours);
+                    let ours = ours.filter(|found| places.contains(&found.rule.priority));
+                    there.rules.extend(ours.map(|found| found.rule));
+                }
+                Err(error) => {
+                    tracing::debug!(%error, v6, "no policy rules");
+                    self.settings.rules[usize::from(v6)] = false;
+                    continue;
+                }
+            }
+            self.netlink.routes(v6, table, false, &mut |found| {
+                if found.ours {
+                    there.routes.insert(route(&found, table, tun));
+                } else {
+                    shared_table = true;
+                }
+            })?;
+        }
+        let addresses = self.netlink.addresses()?;
+        let on_tun = addresses.into_iter().filter(|found| found.interface == tun);
+        there.addresses = on_tun
+            .map(|found| found.address)
+            .filter(|ip| self.added.contains(ip) || wanted.addresses.contains(ip))
+            .collect();
+        Ok((there, shared_table))
+    }
+
+    fn carry_out(&mut self, steps: &[Step], problems: &mut Vec<String>) {
+        let mut failed = 0;
+        let mut first = None;
+        for step in steps {
+            let result = self.netlink.carry_out(step, self.settings.tun);
+            match step {
+                Step::AddAddress(ip) => {
+                    self.added.insert(*ip);
+                }
+                Step::DeleteAddress(ip) => {
+                    self.added.remove(ip);
+                }
+                Step::AddRule(rule) => {
+                    if let Err(error) = &result
+                        && error.raw_os_error() != Some(nix::libc::EEXIST)
+                    {
+                        tracing::debug!(%error, ?rule, "the rule is refused");
+                        self.settings.rules[usize::from(rule.v6)] = false;
+                        return;
+                    }
+                }
+                Step::DeleteRule(_) | Step::AddRoute(_) | Step::DeleteRoute(_) => {}
+            }
+            let Err(error) = result else {
+                continue;
+            };
+            let fine = match step {
+                Step::AddAddress(_) | Step::AddRule(_) | Step::AddRoute(_) => {
+                    error.raw_os_error() == Some(nix::libc::EEXIST)
+                }
+                Step::DeleteAddress(_) | Step::DeleteRule(_) | Step::DeleteRoute(_) => error
+                    .raw_os_error()
+                    .is_some_and(|errno| GONE.contains(&errno)),
+            };
+            if !fine {
+                failed += 1;
+                first.get_or_insert_with(|| format!("{}: {error}", describe(step)));
+            }
+        }
+        if let Some(first) = first {
+            let more = failed - 1;
+            problems.push(if more > 0 {
+                format!("{first}, and {more} more")
+            } else {
+                first
+            });
+        }
+    }
+
+    fn publish(&mut self, plan: Plan, problems: Vec<String>) {
+        if self.told.len() > TOLD_MAX {
+            self.told.clear();
+        }
+        for conflict in &plan.conflicts {
+            if self.told.insert(conflict.clone()) {
+                tracing::warn!(
+                    conflict = conflict.describe(),
+                    "a route meets the host's own"
+                );
+            }
+        }
+        for problem in problems.iter().filter(|p| !self.problems.contains(p)) {
+            tracing::warn!(problem, "the host's network is not as it should be");
+        }
+        self.problems.clone_from(&problems);
+        *lock(&self.shared.report) = Report {
+            table: self.settings.table,
+            conflicts: plan.conflicts,
+            more_conflicts: plan.more_conflicts,
+            kept_out: plan.kept_out,
+            problems,
+        };
+    }
+
+    fn clean_up(&mut self) {
+        let mut problems = Vec::new();
+        match self.read(&State::default()) {
+            Ok((there, _)) => self.carry_out(&steps(&State::default(), &there), &mut problems),
+            Err(error) => problems.push(error.to_string()),
+        }
+        for problem in problems {
+            tracing::warn!(
+                problem,
+                "something of ours stays behind; the next start removes it"
+            );
+        }
+    }
+}
+
+enum Woken {
+    Wish,
+    News,
+    Nothing,
+}
+
+/// Waits for a wish or `timeout`, and for news of the kernel unless some wait already.
+fn wait(watch: &Watch, woken: &UnixStream, timeout: Duration, news: bool) -> Woken {
+    let mut fds = [
+        PollFd::new(woken.as_fd(), PollFlags::POLLIN),
+        PollFd::new(watch.as_fd(), PollFlags::POLLIN),
+    ];
+    let count = if news { 1 } else { 2 };
+    // Rounded up: a wait of nothing would spin.
+    let ms = u16::try_from(timeout.as_millis() + 1).unwrap_or(u16::MAX);
+    match poll(&mut fds[..count], PollTimeout::from(ms)) {
+        Ok(0) | Err(_) => Woken::Nothing,
+        Ok(_) if fds[1].any() == Some(true) => Woken::News,
+        Ok(_) => Woken::Wish,
+    }
+}
+
+/// Takes what woke us; whether there was something.
+fn drain(mut woken: &UnixStream) -> bool {
+    let mut bytes = [0; 64];
+    let mut any = false;
+    while woken.read(&mut bytes).is_ok_and(|len| len > 0) {
+        any = true;
+    }
+    any
+}
+
+fn route(found: &FoundRoute, table: u8, tun: u32) -> Route {
+    let way = match (found.kind, found.interface) {
+        (RouteType::Throw, _) => Way::Throw,
+        (RouteType::Unicast, Some(index)) if index == tun => Way::Tunnel,
+        _ => Way::Stale,
+    };
+    Route {
+        net: found.net,
+        table,
+        way,
+    }
+}
+
+fn describe(step: &Step) -> String {
+    match step {
+        Step::AddAddress(ip) => format!("cannot add the address {ip}"),
+        Step::DeleteAddress(ip) => format!("cannot remove the address {ip}"),
+        Step::AddRule(rule) => format!("cannot add the rule {}", rule.priority),
+        Step::DeleteRule(rule) => format!("cannot remove the rule {}", rule.priority),
+        Step::AddRoute(route) => format!("cannot add the route {}", route.net),
+        Step::DeleteRoute(route) => format!("cannot remove the route {}", route.net),
+    }
+}
