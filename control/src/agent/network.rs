@@ -239,7 +239,8 @@ impl From<&Netmap> for Network {
             own: Standing {
                 expired: map.self_node.expired,
                 key_expiry: map.self_node.key_expiry.map(WireTime),
-                unapproved: !map.self_node.machine_authorized,
+                // Headscale says the same of a node whose key has expired.
+                unapproved: !map.self_node.machine_authorized && !map.self_node.expired,
                 health: map.health.clone(),
             },
             rules: match &map.rules {

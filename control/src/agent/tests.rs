@@ -1,8 +1,11 @@
 //! The agent as the driver sees it: what goes in, what comes out.
 
+use std::sync::Arc;
+
 use super::*;
 use crate::key::{DiscoPrivate, NodePrivate};
-use crate::netmap::wire::WireTime;
+use crate::netmap::MapState;
+use crate::netmap::wire::{self, WireTime};
 
 fn node(seed: u8) -> (NodePublic, DiscoPrivate) {
     (
@@ -202,6 +205,67 @@ fn a_peers_key_expires_by_the_wall_clock_with_nobody_to_tell_us() {
     restarted.handle_wall_clock(now, NOON + 2 * hour);
     restarted.handle_network(now, cached);
     assert_eq!(peers_given(&outputs(&mut restarted)), Some(0));
+}
+
+#[test]
+fn whoever_may_not_take_part_is_held_back_with_the_reason() {
+    let wire_node = |id: u8| wire::Node {
+        id: id.into(),
+        key: node(id).0,
+        home_derp: 900,
+        ..wire::Node::default()
+    };
+    let peers = [
+        wire_node(2),
+        wire::Node {
+            expired: true,
+            ..wire_node(3)
+        },
+        wire::Node {
+            is_jailed: true,
+            ..wire_node(4)
+        },
+        wire::Node {
+            home_derp: 0,
+            ..wire_node(5)
+        },
+        wire::Node {
+            unsigned_peer_api_only: true,
+            ..wire_node(6)
+        },
+    ];
+    // Neither is authorised, as Headscale says of a node whose key has expired, too.
+    for (expired, unapproved) in [(true, false), (false, true)] {
+        let own = wire::Node {
+            expired,
+            ..wire_node(1)
+        };
+        let message = wire::MapResponse {
+            node: Some(Arc::new(own)),
+            peers: Some(peers.iter().cloned().map(Arc::new).collect()),
+            ..wire::MapResponse::default()
+        };
+        let mut map = MapState::new(node(1).0);
+        map.handle_response(NOON, message).unwrap();
+        let network = Network::from(&map.snapshot(NOON, &[]).unwrap());
+        let own = (network.own.expired, network.own.unapproved);
+        assert_eq!(own, (expired, unapproved));
+        let taking_part: Vec<NodePublic> = network.peers.iter().map(|p| p.node_key).collect();
+        assert_eq!(taking_part, [node(2).0]);
+        let mut why: Vec<_> = network
+            .held_back
+            .iter()
+            .map(|held| (held.node_key, held.why))
+            .collect();
+        why.sort_by_key(|(_, why)| why.as_str());
+        let expected = [
+            (node(3).0, HoldReason::Expired),
+            (node(4).0, HoldReason::Jailed),
+            (node(6).0, HoldReason::NoAccess),
+            (node(5).0, HoldReason::Unreachable),
+        ];
+        assert_eq!(why, expected);
+    }
 }
 
 #[test]
