@@ -22,6 +22,8 @@ BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
 RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
 # shellcheck source=checks.sh
 . scripts/netns/checks.sh
+# shellcheck source=tailnet.sh
+. scripts/netns/tailnet.sh
 # shellcheck source=story.sh
 . scripts/netns/story.sh
 lab_init
@@ -29,9 +31,7 @@ lab_init
 
 topology() {
   lab_internet
-  lab_host coord 203.0.113.3
-  ip -n "${LAB}coord" addr add 10.255.0.1/32 dev lo
-  ip -n "${LAB}inet" route add 10.255.0.1/32 via 203.0.113.3 dev p_coord onlink
+  tailnet_coord_host
   lab_host nyc 203.0.113.1
   lab_host a 203.0.113.11
   # B is one router farther, behind the narrow wire; ICMP of that router comes from its own address.
@@ -62,9 +62,9 @@ NFT
 start_narrow_hosts() {
   start_relay nyc nyc 203.0.113.1 900 nyc || return 1
   make_derp_map nyc || return 1
-  start_coord_with_key
+  start_coord
 }
-status_of() { "$RINGTAIL" status --json --state-dir "$LAB_DIR/node-$1" | "$BENCH" pick "/peers/0/$2"; }
+status_of() { rt "$1" status --json | "$BENCH" pick "/peers/0/$2"; }
 is() { [ "$(status_of "$1" "$2")" = "$3" ]; }
 both_are() { is a "$1" "$2" && is b "$1" "$2"; }
 # full COUNT: packets of the tunnel's whole MTU, all answered.

@@ -28,10 +28,6 @@ start_story_hosts() {
   start_relay nyc nyc 203.0.113.1 900 nyc 2001:db8::1 || return 1
   start_relay fra fra 203.0.113.2 901 fra 2001:db8::2 || return 1
   make_derp_map nyc fra || return 1
-  start_coord_with_key
-}
-
-start_coord_with_key() {
   start_coord
 }
 
