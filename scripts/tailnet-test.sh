@@ -4,7 +4,7 @@
 #   scripts/tailnet-test.sh [--only LIST] [--jobs N] [--limit MINUTES] [--keep]
 #
 #   --only LIST       only these rows, by comma; `--only help` lists them
-#   --jobs N          so many rows beside each other (2)
+#   --jobs N          so many rows beside each other (3)
 #   --limit MINUTES   fail when it takes longer, the building of the peers apart (15)
 #   --keep            leave the lab up, and print how to take it down
 #
@@ -20,7 +20,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 cd "$ROOT"
 usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
-ONLY='' JOBS=2 KEEP='' LIMIT=15
+ONLY='' JOBS=3 KEEP='' LIMIT=15
 ROW_S=150
 # When more rows than this have failed, it is not the machine.
 AGAIN_MAX=3

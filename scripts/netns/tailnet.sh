@@ -214,9 +214,11 @@ ts() { lab_in "${TAILNET_NS[$1]}" timeout 60 tailscale --socket="$LAB_DIR/node-$
 # and of theirs are asked for by `rt NAME status --json` and `ts NAME status --json`.
 tailnet_status() {
   if [ "${TAILNET_KIND[$1]}" = ringtail ]; then
-    # It fails when something is wrong with the node, and says all the same.
-    { rt "$1" status --json 2>/dev/null || true; } | jq '{online: (.coordination.state == "connected"), addresses,
-      peers: [.peers[] | {key: .name, value: {online, home, direct: (if .path.state == "direct" then .path.address else null end)}}] | from_entries}'
+    # It fails when something is wrong with the node, and tells all the same. (To jq, no input at all is no failure.)
+    local told
+    told=$(rt "$1" status --json 2>/dev/null) || [ -n "$told" ] || return 1
+    jq '{online: (.coordination.state == "connected"), addresses,
+      peers: [.peers[] | {key: .name, value: {online, home, direct: (if .path.state == "direct" then .path.address else null end)}}] | from_entries}' <<<"$told"
   else
     ts "$1" status --json 2>/dev/null | jq '{online: (.BackendState == "Running" and .Self.Online), addresses: .TailscaleIPs,
       peers: [.Peer // {} | .[] | {key: .HostName, value: {online: .Online, home: .Relay, direct: (if .CurAddr == "" then null else .CurAddr end)}}] | from_entries}'
