@@ -527,6 +527,25 @@ restart() {
   check "$2: tailscaled is answered within a second" answered_within from-c "$up" 1000
 }
 
+# A tailscaled that was killed and started has lost our keys, and says so only by its new DISCO key.
+row_comeback() {
+  tailnet_up
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  tailnet_ringtail a a
+  tailnet_tailscaled b b
+  ready a b || return 0
+  check "ringtail to tailscaled" tailnet_pings a b 2
+  tailnet_stream a b to-b
+  pause 2
+  tailnet_stop b KILL
+  tailnet_start b
+  within 20 tailnet_online b
+  pause 4
+  check "a tailscaled that was started anew is answered again" silent_at_most to-b 6000
+}
+silent_at_most() { tailnet_stream_end "$1" && SAID="$LOST of $SENT lost, $GAP_MS ms" && [ "$GAP_MS" -le "$2" ]; }
+
 # A node's machine sleeps, and its clock is wrong when the node starts again: it is reached all the same.
 row_clocks() {
   tailnet_up

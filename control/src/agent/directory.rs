@@ -57,6 +57,16 @@ impl Directory {
         self.free.extend(free_now);
     }
 
+    /// Who has another DISCO key in a new list of peers than now. Of tailscaled every process has one of its own.
+    pub fn with_another_disco_key(&self, peers: &[NetworkPeer]) -> Vec<PeerId> {
+        let changed = |peer: &NetworkPeer| {
+            let id = self.id(&peer.node_key)?;
+            let now = self.peer(id)?.disco_key?;
+            (peer.disco_key? != now).then_some(id)
+        };
+        peers.iter().filter_map(changed).collect()
+    }
+
     /// A peer's index.
     pub fn id(&self, key: &NodePublic) -> Option<PeerId> {
         self.by_key.get(key).copied()

@@ -294,6 +294,8 @@ impl Agent {
         }
         if peers_changed {
             let network = self.network.as_ref().expect("it was just put there");
+            let restarted = self.directory.with_another_disco_key(&network.peers);
+            self.revival.restarted(now, restarted);
             self.directory.update(&network.peers);
         }
         let own = addresses.iter().map(|net| IpNet::from(net.addr()));
@@ -570,7 +572,7 @@ impl Agent {
         self.paths.handle_timeout(now, activity);
         self.netcheck.handle_timeout(now);
         self.correct(now);
-        let due = self.revival.take_due(now).into_iter();
+        let due = self.revival.take_due(now, activity).into_iter();
         self.out.extend(due.map(Output::Initiate));
         if self.active_check.is_some_and(|at| at <= now) {
             let used = |id| {

@@ -1,11 +1,12 @@
 //! Peers to shake hands with without anything to send: those whom the run before, or the time before
 //! a sleep, had sessions with. They may go on with keys that are lost here, and a standard peer notices
-//! only after fifteen seconds that nobody answers.
+//! only after fifteen seconds that nobody answers. The other way round, a peer whose DISCO key has changed
+//! is a tailscaled that was started anew: it has lost the keys that we go on with.
 //!
 //! They are asked a few at a time, the one heard last first, so that a node with thousands of peers
 //! neither floods its relay nor meets all their answers at once.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::channel::{Activity, PeerId};
@@ -24,6 +25,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 #[derive(Debug, Default)]
 pub(super) struct Revival {
     waiting: VecDeque<PeerId>,
+    /// Those who were started anew, of whom only those heard lately are asked.
+    restarted: BTreeSet<PeerId>,
     next: Option<Instant>,
     /// Of the run before, and until when they count for the next although not heard since.
     remembered: Vec<NodePublic>,
@@ -63,16 +66,31 @@ impl Revival {
         }
     }
 
+    /// These were started anew: they are asked if they were heard lately.
+    pub(super) fn restarted(&mut self, now: Instant, peers: impl IntoIterator<Item = PeerId>) {
+        self.restarted.extend(peers);
+        if !self.restarted.is_empty() {
+            self.next.get_or_insert(now);
+        }
+    }
+
     /// When [`Self::take_due`] has somebody.
     pub(super) fn poll_timeout(&self) -> Option<Instant> {
         self.next
     }
 
     /// Those to be asked now.
-    pub(super) fn take_due(&mut self, now: Instant) -> Vec<PeerId> {
+    pub(super) fn take_due(
+        &mut self,
+        now: Instant,
+        activity: &dyn Fn(PeerId) -> Activity,
+    ) -> Vec<PeerId> {
         if self.next.is_none_or(|at| now < at) {
             return Vec::new();
         }
+        let in_use = |id: &PeerId| heard_lately(&activity(*id), now).is_some();
+        let restarted = std::mem::take(&mut self.restarted);
+        self.ask(now, restarted.into_iter().filter(in_use));
         let batch = self.waiting.len().min(BATCH);
         let due = self.waiting.drain(..batch).collect();
         self.next = (!self.waiting.is_empty()).then(|| now + PAUSE);
@@ -125,6 +143,28 @@ mod tests {
         Instant::now()
     }
 
+    fn quiet(_: PeerId) -> Activity {
+        Activity::default()
+    }
+
+    #[test]
+    fn a_peer_that_was_started_anew_is_asked_if_it_was_heard_lately() {
+        let now = start() + LATELY;
+        let mut revival = Revival::default();
+        revival.restarted(now, [1, 2, 3].map(PeerId));
+        assert_eq!(revival.poll_timeout(), Some(now));
+        let heard = |id: PeerId| Activity {
+            last_received: match id.0 {
+                1 => now.checked_sub(LATELY),
+                2 => Some(now),
+                _ => None,
+            },
+            ..Activity::default()
+        };
+        assert_eq!(revival.take_due(now, &heard), [PeerId(2)]);
+        assert_eq!(revival.poll_timeout(), None);
+    }
+
     #[test]
     fn peers_are_asked_a_few_at_a_time_and_once() {
         let now = start();
@@ -137,8 +177,8 @@ mod tests {
         let (mut asked, mut at) = (Vec::new(), now);
         while let Some(next) = revival.poll_timeout() {
             assert!(asked.is_empty() || next >= at + PAUSE);
-            assert_eq!(revival.take_due(next - Duration::from_nanos(1)), []);
-            let due = revival.take_due(next);
+            assert_eq!(revival.take_due(next - Duration::from_nanos(1), &quiet), []);
+            let due = revival.take_due(next, &quiet);
             assert!(!due.is_empty() && due.len() <= BATCH);
             asked.extend(due);
             at = next;
@@ -155,10 +195,10 @@ mod tests {
         revival.meet(now, |_| None);
         assert_eq!(revival.poll_timeout(), None);
         revival.meet(now, |key| (*key == before[2]).then_some(PeerId(7)));
-        assert_eq!(revival.take_due(now), [PeerId(7)]);
+        assert_eq!(revival.take_due(now, &quiet), [PeerId(7)]);
         let id = |key: &NodePublic| before.iter().position(|k| k == key);
         revival.meet(now, |key| Some(PeerId(u32::try_from(id(key)?).ok()?)));
-        assert_eq!(revival.take_due(now), [PeerId(0), PeerId(1)]);
+        assert_eq!(revival.take_due(now, &quiet), [PeerId(0), PeerId(1)]);
         revival.meet(now, |_| Some(PeerId(9)));
         assert_eq!(revival.poll_timeout(), None, "each once");
     }

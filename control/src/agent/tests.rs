@@ -462,6 +462,26 @@ fn peers_of_the_run_before_are_greeted_once_they_are_known() {
 }
 
 #[test]
+fn a_peer_with_another_disco_key_that_was_heard_lately_is_greeted() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let heard = |_| Activity {
+        last_received: Some(now),
+        ..Activity::default()
+    };
+    let mut told = network(2);
+    agent.handle_network(now, told.clone());
+    for (secs, key, greeted) in [(1, 2, 0), (2, 9, 1), (3, 9, 0)] {
+        let now = now + Duration::from_secs(secs);
+        told.peers[0].disco_key = Some(node(key).1.public());
+        told.peers[0].online = Some(secs % 2 == 0);
+        agent.handle_network(now, told.clone());
+        agent.handle_timeout(now, &heard);
+        let initiated = initiated(&outputs(&mut agent));
+        assert_eq!(initiated.len(), greeted, "{secs}: {initiated:?}");
+    }
+}
+
+#[test]
 fn after_a_sleep_those_heard_shortly_before_it_are_greeted() {
     let (now, mut agent) = (start(), agent(1, false));
     agent.handle_network(now, network(2));
