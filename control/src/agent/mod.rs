@@ -55,6 +55,9 @@ const TUNNEL_ACTIVE: Duration = Duration::from_secs(45);
 const ACTIVE_CHECK_PERIOD: Duration = Duration::from_secs(5);
 /// An expiry is waited for so long at most before the wall clock is looked at again.
 const EXPIRY_CHECK_PERIOD_MAX: Duration = Duration::from_secs(3600);
+/// The wall clock was set, and did not just drift, if it is off by more: as coordination's clock counts
+/// as another than ours.
+const CLOCK_STEP_MIN: time::Duration = time::Duration::MINUTE;
 /// Prefixes of peers that do not count and are told of at most.
 const REFUSED_TOLD_MAX: usize = 64;
 /// User pings that wait for their answer at most.
@@ -130,6 +133,8 @@ pub enum Output {
     SetDerpMap(DerpMap),
     /// Make this region the home.
     SetHome(RegionId),
+    /// The wall clock was set: have coordination say anew what its times are by it.
+    AskForMap,
     /// Own endpoints or the home changed: tell coordination ([`Agent::self_report`]).
     Publish,
     /// Look up this host name for STUN and give the answer to [`Agent::handle_resolved`].
@@ -157,8 +162,12 @@ pub struct Agent {
     allowed: Allowed,
     /// Those that do not, in sentences.
     refused: BTreeSet<String>,
-    /// The wall clock as told last, and when the next key expires by it.
+    /// The wall clock as told last, when that was, and when the next key expires by it.
     wall: OffsetDateTime,
+    wall_told: Option<Instant>,
+    /// The network is coordination's word in this run: its times were right when they came, whatever
+    /// the wall clock said.
+    times_are_right: bool,
     next_expiry: Option<OffsetDateTime>,
     /// When to be told the wall clock again.
     expiry_check: Option<Instant>,
@@ -211,6 +220,8 @@ impl Agent {
             allowed: Allowed::default(),
             refused: BTreeSet::new(),
             wall: OffsetDateTime::UNIX_EPOCH,
+            wall_told: None,
+            times_are_right: false,
             next_expiry: None,
             expiry_check: None,
             directory: Directory::default(),
@@ -241,6 +252,12 @@ impl Agent {
         self.enforce(now);
     }
 
+    /// Takes a new view of the network that coordination gives, with times by our wall clock.
+    pub fn handle_map(&mut self, now: Instant, network: Network) {
+        self.times_are_right = true;
+        self.handle_network(now, network);
+    }
+
     /// Whether there is a network to take part in.
     pub fn has_network(&self) -> bool {
         self.told.is_some()
@@ -250,11 +267,27 @@ impl Agent {
     /// whenever [`Self::poll_timeout`] says, and now and then besides, since clocks are set.
     pub fn handle_wall_clock(&mut self, now: Instant, wall: OffsetDateTime) {
         let set_back = wall < self.wall;
+        let step = self.clock_step(now, wall);
         self.wall = wall;
-        if set_back || self.next_expiry.is_some_and(|at| at <= wall) {
+        self.wall_told = Some(now);
+        if step.abs() > CLOCK_STEP_MIN && self.times_are_right {
+            // It was wrong before or is now. The network's times stay the moments they were.
+            if let Some(told) = &mut self.told {
+                told.move_times(step);
+            }
+            self.enforce(now);
+            self.out.push_back(Output::AskForMap);
+        } else if set_back || self.next_expiry.is_some_and(|at| at <= wall) {
             self.enforce(now);
         }
         self.await_expiry(now);
+    }
+
+    /// By how much the wall clock was set since it was told last.
+    fn clock_step(&self, now: Instant, wall: OffsetDateTime) -> time::Duration {
+        let elapsed = self.wall_told.map(|at| now.saturating_duration_since(at));
+        let elapsed = elapsed.and_then(|elapsed| time::Duration::try_from(elapsed).ok());
+        elapsed.map_or(time::Duration::ZERO, |elapsed| wall - self.wall - elapsed)
     }
 
     fn await_expiry(&mut self, now: Instant) {

@@ -285,6 +285,16 @@ impl Network {
         (network, allowed)
     }
 
+    /// Our wall clock was set by `step`: what is reckoned by it goes along.
+    pub(super) fn move_times(&mut self, step: time::Duration) {
+        let peers = self.peers.iter_mut().map(|peer| &mut peer.key_expiry);
+        let held_back = self.held_back.iter_mut().map(|node| &mut node.key_expiry);
+        let own = &mut self.own.key_expiry;
+        for expiry in peers.chain(held_back).chain([own]).flatten() {
+            expiry.0 = expiry.0.saturating_add(step);
+        }
+    }
+
     /// The first expiry of a key after `wall`: what is in force may differ from then on.
     pub(super) fn next_expiry(&self, wall: OffsetDateTime) -> Option<OffsetDateTime> {
         let peers = self.peers.iter().map(|peer| peer.key_expiry);

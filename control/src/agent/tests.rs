@@ -208,6 +208,40 @@ fn a_peers_key_expires_by_the_wall_clock_with_nobody_to_tell_us() {
 }
 
 #[test]
+fn a_wall_clock_that_is_set_makes_no_key_of_coordinations_map_expire() {
+    let (now, hour) = (start(), Duration::from_secs(3600));
+    for (right, wrong) in [(NOON, NOON - 2000 * hour), (NOON - 2000 * hour, NOON)] {
+        let mut agent = agent(1, false);
+        // Our clock is 2000 hours off, and the map says when the keys expire by it.
+        let mut told = network(2);
+        told.peers[0].key_expiry = Some(WireTime(wrong + hour));
+        told.own.key_expiry = Some(WireTime(wrong + 2 * hour));
+        agent.handle_wall_clock(now, wrong);
+        agent.handle_map(now, told);
+        outputs(&mut agent);
+        let minute = hour / 60;
+        agent.handle_wall_clock(now + minute, right + minute);
+        let out = outputs(&mut agent);
+        let held = |o: &Output| matches!(o, Output::Story("held_back" | "expired", _));
+        assert!(!out.iter().any(held), "{right}");
+        assert_ne!(peers_given(&out), Some(0));
+        assert!(out.iter().any(|o| matches!(o, Output::AskForMap)));
+        let shown = status(&agent, now + minute);
+        assert_eq!(shown["peers"][0]["expired"], false);
+        let due = standing::text(Some(WireTime(right + hour))).unwrap();
+        assert_eq!(shown["peers"][0]["key_expiry"], due.as_str());
+        // They expire when they should, and a clock that goes on as it is asks for nothing.
+        agent.handle_wall_clock(now + hour, right + hour);
+        let out = outputs(&mut agent);
+        assert_eq!(peers_given(&out), Some(0));
+        assert!(!out.iter().any(|o| matches!(o, Output::AskForMap)));
+        agent.handle_wall_clock(now + 2 * hour, right + 2 * hour);
+        let expired = |o: &Output| matches!(o, Output::Story("expired", _));
+        assert!(outputs(&mut agent).iter().any(expired));
+    }
+}
+
+#[test]
 fn whoever_may_not_take_part_is_held_back_with_the_reason() {
     let wire_node = |id: u8| wire::Node {
         id: id.into(),

@@ -173,19 +173,21 @@ impl MapState {
         now: OffsetDateTime,
         response: MapResponse,
     ) -> Result<Applied, MergeError> {
-        if let Some(server_now) = response.control_time.and_then(WireTime::get) {
-            let offset = server_now - now;
-            let far = offset.abs() > time::Duration::MINUTE;
-            self.clock_offset = if far { offset } else { time::Duration::ZERO };
-        }
+        let clock_set = response
+            .control_time
+            .and_then(WireTime::get)
+            .is_some_and(|server_now| self.compare_clocks(server_now - now));
         if response.keep_alive {
-            return Ok(Applied::default());
+            return Ok(Applied {
+                changed: clock_set && self.node.is_some(),
+                first: false,
+            });
         }
         let first = self.node.is_none();
         if first && response.node.is_none() {
             return Err(MergeError::NoNode);
         }
-        let mut changed = first;
+        let mut changed = first || clock_set;
         changed |= self.apply_peers(now, &response);
         if let Some(mut node) = response.node {
             Arc::make_mut(&mut node).normalise();
@@ -232,6 +234,17 @@ impl MapState {
             self.tailnet_lock = disabled != Some(true);
         }
         Ok(Applied { changed, first })
+    }
+
+    /// Takes how far the server's clock is ahead of ours; a minute more or less counts for nothing, so
+    /// that times do not move with every message. True if one of the clocks was set: all times differ.
+    fn compare_clocks(&mut self, offset: time::Duration) -> bool {
+        if (offset - self.clock_offset).abs() <= time::Duration::MINUTE {
+            return false;
+        }
+        let far = offset.abs() > time::Duration::MINUTE;
+        self.clock_offset = if far { offset } else { time::Duration::ZERO };
+        true
     }
 
     fn apply_peers(&mut self, now: OffsetDateTime, response: &MapResponse) -> bool {
@@ -660,6 +673,36 @@ mod tests {
         assert_eq!((later.peers.len(), later.held_back.len()), (0, 1));
         assert!(later.held_back[0].expired);
         assert_eq!(state.next_expiry(due), None);
+    }
+
+    #[test]
+    fn a_clock_that_is_set_moves_all_times_also_by_a_sign_of_life() {
+        let expiry = time::macros::datetime!(2026-12-22 06:00 UTC);
+        let heard = |keep_alive, ahead| MapResponse {
+            keep_alive,
+            control_time: Some(WireTime(NOW + ahead)),
+            ..MapResponse::default()
+        };
+        let mut first = heard(false, time::Duration::days(60));
+        first.node = Some(Arc::new(Node {
+            id: 1,
+            key: own_key(),
+            key_expiry: Some(WireTime(expiry)),
+            ..Node::default()
+        }));
+        let mut state = MapState::new(own_key());
+        state.handle_response(NOW, first).unwrap();
+        let own = |state: &MapState| state.snapshot(NOW, &[]).unwrap().self_node.key_expiry;
+        let by_ours = Some(expiry - time::Duration::days(60));
+        assert_eq!(own(&state), by_ours);
+        // Neither a slow message nor a clock that drifts is worth a snapshot.
+        let late = heard(true, time::Duration::days(60) - time::Duration::SECOND);
+        let applied = state.handle_response(NOW, late).unwrap();
+        assert!(!applied.changed);
+        assert_eq!(own(&state), by_ours);
+        let set = heard(true, time::Duration::SECOND);
+        assert!(state.handle_response(NOW, set).unwrap().changed);
+        assert_eq!(own(&state), Some(expiry));
     }
 
     #[test]

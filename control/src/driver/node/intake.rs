@@ -165,7 +165,7 @@ impl Node {
                 self.surroundings.coordination_state = CONNECTED.into();
                 let network = Network::from(&*map);
                 self.agent.handle_wall_clock(now(), wall());
-                self.agent.handle_network(now(), network.clone());
+                self.agent.handle_map(now(), network.clone());
                 self.agent
                     .handle_told_endpoints(now(), &map.self_node.endpoints);
                 self.unsaved = Some(network);

@@ -204,7 +204,7 @@ impl Node {
                     self.agent.handle_wall_clock(now(), wall());
                     self.agent.handle_timeout(now(), &|id| dataplane.activity(id));
                 }
-                () = self.sleep.jump() => {}
+                () = self.sleep.jump() => self.agent.handle_wall_clock(now(), wall()),
                 () = at(Some(self.timestamps.due())) => self.timestamps.renew(),
                 () = at(Some(self.save_at)) => {
                     if !self.dataplane.tun_is_there() {
@@ -269,6 +269,11 @@ impl Node {
                         *old = report;
                         changed
                     });
+                }
+                Output::AskForMap => {
+                    if let Some(coord) = &self.coord_client {
+                        coord.redial();
+                    }
                 }
                 Output::Resolve(host) => self.resolve(host),
                 Output::MeasureHttps(regions) => self.measure_https(&regions),
