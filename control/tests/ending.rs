@@ -334,6 +334,62 @@ fn a_device_in_the_background_takes_its_socket_along_however_early_the_signal() 
     }
 }
 
+/// Starts a device in the background and ends it; gives what its start said.
+fn started_and_ended(command: Command, socket: &Path) -> (ExitStatus, String) {
+    let (status, said) = Running::start(command).end();
+    if status.success() {
+        std::fs::remove_file(socket).unwrap();
+    }
+    (status, said)
+}
+
+#[test]
+fn a_device_in_the_background_keeps_its_state_from_where_the_caller_stands() {
+    if !can_run("a_device_in_the_background_keeps_its_state_from_where_the_caller_stands") {
+        return;
+    }
+    let variable = "RINGTAIL_DEVICE_STATE_DIR";
+    for by_variable in [false, true] {
+        let (name, dir) = (name(), tempfile::tempdir().unwrap());
+        let args = ["device", &name, "--state-dir", "state/here"];
+        let mut command = program(&args[..if by_variable { 2 } else { 4 }], Forbidden::Nothing);
+        command.current_dir(dir.path()).env_remove(variable);
+        if by_variable {
+            command.env(variable, "state/here");
+        }
+        let (status, said) = started_and_ended(command, &socket_of(&name));
+        assert!(status.success(), "{said}");
+        // It is there as soon as the device is.
+        let file = dir.path().join(format!("state/here/{name}.timestamp"));
+        assert!(file.exists());
+    }
+}
+
+#[test]
+fn a_device_that_cannot_keep_its_state_does_not_start() {
+    if !can_run("a_device_that_cannot_keep_its_state_does_not_start") {
+        return;
+    }
+    // The one cannot be made; in the other there can be no file of ours, not even for root.
+    for (dir, complaint) in [
+        (
+            "/dev/null/state",
+            "cannot make the state directory /dev/null/state",
+        ),
+        ("/proc", "cannot write /proc/"),
+    ] {
+        for background in [false, true] {
+            let name = name();
+            let args = ["device", &name, "--state-dir", dir, "-f"];
+            let command = program(&args[..if background { 4 } else { 5 }], Forbidden::Nothing);
+            let (status, said) = started_and_ended(command, &socket_of(&name));
+            assert_eq!(status.code(), Some(1), "{said}");
+            assert!(said.contains(complaint), "{said}");
+            assert!(!socket_of(&name).exists());
+        }
+    }
+}
+
 #[test]
 fn a_node_that_is_ended_early_leaves_no_socket() {
     if !can_run("a_node_that_is_ended_early_leaves_no_socket") {

@@ -29,9 +29,9 @@ const MTU_DEFAULT: u16 = 1420;
 /// `wg-quick` starts it where WG_QUICK_USERSPACE_IMPLEMENTATION names a link `ringtail-wg` to this
 /// program: called by that name it is `ringtail device`.
 ///
-/// Environment: WG_PROCESS_FOREGROUND=1 is -f; RINGTAIL_DEVICE_STATE_DIR is --state-dir; LOG_LEVEL is verbose, debug, error or silent. In the
-/// background nothing is logged unless LOG_LEVEL, RUST_LOG or -v asks for it (then to standard
-/// error as it was), or --log-file names a file.
+/// Environment: WG_PROCESS_FOREGROUND=1 is -f; RINGTAIL_DEVICE_STATE_DIR is --state-dir; LOG_LEVEL is
+/// verbose, debug, error or silent. In the background nothing is logged unless LOG_LEVEL, RUST_LOG or
+/// -v asks for it (then to standard error as it was), or --log-file names a file.
 #[derive(Debug, Args)]
 pub(super) struct DeviceArgs {
     /// Name of the interface, at most 15 bytes; `%d` stands for the first free number.
@@ -128,6 +128,18 @@ fn is_set(variable: &str, value: &str) -> bool {
     std::env::var(variable).is_ok_and(|found| found == value)
 }
 
+/// Where the state goes, from where the caller stands: in the background the device stands elsewhere.
+fn state_dir(given: Option<PathBuf>) -> anyhow::Result<Option<PathBuf>> {
+    let told = || std::env::var_os(STATE_DIR_VARIABLE).filter(|dir| !dir.is_empty());
+    given
+        .or_else(|| told().map(PathBuf::from))
+        .map(|dir| {
+            std::path::absolute(&dir)
+                .with_context(|| format!("cannot use {dir:?} as a state directory"))
+        })
+        .transpose()
+}
+
 impl DeviceArgs {
     fn into_options(self) -> anyhow::Result<Options> {
         for variable in ["WG_TUN_FD", "WG_UAPI_FD"] {
@@ -171,9 +183,7 @@ impl DeviceArgs {
                 gro: self.udp_gro,
             },
             engine: self.engine.into(),
-            state_dir: self
-                .state_dir
-                .or_else(|| std::env::var_os(STATE_DIR_VARIABLE).map(PathBuf::from)),
+            state_dir: state_dir(self.state_dir)?,
         })
     }
 }

@@ -100,6 +100,7 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
         tokio::task::spawn_local(link::watch_own(index, link_sender));
         let (calls_sender, calls) = mpsc::channel(CALLS_MAX);
         tokio::task::spawn_local(uapi::serve(socket.listener()?, calls_sender));
+        let timestamps = timestamps(options.state_dir.as_deref(), dataplane.tun_name())?;
         ready()?;
         let running = Running {
             device: Device::default(),
@@ -110,6 +111,7 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
             },
             interface,
             dataplane,
+            timestamps,
             options,
         };
         let surroundings = Surroundings {
@@ -137,6 +139,16 @@ fn config(options: &Options) -> Config {
     }
 }
 
+/// The time that handshakes may have carried, by the interface's name; to be taken up before there is a
+/// private key. Who asks for it and cannot have it is told while somebody listens.
+fn timestamps(dir: Option<&Path>, tun_name: &str) -> anyhow::Result<Option<Timestamps>> {
+    let Some(dir) = dir else {
+        return Ok(None);
+    };
+    let path = StateDir::open(dir)?.file(&format!("{tun_name}.{TIMESTAMP_FILE}"));
+    Timestamps::open_writable(path).map(Some)
+}
+
 /// What can end a device from outside.
 struct Surroundings<'a> {
     socket: &'a Socket,
@@ -150,6 +162,7 @@ struct Running {
     dataplane: Dataplane,
     handshakes: RefCell<Handshakes>,
     link: OwnLink,
+    timestamps: Option<Timestamps>,
     options: Options,
 }
 
@@ -177,7 +190,6 @@ impl Running {
             "device is there"
         );
         let mut sleep = sleep::Watch::new();
-        let mut timestamps = self.timestamps()?;
         let why = loop {
             if let Some(slept) = sleep.look() {
                 self.resumed(slept);
@@ -201,8 +213,8 @@ impl Running {
                 }
                 Some(link) = link_news.recv() => self.link_changed(link).await,
                 () = sleep.jump() => {}
-                () = at(timestamps.as_ref().map(Timestamps::due)) => {
-                    timestamps.iter_mut().for_each(Timestamps::renew);
+                () = at(self.timestamps.as_ref().map(Timestamps::due)) => {
+                    self.timestamps.iter_mut().for_each(Timestamps::renew);
                 }
                 _ = presence_check.tick() => {
                     if !outside.socket.is_there() {
@@ -214,7 +226,7 @@ impl Running {
                 }
             }
         };
-        if let Some(timestamps) = timestamps {
+        if let Some(timestamps) = self.timestamps {
             timestamps.close();
         }
         tracing::info!(why, "device ends");
@@ -260,17 +272,6 @@ impl Running {
             }
         }
         Taken::More
-    }
-
-    /// The time that handshakes may have carried, by the interface's name. There is no private key yet,
-    /// and so no handshake.
-    fn timestamps(&self) -> anyhow::Result<Option<Timestamps>> {
-        let Some(dir) = &self.options.state_dir else {
-            return Ok(None);
-        };
-        let name = format!("{}.{TIMESTAMP_FILE}", self.dataplane.tun_name());
-        let path = StateDir::open(dir)?.file(&name);
-        Ok(Some(Timestamps::open(path)))
     }
 
     /// The machine has slept for so long. Peers may go on with keys that are too old here, or have

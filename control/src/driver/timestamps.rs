@@ -40,6 +40,22 @@ impl Timestamps {
     /// Takes up the time of the run before, and says how far this run may come. To be called before
     /// any handshake.
     pub(super) fn open(path: PathBuf) -> Self {
+        let mut timestamps = Self::take_up(path);
+        timestamps.renew();
+        timestamps
+    }
+
+    /// The same where that is worth nothing unless the file can be written.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub(super) fn open_writable(path: PathBuf) -> anyhow::Result<Self> {
+        let mut timestamps = Self::take_up(path);
+        timestamps.try_renew()?;
+        Ok(timestamps)
+    }
+
+    fn take_up(path: PathBuf) -> Self {
         let system = wall();
         if let Some(known) = read(&path) {
             wall_at_least(known);
@@ -50,14 +66,12 @@ impl Timestamps {
                 );
             }
         }
-        let mut timestamps = Self {
+        Self {
             path,
             started: now(),
             due: now(),
             failing: false,
-        };
-        timestamps.renew();
-        timestamps
+        }
     }
 
     /// When [`Self::renew`] is wanted.
@@ -67,19 +81,7 @@ impl Timestamps {
 
     /// Writes the file anew. What goes wrong is logged once: handshakes matter more.
     pub(super) fn renew(&mut self) {
-        let now = now();
-        let lead = (LEAD_MIN + (now - self.started)).min(LEAD_MAX);
-        self.due = now + if self.write(lead) { lead / 2 } else { RETRY };
-    }
-
-    /// Leaves the time for the next run.
-    pub(super) fn close(mut self) {
-        self.write(Duration::ZERO);
-    }
-
-    fn write(&mut self, lead: Duration) -> bool {
-        let text = format!("{}\n", (wall() + lead).as_secs() + 1);
-        let failed = write_private(&self.path, text.as_bytes()).err();
+        let failed = self.try_renew().err();
         if let (Some(error), false) = (&failed, self.failing) {
             tracing::warn!(
                 error = format!("{error:#}"),
@@ -87,7 +89,26 @@ impl Timestamps {
             );
         }
         self.failing = failed.is_some();
-        !self.failing
+    }
+
+    fn try_renew(&mut self) -> anyhow::Result<()> {
+        let now = now();
+        let lead = (LEAD_MIN + (now - self.started)).min(LEAD_MAX);
+        let written = self.write(lead);
+        self.due = now + if written.is_ok() { lead / 2 } else { RETRY };
+        written
+    }
+
+    /// Leaves the time for the next run. Where that fails, what is there is only further ahead.
+    pub(super) fn close(self) {
+        if let Err(error) = self.write(Duration::ZERO) {
+            tracing::debug!(error = format!("{error:#}"), "the time stays ahead");
+        }
+    }
+
+    fn write(&self, lead: Duration) -> anyhow::Result<()> {
+        let text = format!("{}\n", (wall() + lead).as_secs() + 1);
+        write_private(&self.path, text.as_bytes())
     }
 }
 
