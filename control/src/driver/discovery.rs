@@ -33,47 +33,42 @@ const DATAGRAM_LEN_MAX: usize = 16 * 1024;
 const BATCH_LEN_MAX: usize = 64;
 
 /// What the kernel said of an address counts so long.
-const LOOP_ANSWER_LIFE: Duration = Duration::from_secs(2);
+const ROUTE_LIFE: Duration = Duration::from_secs(2);
 /// Addresses it was asked about, at most.
-const LOOP_ANSWERS_MAX: usize = 1024;
+const ROUTES_MAX: usize = 1024;
 
 /// Both families of the discovery port.
 pub struct Discovery {
     v4: UdpSocket,
     v6: Option<UdpSocket>,
     buffer: Vec<u8>,
-    tunnel: Tunnel,
+    routes: Routes,
+    /// Our own addresses inside the tunnel.
+    inner: BTreeSet<IpAddr>,
 }
 
-/// Whether addresses lie behind our own tunnel.
-#[derive(Debug, Default)]
-struct Tunnel {
+/// Which of our addresses the kernel would send from: five system calls, so answers are kept a while.
+#[derive(Debug)]
+struct Routes {
     /// The sockets' mark. Without one, a socket that only asks would be routed otherwise than they are.
     fwmark: u32,
-    inner: BTreeSet<IpAddr>,
-    answers: RefCell<BTreeMap<IpAddr, (bool, Instant)>>,
+    answers: RefCell<BTreeMap<IpAddr, (Option<IpAddr>, Instant)>>,
 }
 
-impl Tunnel {
-    /// Whether what is sent to `to` would leave from an inner address, that is, through the TUN.
-    fn leads_to(&self, to: SocketAddr) -> bool {
-        if self.fwmark == 0 || self.inner.is_empty() {
-            return false;
-        }
-        let now = now();
+impl Routes {
+    fn source(&self, now: Instant, to: SocketAddr) -> Option<IpAddr> {
         let mut answers = self.answers.borrow_mut();
-        if let Some((inside, at)) = answers.get(&to.ip())
-            && now.saturating_duration_since(*at) < LOOP_ANSWER_LIFE
+        if let Some((source, at)) = answers.get(&to.ip())
+            && now.saturating_duration_since(*at) < ROUTE_LIFE
         {
-            return *inside;
+            return *source;
         }
-        if answers.len() >= LOOP_ANSWERS_MAX {
+        if answers.len() >= ROUTES_MAX {
             answers.clear();
         }
         let source = source_address(to, self.fwmark);
-        let inside = source.is_some_and(|source| self.inner.contains(&source));
-        answers.insert(to.ip(), (inside, now));
-        inside
+        answers.insert(to.ip(), (source, now));
+        source
     }
 }
 
@@ -91,11 +86,15 @@ pub struct Datagram {
 }
 
 impl Discovery {
-    /// Takes over non-blocking sockets of the data plane.
+    /// Takes over non-blocking sockets of the data plane, which carry this mark.
     ///
     /// # Errors
     /// When the runtime does not take them.
-    pub fn new(v4: std::net::UdpSocket, v6: Option<std::net::UdpSocket>) -> anyhow::Result<Self> {
+    pub fn new(
+        v4: std::net::UdpSocket,
+        v6: Option<std::net::UdpSocket>,
+        fwmark: u32,
+    ) -> anyhow::Result<Self> {
         let adopt = |socket: std::net::UdpSocket| -> anyhow::Result<UdpSocket> {
             socket.set_nonblocking(true)?;
             setsockopt(&socket, sockopt::ReceiveTimestampns, &true)
@@ -106,17 +105,39 @@ impl Discovery {
             v4: adopt(v4)?,
             v6: v6.map(adopt).transpose()?,
             buffer: vec![0; DATAGRAM_LEN_MAX],
-            tunnel: Tunnel::default(),
+            routes: Routes {
+                fwmark,
+                answers: RefCell::default(),
+            },
+            inner: BTreeSet::new(),
         })
     }
 
-    /// Takes the mark of the sockets and our own addresses inside the tunnel.
-    pub fn set_tunnel(&mut self, fwmark: u32, inner: BTreeSet<IpAddr>) {
-        self.tunnel = Tunnel {
-            fwmark,
-            inner,
-            answers: RefCell::default(),
-        };
+    /// Takes our own addresses inside the tunnel.
+    pub fn set_inner(&mut self, inner: BTreeSet<IpAddr>) {
+        self.inner = inner;
+        self.routes_changed();
+    }
+
+    /// What the kernel said before counts no more.
+    pub fn routes_changed(&mut self) {
+        self.routes.answers.get_mut().clear();
+    }
+
+    /// Which of our addresses to name in what is sent to `to`: none where routing chooses it anyway,
+    /// lest it sticks when routing changes its mind.
+    pub fn named_source(&self, to: SocketAddr, local: Option<IpAddr>) -> Option<IpAddr> {
+        local.filter(|local| self.routes.source(now(), to) != Some(*local))
+    }
+
+    /// Whether what is sent to `to` would leave from an inner address, that is, through the TUN.
+    fn leads_inside(&self, to: SocketAddr) -> bool {
+        self.routes.fwmark != 0
+            && !self.inner.is_empty()
+            && self
+                .routes
+                .source(now(), to)
+                .is_some_and(|source| self.inner.contains(&source))
     }
 
     /// Waits for datagrams and appends up to 64 of them to `out`.
@@ -172,7 +193,7 @@ impl Discovery {
                 .as_ref()
                 .ok_or_else(|| io::Error::from_raw_os_error(Errno::EAFNOSUPPORT as i32))?,
         };
-        if self.tunnel.leads_to(to) {
+        if self.leads_inside(to) {
             return Err(io::Error::from_raw_os_error(nix::libc::ENETUNREACH));
         }
         if !dont_fragment {
@@ -339,7 +360,7 @@ mod tests {
             let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
             let v6 = std::net::UdpSocket::bind("[::1]:0")?;
             let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
-            let mut sockets = Discovery::new(v4, Some(v6))?;
+            let mut sockets = Discovery::new(v4, Some(v6), 0)?;
             let before = Clock::now().monotonic;
             sockets.send(to4, None, b"four", false)?;
             sockets.send(to6, None, b"six", false)?;
@@ -366,15 +387,15 @@ mod tests {
             return;
         }
         runtime::block_on(|_| async {
-            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
-            let to = v4.local_addr()?;
-            let mut sockets = Discovery::new(v4, None)?;
             for (mark, inner, refused) in [
                 (1, "127.0.0.1", true),
                 (1, "10.7.0.1", false),
                 (0, "127.0.0.1", false),
             ] {
-                sockets.set_tunnel(mark, BTreeSet::from([inner.parse()?]));
+                let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
+                let to = v4.local_addr()?;
+                let mut sockets = Discovery::new(v4, None, mark)?;
+                sockets.set_inner(BTreeSet::from([inner.parse()?]));
                 let sent = sockets.send(to, None, b"ping", false);
                 let errno = sent.err().and_then(|error| error.raw_os_error());
                 anyhow::ensure!(errno == refused.then_some(nix::libc::ENETUNREACH));
@@ -391,7 +412,7 @@ mod tests {
             let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
             let v6 = std::net::UdpSocket::bind("[::1]:0")?;
             let to = v6.local_addr()?;
-            let sockets = Discovery::new(v4, Some(v6))?;
+            let sockets = Discovery::new(v4, Some(v6), 0)?;
             let bytes = vec![0; 65_527];
             for _ in 0..2 {
                 let refused = sockets.send(to, None, &bytes, true).unwrap_err();
@@ -409,7 +430,7 @@ mod tests {
             let v4 = std::net::UdpSocket::bind("0.0.0.0:0")?;
             setsockopt(&v4, sockopt::Ipv4PacketInfo, &true)?;
             let port = v4.local_addr()?.port();
-            let mut sockets = Discovery::new(v4, None)?;
+            let mut sockets = Discovery::new(v4, None, 0)?;
             let peer = UdpSocket::bind("127.0.0.1:0").await?;
             let ours: IpAddr = "127.0.0.9".parse()?;
             peer.send_to(b"ping", (ours, port)).await?;
@@ -427,6 +448,37 @@ mod tests {
                 let (_, seen) = peer.recv_from(&mut [0; 16]).await?;
                 anyhow::ensure!(seen == (from.parse::<IpAddr>()?, port).into(), "{seen}");
             }
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
+    fn the_kernel_is_asked_for_a_source_once_in_two_seconds_and_after_a_change() {
+        runtime::block_on(|_| async {
+            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            let mut sockets = Discovery::new(v4, None, 0)?;
+            let to = SocketAddr::from(([127, 0, 0, 1], 9));
+            let (true_one, false_one) = (to.ip(), IpAddr::from([127, 0, 0, 9]));
+            let asked = now();
+            let source = |sockets: &Discovery, age| {
+                let at = asked + Duration::from_millis(age);
+                sockets.routes.source(at, to)
+            };
+            anyhow::ensure!(source(&sockets, 0) == Some(true_one));
+            let lie = |sockets: &mut Discovery| {
+                let answers = sockets.routes.answers.get_mut();
+                answers.insert(to.ip(), (Some(false_one), asked));
+            };
+            lie(&mut sockets);
+            anyhow::ensure!(source(&sockets, 1_999) == Some(false_one));
+            anyhow::ensure!(source(&sockets, 2_000) == Some(true_one));
+            lie(&mut sockets);
+            sockets.routes_changed();
+            anyhow::ensure!(source(&sockets, 0) == Some(true_one));
+            // What routing chooses anyway is not named.
+            anyhow::ensure!(sockets.named_source(to, Some(true_one)).is_none());
+            anyhow::ensure!(sockets.named_source(to, Some(false_one)) == Some(false_one));
             Ok(())
         })
         .unwrap();

@@ -308,6 +308,7 @@ impl Node {
     /// Another default route or source address makes every path doubtful; anything else may only
     /// have changed our endpoints, which a restless host has looked up now and then.
     pub(super) fn link_changed(&mut self) {
+        self.discovery.routes_changed();
         let change = if self.note_default_sources() {
             self.minor_change = Pace::default();
             LinkChange::Major
@@ -341,12 +342,6 @@ impl Node {
         let changed = fresh != self.default_sources;
         self.default_sources = fresh;
         changed
-    }
-
-    /// Which of our addresses to name in what is sent to `to`: none where routing chooses it anyway,
-    /// lest it sticks when routing changes its mind.
-    pub(super) fn named_source(&self, to: SocketAddr, local: Option<IpAddr>) -> Option<IpAddr> {
-        local.filter(|local| source_address(to, self.fwmark) != Some(*local))
     }
 
     pub(super) fn list_interfaces(&mut self, now: Instant) {

@@ -227,15 +227,14 @@ impl Node {
             match output {
                 Output::SetNetwork(network) => self.dataplane.set_network(network),
                 Output::SetPath(peer, mut decision) => {
-                    let named = |to| self.named_source(to, decision.local);
+                    let named = |to| self.discovery.named_source(to, decision.local);
                     decision.local = decision.udp.and_then(named);
                     self.dataplane.set_path(peer, decision);
                 }
                 Output::Initiate(peer) => self.dataplane.initiate(peer),
                 Output::Unopened(peer, bytes) => self.dataplane.unopened(peer, bytes),
                 Output::Configure(overlay) => {
-                    self.discovery
-                        .set_tunnel(self.fwmark, overlay.addresses.clone());
+                    self.discovery.set_inner(overlay.addresses.clone());
                     self.hostnet.set_overlay(overlay);
                 }
                 Output::Datagram {
@@ -244,7 +243,7 @@ impl Node {
                     bytes,
                     dont_fragment,
                 } => {
-                    let local = self.named_source(to, local);
+                    let local = self.discovery.named_source(to, local);
                     if let Err(error) = self.discovery.send(to, local, &bytes, dont_fragment) {
                         let errno = error.raw_os_error().unwrap_or_default();
                         self.agent.handle_send_error(now(), to, errno, bytes.len());

@@ -226,7 +226,7 @@ impl Node {
         };
         let mut node = Self {
             agent,
-            discovery: Discovery::new(v4, v6)?,
+            discovery: Discovery::new(v4, v6, config.fwmark.unwrap_or(0))?,
             names,
             relays,
             relay_events,
