@@ -42,12 +42,16 @@ fn derp_map() -> DerpMap {
 }
 
 fn put_key(dir: &Path, text: &str, reusable: bool) {
+    put_key_of_kind(dir, text, reusable, false);
+}
+
+fn put_key_of_kind(dir: &Path, text: &str, reusable: bool, ephemeral: bool) {
     let key = AuthKey {
         id: 0,
         name: auth_key::name(text),
         hash: auth_key::hash(text),
         reusable,
-        ephemeral: false,
+        ephemeral,
         used: false,
         expires: None,
         created: OffsetDateTime::now_utc(),
@@ -106,7 +110,7 @@ fn serve_on(listener: TcpListener, dir: &Path, control: [u8; 32]) -> (CoordServe
             addresses: ringtail::coord::address::AddressPlan::default(),
             derp_map: derp_map(),
             approved_routes: vec!["10.20.0.0/16".parse().unwrap()],
-            ephemeral_timeout: Duration::from_secs(300),
+            ephemeral_timeout: Duration::from_secs(1),
         },
     });
     (server.unwrap(), address)
@@ -420,6 +424,43 @@ async fn who_was_in_and_is_known_no_more_ends_instead_of_joining_again_by_its_ke
             assert!(nodes.load().unwrap().nodes.is_empty());
             // A person starts it anew.
             Node::start(node.config.clone()).netmap(|_| true).await;
+        })
+        .await;
+}
+
+/// A way to the server that can be cut.
+async fn way(listener: TcpListener, address: SocketAddr) {
+    listener.set_nonblocking(true).unwrap();
+    let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+    let mut open = tokio::task::JoinSet::new();
+    loop {
+        let (mut near, _) = listener.accept().await.unwrap();
+        open.spawn(async move {
+            let mut far = tokio::net::TcpStream::connect(address).await.unwrap();
+            let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+        });
+    }
+}
+
+#[tokio::test]
+async fn an_ephemeral_node_that_was_cut_off_for_long_joins_again_by_itself() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key_of_kind(dir.path(), "the key", true, true);
+    let (_server, address) = serve(dir.path(), CONTROL);
+    LocalSet::new()
+        .run_until(async {
+            let listener = listen(0).unwrap();
+            let front = listener.local_addr().unwrap();
+            let standing = tokio::task::spawn_local(way(listener, address));
+            let mut node = Node::join(front, 1, "the key");
+            let before = node.netmap(|_| true).await;
+            standing.abort();
+            let stored = Database::open(&dir.path().join("coord.db")).unwrap();
+            soon(async || stored.load().unwrap().nodes.is_empty().then_some(())).await;
+            let listener = soon(async || listen(front.port()).ok()).await;
+            tokio::task::spawn_local(way(listener, address));
+            let after = node.netmap(|map| map.self_node.id != before.self_node.id);
+            assert_eq!(after.await.self_node.key, before.self_node.key);
         })
         .await;
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-use super::{Backoff, CoordConfig, SelfState};
+use super::{Backoff, CoordConfig, STAYED_AWAY, SelfState};
 use crate::netmap::wire::{
     CAPABILITY_VERSION, MapRequest, RegisterAuth, RegisterRequest, RegisterResponse,
 };
@@ -116,6 +116,8 @@ pub enum AfterMap {
     Read,
     /// The server does not know us any more: register, then ask again.
     Register,
+    /// The same, and it is no more than what becomes of an ephemeral node that was out of reach.
+    JoinAgain,
     /// No use trying again: what to tell the user.
     Fatal(String),
     /// Wait and try again.
@@ -124,10 +126,12 @@ pub enum AfterMap {
 
 /// What to tell the user when the server does not know a node any more that had its map: an
 /// administrator has removed it. Joining again by the key that is still at hand would undo that.
+/// Headscale says the same to an ephemeral node that stayed away, which therefore ends too.
 pub fn removed(url: &str) -> String {
     format!(
         "this node was removed from the network: the coordination server at {url} does not know it \
-         any more. If it shall join again, start ringtail again with an auth key (--auth-key-file)"
+         any more (an administrator removed it, or it was ephemeral and stayed away). If it shall \
+         join again, start ringtail again with an auth key (--auth-key-file)"
     )
 }
 
@@ -136,6 +140,7 @@ pub fn after_map_status(status: u16, text: &str) -> AfterMap {
     let said = text.lines().next().unwrap_or_default();
     match status {
         200 => AfterMap::Read,
+        404 if said == STAYED_AWAY => AfterMap::JoinAgain,
         401 | 403 | 404 => AfterMap::Register,
         400 if said.starts_with("unsupported client version") => AfterMap::Fatal(format!(
             "the coordination server does not take capability version {CAPABILITY_VERSION} any \
@@ -407,6 +412,8 @@ mod tests {
     fn map_statuses_lead_where_the_page_says() {
         assert_eq!(after_map_status(200, ""), AfterMap::Read);
         assert_eq!(after_map_status(404, "node not found"), AfterMap::Register);
+        let away = format!("{}\n", crate::coord::server::MapRefusal::StayedAway);
+        assert_eq!(after_map_status(404, &away), AfterMap::JoinAgain);
         assert!(matches!(after_map_status(500, "boom"), AfterMap::Retry(_)));
     }
 

@@ -25,6 +25,10 @@ use crate::key::{DiscoPublic, MachinePrivate, MachinePublic, NodePublic};
 use crate::netmap::Netmap;
 use crate::netmap::wire::EndpointKind;
 
+/// What ringtail's server says, beside HTTP 404, to an ephemeral node that it has forgotten because it
+/// stayed away. Every other node that is not found was removed by somebody.
+pub const STAYED_AWAY: &str = "node not found: it was ephemeral and stayed away";
+
 /// What a coordination client needs to know once.
 #[derive(Clone, Debug)]
 pub struct CoordConfig {

@@ -20,6 +20,7 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
+use super::STAYED_AWAY;
 use super::address::{self, AddressPlan};
 use super::auth_key::KeyCheck;
 use super::frames::Codec;
@@ -57,6 +58,9 @@ pub const HOSTINFO_LEN_MAX: usize = 16 * 1024;
 
 /// Streams of one node; the oldest ends when there are more.
 const SESSIONS_PER_NODE_MAX: usize = 4;
+
+/// Ephemeral nodes that stayed away and would be told so, at most: the latest.
+const STAYED_AWAY_MAX: usize = 1024;
 
 /// The one owner of all nodes of this version.
 const USER_ID: i64 = 1;
@@ -154,6 +158,9 @@ pub enum MapRefusal {
     /// HTTP 404: no such node on this machine.
     #[error("node not found")]
     NotFound,
+    /// HTTP 404: there was one, and nobody removed it.
+    #[error("{STAYED_AWAY}")]
+    StayedAway,
     /// HTTP 400.
     #[error("Hostinfo is over {HOSTINFO_LEN_MAX} bytes")]
     Hostinfo,
@@ -186,6 +193,8 @@ pub struct Server {
     tick: Option<Instant>,
     unsaved: BTreeSet<i64>,
     deleted: BTreeSet<i64>,
+    /// Ephemeral nodes that were forgotten because they stayed away, in this run.
+    stayed_away: VecDeque<(MachinePublic, NodePublic)>,
     /// Whether the store is to be told who is connected.
     presence_unsaved: bool,
     /// Sessions to be ended by the driver.
@@ -282,6 +291,7 @@ impl Server {
             tick: None,
             unsaved: BTreeSet::new(),
             deleted: BTreeSet::new(),
+            stayed_away: VecDeque::new(),
             // Whoever was connected to the server before is not to this one.
             presence_unsaved: true,
             ended: Vec::new(),
@@ -497,6 +507,8 @@ impl Server {
     fn insert(&mut self, record: NodeRecord, presence: Presence) {
         self.by_key.insert(record.node_key, record.id);
         self.by_machine.insert(record.machine, record.id);
+        self.stayed_away
+            .retain(|(machine, _)| *machine != record.machine);
         let routes = announced(&record.hostinfo, &self.config.approved_routes);
         let entry = Entry {
             record,
@@ -556,7 +568,12 @@ impl Server {
             return Err(MapRefusal::Version(request.version));
         }
         let Some(entry) = self.find(machine, request.node_key) else {
-            return Err(MapRefusal::NotFound);
+            let away = self.stayed_away.contains(&(machine, request.node_key));
+            return Err(if away {
+                MapRefusal::StayedAway
+            } else {
+                MapRefusal::NotFound
+            });
         };
         let mut record = entry.record.clone();
         let id = record.id;
@@ -684,6 +701,13 @@ impl Server {
             self.rebuild(now, id);
         }
         for id in gone {
+            if let Some(Entry { record, .. }) = self.nodes.get(&id) {
+                if self.stayed_away.len() >= STAYED_AWAY_MAX {
+                    self.stayed_away.pop_front();
+                }
+                self.stayed_away
+                    .push_back((record.machine, record.node_key));
+            }
             self.delete(now, id);
         }
     }
@@ -1060,8 +1084,8 @@ fn expired(record: &NodeRecord, wall: OffsetDateTime) -> bool {
     record.expires.is_some_and(|expires| expires <= wall)
 }
 
-/// An expiry in the past asks to be logged out, and wins over everything else in the request.
-/// Whether a registration is a log-out: it asks for a key that has expired.
+/// Whether a registration is a log-out: an expiry in the past asks for that, and wins over everything
+/// else in the request.
 pub fn is_logout(wall: OffsetDateTime, request: &RegisterRequest) -> bool {
     let expiry = request.expiry.and_then(WireTime::get);
     expiry.is_some_and(|expiry| expiry < wall)

@@ -528,6 +528,24 @@ fn an_ephemeral_node_is_forgotten_five_minutes_after_it_left_also_over_a_restart
     assert_eq!(lab.server.counts().0, 1);
     lab.check("after it was forgotten");
     assert!(lab.server.take_writes().contains(&Write::Delete(2)));
+    // It is told why, and only it; and what somebody removes does not come back by itself.
+    let ask = |lab: &mut Lab, on: u8| {
+        lab.server
+            .handle_map(lab.now, WALL, machine(on), &poll(2), 0.0)
+    };
+    assert_eq!(ask(&mut lab, 2), Err(MapRefusal::StayedAway));
+    assert_eq!(ask(&mut lab, 3), Err(MapRefusal::NotFound));
+    assert_eq!(lab.register(2, &ephemeral).error, "");
+    lab.open(2);
+    let log_out = RegisterRequest {
+        expiry: Some(WireTime(WALL - Duration::from_secs(1))),
+        ..registration(2)
+    };
+    let plan = lab
+        .server
+        .plan_register(WALL, machine(2), &log_out, &KeyCheck::Absent);
+    lab.server.apply(lab.now, plan);
+    assert_eq!(ask(&mut lab, 2), Err(MapRefusal::NotFound));
 
     let mut restarted = Server::new(lab.now, config(), records, 2, 2);
     let later = lab.now + START_GRACE;

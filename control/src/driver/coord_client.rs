@@ -244,11 +244,11 @@ impl Client {
                 AfterMap::Register if self.had_map => {
                     return Err(Failure::Fatal(removed(&self.config.url)));
                 }
-                AfterMap::Register if !registered_again => {
+                AfterMap::Register | AfterMap::JoinAgain if !registered_again => {
                     registered_again = true;
                     self.register(&mut sender).await?;
                 }
-                AfterMap::Read | AfterMap::Register => {
+                AfterMap::Read | AfterMap::Register | AfterMap::JoinAgain => {
                     let error = anyhow!("the coordination server does not know us: {text}");
                     return Err(error.into());
                 }

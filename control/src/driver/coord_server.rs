@@ -952,7 +952,7 @@ impl Inner {
             Ok(Ok(mapped)) => mapped,
             Ok(Err(refusal)) => {
                 let status = match refusal {
-                    MapRefusal::NotFound => {
+                    MapRefusal::NotFound | MapRefusal::StayedAway => {
                         count(&counters.unknown_node);
                         StatusCode::NOT_FOUND
                     }
