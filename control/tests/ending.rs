@@ -516,28 +516,55 @@ fn what_cannot_go_on_ends_with_a_word_and_takes_its_socket_along() {
         ("lie", "rt-shard-1", "epoll", "rt-shard-1"),
         ("poll", "rt-handshake", "auto", "rt-handshake: Bad file"),
     ] {
-        let name = name();
-        let (socket, trigger) = (socket_of(&name), dir.path().join(&name));
-        let args = ["device", "-f", &name, "--shards", "2", "--driver", driver];
-        let mut command = program(&args, Forbidden::Nothing);
-        command
-            .env("LD_PRELOAD", &shim)
-            .env("FAIL_FILE", &trigger)
-            .env("FAIL_CALL", call)
-            .env("FAIL_THREAD", thread);
-        let device = Running::start(command);
-        assert!(ask(&socket, "get=1\n\n").contains("errno=0"));
-        std::fs::write(&trigger, "").unwrap();
-        // Wakes every thread.
-        let mut stream = connected(&socket);
-        stream.write_all(KEY.as_bytes()).unwrap();
-        let (ended, said) = device.end();
-        assert_eq!(ended.code(), Some(1), "{call} {thread}: {said}");
-        let last = said.lines().last().unwrap();
-        assert!(
-            last.starts_with("ringtail: ") && last.contains(words),
-            "{call} {thread}: {said}"
-        );
-        assert!(!socket.exists(), "{call} {thread}: {said}");
+        for what in ["device", "up"] {
+            let (name, state) = (name(), tempfile::tempdir().unwrap());
+            let trigger = dir.path().join(&name);
+            let (mut command, mut sockets) = if what == "up" {
+                let command = node(&name, state.path(), Forbidden::Nothing);
+                (command, vec![state.path().join("ringtail.sock")])
+            } else {
+                let args = ["device", "-f", &name];
+                (program(&args, Forbidden::Nothing), vec![])
+            };
+            sockets.push(socket_of(&name));
+            command
+                .args(["--shards", "2", "--driver", driver])
+                .env("LD_PRELOAD", &shim)
+                .env("FAIL_FILE", &trigger)
+                .env("FAIL_CALL", call)
+                .env("FAIL_THREAD", thread);
+            let running = Running::start(command);
+            let case = format!("{what}, {call} {thread}");
+            // Each wakes every thread.
+            if what == "up" {
+                let mut stream = connected(&sockets[0]);
+                stream.write_all(b"{\"request\":\"status\"}\n").unwrap();
+                let mut status = String::new();
+                stream.read_to_string(&mut status).unwrap();
+                assert!(status.contains("100.64.0.1"), "{case}: {status}");
+                std::fs::write(&trigger, "").unwrap();
+                let more = format!(
+                    "addresses = [\"100.64.0.1/32\"]\n[[peer]]\nname = \"b\"\nnode_key = \"nodekey:{}\"\naddresses = [\"100.64.0.2/32\"]\n",
+                    "0123456789abcdef".repeat(4)
+                );
+                std::fs::write(state.path().join("network.toml"), more).unwrap();
+                running.signal(libc::SIGHUP);
+            } else {
+                assert!(ask(&sockets[0], "get=1\n\n").contains("errno=0"));
+                std::fs::write(&trigger, "").unwrap();
+                let mut stream = connected(&sockets[0]);
+                stream.write_all(KEY.as_bytes()).unwrap();
+            }
+            let (ended, said) = running.end();
+            assert_eq!(ended.code(), Some(1), "{case}: {said}");
+            let last = said.lines().last().unwrap();
+            assert!(
+                last.starts_with("ringtail: ") && last.contains(words),
+                "{case}: {said}"
+            );
+            for socket in sockets {
+                assert!(!socket.exists(), "{case}: {said}");
+            }
+        }
     }
 }
