@@ -83,6 +83,14 @@ impl Middlebox {
         }
     }
 
+    /// Its uplink gets another address; what it knew of flows is gone.
+    pub(super) fn move_to(&mut self, external: IpAddr) {
+        self.external = external;
+        self.mappings.clear();
+        self.contacts.clear();
+        self.forwarded.clear();
+    }
+
     /// The source that a packet leaves with, or `None` if it may not leave.
     pub(super) fn outbound(
         &mut self,

@@ -230,3 +230,38 @@ fn a_new_address_costs_little_more_than_noticing_it() {
         }
     }
 }
+
+/// Here nobody tells a node of the other's new endpoints but the other itself: coordination is down.
+#[test]
+fn a_nat_that_gets_another_address_costs_little_more_than_noticing_it() {
+    for (a, b) in [
+        ("public", "easy"),
+        ("easy", "easy"),
+        ("adf", "easy"),
+        ("hard", "fullcone"),
+        ("public", "hard"),
+    ] {
+        for n in 0..4 {
+            let mut world = pair(n, &Config::default(), a, b);
+            world.ping_from(0, Duration::ZERO, 50 * MS);
+            let took = world.run_until(2 * SECOND, World::both_direct);
+            assert!(took.is_some(), "direct at first: {a} and {b}");
+            world.run(55 * SECOND + MS * u32::try_from(n * 900).unwrap());
+            let began = world.now;
+            let nat = world.boxes.last_mut().unwrap();
+            nat.move_to([203, 0, 113, 14].into());
+            let name = format!("{a} and {b}, {n}");
+            let took = world.run_until(30 * SECOND, |world| {
+                let alive = |node: usize| {
+                    let best = world.status(node).best;
+                    best.is_some_and(|best| world.now - best.last_pong > began)
+                };
+                world.both_direct() && alive(0) && alive(1)
+            });
+            let took = took.unwrap_or_else(|| panic!("never: {name}"));
+            assert!(took <= 5 * SECOND, "{took:?}: {name}");
+            let gap = world.longest_gap(0, began);
+            assert!(gap <= 1500 * MS, "blackout {gap:?}: {name}");
+        }
+    }
+}
