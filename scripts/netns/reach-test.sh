@@ -63,8 +63,8 @@ up() {
 }
 # node NAME COMMAND...: asks it.
 node() { "$RINGTAIL" "$2" --state-dir "$LAB_DIR/$1" "${@:3}"; }
-says() { local node=$1 text=$2; shift 2; node "$node" "$@" | tee /dev/stderr | grep -qF "$text"; }
-endpoint() { node "$1" status --json | "$BENCH" pick /endpoints | tee /dev/stderr | grep -qF "$2"; }
+says() { local node=$1 text=$2; shift 2; node "$node" "$@" | tee /dev/stderr | grep -F "$text" >/dev/null; }
+endpoint() { node "$1" status --json | "$BENCH" pick /endpoints | tee /dev/stderr | grep -F "$2" >/dev/null; }
 event() { "$BENCH" wait "$LAB_DIR/$1.events" "${@:3}" --timeout "$2"; }
 
 lab_internet
@@ -90,15 +90,25 @@ network six 10.99.0.2
 
 # A resolver that is not there, then one that says nothing.
 names() {
+  local mute='table ip mute { chain in { type filter hook input priority 0; udp dport 53 drop; }; }'
   up a
   check "without DNS netcheck says that names do not resolve" within 5 says a 'do not resolve: relay.lab' netcheck
   check "and not that UDP is blocked" says a 'UDP works: unknown' netcheck
-  lab_in dns nft 'table ip mute { chain in { type filter hook input priority 0; udp dport 53 drop; }; }'
+  lab_in dns nft "$mute"
   pause 4
   dns
   lab_in dns nft delete table ip mute
   check "a public endpoint 10 s after DNS works" within 10 endpoint a 203.0.113.11:
   check "and the relay is connected" within 10 event a 1 derp_connected
+
+  # Silent from the start, and longer than the first look-up lasts.
+  lab_stop node-a
+  lab_in dns nft "$mute"
+  up a
+  pause 16
+  check "while DNS is silent there is no public endpoint" not endpoint a 203.0.113.11:
+  lab_in dns nft delete table ip mute
+  check "a public endpoint 10 s after it answers" within 10 endpoint a 203.0.113.11:
 
   # The relay moves, with its name.
   lab_stop relay
