@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 
 if [ "$(id -u)" = 0 ]; then
   need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping awk=mawk cmp=diffutils \
-    cc=gcc /usr/include/stdio.h=libc6-dev wg=wireguard-tools perl=perl-base sysctl=procps
+    cc=gcc /usr/include/stdio.h=libc6-dev wg=wireguard-tools perl=perl-base sysctl=procps jq=jq
 fi
 scripts/check.sh
 cargo test --workspace --locked
@@ -24,4 +24,5 @@ scripts/netns/host-test.sh
 scripts/netns/flow-test.sh
 scripts/netns/admission-test.sh
 scripts/netns/reach-test.sh
+scripts/netns/alone-test.sh
 scripts/netns/mtu-test.sh

@@ -156,12 +156,12 @@ impl Node {
                 }
             }
             CoordEvent::Registered { user } => {
-                self.agent.handle_coordination(true);
+                self.coordination(true);
                 self.surroundings.coordination_state = format!("registered as {user}");
                 tracing::info!(%user, "registered");
             }
             CoordEvent::Netmap(map) => {
-                self.agent.handle_coordination(true);
+                self.coordination(true);
                 self.surroundings.coordination_state = CONNECTED.into();
                 let network = Network::from(&*map);
                 self.agent.handle_wall_clock(now(), wall());
@@ -176,7 +176,7 @@ impl Node {
                 tracing::warn!(%url, "a person must let this node in: visit the address");
             }
             CoordEvent::Lost { error, retry_in } => {
-                self.agent.handle_coordination(false);
+                self.coordination(false);
                 let connected = self.surroundings.coordination_state == CONNECTED;
                 self.surroundings.coordination_state = format!("unreachable: {error}");
                 let what = match (connected, self.agent.has_network()) {
@@ -189,6 +189,12 @@ impl Node {
             CoordEvent::Fatal(text) => return Err(NotAdmitted(text).into()),
         }
         Ok(())
+    }
+
+    /// Somebody tells us where peers are, and them where we are, or nobody does.
+    fn coordination(&mut self, up: bool) {
+        self.agent.handle_coordination(up);
+        self.relays.set_alone(!up);
     }
 
     /// Says once that the node takes part: when there is a network to take part in.

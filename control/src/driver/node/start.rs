@@ -278,6 +278,7 @@ impl Node {
             } => {
                 self.surroundings.coordination = Some(url.clone());
                 self.surroundings.coordination_state = "connecting".into();
+                self.relays.set_alone(true);
                 self.load_home();
                 if let Some(network) = self.state.read_cache::<Network>(NETMAP_CACHE) {
                     tracing::info!(

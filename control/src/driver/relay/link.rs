@@ -364,7 +364,12 @@ impl Run {
     }
 }
 
-async fn read(inner: &Inner, link: &Link, live: &Live, started: Instant) -> anyhow::Result<End> {
+async fn read(
+    inner: &Rc<Inner>,
+    link: &Link,
+    live: &Live,
+    started: Instant,
+) -> anyhow::Result<End> {
     let counters = &inner.counters;
     let mut announced = false;
     let mut buffer = Vec::with_capacity(READ_LEN);
@@ -425,7 +430,7 @@ async fn read(inner: &Inner, link: &Link, live: &Live, started: Instant) -> anyh
     }
 }
 
-fn handle_event(inner: &Inner, link: &Link, run: &mut Run, event: Event<'_>) {
+fn handle_event(inner: &Rc<Inner>, link: &Link, run: &mut Run, event: Event<'_>) {
     let (region, counters) = (link.region, &inner.counters);
     match event {
         Event::Packet { source, packet } => {

@@ -99,6 +99,7 @@ struct Inner {
     counters: Counters,
     map: RefCell<DerpMap>,
     home: Cell<Option<RegionId>>,
+    alone: Cell<bool>,
     links: RefCell<BTreeMap<RegionId, Rc<Link>>>,
     /// Where peers are found.
     routes: RefCell<Routes>,
@@ -246,6 +247,7 @@ impl RelayPool {
             counters: Counters::default(),
             map: RefCell::default(),
             home: Cell::new(None),
+            alone: Cell::new(false),
             links: RefCell::default(),
             routes: RefCell::default(),
             good_nodes: RefCell::default(),
@@ -286,6 +288,11 @@ impl RelayPool {
         }
     }
 
+    /// Nobody can tell where peers are that are not at home: they are searched.
+    pub fn set_alone(&self, alone: bool) {
+        self.0.0.alone.set(alone);
+    }
+
     /// The home region.
     pub fn home(&self) -> Option<RegionId> {
         self.0.0.home.get()
@@ -297,6 +304,9 @@ impl RelayPool {
     /// Never waits; what cannot be sent is dropped and counted.
     pub fn send_data(&self, region: RegionId, dst: &NodePublic, batch: &Datagrams) {
         let inner = &self.0.0;
+        if let [_] = batch.lens[..] {
+            inner.routes.borrow_mut().sent(dst, region, &batch.bytes);
+        }
         let links = inner.choose(region, dst);
         if links.iter().all(Option::is_none) {
             add(
@@ -405,7 +415,11 @@ impl Inner {
         let ways = {
             let links = self.links.borrow();
             let ready = |region| links.get(&region).is_some_and(|link| link.is_ready());
-            self.routes.borrow_mut().ways(now(), dst, region, ready)
+            let map = self.map.borrow();
+            let alone = self.alone.get();
+            let regions = map.regions.keys().copied().filter(|_| alone).map(RegionId);
+            let mut routes = self.routes.borrow_mut();
+            routes.ways(now(), dst, region, ready, regions)
         };
         ways.map(|region| self.link(region?))
     }
@@ -468,8 +482,24 @@ impl Inner {
         }
     }
 
-    fn forget_route(&self, peer: &NodePublic, region: RegionId) {
-        self.routes.borrow_mut().gone(now(), peer, region);
+    fn forget_route(self: &Rc<Self>, peer: &NodePublic, region: RegionId) {
+        let again = self.routes.borrow_mut().gone(now(), peer, region);
+        let Some(pause) = again else {
+            return;
+        };
+        let (inner, peer) = (self.clone(), *peer);
+        tokio::task::spawn_local(async move {
+            tokio::time::sleep(pause).await;
+            let again = inner.routes.borrow_mut().take_again(&peer);
+            if let Some((home, packet)) = again {
+                let lens = packet.len().try_into().into_iter().collect();
+                let bytes = packet.into();
+                let batch = Datagrams { bytes, lens };
+                for link in inner.choose(home, &peer).into_iter().flatten() {
+                    inner.send_batch(&link, &peer, &batch);
+                }
+            }
+        });
     }
 
     fn forget_routes(&self, region: RegionId) {
