@@ -61,4 +61,4 @@ pub use config::{
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
 pub use sys::{now, slept, wall, wall_at_least};
-pub use udp::set_dont_fragment;
+pub use udp::{rest_after, set_dont_fragment};

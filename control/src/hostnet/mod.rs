@@ -1,6 +1,6 @@
 //! What the host's network is to look like for the tunnel, as a core: wanted state from the network
 //! map, the settings and what the host has; difference to what is there; nothing is read or
-//! written here. `driver/hostnet.rs` does that, on a thread of its own.
+//! written here. `driver/hostnet/` does that, on a thread of its own.
 //!
 //! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
 //! table of our own (52 unless told otherwise), and rules between `100 * table + 11` and
@@ -67,7 +67,7 @@ pub const CONFLICTS_MAX: usize = 64;
 /// Addresses outside of the tunnel that were dialled, at most; the oldest goes.
 pub const DIALLED_MAX: usize = 64;
 /// The host's main table.
-const MAIN: u8 = 254;
+pub(crate) const MAIN: u8 = 254;
 
 /// Lengths at which a level begins, longest first. A level holds lengths from its own up to the next one's;
 /// inside a level the host's routes win. IPv4 has one for each.

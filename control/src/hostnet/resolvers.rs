@@ -11,8 +11,7 @@ pub fn resolvers(text: &str) -> Vec<IpAddr> {
     text.lines()
         .filter_map(|line| {
             let mut words = line.split_whitespace();
-            let server = words.next().filter(|word| *word == "nameserver")?;
-            let _ = server;
+            words.next().filter(|word| *word == "nameserver")?;
             words.next()?.split('%').next()?.parse::<IpAddr>().ok()
         })
         .filter(|server| !server.is_loopback())

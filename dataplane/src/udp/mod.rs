@@ -10,4 +10,5 @@ mod steer;
 pub use group::set_dont_fragment;
 pub(crate) use group::{Group, Sockets, Wanted};
 pub(crate) use routes::Routes;
+pub use routes::rest_after;
 pub(crate) use sender::{SEND_BYTES_MAX, Sender};

@@ -22,7 +22,7 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use tokio::sync::oneshot;
 
-use crate::hostnet::{Conflict, Host, Overlay, Settings};
+use crate::hostnet::{Conflict, DIALLED_MAX, Host, Overlay, Settings};
 use netlink::{Netlink, Watch};
 use worker::Worker;
 
@@ -86,6 +86,46 @@ struct Wishes {
     stop: bool,
 }
 
+/// What [`Wishes::take`] found.
+#[derive(Debug, Default)]
+struct Taken {
+    /// Whether to end.
+    stop: bool,
+    /// Whether the network wants something else now.
+    overlay: bool,
+    /// Whether there is an address that was not kept out before.
+    dialled: bool,
+    /// Who waits for addresses to be kept out.
+    waiting: Vec<oneshot::Sender<()>>,
+}
+
+impl Wishes {
+    /// Takes all of them, the addresses to the front of `dialled`: the one that nobody dialled for
+    /// longest goes.
+    fn take(&mut self, overlay: &mut Overlay, dialled: &mut Vec<IpAddr>) -> Taken {
+        let mut taken = Taken {
+            stop: self.stop,
+            ..Taken::default()
+        };
+        if let Some(wanted) = self.overlay.take() {
+            *overlay = wanted;
+            taken.overlay = true;
+        }
+        for (address, done) in self.asked.drain(..) {
+            match dialled.iter().position(|known| *known == address) {
+                Some(place) => dialled[..=place].rotate_right(1),
+                None => {
+                    dialled.insert(0, address);
+                    taken.dialled = true;
+                }
+            }
+            taken.waiting.push(done);
+        }
+        dialled.truncate(DIALLED_MAX);
+        taken
+    }
+}
+
 impl HostNet {
     /// Takes a table, removes what earlier runs left, and starts the thread.
     ///
@@ -116,7 +156,7 @@ impl HostNet {
                 rules: [true; 2],
             },
             tun_name: options.tun.0,
-            _claim: claim,
+            claim,
             netlink,
             overlay: Overlay::default(),
             host: Host::default(),
@@ -189,4 +229,61 @@ impl Shared {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asking(wishes: &mut Wishes, address: [u8; 4]) -> oneshot::Receiver<()> {
+        let (done, wait) = oneshot::channel();
+        wishes.asked.push((address.into(), done));
+        wait
+    }
+
+    #[test]
+    fn a_wish_that_is_taken_is_told_of_whenever_it_came() {
+        let (mut overlay, mut dialled) = (Overlay::default(), Vec::new());
+        let mut wishes = Wishes::default();
+        let taken = wishes.take(&mut overlay, &mut dialled);
+        assert!(!taken.overlay && !taken.dialled && !taken.stop);
+        let wanted = Overlay {
+            peers: BTreeSet::from([[100, 64, 0, 2].into()]),
+            ..Overlay::default()
+        };
+        wishes.overlay = Some(wanted.clone());
+        assert!(wishes.take(&mut overlay, &mut dialled).overlay);
+        assert_eq!(overlay, wanted);
+        assert!(!wishes.take(&mut overlay, &mut dialled).overlay);
+        assert_eq!(overlay, wanted);
+    }
+
+    #[test]
+    fn what_is_dialled_again_stays_and_nobody_is_told_too_early() {
+        let (mut overlay, mut dialled) = (Overlay::default(), Vec::new());
+        let mut wishes = Wishes::default();
+        let server = [10, 4, 0, 2];
+        let mut first = asking(&mut wishes, server);
+        // The same address twice, before it is kept out: both wait.
+        let mut second = asking(&mut wishes, server);
+        let taken = wishes.take(&mut overlay, &mut dialled);
+        assert!(taken.dialled);
+        assert_eq!(taken.waiting.len(), 2);
+        assert!(first.try_recv().is_err() && second.try_recv().is_err());
+        for other in 0..3 * DIALLED_MAX {
+            let other = [10, 9, 0, u8::try_from(other).unwrap()];
+            drop(asking(&mut wishes, other));
+            assert!(wishes.take(&mut overlay, &mut dialled).dialled);
+            assert_eq!(dialled[0], IpAddr::from(other));
+            if other[3] % 32 == 0 {
+                drop(asking(&mut wishes, server));
+                let again = wishes.take(&mut overlay, &mut dialled);
+                assert!(!again.dialled, "it was kept out all the time");
+                assert_eq!(again.waiting.len(), 1);
+                assert_eq!(dialled[..2], [IpAddr::from(server), IpAddr::from(other)]);
+            }
+        }
+        assert_eq!(dialled.len(), DIALLED_MAX);
+        assert!(dialled.contains(&server.into()));
+    }
 }

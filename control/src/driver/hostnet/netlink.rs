@@ -19,7 +19,7 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, Rule
 use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use crate::hostnet::{Action, PROTOCOL, Route, Rule, Step, Way};
+use crate::hostnet::{Action, MAIN, PROTOCOL, Route, Rule, Step, Way};
 
 /// One answer, or a part of a long one.
 const BUFFER_LEN: usize = 64 << 10;
@@ -218,8 +218,6 @@ impl Netlink {
 
 /// `struct nlmsghdr`, in bytes.
 const HEADER_LEN: usize = 16;
-/// The host's main table.
-const MAIN: u8 = 254;
 /// Index of the loopback interface.
 const LOOPBACK: u32 = 1;
 

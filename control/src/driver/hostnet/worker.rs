@@ -10,19 +10,14 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rtnetlink::packet_route::route::RouteType;
-use tokio::sync::oneshot;
 
 use super::netlink::{FoundRoute, Netlink, Watch};
-use super::table::{self, Claim};
+use super::table::Claim;
 use super::{Report, Shared, lock};
 use crate::hostnet::{
-    Conflict, DIALLED_MAX, Host, Overlay, Plan, Route, Settings, State, Step, Way, resolvers, steps,
+    Conflict, Host, MAIN, Overlay, Plan, Route, Settings, State, Step, Way, resolvers, steps,
 };
 
-/// After a look because of others' changes it rests so many times as long as that took.
-const REST_FACTOR: u32 = 10;
-/// And at least so long: changes come in bursts.
-const REST_MIN: Duration = Duration::from_millis(20);
 /// The resolver's files are read this often: they tell nobody that they changed.
 const FILES_PERIOD: Duration = Duration::from_secs(10);
 /// Host routes remembered at most; beyond them, conflicts are not told.
@@ -51,7 +46,7 @@ pub(super) struct Worker {
     pub(super) settings: Settings,
     pub(super) tun_name: String,
     /// Keeps the table ours.
-    pub(super) _claim: Claim,
+    pub(super) claim: Claim,
     pub(super) netlink: Netlink,
     pub(super) overlay: Overlay,
     pub(super) host: Host,
@@ -72,25 +67,30 @@ impl Worker {
         let mut rest_until = Instant::now();
         loop {
             let start = Instant::now();
-            let (stop, asked) = self.take_wishes();
-            if stop {
+            let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host.dialled);
+            if taken.stop {
                 break;
             }
+            if taken.overlay {
+                // A wish is carried out at once.
+                look = true;
+                rest_until = start;
+            }
+            self.claim.turn_away();
             let rested = start >= rest_until;
             if look && rested {
                 self.look_at_host();
             }
-            if look && rested || !asked.is_empty() {
+            if look && rested || taken.dialled {
                 self.settle();
             }
-            for done in asked {
+            for done in taken.waiting {
                 // Who asked may have given up.
                 let _ = done.send(());
             }
             if look && rested {
                 look = false;
-                let took = start.elapsed();
-                rest_until = Instant::now() + (took * REST_FACTOR).max(REST_MIN);
+                rest_until = Instant::now() + ringtail_dataplane::rest_after(start.elapsed());
             }
             let timeout = if look {
                 rest_until.saturating_duration_since(Instant::now())
@@ -105,34 +105,9 @@ impl Worker {
                 }
                 Woken::Nothing => look = look || Self::resolvers() != self.host.resolvers,
             }
-            if drain(woken) {
-                // A wish is carried out at once.
-                look = look || lock(&self.shared.wishes).overlay.is_some();
-                if lock(&self.shared.wishes).overlay.is_some() {
-                    rest_until = Instant::now();
-                }
-            }
+            drain(woken);
         }
         self.clean_up();
-    }
-
-    /// Whether to stop, and who waits for an address to be kept out.
-    fn take_wishes(&mut self) -> (bool, Vec<oneshot::Sender<()>>) {
-        let mut wishes = lock(&self.shared.wishes);
-        if let Some(overlay) = wishes.overlay.take() {
-            self.overlay = overlay;
-        }
-        let mut waiting = Vec::new();
-        for (address, done) in std::mem::take(&mut wishes.asked) {
-            if self.host.dialled.contains(&address) {
-                let _ = done.send(());
-                continue;
-            }
-            self.host.dialled.insert(0, address);
-            self.host.dialled.truncate(DIALLED_MAX);
-            waiting.push(done);
-        }
-        (wishes.stop, waiting)
     }
 
     /// Reads what the host has of its own.
@@ -149,7 +124,7 @@ impl Worker {
         routes.clear();
         for v6 in [false, true] {
             // A family that is not there has none.
-            let _ = self.netlink.routes(v6, table::MAIN, false, &mut |found| {
+            let _ = self.netlink.routes(v6, MAIN, false, &mut |found| {
                 let counts = matches!(
                     found.kind,
                     RouteType::Unicast
@@ -219,9 +194,9 @@ impl Worker {
         let places = Settings::priorities(table);
         for v6 in [false, true] {
             if !self.settings.rules[usize::from(v6)] {
-                self.netlink.routes(v6, table::MAIN, true, &mut |found| {
+                self.netlink.routes(v6, MAIN, true, &mut |found| {
                     if found.interface == Some(tun) {
-                        there.routes.insert(route(&found, table::MAIN, tun));
+                        there.routes.insert(route(&found, MAIN, tun));
                     }
                 })?;
                 continue;
@@ -366,14 +341,10 @@ fn wait(watch: &Watch, woken: &UnixStream, timeout: Duration, news: bool) -> Wok
     }
 }
 
-/// Takes what woke us; whether there was something.
-fn drain(mut woken: &UnixStream) -> bool {
+/// Takes what woke us. The wishes are taken after it: one that comes in between wakes once more.
+fn drain(mut woken: &UnixStream) {
     let mut bytes = [0; 64];
-    let mut any = false;
-    while woken.read(&mut bytes).is_ok_and(|len| len > 0) {
-        any = true;
-    }
-    any
+    while woken.read(&mut bytes).is_ok_and(|len| len > 0) {}
 }
 
 fn route(found: &FoundRoute, table: u8, tun: u32) -> Route {
