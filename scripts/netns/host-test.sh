@@ -18,7 +18,7 @@ cd "$ROOT"
 . scripts/netns/lab.sh
 lab_or_skip
 BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
-RINGTAIL=$BIN/ringtail
+RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
 # shellcheck source=checks.sh
 . scripts/netns/checks.sh
 lab_init
@@ -67,7 +67,8 @@ node() { # NAME [OPTION...]
   local name=$1
   shift
   lab_spawn "$name" "node-$name" env RUST_LOG=info "$RINGTAIL" up --coord http://10.4.0.2:8080 \
-    --auth-key-file "$LAB_DIR/auth-key" --state-dir "$LAB_DIR/node-$name" --hostname "$name" "$@"
+    --auth-key-file "$LAB_DIR/auth-key" --state-dir "$LAB_DIR/node-$name" --hostname "$name" \
+    --events "$LAB_DIR/$name.events" "$@"
 }
 status() { "$RINGTAIL" status --state-dir "$LAB_DIR/node-$1" "${@:2}"; }
 direct() { status "$1" 2>/dev/null | has "^$2 .* direct "; }
@@ -84,14 +85,42 @@ main_untouched() { diff "$LAB_DIR/main" <(ip -n "${LAB}a" route; ip -n "${LAB}a"
 goes() { # ADDRESS WORDS: where a's kernel would send to
   ip -n "${LAB}a" route get "$1" | tee /dev/stderr | has "$2"
 }
-all_answer() { lab_in a ping -q -i 0.05 -W 2 -c 30 "$1" | tee /dev/stderr | has ' 30 received, .*0% packet loss'; }
+all_answer() { lab_in a ping -q -i 0.05 -W 2 -c 30 "$1" | tee /dev/stderr | has ' 30 received'; }
+lost_nothing() { # LABEL AT-LEAST: a ping that ended; its percentage is rounded
+  tail -n 3 "$LAB_DIR/$1.log"
+  awk -v most="$2" '/packets transmitted/ { sent = $1; got = $4 } END { exit !(sent >= most && got == sent) }' "$LAB_DIR/$1.log"
+}
+event_ns() { # NODE SECONDS EVENT [--where FIELD=VALUE]... [--since-ns T]: when it was
+  "$BENCH" wait "$LAB_DIR/$1.events" "${@:3}" --timeout "$2" | sed -n 's/.*"t_ns":\([0-9]*\).*/\1/p'
+}
+# The goal is 0.5 s. An unoptimised build on a machine that others use stands still for a second at times: the best of
+# a few tries keeps to it, and each to 3 s.
+DIRECT_MS=()
+direct_soon() { # SINCE-NS NAME PEER [BOTH]: NAME or both, counted from the first packet that NAME has from or for PEER
+  local first last other ms
+  first=$(event_ns "$2" 10 relay_first --where "peer=$3" --since-ns "$1") || return 1
+  last=$(event_ns "$2" 5 path --where "peer=$3" --where state=direct --since-ns "$1") || return 1
+  if [ "${4:-}" = both ]; then
+    other=$(event_ns "$3" 5 path --where "peer=$2" --where state=direct --since-ns "$1") || return 1
+    last=$((other > last ? other : last))
+  fi
+  ms=$(((last - first) / 1000000))
+  DIRECT_MS+=("$ms") SAID="$ms ms"
+  [ "$ms" -le 3000 ]
+}
+best_direct() {
+  local ms best=3001
+  for ms in "${DIRECT_MS[@]}"; do best=$((ms < best ? ms : best)); done
+  SAID="$best ms of ${DIRECT_MS[*]}"
+  [ "$best" -le 500 ]
+}
 rules() { ip -n "${LAB}a" rule | grep -c 'proto 114'; }
 
 APPROVED=(10.0.0.0/8 10.1.0.0/24 10.1.0.0/25 172.16.0.0/12 2001:db8::/32 192.0.2.0/24 0.0.0.0/1 128.0.0.0/1 0.0.0.0/0)
 OFFERED=$(IFS=,; echo "${APPROVED[*]}")
 relay
 lab_wait_file "$LAB_DIR/relay/derp-node.json" 20
-RINGTAIL_MAP=$("$BIN/ringtail-bench" derp-map "$LAB_DIR/relay")
+RINGTAIL_MAP=$("$BENCH" derp-map "$LAB_DIR/relay")
 echo "$RINGTAIL_MAP" >"$LAB_DIR/derp-map.json"
 coord
 within 20 lab_in s grep -qi ":$(printf %04x 8080) 0*:0000 0A" /proc/net/tcp
@@ -111,9 +140,10 @@ check "the covering route is in force" within 10 goes 10.77.0.1 ringtail0
 check "the covering route is in force in IPv6" within 10 goes 2001:db8:77::1 ringtail0
 B=$(inner a b)
 STARTED=$(date +%s%N)
-lab_spawn a first-ping ping -q -c 3 -i 0.2 "$B"
-direct_soon() { within 3 direct a b && within 3 direct b a && SAID="$((($(date +%s%N) - STARTED) / 1000000)) ms"; }
-check "both are direct, though an exit node and routes over both are approved" direct_soon
+lab_spawn a first-ping ping -q -c 20 -i 0.1 -W 3 "$B"
+check "both are direct, though an exit node and routes over both are approved" direct_soon "$STARTED" a b both
+wait "$(lab_pid first-ping)" || true
+check "from the first ping on, none is lost on the way from relay to direct" lost_nothing first-ping 20
 check "30 of 30 pings answered through the tunnel, with relay, coordination and peer inside the route" all_answer "$B"
 check "and still direct" direct a b
 check "the main tables are untouched while it runs" main_untouched
@@ -178,6 +208,14 @@ lab_stop relay
 relay
 check "the relay is found again inside the route" within 20 eval 'status a | has "relay nyc: connected"'
 check "30 of 30 pings answered after all that" all_answer "$B"
+for try in second third; do
+  lab_stop node-b
+  STARTED=$(date +%s%N)
+  node b
+  check "the peer is direct again when it is started a $try time" direct_soon "$STARTED" b a
+done
+check "the best of the three within 0.5 s" best_direct
+check "30 of 30 pings answered after that too" all_answer "$B"
 
 # ---- every kind of end -------------------------------------------------------------------------
 lab_stop node-a
@@ -240,17 +278,23 @@ check "both leave the host and the other program's table as they were" untouched
 } >"$LAB_DIR/many.toml"
 host_state lan >"$LAB_DIR/before-lan"
 lab_in lan sh -c 'echo 1 >/proc/sys/net/ipv6/conf/default/disable_ipv6'
-lab_spawn lan many "$RINGTAIL" up --network "$LAB_DIR/many.toml" --state-dir "$LAB_DIR/many"
+# As a user who may do just this: to root's ringtail its holder of the table could be anybody.
+CAPS=+net_admin,+dac_override
+lab_spawn lan many setpriv --reuid 65534 --inh-caps "$CAPS" --ambient-caps "$CAPS" "$RINGTAIL" up --network "$LAB_DIR/many.toml" --state-dir "$LAB_DIR/many"
 routes() { [ "$(ip -n "${LAB}lan" route show table 52 2>/dev/null | wc -l)" = "$1" ]; }
 check "5000 routes are in force within 5 s" within 5 routes 5001
 check "a host without IPv6 for the tunnel hears no complaint" eval 'not has "not as it should be" "$LAB_DIR/many.log"'
+lab_spawn lan beside "$RINGTAIL" up --network "$LAB_DIR/lonely.toml" --state-dir "$LAB_DIR/beside" --tun ringtail1 --listen-port 0
+check "root's beside a user's takes another table" within 10 eval 'ip -n "${LAB}lan" rule | has "^53.*proto 114"'
+lab_stop beside
+check "and leaves that one's routes alone" routes 5001
 lab_stop many
 lab_in lan sh -c 'echo 0 >/proc/sys/net/ipv6/conf/default/disable_ipv6'
 check "and none stays behind" diff "$LAB_DIR/before-lan" <(host_state lan)
 
 kill -INT "$(lab_pid lan-ping)" 2>/dev/null || true
 pause 0.3
-check "the LAN lost nothing in all that time" grep -q ' 0% packet loss' "$LAB_DIR/lan-ping.log"
+check "the LAN lost nothing in all that time" lost_nothing lan-ping 100
 
 FAILED=$(counted FAIL)
 echo "host-test: $(counted ok) passed, $FAILED failed"
