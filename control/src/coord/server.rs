@@ -216,8 +216,9 @@ const TWO_MACHINES: &str = "two machines use this node's keys and take its place
                             their state directories is a copy of the other";
 /// Last takings over that are looked at,
 const TURNS: usize = 4;
-/// and the time within which they have to be.
-const TURNS_TIME: Duration = Duration::from_secs(10 * 60);
+/// and the time within which they have to be: a machine whose stream ended comes back at once, and one
+/// that changes its network again and again takes longer. After as long without any it is over.
+const TURNS_TIME: Duration = Duration::from_secs(60);
 
 /// Streams of a node that took the place of one that still stood, as those of two machines with the
 /// same keys do, in turns. One machine that reconnects does not come back to the endpoints it had.
@@ -241,6 +242,18 @@ impl Rivals {
         self.seen = matches!(turns[..], [a, b, c, d] if a != b && a == c && b == d);
         self.seen && !before
     }
+
+    /// When the two of them will be one again.
+    fn poll_timeout(&self) -> Option<Instant> {
+        let (last, _) = self.turns.back().filter(|_| self.seen)?;
+        Some(*last + TURNS_TIME)
+    }
+
+    /// What the node is told.
+    fn health(&self) -> Vec<String> {
+        let problem = self.seen.then(|| TWO_MACHINES.to_owned());
+        problem.into_iter().collect()
+    }
 }
 
 /// Whether a node is connected.
@@ -263,6 +276,8 @@ struct Session {
     /// Nodes that may differ from what was sent.
     dirty: BTreeSet<i64>,
     sent: BTreeMap<i64, Arc<Node>>,
+    /// It was told of two machines.
+    told_rivals: bool,
     next_keep_alive: Instant,
     /// Spread of keep-alives over sessions.
     period: Duration,
@@ -625,6 +640,7 @@ impl Server {
             started: false,
             dirty: BTreeSet::new(),
             sent: BTreeMap::new(),
+            told_rivals: false,
             next_keep_alive: now + period,
             period,
         };
@@ -683,7 +699,12 @@ impl Server {
     pub fn handle_timeout(&mut self, now: Instant) {
         let mut gone = Vec::new();
         let mut left = Vec::new();
+        let mut settled = Vec::new();
         for (id, entry) in &mut self.nodes {
+            if entry.rivals.poll_timeout().is_some_and(|at| at <= now) {
+                entry.rivals = Rivals::default();
+                settled.push(*id);
+            }
             match entry.presence {
                 Presence::Leaving(at, _) if at <= now => {
                     let forget = entry
@@ -699,6 +720,9 @@ impl Server {
         }
         for id in left {
             self.rebuild(now, id);
+        }
+        for id in settled {
+            self.mark_dirty(now, id);
         }
         for id in gone {
             if let Some(Entry { record, .. }) = self.nodes.get(&id) {
@@ -721,11 +745,13 @@ impl Server {
                 Presence::Leaving(at, _) | Presence::Offline(Some(at)) => Some(at),
                 Presence::Online(_) | Presence::Offline(None) => None,
             });
+        let rivals = self.nodes.values();
+        let rivals = rivals.filter_map(|entry| entry.rivals.poll_timeout());
         let alive = self
             .sessions
             .values()
             .map(|session| session.next_keep_alive);
-        presence.chain(alive).chain(self.tick).min()
+        presence.chain(rivals).chain(alive).chain(self.tick).min()
     }
 
     /// How a stream's messages are compressed.
@@ -802,9 +828,9 @@ impl Server {
         let mut message = self.full(wall, node);
         let rivals = self.nodes.get(&node).map(|entry| &entry.rivals);
         if let Some(rivals) = rivals.filter(|rivals| !rivals.turns.is_empty()) {
-            let problem = rivals.seen.then(|| TWO_MACHINES.to_owned());
-            message.health = Some(problem.into_iter().collect());
+            message.health = Some(rivals.health());
         }
+        let told_rivals = rivals.is_some_and(|rivals| rivals.seen);
         let sent: BTreeMap<i64, Arc<Node>> = self
             .nodes
             .iter()
@@ -818,6 +844,7 @@ impl Server {
                 message.peers_removed = Some(gone);
             }
             session.sent = sent;
+            session.told_rivals = told_rivals;
             session.dirty.clear();
             session.started = true;
         }
@@ -882,7 +909,12 @@ impl Server {
                 None => changed.push(Arc::clone(&entry.wire)),
             }
         }
-        if own.is_none() && changed.is_empty() && patches.is_empty() && removed.is_empty() {
+        let rivals = self.nodes.get(&session.node).map(|entry| &entry.rivals);
+        let rivals = rivals.filter(|rivals| rivals.seen != session.told_rivals);
+        let health = rivals.map(Rivals::health);
+        session.told_rivals ^= health.is_some();
+        let nodes_stay = changed.is_empty() && patches.is_empty() && removed.is_empty();
+        if own.is_none() && nodes_stay && health.is_none() {
             return None;
         }
         Some(MapResponse {
@@ -891,6 +923,7 @@ impl Server {
             peers_changed: (!changed.is_empty()).then_some(changed),
             peers_removed: (!removed.is_empty()).then_some(removed),
             peers_changed_patch: (!patches.is_empty()).then_some(patches),
+            health,
             ..MapResponse::default()
         })
     }

@@ -447,6 +447,24 @@ fn the_newest_stream_of_a_node_ends_the_older_one_and_keeps_it_online() {
     assert_eq!(lab.server.counts(), (2, 2));
 }
 
+/// Opens a stream of node 2 from this network; what it is told.
+fn open_from(lab: &mut Lab, last: u8) -> MapResponse {
+    let here: SocketAddr = format!("192.0.2.{last}:41641").parse().unwrap();
+    let request = MapRequest {
+        endpoints: Some(vec![here]),
+        ..poll(2)
+    };
+    let answer = lab
+        .server
+        .handle_map(lab.now, WALL, machine(2), &request, 0.0);
+    let Ok(MapAnswer::Stream(id)) = answer else {
+        panic!("{answer:?}");
+    };
+    lab.streams.insert(id, (2, MapState::new(node_key(2))));
+    let messages = lab.pump();
+    messages.into_iter().find(|(n, _)| *n == 2).unwrap().1
+}
+
 #[test]
 fn two_machines_that_take_a_node_s_place_in_turns_are_told() {
     let mut lab = Lab::new();
@@ -455,21 +473,7 @@ fn two_machines_that_take_a_node_s_place_in_turns_are_told() {
     lab.wait(TICK);
     let mut health = Vec::new();
     let mut open = |lab: &mut Lab, last: u8| {
-        let here: SocketAddr = format!("192.0.2.{last}:41641").parse().unwrap();
-        let request = MapRequest {
-            endpoints: Some(vec![here]),
-            ..poll(2)
-        };
-        let answer = lab
-            .server
-            .handle_map(lab.now, WALL, machine(2), &request, 0.0);
-        let Ok(MapAnswer::Stream(id)) = answer else {
-            panic!("{answer:?}");
-        };
-        lab.streams.insert(id, (2, MapState::new(node_key(2))));
-        let messages = lab.pump();
-        let told = messages.into_iter().find(|(n, _)| *n == 2).unwrap().1;
-        health.push(told.health.map(|problems| problems.len()));
+        health.push(open_from(lab, last).health.map(|problems| problems.len()));
         lab.wait(Duration::from_secs(20));
     };
     // One that reconnects, here and there.
@@ -483,6 +487,32 @@ fn two_machines_that_take_a_node_s_place_in_turns_are_told() {
     let some = Some(1);
     let wanted = [none, none, none, none, none, none, none, none, some, some];
     assert_eq!(health, wanted);
+}
+
+#[test]
+fn one_machine_that_goes_to_and_fro_is_not_two_and_who_is_left_of_two_is_told() {
+    let mut lab = Lab::new();
+    lab.join(2);
+    lab.wait(TICK);
+    for last in [4, 5, 4, 5, 4, 5] {
+        // What stood in the network before still stands at the server.
+        assert_eq!(open_from(&mut lab, last).health, Some(Vec::new()));
+        lab.wait(Duration::from_secs(40));
+    }
+    lab.wait(TURNS_TIME);
+    let told: Vec<usize> = [4, 5, 4, 5]
+        .map(|last| open_from(&mut lab, last).health.unwrap().len())
+        .to_vec();
+    assert_eq!(told, [0, 0, 0, 1]);
+    // The other one is switched off.
+    lab.wait(TICK);
+    lab.wait(TURNS_TIME - TICK - TICK);
+    assert!(lab.server.poll_timeout().unwrap() <= lab.now + TICK);
+    lab.wait(TICK);
+    let messages = lab.wait(TICK);
+    let told: Vec<_> = messages.iter().map(|(_, told)| &told.health).collect();
+    assert_eq!(told, [&Some(Vec::new())]);
+    assert_eq!(lab.wait(TURNS_TIME), []);
 }
 
 #[test]
