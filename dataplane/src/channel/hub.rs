@@ -16,6 +16,7 @@ use crossbeam::utils::CachePadded;
 use zeroize::Zeroizing;
 
 use super::activity::{from_ns, to_ns};
+use super::strangers::Strangers;
 use super::{
     Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId, PeerShared, Prefix,
     RegionId, RelayOut, Wake,
@@ -447,6 +448,7 @@ pub(crate) struct Hub {
     pub(crate) mark: AtomicU32,
     /// The bell of the thread that watches routes.
     pub(crate) routes_wake: EventFd,
+    pub(crate) strangers: Strangers,
 }
 
 impl Hub {
@@ -466,6 +468,7 @@ impl Hub {
             network: RwLock::new(Network::closed()),
             mark: AtomicU32::new(0),
             routes_wake: EventFd::new()?,
+            strangers: Strangers::new(epoch),
         })
     }
 

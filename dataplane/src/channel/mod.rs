@@ -12,6 +12,7 @@ mod loan;
 mod model;
 mod paths;
 mod shared;
+pub(crate) mod strangers;
 mod types;
 mod wake;
 

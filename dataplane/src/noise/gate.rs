@@ -27,7 +27,7 @@ use super::message::{
     CookieReply, Initiation, KIND_COOKIE_REPLY, KIND_INITIATION, KIND_RESPONSE, Macs, Response,
     check_mac1, kind_of, view,
 };
-use super::sources::Sources;
+use super::sources::{PER_SOURCE_BURST, PER_SOURCE_PER_SECOND, Sources};
 use super::{COOKIE_REPLY_LEN, Error, Half, LocalKeys};
 use crate::stats::DropReason;
 
@@ -113,7 +113,7 @@ impl Gate {
             load: Bucket::new(now, LOAD_PER_SECOND, LOAD_BURST),
             loaded_until: None,
             baker: Baker::default(),
-            sources: Sources::new(now),
+            sources: Sources::new(now, PER_SOURCE_PER_SECOND, PER_SOURCE_BURST),
             challenges: Bucket::new(now, CHALLENGES_PER_SECOND, CHALLENGES_BURST),
             cookie_replies: Bucket::new(now, COOKIE_REPLIES_PER_SECOND, COOKIE_REPLIES_PER_SECOND),
         }

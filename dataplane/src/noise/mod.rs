@@ -70,6 +70,7 @@ pub use handshake::{
     initiation, peek_initiation, response,
 };
 pub use keys::{LocalKeys, Remote};
+pub(crate) use sources::Sources;
 pub use sources::{PER_SOURCE_BURST, PER_SOURCE_PER_SECOND, SOURCES_MAX};
 pub use tai64n::Tai64n;
 

@@ -1,6 +1,6 @@
-//! The rate limit per source (WireGuard paper §5.3): twenty messages a second and five at once from
-//! one IPv4 address or one IPv6 /64, as in the kernel and wireguard-go. (wireguard-go counts whole
-//! IPv6 addresses; a host commands at least a /64 of them.)
+//! The rate limit per source (WireGuard paper §5.3), for handshakes twenty messages a second and five
+//! at once from one IPv4 address or one IPv6 /64, as in the kernel and wireguard-go. (wireguard-go
+//! counts whole IPv6 addresses; a host commands at least a /64 of them.)
 //!
 //! The table has a fixed number of places in sets of a few. A source whose bucket is full again is
 //! as good as forgotten, so its place is taken by the next that needs one: there is nothing to
@@ -12,16 +12,15 @@ use std::hash::BuildHasher as _;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// Messages one source may send a second.
+/// Handshake messages one source may send a second.
 pub const PER_SOURCE_PER_SECOND: u32 = 20;
-/// Messages one source may send at once.
+/// Handshake messages one source may send at once.
 pub const PER_SOURCE_BURST: u32 = 5;
 /// Sources known at a time, at most; 16 bytes each.
 pub const SOURCES_MAX: usize = SETS * WAYS;
 
 const SETS: usize = 4096;
 const WAYS: usize = 4;
-const COST: Duration = Duration::from_millis(1000 / PER_SOURCE_PER_SECOND as u64);
 
 /// A source and the moment, in nanoseconds since the table was made, at which its bucket is full.
 #[derive(Clone, Copy, Default)]
@@ -30,24 +29,31 @@ struct Place {
     full_at: u64,
 }
 
-pub(super) struct Sources {
+pub(crate) struct Sources {
     start: Instant,
+    /// What one message takes, and what a bucket may lack before it, in nanoseconds.
+    cost: u64,
+    lack_max: u64,
     hasher: std::hash::RandomState,
     /// Empty until the first is needed.
     places: Box<[[Place; WAYS]]>,
 }
 
 impl Sources {
-    pub(super) fn new(now: Instant) -> Sources {
+    /// Each source may send `per_second` messages a second, and `burst` at once; both at least one.
+    pub(crate) fn new(now: Instant, per_second: u32, burst: u32) -> Sources {
+        let cost = nanos(Duration::from_secs(1) / per_second);
         Sources {
             start: now,
+            cost,
+            lack_max: cost * u64::from(burst - 1),
             hasher: std::hash::RandomState::new(),
             places: Box::default(),
         }
     }
 
     /// Takes one message from a source's bucket; false if it is empty.
-    pub(super) fn allow(&mut self, now: Instant, from: IpAddr) -> bool {
+    pub(crate) fn allow(&mut self, now: Instant, from: IpAddr) -> bool {
         if self.places.is_empty() {
             self.places = vec![[Place::default(); WAYS]; SETS].into();
         }
@@ -66,11 +72,10 @@ impl Sources {
             now
         };
         place.source = source;
-        let cost = nanos(COST);
-        if full_at - now > cost * u64::from(PER_SOURCE_BURST - 1) {
+        if full_at - now > self.lack_max {
             return false;
         }
-        place.full_at = full_at + cost;
+        place.full_at = full_at + self.cost;
         true
     }
 }

@@ -237,7 +237,7 @@ impl Shard<'_> {
 
     /// Data came by UDP that belongs to no session: the control side may know who is there.
     pub(super) fn stranger(&mut self, from: SocketAddr, bytes: usize) {
-        if self.strangers.take(self.ctx.now) {
+        if self.hub.strangers.allow(self.ctx.now, from.ip()) {
             self.ctx.events.push(Event::Unopened(from, bytes));
         }
     }

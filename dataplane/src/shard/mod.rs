@@ -56,10 +56,6 @@ const UNOPENED_PER_SECOND: u32 = 50;
 const UNOPENED_BURST: u32 = 100;
 /// Who is heard is not asked for a handshake because of such data.
 const UNOPENED_QUIET: Duration = Duration::from_secs(1);
-/// Sources of such data told to the control thread a second, and at once, by all shards together (but
-/// each may tell of one).
-const STRANGERS_PER_SECOND: u32 = 20;
-const STRANGERS_BURST: u32 = 20;
 /// Counters are published this often while packets flow, and once after.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(5);
 
@@ -187,13 +183,11 @@ struct Shard<'a> {
     published: Published,
     publish_at: Instant,
     unopened: Bucket,
-    strangers: Bucket,
 }
 
 impl<'a> Shard<'a> {
     fn new(seat: &'a Seat, inbox: &'a Inbox, sockets: Arc<Sockets>, now: Instant) -> Shard<'a> {
         let sender = Sender::new(sockets, seat.gso);
-        let shards = u32::try_from(seat.hub.inboxes.len()).unwrap_or(1);
         let mut coalescer = Coalescer::new();
         coalescer.set_kinds(seat.merging.kinds());
         Shard {
@@ -218,11 +212,6 @@ impl<'a> Shard<'a> {
             published: seat.published.clone(),
             publish_at: now,
             unopened: Bucket::new(now, UNOPENED_PER_SECOND, UNOPENED_BURST),
-            strangers: Bucket::new(
-                now,
-                (STRANGERS_PER_SECOND / shards).max(1),
-                (STRANGERS_BURST / shards).max(1),
-            ),
         }
     }
 

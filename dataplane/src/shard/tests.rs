@@ -8,6 +8,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::channel::hub::RelayIn;
+use crate::channel::strangers;
 use crate::channel::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, Rules};
 use crate::filter::{CompiledRules, source_allowed};
 use crate::packet::build::Builder;
@@ -441,12 +442,22 @@ fn data_of_no_session_by_udp_is_told_a_few_times_a_second_and_answered_by_nothin
     let mut shard = shard(&seat);
     let far = Far::new(1);
     meet(&mut shard, std::slice::from_ref(&far));
-    let from = SocketAddr::from(([192, 0, 2, 1], 7));
-    for _ in 0..100 {
-        shard.stranger(from, 64);
+    let from = |host: u8| SocketAddr::from(([192, 0, 2, host], 7));
+    let told = |shard: &mut Shard<'_>| std::mem::take(&mut shard.ctx.events);
+    // A flood, whatever its ports.
+    for port in 0..1_000 {
+        shard.stranger(SocketAddr::new(from(1).ip(), port), 64);
     }
-    let told = Event::Unopened(from, 64);
-    assert_eq!(shard.ctx.events, vec![told; STRANGERS_BURST as usize]);
+    assert_eq!(told(&mut shard).len(), strangers::OF_ONE_BURST as usize);
+    // It takes nothing away from a peer elsewhere.
+    shard.stranger(from(2), 64);
+    assert_eq!(told(&mut shard), vec![Event::Unopened(from(2), 64)]);
+    // But all together are few.
+    for host in 3..=255 {
+        shard.stranger(from(host), 64);
+    }
+    let rest = strangers::BURST - strangers::OF_ONE_BURST - 1;
+    assert_eq!(told(&mut shard).len(), rest as usize);
     assert_eq!(sent(&mut shard), []);
 }
 

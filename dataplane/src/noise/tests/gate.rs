@@ -380,7 +380,7 @@ fn cookies_are_given_out_at_a_bounded_rate() {
 fn a_flood_of_sources_fills_a_fixed_table() {
     use crate::noise::sources::Sources;
     let now = start();
-    let mut sources = Sources::new(now);
+    let mut sources = Sources::new(now, 20, 5);
     let mut allowed = 0;
     for n in 0..100_000u32 {
         allowed += usize::from(sources.allow(now, IpAddr::from(n.to_be_bytes())));
@@ -404,7 +404,7 @@ fn a_flood_of_sources_fills_a_fixed_table() {
 fn time_that_stands_still_or_jumps_is_no_harm() {
     use crate::noise::sources::Sources;
     let now = start();
-    let mut sources = Sources::new(now + Duration::from_secs(5));
+    let mut sources = Sources::new(now + Duration::from_secs(5), 20, 5);
     let ip = IpAddr::from([192, 0, 2, 1]);
     for _ in 0..5 {
         assert!(sources.allow(now, ip));
