@@ -1,7 +1,7 @@
 //! What a node remembers over a restart besides its keys: the network map, direct addresses, its home
 //! relay, and whom it had sessions with.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -17,9 +17,13 @@ const HOME_CACHE: &str = "home.json";
 const SESSIONS_CACHE: &str = "sessions.json";
 const ENDPOINTS_CACHE: &str = "endpoints.json";
 
+/// A path that answers again and again is written anew so often: how old paths are counts in hours
+/// ([`CACHED_PATH_AGE_MAX`](crate::path::CACHED_PATH_AGE_MAX)).
+const PATH_AGE_STEP: Duration = Duration::from_secs(15 * 60);
+
 /// A direct path remembered over a restart, on disk.
 #[derive(Serialize, Deserialize)]
-struct StoredPath {
+pub(super) struct StoredPath {
     node_key: NodePublic,
     addr: SocketAddr,
     /// Seconds since 1970 of the last Pong.
@@ -49,7 +53,11 @@ impl Node {
                 }
             }
         }
-        let wall = since_1970();
+        self.save_paths();
+    }
+
+    fn save_paths(&mut self) {
+        let since_1970 = since_1970();
         let paths: Vec<StoredPath> = self
             .agent
             .cached_paths(now())
@@ -57,19 +65,22 @@ impl Node {
             .map(|path| StoredPath {
                 node_key: path.node_key,
                 addr: path.addr,
-                at: wall.saturating_sub(path.age).as_secs(),
+                at: since_1970.saturating_sub(path.age).as_secs(),
                 rtt_us: u64::try_from(path.rtt.as_micros()).unwrap_or(u64::MAX),
                 mtu: path.mtu,
             })
             .collect();
-        if paths.is_empty() {
+        if paths.is_empty() || !worth_writing(&self.paths_saved, &paths) {
             return;
         }
-        if let Err(error) = self.state.write_cache(ENDPOINTS_CACHE, &paths) {
-            tracing::warn!(
-                error = format!("{error:#}"),
-                "direct addresses are not saved"
-            );
+        match self.state.write_cache(ENDPOINTS_CACHE, &paths) {
+            Ok(()) => self.paths_saved = paths,
+            Err(error) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "direct addresses are not saved"
+                );
+            }
         }
     }
 
@@ -104,20 +115,32 @@ impl Node {
     }
 
     pub(super) fn load_paths(&mut self, now: Instant) {
-        let wall = since_1970();
+        let since_1970 = since_1970();
         let stored: Vec<StoredPath> = self.state.read_cache(ENDPOINTS_CACHE).unwrap_or_default();
         let paths: Vec<CachedPath> = stored
-            .into_iter()
+            .iter()
             .map(|path| CachedPath {
                 node_key: path.node_key,
                 addr: path.addr,
-                age: wall.saturating_sub(Duration::from_secs(path.at)),
+                age: since_1970.saturating_sub(Duration::from_secs(path.at)),
                 rtt: Duration::from_micros(path.rtt_us),
                 mtu: path.mtu,
             })
             .collect();
         self.agent.load_cached_paths(now, &paths);
+        self.paths_saved = stored;
     }
+}
+
+/// Whether what is on disk says something else than `paths`, but for times that make no difference.
+fn worth_writing(saved: &[StoredPath], paths: &[StoredPath]) -> bool {
+    let of = |path: &StoredPath| (path.node_key, path.addr, path.mtu);
+    let kept: BTreeMap<_, u64> = saved.iter().map(|path| (of(path), path.at)).collect();
+    let apart = |path: &StoredPath| {
+        let at = kept.get(&of(path));
+        at.is_none_or(|at| at.abs_diff(path.at) >= PATH_AGE_STEP.as_secs())
+    };
+    saved.len() != paths.len() || paths.iter().any(apart)
 }
 
 #[expect(
@@ -128,4 +151,49 @@ fn since_1970() -> Duration {
     SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::NodePrivate;
+
+    #[test]
+    fn paths_are_written_when_they_change_and_not_for_every_pong() {
+        let path = |seed: u8, addr: &str, at, mtu| StoredPath {
+            node_key: NodePrivate::from_random([seed; 32]).public(),
+            addr: addr.parse().unwrap(),
+            at,
+            rtt_us: at % 1000,
+            mtu,
+        };
+        let (near, far) = ("192.0.2.1:7", "192.0.2.2:7");
+        let saved = [path(1, near, 1_000, 1280), path(2, far, 1_000, 1280)];
+        let now = |paths: &[StoredPath]| worth_writing(&saved, paths);
+        assert!(worth_writing(&[], &saved));
+        // The order is that of keys and ages, and another says nothing.
+        assert!(!now(&[
+            path(2, far, 1_890, 1280),
+            path(1, near, 1_010, 1280)
+        ]));
+        // Of one of them: its time, address, size, peer, and that it is gone.
+        assert!(now(&[
+            path(2, far, 1_900, 1280),
+            path(1, near, 1_010, 1280)
+        ]));
+        assert!(now(&[path(2, far, 10, 1280), path(1, near, 1_000, 1280)]));
+        assert!(now(&[
+            path(2, near, 1_000, 1280),
+            path(1, near, 1_000, 1280)
+        ]));
+        assert!(now(&[
+            path(2, far, 1_000, 1420),
+            path(1, near, 1_000, 1280)
+        ]));
+        assert!(now(&[
+            path(3, far, 1_000, 1280),
+            path(1, near, 1_000, 1280)
+        ]));
+        assert!(now(&[path(1, near, 1_000, 1280)]));
+    }
 }

@@ -43,6 +43,7 @@ use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
 use crate::key::NodePublic;
+use caches::StoredPath;
 use intake::{Finding, Pace, Taken};
 use start::{Parts, Source, dataplane_config, host_name, underlay_mark};
 
@@ -132,6 +133,7 @@ struct Node {
     unsaved: Option<Network>,
     /// Whom the run after this will shake hands with first, as it is on disk.
     sessions_saved: Vec<NodePublic>,
+    paths_saved: Vec<StoredPath>,
     home_saved: Option<u32>,
     save_at: Instant,
 }

@@ -255,6 +255,7 @@ impl Node {
             told_up: false,
             default_sources: [None, None],
             unsaved: None,
+            paths_saved: Vec::new(),
             home_saved: None,
             sessions_saved: Vec::new(),
             save_at: now() + SAVE_PERIOD,
