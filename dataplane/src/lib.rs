@@ -60,5 +60,5 @@ pub use config::{
     pinned_by_default, shards_by_default,
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
-pub use sys::{now, slept, wall, wall_at_least};
+pub use sys::{now, slept, steady_wall, steady_wall_at_least};
 pub use udp::{rest_after, set_dont_fragment};

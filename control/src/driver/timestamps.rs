@@ -3,7 +3,7 @@
 //! A peer takes no initiation whose timestamp is not newer than the last it saw of us. Where the
 //! machine comes up with its clock behind (no battery, a restored image), every one of ours would be
 //! refused until the clock is right. So a file says how far our wall clock may have come, in whole
-//! seconds and ahead of it, and the next run's begins there ([`ringtail_dataplane::wall`]).
+//! seconds and ahead of it, and the next run's begins there ([`ringtail_dataplane::steady_wall`]).
 //!
 //! The file is written ahead so that it need not be for every handshake: by [`LEAD_MIN`] at first, by
 //! more the longer the process runs, since whatever it is ahead when the process is killed, the
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::clock::now;
 use super::state::write_private;
-use ringtail_dataplane::{wall, wall_at_least};
+use ringtail_dataplane::{steady_wall, steady_wall_at_least};
 
 /// The file is ahead of our wall clock by this, and by the time the process has run, at most by
 /// [`LEAD_MAX`].
@@ -56,9 +56,9 @@ impl Timestamps {
     }
 
     fn take_up(path: PathBuf) -> Self {
-        let system = wall();
+        let system = steady_wall();
         if let Some(known) = read(&path) {
-            wall_at_least(known);
+            steady_wall_at_least(known);
             if system + BEHIND < known {
                 tracing::warn!(
                     behind = ?known - system,
@@ -107,7 +107,7 @@ impl Timestamps {
     }
 
     fn write(&self, lead: Duration) -> anyhow::Result<()> {
-        let text = format!("{}\n", (wall() + lead).as_secs() + 1);
+        let text = format!("{}\n", (steady_wall() + lead).as_secs() + 1);
         write_private(&self.path, text.as_bytes())
     }
 }
@@ -136,12 +136,14 @@ mod tests {
     fn the_next_run_begins_behind_everything_that_this_one_may_have_sent() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("timestamp");
-        let before = wall();
+        let before = steady_wall();
         let mut timestamps = Timestamps::open(path.clone());
         let mode = path.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let ahead = stored(&path);
-        assert!(ahead > before + LEAD_MIN && ahead < wall() + LEAD_MIN + Duration::from_secs(2));
+        assert!(
+            ahead > before + LEAD_MIN && ahead < steady_wall() + LEAD_MIN + Duration::from_secs(2)
+        );
         assert!(timestamps.due() <= now() + LEAD_MIN);
         // After an hour.
         timestamps.started = now()
@@ -150,7 +152,7 @@ mod tests {
         timestamps.renew();
         assert!(stored(&path) > ahead);
         timestamps.close();
-        assert!(stored(&path) <= wall() + Duration::from_secs(1));
+        assert!(stored(&path) <= steady_wall() + Duration::from_secs(1));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Instant;
 use crate::channel::Event;
 use crate::session::Moment;
 use crate::stats::{Counters, Room};
-use crate::sys::{cycles, wall};
+use crate::sys::{cycles, steady_wall};
 
 /// Room for events of one turn before the vector grows.
 const EVENTS_ROOM: usize = 64;
@@ -35,7 +35,7 @@ impl Context {
     pub(crate) fn moment(&self) -> Moment {
         Moment {
             now: self.now,
-            wall: wall(),
+            wall: steady_wall(),
         }
     }
 

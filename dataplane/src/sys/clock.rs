@@ -34,12 +34,12 @@ pub fn slept() -> Duration {
 /// of all it said before, else what it said before and the time since. For what must not go back:
 /// the timestamps of initiations, of which peers want newer ones only.
 #[must_use]
-pub fn wall() -> Duration {
+pub fn steady_wall() -> Duration {
     WALL.read(read(libc::CLOCK_BOOTTIME), read(libc::CLOCK_REALTIME))
 }
 
-/// From now on [`wall`] is not behind this time since 1970, which an earlier process may have told.
-pub fn wall_at_least(time: Duration) {
+/// From now on [`steady_wall`] is not behind this time since 1970, which an earlier process may have told.
+pub fn steady_wall_at_least(time: Duration) {
     WALL.read(read(libc::CLOCK_BOOTTIME), time);
 }
 
@@ -135,9 +135,9 @@ mod tests {
 
     #[test]
     fn a_time_that_was_told_before_is_not_told_again() {
-        let told = wall() + Duration::from_secs(3600);
-        wall_at_least(told);
-        let next = wall();
+        let told = steady_wall() + Duration::from_secs(3600);
+        steady_wall_at_least(told);
+        let next = steady_wall();
         assert!(next >= told && next < told + Duration::from_secs(60));
     }
 

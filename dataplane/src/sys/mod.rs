@@ -12,7 +12,7 @@ pub(crate) mod poll;
 pub(crate) mod socket;
 
 pub(crate) use clock::{cycles, thread_time};
-pub use clock::{now, slept, wall, wall_at_least};
+pub use clock::{now, slept, steady_wall, steady_wall_at_least};
 pub(crate) use cpu::{allowed_cpus, pin_to};
 pub(crate) use event::EventFd;
 pub(crate) use file::{has_failed, read, set_nonblocking, set_tun_offload, write};

@@ -15,7 +15,7 @@ use std::fmt::Write as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ringtail_dataplane::wall;
+use ringtail_dataplane::steady_wall;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
@@ -175,7 +175,7 @@ impl ServerCertVerifier for RelayVerifier {
             )) => {
                 // The system's clock may be behind what we know the time to be at least.
                 check(UnixTime::since_unix_epoch(
-                    wall().max(Duration::from_secs(now.as_secs())),
+                    steady_wall().max(Duration::from_secs(now.as_secs())),
                 ))
             }
             verdict => verdict,
