@@ -23,13 +23,12 @@ use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use time::OffsetDateTime;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use super::clock::{at, now};
+use super::clock::{at, now, wall};
 use super::control_url::{ByteStream, ControlUrl};
 use super::names::Names;
 use super::noise_stream::NoiseStream;
@@ -561,7 +560,7 @@ impl Client {
         map: &mut MapState,
         message: MapResponse,
     ) -> Result<bool, Failure> {
-        let wall = OffsetDateTime::now_utc();
+        let wall = wall();
         let lock = map.tailnet_lock();
         let applied = map
             .handle_response(wall, message)
@@ -578,8 +577,7 @@ impl Client {
 
     fn snapshot(&self, map: &MapState) -> Option<Arc<Netmap>> {
         let routes = &self.own_state.borrow().routes;
-        map.snapshot(OffsetDateTime::now_utc(), routes)
-            .map(Arc::new)
+        map.snapshot(wall(), routes).map(Arc::new)
     }
 
     fn request(&self, path: &str, body: Vec<u8>) -> Result<Request<Full<Bytes>>, Failure> {
@@ -723,7 +721,7 @@ fn retry_after<B>(response: &Response<B>) -> Option<Duration> {
 
 /// When the next key in the map expires.
 fn expiry_of(map: &MapState) -> Option<Instant> {
-    let wall = OffsetDateTime::now_utc();
+    let wall = wall();
     let wait = map.next_expiry(wall)? - wall;
     // A timer far in the future is set again when it is reached.
     let wait = Duration::try_from(wait).unwrap_or_default();

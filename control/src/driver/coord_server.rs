@@ -33,7 +33,6 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde::Deserialize;
-use time::OffsetDateTime;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -387,7 +386,7 @@ impl Actor {
                 let _ = answer.send(registered);
             }
             Ask::Map(machine, request, answer) => {
-                let wall = OffsetDateTime::now_utc();
+                let wall = wall();
                 let random = rand::random();
                 let mapped = self
                     .server
@@ -407,7 +406,7 @@ impl Actor {
                 }
             }
             Ask::Verify(key, answer) => {
-                let member = self.server.is_member(OffsetDateTime::now_utc(), key);
+                let member = self.server.is_member(wall(), key);
                 let _ = answer.send(member);
             }
             Ask::DerpMap(derp_map) => self.server.set_derp_map(now(), derp_map),
@@ -421,7 +420,7 @@ impl Actor {
         source: IpAddr,
         request: &RegisterRequest,
     ) -> Registered {
-        let wall = OffsetDateTime::now_utc();
+        let wall = wall();
         let text = request.auth.as_ref().map(|auth| auth.auth_key.clone());
         let text = text.filter(|text| !text.is_empty());
         let key = match text {
@@ -538,13 +537,12 @@ impl Actor {
 
     fn end(&mut self, id: SessionId) {
         self.streams.remove(&id);
-        self.server
-            .handle_session_end(now(), OffsetDateTime::now_utc(), id);
+        self.server.handle_session_end(now(), wall(), id);
     }
 
     /// Gives every stream that can take one its next message.
     fn pump(&mut self) {
-        let (now, wall) = (now(), OffsetDateTime::now_utc());
+        let (now, wall) = (now(), wall());
         let tick = self.server.tick_is_due(now);
         let mut behind = false;
         for id in self.server.session_ids() {

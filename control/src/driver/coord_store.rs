@@ -14,7 +14,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, Transaction, 
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
-use super::clock::now;
+use super::clock::{now, wall};
 use crate::coord::auth_key::AuthKey;
 use crate::coord::server::{NodeRecord, Registration, Write};
 use crate::key::{DiscoPublic, KEY_LEN, MachinePublic, NodePublic};
@@ -306,7 +306,7 @@ fn set_up(connection: &Connection) -> rusqlite::Result<i64> {
     )?;
     connection.execute(
         "INSERT OR IGNORE INTO users (id, name, created) VALUES (1, 'ringtail', ?1)",
-        [OffsetDateTime::now_utc().unix_timestamp()],
+        [wall().unix_timestamp()],
     )?;
     connection.query_row("SELECT v FROM meta WHERE k = 'schema'", [], |row| {
         row.get(0)
