@@ -175,6 +175,10 @@ ip -n "${LAB}a" route add default via 10.6.0.1 table 100
 ip -n "${LAB}a" rule add from 10.6.0.2 lookup 100
 from_second() { ip -n "${LAB}a" route get 10.77.0.1 from 10.6.0.2 mark 0x80000 | has "via 10.6.0.1"; }
 check "the underlay follows the host's own rules, as for a second uplink" from_second
+goes_from_second() { ip -n "${LAB}a" route get "$1" from 10.6.0.2 | tee /dev/stderr | has "via 10.6.0.1"; }
+check "so does what the host itself sends to its LAN" goes_from_second 10.1.0.9
+ip -n "${LAB}a" route add 10.5.0.0/24 via 10.6.0.1 table 100
+check "and to a network that only those rules know" within 2 goes_from_second 10.5.0.2
 ip -n "${LAB}a" rule del from 10.6.0.2 lookup 100
 ip -n "${LAB}a" link del eth1
 ip -n "${LAB}a" route add 10.2.0.0/24 dev ringtail0
@@ -186,6 +190,12 @@ ip -n "${LAB}a" -6 route del 2001:db8:2::/64 dev ringtail0
 check "and it is direct again without that" within 15 direct a b
 
 # ---- the host changes under it -----------------------------------------------------------------
+for guard in 100.64.0.0/10 172.0.0.0/8 fd00::/8; do ip -n "${LAB}a" route add unreachable $guard; done
+ip -n "${LAB}a" -6 route add unreachable default metric 4294967295
+check "what the host calls unreachable is not, where our routes are longer" all_answer "$B"
+check "in IPv6 too" eval 'ip -n "${LAB}a" route get fd7a:115c:a1e0::2 | has ringtail0'
+for guard in 100.64.0.0/10 172.0.0.0/8 fd00::/8; do ip -n "${LAB}a" route del unreachable $guard; done
+ip -n "${LAB}a" -6 route del unreachable default metric 4294967295
 check "a network of containers goes into the tunnel before there is one here" goes 172.17.0.2 ringtail0
 ip -n "${LAB}a" link add docker0 type bridge
 ip -n "${LAB}a" link set dev docker0 up
@@ -194,7 +204,7 @@ check "a container bridge inside the network's route is respected at once" goes 
 check "the rest of that route is not" goes 172.18.0.2 ringtail0
 ip -n "${LAB}a" link del docker0
 ip -n "${LAB}a" route add 10.9.0.0/16 via 10.1.0.9
-check "so is a route that is added later" goes 10.9.1.1 "via 10.1.0.9"
+check "so is a route that is added later" within 2 goes 10.9.1.1 "via 10.1.0.9"
 ip -n "${LAB}a" route del 10.9.0.0/16
 for v in -4 -6; do
   ip -n "${LAB}a" $v rule flush proto 114 2>/dev/null || for at in $(ip -n "${LAB}a" $v rule | sed -n 's/^\(5[0-9]*\):.*/\1/p'); do ip -n "${LAB}a" $v rule del pref "$at"; done
@@ -255,24 +265,31 @@ check "the table of another program is refused in words" refused
 check "a start that fails leaves nothing" untouched
 node a
 check "without a choice the next table is taken" within 10 eval 'ip -n "${LAB}a" route show table 53 | has ringtail0'
-echo 'addresses = ["10.99.0.1/32"]' >"$LAB_DIR/lonely.toml"
+"$RINGTAIL" genkey --state-dir "$LAB_DIR/many-peer" >"$LAB_DIR/many-keys"
+peer_keys() { sed -n 's/.*\(nodekey:[0-9a-f]*\).*/node_key = "\1"/p; s/.*\(discokey:[0-9a-f]*\).*/disco_key = "\1"/p' "$LAB_DIR/many-keys"; }
+{
+  echo 'addresses = ["10.99.0.1/32"]'
+  printf '[[peer]]\nname = "p"\naddresses = ["10.99.0.2/32"]\nallowed_ips = ["10.99.0.2/32", "10.0.0.0/8"]\nendpoints = ["10.5.0.77:1"]\n'
+  peer_keys
+} >"$LAB_DIR/lonely.toml"
 lab_spawn a second "$RINGTAIL" up --network "$LAB_DIR/lonely.toml" --state-dir "$LAB_DIR/second" --tun ringtail1 --listen-port 0
-check "a second node beside it takes another" within 10 eval 'ip -n "${LAB}a" rule | has "^54.*proto 114"'
+check "a second node beside it takes another" within 10 eval 'ip -n "${LAB}a" rule | has "lookup 54 proto 114"'
+check "with a route over everything of its own, it leaves the first one's underlay alone" all_answer "$B"
+check "and the first one is direct" within 15 direct a b
 lab_stop second KILL
 lab_spawn a second "$RINGTAIL" up --network "$LAB_DIR/lonely.toml" --state-dir "$LAB_DIR/second" --tun ringtail1 --listen-port 0
 check "and removes its own leftovers, not the first one's" within 10 grep -q "removing what an earlier run left" "$LAB_DIR/second.log"
-check "the first one's are there" eval 'ip -n "${LAB}a" rule | has "^53.*proto 114"'
+check "the first one's are there" eval 'ip -n "${LAB}a" rule | has "lookup 53 proto 114"'
 lab_stop second
 lab_stop node-a
 check "both leave the host and the other program's table as they were" untouched
 
 # ---- many routes, and no IPv6 ------------------------------------------------------------------
-"$RINGTAIL" genkey --state-dir "$LAB_DIR/many-peer" >"$LAB_DIR/many-keys"
 {
   echo 'addresses = ["10.99.0.1/32"]'
   echo '[[peer]]'
   echo 'name = "p"'
-  sed -n 's/.*\(nodekey:[0-9a-f]*\).*/node_key = "\1"/p; s/.*\(discokey:[0-9a-f]*\).*/disco_key = "\1"/p' "$LAB_DIR/many-keys"
+  peer_keys
   echo 'addresses = ["10.99.0.2/32"]'
   echo "allowed_ips = [\"10.99.0.2/32\"$(for i in $(seq 0 4999); do printf ', "10.%d.%d.0/24"' $((100 + i / 250)) $((i % 250)); done)]"
 } >"$LAB_DIR/many.toml"
@@ -285,7 +302,7 @@ routes() { [ "$(ip -n "${LAB}lan" route show table 52 2>/dev/null | wc -l)" = "$
 check "5000 routes are in force within 5 s" within 5 routes 5001
 check "a host without IPv6 for the tunnel hears no complaint" eval 'not has "not as it should be" "$LAB_DIR/many.log"'
 lab_spawn lan beside "$RINGTAIL" up --network "$LAB_DIR/lonely.toml" --state-dir "$LAB_DIR/beside" --tun ringtail1 --listen-port 0
-check "root's beside a user's takes another table" within 10 eval 'ip -n "${LAB}lan" rule | has "^53.*proto 114"'
+check "root's beside a user's takes another table" within 10 eval 'ip -n "${LAB}lan" rule | has "lookup 53 proto 114"'
 lab_stop beside
 check "and leaves that one's routes alone" routes 5001
 lab_stop many

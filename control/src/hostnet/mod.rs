@@ -3,34 +3,29 @@
 //! written here. `driver/hostnet/` does that, on a thread of its own.
 //!
 //! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
-//! table of our own (52 unless told otherwise), and rules between `100 * table + 11` and
-//! `100 * table + 70` lead there (5211 to 5270, in tailscaled's range). What is ours bears the
-//! protocol number [`PROTOCOL`], by which a start finds what a killed run left behind; what does
-//! not bear it is never deleted.
+//! table of our own (52 unless told otherwise), and one rule of each family leads there, among
+//! tailscaled's (5210 to 5270; [`Places`]). What is ours bears the protocol number [`PROTOCOL`], by
+//! which a start finds what a killed run left behind; what does not bear it is never deleted.
 //!
-//! **Which route wins.** The kernel merges both tables as if they were one, host first among
-//! equals. For every prefix length `L` that our table has, longest first, there are two rules:
-//!
-//! ```text
-//! lookup main suppress_prefixlength L-1     the host's route, if it is L or longer
-//! lookup 52   suppress_prefixlength L-1     else ours, if it is L or longer
-//! ```
-//!
-//! So the host's equal and longer routes stay in force, also those that are added later, without a
-//! moment in between: the kernel decides at each look-up. (Throw routes in our table, the other way to
-//! say it, come too late for a route that a DHCP client or a container bridge adds.) What is less
-//! specific than ours loses, with one exception: a subnet to which the host is connected keeps all
+//! **Which route wins.** Between the host's and ours the longer one, and the host's among equals. Our
+//! table is asked first, so it holds a *throw* route for each of the host's that is as long as one of
+//! ours around it, or longer: the look-up goes on behind our rule as if we were not there, through the
+//! host's own rules, source routing and refusals included. (Rules that ask the host's main table before
+//! ours, the other way to say it, would never be late for a new route; but they decide by that
+//! table ahead of the host's own rules, and a shorter `unreachable` route of the host ends their look-up.)
+//! A route that the host gets later is thrown as soon as the kernel tells of it. What is less specific
+//! than ours loses, with one exception: a subnet to which the host is connected keeps all
 //! of itself, so a route or an address of a node inside it is not installed at all. Addresses of the ranges
 //! that are there for networks like ours (100.64.0.0/10, fd7a:115c:a1e0::/48) are, as tailscaled has them:
 //! providers use the former too.
 //!
-//! **Underlay.** What carries our mark, or leaves from our UDP port, jumps over all of it to the end
-//! marker, and meets the host's own rules behind, so source routing stays as it is. The rule for the
+//! **Underlay.** What carries our mark, or leaves from our UDP port, jumps over our table, and those of other
+//! ringtails on this host, to an end marker, and meets the host's own rules behind. The rule for the
 //! port is there for a strict `rp_filter`: the kernel looks up the way back of an arriving packet without a
 //! mark, but with the ports of the flow, once some rule needs them that is not bound to `lo`: the
 //! end marker, which decides nothing, names the port for that reason alone. Our TCP connections
 //! have no port of their own, and the host's resolver no mark: these few addresses are thrown back
-//! to the host's table one by one, and only where one of our routes covers them.
+//! to the host one by one, and only where one of our routes covers them.
 //!
 //! **Never installed:** what this node itself offers, and what the agent does not let through (exit
 //! routes, whole or in pieces, and addresses that no host has).
@@ -48,7 +43,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Serialize;
 
-pub use plan::plan;
+pub use plan::{lies_in, meets, plan};
 pub use resolvers::resolvers;
 pub use steps::{Step, steps};
 
@@ -56,6 +51,8 @@ pub use steps::{Step, steps};
 pub const PROTOCOL: u8 = 114;
 /// The table unless told otherwise, which is tailscaled's.
 pub const TABLE_DEFAULT: u8 = 52;
+/// Tables tried, from the default on, if nobody chose one.
+pub const TABLES_TRIED: u8 = 8;
 /// The largest table there can be: 253 to 255 are the host's.
 pub const TABLE_MAX: u8 = 252;
 /// The mark of underlay sockets unless told otherwise, which is tailscaled's.
@@ -68,13 +65,6 @@ pub const CONFLICTS_MAX: usize = 64;
 pub const DIALLED_MAX: usize = 64;
 /// The host's main table.
 pub(crate) const MAIN: u8 = 254;
-
-/// Lengths at which a level begins, longest first. A level holds lengths from its own up to the next one's;
-/// inside a level the host's routes win. IPv4 has one for each.
-const LEVELS_V6: [u8; 26] = [
-    128, 124, 120, 112, 104, 96, 88, 80, 72, 64, 62, 60, 56, 52, 48, 44, 40, 36, 32, 28, 24, 20,
-    16, 12, 8, 7,
-];
 
 /// What does not change while a node runs.
 #[derive(Clone, Debug)]
@@ -105,12 +95,20 @@ pub struct Overlay {
     pub routes: BTreeSet<IpNet>,
 }
 
+impl Overlay {
+    /// Everything that leads into the tunnel, if nothing speaks against it.
+    pub fn nets(&self) -> BTreeSet<IpNet> {
+        let peers = self.peers.iter().copied().map(IpNet::from);
+        peers.chain(self.routes.iter().map(IpNet::trunc)).collect()
+    }
+}
+
 /// What the host has of its own; nothing here is ours.
 #[derive(Clone, Debug, Default)]
 pub struct Host {
     /// Subnets of its addresses, those of our TUN left out.
     pub connected: BTreeSet<IpNet>,
-    /// Destinations in its main table, those by our TUN left out.
+    /// Destinations in the tables that its rules lead to, those by our TUN left out.
     pub routes: BTreeSet<IpNet>,
     /// Servers that its resolver asks.
     pub resolvers: Vec<IpAddr>,
@@ -146,8 +144,6 @@ pub struct Rule {
     pub local: bool,
     /// The UDP source port it is for.
     pub port: Option<u16>,
-    /// What it finds must be longer than this.
-    pub longer_than: Option<u8>,
 }
 
 /// What a rule does.
@@ -245,12 +241,6 @@ pub struct Plan {
 }
 
 impl Settings {
-    /// First and last place of our rules.
-    pub fn priorities(table: u8) -> std::ops::RangeInclusive<u32> {
-        let base = 100 * u32::from(table);
-        base + 10..=base + 70
-    }
-
     /// The mark and the bits of it that count, if there is one.
     fn mark(&self) -> Option<(u32, u32)> {
         let mask = if self.fwmark == MARK_DEFAULT {
@@ -262,11 +252,69 @@ impl Settings {
     }
 }
 
+/// Where the rules for a table stand. Of the tables that are tried by themselves each has places of its own
+/// among tailscaled's, so that what one ringtail keeps out of the tunnel jumps over the others' tables too.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// The jump of what carries our mark.
+    pub marked: u32,
+    /// The jump of what leaves from our port.
+    pub port: u32,
+    /// The way into the table.
+    pub table: u32,
+    /// Where the jumps lead.
+    pub end: u32,
+}
+
+impl Places {
+    /// The places for a table.
+    pub fn of(table: u8) -> Self {
+        let base = 100 * u32::from(TABLE_DEFAULT);
+        let (base, nth) = match table.checked_sub(TABLE_DEFAULT) {
+            Some(nth) if nth < TABLES_TRIED => (base, nth.into()),
+            Some(_) | None => (100 * u32::from(table), 0),
+        };
+        Self {
+            marked: base + 11 + 2 * nth,
+            port: base + 12 + 2 * nth,
+            table: base + 31 + nth,
+            end: base + 62 + nth,
+        }
+    }
+
+    fn all(self) -> [u32; 4] {
+        [self.marked, self.port, self.table, self.end]
+    }
+}
+
 /// The table to which a rule at this place would belong.
 pub fn table_of_priority(priority: u32) -> Option<u8> {
-    let table = u8::try_from(priority / 100).ok()?;
-    (1..=TABLE_MAX)
-        .contains(&table)
-        .then_some(table)
-        .filter(|table| Settings::priorities(*table).contains(&priority))
+    (1..=TABLE_MAX).find(|table| Places::of(*table).all().contains(&priority))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_table_has_places_of_its_own_and_the_first_eight_jump_over_each_other() {
+        let mut taken = BTreeSet::new();
+        for table in 1..=TABLE_MAX {
+            for place in Places::of(table).all() {
+                assert!(taken.insert(place), "{place} of {table}");
+                assert_eq!(table_of_priority(place), Some(table));
+            }
+        }
+        let tried = (TABLE_DEFAULT..).take(TABLES_TRIED.into()).map(Places::of);
+        let tried: Vec<Places> = tried.collect();
+        for (one, other) in tried
+            .iter()
+            .flat_map(|one| tried.iter().map(move |o| (one, o)))
+        {
+            assert!(one.port < other.table && one.marked < other.table);
+            assert!(one.end > other.table && (5211..=5270).contains(&one.end));
+        }
+        assert_eq!(table_of_priority(5210), None);
+        assert_eq!(table_of_priority(6015), None);
+    }
 }

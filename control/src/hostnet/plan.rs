@@ -6,17 +6,11 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::{
-    Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, LEVELS_V6, MAIN, Overlay, Plan, Relation,
+    Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, MAIN, Overlay, Places, Plan, Relation,
     Route, Rule, Settings, Way,
 };
 use crate::coord::address::{V4_RANGE, V6_RANGE};
 use crate::netmap::prefix::is_exit;
-
-/// Places after the first of the table's hundred.
-const MARKED: u32 = 11;
-const OUR_PORT: u32 = 12;
-const FIRST_LEVEL: u32 = 13;
-const END: u32 = 70;
 
 /// Computes what is to be there, and tells where it meets what the host has.
 pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
@@ -37,7 +31,7 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
             && (overlay.addresses.contains(&net.addr()) || overlay.peers.contains(&net.addr()));
         let offered = settings.offered.iter().any(|own| own.trunc() == net);
         let v6 = net.addr().is_ipv6();
-        // The agent lets no exit route through; here they would have no place among the levels.
+        // The agent lets no exit route through; here one would take everything.
         if itself || offered || is_exit(&net) || !usable(v6) {
             continue;
         }
@@ -55,7 +49,7 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
         .offered
         .iter()
         .map(IpNet::trunc)
-        .filter(|net| longest_around(&tunnel, net).is_some())
+        .filter(|net| lies_in(&tunnel, net))
         .collect();
     for ip in peers {
         let net = IpNet::from(ip);
@@ -65,17 +59,26 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
         }
         if own.contains(&net) {
             tell.conflict(net, net, Relation::Same);
+        } else if let Some(subnet) = longest_around(&host.connected, &net) {
+            tell.conflict(net, subnet, Relation::Inside);
         }
         tunnel.insert(net);
     }
     let kept_out = plan.kept_out.iter().copied().map(IpNet::from);
-    let throw: BTreeSet<IpNet> = kept_out.chain(covered).collect();
-    plan.state.rules = rules(settings, &tunnel);
+    let with_rules = |net: &IpNet| settings.rules[usize::from(net.addr().is_ipv6())];
+    let theirs = tunnel.iter().flat_map(|net| within(&own, net)).copied();
+    let throw: BTreeSet<IpNet> = kept_out
+        .chain(covered)
+        .chain(theirs)
+        .filter(with_rules)
+        .collect();
+    plan.state.rules = rules(settings);
     let route = |net: IpNet, way| Route {
         net,
-        table: match settings.rules[usize::from(net.addr().is_ipv6())] {
-            true => settings.table,
-            false => MAIN,
+        table: if with_rules(&net) {
+            settings.table
+        } else {
+            MAIN
         },
         way,
     };
@@ -91,21 +94,20 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
 }
 
 /// The rules for both families.
-fn rules(settings: &Settings, tunnel: &BTreeSet<IpNet>) -> BTreeSet<Rule> {
+fn rules(settings: &Settings) -> BTreeSet<Rule> {
     let mut rules = BTreeSet::new();
+    let at = Places::of(settings.table);
     for v6 in [false, true] {
         if !settings.rules[usize::from(v6)] {
             continue;
         }
-        let base = 100 * u32::from(settings.table);
         let plain = Rule {
-            priority: base + END,
+            priority: at.end,
             v6,
             action: Action::Nop,
             mark: None,
             local: false,
             port: None,
-            longer_than: None,
         };
         // Decides nothing, but has the kernel look for ports in what arrives (module doc).
         rules.insert(Rule {
@@ -113,48 +115,29 @@ fn rules(settings: &Settings, tunnel: &BTreeSet<IpNet>) -> BTreeSet<Rule> {
             ..plain
         });
         let jump = Rule {
-            action: Action::Goto(base + END),
+            action: Action::Goto(at.end),
             ..plain
         };
         if let Some(mark) = settings.mark() {
             rules.insert(Rule {
-                priority: base + MARKED,
+                priority: at.marked,
                 mark: Some(mark),
                 ..jump
             });
         }
         rules.insert(Rule {
-            priority: base + OUR_PORT,
+            priority: at.port,
             local: true,
             port: Some(settings.port),
             ..jump
         });
-        let nets = tunnel.iter().filter(|net| net.addr().is_ipv6() == v6);
-        let levels: BTreeSet<(u32, u8)> = nets.map(|net| level(v6, net.prefix_len())).collect();
-        for (index, from) in levels {
-            for (offset, table) in [(0, MAIN), (1, settings.table)] {
-                rules.insert(Rule {
-                    priority: base + FIRST_LEVEL + 2 * index + offset,
-                    action: Action::Table(table.into()),
-                    longer_than: Some(from - 1),
-                    ..plain
-                });
-            }
-        }
+        rules.insert(Rule {
+            priority: at.table,
+            action: Action::Table(settings.table.into()),
+            ..plain
+        });
     }
     rules
-}
-
-/// The level of a prefix length: its number from the longest on, and the shortest length in it.
-fn level(v6: bool, len: u8) -> (u32, u8) {
-    if !v6 {
-        return (u32::from(32_u8.saturating_sub(len)), len);
-    }
-    let at = LEVELS_V6
-        .iter()
-        .zip(0_u32..)
-        .find(|(from, _)| **from <= len);
-    at.map_or((0, 128), |(from, index)| (index, *from))
 }
 
 /// The addresses that are thrown back to the host's table.
@@ -170,10 +153,7 @@ fn kept_out(overlay: &Overlay, host: &Host, tunnel: &BTreeSet<IpNet>) -> Vec<IpA
             let node = overlay.peers.contains(ip) || overlay.addresses.contains(ip);
             !node || host_own(host, *ip).is_some()
         })
-        .filter(|ip| {
-            let single = IpNet::from(*ip);
-            tunnel.contains(&single) || longest_around(tunnel, &single).is_some()
-        })
+        .filter(|ip| lies_in(tunnel, &IpNet::from(*ip)))
         .collect();
     found.sort_unstable();
     found.dedup();
@@ -206,12 +186,16 @@ fn meet(tell: &mut Teller, host: &BTreeSet<IpNet>, net: &IpNet) {
     } else if let Some(around) = longest_around(host, net) {
         tell.conflict(*net, around, Relation::Inside);
     }
-    let last = IpNet::from(net.broadcast());
-    for inside in host.range(*net..=last).filter(|inside| *inside != net) {
-        if net.contains(inside) {
-            tell.conflict(*net, *inside, Relation::Covers);
-        }
+    for inside in within(host, net).filter(|inside| *inside != net) {
+        tell.conflict(*net, *inside, Relation::Covers);
     }
+}
+
+/// Those of `nets` that lie within `net`, itself included.
+fn within<'a>(nets: &'a BTreeSet<IpNet>, net: &'a IpNet) -> impl Iterator<Item = &'a IpNet> {
+    let last = IpNet::from(net.broadcast());
+    nets.range(*net..=last)
+        .filter(|inside| net.contains(*inside))
 }
 
 /// The longest prefix in `nets` that is shorter than `net` and holds it; default routes do not count.
@@ -221,6 +205,16 @@ fn longest_around(nets: &BTreeSet<IpNet>, net: &IpNet) -> Option<IpNet> {
         .filter_map(|len| IpNet::new(net.addr(), len).ok())
         .map(|around| around.trunc())
         .find(|around| nets.contains(around))
+}
+
+/// Whether `net` is one of `nets` or lies in one.
+pub fn lies_in(nets: &BTreeSet<IpNet>, net: &IpNet) -> bool {
+    nets.contains(net) || longest_around(nets, net).is_some()
+}
+
+/// Whether a route of the host meets one of these: is equal, around or inside.
+pub fn meets(nets: &BTreeSet<IpNet>, net: &IpNet) -> bool {
+    lies_in(nets, net) || within(nets, net).next().is_some()
 }
 
 /// Collects conflicts, up to their bound.
@@ -286,43 +280,28 @@ mod tests {
         }
     }
 
-    /// What the kernel does with `ip`, by the rules' own words: whose table answers.
-    fn kernel(plan: &Plan, main: &BTreeSet<IpNet>, ip: &str, marked: bool) -> &'static str {
+    /// What the kernel does with `ip`, by the rules' own words: whose table answers. What our rules leave
+    /// open, the host's own rules decide.
+    fn kernel(plan: &Plan, ip: &str, marked: bool) -> &'static str {
         let ip: IpAddr = ip.parse().unwrap();
-        let longest = |nets: &mut dyn Iterator<Item = (IpNet, Way)>| {
-            nets.filter(|(net, _)| net.contains(&ip))
-                .max_by_key(|(net, _)| net.prefix_len())
-        };
         let mut from = 0;
-        for rule in plan
-            .state
-            .rules
-            .iter()
-            .filter(|rule| rule.v6 == ip.is_ipv6())
-        {
+        let rules = plan.state.rules.iter();
+        for rule in rules.filter(|rule| rule.v6 == ip.is_ipv6()) {
             if rule.priority < from || rule.port.is_some() || rule.mark.is_some() && !marked {
                 continue;
             }
-            let (found, answer) = match rule.action {
-                Action::Nop => continue,
-                Action::Goto(target) => {
-                    from = target;
-                    continue;
-                }
-                Action::Table(52) => {
-                    let mut ours = plan.state.routes.iter().map(|r| (r.net, r.way));
-                    (longest(&mut ours), "tunnel")
-                }
+            match rule.action {
+                Action::Nop => {}
+                Action::Goto(target) => from = target,
                 Action::Table(_) => {
-                    let mut host = main.iter().map(|net| (*net, Way::Stale));
-                    (longest(&mut host), "host")
+                    let ours = plan.state.routes.iter();
+                    let longest = ours
+                        .filter(|route| route.net.contains(&ip))
+                        .max_by_key(|route| route.net.prefix_len());
+                    if longest.is_some_and(|route| route.way == Way::Tunnel) {
+                        return "tunnel";
+                    }
                 }
-            };
-            if let Some((net, way)) = found
-                && way != Way::Throw
-                && rule.longer_than.is_none_or(|len| net.prefix_len() > len)
-            {
-                return answer;
             }
         }
         "host"
@@ -330,14 +309,6 @@ mod tests {
 
     #[test]
     fn the_longest_prefix_wins_and_the_host_among_equals() {
-        let main = nets(&[
-            "0.0.0.0/0",
-            "192.168.1.0/24",
-            "172.17.0.0/16",
-            "10.0.0.0/8",
-            "10.1.2.3/32",
-            "fd01::/64",
-        ]);
         let connected = ["192.168.1.0/24", "172.17.0.0/16", "fd01::/64"];
         let wants = overlay(
             &["100.64.0.2", "192.168.1.77"],
@@ -368,23 +339,15 @@ mod tests {
             ("fd01::7", "host"),
             ("fd01:0:0:1::7", "tunnel"),
         ] {
-            assert_eq!(kernel(&plan, &main, ip, false), table, "{ip}");
-            assert_eq!(kernel(&plan, &main, ip, true), "host", "{ip} with our mark");
+            assert_eq!(kernel(&plan, ip, false), table, "{ip}");
+            assert_eq!(kernel(&plan, ip, true), "host", "{ip} with our mark");
         }
-        // A route that the host gets later, before anybody here hears of it.
-        let mut later = main.clone();
-        later.extend(nets(&["172.20.0.0/14", "10.1.9.0/24"]));
-        assert_eq!(kernel(&plan, &later, "172.20.0.9", false), "host");
-        assert_eq!(kernel(&plan, &later, "10.1.9.9", false), "host");
     }
 
     #[test]
     fn every_length_agrees_with_a_plain_search() {
         // One route of ours and one of the host's, of any two lengths, around one address.
-        for (ip, lens, exact) in [
-            ("10.9.8.7", 8..=32_u8, true),
-            ("fd09:8:7::6", 7..=128, false),
-        ] {
+        for (ip, lens) in [("10.9.8.7", 8..=32_u8), ("fd09:8:7::6", 7..=128)] {
             let addr: IpAddr = ip.parse().unwrap();
             for (ours, theirs) in lens.clone().flat_map(|a| lens.clone().map(move |b| (a, b))) {
                 let net = |len| IpNet::new(addr, len).unwrap().trunc();
@@ -392,30 +355,22 @@ mod tests {
                     routes: BTreeSet::from([net(ours)]),
                     ..Overlay::default()
                 };
-                let main = BTreeSet::from([net(theirs)]);
-                let plan = plan(&settings(), &wants, &host(&[], &[]));
-                let found = kernel(&plan, &main, ip, false);
-                let ruled = settings_hold(&plan);
-                assert!(ruled, "places overlap");
-                if ours <= theirs {
-                    assert_eq!(found, "host", "{ours} {theirs}");
-                } else if exact || level(true, ours).1 > theirs {
-                    assert_eq!(found, "tunnel", "{ours} {theirs}");
-                }
+                let mut has = host(&[], &[]);
+                has.routes.insert(net(theirs));
+                let plan = plan(&settings(), &wants, &has);
+                let right = if ours <= theirs { "host" } else { "tunnel" };
+                assert_eq!(kernel(&plan, ip, false), right, "{ours} {theirs}");
             }
         }
     }
 
-    /// Places are within the table's range, and no two rules of a family share one.
-    fn settings_hold(plan: &Plan) -> bool {
-        let places: BTreeSet<(bool, u32)> = plan
-            .state
-            .rules
-            .iter()
-            .map(|rule| (rule.v6, rule.priority))
-            .collect();
-        let range = Settings::priorities(52);
-        places.len() == plan.state.rules.len() && places.iter().all(|(_, at)| range.contains(at))
+    #[test]
+    fn a_neighbour_in_the_range_of_overlays_is_told_of_where_a_peer_has_its_address() {
+        let has = host(&["100.64.0.0/24"], &["100.64.0.0/24"]);
+        let plan = plan(&settings(), &overlay(&["100.64.0.2"], &[]), &has);
+        assert_eq!(kernel(&plan, "100.64.0.2", false), "tunnel");
+        assert_eq!(kernel(&plan, "100.64.0.3", false), "host");
+        assert_eq!(plan.conflicts[0].relation, Relation::Inside);
     }
 
     #[test]
@@ -437,10 +392,9 @@ mod tests {
         ];
         let wants = overlay(&["100.64.0.2"], &["192.168.7.0/24", "10.0.0.0/8"]);
         let plan = plan(&settings, &wants, &host(&[], &[]));
-        let main = nets(&["0.0.0.0/0"]);
-        assert_eq!(kernel(&plan, &main, "192.168.7.9", false), "host");
-        assert_eq!(kernel(&plan, &main, "10.5.1.1", false), "host");
-        assert_eq!(kernel(&plan, &main, "10.6.1.1", false), "tunnel");
+        assert_eq!(kernel(&plan, "192.168.7.9", false), "host");
+        assert_eq!(kernel(&plan, "10.5.1.1", false), "host");
+        assert_eq!(kernel(&plan, "10.6.1.1", false), "tunnel");
     }
 
     #[test]
@@ -496,7 +450,6 @@ mod tests {
         has.dialled = ips(&["10.0.0.7", "203.0.113.1", "10.0.0.53", "10.9.9.9"]);
         let plan = plan(&settings(), &wants, &has);
         assert_eq!(plan.kept_out, ips(&["10.0.0.7", "10.0.0.53", "10.9.9.53"]));
-        let main = nets(&["0.0.0.0/0"]);
         for (ip, table) in [
             ("10.0.0.53", "host"),
             ("10.0.0.7", "host"),
@@ -506,7 +459,7 @@ mod tests {
             ("10.9.9.53", "host"),
             ("100.64.0.2", "tunnel"),
         ] {
-            assert_eq!(kernel(&plan, &main, ip, false), table, "{ip}");
+            assert_eq!(kernel(&plan, ip, false), table, "{ip}");
         }
     }
 
@@ -527,7 +480,10 @@ mod tests {
         assert_eq!(routed, ["100.64.0.2/32".parse().unwrap()]);
         let told: Vec<Relation> = plan.conflicts.iter().map(|c| c.relation).collect();
         let subnet = Relation::InsideConnected;
-        assert_eq!(told, [Relation::Resolver, subnet, subnet, subnet]);
+        assert_eq!(
+            told,
+            [Relation::Resolver, subnet, Relation::Inside, subnet, subnet]
+        );
     }
 
     #[test]

@@ -187,30 +187,25 @@ impl Netlink {
         loop {
             buffer.clear();
             self.socket.recv(&mut buffer, 0)?;
-            let mut rest = buffer.as_slice();
-            while let Some(len) = rest.first_chunk::<4>() {
-                let len = usize::try_from(u32::from_ne_bytes(*len)).unwrap_or(usize::MAX);
-                let Some(one) = rest.get(..len).filter(|one| one.len() >= HEADER_LEN) else {
-                    break;
-                };
-                rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-                // What cannot be read is somebody else's.
-                let Ok(answer) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(one) else {
-                    continue;
-                };
-                if answer.header.sequence_number != self.sequence {
-                    continue;
+            let sequence = self.sequence;
+            let mut end = None;
+            each_message(&buffer, &mut |answer| {
+                if answer.header.sequence_number != sequence || end.is_some() {
+                    return;
                 }
                 match answer.payload {
                     NetlinkPayload::InnerMessage(message) => each(message),
-                    NetlinkPayload::Done(done) if done.code == 0 => return Ok(()),
+                    NetlinkPayload::Done(done) if done.code == 0 => end = Some(Ok(())),
                     NetlinkPayload::Done(done) => {
-                        return Err(io::Error::from_raw_os_error(-done.code));
+                        end = Some(Err(io::Error::from_raw_os_error(-done.code)));
                     }
-                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(()),
-                    NetlinkPayload::Error(error) => return Err(error.to_io()),
+                    NetlinkPayload::Error(error) if error.code.is_none() => end = Some(Ok(())),
+                    NetlinkPayload::Error(error) => end = Some(Err(error.to_io())),
                     NetlinkPayload::Noop | NetlinkPayload::Overrun(_) | _ => {}
                 }
+            });
+            if let Some(end) = end {
+                return end;
             }
         }
     }
@@ -218,6 +213,8 @@ impl Netlink {
 
 /// `struct nlmsghdr`, in bytes.
 const HEADER_LEN: usize = 16;
+/// Messages of the kernel taken at once, in buffers; the rest waits a moment.
+const READS_MAX: usize = 256;
 /// Index of the loopback interface.
 const LOOPBACK: u32 = 1;
 
@@ -235,17 +232,55 @@ impl Watch {
         Ok(Self(socket))
     }
 
-    /// Takes what has come; what was too much for the socket counts too.
-    pub(super) fn take(&self) {
+    /// Takes what has come; what was too much for the socket may have been anything.
+    pub(super) fn take(&self) -> News {
+        let mut news = News::default();
         let mut buffer = Vec::with_capacity(BUFFER_LEN);
-        loop {
+        for _ in 0..READS_MAX {
             buffer.clear();
             match self.0.recv(&mut buffer, 0) {
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {}
-                Err(_) => return,
+                Ok(_) => each_message(&buffer, &mut |message| {
+                    let NetlinkPayload::InnerMessage(message) = message.payload else {
+                        return;
+                    };
+                    if let RouteNetlinkMessage::NewRoute(route) = &message {
+                        news.routes.extend(parse_route(route));
+                    }
+                    news.addresses |= matches!(
+                        message,
+                        RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_)
+                    );
+                }),
+                Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
+                    news.addresses = true;
+                }
+                Err(_) => break,
             }
+        }
+        news
+    }
+}
+
+/// What the kernel tells of by itself.
+#[derive(Default)]
+pub(super) struct News {
+    /// Routes that are new.
+    pub(super) routes: Vec<FoundRoute>,
+    /// Whether addresses may have changed.
+    pub(super) addresses: bool,
+}
+
+/// Hands over each message in a buffer that can be read; what cannot is somebody else's.
+fn each_message(bytes: &[u8], each: &mut dyn FnMut(NetlinkMessage<RouteNetlinkMessage>)) {
+    let mut rest = bytes;
+    while let Some(len) = rest.first_chunk::<4>() {
+        let len = usize::try_from(u32::from_ne_bytes(*len)).unwrap_or(usize::MAX);
+        let Some(one) = rest.get(..len).filter(|one| one.len() >= HEADER_LEN) else {
+            break;
+        };
+        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+        if let Ok(message) = NetlinkMessage::<RouteNetlinkMessage>::deserialize(one) {
+            each(message);
         }
     }
 }
@@ -295,9 +330,6 @@ fn rule_message(rule: &Rule) -> RuleMessage {
             end: port,
         }));
     }
-    if let Some(len) = rule.longer_than {
-        attributes.push(RuleAttribute::SuppressPrefixLen(len.into()));
-    }
     message
 }
 
@@ -314,7 +346,6 @@ fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
         mark: None,
         local: false,
         port: None,
-        longer_than: None,
     };
     #[expect(
         clippy::wildcard_enum_match_arm,
@@ -330,8 +361,6 @@ fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
             RuleAttribute::FwMask(value) => mask = *value,
             RuleAttribute::Iifname(name) => rule.local = name == "lo",
             RuleAttribute::SourcePortRange(range) => rule.port = Some(range.start),
-            // All ones is none.
-            RuleAttribute::SuppressPrefixLen(len) => rule.longer_than = u8::try_from(*len).ok(),
             _ => {}
         }
     }
@@ -482,7 +511,7 @@ mod tests {
             ..Host::default()
         };
         let state = plan(&settings, &overlay, &host).state;
-        assert_eq!((state.rules.len(), state.routes.len()), (10, 3));
+        assert_eq!((state.rules.len(), state.routes.len()), (8, 3));
         for rule in &state.rules {
             let found = parse_rule(&rule_message(rule)).unwrap();
             assert_eq!((found.rule, found.ours), (*rule, true));

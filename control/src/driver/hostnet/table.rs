@@ -22,11 +22,8 @@ use rtnetlink::packet_route::route::RouteType;
 
 use super::netlink::Netlink;
 use crate::hostnet::{
-    Action, Route, State, TABLE_DEFAULT, TABLE_MAX, Way, steps, table_of_priority,
+    Action, Route, State, TABLE_DEFAULT, TABLE_MAX, TABLES_TRIED, Way, steps, table_of_priority,
 };
-
-/// Tables tried unless one is chosen.
-const TRIED: u8 = 8;
 
 /// Times a name is tried that is bound but not listened to: its holder is just about to, or just
 /// ended.
@@ -101,7 +98,7 @@ pub(super) fn claim(netlink: &mut Netlink, chosen: Option<u8>) -> anyhow::Result
     }
     let tried = match chosen {
         Some(table) => table..=table,
-        None => TABLE_DEFAULT..=TABLE_DEFAULT + TRIED - 1,
+        None => TABLE_DEFAULT..=TABLE_DEFAULT + TABLES_TRIED - 1,
     };
     for table in tried {
         let held = match hold(table)? {

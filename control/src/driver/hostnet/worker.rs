@@ -8,6 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rtnetlink::packet_route::route::RouteType;
 
@@ -15,12 +16,15 @@ use super::netlink::{FoundRoute, Netlink, Watch};
 use super::table::Claim;
 use super::{Report, Shared, lock};
 use crate::hostnet::{
-    Conflict, Host, MAIN, Overlay, Plan, Route, Settings, State, Step, Way, resolvers, steps,
+    Action, Conflict, Host, MAIN, Overlay, Plan, Route, Settings, State, Step, Way, lies_in, meets,
+    resolvers, steps, table_of_priority,
 };
 
 /// The resolver's files are read this often: they tell nobody that they changed.
 const FILES_PERIOD: Duration = Duration::from_secs(10);
-/// Host routes remembered at most; beyond them, conflicts are not told.
+/// The table of the host's own addresses, which is asked before any other.
+const LOCAL: u32 = 255;
+/// Host routes remembered at most, of those that meet ours.
 const HOST_ROUTES_MAX: usize = 65_536;
 /// Conflicts remembered as told at most.
 const TOLD_MAX: usize = 1024;
@@ -50,6 +54,12 @@ pub(super) struct Worker {
     pub(super) netlink: Netlink,
     pub(super) overlay: Overlay,
     pub(super) host: Host,
+    /// Tables that the host's rules lead to.
+    pub(super) tables: BTreeSet<u32>,
+    /// What leads into the tunnel.
+    pub(super) tunnel: BTreeSet<IpNet>,
+    /// More host routes meet ours than are remembered.
+    pub(super) too_many: bool,
     /// Addresses that we gave the TUN.
     pub(super) added: BTreeSet<IpAddr>,
     pub(super) told: BTreeSet<Conflict>,
@@ -64,7 +74,9 @@ impl Worker {
     )]
     pub(super) fn run(mut self, watch: &Watch, woken: &UnixStream) {
         let mut look = true;
-        let mut rest_until = Instant::now();
+        // Routes may change all the time, and what new ones take is thrown at once. Addresses seldom do, but a
+        // new one may forbid a route of ours.
+        let (mut rest_until, mut rest_until_address) = (Instant::now(), Instant::now());
         loop {
             let start = Instant::now();
             let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host.dialled);
@@ -90,18 +102,26 @@ impl Worker {
             }
             if look && rested {
                 look = false;
-                rest_until = Instant::now() + ringtail_dataplane::rest_after(start.elapsed());
+                let now = Instant::now();
+                rest_until = now + ringtail_dataplane::rest_after(now - start);
+                rest_until_address = now + (now - start);
             }
             let timeout = if look {
                 rest_until.saturating_duration_since(Instant::now())
             } else {
                 FILES_PERIOD
             };
-            match wait(watch, woken, timeout, look) {
+            match wait(watch, woken, timeout) {
                 Woken::Wish => {}
                 Woken::News => {
-                    watch.take();
+                    let news = watch.take();
+                    for route in &news.routes {
+                        self.throw_at_once(route);
+                    }
                     look = true;
+                    if news.addresses {
+                        rest_until = rest_until.min(rest_until_address);
+                    }
                 }
                 Woken::Nothing => look = look || Self::resolvers() != self.host.resolvers,
             }
@@ -120,24 +140,53 @@ impl Worker {
             let others = addresses.iter().filter(|found| found.interface != tun);
             self.host.connected = others.filter_map(|found| found.subnet).collect();
         }
-        let routes = &mut self.host.routes;
-        routes.clear();
+        self.host.routes.clear();
+        self.tables = BTreeSet::from([MAIN.into()]);
+        self.too_many = false;
+        let nets = self.overlay.nets();
         for v6 in [false, true] {
             // A family that is not there has none.
-            let _ = self.netlink.routes(v6, MAIN, false, &mut |found| {
-                let counts = matches!(
-                    found.kind,
-                    RouteType::Unicast
-                        | RouteType::BlackHole
-                        | RouteType::Unreachable
-                        | RouteType::Prohibit
-                );
-                let others = !found.ours && found.interface != Some(tun);
-                if counts && others && found.net.prefix_len() > 0 && routes.len() < HOST_ROUTES_MAX
-                {
-                    routes.insert(found.net);
+            let rules = self.netlink.rules(v6).unwrap_or_default();
+            let theirs = rules.iter().filter(|found| !found.ours);
+            self.tables
+                .extend(theirs.filter_map(|found| match found.rule.action {
+                    Action::Table(table) if table != LOCAL => Some(table),
+                    Action::Table(_) | Action::Goto(_) | Action::Nop => None,
+                }));
+            let (tables, routes) = (&self.tables, &mut self.host.routes);
+            let too_many = &mut self.too_many;
+            let _ = self.netlink.routes(v6, 0, false, &mut |found| {
+                if of_host(&found, tables, tun) && meets(&nets, &found.net) {
+                    *too_many |= routes.len() >= HOST_ROUTES_MAX;
+                    if !*too_many {
+                        routes.insert(found.net);
+                    }
                 }
             });
+        }
+    }
+
+    /// The host has got a route: it counts before all others are looked at again.
+    fn throw_at_once(&mut self, found: &FoundRoute) {
+        let net = found.net;
+        let rules = self.settings.rules[usize::from(net.addr().is_ipv6())];
+        let concerns = of_host(found, &self.tables, self.settings.tun);
+        if !rules || !concerns || !lies_in(&self.tunnel, &net) {
+            return;
+        }
+        let route = |way| Route {
+            net,
+            table: self.settings.table,
+            way,
+        };
+        let mut steps = vec![Step::AddRoute(route(Way::Throw))];
+        if self.tunnel.remove(&net) {
+            steps.push(Step::DeleteRoute(route(Way::Tunnel)));
+        }
+        for step in &steps {
+            if let Err(error) = self.netlink.carry_out(step, self.settings.tun) {
+                tracing::debug!(%error, ?step, "the look that follows tries again");
+            }
         }
     }
 
@@ -183,6 +232,13 @@ impl Worker {
                 ));
             }
         }
+        if self.too_many {
+            problems.push(format!(
+                "over {HOST_ROUTES_MAX} of the host's routes meet the network's: the rest may be taken into the tunnel"
+            ));
+        }
+        let into = plan.state.routes.iter().filter(|r| r.way == Way::Tunnel);
+        self.tunnel = into.map(|route| route.net).collect();
         self.publish(plan, problems);
     }
 
@@ -191,7 +247,6 @@ impl Worker {
         let mut there = State::default();
         let mut shared_table = false;
         let (table, tun) = (self.settings.table, self.settings.tun);
-        let places = Settings::priorities(table);
         for v6 in [false, true] {
             if !self.settings.rules[usize::from(v6)] {
                 self.netlink.routes(v6, MAIN, true, &mut |found| {
@@ -204,7 +259,8 @@ impl Worker {
             match self.netlink.rules(v6) {
                 Ok(rules) => {
                     let ours = rules.iter().filter(|found| found.ours);
-                    let ours = ours.filter(|found| places.contains(&found.rule.priority));
+                    let ours =
+                        ours.filter(|found| table_of_priority(found.rule.priority) == Some(table));
                     there.rules.extend(ours.map(|found| found.rule));
                 }
                 Err(error) => {
@@ -319,22 +375,31 @@ impl Worker {
     }
 }
 
+/// Whether a route is the host's own, in a table that its rules lead to, and not its default.
+fn of_host(found: &FoundRoute, tables: &BTreeSet<u32>, tun: u32) -> bool {
+    let counts = matches!(
+        found.kind,
+        RouteType::Unicast | RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit
+    );
+    let others = !found.ours && found.interface != Some(tun);
+    counts && others && found.net.prefix_len() > 0 && tables.contains(&found.table)
+}
+
 enum Woken {
     Wish,
     News,
     Nothing,
 }
 
-/// Waits for a wish or `timeout`, and for news of the kernel unless some wait already.
-fn wait(watch: &Watch, woken: &UnixStream, timeout: Duration, news: bool) -> Woken {
+/// Waits for a wish, news of the kernel, or `timeout`.
+fn wait(watch: &Watch, woken: &UnixStream, timeout: Duration) -> Woken {
     let mut fds = [
         PollFd::new(woken.as_fd(), PollFlags::POLLIN),
         PollFd::new(watch.as_fd(), PollFlags::POLLIN),
     ];
-    let count = if news { 1 } else { 2 };
     // Rounded up: a wait of nothing would spin.
     let ms = u16::try_from(timeout.as_millis() + 1).unwrap_or(u16::MAX);
-    match poll(&mut fds[..count], PollTimeout::from(ms)) {
+    match poll(&mut fds, PollTimeout::from(ms)) {
         Ok(0) | Err(_) => Woken::Nothing,
         Ok(_) if fds[1].any() == Some(true) => Woken::News,
         Ok(_) => Woken::Wish,
