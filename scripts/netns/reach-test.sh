@@ -139,6 +139,11 @@ restless() {
   lab_in a ip route replace default via 192.168.1.1 src 192.168.1.3
   major() { grep -q 'network changed change=Major' "$LAB_DIR/node-a.log"; }
   check "a host whose routes change all the time notices that its default route moved" within 4 major
+  # By now its routes alone have used up what minor changes may cost.
+  pause 4
+  lab_in a ip addr add 192.168.1.4/24 dev eth0
+  check "and that it has another address" within 4 endpoint a 192.168.1.4:
+  lab_in a ip addr del 192.168.1.4/24 dev eth0
   lab_stop restless
   lab_stop node-a
 }

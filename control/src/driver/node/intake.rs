@@ -316,9 +316,11 @@ impl Node {
     pub(super) fn link_changed(&mut self) {
         self.discovery.routes_changed();
         let change = if self.note_default_sources() {
-            self.minor_change = Pace::default();
+            (self.minor_change, self.new_address) = (Pace::default(), Pace::default());
             LinkChange::Major
-        } else if self.minor_change.take(now()) {
+        } else if self.note_addresses() && self.new_address.take(now())
+            || self.minor_change.take(now())
+        {
             LinkChange::Minor
         } else {
             return;
@@ -347,6 +349,17 @@ impl Node {
         let fresh = FAR_AWAY.map(|to| source_address(to, self.fwmark));
         let changed = fresh != self.default_sources;
         self.default_sources = fresh;
+        changed
+    }
+
+    /// Whether this host has other addresses than at the last look. Such a change has a pace of its own, so that
+    /// a host whose routes change all the time tells of a new address at once.
+    fn note_addresses(&mut self) -> bool {
+        let Ok(fresh) = interfaces() else {
+            return false;
+        };
+        let changed = fresh != self.addresses;
+        self.addresses = fresh;
         changed
     }
 

@@ -43,6 +43,7 @@ use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
 use crate::key::NodePublic;
+use crate::netcheck::Interface;
 use caches::StoredPath;
 use intake::{Finding, Pace, Taken};
 use start::{Parts, Source, dataplane_config, host_name, underlay_mark};
@@ -110,6 +111,8 @@ struct Node {
     sleep: sleep::Watch,
     timestamps: Timestamps,
     minor_change: Pace,
+    new_address: Pace,
+    addresses: Vec<Interface>,
     calls: mpsc::Receiver<Call>,
     /// The status socket's file, while there is somebody behind it.
     _socket_file: local_api::SocketFile,

@@ -238,6 +238,8 @@ impl Node {
             sleep: sleep::Watch::new(),
             timestamps: Timestamps::open(state.file(TIMESTAMP_FILE)),
             minor_change: Pace::default(),
+            new_address: Pace::default(),
+            addresses: Vec::new(),
             calls,
             _socket_file: socket_file,
             configuration,
