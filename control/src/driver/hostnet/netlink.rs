@@ -394,6 +394,11 @@ fn route_message(route: &Route, tun: u32) -> RouteMessage {
     match route.way {
         Way::Throw => {
             header.kind = RouteType::Throw;
+            // When the host adds a route, the kernel looks for its gateway among routes of this scope and
+            // narrower ones only: with a wider one it would find the tunnel instead.
+            if route.net.addr().is_ipv4() {
+                header.scope = RouteScope::Link;
+            }
             // As the kernel has it; without, a deletion would take any route of that prefix.
             if route.net.addr().is_ipv6() {
                 message.attributes.push(RouteAttribute::Oif(LOOPBACK));
