@@ -19,5 +19,6 @@ pub mod netcheck;
 pub mod netmap;
 pub mod noise;
 pub mod path;
+pub mod places;
 pub mod stun;
 pub mod uapi;

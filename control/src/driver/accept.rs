@@ -7,11 +7,11 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{Resource, getrlimit};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::task::JoinHandle;
 
 use super::clock::now;
+use super::descriptors;
 
 /// How long nothing is accepted when nobody can make room.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -47,7 +47,8 @@ pub(super) async fn serve<F>(
 ) where
     F: Future<Output = anyhow::Result<()>> + 'static,
 {
-    let most = most.min(share_of_descriptors()).max(1);
+    // Half of what is left: the rest is for what the process is here to do.
+    let most = most.min(descriptors::left() / 2).max(1);
     let mut clients: Vec<Client> = Vec::new();
     let mut failing = false;
     loop {
@@ -96,16 +97,6 @@ async fn make_room(clients: &mut Vec<Client>) -> bool {
     // Cancelled or just done: its descriptor is closed now.
     drop(client.task.await);
     true
-}
-
-/// Half of the descriptors that the process may still open: the rest is for what it is here to do.
-fn share_of_descriptors() -> usize {
-    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(u64::MAX, |(soft, _)| soft);
-    let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-    usize::try_from(limit)
-        .unwrap_or(usize::MAX)
-        .saturating_sub(open)
-        / 2
 }
 
 #[cfg(test)]
