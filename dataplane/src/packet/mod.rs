@@ -6,4 +6,4 @@ pub mod ecn;
 pub mod header;
 mod pool;
 
-pub(crate) use pool::{BUF_LEN, PacketBuf, Pool};
+pub(crate) use pool::{BUF_LEN, Lent, PacketBuf, Pool};

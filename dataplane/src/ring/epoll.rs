@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Found, Sources, TUN_BUFFERS, TunRx, UDP_BUFFERS, UdpRx, means_gone};
-use crate::packet::{BUF_LEN, Pool};
+use crate::packet::Pool;
 use crate::stats::{Counters, DropReason};
 use crate::sys::poll::Poll;
 use crate::sys::socket::is_final;
@@ -101,8 +101,7 @@ impl<'a> Epoll<'a> {
         found: &mut Found,
         counters: &mut Counters,
     ) -> io::Result<bool> {
-        while let Some(index) = self.tun_pool.take_free() {
-            let mut buf = self.tun_pool.claim(index, BUF_LEN);
+        while let Some(mut buf) = self.tun_pool.take() {
             match read(self.sources.tun, buf.bytes_mut()) {
                 // A TUN has no end.
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
@@ -142,8 +141,7 @@ fn drain_udp(
     udp: &mut Vec<UdpRx>,
     counters: &mut Counters,
 ) -> io::Result<bool> {
-    while let Some(index) = pool.take_free() {
-        let mut buf = pool.claim(index, BUF_LEN);
+    while let Some(mut buf) = pool.take() {
         match socket::receive(socket.as_fd(), buf.bytes_mut()) {
             Ok(Some(received)) => {
                 if received.truncated {

@@ -6,11 +6,13 @@
 //! system calls from the loop cost the same as submissions, so both drivers share that path.
 //!
 //! * [`uring`]: multishot reads and receives into provided buffers: many receives are pending at
-//!   once, which is what makes small packets cheap. Needs Linux 6.7.
+//!   once, which is what makes small packets cheap. Needs Linux 6.7. What the kernel may write into is
+//!   the business of [`lender`] alone.
 //! * [`epoll`]: readiness, then reads until nothing is left. For older kernels, for sandboxes that
 //!   forbid io_uring, and as the honest comparison.
 
 mod epoll;
+mod lender;
 mod uring;
 
 use std::io;
