@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo fmt --all --check
 cargo fmt --check --manifest-path dataplane/oracle/Cargo.toml
+cargo fmt --check --manifest-path dataplane/loom/Cargo.toml
 cargo clippy --workspace --all-targets --locked -- -D warnings

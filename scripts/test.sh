@@ -19,6 +19,9 @@ cargo build --workspace --bins --tests --locked
 # the mock clock and drops what is not needed.
 cp Cargo.lock dataplane/oracle/Cargo.lock
 cargo test --manifest-path dataplane/oracle/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
+# Loans between shards under loom, another such workspace: it compiles the queue that carries them from its source.
+cp Cargo.lock dataplane/loom/Cargo.lock
+cargo test --manifest-path dataplane/loom/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
 scripts/wg-conformance.sh
 scripts/netns/host-test.sh
 scripts/netns/flow-test.sh

@@ -8,8 +8,6 @@
 mod activity;
 mod lane;
 mod loan;
-#[cfg(test)]
-mod model;
 mod paths;
 mod shared;
 pub(crate) mod strangers;
@@ -18,16 +16,16 @@ mod wake;
 
 pub(crate) mod hub;
 
-/// The locks and atomics of [`loan`].
+/// The locks, atomics and references of [`loan`] and [`wake`].
 mod sync {
-    pub(super) use std::sync::atomic::{AtomicUsize, Ordering};
-    pub(super) use std::sync::{Mutex, PoisonError};
+    pub(super) use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+    pub(super) use std::sync::{Arc, Mutex, PoisonError, Weak};
 }
 
 pub(crate) use activity::{ActivityBlock, Arrived};
 pub(crate) use hub::Hub;
 pub(crate) use lane::{Lane, Load};
-pub(crate) use loan::Loan;
+pub(crate) use loan::{Borrowed, Lent, Loan};
 pub(crate) use paths::PathSlots;
 pub(crate) use shared::{PeerShared, Whereabouts};
 pub use types::*;

@@ -4,10 +4,10 @@
 
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError, Weak};
+use std::sync::{Mutex, PoisonError};
 
 use super::{ActivityBlock, Loan};
-use crate::peer::Grant;
+use crate::peer::Terms;
 use crate::sys::socket::Local;
 
 /// Where a peer was last seen, and where it found us: the two ends of the path in device mode.
@@ -27,9 +27,8 @@ pub(crate) struct PeerShared {
     whereabouts: Mutex<Whereabouts>,
     /// Routes have changed: the local address is not the right one any more.
     unstick: AtomicBool,
-    /// What the owner lends to other shards (dead or ended where that is nothing), and the packets
-    /// from the TUN that are on their way to it.
-    pub(crate) loan: Loan<Weak<Grant>>,
+    /// What the owner lends to other shards, and the packets from the TUN that are on their way to it.
+    pub(crate) loan: Loan<Terms>,
 }
 
 impl PeerShared {

@@ -4,14 +4,16 @@
 //! receiver said that it is about to sleep. The receiver says so *before* it looks at its lanes a
 //! last time; the sender pushes *before* it looks at the flag. Sequentially consistent order makes
 //! sure that at least one of the two sees the other.
+//!
+//! The atomics come from the parent module's `sync`, so that `dataplane/loom` compiles this very file
+//! against loom's.
 
 #![forbid(unsafe_code)]
 
+use super::sync::{AtomicBool, Ordering, fence};
+use crate::sys::EventFd;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-
-use crate::sys::EventFd;
 
 /// One thread's bell.
 #[derive(Debug)]

@@ -1,35 +1,33 @@
 //! Peers of other shards that this shard seals for.
 //!
 //! A flow is read on the TUN queue of one shard, and its peer is owned by perhaps another. The owner
-//! *lends* what sealing takes ([`Grant`]): the sealing half of the keys, and the way, as long as there
+//! *lends* what sealing takes ([`Terms`]): the sealing half of the keys, and the way, as long as there
 //! is a single one that is sure. Whatever else there is to do for a peer, the owner does: without a
 //! grant a packet is handed over to it, whole.
 //!
-//! A grant is the owner's, who ends it when keys or way change ([`Lent`]). Guests hold on to it while
-//! they fill a run, and otherwise only by a weak reference: so keys are erased as soon as the owner
-//! erases them and the last open run is closed. Whoever opens a run asks whether the grant has ended,
-//! because another guest's run may keep it alive: what a guest sends goes at most one run past a
-//! change.
+//! A grant is the owner's, who ends it when keys or way change. Guests hold on to it while they fill a
+//! run, and otherwise only by a weak reference: so keys are erased as soon as the owner erases them and
+//! the last open run is closed, and what a guest sends goes at most one run past a change.
 //!
 //! *No reordering inside a flow:* while packets that were handed over are still on their way through
-//! the owner, those after them are handed over too ([`Loan::busy`]).
+//! the owner, those after them are handed over too. Both are the business of [`Borrowed`] and
+//! [`Loan`], which `dataplane/loom` models.
 //!
 //! *What the owner is told.* Rules of the path and timers of the session follow from sending. A guest
 //! reports what it has sealed ([`Report`]) at once after a pause, and every [`REPORT_INTERVAL`] while it
 //! goes on; the owner reckons with the time of sending, not with that of the report.
 //!
-//! [`Loan::busy`]: crate::channel::Loan::busy
+//! [`Loan`]: crate::channel::Loan
 
 #![forbid(unsafe_code)]
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Addressee, Trouble, Way};
 use crate::channel::hub::{PeerEntry, PeerTable};
-use crate::channel::{PeerId, PeerShared};
+use crate::channel::{Borrowed, PeerId, PeerShared};
 use crate::session::{Engine, Sealing, Staged};
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
@@ -40,54 +38,31 @@ const REPORT_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What the owner of a peer lends to the other shards.
 #[derive(Debug)]
-pub(crate) struct Grant {
+pub(crate) struct Terms {
     sealing: Arc<Sealing>,
     way: Way,
     /// The last moment at which the way is sure; `None` is for ever.
     until: Option<Instant>,
-    /// The owner has let it go.
-    ended: AtomicBool,
 }
 
-impl Grant {
-    #[inline]
-    fn counts(&self, now: Instant) -> bool {
-        !self.ended.load(Ordering::Acquire)
-            && self.until.is_none_or(|until| now <= until)
-            && self.sealing.usable(now)
-    }
-}
-
-/// A grant in the owner's hands: when they let it go it has ended, whoever still holds on to it.
-#[derive(Debug)]
-pub(crate) struct Lent(Arc<Grant>);
-
-impl Lent {
-    pub(crate) fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Lent {
-        Lent(Arc::new(Grant {
+impl Terms {
+    pub(crate) fn new(sealing: Arc<Sealing>, way: Way, until: Option<Instant>) -> Terms {
+        Terms {
             sealing,
             way,
             until,
-            ended: AtomicBool::new(false),
-        }))
+        }
     }
 
-    /// Whether it lends just this.
+    /// Whether they are just these.
     #[inline]
-    pub(crate) fn lends(&self, sealing: &Arc<Sealing>, way: Way, until: Option<Instant>) -> bool {
-        let Lent(grant) = self;
-        Arc::ptr_eq(&grant.sealing, sealing) && grant.way == way && grant.until == until
+    pub(crate) fn are(&self, sealing: &Arc<Sealing>, way: Way, until: Option<Instant>) -> bool {
+        Arc::ptr_eq(&self.sealing, sealing) && self.way == way && self.until == until
     }
 
-    /// What guests remember.
-    pub(crate) fn offer(&self) -> Weak<Grant> {
-        Arc::downgrade(&self.0)
-    }
-}
-
-impl Drop for Lent {
-    fn drop(&mut self) {
-        self.0.ended.store(true, Ordering::Release);
+    #[inline]
+    fn count(&self, now: Instant) -> bool {
+        self.until.is_none_or(|until| now <= until) && self.sealing.usable(now)
     }
 }
 
@@ -106,9 +81,8 @@ pub(crate) struct Guest {
     id: PeerId,
     pub(crate) owner: u8,
     pub(crate) shared: Arc<PeerShared>,
-    known: Weak<Grant>,
     /// Held while a run for the peer is open.
-    grant: Option<Arc<Grant>>,
+    terms: Borrowed<Terms>,
     /// What the owner does not know yet: when data was last sent, and what was wrong.
     sent_at: Option<Instant>,
     trouble: Trouble,
@@ -122,35 +96,23 @@ impl Guest {
             id: entry.config.id,
             owner: entry.owner,
             shared: Arc::clone(&entry.shared),
-            known: Weak::new(),
-            grant: None,
+            terms: Borrowed::default(),
             sent_at: None,
             trouble: Trouble::default(),
             listed: false,
         }
     }
 
-    /// Takes the grant up, if there is one and nothing is to be waited for.
+    /// Takes up what is lent, if there is something and nothing is to be waited for.
     #[inline]
     fn admit(&mut self, now: Instant) -> bool {
-        if self.grant.is_none() {
-            if self.shared.loan.busy() {
-                return false;
-            }
-            self.grant = counting(&self.known, now).or_else(|| {
-                self.known = self.shared.loan.get();
-                counting(&self.known, now)
-            });
-        }
-        self.grant.is_some()
+        self.terms
+            .take_up(&self.shared.loan, |terms| terms.count(now))
     }
 
     /// Where to send.
     pub(crate) fn way(&self) -> Way {
-        self.grant
-            .as_ref()
-            .map(|grant| grant.way)
-            .unwrap_or_default()
+        self.terms.get().map(|terms| terms.way).unwrap_or_default()
     }
 
     /// Takes note that a run was sent, and of what was wrong with that.
@@ -158,12 +120,6 @@ impl Guest {
         self.sent_at = Some(now);
         self.trouble.add(trouble);
     }
-}
-
-/// The grant, if it is still lent and of use.
-#[inline]
-fn counting(known: &Weak<Grant>, now: Instant) -> Option<Arc<Grant>> {
-    known.upgrade().filter(|grant| grant.counts(now))
 }
 
 impl Addressee for Guest {
@@ -189,8 +145,8 @@ impl Addressee for Guest {
         messages: &mut [u8],
         stride: usize,
     ) -> Result<(), DropReason> {
-        let grant = self.grant.as_ref().ok_or(DropReason::NoSession)?;
-        engine.seal_lent(&grant.sealing, now, messages, stride)
+        let terms = self.terms.get().ok_or(DropReason::NoSession)?;
+        engine.seal_lent(&terms.sealing, now, messages, stride)
     }
 }
 
@@ -245,7 +201,7 @@ impl Guests {
             return;
         };
         let Some(guest) = self.get(id) else { return };
-        guest.grant = None;
+        guest.terms.release();
         let Some(sent_at) = guest.sent_at else { return };
         let urgent = guest.trouble.any();
         if !std::mem::replace(&mut guest.listed, true) {

@@ -17,13 +17,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use deadlines::Deadlines;
-pub(crate) use guest::{Grant, Guest, Guests, Lent, Report};
+pub(crate) use guest::{Guest, Guests, Report, Terms};
 pub(crate) use path::{Kind, Path, Source, Way};
 use unopened::Unopened;
 use waiting::Waiting;
 
 use crate::channel::hub::PeerEntry;
-use crate::channel::{Arrived, Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared};
+use crate::channel::{
+    Arrived, Event, Lent, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared,
+};
 use crate::session::{Engine, Session, Staged, Stamps};
 use crate::stats::DropReason;
 use crate::sys::socket::Local;
@@ -90,7 +92,7 @@ pub(crate) struct Peer {
     /// What the session before it knew.
     stamps: Stamps,
     /// What is lent to other shards.
-    grant: Option<Lent>,
+    grant: Option<Lent<Terms>>,
     pub(crate) path: Path,
     pub(crate) waiting: Waiting,
     pub(crate) unopened: Unopened,
@@ -350,11 +352,11 @@ impl Peer {
             return;
         };
         let same = self.grant.as_ref();
-        if same.is_some_and(|grant| grant.lends(sealing, way, until)) {
+        if same.is_some_and(|grant| grant.get().are(sealing, way, until)) {
             return;
         }
-        let grant = Lent::new(Arc::clone(sealing), way, until);
-        self.shared.loan.set(grant.offer());
+        let grant = Lent::new(Terms::new(Arc::clone(sealing), way, until));
+        self.shared.loan.set(&grant);
         self.grant = Some(grant);
     }
 

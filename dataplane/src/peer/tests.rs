@@ -300,7 +300,7 @@ fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
     loan.guests.release();
 
     let shared = Arc::clone(&loan.owner.get(LENT).unwrap().shared);
-    shared.loan.hand();
+    shared.loan.hand(|| true);
     assert!(
         !loan.admits(0),
         "so do those on their way through the owner"
@@ -386,8 +386,8 @@ fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
     };
     let table = PeerTable::new(ids.map(config).to_vec(), &[], 1, &PeerTable::default());
     let lent = ids.map(|id| {
-        let lent = Lent::new(Arc::clone(&sealing), Way::default(), None);
-        table.get(id).unwrap().shared.loan.set(lent.offer());
+        let lent = Lent::new(Terms::new(Arc::clone(&sealing), Way::default(), None));
+        table.get(id).unwrap().shared.loan.set(&lent);
         lent
     });
     let grants = lent.each_ref().map(Lent::offer);

@@ -68,10 +68,8 @@ impl Shard<'_> {
             return;
         };
         let (owner, shared) = (guest.owner, Arc::clone(&guest.shared));
-        shared.loan.hand();
-        if !self.hand_over(owner, packets, Handed::Tun(rx, Arc::clone(&shared))) {
-            shared.loan.arrived();
-        }
+        let handed = Handed::Tun(rx, Arc::clone(&shared));
+        shared.loan.hand(|| self.hand_over(owner, packets, handed));
     }
 
     /// Seals for a peer of another shard, which has been admitted.
