@@ -24,9 +24,10 @@ use crate::driver::control_url::{ControlUrl, is_private};
 use crate::driver::coord_client::CoordClient;
 use crate::driver::coord_server::{CoordServer, CoordServerConfig};
 use crate::driver::coord_store::Database;
+use crate::driver::files::{self, Readers};
 use crate::driver::names::Names;
 use crate::driver::signals::{Blocked, Told};
-use crate::driver::state::{StateDir, write_private};
+use crate::driver::state::StateDir;
 use crate::driver::underlay::Underlay;
 use crate::driver::{runtime, tls};
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
@@ -474,18 +475,16 @@ fn announce(
 /// The server's Noise key, in a file of its own so that the database can be copied without it.
 fn control_key(dir: &StateDir) -> anyhow::Result<MachinePrivate> {
     let path = dir.file("noise.key");
-    match std::fs::read_to_string(&path).map(Zeroizing::new) {
-        Ok(text) => {
-            let key = text.trim().parse();
-            key.with_context(|| format!("{} holds no private key", path.display()))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let key = MachinePrivate::generate();
-            write_private(&path, key.to_text().as_bytes())?;
-            Ok(key)
-        }
-        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
-    }
+    let Some(text) = files::read(&path, Readers::Nobody)? else {
+        let key = MachinePrivate::generate();
+        files::write(&path, key.to_text().as_bytes())?;
+        return Ok(key);
+    };
+    let key = std::str::from_utf8(&text)
+        .ok()
+        .map(|text| text.trim().parse());
+    let why = || format!("{} holds no private key", path.display());
+    key.with_context(why)?.with_context(why)
 }
 
 fn read_key_file(path: &Path) -> anyhow::Result<Zeroizing<String>> {
@@ -501,7 +500,7 @@ fn read_key_file(path: &Path) -> anyhow::Result<Zeroizing<String>> {
 fn accept_key_file(database: &Database, path: &Path) -> anyhow::Result<()> {
     if !path.exists() {
         let key = new_key(database, true, false, Time(None))?;
-        return write_private(path, key.as_bytes());
+        return files::write(path, key.as_bytes());
     }
     let key = read_key_file(path)?;
     database.put_key(&AuthKey {
@@ -555,7 +554,7 @@ fn tls_config(args: &ServeArgs, dir: &StateDir) -> anyhow::Result<rustls::Server
 /// A certificate for the addresses we listen on, made once.
 fn self_signed(args: &ServeArgs, dir: &StateDir) -> anyhow::Result<(PathBuf, PathBuf)> {
     let (cert_path, key_path) = (dir.file("tls-cert.pem"), dir.file("tls-key.pem"));
-    if !cert_path.exists() || !key_path.exists() {
+    if !cert_path.exists() || files::read(&key_path, Readers::Nobody)?.is_none() {
         let mut names: Vec<String> = args
             .addrs
             .iter()
@@ -566,8 +565,8 @@ fn self_signed(args: &ServeArgs, dir: &StateDir) -> anyhow::Result<(PathBuf, Pat
         let cert = rcgen::CertificateParams::new(names)
             .and_then(|params| params.self_signed(&key))
             .context("cannot make a certificate")?;
-        write_private(&key_path, Zeroizing::new(key.serialize_pem()).as_bytes())?;
-        write_private(&cert_path, cert.pem().as_bytes())?;
+        files::write(&key_path, Zeroizing::new(key.serialize_pem()).as_bytes())?;
+        files::write(&cert_path, cert.pem().as_bytes())?;
     }
     Ok((cert_path, key_path))
 }

@@ -108,7 +108,7 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         let server = DerpServer::bind(options)?;
         let text = serde_json::to_string_pretty(&map)?;
-        crate::driver::state::write_private(&state.file("derp-node.json"), text.as_bytes())?;
+        crate::driver::files::write(&state.file("derp-node.json"), text.as_bytes())?;
         writeln!(std::io::stdout(), "{text}")?;
         tracing::info!(addrs = ?server.addrs()?, stun = ?server.stun_addrs()?, "relay is up");
         let signals = signals.listen()?;

@@ -15,6 +15,7 @@ use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
 use super::clock::{now, wall};
+use super::files;
 use crate::coord::auth_key::AuthKey;
 use crate::coord::server::{NodeRecord, Registration, Write};
 use crate::key::{DiscoPublic, KEY_LEN, MachinePublic, NodePublic};
@@ -75,14 +76,8 @@ impl Database {
     /// When it cannot be opened, is no database, was made by a newer version, or is held by another
     /// process for 5 s.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
-        use std::os::unix::fs::OpenOptionsExt as _;
         // SQLite gives its side files the mode of the main one.
-        std::fs::OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o600)
-            .open(path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
+        files::open(path)?;
         let connection = Connection::open(path);
         let connection = connection.with_context(|| format!("cannot open {}", path.display()))?;
         let deadline = now() + BUSY_TIMEOUT;

@@ -13,6 +13,7 @@ pub mod descriptors;
 pub mod device;
 pub mod discovery;
 pub mod events;
+pub mod files;
 pub mod handshakes;
 pub mod hostnet;
 pub mod interface;

@@ -12,11 +12,9 @@
 //! | `lock` | held by the running node | 0600 |
 //!
 //! The DISCO key is kept too, unlike Tailscale's: without coordination peers could not learn a
-//! new one. Files are replaced whole: written beside, synced, renamed.
+//! new one. How files are read and replaced is [`files`]' matter.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
@@ -24,6 +22,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
+use super::files::{self, Readers};
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 
 /// Where a node keeps its state unless told otherwise.
@@ -31,9 +30,6 @@ pub const STATE_DIR_DEFAULT: &str = "/var/lib/ringtail";
 
 /// See `driver/timestamps.rs`.
 pub const TIMESTAMP_FILE: &str = "timestamp";
-
-/// Largest file read back, in bytes: a network map of 10,000 nodes is a few MB.
-const FILE_LEN_MAX: u64 = 64 << 20;
 
 /// A node's identity. Everything secret is wiped when dropped.
 #[derive(Clone, Debug)]
@@ -79,16 +75,13 @@ pub struct StateLock {
 }
 
 impl StateDir {
-    /// Opens the directory, making it (0700) when it is missing.
+    /// Opens the directory, making it (0700) when it is missing, and closing it to others who could
+    /// write there.
     ///
     /// # Errors
-    /// When it cannot be made or is not a directory.
+    /// When it cannot be made, is not a directory, or is another user's.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(path)
-            .with_context(|| format!("cannot make the state directory {}", path.display()))?;
+        files::make_dir(path)?;
         Ok(Self {
             path: path.to_owned(),
         })
@@ -110,14 +103,7 @@ impl StateDir {
     /// When another process holds it.
     pub fn lock(&self) -> anyhow::Result<StateLock> {
         let path = self.file("lock");
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .write(true)
-            .mode(0o600)
-            .open(&path)
-            .with_context(|| format!("cannot open {}", path.display()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        match Flock::lock(files::open(&path)?, FlockArg::LockExclusiveNonblock) {
             Ok(file) => Ok(StateLock { _file: file }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
                 "another ringtail node runs on {}; stop it, or give this one its own --state-dir",
@@ -135,9 +121,9 @@ impl StateDir {
     /// When that cannot be found out.
     pub fn is_in_use(&self) -> anyhow::Result<bool> {
         let path = self.file("lock");
-        let file = match OpenOptions::new().read(true).open(&path) {
+        let file = match File::open(&path) {
             Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(false),
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot open {}", path.display()));
             }
@@ -154,10 +140,10 @@ impl StateDir {
     /// Loads the keys, making and saving new ones the first time.
     ///
     /// # Errors
-    /// When the file is readable by others, damaged, or cannot be written.
+    /// When the file is open to others or another's, damaged, or cannot be written.
     pub fn keys(&self) -> anyhow::Result<Keys> {
         let path = self.file("keys.json");
-        let Some(text) = self.read_secret("keys.json")? else {
+        let Some(text) = files::read(&path, Readers::Nobody)? else {
             let keys = Keys {
                 machine: MachinePrivate::generate(),
                 node: NodePrivate::generate(),
@@ -207,19 +193,24 @@ impl StateDir {
             control_key,
         };
         let text = Zeroizing::new(serde_json::to_vec_pretty(&file)?);
-        self.write("keys.json", &text)
+        files::write(&self.file("keys.json"), &text)
     }
 
-    /// Reads a cache, or nothing when it is missing or of another shape: a cache may be lost.
+    /// Reads a cache, or nothing when it is missing, of another shape, or may be somebody else's
+    /// word: a cache may be lost.
     pub fn read_cache<T: serde::de::DeserializeOwned>(&self, name: &str) -> Option<T> {
-        let text = self.read(name).ok()??;
-        match serde_json::from_slice(&text) {
-            Ok(value) => Some(value),
-            Err(error) => {
-                tracing::warn!(file = name, %error, "cache left aside");
-                None
-            }
-        }
+        let read = || -> anyhow::Result<Option<T>> {
+            let text = files::read(&self.file(name), Readers::Anybody)?;
+            Ok(text.map(|text| serde_json::from_slice(&text)).transpose()?)
+        };
+        read().unwrap_or_else(|error| {
+            tracing::warn!(
+                file = name,
+                error = format!("{error:#}"),
+                "cache left aside"
+            );
+            None
+        })
     }
 
     /// Replaces a cache.
@@ -227,71 +218,14 @@ impl StateDir {
     /// # Errors
     /// When the file cannot be written.
     pub fn write_cache(&self, name: &str, value: &impl Serialize) -> anyhow::Result<()> {
-        self.write(name, &serde_json::to_vec(value)?)
+        files::write(&self.file(name), &serde_json::to_vec(value)?)
     }
-
-    /// Reads a whole file into memory that is wiped; `None` when there is no such file.
-    fn read(&self, name: &str) -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
-        let path = self.file(name);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot read {}", path.display()));
-            }
-        };
-        // The whole length at once: a growing buffer would leave copies of secrets behind.
-        let len = file.metadata()?.len().min(FILE_LEN_MAX);
-        let mut text = Zeroizing::new(Vec::with_capacity(usize::try_from(len)? + 1));
-        file.take(FILE_LEN_MAX)
-            .read_to_end(&mut text)
-            .with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(Some(text))
-    }
-
-    fn read_secret(&self, name: &str) -> anyhow::Result<Option<Zeroizing<Vec<u8>>>> {
-        let path = self.file(name);
-        if let Ok(metadata) = path.metadata()
-            && metadata.permissions().mode() & 0o077 != 0
-        {
-            bail!(
-                "{} holds secrets and is open to others; run: chmod 600 {}",
-                path.display(),
-                path.display()
-            );
-        }
-        self.read(name)
-    }
-
-    fn write(&self, name: &str, text: &[u8]) -> anyhow::Result<()> {
-        write_private(&self.file(name), text)
-    }
-}
-
-/// Replaces a file whole, with mode 0600: a reader sees the old or the new text, never a part.
-///
-/// # Errors
-/// When the folder does not take the file.
-pub fn write_private(path: &Path, text: &[u8]) -> anyhow::Result<()> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(format!(".new{}", std::process::id()));
-    let beside = PathBuf::from(beside);
-    let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .write(true)
-            .mode(0o600)
-            .open(&beside)?;
-        file.write_all(text)?;
-        file.sync_all()?;
-        std::fs::rename(&beside, path)
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
@@ -325,6 +259,19 @@ mod tests {
             error.contains("damaged") && !error.contains("secret-text"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_cache_that_others_can_write_is_nobodys_word() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        state.write_cache("home.json", &7).unwrap();
+        assert_eq!(state.read_cache("home.json"), Some(7));
+        let others = std::fs::Permissions::from_mode(0o666);
+        std::fs::set_permissions(state.file("home.json"), others).unwrap();
+        assert_eq!(state.read_cache::<u32>("home.json"), None);
+        state.write_cache("home.json", &8).unwrap();
+        assert_eq!(state.read_cache("home.json"), Some(8));
     }
 
     #[test]

@@ -9,11 +9,11 @@
 //! more the longer the process runs, since whatever it is ahead when the process is killed, the
 //! next run begins ahead. A process that ends by itself leaves its time as it is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::clock::now;
-use super::state::write_private;
+use super::files::{self, Readers};
 use ringtail_dataplane::{steady_wall, steady_wall_at_least};
 
 /// The file is ahead of our wall clock by this, and by the time the process has run, at most by
@@ -108,13 +108,21 @@ impl Timestamps {
 
     fn write(&self, lead: Duration) -> anyhow::Result<()> {
         let text = format!("{}\n", (steady_wall() + lead).as_secs() + 1);
-        write_private(&self.path, text.as_bytes())
+        files::write(&self.path, text.as_bytes())
     }
 }
 
-/// The time in the file since 1970; nothing if there is none, or it is damaged.
-fn read(path: &PathBuf) -> Option<Duration> {
-    let text = std::fs::read_to_string(path).ok()?;
+/// The time in the file since 1970; nothing if there is none, it is damaged, or others may have set it:
+/// a time far ahead would have every later handshake refused.
+fn read(path: &Path) -> Option<Duration> {
+    let text = files::read(path, Readers::Anybody).unwrap_or_else(|error| {
+        tracing::warn!(
+            error = format!("{error:#}"),
+            "the time of the last run is left aside"
+        );
+        None
+    })?;
+    let text = String::from_utf8_lossy(&text);
     let secs = text.trim().parse().ok().filter(|secs| *secs < SECS_MAX);
     if secs.is_none() {
         tracing::warn!(file = %path.display(), "no time can be read from it: left aside");
@@ -128,7 +136,7 @@ mod tests {
 
     use super::*;
 
-    fn stored(path: &PathBuf) -> Duration {
+    fn stored(path: &Path) -> Duration {
         read(path).unwrap()
     }
 

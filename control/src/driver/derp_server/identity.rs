@@ -6,7 +6,6 @@
 //! | `<hostname>.crt`, `<hostname>.key` | self-signed certificate and its key, PEM | 0600 |
 
 use std::net::IpAddr;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
@@ -16,7 +15,7 @@ use rustls::pki_types::{CertificateDer, DnsName, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 
 use crate::derp::{PROTOCOL_VERSION, cert};
-use crate::driver::state::write_private;
+use crate::driver::files::{self, Readers};
 use crate::key::{NodePrivate, NodePublic};
 
 /// Years a self-signed certificate is good for. Nodes pin it by its hash, so that a new one means
@@ -38,30 +37,19 @@ struct KeyFile {
 /// A file that others can read, is damaged, or cannot be written.
 pub fn relay_key(path: &Path) -> anyhow::Result<NodePrivate> {
     let shown = path.display();
-    match std::fs::read(path) {
-        Ok(text) => {
-            let text = zeroize::Zeroizing::new(text);
-            let mode = std::fs::metadata(path)?.permissions().mode();
-            if mode & 0o077 != 0 {
-                bail!("{shown} holds a private key but others can read it: chmod 600 {shown}");
-            }
-            let file: KeyFile = serde_json::from_slice(&text)
-                .map_err(|_| anyhow::anyhow!("{shown} is not a relay key file"))?;
-            file.private_key
-                .parse()
-                .with_context(|| format!("{shown} is not a relay key file"))
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let private = NodePrivate::generate();
-            let file = KeyFile {
-                private_key: private.to_text(),
-            };
-            let text = zeroize::Zeroizing::new(serde_json::to_vec(&file)?);
-            write_private(path, &text)?;
-            Ok(private)
-        }
-        Err(error) => Err(error).with_context(|| format!("cannot read {shown}")),
-    }
+    let Some(text) = files::read(path, Readers::Nobody)? else {
+        let private = NodePrivate::generate();
+        let file = KeyFile {
+            private_key: private.to_text(),
+        };
+        files::write(path, &zeroize::Zeroizing::new(serde_json::to_vec(&file)?))?;
+        return Ok(private);
+    };
+    let file: KeyFile = serde_json::from_slice(&text)
+        .map_err(|_| anyhow::anyhow!("{shown} is not a relay key file"))?;
+    file.private_key
+        .parse()
+        .with_context(|| format!("{shown} is not a relay key file"))
 }
 
 /// Reads a PEM chain and its key.
@@ -101,14 +89,14 @@ pub fn self_signed(dir: &Path, hostname: &str) -> anyhow::Result<ChainAndKey> {
         dir.join(format!("{stem}.crt")),
         dir.join(format!("{stem}.key")),
     );
-    if chain.exists() && key.exists() {
+    if chain.exists() && files::read(&key, Readers::Nobody)?.is_some() {
         return read_chain(&chain, &key);
     }
     let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
     let certificate = certificate_params(hostname)?.self_signed(&pair)?;
     let key_text = zeroize::Zeroizing::new(pair.serialize_pem());
-    write_private(&key, key_text.as_bytes())?;
-    write_private(&chain, certificate.pem().as_bytes())?;
+    files::write(&key, key_text.as_bytes())?;
+    files::write(&chain, certificate.pem().as_bytes())?;
     read_chain(&chain, &key)
 }
 
@@ -160,6 +148,8 @@ pub fn meta_certificate(relay: &NodePublic) -> anyhow::Result<CertificateDer<'st
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     #[test]
