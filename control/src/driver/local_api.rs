@@ -5,8 +5,7 @@
 //! `ping` one per reply. An answer that is an object with `error` is the last one.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -17,6 +16,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
 use super::accept::{self, Attention};
+use super::unix_socket::{self, SocketFile};
 
 /// Longest request line in bytes.
 const REQUEST_LEN_MAX: u64 = 4096;
@@ -51,39 +51,14 @@ pub struct Call {
     pub answers: mpsc::Sender<Value>,
 }
 
-/// The socket's file; it goes with this.
-pub struct SocketFile(PathBuf);
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        // A file that is gone, or cannot go, hurts nobody: the next node takes its place.
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-/// Opens the socket, taking the place of one left behind by a killed node.
-///
-/// The caller holds the state directory's lock, so nobody else listens here.
+/// Opens the socket, taking the place of one left behind by a killed node. The caller holds the state
+/// directory's lock.
 ///
 /// # Errors
-/// When the socket cannot be made.
+/// When the socket cannot be made ([`unix_socket::bind`]).
 pub fn listen(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
-    match std::fs::remove_file(path) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(error).with_context(|| format!("cannot replace {}", path.display()));
-        }
-    }
-    let listener = UnixListener::bind(path).with_context(|| {
-        format!(
-            "cannot listen on {} (a socket's path has at most 107 bytes)",
-            path.display()
-        )
-    })?;
-    let file = SocketFile(path.to_owned());
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-    Ok((listener, file))
+    let (listener, file) = unix_socket::bind(path)?;
+    Ok((UnixListener::from_std(listener)?, file))
 }
 
 /// Takes connections for ever and turns each into a [`Call`].

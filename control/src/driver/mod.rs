@@ -35,3 +35,4 @@ mod timestamps;
 pub mod tls;
 pub mod uapi;
 pub mod underlay;
+pub mod unix_socket;

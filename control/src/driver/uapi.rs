@@ -7,19 +7,19 @@
 //! before each request, and may go away before its reply: neither is an error.
 
 use std::io::ErrorKind;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::stat::{Mode, umask};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
 use super::accept::{self, Attention};
+use super::unix_socket::{self, SocketFile};
 use crate::uapi::{Parser, READ_LEN_MAX, Reply, Request};
 
 /// Where `wg` looks for sockets.
@@ -42,9 +42,7 @@ pub struct Call {
 /// A bound socket; its file goes with it.
 pub struct Socket {
     listener: std::os::unix::net::UnixListener,
-    path: PathBuf,
-    /// Device and inode of the file, to know it from another's in its place.
-    identity: (u64, u64),
+    file: SocketFile,
 }
 
 impl Socket {
@@ -62,36 +60,14 @@ impl Socket {
         let _turn = Flock::lock(turn, FlockArg::LockExclusive)
             .map_err(|(_, errno)| errno)
             .with_context(|| format!("cannot lock {}", dir.display()))?;
-        if answers(&path)? {
-            bail!(
-                "{interface} is in use: another WireGuard daemon answers on {}",
-                path.display()
-            );
-        }
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("cannot replace {}", path.display()));
-            }
-            Ok(()) | Err(_) => {}
-        }
-        // Never open to others, not even for the moment before the mode is set.
-        let before = umask(Mode::from_bits_truncate(0o077));
-        let bound = std::os::unix::net::UnixListener::bind(&path);
-        umask(before);
-        let listener = bound.with_context(|| format!("cannot listen on {}", path.display()))?;
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-        listener.set_nonblocking(true)?;
-        let identity = identity(&path).context("the socket has just been made and is gone")?;
-        Ok(Self {
-            listener,
-            path,
-            identity,
-        })
+        let (listener, file) = unix_socket::bind(&path)
+            .with_context(|| format!("{interface} is in use, or its socket cannot be made"))?;
+        Ok(Self { listener, file })
     }
 
     /// Whether the socket's file is still there and still ours.
     pub fn is_there(&self) -> bool {
-        identity(&self.path) == Some(self.identity)
+        self.file.is_there()
     }
 
     /// The listening end, for [`serve`].
@@ -103,50 +79,12 @@ impl Socket {
     }
 }
 
-impl Drop for Socket {
-    fn drop(&mut self) {
-        if self.is_there() {
-            // Somebody else may have been quicker: then there is nothing left to do.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    let found = std::fs::symlink_metadata(path).ok()?;
-    Some((found.dev(), found.ino()))
-}
-
 fn make_dir(dir: &Path) -> anyhow::Result<()> {
-    let before = umask(Mode::from_bits_truncate(0o022));
-    let made = std::fs::DirBuilder::new()
+    std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o755)
-        .create(dir);
-    umask(before);
-    made.with_context(|| format!("cannot make {}", dir.display()))
-}
-
-/// Whether somebody listens on the socket.
-fn answers(path: &Path) -> anyhow::Result<bool> {
-    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None)?;
-    socket.set_nonblocking(true)?;
-    let address = socket2::SockAddr::unix(path)
-        .with_context(|| format!("{} is no name for a socket", path.display()))?;
-    match socket.connect(&address) {
-        Ok(()) => Ok(true),
-        // Its queue is full: it lives, if slowly.
-        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(true),
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::NotFound | ErrorKind::ConnectionRefused
-            ) =>
-        {
-            Ok(false)
-        }
-        Err(error) => Err(error).with_context(|| format!("cannot look at {}", path.display())),
-    }
+        .create(dir)
+        .with_context(|| format!("cannot make {}", dir.display()))
 }
 
 /// Takes connections for ever and turns what they ask into [`Call`]s.
@@ -227,6 +165,7 @@ fn interface_index(name: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use std::io::{Read as _, Write as _};
+    use std::os::unix::fs::MetadataExt as _;
     use std::os::unix::net::UnixStream as Client;
 
     use super::*;
@@ -241,7 +180,7 @@ mod tests {
         let path = dir.join("wg0.sock");
         assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert_eq!(std::fs::metadata(&dir).unwrap().mode() & 0o777, 0o755);
-        let second = Socket::bind(&dir, "wg0").err().unwrap().to_string();
+        let second = format!("{:#}", Socket::bind(&dir, "wg0").err().unwrap());
         assert!(second.contains("wg0 is in use"), "{second}");
         assert!(first.is_there(), "the attempt did no harm");
         drop(first);

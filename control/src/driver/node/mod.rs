@@ -29,7 +29,7 @@ use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
 use super::handshakes::Handshakes;
 use super::hostnet::HostNet;
-use super::local_api::{self, Call};
+use super::local_api::Call;
 use super::names::Names;
 use super::panics::Panics;
 use super::relay::{RelayEvents, RelayPool};
@@ -39,6 +39,7 @@ use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::timestamps::Timestamps;
 use super::uapi;
+use super::unix_socket::SocketFile;
 use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
@@ -115,7 +116,7 @@ struct Node {
     addresses: Vec<Interface>,
     calls: mpsc::Receiver<Call>,
     /// The status socket's file, while there is somebody behind it.
-    _socket_file: local_api::SocketFile,
+    _socket_file: SocketFile,
     /// The configuration socket and what is asked there; none where it could not be made.
     configuration: Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
     handshakes: RefCell<Handshakes>,
