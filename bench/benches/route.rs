@@ -1,4 +1,4 @@
-//! Allowed-IPs: lookups in small and large tables, building and emptying a large one.
+//! Allowed-IPs: lookups in small and large tables, building, changing and emptying a large one.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rand::rngs::StdRng;
@@ -81,11 +81,27 @@ fn bench(c: &mut Criterion) {
     group.sample_size(10);
     group.throughput(Throughput::Elements(PREFIXES as u64));
     group.bench_function("build 130560", |b| b.iter(|| table(&prefixes)));
-    group.bench_function("build 130560, remove every peer", |b| {
+    group.bench_function("build 130560, empty it", |b| {
         b.iter(|| {
             let mut table = table(&prefixes);
-            (0..PEERS).for_each(|peer| table.remove_peer(PeerId(peer)));
+            for (peer, prefix) in &prefixes {
+                table.remove(*prefix, *peer);
+            }
             table.len()
+        });
+    });
+    // As for a peer that joins while every shard reads the table as it was.
+    let table = table(&prefixes);
+    let prefix = Prefix {
+        addr: IpAddr::from([100, 127, 255, 254]),
+        bits: 32,
+    };
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("copy of 130560, one more", |b| {
+        b.iter(|| {
+            let mut copy = table.clone();
+            copy.insert(black_box(prefix), PeerId(PEERS));
+            copy
         });
     });
     group.finish();

@@ -1,5 +1,5 @@
-//! Sessions without a data plane around them, and packets for them: for benches and for the counting
-//! allocator. Not an API.
+//! Sessions without a data plane around them, packets for them, and a shard's peers without its
+//! packets: for benches and for the counting allocator. Not an API.
 
 #![forbid(unsafe_code)]
 
@@ -11,8 +11,10 @@ use rand::rngs::StdRng;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
+use crate::channel::table::PeerTable;
 use crate::channel::{PeerConfig, PeerId};
 use crate::packet::build::{Builder, Tcp};
+use crate::peer::Peers;
 use crate::session::{self, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened, Session};
 use crate::tun::segment::plan;
 use crate::tun::vnet::{GSO_TCPV4, VnetHdr};
@@ -32,6 +34,50 @@ pub fn super_packet(payload_len: usize, mss: u16) -> (VnetHdr, Vec<u8>) {
     let dst = SocketAddr::from(([100, 64, 0, 2], 5201));
     let packet = Builder::new(src, dst).tcp(&tcp, &vec![0x5a; payload_len]);
     (VnetHdr::new(GSO_TCPV4, 52, mss, 20, 16), packet)
+}
+
+/// The peers of one shard, that hears of the network's changes.
+#[expect(missing_debug_implementations, reason = "keys")]
+pub struct Neighbours {
+    now: Instant,
+    shards: usize,
+    newest: PeerTable,
+    table: PeerTable,
+    peers: Peers,
+}
+
+impl Neighbours {
+    /// Nobody yet.
+    #[must_use]
+    pub fn new(now: Instant, shards: usize) -> Neighbours {
+        Neighbours {
+            now,
+            shards,
+            newest: PeerTable::default(),
+            table: PeerTable::default(),
+            peers: Peers::new(false, shards > 1),
+        }
+    }
+
+    /// The control side's part of a change.
+    pub fn change(&mut self, peers: Vec<PeerConfig>, gone: &[PeerId]) {
+        self.newest = self.newest.changed(peers, gone, None, self.shards);
+    }
+
+    /// The part of one shard: takes over what it does not know yet. Returns how many peers it looked at.
+    pub fn hear(&mut self) -> usize {
+        let before = std::mem::replace(&mut self.table, self.newest.clone());
+        let peers = &mut self.peers;
+        self.table.differences(&before, |id, _, entry| {
+            let mine = entry.filter(|entry| entry.owner == 0);
+            peers.set(self.now, None, id, mine, &mut 0);
+        })
+    }
+
+    /// Whether the peer is this shard's, by what it has heard.
+    pub fn owns(&mut self, id: PeerId) -> bool {
+        self.peers.get(id).is_some()
+    }
 }
 
 /// Two ends with one session each per peer, all with keys.

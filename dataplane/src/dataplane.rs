@@ -12,10 +12,11 @@ use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
-use crate::channel::hub::{Network, PeerEntry, PeerTable, RelayIn, Settings};
+use crate::channel::hub::{RelayIn, Settings};
+use crate::channel::table::{Network, PeerEntry};
 use crate::channel::{
-    Activity, Datagrams, Event, Hub, NetworkConfig, PathDecision, PeerConfig, PeerId, Prefix,
-    RegionId, RelayOut, Rules, Whereabouts,
+    Activity, Datagrams, Event, Hub, NetworkChange, NetworkConfig, PathDecision, PeerConfig,
+    PeerId, Prefix, RegionId, RelayOut, Rules, Whereabouts,
 };
 use crate::config::{Config, DriverChoice, DriverKind, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError};
 use crate::filter::CompiledRules;
@@ -430,18 +431,39 @@ impl Dataplane {
     /// another keep-alive at once. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX) are not used.
     pub fn set_network(&self, network: NetworkConfig) {
         let rules = CompiledRules::compile(&network.rules, network.local.as_deref());
-        self.change_network(|current, shards| {
-            let (peers, reserved) = (network.peers, &network.reserved);
-            current.table = Arc::new(PeerTable::new(peers, reserved, shards, &current.table));
+        self.update_network(|current, shards| {
+            let (peers, reserved) = (network.peers, network.reserved);
+            current.table = Arc::new(current.table.replaced(peers, reserved, shards));
             current.rules = Arc::new(rules);
+        });
+    }
+
+    /// Changes what is named, which every shard takes over in one step; see
+    /// [`Dataplane::set_network`]. Nothing about other peers is touched.
+    pub fn change_network(&self, change: NetworkChange) {
+        let NetworkChange {
+            peers,
+            gone,
+            reserved,
+            rules,
+        } = change;
+        let rules = rules.map(|(rules, local)| CompiledRules::compile(&rules, local.as_deref()));
+        self.update_network(|current, shards| {
+            if !peers.is_empty() || !gone.is_empty() || reserved.is_some() {
+                let table = current.table.changed(peers, &gone, reserved, shards);
+                current.table = Arc::new(table);
+            }
+            if let Some(rules) = rules {
+                current.rules = Arc::new(rules);
+            }
         });
     }
 
     /// Replaces the peers alone, with nothing reserved; see [`Dataplane::set_network`]. The rules
     /// stay: nothing comes in before [`Dataplane::set_rules`].
     pub fn set_peers(&self, peers: Vec<PeerConfig>) {
-        self.change_network(|current, shards| {
-            current.table = Arc::new(PeerTable::new(peers, &[], shards, &current.table));
+        self.update_network(|current, shards| {
+            current.table = Arc::new(current.table.replaced(peers, Vec::new(), shards));
         });
     }
 
@@ -449,19 +471,23 @@ impl Dataplane {
     /// packets to others are refused, whatever the rules; `None` skips that.
     pub fn set_rules(&self, rules: &Rules, local: Option<&[Prefix]>) {
         let compiled = Arc::new(CompiledRules::compile(rules, local));
-        self.change_network(|current, _| current.rules = compiled);
+        self.update_network(|current, _| current.rules = compiled);
     }
 
-    fn change_network(&self, change: impl FnOnce(&mut Network, usize)) {
+    fn update_network(&self, update: impl FnOnce(&mut Network, usize)) {
         let newest = &self.hub.network;
         let mut current = newest.write().unwrap_or_else(PoisonError::into_inner);
-        let table_before = Arc::clone(&current.table);
-        change(&mut current, self.hub.inboxes.len());
+        let before = current.clone();
+        update(&mut current, self.hub.inboxes.len());
+        let same_table = Arc::ptr_eq(&before.table, &current.table);
+        if same_table && Arc::ptr_eq(&before.rules, &current.rules) {
+            return;
+        }
         for inbox in &self.hub.inboxes {
             drop(inbox.network.force_push(current.clone()));
             inbox.wake.ring();
         }
-        if !Arc::ptr_eq(&table_before, &current.table) {
+        if !same_table {
             let table = Arc::clone(&current.table);
             drop(self.hub.handshake_peers.force_push(table));
             self.hub.handshake_wake.signal();

@@ -52,8 +52,8 @@ pub mod tun;
 mod udp;
 
 pub use channel::{
-    Activity, Datagrams, Event, NetworkConfig, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix,
-    RegionId, RelayOut, Rule, Rules,
+    Activity, Datagrams, Event, NetworkChange, NetworkConfig, PEERS_MAX, PathDecision, PeerConfig,
+    PeerId, Prefix, RegionId, RelayOut, Rule, Rules,
 };
 pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, StartError,

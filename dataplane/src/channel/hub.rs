@@ -17,16 +17,14 @@ use zeroize::Zeroizing;
 
 use super::activity::{from_ns, to_ns};
 use super::strangers::Strangers;
+use super::table::{Network, PeerTable};
 use super::{
-    Datagrams, Event, Lane, Load, PEERS_MAX, PathSlots, PeerConfig, PeerId, PeerShared, Prefix,
-    RegionId, RelayOut, Wake,
+    Datagrams, Event, Lane, Load, PathSlots, PeerId, PeerShared, RegionId, RelayOut, Wake,
 };
-use crate::filter::CompiledRules;
 use crate::noise::Half;
 use crate::packet::header::Flow;
 use crate::peer::Report;
 use crate::ring::{TunRx, UdpRx};
-use crate::route;
 use crate::sys::EventFd;
 use crate::sys::socket::Local;
 use crate::udp::Sockets;
@@ -55,6 +53,8 @@ const UNOPENED_MAX: usize = 256;
 const STRAYS_MAX: usize = 64;
 /// Emptied relay buffers kept for reuse.
 const SPARE_MAX: usize = 64;
+/// Networks that shards have done with, waiting to be freed at most.
+const RETIRED_MAX: usize = 256;
 
 /// What may change at run time and concerns every session.
 #[derive(Clone)]
@@ -63,93 +63,6 @@ pub(crate) struct Settings {
     pub(crate) private_key: Option<Zeroizing<[u8; 32]>>,
     /// Packets are padded up to this many bytes at most.
     pub(crate) mtu: usize,
-}
-
-/// One peer of the table.
-#[derive(Clone)]
-pub(crate) struct PeerEntry {
-    pub(crate) config: Arc<PeerConfig>,
-    /// The same in every table for as long as id and key are.
-    pub(crate) shared: Arc<PeerShared>,
-    /// The shard that owns the peer.
-    pub(crate) owner: u8,
-}
-
-/// What a shard takes over in one step, so that nobody's packet is judged by one half of it.
-#[derive(Clone)]
-pub(crate) struct Network {
-    pub(crate) table: Arc<PeerTable>,
-    pub(crate) rules: Arc<CompiledRules>,
-}
-
-impl Network {
-    /// Nobody, and nothing may come in: what holds until the first is given.
-    pub(crate) fn closed() -> Network {
-        Network {
-            table: Arc::default(),
-            rules: Arc::new(CompiledRules::closed()),
-        }
-    }
-}
-
-/// The owner of what belongs to no peer; beyond every peer's id.
-const NOBODY: PeerId = PeerId(u32::MAX);
-
-/// The peers and the routes to them, replaced whole.
-#[derive(Default)]
-pub(crate) struct PeerTable {
-    pub(crate) routes: route::Table,
-    by_id: Vec<Option<PeerEntry>>,
-}
-
-impl PeerTable {
-    /// Builds the table that comes after `before`. `reserved` belongs to no peer.
-    pub(crate) fn new(
-        peers: Vec<PeerConfig>,
-        reserved: &[Prefix],
-        shards: usize,
-        before: &PeerTable,
-    ) -> PeerTable {
-        let theirs = peers
-            .iter()
-            .map(|peer| (peer.id, peer.allowed_ips.as_slice()));
-        let routes = route::Table::from_peers(theirs.chain([(NOBODY, reserved)]));
-        let mut by_id = Vec::new();
-        for config in peers {
-            let at = config.id.0 as usize;
-            if at >= PEERS_MAX {
-                tracing::error!(peer = config.id.0, "peer id out of range: not used");
-                continue;
-            }
-            if by_id.len() <= at {
-                by_id.resize_with(at + 1, || None);
-            }
-            let known = before
-                .get(config.id)
-                .filter(|known| known.config.public_key == config.public_key);
-            by_id[at] = Some(PeerEntry {
-                owner: owner_of(&config.public_key, shards),
-                shared: known.map_or_else(Arc::default, |known| Arc::clone(&known.shared)),
-                config: Arc::new(config),
-            });
-        }
-        PeerTable { routes, by_id }
-    }
-
-    /// A peer.
-    pub(crate) fn get(&self, peer: PeerId) -> Option<&PeerEntry> {
-        self.by_id.get(peer.0 as usize)?.as_ref()
-    }
-
-    /// Every peer.
-    pub(crate) fn peers(&self) -> impl Iterator<Item = &PeerEntry> {
-        self.by_id.iter().flatten()
-    }
-
-    /// The shard that owns a peer.
-    pub(crate) fn owner(&self, peer: PeerId) -> Option<u8> {
-        self.get(peer).map(|peer| peer.owner)
-    }
 }
 
 /// Sealed datagrams that came by relay.
@@ -320,6 +233,7 @@ pub(crate) struct Outbox {
     relay: Lane<RelayOut>,
     spare: ArrayQueue<Datagrams>,
     strays: ArrayQueue<(SocketAddr, Vec<u8>)>,
+    retired: ArrayQueue<Network>,
     event: EventFd,
     signalled: AtomicBool,
 }
@@ -333,6 +247,7 @@ impl Outbox {
             relay: Lane::new(RELAY_OUT_ENTRIES_MAX, RELAY_OUT_BYTES_MAX),
             spare: ArrayQueue::new(SPARE_MAX),
             strays: ArrayQueue::new(STRAYS_MAX),
+            retired: ArrayQueue::new(RETIRED_MAX),
             event: EventFd::new()?,
             signalled: AtomicBool::new(false),
         })
@@ -364,6 +279,14 @@ impl Outbox {
         pushed
     }
 
+    /// Gives back a network that another has followed: whoever lets the last copy go frees what nobody
+    /// uses any more, perhaps thousands of peers, and that shall not be a shard.
+    pub(crate) fn retire(&self, network: Network) {
+        // With so many unread the control side is not there any more.
+        drop(self.retired.push(network));
+        self.signal();
+    }
+
     /// An empty buffer for [`Outbox::relay`], a used one if there is any.
     pub(crate) fn buffer(&self) -> Datagrams {
         self.spare.pop().unwrap_or_default()
@@ -392,6 +315,7 @@ impl Outbox {
         if self.signalled.load(Ordering::Relaxed) {
             self.event.clear();
             self.signalled.store(false, Ordering::SeqCst);
+            while self.retired.pop().is_some() {}
             let events = self.events.len() + self.failed.len();
             if events > 0 || !self.relay.is_empty() || !self.strays.is_empty() {
                 self.signal();
@@ -527,18 +451,6 @@ impl Hub {
     }
 }
 
-/// Returns the shard that owns a peer: a hash of its key, for as long as the key lives.
-///
-/// Keys are uniform already; folding all of the key keeps a peer from choosing its shard cheaply.
-pub(crate) fn owner_of(public_key: &[u8; 32], shards: usize) -> u8 {
-    let mut hash = 0xcbf2_9ce4_8422_2325u64;
-    for byte in public_key {
-        hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
-    }
-    let shards = shards as u64;
-    u8::try_from((hash >> 32) % shards).expect("SHARDS_MAX is below 256")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -552,17 +464,6 @@ mod tests {
         assert!(set.contains(63) && !set.contains(1) && !set.contains(64) && !set.contains(255));
         let all: Vec<u8> = std::iter::from_fn(|| set.take()).collect();
         assert_eq!((all, set), (vec![0, 5, 63], ShardSet::default()));
-    }
-
-    #[test]
-    fn keys_spread_over_the_shards() {
-        let mut counts = [0u32; 4];
-        for i in 0..4000u32 {
-            let mut key = [0u8; 32];
-            key[..4].copy_from_slice(&i.to_le_bytes());
-            counts[usize::from(owner_of(&key, 4))] += 1;
-        }
-        assert!(counts.iter().all(|&n| n > 800), "{counts:?}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The boundary: what crosses it between the control thread, the handshake thread and the shards.
 //!
-//! Nobody ever waits for anybody here. Whole tables and rules go through cells that hold the
-//! newest only; path decisions through one slot per peer and a queue of ids; packets through
+//! Nobody ever waits for anybody here. Tables and rules go through cells that hold the newest only,
+//! from which each reader finds out what has changed for it; path decisions through one slot per peer and a queue of ids; packets through
 //! lanes bounded in entries and bytes that drop their oldest, counted. A thread is woken through
 //! its event descriptor, and only if it sleeps.
 
@@ -15,6 +15,7 @@ mod types;
 mod wake;
 
 pub(crate) mod hub;
+pub(crate) mod table;
 
 /// The locks, atomics and references of [`loan`] and [`wake`].
 mod sync {

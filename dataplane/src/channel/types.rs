@@ -25,7 +25,7 @@ pub struct Prefix {
 }
 
 /// One peer as the data plane knows it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PeerConfig {
     /// The peer's index.
     pub id: PeerId,
@@ -53,6 +53,21 @@ pub struct NetworkConfig {
     /// Our own addresses and the routes we advertise: packets to others are refused, whatever the
     /// rules; `None` skips that.
     pub local: Option<Vec<Prefix>>,
+}
+
+/// What is another in a network that is known. As with a whole one, every shard takes it over in one
+/// step. What it costs depends on what it names, not on how many peers there are.
+#[derive(Clone, Debug, Default)]
+pub struct NetworkChange {
+    /// Peers that are new or have another configuration, each once. A prefix that is new for one goes
+    /// to it from whoever had it, unless it is reserved; who lost it is not given it back.
+    pub peers: Vec<PeerConfig>,
+    /// Peers that are no more.
+    pub gone: Vec<PeerId>,
+    /// As [`NetworkConfig::reserved`], if that is another.
+    pub reserved: Option<Vec<Prefix>>,
+    /// As [`NetworkConfig::rules`] and [`NetworkConfig::local`], if one of them is another.
+    pub rules: Option<(Rules, Option<Vec<Prefix>>)>,
 }
 
 /// How to reach one peer: an immutable record, replaced whole; only the newest counts

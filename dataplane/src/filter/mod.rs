@@ -105,13 +105,13 @@ impl Filter {
         filter
     }
 
-    /// Replaces the rules. Remembered flows stay.
-    pub fn set_rules(&mut self, now: Instant, rules: Arc<CompiledRules>) {
+    /// Replaces the rules and gives back those that were. Remembered flows stay.
+    pub fn set_rules(&mut self, now: Instant, rules: Arc<CompiledRules>) -> Arc<CompiledRules> {
         if !rules.is_allow_all() {
             self.memory(now);
         }
-        self.rules = rules;
         self.local_before = None;
+        std::mem::replace(&mut self.rules, rules)
     }
 
     /// Lets an opened packet in or says why not. `headers` are those of `packet`.

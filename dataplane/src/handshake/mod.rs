@@ -18,7 +18,8 @@ use std::time::Instant;
 
 use budget::{Budget, PAUSE};
 
-use crate::channel::hub::{HandshakeMessage, PeerTable, Settings};
+use crate::channel::hub::{HandshakeMessage, Settings};
+use crate::channel::table::PeerTable;
 use crate::channel::{Hub, PeerId};
 use crate::classify::{COOKIE_LEN, owner_shard};
 use crate::noise::{Gate, Half, LocalKeys, Verdict};
@@ -103,8 +104,9 @@ fn local_keys(settings: &Settings) -> Option<Arc<LocalKeys>> {
 /// The gate and what is behind it.
 struct Doorman {
     gate: Gate,
-    /// Peers by public key, with their owner shards.
+    /// Peers by public key, with their owner shards: those of `table`.
     peers: HashMap<[u8; 32], (PeerId, u8)>,
+    table: Arc<PeerTable>,
     counters: Counters,
 }
 
@@ -122,6 +124,7 @@ impl Doorman {
         Doorman {
             gate: Gate::new(now, local_keys(settings)),
             peers: HashMap::new(),
+            table: Arc::default(),
             counters: Counters::default(),
         }
     }
@@ -132,15 +135,26 @@ impl Doorman {
             self.gate.set_local(local_keys(&settings));
         }
         if let Some(table) = hub.handshake_peers.pop() {
-            self.set_peers(&table);
+            self.set_peers(table);
         }
     }
 
-    fn set_peers(&mut self, table: &Arc<PeerTable>) {
-        self.peers = table
-            .peers()
-            .map(|peer| (peer.config.public_key, (peer.config.id, peer.owner)))
-            .collect();
+    fn set_peers(&mut self, table: Arc<PeerTable>) {
+        let peers = &mut self.peers;
+        let visited = table.differences(&self.table, |id, before, after| {
+            if let Some(before) = before {
+                let key = before.config.public_key;
+                // Another peer may have its key by now.
+                if peers.get(&key).is_some_and(|(of, _)| *of == id) {
+                    peers.remove(&key);
+                }
+            }
+            if let Some(after) = after {
+                peers.insert(after.config.public_key, (id, after.owner));
+            }
+        });
+        self.counters.add(Meter::PeersVisited, visited as u64);
+        self.table = table;
     }
 
     /// Takes what reached a shard instead; true if there may be more.

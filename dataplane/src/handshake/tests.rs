@@ -37,8 +37,8 @@ fn doorman(now: Instant) -> Doorman {
         allowed_ips: vec![],
         persistent_keepalive: None,
     };
-    let table = PeerTable::new(vec![peer], &[], 1, &PeerTable::default());
-    doorman.set_peers(&Arc::new(table));
+    let table = PeerTable::default().replaced(vec![peer], vec![], 1);
+    doorman.set_peers(Arc::new(table));
     doorman
 }
 

@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{Addressee, Trouble, Way};
-use crate::channel::hub::{PeerEntry, PeerTable};
+use crate::channel::table::{PeerEntry, PeerTable};
 use crate::channel::{Borrowed, PeerId, PeerShared};
 use crate::session::{Engine, Sealing, Staged};
 use crate::stats::DropReason;
@@ -249,16 +249,13 @@ impl Guests {
         self.report_due = (!self.unreported.is_empty()).then(|| now + REPORT_INTERVAL);
     }
 
-    /// Forgets peers that are gone, or other ones now under the same id.
-    pub(crate) fn retain(&mut self, table: &PeerTable) {
-        for place in &mut self.by_id {
-            place.take_if(|guest| {
-                let entry = table.get(guest.id);
-                entry.is_none_or(|entry| !Arc::ptr_eq(&entry.shared, &guest.shared))
-            });
+    /// Forgets the peer that was under an id: it is gone, or another is there now.
+    pub(crate) fn forget(&mut self, id: PeerId) {
+        let place = self.by_id.get_mut(id.0 as usize);
+        if let Some(guest) = place.and_then(Option::take)
+            && guest.listed
+        {
+            self.unreported.retain(|listed| *listed != id);
         }
-        let by_id = &self.by_id;
-        self.unreported
-            .retain(|id| by_id.get(id.0 as usize).is_some_and(Option::is_some));
     }
 }

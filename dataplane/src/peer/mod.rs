@@ -22,7 +22,7 @@ pub(crate) use path::{Kind, Path, Source, Way};
 use unopened::Unopened;
 use waiting::Waiting;
 
-use crate::channel::hub::PeerEntry;
+use crate::channel::table::PeerEntry;
 use crate::channel::{
     Arrived, Event, Lent, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared,
 };
@@ -125,64 +125,55 @@ impl Peers {
         self.by_id.get_mut(id.0 as usize)?.as_deref_mut()
     }
 
-    /// Takes over a new table of the peers this shard owns. Peers whose keys are the same keep
-    /// their sessions and paths. Returns those that shall have a session although nobody has
-    /// anything to send (a persistent keep-alive is new), and how many packets waited for peers
-    /// that are gone.
-    pub(crate) fn replace(
+    /// Takes over what is under an id from now on, if this shard owns that: nothing, a new peer, or the
+    /// one that is there with another configuration, which keeps session and path. True if it shall
+    /// have a session although nobody has anything to send (a persistent keep-alive is new). Adds to
+    /// `dropped` the packets that waited for one that is gone.
+    pub(crate) fn set(
         &mut self,
         now: Instant,
-        mut engine: Option<&mut Engine>,
-        entries: impl Iterator<Item = PeerEntry>,
-    ) -> (Vec<PeerId>, u64) {
-        let mut close = |session: Option<Session>| {
-            // Without an engine there are no sessions.
-            if let (Some(engine), Some(session)) = (engine.as_deref_mut(), session) {
-                engine.close(session);
-            }
+        engine: Option<&mut Engine>,
+        id: PeerId,
+        entry: Option<&PeerEntry>,
+        dropped: &mut u64,
+    ) -> bool {
+        let at = id.0 as usize;
+        if at >= PEERS_MAX {
+            return false;
+        }
+        let place = self.by_id.get_mut(at);
+        // Not by its key: it may have gone and come back between two of our turns.
+        let kept = |old: &Peer| entry.is_some_and(|new| Arc::ptr_eq(&old.shared, &new.shared));
+        let (mut kept, gone) = match place.and_then(Option::take) {
+            Some(old) if kept(&old) => (Some(old), None),
+            old => (None, old),
         };
-        let mut old = std::mem::take(&mut self.by_id);
-        let mut wanted = Vec::new();
-        for PeerEntry { config, shared, .. } in entries {
-            let at = config.id.0 as usize;
-            if at >= PEERS_MAX {
-                continue;
-            }
-            if self.by_id.len() <= at {
-                self.by_id.resize_with(at + 1, || None);
-            }
-            // Not by its key: it may have gone and come back between two of our turns.
-            let kept = old
-                .get_mut(at)
-                .and_then(|old| old.take_if(|old| Arc::ptr_eq(&old.shared, &shared)));
-            let kept_alive = kept
-                .as_ref()
-                .is_some_and(|peer| keepalive(&peer.config).is_some());
-            let peer = match kept {
-                Some(mut peer) => {
-                    close(peer.reconfigure(now, config));
-                    peer
-                }
-                None => Box::new(Peer::new(config, shared, self.roam)),
-            };
-            if keepalive(&peer.config).is_some() && (!kept_alive || peer.session.is_none()) {
-                wanted.push(peer.id);
-            }
-            self.by_id[at] = Some(peer);
+        let kept_alive = kept
+            .as_ref()
+            .is_some_and(|peer| keepalive(&peer.config).is_some());
+        let mut closed = None;
+        if let (Some(peer), Some(entry)) = (&mut kept, entry) {
+            closed = peer.reconfigure(now, Arc::clone(&entry.config));
         }
-        let mut dropped = 0;
-        for mut gone in old.into_iter().flatten() {
-            dropped += gone.waiting.clear();
-            close(gone.session.take());
-            self.deadlines.remove(gone.id);
+        if let Some(mut gone) = gone {
+            *dropped += gone.waiting.clear();
+            closed = gone.session.take();
+            self.deadlines.remove(id);
         }
-        self.deadlines.make_room(self.by_id.len());
-        for at in 0..self.by_id.len() {
-            if let Some(id) = self.by_id[at].as_ref().map(|peer| peer.id) {
-                self.touch(now, id);
-            }
+        // Without an engine there are no sessions.
+        if let (Some(engine), Some(session)) = (engine, closed) {
+            engine.close(session);
         }
-        (wanted, dropped)
+        let Some(entry) = entry else { return false };
+        let peer = kept.unwrap_or_else(|| Box::new(Peer::new(entry, self.roam)));
+        let wanted = keepalive(&peer.config).is_some() && (!kept_alive || peer.session.is_none());
+        if self.by_id.len() <= at {
+            self.by_id.resize_with(at + 1, || None);
+            self.deadlines.make_room(self.by_id.len());
+        }
+        self.by_id[at] = Some(peer);
+        self.touch(now, id);
+        wanted
     }
 
     /// Ends every session: our key has changed, and the engine with it. Returns those that shall have a new one at once,
@@ -257,11 +248,11 @@ fn keepalive(config: &PeerConfig) -> Option<u16> {
 }
 
 impl Peer {
-    fn new(config: Arc<PeerConfig>, shared: Arc<PeerShared>, roam: bool) -> Peer {
+    fn new(entry: &PeerEntry, roam: bool) -> Peer {
         Peer {
-            id: config.id,
-            config,
-            shared,
+            id: entry.config.id,
+            config: Arc::clone(&entry.config),
+            shared: Arc::clone(&entry.shared),
             session: None,
             stamps: Stamps::default(),
             grant: None,

@@ -7,7 +7,7 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::channel::hub::PeerTable;
+use crate::channel::table::PeerTable;
 use crate::session::{Change, MESSAGE_LEN_MAX, Moment};
 
 fn config(id: u32, key: u8) -> PeerEntry {
@@ -40,32 +40,52 @@ fn epoch() -> Instant {
     Instant::now()
 }
 
+/// Makes these all the peers there are. Returns who wants a session, and how many packets waited for
+/// those that are gone.
+fn replace(
+    peers: &mut Peers,
+    now: Instant,
+    mut engine: Option<&mut Engine>,
+    entries: impl IntoIterator<Item = PeerEntry>,
+) -> (Vec<PeerId>, u64) {
+    let entries: Vec<PeerEntry> = entries.into_iter().collect();
+    let there = peers.by_id.iter().flatten().map(|peer| peer.id);
+    let named = entries.iter().map(|entry| entry.config.id);
+    let ids: std::collections::BTreeSet<PeerId> = there.chain(named).collect();
+    let mut dropped = 0;
+    let wanted = ids.into_iter().filter(|id| {
+        let entry = entries.iter().find(|entry| entry.config.id == *id);
+        peers.set(now, engine.as_deref_mut(), *id, entry, &mut dropped)
+    });
+    (wanted.collect(), dropped)
+}
+
 #[test]
 fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
     let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
     let kept = config(1, 1);
-    peers.replace(now, None, [kept.clone(), config(2, 2)].into_iter());
+    replace(&mut peers, now, None, [kept.clone(), config(2, 2)]);
     for id in [PeerId(1), PeerId(2)] {
         assert!(peers.wake(now, id, &mut engine).is_some());
     }
     peers.get(PeerId(2)).unwrap().waiting.push(now, &[0; 30], 1);
     peers.touch(now, PeerId(2));
-    let entries = [kept, config(2, 9)].into_iter();
-    let (wanted, dropped) = peers.replace(now, Some(&mut engine), entries);
+    let entries = [kept, config(2, 9)];
+    let (wanted, dropped) = replace(&mut peers, now, Some(&mut engine), entries);
     assert_eq!((wanted, dropped), (vec![], 1));
     assert!(peers.get(PeerId(1)).unwrap().session().is_some());
     assert!(peers.get(PeerId(2)).unwrap().session().is_none());
     assert_eq!(peers.next_deadline(), None);
     // Gone and back, and we saw only the last table.
-    let entries = [config(1, 1)].into_iter();
-    peers.replace(now, Some(&mut engine), entries);
+    let entries = [config(1, 1)];
+    replace(&mut peers, now, Some(&mut engine), entries);
     assert!(peers.get(PeerId(1)).unwrap().session().is_none());
 }
 
 #[test]
 fn sessions_of_peers_that_go_give_their_indexes_back() {
     let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
-    peers.replace(now, None, [config(1, 1)].into_iter());
+    replace(&mut peers, now, None, [config(1, 1)]);
     let at = Moment {
         now,
         wall: Duration::from_secs(1),
@@ -76,7 +96,7 @@ fn sessions_of_peers_that_go_give_their_indexes_back() {
     assert!(session.initiate(&mut engine, at, true, &mut out).is_some());
     let index = u32::from_le_bytes([out[4], out[5], out[6], out[7]]);
     assert_eq!(engine.holder(index), Some(PeerId(1)));
-    peers.replace(now, Some(&mut engine), std::iter::empty());
+    replace(&mut peers, now, Some(&mut engine), std::iter::empty());
     assert_eq!(engine.holder(index), None);
 }
 
@@ -84,7 +104,12 @@ fn sessions_of_peers_that_go_give_their_indexes_back() {
 fn only_peers_that_want_it_are_called_and_at_their_time() {
     let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
     let ids = 0..10u8;
-    peers.replace(now, None, ids.map(|i| config(u32::from(i), i + 1)));
+    replace(
+        &mut peers,
+        now,
+        None,
+        ids.map(|i| config(u32::from(i), i + 1)),
+    );
     for i in 0..10 {
         peers.wake(now, PeerId(i), &mut engine);
     }
@@ -113,7 +138,7 @@ fn only_peers_that_want_it_are_called_and_at_their_time() {
 fn an_id_out_of_range_is_not_used() {
     let mut peers = Peers::new(false, false);
     let beyond = u32::try_from(PEERS_MAX).unwrap();
-    peers.replace(epoch(), None, [config(beyond, 1)].into_iter());
+    replace(&mut peers, epoch(), None, [config(beyond, 1)]);
     assert!(peers.get(PeerId(beyond)).is_none());
 }
 
@@ -128,13 +153,13 @@ fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
         entry
     };
     let (mut peers, mut engine, now) = (Peers::new(true, false), engine(), epoch());
-    let replace = |peers: &mut Peers, seconds| {
+    let wanted = |peers: &mut Peers, seconds| {
         let entries = [kept_alive(&first, seconds), second.clone()];
-        peers.replace(now, None, entries.into_iter()).0
+        replace(peers, now, None, entries).0
     };
-    assert_eq!(replace(&mut peers, None), []);
-    assert_eq!(replace(&mut peers, Some(0)), [], "0 is off");
-    assert_eq!(replace(&mut peers, Some(25)), [PeerId(1)]);
+    assert_eq!(wanted(&mut peers, None), []);
+    assert_eq!(wanted(&mut peers, Some(0)), [], "0 is off");
+    assert_eq!(wanted(&mut peers, Some(25)), [PeerId(1)]);
     for id in [PeerId(1), PeerId(2)] {
         assert!(peers.wake(now, id, &mut engine).is_some());
     }
@@ -169,10 +194,10 @@ impl Loan {
             allowed_ips: vec![],
             persistent_keepalive: None,
         };
-        let table = PeerTable::new(vec![config(2)], &[], 1, &PeerTable::default());
+        let table = PeerTable::default().replaced(vec![config(2)], vec![], 1);
         let mut owner = Peers::new(true, true);
         let mut engine = engine();
-        owner.replace(now, Some(&mut engine), table.peers().cloned());
+        replace(&mut owner, now, Some(&mut engine), table.peers().cloned());
         let rng = rand::rngs::StdRng::seed_from_u64(2);
         let kind = crate::Engine::Ringtail;
         let mut far_engine = Engine::new(kind, &Zeroizing::new([2; 32]), 1420, 0, rng);
@@ -364,7 +389,7 @@ fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
     assert!(loan.admits(200));
     loan.guests.release();
     let third = open(&loan);
-    loan.owner.replace(loan.now, None, std::iter::empty());
+    replace(&mut loan.owner, loan.now, None, []);
     assert!(!loan.admits(200), "the peer is gone");
     drop([first, second, third]);
 }
@@ -384,7 +409,7 @@ fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
         allowed_ips: vec![],
         persistent_keepalive: None,
     };
-    let table = PeerTable::new(ids.map(config).to_vec(), &[], 1, &PeerTable::default());
+    let table = PeerTable::default().replaced(ids.map(config).to_vec(), vec![], 1);
     let lent = ids.map(|id| {
         let lent = Lent::new(Terms::new(Arc::clone(&sealing), Way::default(), None));
         table.get(id).unwrap().shared.loan.set(&lent);
@@ -446,7 +471,6 @@ fn the_owner_hears_of_what_was_sent_at_once_and_then_now_and_then() {
     assert_eq!(send(&mut loan, 1101, gso), Some(loan.at(1101)), "trouble");
     assert_eq!(report(&mut loan, 1101, true), [(1101, gso)]);
     assert_eq!(send(&mut loan, 1102, fine), Some(loan.at(1151)));
-    let other = PeerTable::default();
-    loan.guests.retain(&other);
+    loan.guests.forget(LENT);
     assert_eq!(report(&mut loan, 1200, true), [], "the peer is gone");
 }

@@ -3,35 +3,25 @@
 //!
 //! Outbound, the destination's owner gets the packet; inbound, the source's owner must be the
 //! sender. One prefix belongs to one peer: giving it to another takes it from the first.
+//!
+//! Which prefixes a peer was given, its configuration says; the table knows only whose each is now.
 
 mod prefix_map;
+mod shared_map;
 
-use std::collections::HashMap;
 use std::net::IpAddr;
 
 use crate::channel::{PeerId, Prefix};
 pub(crate) use prefix_map::Mixer;
 pub use prefix_map::{PrefixMap, covers, masked};
+pub(crate) use shared_map::SharedMap;
 
-/// The allowed-IPs table.
+/// The allowed-IPs table. Copies share what they have in common: a copy costs next to nothing, and
+/// a change of it does not depend on the number of prefixes.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     owners: PrefixMap<PeerId>,
-    peers: HashMap<u32, Held, Mixer>,
 }
-
-/// The prefixes of one peer.
-#[derive(Clone, Debug, Default)]
-struct Held {
-    /// Every prefix given to the peer; those that went to another peer since stay until there are
-    /// more of them than of the peer's own, so that moving one costs no search.
-    given: Vec<Prefix>,
-    /// How many of `given` are still the peer's.
-    live: usize,
-}
-
-/// Stale entries a peer's list may always have.
-const STALE_SLACK: usize = 16;
 
 impl Table {
     /// A table of these peers' prefixes; of equal ones the last peer's counts.
@@ -47,59 +37,36 @@ impl Table {
 
     /// Gives a prefix to a peer and returns the peer that had it.
     pub fn insert(&mut self, prefix: Prefix, peer: PeerId) -> Option<PeerId> {
-        let prefix = masked(prefix);
-        let before = self.owners.insert(prefix, peer);
-        if before == Some(peer) {
-            return before;
+        let before = self.owner(prefix);
+        if before != Some(peer) {
+            self.owners.insert(prefix, peer);
         }
-        if let Some(before) = before {
-            self.lost_one(before);
-        }
-        let held = self.peers.entry(peer.0).or_default();
-        held.given.push(prefix);
-        held.live += 1;
-        // A prefix that left and came back may be listed twice; the bound counts that as stale.
-        self.tidy(peer);
         before
     }
 
     /// Takes a prefix from a peer; false if it was not the peer's.
     pub fn remove(&mut self, prefix: Prefix, peer: PeerId) -> bool {
-        let prefix = masked(prefix);
-        if self.owners.get(prefix) != Some(peer) {
-            return false;
+        let theirs = self.owner(prefix) == Some(peer);
+        if theirs {
+            self.owners.remove(prefix);
         }
-        self.owners.remove(prefix);
-        self.lost_one(peer);
-        true
+        theirs
     }
 
-    /// Takes every prefix from a peer.
-    pub fn remove_peer(&mut self, peer: PeerId) {
-        let Some(held) = self.peers.remove(&peer.0) else {
-            return;
-        };
-        for prefix in held.given {
-            if self.owners.get(prefix) == Some(peer) {
-                self.owners.remove(prefix);
-            }
-        }
+    /// The peer of exactly this prefix.
+    pub fn owner(&self, prefix: Prefix) -> Option<PeerId> {
+        self.owners.get(prefix)
+    }
+
+    /// The peer of the longest prefix that covers this one and is shorter.
+    pub fn owner_of_wider(&self, prefix: Prefix) -> Option<PeerId> {
+        self.owners.wider(prefix)
     }
 
     /// The peer of the longest prefix that covers the address.
     #[inline]
     pub fn lookup(&self, addr: IpAddr) -> Option<PeerId> {
         self.owners.lookup(addr)
-    }
-
-    /// A peer's prefixes, in no particular order.
-    pub fn prefixes(&self, peer: PeerId) -> Vec<Prefix> {
-        let mut prefixes: Vec<Prefix> = match self.peers.get(&peer.0) {
-            Some(held) => held.given.clone(),
-            None => Vec::new(),
-        };
-        self.retain_owned(&mut prefixes, peer);
-        prefixes
     }
 
     /// Number of prefixes.
@@ -118,35 +85,6 @@ impl Table {
             table: self,
             last: None,
         }
-    }
-
-    fn lost_one(&mut self, peer: PeerId) {
-        if let Some(held) = self.peers.get_mut(&peer.0) {
-            held.live -= 1;
-        }
-        self.tidy(peer);
-    }
-
-    /// Drops stale entries of a peer's list when they outnumber the others.
-    fn tidy(&mut self, peer: PeerId) {
-        let Some(held) = self.peers.get_mut(&peer.0) else {
-            return;
-        };
-        if held.given.len() <= held.live * 2 + STALE_SLACK {
-            return;
-        }
-        let mut given = std::mem::take(&mut held.given);
-        self.retain_owned(&mut given, peer);
-        if let Some(held) = self.peers.get_mut(&peer.0) {
-            held.given = given;
-        }
-    }
-
-    /// Keeps what is the peer's, each once.
-    fn retain_owned(&self, prefixes: &mut Vec<Prefix>, peer: PeerId) {
-        prefixes.sort_unstable_by_key(|prefix| (prefix.addr, prefix.bits));
-        prefixes.dedup();
-        prefixes.retain(|prefix| self.owners.get(*prefix) == Some(peer));
     }
 }
 
@@ -247,14 +185,13 @@ mod tests {
         table.insert(shared, PeerId(1));
         table.insert(prefix("10.1.0.0/16"), PeerId(1));
         assert_eq!(table.insert(shared, PeerId(2)), Some(PeerId(1)));
-        assert_eq!(table.prefixes(PeerId(1)), [prefix("10.1.0.0/16")]);
         // What peer 1 lost stays with peer 2 when peer 1 goes.
         assert!(!table.remove(shared, PeerId(1)));
-        table.remove_peer(PeerId(1));
+        assert!(table.remove(prefix("10.1.0.0/16"), PeerId(1)));
         assert_eq!(table.lookup(addr("10.1.0.1")), Some(PeerId(2)));
         assert_eq!(table.len(), 1);
-        table.remove_peer(PeerId(2));
-        table.remove_peer(PeerId(2));
+        assert!(table.remove(shared, PeerId(2)));
+        assert!(!table.remove(shared, PeerId(2)));
         assert!(table.is_empty());
         assert_eq!(table.lookup(addr("10.1.0.1")), None);
     }
@@ -266,25 +203,7 @@ mod tests {
         table.insert(prefix("10.9.9.9/200"), PeerId(2));
         assert_eq!(table.lookup(addr("10.255.0.1")), Some(PeerId(1)));
         assert_eq!(table.lookup(addr("10.9.9.9")), Some(PeerId(2)));
-        assert_eq!(table.prefixes(PeerId(1)), [prefix("10.0.0.0/8")]);
-    }
-
-    #[test]
-    fn bouncing_a_prefix_between_peers_leaves_no_litter() {
-        let mut table = Table::default();
-        for i in 0..10_000 {
-            table.insert(prefix("10.0.0.0/8"), PeerId(i % 2));
-        }
-        assert_eq!(table.len(), 1);
-        for held in [0, 1].map(|peer| &table.peers[&peer]) {
-            assert!(
-                held.given.len() <= 2 + STALE_SLACK,
-                "{} entries",
-                held.given.len()
-            );
-        }
-        assert_eq!(table.prefixes(PeerId(1)), [prefix("10.0.0.0/8")]);
-        assert_eq!(table.prefixes(PeerId(0)), []);
+        assert_eq!(table.owner(prefix("10.0.0.0/8")), Some(PeerId(1)));
     }
 
     /// The oracle: a list, searched whole.
@@ -342,22 +261,14 @@ mod tests {
         let mut linear = Linear::default();
         for _ in 0..20_000 {
             let peer = PeerId(rng.random_range(0..20));
-            match rng.random_range(0..100) {
-                0..60 => {
-                    let prefix = random_prefix(&mut rng);
-                    table.insert(prefix, peer);
-                    linear.insert(prefix, peer);
-                }
-                60..97 => {
-                    let prefix = random_prefix(&mut rng);
-                    let held = linear.0.contains(&(prefix, peer));
-                    assert_eq!(table.remove(prefix, peer), held);
-                    linear.0.retain(|entry| *entry != (prefix, peer));
-                }
-                _ => {
-                    table.remove_peer(peer);
-                    linear.0.retain(|(_, other)| *other != peer);
-                }
+            let prefix = random_prefix(&mut rng);
+            if rng.random_range(0..100) < 60 {
+                table.insert(prefix, peer);
+                linear.insert(prefix, peer);
+            } else {
+                let held = linear.0.contains(&(prefix, peer));
+                assert_eq!(table.remove(prefix, peer), held);
+                linear.0.retain(|entry| *entry != (prefix, peer));
             }
             let addr = random_addr(&mut rng);
             assert_eq!(
@@ -367,15 +278,8 @@ mod tests {
             );
             assert_eq!(table.len(), linear.0.len());
         }
-        for peer in (0..20).map(PeerId) {
-            let mut want: Vec<Prefix> = linear
-                .0
-                .iter()
-                .filter(|(_, other)| *other == peer)
-                .map(|(p, _)| *p)
-                .collect();
-            want.sort_unstable_by_key(|prefix| (prefix.addr, prefix.bits));
-            assert_eq!(table.prefixes(peer), want);
+        for (prefix, peer) in &linear.0 {
+            assert_eq!(table.owner(*prefix), Some(*peer));
         }
         for _ in 0..5_000 {
             let prefix = random_prefix(&mut rng);

@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::channel::PeerConfig;
-use crate::channel::hub::PeerEntry;
+use crate::channel::table::PeerEntry;
 use crate::config;
 use crate::packet::build::{Builder, Tcp};
 use crate::packet::header::Headers;
@@ -77,8 +77,8 @@ impl Rig {
             shared: Arc::default(),
             owner: 0,
         };
-        let replaced = peers.replace(at.now, Some(&mut engine), [entry].into_iter());
-        assert_eq!(replaced, (vec![], 0));
+        let wanted = peers.set(at.now, Some(&mut engine), PEER, Some(&entry), &mut 0);
+        assert!(!wanted);
         let peer = peers.wake(at.now, PEER, &mut engine).unwrap();
         let session = peer.session().unwrap();
         let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);

@@ -21,7 +21,8 @@ use arrayvec::ArrayVec;
 use context::Context;
 use transmit::Transmit;
 
-use crate::channel::hub::{FLOWS_TOLD_MAX, Handed, Inbox, Network, PeerTable, Settings};
+use crate::channel::hub::{FLOWS_TOLD_MAX, Handed, Inbox, Settings};
+use crate::channel::table::{Network, PeerEntry, PeerTable};
 use crate::channel::{Event, Hub, PeerId, PeerShared};
 use crate::classify::INITIATION_LEN;
 use crate::coalesce::Coalescer;
@@ -301,21 +302,38 @@ impl<'a> Shard<'a> {
 
     /// Takes over peers and rules together; no packet is looked at in between.
     fn apply_network(&mut self, network: Network) {
-        self.filter.set_rules(self.ctx.now, network.rules);
-        if !Arc::ptr_eq(&self.table, &network.table) {
-            self.replace_peers(network.table);
+        let rules = self.filter.set_rules(self.ctx.now, network.rules);
+        let table = Arc::clone(&self.table);
+        if !Arc::ptr_eq(&table, &network.table) {
+            self.set_peers(network.table);
         }
+        self.hub.outbox.retire(Network { table, rules });
     }
 
-    fn replace_peers(&mut self, table: Arc<PeerTable>) {
+    /// Takes over the peers that are not as they were, and routes.
+    fn set_peers(&mut self, table: Arc<PeerTable>) {
         self.flush_run();
-        let id = self.id;
-        let mine = table.peers().filter(|peer| peer.owner == id).cloned();
-        let (wanted, dropped) = self.peers.replace(self.ctx.now, self.engine.as_mut(), mine);
+        let before = std::mem::replace(&mut self.table, table);
+        let (id, now) = (self.id, self.ctx.now);
+        let (mut wanted, mut dropped) = (Vec::new(), 0);
+        let (peers, guests, engine) = (&mut self.peers, &mut self.guests, &mut self.engine);
+        let visited = self.table.differences(&before, |peer, before, after| {
+            let mine = after.filter(|after| after.owner == id);
+            if peers.set(now, engine.as_mut(), peer, mine, &mut dropped) {
+                wanted.push(peer);
+            }
+            let stays = |(before, after): (&PeerEntry, &PeerEntry)| {
+                Arc::ptr_eq(&before.shared, &after.shared)
+            };
+            if !before.zip(after).is_some_and(stays) {
+                guests.forget(peer);
+            }
+        });
+        self.ctx.counters.add(Meter::PeersVisited, visited as u64);
         self.ctx.counters.drop_many(DropReason::NoSession, dropped);
-        self.guests.retain(&table);
-        self.filter.owners_changed();
-        self.table = table;
+        if self.table.moved_since(&before) {
+            self.filter.owners_changed();
+        }
         self.want_sessions(&wanted);
     }
 

@@ -133,12 +133,7 @@ fn secs(secs: u64) -> Moment {
 /// Gives the shard its peers, reached by relay.
 fn meet(shard: &mut Shard<'_>, far: &[Far]) {
     let peers = far.iter().map(|far| config(far.id, far.key)).collect();
-    shard.replace_peers(Arc::new(PeerTable::new(
-        peers,
-        &[],
-        1,
-        &PeerTable::default(),
-    )));
+    shard.set_peers(Arc::new(PeerTable::default().replaced(peers, vec![], 1)));
     for far in far {
         let decision = PathDecision {
             generation: 0,
@@ -209,7 +204,7 @@ fn peers_and_their_rules_come_as_one() {
             ..config(far.id, far.key)
         };
         Network {
-            table: Arc::new(PeerTable::new(vec![peer], &[own], 1, before)),
+            table: Arc::new(before.replaced(vec![peer], vec![own], 1)),
             rules: Arc::new(CompiledRules::compile(&rules, Some(&[own]))),
         }
     };
@@ -240,6 +235,89 @@ fn peers_and_their_rules_come_as_one() {
         Err(DropReason::SourceNotAllowed),
         "what is reserved is no peer's, though one claims it"
     );
+}
+
+fn told(shard: &Shard<'_>, table: PeerTable) {
+    let network = Network {
+        table: Arc::new(table),
+        rules: Arc::new(CompiledRules::closed()),
+    };
+    drop(shard.inbox.network.force_push(network));
+}
+
+fn visited(shard: &Shard<'_>) -> u64 {
+    shard.published.publish(&shard.ctx.counters);
+    shard.published.read().get(Meter::PeersVisited)
+}
+
+#[test]
+fn who_joins_or_leaves_costs_the_same_among_ten_thousand_and_nobody_else_notices() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = Far::new(1);
+    meet(&mut shard, std::slice::from_ref(&far));
+    shard.initiate(far.id, false);
+    let initiation = sent(&mut shard).remove(0).1;
+    far.answer(&mut shard, &initiation);
+    sent(&mut shard);
+    let stranger = |id: u32| {
+        let mut key = [9; 32];
+        key[..4].copy_from_slice(&id.to_le_bytes());
+        PeerConfig {
+            public_key: key,
+            ..config(PeerId(id), OWN_KEY)
+        }
+    };
+    for count in [1_000, 10_000] {
+        let all = (2..count).map(stranger).collect();
+        told(&shard, shard.table.changed(all, &[], None, 1));
+        shard.commands();
+        let before = visited(&shard);
+        let joined = shard.table.changed(vec![stranger(count)], &[], None, 1);
+        told(&shard, joined);
+        shard.commands();
+        assert!(shard.peers.get(PeerId(count)).is_some());
+        let left = shard.table.changed(vec![], &[PeerId(5)], None, 1);
+        told(&shard, left);
+        shard.commands();
+        assert!(shard.peers.get(PeerId(5)).is_none());
+        // Two that the shard was too slow for come as one.
+        let back = shard.table.changed(vec![stranger(5)], &[], None, 1);
+        let other = PeerConfig {
+            persistent_keepalive: Some(25),
+            ..stranger(6)
+        };
+        told(&shard, back.clone());
+        told(&shard, back.changed(vec![other], &[], None, 1));
+        shard.commands();
+        assert!(shard.peers.get(PeerId(5)).is_some());
+        let six = shard.peers.get(PeerId(6)).unwrap();
+        assert_eq!(six.config.persistent_keepalive, Some(25));
+        let visited = visited(&shard) - before;
+        assert!(visited <= 80, "{visited} of {count}");
+
+        let now = shard.ctx.now;
+        assert!(shard.peers.get(far.id).unwrap().ready(now));
+        shard.seal(far.id, &mut packet());
+        shard.flush_run();
+        let data = sent(&mut shard);
+        assert_eq!((data.len(), data[0].0), (1, far.id));
+    }
+}
+
+#[test]
+fn what_a_shard_has_done_with_is_freed_elsewhere() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let first = PeerTable::default().replaced(vec![config(PeerId(1), [9; 32])], vec![], 1);
+    told(&shard, first);
+    shard.commands();
+    let first = Arc::downgrade(&shard.table);
+    told(&shard, PeerTable::default());
+    shard.commands();
+    assert!(first.upgrade().is_some(), "not on the shard's thread");
+    assert_eq!(seat.hub.outbox.poll_event(), None);
+    assert!(first.upgrade().is_none());
 }
 
 #[test]

@@ -150,6 +150,8 @@ meters! {
     FlowsEvicted = "flows_evicted",
     /// CE marks of the underlay passed on to inner packets.
     CongestionMarks = "congestion_marks",
+    /// Peers looked at because others came, changed or went: a few for each of those.
+    PeersVisited = "peers_visited",
     /// Times a multishot receive ran out of buffers (nothing is lost).
     NoBuffers = "no_buffers",
 }
