@@ -22,7 +22,7 @@ if [ ${#filters[@]} = 0 ]; then
   )
 fi
 # Thousands of rounds.
-skip=(adversarial endless half random spread timestamps_grow)
+skip=(adversarial endless half has_most random scan spread timestamps_grow)
 
 rustup component add --toolchain nightly miri
 # Without isolation tests may read the clock.

@@ -55,7 +55,7 @@ impl Neighbours {
             shards,
             newest: PeerTable::default(),
             table: PeerTable::default(),
-            peers: Peers::new(false, shards > 1),
+            peers: Peers::new(false, shards),
         }
     }
 

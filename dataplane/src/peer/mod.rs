@@ -20,7 +20,7 @@ use deadlines::Deadlines;
 pub(crate) use guest::{Guest, Guests, Report, Terms};
 pub(crate) use path::{Kind, Path, Source, Way};
 use unopened::Unopened;
-use waiting::Waiting;
+use waiting::{Budget, Waiting};
 
 use crate::channel::table::PeerEntry;
 use crate::channel::{
@@ -108,21 +108,61 @@ pub(crate) struct Peers {
     lends: bool,
     by_id: Vec<Option<Box<Peer>>>,
     deadlines: Deadlines,
+    /// Of what waits at all of them.
+    budget: Budget,
 }
 
 impl Peers {
-    pub(crate) fn new(roam: bool, lends: bool) -> Peers {
+    /// The peers of one shard of so many.
+    pub(crate) fn new(roam: bool, shards: usize) -> Peers {
         Peers {
             roam,
-            lends,
+            lends: shards > 1,
             by_id: Vec::new(),
             deadlines: Deadlines::default(),
+            budget: Budget::new(shards),
         }
     }
 
     /// The peer, if this shard owns it.
     pub(crate) fn get(&mut self, id: PeerId) -> Option<&mut Peer> {
         self.by_id.get_mut(id.0 as usize)?.as_deref_mut()
+    }
+
+    /// Keeps what stands for so many packets until there are keys. Returns how many others, of this peer
+    /// or another, had to go.
+    pub(crate) fn wait(&mut self, now: Instant, id: PeerId, packet: &[u8], packets: u64) -> u64 {
+        let Some(peer) = self.by_id.get_mut(id.0 as usize).and_then(Option::as_mut) else {
+            return packets;
+        };
+        let mut dropped = peer
+            .waiting
+            .push(&mut self.budget, now, id, packet, packets);
+        while let Some(loser) = self.budget.loser() {
+            let peer = self
+                .by_id
+                .get_mut(loser.0 as usize)
+                .and_then(Option::as_mut);
+            let peer = peer.expect("who goes leaves the budget");
+            dropped += peer.waiting.drop_oldest(&mut self.budget);
+        }
+        dropped
+    }
+
+    /// Takes the oldest packet that waits for a peer, if it can be sealed now.
+    pub(crate) fn next_waiting(&mut self, now: Instant, id: PeerId) -> Option<Box<[u8]>> {
+        let peer = self.by_id.get_mut(id.0 as usize)?.as_mut()?;
+        if !peer.ready(now) {
+            return None;
+        }
+        peer.waiting.pop(&mut self.budget)
+    }
+
+    /// Drops what has waited for too long, and returns how many packets that were.
+    pub(crate) fn drop_stale(&mut self, now: Instant, id: PeerId) -> u64 {
+        let peer = self.by_id.get_mut(id.0 as usize).and_then(Option::as_mut);
+        let stale = peer.filter(|peer| peer.waiting.stale_at().is_some_and(|at| at <= now));
+        stale.map_or(0, |peer| peer.waiting.clear(&mut self.budget))
     }
 
     /// Takes over what is under an id from now on, if this shard owns that: nothing, a new peer, or the
@@ -156,7 +196,7 @@ impl Peers {
             closed = peer.reconfigure(now, Arc::clone(&entry.config));
         }
         if let Some(mut gone) = gone {
-            *dropped += gone.waiting.clear();
+            *dropped += gone.waiting.clear(&mut self.budget);
             closed = gone.session.take();
             self.deadlines.remove(id);
         }

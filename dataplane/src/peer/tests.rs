@@ -62,13 +62,13 @@ fn replace(
 
 #[test]
 fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
-    let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), epoch());
     let kept = config(1, 1);
     replace(&mut peers, now, None, [kept.clone(), config(2, 2)]);
     for id in [PeerId(1), PeerId(2)] {
         assert!(peers.wake(now, id, &mut engine).is_some());
     }
-    peers.get(PeerId(2)).unwrap().waiting.push(now, &[0; 30], 1);
+    peers.wait(now, PeerId(2), &[0; 30], 1);
     peers.touch(now, PeerId(2));
     let entries = [kept, config(2, 9)];
     let (wanted, dropped) = replace(&mut peers, now, Some(&mut engine), entries);
@@ -84,7 +84,7 @@ fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
 
 #[test]
 fn sessions_of_peers_that_go_give_their_indexes_back() {
-    let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), epoch());
     replace(&mut peers, now, None, [config(1, 1)]);
     let at = Moment {
         now,
@@ -102,7 +102,7 @@ fn sessions_of_peers_that_go_give_their_indexes_back() {
 
 #[test]
 fn only_peers_that_want_it_are_called_and_at_their_time() {
-    let (mut peers, mut engine, now) = (Peers::new(false, false), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), epoch());
     let ids = 0..10u8;
     replace(
         &mut peers,
@@ -116,11 +116,7 @@ fn only_peers_that_want_it_are_called_and_at_their_time() {
     assert_eq!(peers.next_deadline(), None, "idle sessions want nothing");
     for i in [3, 5] {
         let since = now + Duration::from_secs(u64::from(i));
-        peers
-            .get(PeerId(i))
-            .unwrap()
-            .waiting
-            .push(since, &[0; 30], 1);
+        peers.wait(since, PeerId(i), &[0; 30], 1);
         peers.touch(now, PeerId(i));
     }
     let at = |secs| now + Duration::from_secs(secs);
@@ -136,7 +132,7 @@ fn only_peers_that_want_it_are_called_and_at_their_time() {
 
 #[test]
 fn an_id_out_of_range_is_not_used() {
-    let mut peers = Peers::new(false, false);
+    let mut peers = Peers::new(false, 1);
     let beyond = u32::try_from(PEERS_MAX).unwrap();
     replace(&mut peers, epoch(), None, [config(beyond, 1)]);
     assert!(peers.get(PeerId(beyond)).is_none());
@@ -152,7 +148,7 @@ fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
         entry.config = Arc::new(config);
         entry
     };
-    let (mut peers, mut engine, now) = (Peers::new(true, false), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(true, 1), engine(), epoch());
     let wanted = |peers: &mut Peers, seconds| {
         let entries = [kept_alive(&first, seconds), second.clone()];
         replace(peers, now, None, entries).0
@@ -195,7 +191,7 @@ impl Loan {
             persistent_keepalive: None,
         };
         let table = PeerTable::default().replaced(vec![config(2)], vec![], 1);
-        let mut owner = Peers::new(true, true);
+        let mut owner = Peers::new(true, 2);
         let mut engine = engine();
         replace(&mut owner, now, Some(&mut engine), table.peers().cloned());
         let rng = rand::rngs::StdRng::seed_from_u64(2);
@@ -315,11 +311,10 @@ fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
     assert!(!loan.admits(0), "no way");
     loan.decide(1);
     let now = loan.now;
-    let peer = loan.owner.get(LENT).unwrap();
-    peer.waiting.push(now, &[0; 30], 1);
+    loan.owner.wait(now, LENT, &[0; 30], 1);
     loan.owner.touch(now, LENT);
     assert!(!loan.admits(0), "those that wait go first");
-    loan.owner.get(LENT).unwrap().waiting.clear();
+    assert!(loan.owner.next_waiting(now, LENT).is_some());
     loan.owner.touch(now, LENT);
     assert!(loan.admits(0));
     loan.guests.release();

@@ -71,7 +71,7 @@ impl Rig {
         };
         let (mut engine, mut far_engine) = (new_engine(1), new_engine(2));
         let mut far = far_engine.session(at.now, &config(PEER, 1));
-        let mut peers = Peers::new(false, false);
+        let mut peers = Peers::new(false, 1);
         let entry = PeerEntry {
             config: Arc::new(config(PEER, 2)),
             shared: Arc::default(),

@@ -400,12 +400,7 @@ impl Shard<'_> {
             let activity = &peer.shared.activity;
             activity.handshaken(self.hub.epoch, self.ctx.now);
         }
-        while let Some(mut packet) = self
-            .peers
-            .get(id)
-            .filter(|peer| peer.ready(self.ctx.now))
-            .and_then(|peer| peer.waiting.pop())
-        {
+        while let Some(mut packet) = self.peers.next_waiting(self.ctx.now, id) {
             self.seal(id, &mut packet);
         }
         self.flush_run();

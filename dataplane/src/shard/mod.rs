@@ -201,7 +201,7 @@ impl<'a> Shard<'a> {
             settings: Arc::clone(&seat.settings),
             kind: seat.kind,
             engine: engine(seat.id, seat.kind, &seat.settings),
-            peers: Peers::new(seat.roam, seat.hub.inboxes.len() > 1),
+            peers: Peers::new(seat.roam, seat.hub.inboxes.len()),
             guests: Guests::default(),
             table: Arc::default(),
             filter: Filter::closed(),
@@ -524,10 +524,8 @@ impl<'a> Shard<'a> {
         }
         // Not when keys end: what waits may have begun to in this turn, and asked for new ones. Nor when
         // trying ends, which our engine does this long after the newest packet.
-        if peer.waiting.stale_at().is_some_and(|at| at <= now) {
-            let dropped = peer.waiting.clear();
-            self.ctx.counters.drop_many(DropReason::NoSession, dropped);
-        }
+        let dropped = self.peers.drop_stale(now, id);
+        self.ctx.counters.drop_many(DropReason::NoSession, dropped);
     }
 
     /// Makes the counters visible every few milliseconds while packets flow, and once after.

@@ -147,11 +147,11 @@ impl Shard<'_> {
     /// Keeps what stands for so many packets until there are keys, and sees to it that there will be.
     fn wait_for_session(&mut self, id: PeerId, bytes: &[u8], packets: u64) {
         let ctx = &mut self.ctx;
+        let dropped = self.peers.wait(ctx.now, id, bytes, packets);
+        ctx.counters.drop_many(DropReason::NoSession, dropped);
         let Some(peer) = self.peers.get(id) else {
             return;
         };
-        let dropped = peer.waiting.push(ctx.now, bytes, packets);
-        ctx.counters.drop_many(DropReason::NoSession, dropped);
         let went_silent = peer
             .path
             .sending(ctx.now, id, crate::peer::Kind::Data, &mut ctx.events);
