@@ -60,6 +60,13 @@ impl std::fmt::Debug for Config {
 /// Shards a data plane has at most: the owner is named by eight bits of the receiver index.
 pub const SHARDS_MAX: usize = 64;
 
+/// One shard's part of what all shards of a node may have together, and what each has at least: so that
+/// what a node may keep does not grow with its cores.
+pub(crate) const fn share(of_node: usize, shards: usize, at_least: usize) -> usize {
+    let part = of_node / if shards == 0 { 1 } else { shards };
+    if part < at_least { at_least } else { part }
+}
+
 /// How many shards where nobody says: one for each usable core, up to [`SHARDS_MAX`].
 #[must_use]
 pub fn shards_by_default() -> usize {

@@ -21,6 +21,7 @@ use super::table::{Network, PeerTable};
 use super::{
     Datagrams, Event, Lane, Load, PathSlots, PeerId, PeerShared, RegionId, RelayOut, Wake,
 };
+use crate::config::share;
 use crate::noise::Half;
 use crate::packet::header::Flow;
 use crate::peer::Report;
@@ -32,9 +33,11 @@ use crate::udp::Sockets;
 /// Batches that wait for the control thread at most, and their bytes.
 const RELAY_OUT_ENTRIES_MAX: usize = 1024;
 const RELAY_OUT_BYTES_MAX: usize = 4 << 20;
-/// Batches from relays that wait for a shard at most, and their bytes.
-const RELAY_IN_ENTRIES_MAX: usize = 1024;
-const RELAY_IN_BYTES_MAX: usize = 4 << 20;
+/// Batches from relays that wait for a shard at most, and the bytes of those that wait for all shards,
+/// of which each has some at least.
+pub(crate) const RELAY_IN_ENTRIES_MAX: usize = 1024;
+pub(crate) const RELAY_IN_BYTES_MAX: usize = 8 << 20;
+pub(crate) const RELAY_IN_BYTES_MIN: usize = 512 << 10;
 /// Events that wait for the control thread at most.
 const EVENTS_MAX: usize = 4096;
 /// Handshake messages that wait for a shard at most.
@@ -190,7 +193,9 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
-    fn new() -> io::Result<Inbox> {
+    /// The inbox of one shard of so many.
+    fn new(shards: usize) -> io::Result<Inbox> {
+        let relay_bytes_max = share(RELAY_IN_BYTES_MAX, shards, RELAY_IN_BYTES_MIN);
         Ok(Inbox {
             wake: Wake::new()?,
             settings: ArrayQueue::new(1),
@@ -200,7 +205,7 @@ impl Inbox {
             asks: ArrayQueue::new(ASKS_MAX),
             unopened: ArrayQueue::new(UNOPENED_MAX),
             handshakes: ArrayQueue::new(HANDSHAKES_MAX),
-            relay: Lane::new(RELAY_IN_ENTRIES_MAX, RELAY_IN_BYTES_MAX),
+            relay: Lane::new(RELAY_IN_ENTRIES_MAX, relay_bytes_max),
             handed: ArrayQueue::new(HANDED_MAX),
             reports: ArrayQueue::new(REPORTS_MAX),
             flows: ArrayQueue::new(FLOWS_TOLD_MAX),
@@ -381,7 +386,7 @@ impl Hub {
             epoch,
             stop: AtomicBool::new(false),
             inboxes: (0..shards)
-                .map(|_| Inbox::new())
+                .map(|_| Inbox::new(shards))
                 .collect::<io::Result<_>>()?,
             handshake_wake: EventFd::new()?,
             handshake_settings: ArrayQueue::new(1),

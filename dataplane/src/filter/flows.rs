@@ -17,10 +17,14 @@
 
 use std::time::{Duration, Instant};
 
+use crate::config::share;
 use crate::packet::header::{Flow, HashKey};
 
 /// Flows remembered at most, per shard.
 pub const FLOWS_MAX: usize = 262_144;
+/// Flows remembered by all shards together, and by one of many at least.
+pub(crate) const NODE_FLOWS_MAX: usize = 1 << 20;
+pub(crate) const SHARD_FLOWS_MIN: usize = 32_768;
 /// A flow unused for this long is forgotten.
 pub const FLOW_TIMEOUT: Duration = Duration::from_secs(300);
 /// A flow in use is reported as new again this often, so that the shard that filters its replies
@@ -78,6 +82,12 @@ struct Entry {
     newer: u32,
 }
 const _: () = assert!(size_of::<Entry>() == 64);
+
+/// Flows remembered at most by one shard of so many: a power of two.
+pub(crate) fn flows_max(shards: usize) -> usize {
+    let part = share(NODE_FLOWS_MAX, shards, SHARD_FLOWS_MIN).min(FLOWS_MAX);
+    1 << part.ilog2()
+}
 
 impl FlowMemory {
     /// An empty table for `flows_max` flows, a power of two; times before `epoch` count as `epoch`.

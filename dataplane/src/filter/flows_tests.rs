@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory, Tell};
+use super::flows::{
+    FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory, NODE_FLOWS_MAX, SHARD_FLOWS_MIN,
+    Tell, flows_max,
+};
 use crate::packet::header::{Flow, HashKey, UDP};
 
 #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
@@ -290,5 +293,15 @@ fn a_full_table_forgets_the_flow_longest_unused_and_no_other() {
         }
         assert_eq!(memory.take_evicted(), evicted);
         assert!(evicted > 10);
+    }
+}
+
+#[test]
+fn a_node_remembers_no_more_for_having_more_shards() {
+    assert_eq!([1, 2, 4].map(flows_max), [FLOWS_MAX; 3]);
+    for shards in 1..=crate::SHARDS_MAX {
+        let flows = flows_max(shards);
+        assert!(flows.is_power_of_two() && flows >= SHARD_FLOWS_MIN);
+        assert!(flows == SHARD_FLOWS_MIN || flows * shards <= NODE_FLOWS_MAX);
     }
 }

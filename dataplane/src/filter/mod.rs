@@ -73,6 +73,7 @@ pub struct Filter {
     rules: Arc<CompiledRules>,
     /// Exists from the first rule list or flow of another shard on.
     flows: Option<FlowMemory>,
+    flows_max: usize,
     /// The last destination found to be ours, under these rules: nearly every packet has it again.
     local_before: Option<IpAddr>,
 }
@@ -91,9 +92,15 @@ pub enum Verdict {
 impl Filter {
     /// A filter that lets nothing in yet, and remembers nothing.
     pub fn closed() -> Filter {
+        Filter::of_one_shard(1)
+    }
+
+    /// The same for one shard of so many, whose memory is smaller where there are many.
+    pub(crate) fn of_one_shard(shards: usize) -> Filter {
         Filter {
             rules: Arc::new(CompiledRules::closed()),
             flows: None,
+            flows_max: flows::flows_max(shards),
             local_before: None,
         }
     }
@@ -193,7 +200,7 @@ impl Filter {
 
     fn memory(&mut self, now: Instant) -> &mut FlowMemory {
         self.flows
-            .get_or_insert_with(|| FlowMemory::new(now, HashKey::random(), FLOWS_MAX))
+            .get_or_insert_with(|| FlowMemory::new(now, HashKey::random(), self.flows_max))
     }
 
     /// Remembered flows that made room for newer ones, since the last call.

@@ -173,22 +173,33 @@ impl Guests {
             // Nothing may have come into a run that would have been closed.
             self.release();
         }
-        let at = id.0 as usize;
-        if self.get(id).is_none() {
-            let guest = Box::new(Guest::new(table.get(id)?));
-            if self.by_id.len() <= at {
-                self.by_id.resize_with(at + 1, || None);
+        let admitted = match self.get(id) {
+            Some(guest) => guest.admit(now),
+            None => {
+                let mut guest = Guest::new(table.get(id)?);
+                let admitted = guest.admit(now);
+                if admitted {
+                    self.keep(guest);
+                }
+                admitted
             }
-            self.by_id[at] = Some(guest);
-        }
-        let admitted = self.get(id)?.admit(now);
+        };
         if admitted {
             self.admitted = Some(id);
         }
         Some(admitted)
     }
 
-    /// One that was asked for by [`Guests::admit`].
+    /// Only of peers that lend: packets to all the others would make one for each peer on every shard.
+    fn keep(&mut self, guest: Guest) {
+        let at = guest.id.0 as usize;
+        if self.by_id.len() <= at {
+            self.by_id.resize_with(at + 1, || None);
+        }
+        self.by_id[at] = Some(Box::new(guest));
+    }
+
+    /// One that was admitted by [`Guests::admit`], now or before.
     #[inline]
     pub(crate) fn get(&mut self, id: PeerId) -> Option<&mut Guest> {
         self.by_id.get_mut(id.0 as usize)?.as_deref_mut()

@@ -306,6 +306,7 @@ fn timestamps_are_remembered_while_our_key_is_gone() {
 fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
     let mut loan = Loan::new();
     assert!(!loan.admits(0), "no keys");
+    assert!(loan.guests.get(LENT).is_none(), "nothing is kept of it");
     loan.shake(0);
     loan.owner.touch(loan.now, LENT);
     assert!(!loan.admits(0), "no way");

@@ -14,6 +14,7 @@ use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use crate::channel::PeerId;
+use crate::config::share;
 
 /// Packets (a super-packet is one here) and bytes that wait per peer at most; the oldest go first, as in
 /// the kernel's WireGuard.
@@ -33,16 +34,6 @@ const AGE_MAX: Duration = Duration::from_secs(90);
 
 /// Who has not answered for so long has missed an initiation (`REKEY_TIMEOUT`), or is not there.
 const IN_VAIN: Duration = Duration::from_secs(5);
-
-/// Bytes that may wait in one shard of so many.
-pub(crate) const fn shard_bytes_max(shards: usize) -> usize {
-    let part = NODE_BYTES_MAX / if shards == 0 { 1 } else { shards };
-    if part < SHARD_BYTES_MIN {
-        SHARD_BYTES_MIN
-    } else {
-        part
-    }
-}
 
 /// Who loses first: the greatest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -67,7 +58,7 @@ impl Budget {
     /// The part of one shard of so many.
     pub(crate) fn new(shards: usize) -> Budget {
         Budget {
-            bytes_max: shard_bytes_max(shards),
+            bytes_max: share(NODE_BYTES_MAX, shards, SHARD_BYTES_MIN),
             bytes: 0,
             ranks: BTreeSet::new(),
         }
@@ -360,12 +351,5 @@ mod tests {
         );
         assert!(kept[..31].is_sorted(), "the first began first: {kept:?}");
         assert_eq!(kept[30], 8, "{kept:?}");
-    }
-
-    #[test]
-    fn a_budget_is_a_nodes_divided_by_its_shards() {
-        assert_eq!(shard_bytes_max(1), NODE_BYTES_MAX);
-        assert_eq!(2 * shard_bytes_max(2), NODE_BYTES_MAX);
-        assert_eq!(shard_bytes_max(crate::SHARDS_MAX), SHARD_BYTES_MIN);
     }
 }

@@ -204,7 +204,7 @@ impl<'a> Shard<'a> {
             peers: Peers::new(seat.roam, seat.hub.inboxes.len()),
             guests: Guests::default(),
             table: Arc::default(),
-            filter: Filter::closed(),
+            filter: Filter::of_one_shard(seat.hub.inboxes.len()),
             opened: Opened::new(seat.kind),
             passed: Vec::with_capacity(128),
             coalescer,

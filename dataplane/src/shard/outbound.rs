@@ -64,10 +64,10 @@ impl Shard<'_> {
 
     /// Hands a packet to the shard that owns its peer.
     fn hand_over_packet(&mut self, id: PeerId, packets: u64, rx: TunRx) {
-        let Some(guest) = self.guests.get(id) else {
+        let Some(entry) = self.table.get(id) else {
             return;
         };
-        let (owner, shared) = (guest.owner, Arc::clone(&guest.shared));
+        let (owner, shared) = (entry.owner, Arc::clone(&entry.shared));
         let handed = Handed::Tun(rx, Arc::clone(&shared));
         shared.loan.hand(|| self.hand_over(owner, packets, handed));
     }

@@ -14,13 +14,18 @@ use std::sync::Arc;
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::steer;
+use crate::config::share;
 use crate::sys::socket::{attach_reuseport_filter, drops, set_int};
 
-/// Socket buffers in bytes. One 64 KiB GSO batch is charged by its true size, which takes a large
-/// part of the default: 25 % throughput and 100k retransmits.
-const SOCKET_BUFFER: usize = 8 << 20;
+/// A data socket's buffer in each direction in bytes, and what each has at least where there are so many
+/// that together they would have more than the second. (The kernel takes twice as much, for what it
+/// keeps with the packets.) One 64 KiB GSO batch is charged by its true size, which takes a large part
+/// of the default: 25 % throughput and 100k retransmits.
+pub(crate) const SOCKET_BUFFER: usize = 8 << 20;
+pub(crate) const SOCKET_BUFFERS_MAX: usize = 32 << 20;
+pub(crate) const SOCKET_BUFFER_MIN: usize = 1 << 20;
 /// The control thread's and the handshake thread's sockets carry small datagrams.
-const SMALL_SOCKET_BUFFER: usize = 1 << 20;
+pub(crate) const SMALL_SOCKET_BUFFER: usize = 1 << 20;
 /// Attempts to find a port that is free in both families.
 const PORT_ATTEMPTS: usize = 16;
 
@@ -235,10 +240,16 @@ fn member(at: SocketAddr, wanted: Wanted, first: bool) -> io::Result<UdpSocket> 
     Ok(socket.into())
 }
 
+/// A data socket's buffer beside those of so many shards, in each direction.
+pub(crate) fn data_buffer(shards: usize) -> usize {
+    let sockets = 2 * shards;
+    share(SOCKET_BUFFERS_MAX, sockets, SOCKET_BUFFER_MIN).min(SOCKET_BUFFER)
+}
+
 fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, data: bool) -> io::Result<()> {
     let fd = socket.as_fd();
     let size = if data {
-        SOCKET_BUFFER
+        data_buffer(wanted.shards)
     } else {
         SMALL_SOCKET_BUFFER
     };
@@ -289,6 +300,26 @@ mod tests {
         gro: true,
         device: false,
     };
+
+    #[test]
+    fn few_shards_have_large_buffers_and_many_share_as_much() {
+        assert_eq!([1, 2].map(data_buffer), [SOCKET_BUFFER; 2]);
+        for shards in 3..=crate::SHARDS_MAX {
+            let size = data_buffer(shards);
+            assert!(size == SOCKET_BUFFER_MIN || size * 2 * shards <= SOCKET_BUFFERS_MAX);
+        }
+        // What the sockets themselves say is twice as much; without the right to force it, less.
+        let of_many = Wanted {
+            shards: 8,
+            ..WANTED
+        };
+        let group = Group::open(of_many).unwrap();
+        for socket in group.data.iter().flat_map(|sockets| sockets.both()) {
+            let socket = SockRef::from(socket);
+            assert!(socket.recv_buffer_size().unwrap() <= 2 * data_buffer(8));
+            assert!(socket.send_buffer_size().unwrap() <= 2 * data_buffer(8));
+        }
+    }
 
     #[test]
     fn every_message_reaches_its_socket() {
