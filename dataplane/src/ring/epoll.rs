@@ -159,8 +159,11 @@ fn drain_udp(
             }
             Ok(None) => return Ok(false),
             Err(error) if error.raw_os_error().is_some_and(is_final) => return Err(error),
-            // One the socket has kept for us, such as a bad ICMP; it is gone now.
-            Err(_) => return Ok(false),
+            // One the socket has kept for us, such as a bad ICMP; it is gone now, and the next turn goes on.
+            Err(_) => {
+                counters.drop_one(DropReason::UdpReadFailed);
+                return Ok(false);
+            }
         }
     }
     Ok(true)

@@ -28,8 +28,9 @@ const ENTRIES: u32 = 16;
 const COMPLETIONS: u32 = 256;
 /// A cancellation of a request that the kernel holds finishes at once; this is for one that hangs.
 const CANCEL_SECONDS: u64 = 1;
-/// The same for a request that does nothing.
-const ENTER_SECONDS: u64 = 1;
+/// A request that does nothing is waited for this often at most, so long each time.
+const ENTER_TRIES_MAX: usize = 3;
+const ENTER_WAIT: Duration = Duration::from_secs(1);
 /// At the end, requests are waited for this often at most, so long each time.
 const CLOSING_TURNS_MAX: usize = 100;
 const CLOSING_WAIT: Duration = Duration::from_millis(1);
@@ -95,6 +96,36 @@ pub(super) struct Lender {
     groups: [Buffers; 2],
     /// Requests that have been pushed and not yet completed for good.
     in_flight: usize,
+    #[cfg(test)]
+    pub(super) faults: Faults,
+}
+
+/// What tests have the kernel do that it does too seldom by itself.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    /// What the next system calls give, for nothing: an errno, or that nothing was submitted.
+    pub(super) calls: std::collections::VecDeque<Option<i32>>,
+    /// The errno with which requests end that are cancelled.
+    pub(super) end: Option<i32>,
+    /// The errno of the next completion that has a buffer, which it brings all the same.
+    pub(super) spoilt: Option<i32>,
+    /// Requests are armed for one completion, which is how some kernels end them.
+    pub(super) single: bool,
+}
+
+#[cfg(test)]
+impl Faults {
+    fn instead_of(&mut self, result: Result<usize, i32>, buffer: bool) -> Result<usize, i32> {
+        match (result, self.end, self.spoilt) {
+            (Err(libc::ECANCELED), Some(errno), _) => Err(errno),
+            (Ok(_), _, Some(errno)) if buffer => {
+                self.spoilt = None;
+                Err(errno)
+            }
+            (other, _, _) => other,
+        }
+    }
 }
 
 impl Lender {
@@ -109,6 +140,8 @@ impl Lender {
             ring,
             groups: [tun, udp],
             in_flight: 0,
+            #[cfg(test)]
+            faults: Faults::default(),
         };
         lender.try_entering()?;
         Ok(lender)
@@ -116,17 +149,17 @@ impl Lender {
 
     /// One request that does nothing, there and back in the two ways in which a turn enters the kernel.
     fn try_entering(&mut self) -> io::Result<()> {
-        let timeout = Timespec::new().sec(ENTER_SECONDS);
         for _ in 0..2 {
             self.push(opcode::Nop::new().build(), Source::Bell, 0);
-            let args = SubmitArgs::new().timespec(&timeout);
-            let entered = self
-                .ring
-                .submit()
-                .and_then(|_| self.ring.submitter().submit_with_args(1, &args));
-            entered.map_err(|error| refused("io_uring_enter", &error))?;
-            if self.completions().next().is_none() {
-                return Err(io::Error::other("io_uring_enter brings nothing back"));
+            // A signal may end a wait.
+            let mut tries = 0..ENTER_TRIES_MAX;
+            while self.completions().next().is_none() {
+                if tries.next().is_none() {
+                    return Err(io::Error::other("io_uring_enter brings nothing back"));
+                }
+                self.enter(Some(Duration::ZERO))
+                    .and_then(|()| self.enter(Some(ENTER_WAIT)))
+                    .map_err(|error| refused("io_uring_enter", &error))?;
             }
         }
         Ok(())
@@ -156,6 +189,20 @@ impl Lender {
             Source::Bell => opcode::PollAdd::new(fd, libc::POLLIN as u32)
                 .multi(true)
                 .build(),
+        };
+        #[cfg(test)]
+        let entry = match source {
+            Source::Tun if self.faults.single => {
+                let len = u32::try_from(BUF_LEN).expect("small");
+                opcode::Read::new(fd, std::ptr::null_mut(), len)
+                    .buf_group(group)
+                    .build()
+                    .flags(squeue::Flags::BUFFER_SELECT)
+            }
+            Source::Bell if self.faults.single => {
+                opcode::PollAdd::new(fd, libc::POLLIN as u32).build()
+            }
+            Source::Tun | Source::Udp | Source::Bell => entry,
         };
         self.push(entry, source, tag)
     }
@@ -191,7 +238,21 @@ impl Lender {
     /// # Errors
     /// The kernel refuses; not because of a signal, of time that is up or of a queue that is full.
     pub(super) fn enter(&mut self, wait: Option<Duration>) -> io::Result<()> {
-        let result = match wait {
+        match self.call(wait).map_err(|e| (e.raw_os_error(), e)) {
+            Ok(_) | Err((Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN), _)) => {
+                Ok(())
+            }
+            Err((_, error)) => Err(error),
+        }
+    }
+
+    /// Makes the system call.
+    fn call(&mut self, wait: Option<Duration>) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(fault) = self.faults.calls.pop_front() {
+            return fault.map_or(Ok(0), |errno| Err(io::Error::from_raw_os_error(errno)));
+        }
+        match wait {
             None => self.ring.submit_and_wait(1),
             Some(Duration::ZERO) => self.ring.submit(),
             Some(wait) => {
@@ -199,12 +260,6 @@ impl Lender {
                 let args = SubmitArgs::new().timespec(&timespec);
                 self.ring.submitter().submit_with_args(1, &args)
             }
-        };
-        match result.map_err(|e| (e.raw_os_error(), e)) {
-            Ok(_) | Err((Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN), _)) => {
-                Ok(())
-            }
-            Err((_, error)) => Err(error),
         }
     }
 
@@ -214,6 +269,8 @@ impl Lender {
             queue: self.ring.completion(),
             groups: &mut self.groups,
             in_flight: &mut self.in_flight,
+            #[cfg(test)]
+            faults: &mut self.faults,
         }
     }
 
@@ -258,6 +315,8 @@ pub(super) struct Completions<'a> {
     queue: CompletionQueue<'a>,
     groups: &'a mut [Buffers; 2],
     in_flight: &'a mut usize,
+    #[cfg(test)]
+    faults: &'a mut Faults,
 }
 
 impl Iterator for Completions<'_> {
@@ -272,6 +331,10 @@ impl Iterator for Completions<'_> {
         let source = entry.user_data() & ((1 << SOURCE_BITS) - 1);
         let source = Source::ALL.iter().find(|known| **known as u64 == source);
         let result = usize::try_from(entry.result()).map_err(|_| -entry.result());
+        #[cfg(test)]
+        let result = self
+            .faults
+            .instead_of(result, cqueue::buffer_select(entry.flags()).is_some());
         let group = source.and_then(|source| self.groups.get_mut(*source as usize));
         let buffer = match (cqueue::buffer_select(entry.flags()), group) {
             (Some(index), Some(group)) => {
@@ -528,6 +591,22 @@ mod tests {
         let (mut lender, _socket, _received) = receiving();
         lender.in_flight += 1;
         assert!(!lender.close());
+    }
+
+    #[test]
+    fn a_signal_at_the_start_is_no_refusal_and_a_kernel_that_never_answers_is() {
+        let mut lender = Lender::new().expect("io_uring is there");
+        let mut try_with = |errno, times| {
+            lender.faults.calls = [Some(errno)].repeat(times).into();
+            let result = lender.try_entering();
+            lender.faults.calls.clear();
+            result.map_err(|error| error.to_string())
+        };
+        assert_eq!(try_with(libc::EINTR, 3), Ok(()));
+        let forbidden = try_with(libc::EPERM, 1).expect_err("a sandbox");
+        assert!(forbidden.contains("forbidden"), "{forbidden}");
+        let silent = try_with(libc::EBUSY, 99).expect_err("nothing comes");
+        assert!(silent.contains("nothing back"), "{silent}");
     }
 
     #[test]

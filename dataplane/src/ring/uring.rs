@@ -4,8 +4,8 @@
 //! The kernel takes a buffer only when a packet is there, and posts a completion per packet while
 //! the request stays armed. A request ends (no `F_MORE`) when no buffer was left: nothing is lost,
 //! the data stays in its queue, and the request is armed again once buffers have come home. Any
-//! other error makes the driver hold back before it arms again, because an error that repeats at
-//! once would spin the loop.
+//! other error makes the driver hold back before it arms again, for longer each time it repeats,
+//! because one that repeats at once would spin the loop.
 
 #![forbid(unsafe_code)]
 
@@ -23,8 +23,9 @@ use crate::stats::{Counters, DropReason, Meter};
 use crate::sys::socket::{is_final, parse_control, parse_name};
 use crate::udp::Sockets;
 
-/// Turns a request rests after an error other than a lack of buffers.
-const REST_TURNS: u32 = 64;
+/// Turns a request rests after an error other than a lack of buffers: one after the first, twice as
+/// many each time that nothing came in between, and this many at most.
+const REST_TURNS_MAX: u32 = 64;
 /// Waits are cut to this while a request rests.
 const REST_WAIT: Duration = Duration::from_millis(10);
 /// And to this while all buffers of a request are with other shards: they come home without a
@@ -58,7 +59,9 @@ const GENERATION_SHIFT: u32 = 8;
 struct State {
     fd: Option<RawFd>,
     armed: bool,
+    /// Turns left to rest, and how many they were the last time, if nothing has come since.
     rest: u32,
+    rested: u32,
     /// Completions of an older generation are of a socket that was given up.
     generation: u64,
 }
@@ -66,6 +69,12 @@ struct State {
 impl State {
     fn tag(&self, request: Request) -> u64 {
         request as u64 | self.generation << GENERATION_SHIFT
+    }
+
+    /// It has ended with an error.
+    fn hold_back(&mut self) {
+        self.rest = (2 * self.rested).clamp(1, REST_TURNS_MAX);
+        self.rested = self.rest;
     }
 }
 
@@ -191,13 +200,18 @@ impl<'a> Uring<'a> {
                         }
                         (Request::Tun, _) => {
                             counters.drop_one(DropReason::TunReadFailed);
-                            state.rest = REST_TURNS;
+                            state.hold_back();
                         }
-                        _ => state.rest = REST_TURNS,
+                        (Request::Udp4 | Request::Udp6, _) if current => {
+                            counters.drop_one(DropReason::UdpReadFailed);
+                            state.hold_back();
+                        }
+                        (Request::Udp4 | Request::Udp6 | Request::Wake, _) => state.hold_back(),
                     }
                     continue;
                 }
             };
+            state.rested = 0;
             match (request, completion.buffer) {
                 (Request::Wake, _) => found.woken = true,
                 // A TUN has no end.
@@ -241,3 +255,7 @@ fn datagrams(mut buf: PacketBuf) -> Option<UdpRx> {
         local: ancillary.local,
     })
 }
+
+#[cfg(test)]
+#[path = "faults.rs"]
+mod tests;

@@ -426,6 +426,78 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> PathDecision {
     }
 }
 
+/// Whatever the kernel refuses is dropped under a name, nothing waits for it, and what is sent after the fault
+/// arrives. The faults are the kernel's as far as the shard can tell: a filter of system calls.
+#[test]
+fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
+    let for_now = [libc::ENOBUFS, libc::EAGAIN];
+    let others = [
+        libc::EPERM,
+        libc::EMSGSIZE,
+        libc::EINVAL,
+        libc::EIO,
+        libc::ENETUNREACH,
+        libc::ENOMEM,
+    ];
+    let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
+    receiver
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let to = receiver.local_addr().unwrap();
+    let send = move |shard: &mut Shard<'_>, id, count: usize| {
+        let batch = seal::Batch {
+            kind: Kind::Data,
+            bytes: &[4; 1000][..100 * count],
+            stride: 100,
+            tos: 0,
+        };
+        let Shard { ctx, peers, tx, .. } = shard;
+        seal::Outlet::send(tx, ctx, peers.get(id).unwrap(), batch);
+    };
+    for errno in for_now.into_iter().chain(others) {
+        let reason = if for_now.contains(&errno) {
+            DropReason::SendQueueFull
+        } else {
+            DropReason::SendFailed
+        };
+        for gso in [true, false] {
+            // The filter goes with its thread.
+            let thread = std::thread::spawn(move || {
+                let seat = Seat { gso, ..seat() };
+                let mut shard = shard(&seat);
+                let far = [Far::new(1)];
+                meet(&mut shard, &far);
+                let (id, now) = (far[0].id, shard.ctx.now);
+                let peer = shard.peers.get(id).unwrap();
+                peer.decide(now, path(Some(to), false));
+                let bind = || Sockets {
+                    v4: UdpSocket::bind("127.0.0.1:0").unwrap(),
+                    v6: None,
+                };
+                let (bad, good) = (Arc::new(bind()), Arc::new(bind()));
+                let calls = [libc::SYS_sendmsg, libc::SYS_sendmmsg];
+                sys::refuse::refuse(&calls, bad.v4.as_fd(), errno);
+                shard.tx.rebind(bad);
+                for (count, sum) in [(1, 1), (10, 11), (3, 14)] {
+                    send(&mut shard, id, count);
+                    assert_eq!(dropped(&shard, reason), sum, "{errno}, {gso}");
+                }
+                let total = shard.published.read();
+                assert_eq!(total.drops_total(), 14, "under no other name");
+                assert_eq!(total.get(Meter::UdpPacketsOut), 0);
+                shard.tx.rebind(good);
+                send(&mut shard, id, 10);
+                assert_eq!(dropped(&shard, reason), 14);
+                assert_eq!(shard.published.read().get(Meter::UdpPacketsOut), 10);
+            });
+            thread.join().unwrap();
+            for _ in 0..10 {
+                assert_eq!(receiver.recv(&mut [0; 2000]).unwrap(), 100);
+            }
+        }
+    }
+}
+
 #[test]
 fn who_sends_what_cannot_be_opened_gets_one_initiation_for_as_many_bytes() {
     let seat = seat();

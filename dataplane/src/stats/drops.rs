@@ -62,6 +62,8 @@ drop_reasons! {
     StrayFull = "stray_full",
     /// A socket's buffer was full: the kernel dropped the datagram before anybody saw it.
     SocketFull = "socket_full",
+    /// A receive from a socket failed, though the socket is there: the datagram it was about, or none.
+    UdpReadFailed = "udp_read_failed",
     /// A received datagram was cut short by our buffer.
     UdpTruncated = "udp_truncated",
     /// Not WireGuard, DISCO or STUN.

@@ -9,6 +9,8 @@ mod event;
 mod file;
 pub(crate) mod netlink;
 pub(crate) mod poll;
+#[cfg(test)]
+pub(crate) mod refuse;
 pub(crate) mod socket;
 
 pub(crate) use clock::{cycles, thread_time};

@@ -1,0 +1,52 @@
+//! For tests: a kernel that refuses.
+
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Makes the system calls with these numbers fail with an errno where they are about `fd`, in this thread from
+/// now on, and in those that it starts.
+pub(crate) fn refuse(calls: &[libc::c_long], fd: BorrowedFd<'_>, errno: i32) {
+    let fd = u32::try_from(fd.as_raw_fd()).expect("a descriptor");
+    let errno = u32::try_from(errno).expect("an errno");
+    let step = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
+        code: u16::try_from(code).expect("a code"),
+        jt,
+        jf,
+        k,
+    };
+    // `struct seccomp_data`: the call's number at 0, the low half of its first argument at 16.
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let low = if cfg!(target_endian = "little") {
+        16
+    } else {
+        20
+    };
+    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let answer = libc::BPF_RET | libc::BPF_K;
+    for call in calls {
+        let call = u32::try_from(*call).expect("a call");
+        let mut steps = [
+            step(load, 0, 0, 0),
+            step(equal, call, 0, 3),
+            step(load, low, 0, 0),
+            step(equal, fd, 0, 1),
+            step(answer, libc::SECCOMP_RET_ERRNO | errno, 0, 0),
+            step(answer, libc::SECCOMP_RET_ALLOW, 0, 0),
+        ];
+        let program = libc::sock_fprog {
+            len: u16::try_from(steps.len()).expect("six"),
+            filter: steps.as_mut_ptr(),
+        };
+        // SAFETY: no memory is passed.
+        let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
+        assert_eq!(result, 0);
+        // SAFETY: the program and its steps are readable for the length of the call, which copies them.
+        let result = unsafe {
+            libc::prctl(
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                &raw const program,
+            )
+        };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    }
+}
