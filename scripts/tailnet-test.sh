@@ -472,8 +472,23 @@ row_ourserver() {
   lab_host d 203.0.113.14
   tailnet_ringtail d d
   check "the others are back at it, and hear of a new node" within 30 all_know d
+  check "an administrator lets a tailscaled's key expire" ours nodes expire a
+  check "it asks for a login at once" within 5 asks_for_login a
+  check "and the others have it as expired" within 3 shows c a 'key expired at 20'
+  check "with an auth key it is back as it was" back_as_it_was a
+  check "an administrator deletes it" ours nodes delete a
+  check "it asks for a login at once, again" within 5 asks_for_login a
+  check "ringtail has it no more" within 3 not knows c a
+  check "nor has tailscaled" within 3 not knows b a
   check "the log-out of a tailscaled is told" logged_out b
   check "no log of ours holds the key" not grep -qF -f "$LAB_DIR/auth-key" "$LAB_DIR"/{coord,relay,node-c,node-d}.log
+}
+ours() { "$RINGTAIL" coord "$@" --state-dir "$LAB_DIR/coord"; }
+asks_for_login() { ts "$1" status --json 2>/dev/null | jq -e '.BackendState == "NeedsLogin"' >/dev/null; }
+knows() { tailnet_status "$1" | jq -e --arg other "$2" '.peers | has($other)' >/dev/null; }
+back_as_it_was() {
+  ts "$1" up --login-server="$COORD_URL" --auth-key="file:$LAB_DIR/auth-key" --hostname="$1" --timeout=20s --accept-dns=false &&
+    within 10 tailnet_pings c "$1" 1
 }
 our_server() { start_relay relay relay 203.0.113.1 900 own && make_derp_map relay && start_coord; }
 relayed_to() {

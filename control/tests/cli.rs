@@ -140,8 +140,12 @@ fn routes_with_host_bits_are_refused_with_the_right_ones() {
             "write fd00::/64",
         ),
         (
-            vec!["coord", "--approve-route", "10.40.0.1/24"],
+            vec!["coord", "routes", "approve", "r", "10.40.0.1/24"],
             "write 10.40.0.0/24",
+        ),
+        (
+            vec!["coord", "--approve-route", "10.40.0.0/24"],
+            "coord routes approve NODE 10.40.0.0/24",
         ),
     ] {
         let out = ringtail(&args, "");
@@ -337,4 +341,110 @@ fn many_processes_may_make_the_coordination_state_at_the_same_time() {
         let keys = text(&list.stdout).matches("single-use").count();
         assert_eq!(keys, 4, "{}", text(&list.stdout));
     }
+}
+
+/// What the administrator's verbs print, and whether they did it.
+fn coord(state: &str, args: &[&str]) -> (bool, String) {
+    let out = ringtail(&[&["coord"], args, &["--state-dir", state]].concat(), "");
+    let said = format!("{}{}", text(&out.stdout), text(&out.stderr));
+    (out.status.success(), said)
+}
+
+#[test]
+fn an_administrator_deletes_and_expires_nodes_and_approves_their_routes_with_and_without_a_server()
+{
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let text_of = |name: &str| path(name).to_str().unwrap().to_owned();
+    let (state, log, key) = (text_of("state"), path("log"), text_of("key"));
+    let serve = ["coord", "--addr", "127.0.0.1:0", "--state-dir", &state];
+    let serve = || Running::start(&[&serve[..], &["--auth-key-file", &key]].concat(), &log);
+    let server = serve();
+    let said = read_when(&log, "ringtail up");
+    let url = said
+        .split_whitespace()
+        .find(|word| word.starts_with("http://"));
+    let url = url.unwrap();
+    let watch = |name: &str| {
+        let args = ["coord", "watch", url, "--auth-key-file", &key, "--hostname"];
+        let keys = text_of(&format!("keys-{name}"));
+        let args = [&args[..], &[name, "--state-dir", &keys]].concat();
+        Running::start(&args, &path(name))
+    };
+    let mut web = watch("web");
+    read_when(&path("web"), "\"netmap\"");
+    // Its name is the id of the first.
+    let _one = watch("1");
+    read_when(&path("1"), "\"netmap\"");
+    let _third = watch("third");
+    read_when(&path("third"), "\"netmap\"");
+
+    let (ok, said) = coord(&state, &["nodes", "delete", "nobody"]);
+    assert!(
+        !ok && said.contains("\"nobody\"") && said.contains("coord nodes"),
+        "{said}"
+    );
+    let (ok, said) = coord(&state, &["nodes", "expire", "1"]);
+    assert!(
+        !ok && said.contains("(web)") && said.contains("node 2 (1)"),
+        "{said}"
+    );
+    let (ok, said) = coord(&state, &["nodes", "delete", "100.64.0.99"]);
+    assert!(!ok, "{said}");
+
+    let (ok, said) = coord(&state, &["routes", "approve", "web", "10.20.0.0/16,::/0"]);
+    assert!(
+        ok && said.contains("10.20.0.0/16, ::/0") && said.contains("not announced"),
+        "{said}"
+    );
+    let (ok, said) = coord(&state, &["routes", "revoke", "WEB", "::/0"]);
+    assert!(ok, "{said}");
+    let (ok, said) = coord(&state, &["routes", "revoke", "web", "10.0.0.0/8"]);
+    assert!(
+        !ok && said.contains("10.0.0.0/8 is not approved for web"),
+        "{said}"
+    );
+    let (_, said) = coord(&state, &["routes"]);
+    assert_eq!(said, "1  web  10.20.0.0/16  approved, not announced\n");
+
+    // By key, while the server runs: peers hear of it, and so does the node.
+    let (_, said) = coord(&state, &["nodes"]);
+    let of_web = said.lines().find(|line| line.contains(" web ")).unwrap();
+    let node_key = of_web.split_whitespace().nth(4).unwrap().to_owned();
+    let (ok, said) = coord(&state, &["nodes", "expire", &node_key]);
+    assert!(
+        ok && said.contains("as the same node") && said.contains("keys expire"),
+        "{said}"
+    );
+    read_when(&path("web"), "\"expired\":true");
+    read_when(&path("third"), "\"expired\":true");
+    let (_, said) = coord(&state, &["nodes", "list"]);
+    assert_eq!(said.matches("key expired 20").count(), 1, "{said}");
+    let (ok, said) = coord(&state, &["nodes", "delete", "web"]);
+    assert!(ok && said.contains("node 1 (web) is deleted"), "{said}");
+    assert!(
+        said.contains("as a new node") && said.contains("keys expire"),
+        "{said}"
+    );
+    let ended = web.0.wait().unwrap();
+    assert_eq!(ended.code(), Some(77));
+    let (_, said) = coord(&state, &["routes"]);
+    assert_eq!(said, "");
+
+    // No server: the state is changed, and the next one goes by it.
+    drop(server);
+    let (ok, said) = coord(&state, &["routes", "approve", "third", "10.30.0.0/16"]);
+    assert!(ok, "{said}");
+    let (ok, said) = coord(&state, &["nodes", "delete", "2"]);
+    assert!(ok, "{said}");
+    let server = serve();
+    read_when(&log, "ringtail up");
+    let (_, said) = coord(&state, &["nodes", "list"]);
+    assert!(
+        said.starts_with("3  third ") && said.lines().count() == 1,
+        "{said}"
+    );
+    let (_, said) = coord(&state, &["routes"]);
+    assert_eq!(said, "3  third  10.30.0.0/16  approved, not announced\n");
+    drop(server);
 }

@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ringtail::coord::admin::Order;
 use ringtail::coord::auth_key::{self, AuthKey};
 use ringtail::coord::server::ServerConfig;
 use ringtail::coord::{CoordConfig, CoordEvent, SelfState};
@@ -109,7 +110,6 @@ fn serve_on(listener: TcpListener, dir: &Path, control: [u8; 32]) -> (CoordServe
             domain: "tail.test".to_owned(),
             addresses: ringtail::coord::address::AddressPlan::default(),
             derp_map: derp_map(),
-            approved_routes: vec!["10.20.0.0/16".parse().unwrap()],
             ephemeral_timeout: Duration::from_secs(1),
         },
     });
@@ -209,7 +209,7 @@ fn all(netmap: &Netmap) -> Vec<i64> {
 async fn nodes_join_see_each_other_and_hear_of_changes_soon() {
     let dir = tempfile::tempdir().unwrap();
     put_key(dir.path(), "the key", true);
-    let (_server, address) = serve(dir.path(), CONTROL);
+    let (server, address) = serve(dir.path(), CONTROL);
     LocalSet::new()
         .run_until(async {
             let mut first = Node::join(address, 1, "the key");
@@ -264,6 +264,11 @@ async fn nodes_join_see_each_other_and_hear_of_changes_soon() {
             second
                 .state
                 .send_modify(|state| state.routes = vec!["10.20.0.0/16".parse().unwrap()]);
+            let approve = Order::Approve {
+                node: "node2".to_owned(),
+                routes: vec!["10.20.0.0/16".parse().unwrap()],
+            };
+            server.orders().give(approve).await.unwrap();
             let routed = first
                 .netmap(|netmap| netmap.peers[0].allowed_ips.len() == 3)
                 .await;
@@ -424,6 +429,83 @@ async fn who_was_in_and_is_known_no_more_ends_instead_of_joining_again_by_its_ke
             assert!(nodes.load().unwrap().nodes.is_empty());
             // A person starts it anew.
             Node::start(node.config.clone()).netmap(|_| true).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_deleted_node_ends_at_once_and_an_expired_one_has_nobody_until_it_comes_with_a_key() {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "the key", true);
+    let (server, address) = serve(dir.path(), CONTROL);
+    let orders = server.orders();
+    LocalSet::new()
+        .run_until(async {
+            let mut first = Node::join(address, 1, "the key");
+            first.netmap(|_| true).await;
+            let mut second = Node::join(address, 2, "the key");
+            second.netmap(|netmap| all(netmap) == [1]).await;
+            first.netmap(|netmap| all(netmap) == [2]).await;
+
+            let node = "node2".to_owned();
+            let begun = Instant::now();
+            orders.give(Order::Expire { node }).await.unwrap();
+            let own = second.netmap(|netmap| netmap.self_node.expired).await;
+            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+            assert_eq!(all(&own), [0; 0]);
+            let held = first.netmap(|netmap| netmap.peers.is_empty()).await;
+            assert!(held.held_back[0].expired);
+            // It goes on reporting; nobody hears of it, and it does not come again and again.
+            second.report("192.0.2.66:66", 901);
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            let counted = |name: &str| {
+                let all = server.counters().list();
+                all.iter().find(|(of, _)| *of == name).unwrap().1
+            };
+            assert!(
+                (1..50).contains(&counted("expired_node")),
+                "{}",
+                counted("expired_node")
+            );
+            assert!(counted("map_requests") < 20, "{}", counted("map_requests"));
+            let stored = Database::open(&dir.path().join("coord.db")).unwrap();
+            assert!(stored.load().unwrap().nodes[1].endpoints.is_empty());
+            // A person starts it anew.
+            let config = second.config.clone();
+            drop(second);
+            let mut second = Node::start(config);
+            let back = second.netmap(|netmap| all(netmap) == [1]).await;
+            assert_eq!(
+                (
+                    back.self_node.id,
+                    back.self_node.expired,
+                    &back.self_node.addresses
+                ),
+                (2, false, &own.self_node.addresses)
+            );
+            first.netmap(|netmap| netmap.peers.len() == 1).await;
+
+            let node = back.self_node.addresses[0].addr().to_string();
+            let begun = Instant::now();
+            orders.give(Order::Delete { node }).await.unwrap();
+            let gone = first.netmap(|netmap| all(netmap).is_empty());
+            gone.await;
+            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+            let text = second
+                .event(|event| match event {
+                    CoordEvent::Fatal(text) => Some(text),
+                    CoordEvent::Registered { .. } => panic!("it joined again by itself"),
+                    _ => None,
+                })
+                .await;
+            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+            assert!(text.contains("removed"), "{text}");
+            assert_eq!(stored.load().unwrap().nodes.len(), 1);
+            // Its key is good for anybody, so it can come again, as somebody else.
+            let mut again = Node::start(second.config.clone());
+            let again = again.netmap(|_| true).await;
+            assert_eq!(again.self_node.id, 3);
+            assert_ne!(again.self_node.addresses, own.self_node.addresses);
         })
         .await;
 }

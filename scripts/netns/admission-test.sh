@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Whose packets are let in: three hosts on one LAN, with our coordination server; b offers itself as a router for
-# all sorts of prefixes, all of them approved, and sends from where it should not.
+# all sorts of prefixes, all of them approved, and sends from where it should not. In the end an administrator lets
+# its key expire, and removes it.
 #
 #        coord 10.0.0.1
 #          |
@@ -26,7 +27,7 @@ lab_init
 [ "${1:-}" != --keep ] || : >"$LAB_DIR/keep"
 lab_limit 300 'echo "admission-test: still running after 300 s"'
 
-# Everything b offers to route, and the coordination server approves.
+# Everything b offers to route, and an administrator approves.
 OFFERS=(0.0.0.0/0 ::/0 0.0.0.0/1 128.0.0.0/1 100.0.0.0/8 10.50.0.0/16)
 
 lab_ns coord a b
@@ -40,10 +41,8 @@ for n in a:2 b:3; do
 done
 
 start_coord() {
-  local approve=() prefix
-  for prefix in "${OFFERS[@]}"; do approve+=(--approve-route "$prefix"); done
   lab_spawn coord coord "$RINGTAIL" coord --addr 10.0.0.1:8080 --state-dir "$LAB_DIR/coord" \
-    --auth-key-file "$LAB_DIR/key" "${approve[@]}"
+    --auth-key-file "$LAB_DIR/key"
   lab_wait_file "$LAB_DIR/key" 20
 }
 start_node() { # NAME OPTION...
@@ -52,6 +51,7 @@ start_node() { # NAME OPTION...
   lab_spawn "$name" "node-$name" "$RINGTAIL" up --coord http://10.0.0.1:8080 --auth-key-file "$LAB_DIR/key" \
     --state-dir "$LAB_DIR/node-$name" --hostname "$name" "$@"
 }
+admin() { "$RINGTAIL" coord "$@" --state-dir "$LAB_DIR/coord"; }
 status() { "$RINGTAIL" status --state-dir "$LAB_DIR/node-$1" "${@:2}"; }
 says() { grep -qE "$2" "$LAB_DIR/$1.log"; } # LABEL PATTERN
 # What a node has counted under a name, in all of its status.
@@ -71,6 +71,11 @@ start_node b --advertise-routes "$(IFS=,; echo "${OFFERS[*]}")"
 check "and up" within 20 says node-a 'node is up'
 check "a and b meet" within 20 lab_in a ping -qc 1 -W 1 100.64.0.2
 check "and the other way" within 20 lab_in b ping -qc 1 -W 1 100.64.0.1
+not_approved() { [ "$(admin routes | grep -c '^2  b  .*  not approved')" = ${#OFFERS[@]} ]; }
+check "what b offers is not approved by itself" within 5 not_approved
+check "an administrator approves it" admin routes approve b "$(IFS=,; echo "${OFFERS[*]}")"
+has_route() { ip -n "${LAB}a" route show table all | grep '^10.50.0.0/16 dev ringtail0'; }
+check "and a has the route" within 5 has_route
 
 # from ADDRESS OPTION...: pings of b that come from it.
 from() {
@@ -143,17 +148,47 @@ kill -HUP "$(lab_pid static)"
 check "a wrong one is refused" within 5 says static 'the network stays as it was'
 check "and changes nothing" static_peers
 
+# An administrator lets b's key expire: a has it no more, it has nobody, and with its auth key it is back as it was.
+check "b's key is made to expire" admin nodes expire b
+expired_at_a() { status a | grep -E '^b .*key expired at 20'; }
+check "a shows so" within 3 expired_at_a
+check "and has its route no more" within 3 not has_route
+check "b gets no answer" not lab_in b ping -qc 2 -i 0.2 -W 0.5 100.64.0.1
+expired_at_b() { # with nobody else
+  local code=0
+  status b >"$LAB_DIR/said" || code=$?
+  [ "$code" = 77 ] && grep -q 'problem: this node.s key expired at 20' "$LAB_DIR/said" && not grep -q '^a ' "$LAB_DIR/said"
+}
+check "its status says so, with an exit code, and has nobody" within 3 expired_at_b
+lab_stop node-b
+start_b() { start_node b --advertise-routes "$(IFS=,; echo "${OFFERS[*]}")"; }
+start_b
+check "a start with an auth key brings it back as it was" within 20 lab_in a ping -qc 1 -W 1 100.64.0.2
+check "with its route" within 5 has_route
+
+# It is deleted: it ends at once, and what comes again by its auth key is another node.
+ended() { ! lab_alive node-b; }
+check "b is deleted" admin nodes delete b
+check "it ends at once" within 3 ended
+wait "$(lab_pid node-b)" && code=0 || code=$?
+check "with the exit code of who is not let in" test "$code" = 77
+unknown_at_a() { not grep -q '^b ' <(status a); }
+check "a knows it no more" within 3 unknown_at_a
+check "nor its route" not has_route
+start_b
+check "its auth key lets it in again, at another address" within 20 lab_in a ping -qc 1 -W 1 100.64.0.3
+check "without what was approved for b" not has_route
+
 # Somebody removes all nodes: their key would let them in again, but that is for a person to decide.
 lab_stop coord
 rm -f "$LAB_DIR"/coord/coord.db*
 check "the coordination server forgets everybody" start_coord
-ended() { ! lab_alive node-b; }
 check "a node that was removed ends" within 60 ended
 wait "$(lab_pid node-b)" && code=0 || code=$?
 check "with an exit code of its own" test "$code" = 77
 last_words() { tail -n 1 "$LAB_DIR/node-b.log" | grep -q 'removed from the network.*start ringtail again with an auth key'; }
 check "and last words that say what to do" last_words
-check "and nobody has joined by itself" test -z "$("$RINGTAIL" coord nodes --state-dir "$LAB_DIR/coord")"
+check "and nobody has joined by itself" test -z "$(admin nodes)"
 
 echo
 echo "admission-test: $(counted ok) passed, $(counted FAIL) failed"

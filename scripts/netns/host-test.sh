@@ -61,7 +61,7 @@ relay() { lab_spawn s relay "$RINGTAIL" derp --hostname 10.4.0.2 --addr 10.4.0.2
   --state-dir "$LAB_DIR/relay" --region-id 900 --region-code nyc; }
 coord() {
   lab_spawn s coord "$RINGTAIL" coord --addr 10.4.0.2:8080 --state-dir "$LAB_DIR/coord" \
-    --derp-map "$LAB_DIR/derp-map.json" ${APPROVED[@]/#/--approve-route=}
+    --derp-map "$LAB_DIR/derp-map.json"
 }
 node() { # NAME [OPTION...]
   local name=$1
@@ -133,6 +133,8 @@ host_state c >"$LAB_DIR/before-c"
 node c --advertise-routes "$OFFERED"
 node b
 check "the two that offer and wait know each other" within 30 status b
+approve() { "$RINGTAIL" coord routes approve c "$OFFERED" --state-dir "$LAB_DIR/coord"; }
+check "what c offers is approved" within 10 approve
 lab_spawn a lan-ping ping -q -i 0.1 10.1.0.9
 node a
 check "a learns of both" within 30 eval '[ -n "$(inner a b)" ] && [ -n "$(inner a c)" ]'

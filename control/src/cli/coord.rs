@@ -1,4 +1,4 @@
-//! `ringtail coord`: the coordination server, and its auth keys.
+//! `ringtail coord`: the coordination server, and its auth keys; `coord_nodes` has the rest.
 
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
 use clap::{Args, Subcommand};
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::{Ipv4Net, Ipv6Net};
 use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use time::OffsetDateTime;
@@ -16,11 +16,14 @@ use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
+use super::coord_nodes::{self, NodesArgs, RoutesArgs};
 use crate::coord::address::{AddressPlan, V4_RANGE, V6_RANGE};
 use crate::coord::auth_key::{self, AuthKey, KeySeed};
-use crate::coord::server::ServerConfig;
+use crate::coord::routes::announced;
+use crate::coord::server::{NodeRecord, ServerConfig};
 use crate::coord::{CoordConfig, CoordEvent, NotAdmitted, SelfState};
 use crate::driver::control_url::{ControlUrl, is_private};
+use crate::driver::coord_admin;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::coord_server::{CoordServer, CoordServerConfig};
 use crate::driver::coord_store::Database;
@@ -31,7 +34,6 @@ use crate::driver::state::StateDir;
 use crate::driver::underlay::Underlay;
 use crate::driver::{runtime, tls};
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
-use crate::netmap::prefix::parse_route;
 use crate::netmap::wire::EndpointKind;
 use crate::netmap::{DerpMap, Netmap};
 
@@ -54,6 +56,8 @@ const DERP_MAP_LEN_MAX: u64 = 4 << 20;
 ///   ringtail coord --addr 10.0.0.1:8080 --derp-map map.json
 ///   ringtail coord keys create > auth-key
 ///   ringtail up --coord http://10.0.0.1:8080 --auth-key-file auth-key
+///   ringtail coord nodes                                  who is in; `delete` and `expire` NODE
+///   ringtail coord routes approve edge1 10.20.0.0/16      lets edge1 route it, and nobody else
 #[derive(Debug, Args)]
 #[command(verbatim_doc_comment, args_conflicts_with_subcommands = true)]
 pub(super) struct CoordArgs {
@@ -68,8 +72,8 @@ enum Command {
     /// Make, list and revoke the keys new machines join with.
     #[command(subcommand)]
     Keys(KeysCommand),
-    /// List the nodes of the network, and who of them is connected or was when.
-    Nodes(StateArg),
+    Nodes(NodesArgs),
+    Routes(RoutesArgs),
     Watch(Box<WatchArgs>),
 }
 
@@ -82,7 +86,7 @@ enum KeysCommand {
 }
 
 #[derive(Debug, Args)]
-struct StateArg {
+pub(super) struct StateArg {
     /// State directory of the server.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     state_dir: PathBuf,
@@ -115,9 +119,9 @@ struct ServeArgs {
     /// Where IPv6 addresses come from; inside fd7a:115c:a1e0::/48.
     #[arg(long, value_name = "PREFIX", default_value_t = V6_RANGE)]
     prefix6: Ipv6Net,
-    /// A route nodes may offer, such as 10.20.0.0/16; may be repeated.
-    #[arg(long = "approve-route", value_name = "PREFIX", value_parser = parse_route)]
-    approved_routes: Vec<IpNet>,
+    /// Routes are approved per node; this only says so.
+    #[arg(long = "approve-route", hide = true, value_parser = approve_route)]
+    _approve_route: Vec<()>,
     /// Forget a node that joined with an ephemeral key when it stays away for this long.
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_time)]
     ephemeral_timeout: Time,
@@ -191,6 +195,14 @@ struct WatchArgs {
     seconds: Option<u64>,
 }
 
+/// What was an approval for any node that announced the prefix.
+fn approve_route(route: &str) -> Result<(), String> {
+    Err(format!(
+        "a route is approved for one node, once that has joined: ringtail coord routes approve \
+         NODE {route}"
+    ))
+}
+
 /// A length of time, or for ever.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Time(Option<Duration>);
@@ -223,12 +235,13 @@ pub(super) fn run(args: CoordArgs) -> anyhow::Result<()> {
         Some(Command::Keys(KeysCommand::Create(create))) => keys_create(&create),
         Some(Command::Keys(KeysCommand::List(state))) => keys_list(&state),
         Some(Command::Keys(KeysCommand::Expire(expire))) => keys_expire(&expire),
-        Some(Command::Nodes(state)) => nodes(&state),
+        Some(Command::Nodes(args)) => coord_nodes::nodes(&args),
+        Some(Command::Routes(args)) => coord_nodes::routes(&args),
         Some(Command::Watch(watch)) => watch_network(*watch),
     }
 }
 
-fn open(state: &StateArg) -> anyhow::Result<(StateDir, Database)> {
+pub(super) fn open(state: &StateArg) -> anyhow::Result<(StateDir, Database)> {
     let dir = StateDir::open(&state.state_dir)?;
     let database = Database::open(&dir.file("coord.db"))?;
     Ok((dir, database))
@@ -299,41 +312,6 @@ fn keys_expire(args: &ExpireArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn nodes(state: &StateArg) -> anyhow::Result<()> {
-    let (dir, database) = open(state)?;
-    // What a server that was killed has left says nothing of now.
-    let online = if dir.is_in_use()? {
-        database.online()?
-    } else {
-        Vec::new()
-    };
-    let mut out = std::io::stdout().lock();
-    for node in database.load()?.nodes {
-        let seen = node.last_seen.map(|at| at.format(&Rfc3339)).transpose()?;
-        let seen = match seen {
-            _ if online.contains(&node.id) => "online".to_owned(),
-            Some(at) => format!("last seen {at}"),
-            None => "last seen never".to_owned(),
-        };
-        writeln!(
-            out,
-            "{}  {}  {}  {}  {}  {}{}",
-            node.id,
-            node.name,
-            node.v4,
-            node.v6,
-            node.node_key,
-            seen,
-            if node.expires.is_some() {
-                "  logged out"
-            } else {
-                ""
-            },
-        )?;
-    }
-    Ok(())
-}
-
 fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let tls_on = args.tls_self_signed || args.tls_cert.is_some();
     for addr in &args.addrs {
@@ -352,7 +330,9 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     if let Some(file) = &args.auth_key_file {
         accept_key_file(&database, file)?;
     }
-    let first_start = !database.load()?.has_keys;
+    let loaded = database.load()?;
+    let first_start = !loaded.has_keys;
+    tell_unapproved(&loaded.nodes);
     let derp_map = match &args.derp_map {
         Some(file) => read_derp_map(file)?,
         None => DerpMap::default(),
@@ -382,7 +362,6 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         domain: args.base_domain.trim_matches('.').to_owned(),
         addresses,
         derp_map,
-        approved_routes: args.approved_routes.clone(),
         ephemeral_timeout: args.ephemeral_timeout.0.unwrap_or(FOR_EVER),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -399,6 +378,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             database,
             server,
         })?;
+        let _socket = coord_admin::listen(&dir, server.orders())?;
         let signals = signals.listen()?;
         loop {
             let told = tokio::select! {
@@ -430,6 +410,22 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         server.stop().await;
         Ok(())
     })
+}
+
+/// Says that nodes announce what nobody approved for them.
+fn tell_unapproved(nodes: &[NodeRecord]) {
+    let waits = |node: &&NodeRecord| {
+        let announced = announced(&node.hostinfo);
+        announced.iter().any(|route| !node.approved.contains(route))
+    };
+    let nodes = nodes.iter().filter(waits).count();
+    if nodes > 0 {
+        tracing::warn!(
+            nodes,
+            "some nodes announce routes that are not approved for them: `ringtail coord routes` \
+             lists and approves them"
+        );
+    }
 }
 
 /// Says where the server is and how to join it. A first auth key is made and shown only when a

@@ -1,6 +1,7 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 
 mod coord;
+mod coord_nodes;
 mod derp;
 mod device;
 mod keys;

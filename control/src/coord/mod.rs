@@ -4,11 +4,13 @@
 //! or a clock; `driver::coord_client` and `driver::coord_server` move the bytes.
 
 pub mod address;
+pub mod admin;
 pub mod auth_key;
 mod backoff;
 pub mod client;
 pub mod frames;
 pub mod limit;
+pub mod routes;
 pub mod server;
 
 pub use backoff::Backoff;

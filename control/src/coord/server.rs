@@ -8,6 +8,10 @@
 //! never makes a queue grow: it gets one larger difference later. What has to survive a restart
 //! beyond the committed part is written behind ([`Server::take_writes`]).
 //!
+//! A node that was removed is sent one last message and its streams end. One whose key has expired
+//! is told of itself and of nobody else, and what it reports is not taken; it counts as a peer that
+//! has expired until it registers anew. What an administrator orders is planned in [`super::admin`].
+//!
 //! Rules: `protocol/coordination-server.md` §4 to §6. Everybody may reach everybody in this
 //! version, so every node sees every other.
 
@@ -24,6 +28,7 @@ use super::STAYED_AWAY;
 use super::address::{self, AddressPlan};
 use super::auth_key::KeyCheck;
 use super::frames::Codec;
+use super::routes::{self, announced, left_out};
 use crate::key::{DiscoPublic, MachinePublic, NodePublic};
 use crate::netmap::wire::{
     CapMap, Debug, FilterRule, MapRequest, MapResponse, Node, PeerChange, RegisterLogin,
@@ -50,9 +55,6 @@ const KEEP_ALIVE: [Duration; 2] = [Duration::from_secs(50), Duration::from_secs(
 /// Endpoints kept per node.
 pub const ENDPOINTS_MAX: usize = 64;
 
-/// Routes a node may announce.
-pub const ROUTES_MAX: usize = 256;
-
 /// `Hostinfo` at most, as JSON bytes: every peer gets a copy.
 pub const HOSTINFO_LEN_MAX: usize = 16 * 1024;
 
@@ -78,8 +80,6 @@ pub struct ServerConfig {
     pub addresses: AddressPlan,
     /// The relays.
     pub derp_map: DerpMap,
-    /// Routes that count as approved as soon as they are announced.
-    pub approved_routes: Vec<IpNet>,
     /// An ephemeral node is forgotten when it stays away for this long.
     pub ephemeral_timeout: Duration,
 }
@@ -111,8 +111,11 @@ pub struct NodeRecord {
     pub auth_key: Option<i64>,
     /// Forgotten when it stays away.
     pub ephemeral: bool,
-    /// The key is no good from then on.
+    /// When the key became no good, if it did. Always a moment that has come: a clock that is set
+    /// back brings nobody back.
     pub expires: Option<OffsetDateTime>,
+    /// Routes that count when it announces them; sorted, without host bits.
+    pub approved: Vec<IpNet>,
     /// End of its last stream.
     pub last_seen: Option<OffsetDateTime>,
     /// First registration.
@@ -164,6 +167,9 @@ pub enum MapRefusal {
     /// HTTP 400.
     #[error("Hostinfo is over {HOSTINFO_LEN_MAX} bytes")]
     Hostinfo,
+    /// HTTP 400: nothing of such a node is taken, and it is told nothing but by a stream.
+    #[error("the key of this node has expired")]
+    Expired,
 }
 
 /// A change for the store, written behind.
@@ -197,8 +203,10 @@ pub struct Server {
     stayed_away: VecDeque<(MachinePublic, NodePublic)>,
     /// Whether the store is to be told who is connected.
     presence_unsaved: bool,
-    /// Sessions to be ended by the driver.
-    ended: Vec<SessionId>,
+    /// Sessions to be ended by the driver, and the last message of each.
+    ended: Vec<(SessionId, Option<Box<MapResponse>>)>,
+    /// Announced routes that were not looked at since [`Server::take_left_out`].
+    left_out: usize,
 }
 
 #[derive(Debug)]
@@ -208,6 +216,7 @@ struct Entry {
     /// As peers see it; replaced when anything visible changed.
     wire: Arc<Node>,
     presence: Presence,
+    /// Routes that count.
     routes: Vec<IpNet>,
 }
 
@@ -310,6 +319,7 @@ impl Server {
             // Whoever was connected to the server before is not to this one.
             presence_unsaved: true,
             ended: Vec::new(),
+            left_out: 0,
         };
         for record in records {
             server.next_id = server.next_id.max(record.id + 1);
@@ -350,9 +360,9 @@ impl Server {
     }
 
     /// Whether a relay should serve this node.
-    pub fn is_member(&self, wall: OffsetDateTime, key: NodePublic) -> bool {
+    pub fn is_member(&self, key: NodePublic) -> bool {
         let entry = self.by_key.get(&key).and_then(|id| self.nodes.get(id));
-        entry.is_some_and(|entry| !expired(&entry.record, wall))
+        entry.is_some_and(|entry| !expired(&entry.record))
     }
 
     /// Whether this registration succeeds without looking at its auth key: a node that is known
@@ -364,7 +374,7 @@ impl Server {
         request: &RegisterRequest,
     ) -> bool {
         let found = self.find(machine, request.node_key);
-        is_logout(wall, request) || found.is_some_and(|entry| !expired(&entry.record, wall))
+        is_logout(wall, request) || found.is_some_and(|entry| !expired(&entry.record))
     }
 
     /// Decides on a registration of the machine; `key` is what its auth key is worth.
@@ -399,7 +409,7 @@ impl Server {
         if found.is_none() && self.by_key.contains_key(&request.node_key) {
             return refuse("node key already in use by another machine");
         }
-        if found.is_some_and(|entry| !expired(&entry.record, wall)) {
+        if found.is_some_and(|entry| !expired(&entry.record)) {
             return Registration::Answer(self.welcome());
         }
         let KeyCheck::Valid { id: key, ephemeral } = *key else {
@@ -455,6 +465,7 @@ impl Server {
             auth_key: Some(key),
             ephemeral,
             expires: None,
+            approved: Vec::new(),
             last_seen: None,
             created: wall,
         };
@@ -524,7 +535,8 @@ impl Server {
         self.by_machine.insert(record.machine, record.id);
         self.stayed_away
             .retain(|(machine, _)| *machine != record.machine);
-        let routes = announced(&record.hostinfo, &self.config.approved_routes);
+        self.left_out += left_out(&record.hostinfo);
+        let routes = effective(&record);
         let entry = Entry {
             record,
             rivals: Rivals::default(),
@@ -543,13 +555,48 @@ impl Server {
         };
         self.by_key.remove(&entry.record.node_key);
         self.by_key.insert(record.node_key, id);
-        entry.routes = announced(&record.hostinfo, &self.config.approved_routes);
+        if entry.record.hostinfo != record.hostinfo {
+            self.left_out += left_out(&record.hostinfo);
+        }
+        entry.routes = effective(&record);
+        let sight_changes = expired(&entry.record) != expired(&record);
         entry.record = record;
         self.unsaved.insert(id);
         self.rebuild(now, id);
+        if sight_changes {
+            self.look_around(now, id);
+        }
     }
 
-    /// Forgets a node: its streams end, and peers are told that it is gone.
+    /// What a node may see has changed: its streams compare everything anew.
+    fn look_around(&mut self, now: Instant, id: i64) {
+        let sessions = self.sessions.values_mut();
+        for session in sessions.filter(|session| session.node == id) {
+            session.dirty.extend(self.nodes.keys());
+        }
+        self.tick.get_or_insert(now + TICK);
+    }
+
+    /// Puts into force what an administrator ordered; it is in the store.
+    pub fn put(&mut self, now: Instant, order: Write) {
+        match order {
+            Write::Save(record) => self.replace(now, *record),
+            Write::Delete(id) => self.delete(now, id),
+            Write::Online(_) => {}
+        }
+    }
+
+    /// Every node as it is stored, by ascending id.
+    pub fn records(&self) -> impl Iterator<Item = &NodeRecord> {
+        self.nodes.values().map(|entry| &entry.record)
+    }
+
+    /// How many announced routes were not looked at since this was asked last.
+    pub fn take_left_out(&mut self) -> usize {
+        std::mem::take(&mut self.left_out)
+    }
+
+    /// Forgets a node: its streams end with a last message, and peers are told that it is gone.
     fn delete(&mut self, now: Instant, id: i64) {
         let Some(entry) = self.nodes.remove(&id) else {
             return;
@@ -562,7 +609,8 @@ impl Server {
             .sessions
             .iter()
             .filter(|(_, session)| session.node == id);
-        self.ended.extend(own.map(|(session, _)| *session));
+        let own = own.map(|(session, state)| (*session, Some(Box::new(farewell(&entry, state)))));
+        self.ended.extend(own);
         self.mark_dirty(now, id);
         self.refresh_routes(now);
     }
@@ -592,6 +640,16 @@ impl Server {
         };
         let mut record = entry.record.clone();
         let id = record.id;
+        if expired(&record) {
+            // By a stream it hears how it stands, and when that changes.
+            return if request.stream {
+                Ok(MapAnswer::Stream(
+                    self.open_session(now, wall, id, request, random),
+                ))
+            } else {
+                Err(MapRefusal::Expired)
+            };
+        }
         record.capver = request.version;
         if !request.disco_key.is_zero() {
             record.disco = Some(request.disco_key);
@@ -651,7 +709,7 @@ impl Server {
             .filter(|(_, session)| session.node == node);
         let of_node: Vec<SessionId> = of_node.map(|(id, _)| *id).collect();
         if of_node.len() > SESSIONS_PER_NODE_MAX {
-            self.ended.push(of_node[0]);
+            self.ended.push((of_node[0], None));
         }
         let replaces = self
             .sessions
@@ -761,8 +819,8 @@ impl Server {
             .map_or(Codec::Plain, |session| session.codec)
     }
 
-    /// Streams the driver has to end now.
-    pub fn take_ended(&mut self) -> Vec<SessionId> {
+    /// Streams the driver has to end now, some with a last message.
+    pub fn take_ended(&mut self) -> Vec<(SessionId, Option<Box<MapResponse>>)> {
         std::mem::take(&mut self.ended)
     }
 
@@ -815,7 +873,7 @@ impl Server {
             // The new stream stands: older ones of the same node end.
             let older = self.sessions.iter();
             let older = older.filter(|(other, session)| session.node == node && **other < id);
-            self.ended.extend(older.map(|(other, _)| *other));
+            self.ended.extend(older.map(|(other, _)| (*other, None)));
         }
         message
     }
@@ -832,8 +890,7 @@ impl Server {
         }
         let told_rivals = rivals.is_some_and(|rivals| rivals.seen);
         let sent: BTreeMap<i64, Arc<Node>> = self
-            .nodes
-            .iter()
+            .seen_by(node)
             .map(|(id, entry)| (*id, Arc::clone(&entry.wire)))
             .collect();
         if let Some(session) = self.sessions.get_mut(&id) {
@@ -851,8 +908,21 @@ impl Server {
         message
     }
 
+    /// Whether a node sees its peers, and not itself alone.
+    fn sees_peers(&self, id: i64) -> bool {
+        let entry = self.nodes.get(&id);
+        entry.is_some_and(|entry| !expired(&entry.record))
+    }
+
+    /// What a node is told of: itself, and its peers.
+    fn seen_by(&self, id: i64) -> impl Iterator<Item = (&i64, &Entry)> {
+        let all = self.sees_peers(id);
+        let nodes = self.nodes.iter();
+        nodes.filter(move |(other, _)| all || **other == id)
+    }
+
     fn full(&self, wall: OffsetDateTime, id: i64) -> MapResponse {
-        let peers = self.nodes.iter().filter(|(peer, _)| **peer != id);
+        let peers = self.seen_by(id).filter(|(peer, _)| **peer != id);
         let mut routes: BTreeMap<String, Vec<Value>> = (64..128)
             .map(|octet| (format!("{octet}.100.in-addr.arpa"), Vec::new()))
             .collect();
@@ -883,11 +953,13 @@ impl Server {
 
     /// What changed for a session since its last message; none when nothing did.
     fn difference(&mut self, wall: OffsetDateTime, id: SessionId) -> Option<MapResponse> {
+        let all = self.sees_peers(self.sessions.get(&id)?.node);
         let session = self.sessions.get_mut(&id)?;
         let (mut changed, mut patches, mut removed) = (Vec::new(), Vec::new(), Vec::new());
         let mut own = None;
         for id in std::mem::take(&mut session.dirty) {
-            let Some(entry) = self.nodes.get(&id) else {
+            let entry = self.nodes.get(&id);
+            let Some(entry) = entry.filter(|_| all || id == session.node) else {
                 if session.sent.remove(&id).is_some() && id != session.node {
                     removed.push(id);
                 }
@@ -977,7 +1049,13 @@ impl Server {
 
     /// Builds a node's visible form anew; when it differs, all streams will hear of it.
     fn rebuild(&mut self, now: Instant, id: i64) {
-        self.refresh_routes(now);
+        let routes = self
+            .nodes
+            .get(&id)
+            .is_some_and(|entry| !entry.routes.is_empty());
+        if routes || self.primaries.values().any(|router| *router == id) {
+            self.refresh_routes(now);
+        }
         self.rebuild_one(now, id);
     }
 
@@ -995,41 +1073,22 @@ impl Server {
         self.mark_dirty(now, id);
     }
 
-    /// Chooses the router of every announced prefix: who has been it stays while it is online,
-    /// else the online node with the lowest id. Exit routes need no choice.
+    /// Chooses the router of every prefix among the nodes that are online.
     fn refresh_routes(&mut self, now: Instant) {
-        if self.config.approved_routes.is_empty() {
-            return;
-        }
-        let mut routers: BTreeMap<IpNet, Vec<i64>> = BTreeMap::new();
-        for (id, entry) in &self.nodes {
-            let online = matches!(
-                entry.presence,
+        let online = |presence: Presence| {
+            matches!(
+                presence,
                 Presence::Online(_) | Presence::Leaving(_, None | Some(true))
-            );
-            for route in entry
-                .routes
-                .iter()
-                .filter(|net| online && net.prefix_len() != 0)
-            {
-                routers.entry(*route).or_default().push(*id);
-            }
-        }
-        let old = std::mem::take(&mut self.primaries);
-        self.primaries = routers
-            .into_iter()
-            .map(|(net, ids)| {
-                let kept = old.get(&net).filter(|id| ids.contains(id));
-                (net, *kept.unwrap_or(&ids[0]))
-            })
-            .collect();
-        let touched: BTreeSet<i64> = old
-            .values()
-            .chain(self.primaries.values())
-            .copied()
-            .collect();
+            )
+        };
+        let candidates = self.nodes.iter();
+        let candidates = candidates.filter(|(_, entry)| online(entry.presence));
+        let candidates = candidates.map(|(id, entry)| (*id, &entry.routes[..]));
+        let new = routes::primaries(&self.primaries, candidates);
+        let old = std::mem::replace(&mut self.primaries, new);
         if old != self.primaries {
-            for id in touched {
+            let touched = old.values().chain(self.primaries.values()).copied();
+            for id in touched.collect::<BTreeSet<i64>>() {
                 self.rebuild_one(now, id);
             }
         }
@@ -1043,7 +1102,7 @@ impl Server {
         ];
         let primary = |net: &&IpNet| self.primaries.get(net) == Some(&record.id);
         let primary_routes: Vec<IpNet> = entry.routes.iter().filter(primary).copied().collect();
-        let exits = entry.routes.iter().filter(|net| net.prefix_len() == 0);
+        let exits = entry.routes.iter().filter(|net| routes::is_exit(net));
         let mut allowed_ips = addresses.clone();
         allowed_ips.extend(exits);
         allowed_ips.extend(&primary_routes);
@@ -1058,8 +1117,7 @@ impl Server {
         if let Some(fields) = hostinfo.as_object_mut() {
             fields.remove("NetInfo");
         }
-        // The one use of an expiry is a log-out, which is always in the past.
-        let expired = record.expires.is_some();
+        let expired = expired(record);
         Node {
             id: record.id,
             stable_id: record.id.to_string(),
@@ -1113,8 +1171,18 @@ impl Server {
     }
 }
 
-fn expired(record: &NodeRecord, wall: OffsetDateTime) -> bool {
-    record.expires.is_some_and(|expires| expires <= wall)
+fn expired(record: &NodeRecord) -> bool {
+    record.expires.is_some()
+}
+
+/// Routes of a node that count: announced, approved for it, and its key is good.
+fn effective(record: &NodeRecord) -> Vec<IpNet> {
+    if record.approved.is_empty() || expired(record) {
+        return Vec::new();
+    }
+    let mut routes = announced(&record.hostinfo);
+    routes.retain(|route| record.approved.binary_search(route).is_ok());
+    routes
 }
 
 /// Whether a registration is a log-out: an expiry in the past asks for that, and wins over everything
@@ -1137,17 +1205,18 @@ fn own_node(wire: &Node) -> Arc<Node> {
     Arc::new(node)
 }
 
-/// Announced routes that are approved, masked.
-fn announced(hostinfo: &Value, approved: &[IpNet]) -> Vec<IpNet> {
-    let routes = hostinfo["RoutableIPs"].as_array();
-    let routes = routes.into_iter().flatten().take(ROUTES_MAX);
-    let routes = routes.filter_map(|route| route.as_str()?.parse::<IpNet>().ok());
-    let mut routes: Vec<IpNet> = routes
-        .filter(|route| approved.contains(route) && route.trunc() == *route)
-        .collect();
-    routes.sort_unstable();
-    routes.dedup();
-    routes
+/// The last message of a stream whose node was removed. A tailscaled goes on with its last map for
+/// as long as it finds itself unknown; an expiry in the past makes it ask to be logged in.
+fn farewell(entry: &Entry, session: &Session) -> MapResponse {
+    let mut node = Node::clone(&entry.wire);
+    node.key_expiry = Some(WireTime(OffsetDateTime::UNIX_EPOCH));
+    (node.expired, node.machine_authorized) = (true, false);
+    let peers = session.sent.keys().filter(|id| **id != session.node);
+    MapResponse {
+        node: Some(own_node(&node)),
+        peers_removed: Some(peers.copied().collect()),
+        ..MapResponse::default()
+    }
 }
 
 /// Whether an address can be an endpoint: no multicast, no link-local IPv6, not unspecified.

@@ -1,6 +1,7 @@
 //! Tests of [`super::Server`].
 
 use super::*;
+use crate::coord::admin::{Order, Refusal, plan};
 use crate::coord::frames::{FrameReader, encode};
 use crate::netmap::MapState;
 use crate::netmap::wire::RegisterAuth;
@@ -14,10 +15,6 @@ fn config() -> ServerConfig {
         domain: "tail.test".to_owned(),
         addresses: AddressPlan::default(),
         derp_map: serde_json::from_str(r#"{"Regions":{"900":{"RegionID":900}}}"#).unwrap(),
-        approved_routes: vec![
-            "10.20.0.0/16".parse().unwrap(),
-            "0.0.0.0/0".parse().unwrap(),
-        ],
         ephemeral_timeout: Duration::from_secs(300),
     }
 }
@@ -107,6 +104,54 @@ impl Lab {
         self.open(n)
     }
 
+    /// An administrator's order, carried out as a running server does.
+    fn order(&mut self, order: &Order) -> Result<(), Refusal> {
+        let (write, _) = plan(self.server.records(), order, WALL)?;
+        if let Some(write) = write {
+            self.server.put(self.now, write);
+        }
+        Ok(())
+    }
+
+    fn delete(&mut self, id: i64) {
+        let node = id.to_string();
+        self.order(&Order::Delete { node }).unwrap();
+    }
+
+    fn expire(&mut self, id: i64) {
+        let node = id.to_string();
+        self.order(&Order::Expire { node }).unwrap();
+    }
+
+    fn approve(&mut self, id: i64, routes: &[&str]) {
+        let (node, routes) = (id.to_string(), nets(routes));
+        self.order(&Order::Approve { node, routes }).unwrap();
+    }
+
+    fn revoke(&mut self, id: i64, routes: &[&str]) {
+        let (node, routes) = (id.to_string(), nets(routes));
+        self.order(&Order::Revoke { node, routes }).unwrap();
+    }
+
+    /// A node says what it offers.
+    fn announce(&mut self, n: u8, routes: &[&str]) {
+        let mut request = lite(n, "192.0.2.2:1");
+        request.hostinfo = Some(json!({"Hostname": format!("host{n}"), "RoutableIPs": routes}));
+        self.report(n, &request);
+    }
+
+    /// Who is told to carry a route, as node 9 sees it.
+    fn routers(&self, route: &str) -> Vec<i64> {
+        let (_, map) = self.streams.values().find(|(n, _)| *n == 9).unwrap();
+        let route = nets(&[route]);
+        let with = |node: &&Arc<Node>| node.allowed_ips.as_ref().unwrap().contains(&route[0]);
+        map.peers()
+            .values()
+            .filter(with)
+            .map(|node| node.id)
+            .collect()
+    }
+
     fn report(&mut self, n: u8, request: &MapRequest) {
         let answer = self
             .server
@@ -136,7 +181,12 @@ impl Lab {
         if self.server.tick_is_due(self.now) {
             self.server.end_tick(self.now, false);
         }
-        for id in self.server.take_ended() {
+        for (id, last) in self.server.take_ended() {
+            if let (Some((n, map)), Some(last)) = (self.streams.get_mut(&id), last) {
+                map.handle_response(WALL, (*last).clone()).unwrap();
+                assert_eq!(map.peers().len(), 0, "who is removed is left with nobody");
+                out.push((*n, *last));
+            }
             self.end(id);
         }
         out
@@ -160,6 +210,9 @@ impl Lab {
                 .nodes
                 .values()
                 .filter(|entry| entry.record.node_key != node_key(*n));
+            let own = self.server.by_key[&node_key(*n)];
+            let all = self.server.nodes[&own].record.expires.is_none();
+            let peers = peers.filter(|_| all);
             let want: BTreeMap<i64, Node> = peers
                 .map(|entry| (entry.record.id, comparable(&entry.wire)))
                 .collect();
@@ -171,6 +224,10 @@ impl Lab {
             assert_eq!(have, want, "{context}: what node {n} knows");
         }
     }
+}
+
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
 /// Without what may stay behind: when an online node was last seen.
@@ -234,7 +291,7 @@ fn registrations_are_decided_as_the_page_says() {
         (1, before.v4, before.v6, &before.name)
     );
     assert_eq!(after.node_key, node_key(9));
-    assert!(!lab.server.is_member(WALL, node_key(1)) && lab.server.is_member(WALL, node_key(9)));
+    assert!(!lab.server.is_member(node_key(1)) && lab.server.is_member(node_key(9)));
     // A name already taken is numbered; ids and addresses go up.
     let mut request = registration(3);
     request.hostinfo = Some(json!({"Hostname": "host1"}));
@@ -615,29 +672,20 @@ fn after_a_restart_nodes_are_not_called_offline_before_they_could_come_back() {
 #[test]
 fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
     let mut lab = Lab::new();
-    let route: IpNet = "10.20.0.0/16".parse().unwrap();
+    let route = "10.20.0.0/16";
     let mut streams = BTreeMap::new();
-    for n in 1..=3 {
+    for n in [1, 2, 9] {
         streams.insert(n, lab.join(n));
-        if n == 3 {
-            break;
-        }
+    }
+    for n in [1, 2] {
         let mut request = lite(n, "192.0.2.2:1");
         request.hostinfo = Some(json!({"Hostname": format!("host{n}"),
             "RoutableIPs": ["10.20.0.0/16", "0.0.0.0/0", "10.99.0.0/16", "10.20.0.1/16", 7]}));
         lab.report(n, &request);
+        lab.approve(n.into(), &[route, "0.0.0.0/0"]);
     }
     lab.wait(TICK);
-    let routers = |lab: &Lab| -> Vec<i64> {
-        let (_, map) = lab.streams.values().find(|(n, _)| *n == 3).unwrap();
-        let with = |node: &&Arc<Node>| node.allowed_ips.as_ref().unwrap().contains(&route);
-        map.peers()
-            .values()
-            .filter(with)
-            .map(|node| node.id)
-            .collect()
-    };
-    assert_eq!(routers(&lab), [1]);
+    assert_eq!(lab.routers(route), [1]);
     let exit: IpNet = "0.0.0.0/0".parse().unwrap();
     let wire = &lab.server.nodes[&1].wire;
     let allowed = wire.allowed_ips.as_ref().unwrap();
@@ -645,16 +693,336 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
         allowed.contains(&exit) && allowed.len() == 4,
         "only approved ones: {allowed:?}"
     );
-    assert_eq!(wire.primary_routes, [route]);
+    assert_eq!(wire.primary_routes, nets(&[route]));
     lab.end(streams[&1]);
     lab.wait(OFFLINE_DELAY);
     lab.wait(TICK);
-    assert_eq!(routers(&lab), [2]);
+    assert_eq!(lab.routers(route), [2]);
     lab.open(1);
     lab.wait(TICK);
     lab.wait(TICK);
-    assert_eq!(routers(&lab), [2]);
+    assert_eq!(lab.routers(route), [2]);
     lab.check("after the switch");
+}
+
+#[test]
+fn a_route_counts_for_the_nodes_it_is_approved_for_and_for_no_other() {
+    let mut lab = Lab::new();
+    let (lan, wide, exit) = ("10.1.0.0/16", "10.0.0.0/8", "::/0");
+    let mut streams = BTreeMap::new();
+    for n in [1, 2, 3, 9] {
+        streams.insert(n, lab.join(n));
+    }
+    // Each is told of, and nothing is approved.
+    for n in [1, 2, 3] {
+        lab.announce(n, &[lan, wide, exit]);
+    }
+    lab.wait(TICK);
+    for route in [lan, wide, exit] {
+        assert_eq!(lab.routers(route), [0; 0], "{route}");
+    }
+    // Exactly what is approved, for exactly that node.
+    lab.approve(2, &[wide, exit]);
+    lab.approve(3, &[lan]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(wide), [2]);
+    assert_eq!(lab.routers(exit), [2]);
+    assert_eq!(lab.routers(lan), [3]);
+    // While it is away nobody takes its place who may not.
+    lab.end(streams[&3]);
+    lab.wait(OFFLINE_DELAY);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [0; 0]);
+    lab.approve(1, &[lan]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [1]);
+    // It stops announcing, and begins again; then the approval is taken back.
+    lab.announce(1, &[]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [0; 0]);
+    lab.announce(1, &[lan]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [1]);
+    lab.revoke(1, &[lan]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [0; 0]);
+    lab.check("after it was revoked");
+    // An approval before the announcement is as good.
+    lab.approve(1, &["fd00:7::/64"]);
+    lab.announce(1, &["fd00:7::/64"]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers("fd00:7::/64"), [1]);
+    lab.check("at the end");
+}
+
+#[test]
+fn an_approval_goes_with_the_node_and_is_not_inherited_by_its_name() {
+    let mut lab = Lab::new();
+    let (lan, exit) = ("10.1.0.0/16", "0.0.0.0/0");
+    for n in [1, 2, 9] {
+        lab.join(n);
+    }
+    lab.approve(1, &[lan, exit]);
+    for n in [1, 2] {
+        lab.announce(n, &[lan, exit]);
+    }
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [1]);
+    let old = lab.server.nodes[&1].record.clone();
+    lab.delete(1);
+    lab.wait(TICK);
+    assert_eq!((lab.routers(lan), lab.routers(exit)), (vec![], vec![]));
+    // The same machine, by a key that is still good: another node of the same name.
+    lab.join(1);
+    lab.announce(1, &[lan, exit]);
+    lab.wait(TICK);
+    let id = lab.server.by_key[&node_key(1)];
+    let new = &lab.server.nodes[&id].record;
+    assert_eq!((&new.name, new.approved.len()), (&old.name, 0));
+    assert!(
+        new.id > old.id && new.v4 > old.v4 && new.v6 > old.v6,
+        "{new:?}"
+    );
+    assert_eq!((lab.routers(lan), lab.routers(exit)), (vec![], vec![]));
+    // A new node key of the same machine changes nothing.
+    lab.approve(id, &[lan]);
+    lab.expire(id);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [0; 0], "an expired router routes nothing");
+    let wire = &lab.server.nodes[&id].wire;
+    assert_eq!(wire.allowed_ips.as_ref().unwrap().len(), 2);
+    assert_eq!(lab.register(1, &VALID).error, "");
+    lab.announce(1, &[lan]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(lan), [id]);
+    lab.check("at the end");
+}
+
+#[test]
+fn approvals_survive_a_restart_and_so_do_the_addresses_of_who_was_deleted() {
+    let mut lab = Lab::new();
+    for n in [1, 2, 9] {
+        lab.join(n);
+    }
+    lab.approve(1, &["10.1.0.0/16"]);
+    lab.announce(1, &["10.1.0.0/16"]);
+    lab.announce(2, &["10.1.0.0/16"]);
+    lab.delete(3);
+    lab.wait(TICK);
+    let records: Vec<NodeRecord> = lab.server.records().cloned().collect();
+    lab.server = Server::new(lab.now, config(), records, 3, 3);
+    lab.streams.clear();
+    lab.open(1);
+    lab.open(2);
+    for n in [2, 1] {
+        lab.announce(n, &["10.1.0.0/16"]);
+    }
+    // Node 3 had id and address 3; the machine comes again.
+    lab.join(9);
+    lab.wait(TICK);
+    let new = &lab.server.nodes[&4].record;
+    assert_eq!(new.v4.to_string(), "100.64.0.4");
+    assert_eq!(lab.routers("10.1.0.0/16"), [1]);
+}
+
+#[test]
+fn routes_that_are_announced_past_the_bound_are_counted_and_approvals_end_at_theirs() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    let nets_of = |count: u32| -> Vec<String> {
+        let nets = (0..count).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256));
+        nets.collect()
+    };
+    let many = nets_of(300);
+    let mut request = lite(1, "192.0.2.1:1");
+    request.hostinfo = Some(json!({"Hostname": "host1", "RoutableIPs": many}));
+    for _ in 0..3 {
+        lab.report(1, &request);
+    }
+    assert_eq!(lab.server.take_left_out(), 44, "once, not per request");
+    assert_eq!(lab.server.take_left_out(), 0);
+    let all: Vec<&str> = many.iter().map(String::as_str).collect();
+    lab.approve(1, &all[..200]);
+    lab.approve(1, &all[..256]);
+    let (node, routes) = ("1".to_owned(), nets(&all[256..257]));
+    let refused = lab.order(&Order::Approve { node, routes });
+    assert_eq!(refused, Err(Refusal::TooMany("host1".to_owned())));
+    assert_eq!(lab.server.nodes[&1].routes.len(), 256);
+}
+
+#[test]
+fn a_network_that_is_full_lets_nobody_in_until_one_is_deleted() {
+    let records = (1..=u32::try_from(PEERS_MAX).unwrap()).map(|n| {
+        let mut key = [0; 32];
+        key[..4].copy_from_slice(&n.to_be_bytes());
+        NodeRecord {
+            id: n.into(),
+            machine: MachinePublic(key),
+            node_key: NodePublic(key),
+            disco: None,
+            name: format!("n{n}"),
+            v4: Ipv4Addr::from_bits(0x6440_0000 + n),
+            v6: Ipv6Addr::from_bits(n.into()),
+            capver: 130,
+            hostinfo: json!({}),
+            endpoints: Vec::new(),
+            auth_key: None,
+            ephemeral: false,
+            expires: None,
+            approved: Vec::new(),
+            last_seen: None,
+            created: WALL,
+        }
+    });
+    let mut lab = Lab::new();
+    let last = i64::try_from(PEERS_MAX).unwrap();
+    lab.server = Server::new(lab.now, config(), records.collect(), last, 0x4000);
+    let answer = lab.register(200, &VALID);
+    assert_eq!(answer.error, "the network is full");
+    lab.delete(7);
+    assert_eq!(lab.register(200, &VALID).error, "");
+}
+
+#[test]
+fn a_deleted_node_is_told_once_loses_its_streams_and_is_refused_from_then_on() {
+    let mut lab = Lab::new();
+    for n in [1, 2, 3] {
+        lab.join(n);
+    }
+    lab.wait(TICK);
+    // Also a stream that has had nothing yet.
+    let young = lab.open(2);
+    lab.delete(2);
+    let messages = lab.wait(TICK);
+    let told: Vec<_> = messages.iter().filter(|(n, _)| *n == 2).collect();
+    assert_eq!(told.len(), 2, "each of its streams: {told:?}");
+    for (_, last) in told {
+        let own = last.node.as_ref().unwrap();
+        assert!(own.expired && !own.machine_authorized);
+        assert!(own.key_expiry.unwrap().get().unwrap() < WALL);
+        assert!(last.peers.is_none() && last.peers_changed.is_none());
+    }
+    assert!(!lab.streams.contains_key(&young) && lab.streams.len() == 2);
+    for n in [1, 3] {
+        let (_, message) = messages.iter().find(|(to, _)| *to == n).unwrap();
+        assert_eq!(message.peers_removed, Some(vec![2]), "node {n}");
+    }
+    lab.check("after the deletion");
+    let once = MapRequest {
+        stream: false,
+        ..poll(2)
+    };
+    for request in [poll(2), lite(2, "192.0.2.9:9"), once] {
+        let answer = lab
+            .server
+            .handle_map(lab.now, WALL, machine(2), &request, 0.0);
+        assert_eq!(answer, Err(MapRefusal::NotFound));
+    }
+    assert!(!lab.server.is_member(node_key(2)));
+    assert!(!lab.server.needs_no_key(WALL, machine(2), &registration(2)));
+    for key in [KeyCheck::Absent, KeyCheck::Used, KeyCheck::Expired] {
+        let answer = lab.register(2, &key);
+        assert!(!answer.error.is_empty(), "{key:?}: {answer:?}");
+    }
+    assert!(lab.server.take_writes().contains(&Write::Delete(2)));
+    // Who is named so is unknown now.
+    let node = "host2".to_owned();
+    assert_eq!(
+        lab.order(&Order::Delete { node }),
+        Err(Refusal::Unknown("host2".to_owned()))
+    );
+}
+
+#[test]
+fn an_expired_node_is_told_of_itself_alone_and_changes_nothing_until_it_registers_anew() {
+    let mut lab = Lab::new();
+    for n in [1, 2, 3] {
+        lab.join(n);
+    }
+    lab.wait(TICK);
+    lab.report(2, &lite(2, "192.0.2.2:1"));
+    lab.wait(TICK);
+    let before = lab.server.nodes[&2].record.clone();
+    lab.expire(2);
+    let messages = lab.wait(TICK);
+    let (_, own) = messages.iter().find(|(n, _)| *n == 2).unwrap();
+    assert_eq!(own.peers_removed, Some(vec![1, 3]));
+    let node = own.node.as_ref().unwrap();
+    assert!(node.expired && !node.machine_authorized);
+    assert_eq!(node.key_expiry, Some(WireTime(WALL)));
+    let (_, told) = messages.iter().find(|(n, _)| *n == 1).unwrap();
+    let peer = &told.peers_changed.as_ref().unwrap()[0];
+    assert!(peer.expired && peer.key_expiry == Some(WireTime(WALL)));
+    lab.check("after the expiry");
+    assert!(!lab.server.is_member(node_key(2)));
+
+    // A new stream has nobody either, and nothing reported is taken or sent on.
+    let (id, mut request) = (lab.open(2), poll(2));
+    let (_, full) = lab.wait(TICK).into_iter().find(|(n, _)| *n == 2).unwrap();
+    assert!(full.peers.is_none_or(|peers| peers.is_empty()));
+    assert!(full.node.unwrap().expired);
+    request.endpoints = Some(vec!["192.0.2.66:66".parse().unwrap()]);
+    request.disco_key = DiscoPublic([66; 32]);
+    request.hostinfo = Some(json!({"Hostname": "other", "RoutableIPs": ["10.0.0.0/8"]}));
+    let answer = lab
+        .server
+        .handle_map(lab.now, WALL, machine(2), &request, 0.0);
+    let Ok(MapAnswer::Stream(other)) = answer else {
+        panic!("{answer:?}");
+    };
+    lab.streams.insert(other, (2, MapState::new(node_key(2))));
+    request.stream = false;
+    for omit_peers in [true, false] {
+        request.omit_peers = omit_peers;
+        let answer = lab
+            .server
+            .handle_map(lab.now, WALL, machine(2), &request, 0.0);
+        assert_eq!(answer, Err(MapRefusal::Expired));
+    }
+    let messages = lab.wait(TICK);
+    assert!(messages.iter().all(|(n, _)| *n == 2), "{messages:?}");
+    assert!(
+        !lab.streams.contains_key(&id),
+        "the newer stream replaced it"
+    );
+    // What happens among the others is not for it.
+    lab.report(1, &lite(1, "192.0.2.1:77"));
+    lab.join(4);
+    lab.delete(3);
+    let messages = lab.wait(TICK);
+    assert!(messages.iter().all(|(n, _)| *n != 2), "{messages:?}");
+    lab.check("while it is expired");
+
+    // A clock that is set back makes the key no better.
+    let yesterday = WALL - Duration::from_secs(86_400);
+    let answer =
+        lab.server
+            .plan_register(yesterday, machine(2), &registration(2), &KeyCheck::Absent);
+    assert!(matches!(answer, Registration::Answer(answer) if answer.node_key_expired));
+    // An auth key does: the same node, and its stream hears of everybody again.
+    assert_eq!(lab.register(2, &VALID).error, "");
+    let messages = lab.wait(TICK);
+    let (_, own) = messages.iter().find(|(n, _)| *n == 2).unwrap();
+    assert!(!own.node.as_ref().unwrap().expired);
+    assert_eq!(own.peers_changed.as_ref().unwrap().len(), 2);
+    lab.check("after it came back");
+    let after = &lab.server.nodes[&2].record;
+    assert_eq!(
+        (
+            after.id,
+            after.v4,
+            &after.name,
+            &after.endpoints,
+            after.disco
+        ),
+        (
+            before.id,
+            before.v4,
+            &before.name,
+            &before.endpoints,
+            before.disco
+        )
+    );
 }
 
 #[test]
@@ -723,6 +1091,10 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
                     }
                 }
                 4 | 5 if known => {
+                    let id = lab.server.by_key[&node_key(n)];
+                    if lab.server.nodes[&id].record.expires.is_some() {
+                        continue;
+                    }
                     let mut request = lite(n, &format!("192.0.2.{n}:{}", 1 + random(3)));
                     if random(3) == 0 {
                         request.endpoints = Some(Vec::new());
@@ -733,6 +1105,17 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
                         "RoutableIPs": if random(4) == 0 { json!(["10.20.0.0/16"]) } else { Value::Null },
                     }));
                     lab.report(n, &request);
+                }
+                6 if known && random(6) == 0 => {
+                    let id = lab.server.by_key[&node_key(n)];
+                    match random(3) {
+                        0 => lab.delete(id),
+                        1 => lab.expire(id),
+                        _ => lab.approve(id, &["10.20.0.0/16"]),
+                    }
+                }
+                6 if known && random(3) == 0 => {
+                    lab.register(n, &VALID);
                 }
                 6 if known && random(4) == 0 => {
                     let mut request = registration(n);

@@ -44,6 +44,7 @@ use super::control_url::ByteStream;
 use super::coord_store::{Database, Store};
 use super::noise_stream::NoiseStream;
 use super::sleep;
+use crate::coord::admin::{self, Done, Order};
 use crate::coord::auth_key::{self, KeyCheck};
 use crate::coord::frames::{Codec, encode};
 use crate::coord::limit::{FailureLimit, LogLimit};
@@ -140,6 +141,12 @@ pub struct Counters {
     pub messages: AtomicU64,
     /// Failures of the store.
     pub store_errors: AtomicU64,
+    /// Map requests of nodes whose key has expired that were refused.
+    pub expired_node: AtomicU64,
+    /// Announced routes that were not looked at, because a node had more than there may be.
+    pub routes_left_out: AtomicU64,
+    /// What administrators had done with nodes.
+    pub orders: AtomicU64,
 }
 
 impl Counters {
@@ -164,6 +171,9 @@ impl Counters {
             ("map_requests", &self.map_requests),
             ("messages", &self.messages),
             ("store_errors", &self.store_errors),
+            ("expired_node", &self.expired_node),
+            ("routes_left_out", &self.routes_left_out),
+            ("orders", &self.orders),
         ];
         all.map(|(name, value)| (name, value.load(Ordering::Relaxed)))
             .to_vec()
@@ -225,6 +235,7 @@ enum Ask {
     ),
     Verify(NodePublic, oneshot::Sender<bool>),
     DerpMap(DerpMap),
+    Order(Order, oneshot::Sender<Result<Done, String>>),
     Stop(oneshot::Sender<()>),
 }
 
@@ -308,6 +319,13 @@ impl CoordServer {
         let _ = self.shared.asks.send(Ask::DerpMap(derp_map)).await;
     }
 
+    /// The way by which administrators' orders reach it.
+    pub fn orders(&self) -> Orders {
+        Orders {
+            asks: self.shared.asks.clone(),
+        }
+    }
+
     /// Waits until one of its tasks ends by itself, and says which: there is no going on without.
     pub async fn failed(&mut self) -> &'static str {
         tokio::select! {
@@ -335,6 +353,26 @@ impl Drop for CoordServer {
         }
         // Connections hear of it and end.
         let _ = self.shared.alive.send(());
+    }
+}
+
+/// Has administrators' orders carried out by a running server.
+#[derive(Clone, Debug)]
+pub struct Orders {
+    asks: mpsc::Sender<Ask>,
+}
+
+impl Orders {
+    /// Carries one out: it is stored and in force when this returns.
+    ///
+    /// # Errors
+    /// A sentence for people: why not. Nothing was done then.
+    pub async fn give(&self, order: Order) -> Result<Done, String> {
+        let stopping = || "the server is stopping".to_owned();
+        let (answer, done) = oneshot::channel();
+        let ask = Ask::Order(order, answer);
+        self.asks.send(ask).await.map_err(|_| stopping())?;
+        done.await.map_err(|_| stopping())?
     }
 }
 
@@ -371,6 +409,7 @@ impl Actor {
                 () = at(timeout) => self.server.handle_timeout(now()),
                 () = at(self.write_at) => self.write().await,
             }
+            self.tell_left_out();
             self.pump();
             if self.write_at.is_none() && self.server.has_writes() {
                 self.write_at = Some(now() + WRITE_DELAY);
@@ -395,7 +434,8 @@ impl Actor {
                     MapAnswer::Taken => Mapped::Taken,
                     MapAnswer::Once(message) => Mapped::Once(message),
                     MapAnswer::Stream(id) => {
-                        let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX);
+                        // One more for the last message.
+                        let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX + 1);
                         self.streams.insert(id, sender);
                         Mapped::Stream(id, self.server.codec(id), receiver)
                     }
@@ -406,10 +446,13 @@ impl Actor {
                 }
             }
             Ask::Verify(key, answer) => {
-                let member = self.server.is_member(wall(), key);
+                let member = self.server.is_member(key);
                 let _ = answer.send(member);
             }
             Ask::DerpMap(derp_map) => self.server.set_derp_map(now(), derp_map),
+            Ask::Order(order, answer) => {
+                let _ = answer.send(self.carry_out(&order).await);
+            }
             Ask::Stop(_) => {}
         }
     }
@@ -491,6 +534,44 @@ impl Actor {
         }
     }
 
+    /// Plans an order, commits it, then puts it into force.
+    async fn carry_out(&mut self, order: &Order) -> Result<Done, String> {
+        let planned = admin::plan(self.server.records(), order, wall());
+        let (write, done) = planned.map_err(|refusal| refusal.to_string())?;
+        if let Some(write) = write {
+            self.write().await;
+            let copy = [write.clone()];
+            if let Err(error) = self.store.call(move |database| database.write(&copy)).await {
+                self.store_failed(&error);
+                return Err(format!("the server cannot store this now: {error:#}"));
+            }
+            self.server.put(now(), write);
+        }
+        if let Some(shared) = self.shared.upgrade() {
+            count(&shared.counters.orders);
+        }
+        tracing::info!(
+            node = done.id,
+            name = done.name,
+            ?order,
+            "an administrator's order"
+        );
+        Ok(done)
+    }
+
+    /// Counts the routes that some node announced in vain.
+    fn tell_left_out(&mut self) {
+        let left_out = self.server.take_left_out();
+        if left_out == 0 {
+            return;
+        }
+        if let Some(shared) = self.shared.upgrade() {
+            let more = u64::try_from(left_out).unwrap_or(u64::MAX);
+            let counter = &shared.counters.routes_left_out;
+            counter.fetch_add(more, Ordering::Relaxed);
+        }
+    }
+
     /// Commits, then applies. What waits to be written goes first, so that names and addresses
     /// that became free are free in the store too.
     async fn commit(&mut self, plan: Registration, host: u32) -> Registered {
@@ -550,7 +631,9 @@ impl Actor {
                 continue;
             };
             // A full queue is a slow reader: it gets one larger difference later.
-            let Ok(permit) = stream.try_reserve() else {
+            let room = stream.capacity() > 1;
+            let permit = stream.try_reserve().ok().filter(|_| room);
+            let Some(permit) = permit else {
                 behind = true;
                 continue;
             };
@@ -564,7 +647,10 @@ impl Actor {
         if tick {
             self.server.end_tick(now, behind);
         }
-        for id in self.server.take_ended() {
+        for (id, last) in self.server.take_ended() {
+            if let (Some(stream), Some(last)) = (self.streams.get(&id), last) {
+                let _ = stream.try_send(*last);
+            }
             self.end(id);
         }
     }
@@ -960,6 +1046,11 @@ impl Inner {
                     }
                     MapRefusal::Hostinfo => {
                         count(&counters.too_large);
+                        StatusCode::BAD_REQUEST
+                    }
+                    // To 401, 403 and 404 clients answer by a new registration.
+                    MapRefusal::Expired => {
+                        count(&counters.expired_node);
                         StatusCode::BAD_REQUEST
                     }
                 };

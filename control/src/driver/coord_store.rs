@@ -10,6 +10,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
+use ipnet::IpNet;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, Transaction, params};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
@@ -109,7 +110,8 @@ impl Database {
     pub fn load(&self) -> anyhow::Result<Loaded> {
         let mut statement = self.connection.prepare(
             "SELECT id, machine_key, node_key, disco_key, name, ipv4, ipv6, capver, hostinfo,
-                    endpoints, authkey_id, ephemeral, expires, last_seen, created
+                    endpoints, authkey_id, ephemeral, expires, last_seen, created,
+                    approved_routes
              FROM nodes ORDER BY id",
         )?;
         let nodes = statement.query_map([], |row| Ok(node_of(row)))?;
@@ -309,7 +311,7 @@ fn set_up(connection: &Connection) -> rusqlite::Result<i64> {
 }
 
 #[expect(clippy::disallowed_methods, reason = "a blocking driver's pause")]
-fn pause() {
+pub(super) fn pause() {
     std::thread::sleep(Duration::from_millis(10));
 }
 
@@ -317,13 +319,14 @@ fn save(transaction: &Transaction<'_>, record: &NodeRecord) -> anyhow::Result<()
     transaction.execute(
         "INSERT INTO nodes (id, machine_key, node_key, disco_key, user_id, name, ipv4, ipv6,
                             capver, hostinfo, endpoints, authkey_id, ephemeral, expires,
-                            last_seen, created)
-         VALUES (?1, ?2, ?3, ?4, 1, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)
+                            last_seen, created, approved_routes)
+         VALUES (?1, ?2, ?3, ?4, 1, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)
          ON CONFLICT (id) DO UPDATE SET node_key = excluded.node_key,
              disco_key = excluded.disco_key, name = excluded.name, capver = excluded.capver,
              hostinfo = excluded.hostinfo, endpoints = excluded.endpoints,
              authkey_id = excluded.authkey_id, ephemeral = excluded.ephemeral,
-             expires = excluded.expires, last_seen = excluded.last_seen",
+             expires = excluded.expires, last_seen = excluded.last_seen,
+             approved_routes = excluded.approved_routes",
         params![
             record.id,
             record.machine.0,
@@ -340,6 +343,7 @@ fn save(transaction: &Transaction<'_>, record: &NodeRecord) -> anyhow::Result<()
             record.expires.map(OffsetDateTime::unix_timestamp),
             record.last_seen.map(OffsetDateTime::unix_timestamp),
             record.created.unix_timestamp(),
+            serde_json::to_string(&record.approved)?,
         ],
     )?;
     Ok(())
@@ -368,6 +372,9 @@ fn node_of(row: &Row<'_>) -> anyhow::Result<NodeRecord> {
     let (v4, v6): (String, String) = (row.get(5)?, row.get(6)?);
     let (hostinfo, endpoints): (String, String) = (row.get(8)?, row.get(9)?);
     let endpoints: Vec<SocketAddr> = serde_json::from_str(&endpoints)?;
+    let approved: String = row.get(15)?;
+    let mut approved: Vec<IpNet> = serde_json::from_str(&approved)?;
+    approved.sort_unstable();
     let expires: Option<i64> = row.get(12)?;
     let last_seen: Option<i64> = row.get(13)?;
     Ok(NodeRecord {
@@ -384,6 +391,7 @@ fn node_of(row: &Row<'_>) -> anyhow::Result<NodeRecord> {
         auth_key: row.get(10)?,
         ephemeral: row.get(11)?,
         expires: expires.map(time_of).transpose()?,
+        approved,
         last_seen: last_seen.map(time_of).transpose()?,
         created: time_of(row.get(14)?)?,
     })
@@ -458,6 +466,7 @@ mod tests {
             auth_key: Some(1),
             ephemeral: false,
             expires: None,
+            approved: vec!["10.20.0.0/16".parse().unwrap()],
             last_seen: Some(NOW),
             created: NOW,
         }
@@ -527,6 +536,32 @@ mod tests {
         assert_eq!((loaded.nodes.len(), loaded.last_host), (1, 1));
         assert!(database.expire_key(&auth_key::name("once"), NOW).unwrap());
         assert!(!database.expire_key("nobody", NOW).unwrap());
+    }
+
+    /// As a version wrote it that approved routes for all nodes, on its command line.
+    #[test]
+    fn a_file_from_before_approvals_were_kept_is_read_and_nothing_is_approved_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("coord.db");
+        Database::open(&path).unwrap();
+        let old = Connection::open(&path).unwrap();
+        old.execute(
+            "INSERT INTO nodes (machine_key, node_key, user_id, name, ipv4, ipv6, capver, hostinfo,
+                                endpoints, ephemeral, created)
+             VALUES (?1, ?1, 1, 'router', '100.64.0.1', 'fd7a:115c:a1e0::1', 130, ?2, '[]', 0, 1)",
+            params![[7_u8; 32], r#"{"RoutableIPs":["10.20.0.0/16"]}"#],
+        )
+        .unwrap();
+        drop(old);
+        let mut database = Database::open(&path).unwrap();
+        let mut node = database.load().unwrap().nodes.remove(0);
+        assert_eq!(node.approved, []);
+        node.approved = vec!["10.20.0.0/16".parse().unwrap(), "::/0".parse().unwrap()];
+        database
+            .write(&[Write::Save(Box::new(node.clone()))])
+            .unwrap();
+        let loaded = Database::open(&path).unwrap().load().unwrap().nodes;
+        assert_eq!(loaded, [node]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod accept;
 pub mod background;
 pub mod clock;
 pub mod control_url;
+pub mod coord_admin;
 pub mod coord_client;
 pub mod coord_server;
 pub mod coord_store;

@@ -1,0 +1,220 @@
+//! `ringtail coord nodes` and `ringtail coord routes`: what an administrator does with nodes.
+
+use std::io::Write as _;
+
+use clap::{Args, Subcommand};
+use ipnet::IpNet;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+
+use super::coord::{StateArg, open};
+use crate::coord::admin::{Done, Order};
+use crate::coord::routes::announced;
+use crate::driver::coord_admin::give;
+use crate::driver::coord_store::Database;
+use crate::netmap::prefix::parse_route;
+
+/// List the nodes of the network, delete one, or let its key expire.
+///
+/// NODE is the id, name, address or key of a node, as the list shows them. An order is carried out
+/// by the server if it runs, in its state if it does not.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(super) struct NodesArgs {
+    #[command(subcommand)]
+    command: Option<NodesCommand>,
+    #[command(flatten)]
+    state: StateArg,
+}
+
+#[derive(Debug, Subcommand)]
+enum NodesCommand {
+    /// List the nodes, and who of them is connected or was when.
+    List(StateArg),
+    /// Remove a node from the network, at once and for all.
+    ///
+    /// Its streams end, the others drop it, and its id and approvals are gone; its addresses are
+    /// given to nobody before all others of the range were. An auth key that is still good lets
+    /// the machine in again, as a new node: `keys expire` ends that.
+    Delete(NodeArg),
+    /// Make a node's key worthless from now on.
+    ///
+    /// It sees no peers any more and its peers refuse it. Once it registers with an auth key that
+    /// is good it is back, as the same node with the same addresses and approvals.
+    Expire(NodeArg),
+}
+
+#[derive(Debug, Args)]
+struct NodeArg {
+    /// Id, name, address or key of the node.
+    node: String,
+    #[command(flatten)]
+    state: StateArg,
+}
+
+/// List the routes nodes offer, and approve or revoke them.
+///
+/// A route counts when a node announces it and it is approved for that node, exactly as announced.
+/// Of several nodes with the same route, one that is connected carries it. An approval stays while
+/// the node announces nothing, and goes with the node.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub(super) struct RoutesArgs {
+    #[command(subcommand)]
+    command: Option<RoutesCommand>,
+    #[command(flatten)]
+    state: StateArg,
+}
+
+#[derive(Debug, Subcommand)]
+enum RoutesCommand {
+    /// List announced and approved routes, by node.
+    List(StateArg),
+    /// Approve routes for a node, also before it announces them.
+    Approve(RouteArgs),
+    /// Take approvals of a node back.
+    Revoke(RouteArgs),
+}
+
+#[derive(Debug, Args)]
+struct RouteArgs {
+    /// Id, name, address or key of the node.
+    node: String,
+    /// Routes such as 10.20.0.0/16; 0.0.0.0/0 and ::/0 make it an exit node.
+    #[arg(required = true, value_name = "PREFIX", value_delimiter = ',', value_parser = parse_route)]
+    routes: Vec<IpNet>,
+    #[command(flatten)]
+    state: StateArg,
+}
+
+/// Runs `ringtail coord nodes` and its verbs.
+pub(super) fn nodes(args: &NodesArgs) -> anyhow::Result<()> {
+    match &args.command {
+        None => list(&args.state),
+        Some(NodesCommand::List(state)) => list(state),
+        Some(NodesCommand::Delete(NodeArg { node, state })) => {
+            let node = node.clone();
+            let (database, done) = carry_out(state, &Order::Delete { node })?;
+            say(&format!("node {} ({}) is deleted", done.id, done.name))?;
+            tell_key(&database, &done, "as a new node")
+        }
+        Some(NodesCommand::Expire(NodeArg { node, state })) => {
+            let node = node.clone();
+            let (database, done) = carry_out(state, &Order::Expire { node })?;
+            let since = if done.changed { "" } else { " already" };
+            say(&format!(
+                "the key of node {} ({}) has expired{since}",
+                done.id, done.name
+            ))?;
+            tell_key(&database, &done, "as the same node")
+        }
+    }
+}
+
+/// Runs `ringtail coord routes` and its verbs.
+pub(super) fn routes(args: &RoutesArgs) -> anyhow::Result<()> {
+    match &args.command {
+        None => list_routes(&args.state),
+        Some(RoutesCommand::List(state)) => list_routes(state),
+        Some(RoutesCommand::Approve(args)) => {
+            let (node, routes) = (args.node.clone(), args.routes.clone());
+            let (_, done) = carry_out(&args.state, &Order::Approve { node, routes })?;
+            tell_routes(&done)
+        }
+        Some(RoutesCommand::Revoke(args)) => {
+            let (node, routes) = (args.node.clone(), args.routes.clone());
+            let (_, done) = carry_out(&args.state, &Order::Revoke { node, routes })?;
+            tell_routes(&done)
+        }
+    }
+}
+
+fn carry_out(state: &StateArg, order: &Order) -> anyhow::Result<(Database, Done)> {
+    let (dir, database) = open(state)?;
+    let done = give(&dir, order)?;
+    Ok((database, done))
+}
+
+fn say(line: &str) -> anyhow::Result<()> {
+    writeln!(std::io::stdout().lock(), "{line}")?;
+    Ok(())
+}
+
+/// Says that the key a node came with is still good, which an administrator may not want.
+fn tell_key(database: &Database, done: &Done, how: &str) -> anyhow::Result<()> {
+    let now = OffsetDateTime::now_utc();
+    let keys = database.keys()?;
+    let good = keys.iter().find(|key| {
+        let over = key.expires.is_some_and(|at| at <= now) || (key.used && !key.reusable);
+        Some(key.id) == done.auth_key && !over
+    });
+    let Some(key) = good else { return Ok(()) };
+    say(&format!(
+        "the auth key it came with is still good and lets it in again, {how}; to end that: \
+         ringtail coord keys expire {}",
+        key.name
+    ))
+}
+
+fn tell_routes(done: &Done) -> anyhow::Result<()> {
+    let name = format!("node {} ({})", done.id, done.name);
+    if done.approved.is_empty() {
+        return say(&format!("{name} has no approved routes"));
+    }
+    let list: Vec<String> = done.approved.iter().map(IpNet::to_string).collect();
+    say(&format!("approved for {name}: {}", list.join(", ")))?;
+    let quiet = done.approved.iter();
+    let quiet = quiet.filter(|route| !done.announced.contains(route));
+    let quiet: Vec<String> = quiet.map(IpNet::to_string).collect();
+    if !quiet.is_empty() {
+        say(&format!("not announced by it so far: {}", quiet.join(", ")))?;
+    }
+    Ok(())
+}
+
+fn list(state: &StateArg) -> anyhow::Result<()> {
+    let (dir, database) = open(state)?;
+    // What a server that was killed has left says nothing of now.
+    let online = if dir.is_in_use()? {
+        database.online()?
+    } else {
+        Vec::new()
+    };
+    let mut out = std::io::stdout().lock();
+    for node in database.load()?.nodes {
+        let seen = node.last_seen.map(|at| at.format(&Rfc3339)).transpose()?;
+        let seen = match seen {
+            _ if online.contains(&node.id) => "online".to_owned(),
+            Some(at) => format!("last seen {at}"),
+            None => "last seen never".to_owned(),
+        };
+        let expired = node.expires.map(|at| at.format(&Rfc3339)).transpose()?;
+        let expired = expired.map_or_else(String::new, |at| format!("  key expired {at}"));
+        writeln!(
+            out,
+            "{}  {}  {}  {}  {}  {seen}{expired}",
+            node.id, node.name, node.v4, node.v6, node.node_key,
+        )?;
+    }
+    Ok(())
+}
+
+fn list_routes(state: &StateArg) -> anyhow::Result<()> {
+    let (_, database) = open(state)?;
+    let mut out = std::io::stdout().lock();
+    for node in database.load()?.nodes {
+        let announced = announced(&node.hostinfo);
+        let mut routes: Vec<&IpNet> = announced.iter().chain(&node.approved).collect();
+        routes.sort_unstable();
+        routes.dedup();
+        for route in routes {
+            let state = match (announced.contains(route), node.approved.contains(route)) {
+                (true, true) => "approved",
+                (false, _) => "approved, not announced",
+                (true, false) => "not approved",
+            };
+            writeln!(out, "{}  {}  {route}  {state}", node.id, node.name)?;
+        }
+    }
+    Ok(())
+}
