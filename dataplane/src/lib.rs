@@ -28,6 +28,8 @@
 pub mod aead;
 #[doc(hidden)]
 pub mod bench_support;
+#[cfg(test)]
+mod bounds;
 pub mod channel;
 pub mod classify;
 pub mod coalesce;

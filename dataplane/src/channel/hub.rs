@@ -31,31 +31,31 @@ use crate::sys::socket::Local;
 use crate::udp::Sockets;
 
 /// Batches that wait for the control thread at most, and their bytes.
-const RELAY_OUT_ENTRIES_MAX: usize = 1024;
-const RELAY_OUT_BYTES_MAX: usize = 4 << 20;
+pub(crate) const RELAY_OUT_ENTRIES_MAX: usize = 1024;
+pub(crate) const RELAY_OUT_BYTES_MAX: usize = 4 << 20;
 /// Batches from relays that wait for a shard at most, and the bytes of those that wait for all shards,
 /// of which each has some at least.
 pub(crate) const RELAY_IN_ENTRIES_MAX: usize = 1024;
 pub(crate) const RELAY_IN_BYTES_MAX: usize = 8 << 20;
 pub(crate) const RELAY_IN_BYTES_MIN: usize = 512 << 10;
 /// Events that wait for the control thread at most.
-const EVENTS_MAX: usize = 4096;
+pub(crate) const EVENTS_MAX: usize = 4096;
 /// Handshake messages that wait for a shard at most.
-const HANDSHAKES_MAX: usize = 256;
+pub(crate) const HANDSHAKES_MAX: usize = 256;
 /// Receive batches and TUN packets that wait for another shard at most.
-const HANDED_MAX: usize = 64;
+pub(crate) const HANDED_MAX: usize = 64;
 /// Reports of what other shards have sealed that wait for a shard at most.
-const REPORTS_MAX: usize = 1024;
+pub(crate) const REPORTS_MAX: usize = 1024;
 /// Flows that other shards have begun or go on with, waiting for a shard at most.
 pub(crate) const FLOWS_TOLD_MAX: usize = 4096;
 /// Requests for a handshake that wait for a shard at most.
-const ASKS_MAX: usize = 256;
+pub(crate) const ASKS_MAX: usize = 256;
 /// Notes of data that could not be opened that wait for a shard at most.
-const UNOPENED_MAX: usize = 256;
+pub(crate) const UNOPENED_MAX: usize = 256;
 /// Datagrams for the control or handshake thread that reached a shard, waiting at most.
-const STRAYS_MAX: usize = 64;
+pub(crate) const STRAYS_MAX: usize = 64;
 /// Emptied relay buffers kept for reuse.
-const SPARE_MAX: usize = 64;
+pub(crate) const SPARE_MAX: usize = 64;
 /// Networks that shards have done with, waiting to be freed at most.
 const RETIRED_MAX: usize = 256;
 

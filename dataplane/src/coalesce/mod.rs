@@ -28,6 +28,8 @@
 mod output;
 mod segment;
 
+#[cfg(test)]
+pub(crate) use output::SLAB_LEN;
 pub use output::{SUPER_PACKET_LEN_MAX, SuperPackets, TAIL_LEN_MAX};
 
 use crate::packet::ecn;
@@ -50,7 +52,7 @@ pub const FLOWS_OPEN_MAX: usize = 16;
 /// each).
 pub const SLABS_FULL: usize = 16;
 /// Batches whose memory is kept.
-const SPARES_MAX: usize = 4;
+pub(crate) const SPARES_MAX: usize = 1;
 
 /// Forms the TUN writes of one shard.
 #[derive(Debug)]

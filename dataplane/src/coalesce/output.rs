@@ -17,7 +17,7 @@ pub const TAIL_LEN_MAX: usize = SUPER_PACKET_LEN_MAX + 64;
 /// A packet starts at most here in its slab, so that it can always grow to the full length.
 const START_MAX: usize = 65_536;
 /// Slabs are this long, in bytes.
-const SLAB_LEN: usize = 132 * 1024;
+pub(crate) const SLAB_LEN: usize = 132 * 1024;
 const _: () = assert!(SLAB_LEN >= START_MAX + VNET_HDR_LEN + TAIL_LEN_MAX);
 
 /// A batch of packets and super-packets ready to be written to a TUN queue, in order.

@@ -39,6 +39,7 @@ use crate::packet::header::{
 };
 use crate::route::Cursor;
 use crate::stats::DropReason;
+pub(crate) use flows::flows_max;
 pub use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory, Tell};
 pub use rules::{Ask, CompiledRules};
 
@@ -100,7 +101,7 @@ impl Filter {
         Filter {
             rules: Arc::new(CompiledRules::closed()),
             flows: None,
-            flows_max: flows::flows_max(shards),
+            flows_max: flows_max(shards),
             local_before: None,
         }
     }

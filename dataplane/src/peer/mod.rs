@@ -21,6 +21,8 @@ pub(crate) use guest::{Guest, Guests, Report, Terms};
 pub(crate) use path::{Kind, Path, Source, Way};
 use unopened::Unopened;
 use waiting::{Budget, Waiting};
+#[cfg(test)]
+pub(crate) use waiting::{NODE_BYTES_MAX, PACKETS_MAX, QUEUE_COST, SHARD_BYTES_MIN};
 
 use crate::channel::table::PeerEntry;
 use crate::channel::{

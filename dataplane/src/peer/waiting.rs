@@ -18,13 +18,16 @@ use crate::config::share;
 
 /// Packets (a super-packet is one here) and bytes that wait per peer at most; the oldest go first, as in
 /// the kernel's WireGuard.
-const PACKETS_MAX: usize = 128;
+pub(crate) const PACKETS_MAX: usize = 128;
 const BYTES_MAX: usize = 512 << 10;
 
 /// Bytes that wait in all shards together, and in one of many at least. Whole queues of 32 peers, whose
 /// handshakes take one round trip.
 pub(crate) const NODE_BYTES_MAX: usize = 16 << 20;
 pub(crate) const SHARD_BYTES_MIN: usize = 1 << 20;
+/// What one peer's queue costs besides what it holds: its place among the ranks, and room for packets.
+#[cfg(test)]
+pub(crate) const QUEUE_COST: usize = 2 * size_of::<Rank>() + 4 * size_of::<(Box<[u8]>, u64)>();
 /// What keeping a packet costs besides its bytes.
 const PACKET_COST: usize = 64;
 

@@ -29,9 +29,9 @@ use crate::udp::Sockets;
 
 /// Buffers for TUN reads. Rings of provided buffers are first in, first out, so each buffer is
 /// cycled through the cache; more help small packets, fewer help large ones.
-const TUN_BUFFERS: u16 = 32;
+pub(crate) const TUN_BUFFERS: u16 = 32;
 /// Buffers for UDP receives of both families.
-const UDP_BUFFERS: u16 = 8;
+pub(crate) const UDP_BUFFERS: u16 = 8;
 
 /// A packet or super-packet from the TUN, its virtio-net header in front.
 #[derive(Debug)]

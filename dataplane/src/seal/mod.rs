@@ -17,7 +17,7 @@ use crate::tun::segment::Plan;
 use crate::udp::SEND_BYTES_MAX;
 
 /// Memory of a run: a full send, and room behind it for the engine's largest message.
-const RUN_LEN: usize = SEND_BYTES_MAX + MESSAGE_LEN_MAX;
+pub(crate) const RUN_LEN: usize = SEND_BYTES_MAX + MESSAGE_LEN_MAX;
 
 /// Sealed datagrams of one peer on their way out.
 #[derive(Clone, Copy, Debug)]

@@ -132,6 +132,12 @@ pub(crate) struct Keypair {
     pub(super) initiator: bool,
 }
 
+/// Bytes of a keypair with both halves.
+#[cfg(test)]
+pub(crate) const fn keypair_cost() -> usize {
+    size_of::<Keypair>() + size_of::<Sealing>() + 3 * size_of::<usize>()
+}
+
 /// What a keypair is made of.
 pub(super) struct Material<'a> {
     pub(super) send: &'a [u8; 32],

@@ -106,6 +106,8 @@ pub use known::Known;
 use machine::Machine;
 pub(crate) use opened::Opened;
 use tunn::Tunnel;
+#[cfg(test)]
+pub(crate) use {keypair::keypair_cost, opened::SPANS_ROOM};
 
 use crate::aead::Aead;
 use crate::channel::{PeerConfig, PeerId};

@@ -15,7 +15,7 @@ pub(crate) struct Opened {
 /// A GRO batch has at most 65507 bytes; the last datagram needs room for its tag besides.
 const ARENA_LEN: usize = 2 * 65_536;
 /// As many data messages as a receive can hold.
-const SPANS_ROOM: usize = 65_536 / 32;
+pub(crate) const SPANS_ROOM: usize = 65_536 / 32;
 
 impl Opened {
     /// For the sessions of an engine.

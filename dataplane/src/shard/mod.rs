@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
 use context::Context;
+#[cfg(test)]
+pub(crate) use transmit::RELAY_JOIN_MAX;
 use transmit::Transmit;
 
 use crate::channel::hub::{FLOWS_TOLD_MAX, Handed, Inbox, Settings};

@@ -13,7 +13,7 @@ use crate::sys::socket::Leave;
 use crate::udp::{Sender, Sockets};
 
 /// Batches to one relay are joined up to this many bytes.
-const RELAY_JOIN_MAX: usize = 64 << 10;
+pub(crate) const RELAY_JOIN_MAX: usize = 64 << 10;
 
 pub(crate) struct Transmit {
     hub: Arc<Hub>,
