@@ -162,7 +162,7 @@ mod tests {
         Network {
             addresses: vec![net("100.64.0.1/32"), net("fd7a:115c:a1e0::1/128")],
             reserved: vec![net("100.64.0.0/10"), net("fd7a:115c:a1e0::/48")],
-            peers,
+            peers: peers.into_iter().map(std::sync::Arc::new).collect(),
             ..Network::default()
         }
     }

@@ -19,14 +19,15 @@ mod status;
 mod story;
 mod twin;
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::channel::{self, Activity, NetworkConfig, PathDecision, PeerId, RegionId};
+use ringtail_dataplane::channel::{self, Activity, NetworkChange, PathDecision, PeerId, RegionId};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -89,9 +90,9 @@ pub struct Setup {
 /// What the driver is to do.
 #[derive(Clone, Debug)]
 pub enum Output {
-    /// Give the data plane these peers and rules, as one. What counts as us: own addresses and the
-    /// routes we offer.
-    SetNetwork(NetworkConfig),
+    /// Tell the data plane what is another of peers and rules, as one. What counts as us: own addresses
+    /// and the routes we offer.
+    ChangeNetwork(NetworkChange),
     /// Give the data plane this decision.
     SetPath(PeerId, PathDecision),
     /// Ask the data plane for a handshake with this peer.
@@ -244,9 +245,12 @@ impl Agent {
     }
 
     /// Takes a new view of the network, whole.
-    pub fn handle_network(&mut self, now: Instant, network: Network) {
-        if self.told.as_ref() == Some(&network) {
-            return;
+    pub fn handle_network(&mut self, now: Instant, mut network: Network) {
+        if let Some(told) = &self.told {
+            network.share(told);
+            if *told == network {
+                return;
+            }
         }
         self.told = Some(network);
         self.enforce(now);
@@ -300,24 +304,24 @@ impl Agent {
     fn enforce(&mut self, now: Instant) {
         let Some(told) = &self.told else { return };
         self.next_expiry = told.next_expiry(self.wall);
-        let (network, allowed) = told.in_force(self.wall);
+        let (mut network, allowed) = told.in_force(self.wall);
         self.await_expiry(now);
-        if self.network.as_ref() == Some(&network) && self.allowed == allowed {
-            return;
+        if let Some(before) = &self.network {
+            network.share(before);
+            if *before == network && self.allowed == allowed {
+                return;
+            }
         }
         self.tell_standing(&network);
         self.tell_peers(&network);
         self.tell_refused(&network, &allowed);
-        self.allowed = allowed;
+        let reserved_before = std::mem::replace(&mut self.allowed, allowed).reserved;
         let before = self.network.replace(network);
         let network = self.network.as_ref().expect("it was just put there");
-        let rules = network.rules();
-        let addresses: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
         let overlay = network.overlay();
         let inner = network.inner_addresses();
         let map = network.derp_map.clone();
         let fixed_home = network.fixed_home;
-        let peers_changed = before.as_ref().is_none_or(|b| b.peers != network.peers);
 
         if before.as_ref().is_none_or(|b| b.derp_map != map) {
             self.map_changed(now, &map);
@@ -325,38 +329,55 @@ impl Agent {
         if let Some(home) = fixed_home {
             self.set_home(RegionId(home), None);
         }
-        if peers_changed {
-            let network = self.network.as_ref().expect("it was just put there");
-            let restarted = self.directory.with_another_disco_key(&network.peers);
-            self.revival.restarted(now, restarted);
-            self.directory.update(&network.peers);
-        }
-        let own = addresses.iter().map(|net| IpNet::from(net.addr()));
-        let offered = self.setup.routes_offered.iter().copied();
-        let local = own
-            .chain(offered)
-            .map(|net| network::prefix(&net))
-            .collect();
-        self.out.push_back(Output::SetNetwork(NetworkConfig {
-            peers: self.directory.peer_configs(),
-            reserved: self.allowed.reserved.iter().map(network::prefix).collect(),
+        let network = self.network.as_ref().expect("it was just put there");
+        let changes = self.directory.update(&network.peers);
+        let same_filter =
+            |b: &Network| b.rules == network.rules && b.addresses == network.addresses;
+        let rules = (!before.as_ref().is_some_and(same_filter))
+            .then(|| (network.rules(), Some(self.local(network))));
+        let reserved = &self.allowed.reserved;
+        let reserved =
+            (*reserved != reserved_before).then(|| reserved.iter().map(network::prefix).collect());
+        let change = NetworkChange {
+            peers: self.directory.peer_configs(&changes.routed),
+            gone: changes.gone.clone(),
+            reserved,
             rules,
-            local: Some(local),
-        }));
-        self.paths.set_inner_addresses(inner);
-        if peers_changed {
-            let setups: Vec<PeerSetup> = self
-                .directory
-                .iter()
-                .map(|(id, peer)| self.peer_setup(id, peer))
-                .collect();
-            self.paths.set_peers(now, &setups);
-            let known: BTreeSet<PeerId> = self.directory.iter().map(|(id, _)| id).collect();
-            self.relay_told.retain(|(id, _)| known.contains(id));
-            self.revival.meet(now, |key| self.directory.id(key));
+        };
+        if !change.is_empty() {
+            self.out.push_back(Output::ChangeNetwork(change));
         }
+        let mut told: BTreeSet<PeerId> = changes.told.into_iter().collect();
+        // An endpoint that is an inner address does not count, and one that no longer is does.
+        let moved = self.paths.set_inner_addresses(inner);
+        if !moved.is_empty() {
+            let there =
+                |peer: &NetworkPeer| peer.endpoints.iter().any(|at| moved.contains(&at.ip()));
+            let theirs = self.directory.iter().filter(|(_, peer)| there(peer));
+            told.extend(theirs.map(|(id, _)| id));
+        }
+        let setups: Vec<PeerSetup> = told
+            .into_iter()
+            .filter_map(|id| Some(self.peer_setup(id, self.directory.peer(id)?)))
+            .collect();
+        self.paths.set_peers(now, &setups, &changes.gone);
+        for id in changes.gone {
+            self.relay_told.remove(&(id, false));
+            self.relay_told.remove(&(id, true));
+        }
+        self.revival.restarted(now, changes.restarted);
+        self.revival.meet(now, |key| self.directory.id(key));
         self.out.push_back(Output::Configure(overlay));
         self.settle(now);
+    }
+
+    /// What is ours: own addresses and the routes we offer.
+    fn local(&self, network: &Network) -> Vec<channel::Prefix> {
+        let own: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
+        let own = own.iter().map(|net| IpNet::from(net.addr()));
+        let offered = self.setup.routes_offered.iter().copied();
+        let all = own.chain(offered);
+        all.map(|net| network::prefix(&net)).collect()
     }
 
     /// Says which prefixes do not count, each once.
@@ -774,19 +795,22 @@ impl Agent {
 
     fn tell_peers(&mut self, network: &Network) {
         self.story("netmap", json!({"peers": network.peers.len()}));
-        for peer in &network.peers {
-            let before = self
-                .network
-                .iter()
-                .flat_map(|n| &n.peers)
-                .find(|p| p.node_key == peer.node_key);
-            if before == Some(peer) {
-                continue;
-            }
-            let home = peer.home.and_then(|id| network.derp_map.regions.get(&id));
-            let home = home.map(|region| region.region_code.clone());
-            let fields = json!({"peer": short_name(&peer.name), "home": home,
-                                "endpoints": peer.endpoints, "online": peer.online});
+        let before = self.network.as_ref().map(|network| &network.peers[..]);
+        let (before, after) = network::apart(before.unwrap_or_default(), &network.peers);
+        let known: HashMap<NodePublic, &Arc<NetworkPeer>> =
+            before.iter().map(|peer| (peer.node_key, peer)).collect();
+        let news = after
+            .iter()
+            .filter(|peer| known.get(&peer.node_key) != Some(peer));
+        let stories: Vec<Value> = news
+            .map(|peer| {
+                let home = peer.home.and_then(|id| network.derp_map.regions.get(&id));
+                let home = home.map(|region| region.region_code.clone());
+                json!({"peer": short_name(&peer.name), "home": home,
+                       "endpoints": peer.endpoints, "online": peer.online})
+            })
+            .collect();
+        for fields in stories {
             self.story("peer", fields);
         }
     }

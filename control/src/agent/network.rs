@@ -1,8 +1,9 @@
 //! The network as the agent needs it, whoever told us: a coordination server, the static file, or
 //! the cache of an earlier run.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use ringtail_dataplane::channel::{Prefix, Rule, Rules};
@@ -27,7 +28,7 @@ pub struct Network {
     /// The relays.
     pub derp_map: DerpMap,
     /// Everybody else who takes part.
-    pub peers: Vec<NetworkPeer>,
+    pub peers: Vec<Arc<NetworkPeer>>,
     /// Nodes that are known and may not take part: for people, and so that nobody else has their
     /// addresses.
     #[serde(default)]
@@ -58,7 +59,7 @@ pub struct Standing {
 }
 
 /// One peer.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NetworkPeer {
     /// A name for people.
     pub name: String,
@@ -186,6 +187,7 @@ impl From<StaticNetwork> for Network {
                     last_seen: None,
                     key_expiry: None,
                 })
+                .map(Arc::new)
                 .collect(),
             // The file's allowed IPs are whoever wrote it's word, the whole of a range included.
             held_back: Vec::new(),
@@ -219,6 +221,7 @@ impl From<&Netmap> for Network {
                     last_seen: peer.last_seen.map(WireTime),
                     key_expiry: peer.key_expiry.map(WireTime),
                 })
+                .map(Arc::new)
                 .collect(),
             held_back: jailed
                 .chain(&map.held_back)
@@ -269,6 +272,29 @@ impl From<&Rule> for NetworkRule {
 }
 
 impl Network {
+    /// Takes peers that are as in `before` from there, so that comparing and copying them later costs
+    /// no more than a pointer.
+    pub(super) fn share(&mut self, before: &Self) {
+        let pairs = || self.peers.iter().zip(&before.peers);
+        // A network that changes is the same for the most part, in the same order.
+        let start = pairs().take_while(|(peer, known)| peer == known).count();
+        let ends = self.peers[start..].iter().rev();
+        let ends = ends.zip(before.peers[start..].iter().rev());
+        let end = ends.take_while(|(peer, known)| peer == known).count();
+        let (len, len_before) = (self.peers.len(), before.peers.len());
+        self.peers[..start].clone_from_slice(&before.peers[..start]);
+        self.peers[len - end..].clone_from_slice(&before.peers[len_before - end..]);
+        let known: HashMap<&NodePublic, &Arc<NetworkPeer>> = before.peers[start..len_before - end]
+            .iter()
+            .map(|peer| (&peer.node_key, peer))
+            .collect();
+        for peer in &mut self.peers[start..len - end] {
+            if let Some(known) = known.get(&peer.node_key).filter(|known| **known == peer) {
+                *peer = Arc::clone(known);
+            }
+        }
+    }
+
     /// What counts of it at our wall clock `wall`: peers whose keys are good, with the prefixes that
     /// are theirs. The other part says what does not count.
     pub(super) fn in_force(&self, wall: OffsetDateTime) -> (Self, Allowed) {
@@ -280,14 +306,18 @@ impl Network {
         network.own.expired |= past(network.own.key_expiry);
         let mut allowed = Allowed::of(&network);
         for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
-            peer.allowed_ips = std::mem::take(counts);
+            let counts = std::mem::take(counts);
+            if peer.allowed_ips != counts {
+                Arc::make_mut(peer).allowed_ips = counts;
+            }
         }
         (network, allowed)
     }
 
     /// Our wall clock was set by `step`: what is reckoned by it goes along.
     pub(super) fn move_times(&mut self, step: time::Duration) {
-        let peers = self.peers.iter_mut().map(|peer| &mut peer.key_expiry);
+        let peers = self.peers.iter_mut().map(Arc::make_mut);
+        let peers = peers.map(|peer| &mut peer.key_expiry);
         let held_back = self.held_back.iter_mut().map(|node| &mut node.key_expiry);
         let own = &mut self.own.key_expiry;
         for expiry in peers.chain(held_back).chain([own]).flatten() {
@@ -304,21 +334,23 @@ impl Network {
 
     /// What is wanted of the host. Addresses of peers count as theirs if they are routed to them.
     pub fn overlay(&self) -> Overlay {
-        let mut overlay = Overlay {
-            addresses: self.addresses.iter().map(IpNet::addr).collect(),
-            ..Overlay::default()
-        };
+        // Sets of thousands are made at once, not one by one.
+        let (mut peers, mut routes) = (Vec::new(), Vec::new());
         for peer in &self.peers {
-            let own = |net: &IpNet| {
-                net.prefix_len() == net.max_prefix_len()
-                    && peer.addresses.iter().any(|own| own.addr() == net.addr())
-            };
-            let (own, routes): (Vec<IpNet>, Vec<IpNet>) =
-                peer.allowed_ips.iter().partition(|net| own(net));
-            overlay.peers.extend(own.iter().map(IpNet::addr));
-            overlay.routes.extend(routes);
+            for net in &peer.allowed_ips {
+                let alone = net.prefix_len() == net.max_prefix_len();
+                if alone && peer.addresses.iter().any(|own| own.addr() == net.addr()) {
+                    peers.push(net.addr());
+                } else {
+                    routes.push(*net);
+                }
+            }
         }
-        overlay
+        Overlay {
+            addresses: self.addresses.iter().map(IpNet::addr).collect(),
+            peers: peers.into_iter().collect(),
+            routes: routes.into_iter().collect(),
+        }
     }
 
     /// Every node's own address inside the tunnel. Nothing is pinged there; a prefix that a node routes is
@@ -348,6 +380,20 @@ impl Network {
         };
         Rules::List(rules.iter().map(compile).collect())
     }
+}
+
+/// Two lists of peers without what both begin and end with: little is left of them where one has
+/// changed and has what did not in common with the other ([`Network::share`]).
+pub(super) fn apart<'a>(
+    before: &'a [Arc<NetworkPeer>],
+    after: &'a [Arc<NetworkPeer>],
+) -> (&'a [Arc<NetworkPeer>], &'a [Arc<NetworkPeer>]) {
+    let same = |(a, b): &(&Arc<NetworkPeer>, &Arc<NetworkPeer>)| Arc::ptr_eq(a, b);
+    let start = before.iter().zip(after).take_while(same).count();
+    let (before, after) = (&before[start..], &after[start..]);
+    let ends = before.iter().rev().zip(after.iter().rev());
+    let end = ends.take_while(same).count();
+    (&before[..before.len() - end], &after[..after.len() - end])
 }
 
 /// A prefix in the data plane's form.

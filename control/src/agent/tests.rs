@@ -38,7 +38,7 @@ fn network(peer: u8) -> Network {
         addresses: vec!["10.7.0.1/32".parse().unwrap()],
         fixed_home: Some(900),
         derp_map: serde_json::from_str(derp_map).unwrap(),
-        peers: vec![NetworkPeer {
+        peers: vec![Arc::new(NetworkPeer {
             name: "b.tail.test.".into(),
             node_key,
             disco_key: Some(disco_key.public()),
@@ -47,7 +47,7 @@ fn network(peer: u8) -> Network {
             allowed_ips: vec!["10.7.0.2/32".parse().unwrap()],
             endpoints: vec!["203.0.113.2:41641".parse().unwrap()],
             ..NetworkPeer::default()
-        }],
+        })],
         rules: None,
         ..Network::default()
     }
@@ -109,10 +109,11 @@ fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed(
     agent.handle_network(now, network(2));
     let out = outputs(&mut agent);
     let given = out.iter().find_map(|o| {
-        let Output::SetNetwork(network) = o else {
+        let Output::ChangeNetwork(network) = o else {
             return None;
         };
-        let local = network.local.as_ref().map(Vec::len);
+        let (_, local) = network.rules.as_ref()?;
+        let local = local.as_ref().map(Vec::len);
         Some((network.peers.len(), local))
     });
     assert_eq!(
@@ -158,9 +159,74 @@ fn status(agent: &Agent, now: Instant) -> Value {
     agent.status(now, &around, &|_| Activity::default())
 }
 
+/// A peer of a large network.
+fn one_of_many(number: u32) -> Arc<NetworkPeer> {
+    let mut key = [7; 32];
+    key[..4].copy_from_slice(&number.to_le_bytes());
+    let address = IpNet::from(IpAddr::V4((0x0a40_0000 + number).into()));
+    Arc::new(NetworkPeer {
+        name: format!("n{number}.tail.test."),
+        node_key: NodePublic(key),
+        home: Some(900),
+        addresses: vec![address],
+        allowed_ips: vec![address],
+        endpoints: vec![SocketAddr::from(([203, 0, 113, 7], 41641))],
+        ..NetworkPeer::default()
+    })
+}
+
+#[test]
+fn a_change_of_one_peer_among_thousands_is_told_of_that_peer_alone() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let many = |count, first: u32| Network {
+        peers: (first..count).map(one_of_many).collect(),
+        ..network(2)
+    };
+    agent.handle_network(now, many(10_000, 0));
+    let first = outputs(&mut agent);
+    assert_eq!(peers_given(&first), Some(10_000));
+    // Everything is made anew, as a map that comes is.
+    let mut told = |network: Network| {
+        agent.handle_network(now, network);
+        let out = outputs(&mut agent);
+        let change = out.iter().find_map(|o| {
+            let Output::ChangeNetwork(change) = o else {
+                return None;
+            };
+            Some(change.clone())
+        });
+        let named = |o: &&Output| matches!(o, Output::Story("peer", _));
+        let named = out.iter().filter(named).count();
+        let paths = out.iter().filter(|o| matches!(o, Output::SetPath(..)));
+        (change, named, paths.count())
+    };
+    // Who is online, or where, is no matter of the data plane's.
+    let mut network = many(10_000, 0);
+    Arc::make_mut(&mut network.peers[3]).online = Some(false);
+    assert!(matches!(told(network), (None, 1, 0)));
+    let mut network = many(10_000, 0);
+    Arc::make_mut(&mut network.peers[5_000]).home = Some(901);
+    assert!(
+        matches!(told(network), (None, 2, 1)),
+        "and the first is online again"
+    );
+    let (change, named, paths) = told(many(10_001, 0));
+    let change = change.unwrap();
+    assert_eq!((change.peers.len(), change.gone.len()), (1, 0));
+    assert!(change.reserved.is_none() && change.rules.is_none());
+    assert_eq!((named, paths), (2, 2));
+    let (change, named, paths) = told(many(10_001, 1));
+    let change = change.unwrap();
+    assert_eq!(
+        (change.peers.len(), &change.gone[..]),
+        (0, &[PeerId(0)][..])
+    );
+    assert_eq!((named, paths), (0, 0));
+}
+
 fn peers_given(out: &[Output]) -> Option<usize> {
     out.iter().rev().find_map(|o| {
-        let Output::SetNetwork(network) = o else {
+        let Output::ChangeNetwork(network) = o else {
             return None;
         };
         Some(network.peers.len())
@@ -174,7 +240,7 @@ fn a_peers_key_expires_by_the_wall_clock_with_nobody_to_tell_us() {
     let (now, mut agent) = (start(), agent(1, false));
     let hour = Duration::from_secs(3600);
     let mut cached = network(2);
-    cached.peers[0].key_expiry = Some(WireTime(NOON + hour));
+    Arc::make_mut(&mut cached.peers[0]).key_expiry = Some(WireTime(NOON + hour));
     agent.handle_wall_clock(now, NOON);
     agent.handle_network(now, cached.clone());
     assert_eq!(peers_given(&outputs(&mut agent)), Some(1));
@@ -214,7 +280,7 @@ fn a_wall_clock_that_is_set_makes_no_key_of_coordinations_map_expire() {
         let mut agent = agent(1, false);
         // Our clock is 2000 hours off, and the map says when the keys expire by it.
         let mut told = network(2);
-        told.peers[0].key_expiry = Some(WireTime(wrong + hour));
+        Arc::make_mut(&mut told.peers[0]).key_expiry = Some(WireTime(wrong + hour));
         told.own.key_expiry = Some(WireTime(wrong + 2 * hour));
         agent.handle_wall_clock(now, wrong);
         agent.handle_map(now, told);
@@ -339,7 +405,8 @@ fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
     let (now, mut agent) = (start(), agent(1, false));
     let mut told = network(2);
     let offers = ["10.7.0.2/32", "10.7.0.0/16", "0.0.0.0/0", "10.7.0.1/32"];
-    told.peers[0].allowed_ips = offers.map(|text| text.parse().unwrap()).to_vec();
+    Arc::make_mut(&mut told.peers[0]).allowed_ips =
+        offers.map(|text| text.parse().unwrap()).to_vec();
     told.held_back = vec![HeldBack {
         name: "gone.tail.test.".into(),
         addresses: vec!["10.7.0.3/32".parse().unwrap()],
@@ -348,7 +415,7 @@ fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
     agent.handle_network(now, told);
     let out = outputs(&mut agent);
     let given = out.iter().find_map(|o| {
-        let Output::SetNetwork(network) = o else {
+        let Output::ChangeNetwork(network) = o else {
             return None;
         };
         Some(network)
@@ -360,7 +427,10 @@ fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
     let given = given.unwrap();
     let theirs = text(&given.peers[0].allowed_ips);
     assert_eq!(theirs, ["10.7.0.2/32", "10.7.0.0/16"]);
-    assert_eq!(text(&given.reserved), ["10.7.0.1/32", "10.7.0.3/32"]);
+    assert_eq!(
+        text(given.reserved.as_ref().unwrap()),
+        ["10.7.0.1/32", "10.7.0.3/32"]
+    );
     let routed = out.iter().find_map(|o| {
         let Output::Configure(overlay) = o else {
             return None;
@@ -506,8 +576,8 @@ fn a_peer_with_another_disco_key_that_was_heard_lately_is_greeted() {
     agent.handle_network(now, told.clone());
     for (secs, key, greeted) in [(1, 2, 0), (2, 9, 1), (3, 9, 0)] {
         let now = now + Duration::from_secs(secs);
-        told.peers[0].disco_key = Some(node(key).1.public());
-        told.peers[0].online = Some(secs % 2 == 0);
+        Arc::make_mut(&mut told.peers[0]).disco_key = Some(node(key).1.public());
+        Arc::make_mut(&mut told.peers[0]).online = Some(secs % 2 == 0);
         agent.handle_network(now, told.clone());
         agent.handle_timeout(now, &heard);
         let initiated = initiated(&outputs(&mut agent));
@@ -576,12 +646,12 @@ fn what_others_route_hides_no_address_of_a_peer() {
     ] {
         let (now, mut agent) = (start(), agent(1, false));
         let mut network = network(2);
-        network.peers.push(NetworkPeer {
+        network.peers.push(Arc::new(NetworkPeer {
             name: "exit.tail.test.".into(),
             node_key: node(3).0,
             allowed_ips: routes.iter().map(|net| net.parse().unwrap()).collect(),
             ..NetworkPeer::default()
-        });
+        }));
         agent.handle_network(now, network);
         outputs(&mut agent);
         agent.handle_dataplane(now, &channel::Event::Kick(PeerId(0)), &Activity::default());

@@ -1,5 +1,6 @@
 //! All peers of a node behind the verbs of a core.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -54,52 +55,80 @@ impl Manager {
         }
     }
 
-    /// Takes the whole table of peers, at most [`PEERS_MAX`]. A peer whose node key is unchanged
-    /// keeps its paths; under another node key an id is a new peer. A changed home, endpoint or DISCO
-    /// key wakes a held peer.
-    pub fn set_peers(&mut self, now: Instant, peers: &[PeerSetup]) {
-        let peers = &peers[..peers.len().min(PEERS_MAX)];
-        let kept: BTreeMap<PeerId, NodePublic> =
-            peers.iter().map(|peer| (peer.id, peer.node_key)).collect();
-        self.peers
-            .retain(|id, peer| kept.get(id) == Some(&peer.node_key));
-        self.undelivered.retain(|id, _| self.peers.contains_key(id));
-        self.due_of.retain(|id, _| self.peers.contains_key(id));
-        self.due.retain(|(_, id)| self.peers.contains_key(id));
-        self.by_node = peers.iter().map(|peer| (peer.node_key, peer.id)).collect();
-        let mut by_disco: BTreeMap<DiscoPublic, (Arc<SharedKey>, Vec<PeerId>)> = BTreeMap::new();
-        for setup in peers {
-            let Some(public) = setup.disco_key else {
-                continue;
-            };
-            let known = self
-                .by_disco
-                .get(&public)
-                .map(|(secret, _)| Arc::clone(secret));
-            let fresh = || SharedKey::new(&self.disco, &public).map(Arc::new);
-            if let Some((_, ids)) = by_disco.get_mut(&public) {
-                ids.push(setup.id);
-            } else if let Some(secret) = known.or_else(fresh) {
-                by_disco.insert(public, (secret, vec![setup.id]));
-            }
+    /// Takes peers that are new or another, at most [`PEERS_MAX`] in all, and those that are no more.
+    /// One whose node key is unchanged keeps its paths; under another node key an id is a new peer. A
+    /// changed home, endpoint or DISCO key wakes a held peer. Others are not touched.
+    pub fn set_peers(&mut self, now: Instant, peers: &[PeerSetup], gone: &[PeerId]) {
+        for id in gone {
+            self.forget(*id);
         }
-        self.by_disco = by_disco;
         for setup in peers {
-            let secret = setup.disco_key.and_then(|public| {
-                let (secret, _) = self.by_disco.get(&public)?;
-                let secret = Arc::clone(secret);
-                Some(PeerKey { public, secret })
-            });
+            let known = self.peers.get(&setup.id);
+            if known.is_some_and(|known| known.node_key != setup.node_key) {
+                self.forget(setup.id);
+            }
+            let known = self.peers.get(&setup.id);
+            if known.is_none() && self.peers.len() >= PEERS_MAX {
+                continue;
+            }
+            let before = known.and_then(Peer::key).map(|key| key.public);
+            let secret = setup
+                .disco_key
+                .and_then(|public| self.know(public, setup.id));
             let peer = self
                 .peers
                 .entry(setup.id)
                 .or_insert_with(|| Peer::new(now, setup, secret.clone()));
-            let public = |key: Option<&PeerKey>| key.map(|key| key.public);
-            if public(peer.key()) != public(secret.as_ref()) {
+            let after = secret.as_ref().map(|key| key.public);
+            if peer.key().map(|key| key.public) != after {
                 peer.set_key(now, &mut self.shared, secret);
             }
             peer.set(now, &mut self.shared, setup);
+            if before != after {
+                self.disown(before, setup.id);
+            }
+            self.by_node.insert(setup.node_key, setup.id);
             self.settle(now, setup.id);
+        }
+    }
+
+    /// The DISCO key as this peer's, among others; none for one that is no key.
+    fn know(&mut self, public: DiscoPublic, id: PeerId) -> Option<PeerKey> {
+        let (secret, ids) = match self.by_disco.entry(public) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let secret = SharedKey::new(&self.disco, &public)?;
+                place.insert((Arc::new(secret), Vec::new()))
+            }
+        };
+        if let Err(place) = ids.binary_search(&id) {
+            ids.insert(place, id);
+        }
+        let secret = Arc::clone(secret);
+        Some(PeerKey { public, secret })
+    }
+
+    /// A DISCO key is not this peer's any more.
+    fn disown(&mut self, public: Option<DiscoPublic>, id: PeerId) {
+        if let Some(public) = public
+            && let Some((_, ids)) = self.by_disco.get_mut(&public)
+        {
+            ids.retain(|other| *other != id);
+            if ids.is_empty() {
+                self.by_disco.remove(&public);
+            }
+        }
+    }
+
+    fn forget(&mut self, id: PeerId) {
+        let Some(peer) = self.peers.remove(&id) else {
+            return;
+        };
+        self.undelivered.remove(&id);
+        self.unschedule(id);
+        self.disown(peer.key().map(|key| key.public), id);
+        if self.by_node.get(&peer.node_key) == Some(&id) {
+            self.by_node.remove(&peer.node_key);
         }
     }
 
@@ -111,9 +140,12 @@ impl Manager {
         self.for_all(now, |peer, shared| peer.own_endpoints(now, shared, changed));
     }
 
-    /// Takes the nodes' own addresses inside the tunnel, which are never candidates.
-    pub fn set_inner_addresses(&mut self, inner: BTreeSet<IpAddr>) {
-        self.shared.admission.inner = inner;
+    /// Takes the nodes' own addresses inside the tunnel, which are never candidates, and returns those
+    /// that were none before or are none now: a peer with endpoints there is to be set again.
+    pub fn set_inner_addresses(&mut self, inner: BTreeSet<IpAddr>) -> BTreeSet<IpAddr> {
+        let before = std::mem::replace(&mut self.shared.admission.inner, inner);
+        let now = &self.shared.admission.inner;
+        before.symmetric_difference(now).copied().collect()
     }
 
     /// The network under us changed, or a port mapping or the NAT's behaviour did (minor).

@@ -70,6 +70,15 @@ pub struct NetworkChange {
     pub rules: Option<(Rules, Option<Vec<Prefix>>)>,
 }
 
+impl NetworkChange {
+    /// Whether it names nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        let peers = self.peers.is_empty() && self.gone.is_empty();
+        peers && self.reserved.is_none() && self.rules.is_none()
+    }
+}
+
 /// How to reach one peer: an immutable record, replaced whole; only the newest counts
 /// (`protocol/paths.md` §16).
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -231,7 +231,7 @@ impl Node {
     fn carry_out(&mut self) {
         while let Some(output) = self.agent.poll_output() {
             match output {
-                Output::SetNetwork(network) => self.dataplane.set_network(network),
+                Output::ChangeNetwork(change) => self.dataplane.change_network(change),
                 Output::SetPath(peer, mut decision) => {
                     let named = |to| self.discovery.named_source(to, decision.local);
                     decision.local = decision.udp.and_then(named);

@@ -76,7 +76,7 @@ fn a_relayed_message_must_come_from_the_node_that_owns_the_key() {
         ..script.setup.clone()
     };
     let both = [script.setup.clone(), other.clone()];
-    script.paths.set_peers(script.now, &both);
+    script.paths.set_peers(script.now, &both, &[]);
     let call = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
     let result = script
         .paths
@@ -94,7 +94,7 @@ fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
     };
     script
         .paths
-        .set_peers(script.now, &[script.setup.clone(), twin.clone()]);
+        .set_peers(script.now, &[script.setup.clone(), twin.clone()], &[]);
     let mut ping = |node_key, n: u8, from: &str| {
         let message = Message::Ping {
             tx_id: [n; 12],
@@ -118,13 +118,51 @@ fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
 }
 
 #[test]
+fn who_goes_takes_nothing_from_another_with_the_same_disco_key() {
+    let mut script = Script::new(Config::default(), &[C1]);
+    let twin = PeerSetup {
+        id: PeerId(1),
+        node_key: NodePrivate::from_random([8; 32]).public(),
+        ..script.setup.clone()
+    };
+    script
+        .paths
+        .set_peers(script.now, std::slice::from_ref(&twin), &[]);
+    script.data();
+    let call = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
+    let (ours, theirs) = (script.setup.node_key, twin.node_key);
+    let heard =
+        |script: &mut Script, from| script.paths.handle_relayed(script.now, REGION, from, &call);
+    assert_eq!(heard(&mut script, ours), Ok(()));
+    assert_eq!(heard(&mut script, theirs), Ok(()));
+    script.paths.set_peers(script.now, &[], &[PeerId(1)]);
+    assert_eq!(heard(&mut script, ours), Ok(()));
+    assert_eq!(heard(&mut script, theirs), Err(Drop::WrongRelaySource));
+    // Another node under the id of one that was: nothing of the first is left.
+    let other = PeerSetup {
+        id: script.setup.id,
+        disco_key: None,
+        ..twin
+    };
+    script.paths.set_peers(script.now, &[other], &[]);
+    assert_eq!(heard(&mut script, ours), Err(Drop::UnknownSender));
+    assert_eq!(script.paths.peer_of(&ours), None);
+    assert_eq!(script.paths.peer_of(&theirs), Some(PeerId(0)));
+    script.paths.set_peers(script.now, &[], &[PeerId(0)]);
+    assert_eq!(script.paths.poll_timeout(), None);
+    assert!(script.paths.poll_decision().is_none());
+}
+
+#[test]
 fn a_new_disco_key_of_a_peer_is_used_at_once() {
     let mut script = Script::new(Config::default(), &[C1]);
     script.data();
     script.run_to(ms(2000));
     let fresh = DiscoPrivate::from_random([77; 32]);
     script.setup.disco_key = Some(fresh.public());
-    script.paths.set_peers(script.now, &[script.setup.clone()]);
+    script
+        .paths
+        .set_peers(script.now, &[script.setup.clone()], &[]);
     let old = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
     let node_key = script.setup.node_key;
     let relayed = script
@@ -200,7 +238,9 @@ fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
                 }
                 _ => {
                     script.setup.home = rng.random::<bool>().then_some(REGION);
-                    script.paths.set_peers(script.now, &[script.setup.clone()]);
+                    script
+                        .paths
+                        .set_peers(script.now, &[script.setup.clone()], &[]);
                     let _ = script.paths.ping(script.now, script.setup.id);
                 }
             }

@@ -81,7 +81,7 @@ impl Script {
         let rng = StdRng::seed_from_u64(1);
         let mut paths = Manager::new(config, ours, our_disco.clone(), rng);
         paths.set_own_endpoints(start, vec![addr("203.0.113.99:41641")]);
-        paths.set_peers(start, std::slice::from_ref(&setup));
+        paths.set_peers(start, std::slice::from_ref(&setup), &[]);
         let secret = SharedKey::new(&their_disco, &our_disco.public()).unwrap();
         let mut script = Self {
             start,

@@ -350,13 +350,13 @@ fn a_held_peer_wakes_when_something_changes() {
         ("endpoints of the peer", |script| {
             script.setup.endpoints.push(addr(C2));
             let setup = script.setup.clone();
-            script.paths.set_peers(script.now, &[setup]);
+            script.paths.set_peers(script.now, &[setup], &[]);
         }),
         ("home of the peer", |script| {
             script.setup.home = Some(REGION);
             let mut setup = script.setup.clone();
             setup.home = None;
-            script.paths.set_peers(script.now, &[setup]);
+            script.paths.set_peers(script.now, &[setup], &[]);
         }),
         ("own endpoints", |script| {
             script

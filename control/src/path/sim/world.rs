@@ -220,7 +220,7 @@ impl World {
         for (node, other) in [(0, 1), (1, 0)] {
             let mut setup = self.nodes[other].setup.clone();
             setup.endpoints = self.nodes[other].endpoints.clone();
-            self.nodes[node].paths.set_peers(self.now, &[setup]);
+            self.nodes[node].paths.set_peers(self.now, &[setup], &[]);
             self.pump(node);
         }
     }
