@@ -207,6 +207,8 @@ pub struct Server {
     ended: Vec<(SessionId, Option<Box<MapResponse>>)>,
     /// Announced routes that were not looked at since [`Server::take_left_out`].
     left_out: usize,
+    /// Machines whose node is gone, which the driver knows no more.
+    forgotten: Vec<MachinePublic>,
 }
 
 #[derive(Debug)]
@@ -320,6 +322,7 @@ impl Server {
             presence_unsaved: true,
             ended: Vec::new(),
             left_out: 0,
+            forgotten: Vec::new(),
         };
         for record in records {
             server.next_id = server.next_id.max(record.id + 1);
@@ -357,6 +360,11 @@ impl Server {
     fn find(&self, machine: MachinePublic, key: NodePublic) -> Option<&Entry> {
         let entry = self.nodes.get(self.by_key.get(&key)?)?;
         (entry.record.machine == machine).then_some(entry)
+    }
+
+    /// Whether a node of this machine is stored: all others are strangers.
+    pub fn knows(&self, machine: MachinePublic) -> bool {
+        self.by_machine.contains_key(&machine)
     }
 
     /// Whether a relay should serve this node.
@@ -397,7 +405,7 @@ impl Server {
         let found = self.find(machine, request.node_key);
         if is_logout(wall, request) {
             return match found {
-                None => Registration::Answer(self.welcome()),
+                None => refuse("node not found"),
                 Some(entry) if entry.record.ephemeral => Registration::Delete(entry.record.id),
                 Some(entry) => {
                     let mut record = entry.record.clone();
@@ -405,9 +413,6 @@ impl Server {
                     Registration::Expire(Box::new(record))
                 }
             };
-        }
-        if found.is_none() && self.by_key.contains_key(&request.node_key) {
-            return refuse("node key already in use by another machine");
         }
         if found.is_some_and(|entry| !expired(&entry.record)) {
             return Registration::Answer(self.welcome());
@@ -421,6 +426,10 @@ impl Server {
             }
             return refuse(key.error().unwrap_or("auth key needed"));
         };
+        // Said only to whom we would let in: who has which key is nobody else's business.
+        if found.is_none() && self.by_key.contains_key(&request.node_key) {
+            return refuse("node key already in use by another machine");
+        }
         let hostinfo = request.hostinfo.clone().unwrap_or_else(|| json!({}));
         if !hostinfo.is_object() || hostinfo.to_string().len() > HOSTINFO_LEN_MAX {
             return refuse("Hostinfo is missing or too large");
@@ -603,6 +612,7 @@ impl Server {
         };
         self.by_key.remove(&entry.record.node_key);
         self.by_machine.remove(&entry.record.machine);
+        self.forgotten.push(entry.record.machine);
         self.unsaved.remove(&id);
         self.deleted.insert(id);
         let own = self
@@ -822,6 +832,11 @@ impl Server {
     /// Streams the driver has to end now, some with a last message.
     pub fn take_ended(&mut self) -> Vec<(SessionId, Option<Box<MapResponse>>)> {
         std::mem::take(&mut self.ended)
+    }
+
+    /// Machines that were forgotten since this was asked last.
+    pub fn take_forgotten(&mut self) -> Vec<MachinePublic> {
+        std::mem::take(&mut self.forgotten)
     }
 
     /// All open streams.

@@ -264,7 +264,16 @@ fn registrations_are_decided_as_the_page_says() {
         assert_eq!(lab.register(1, &key).error, "");
     }
     assert!(lab.server.needs_no_key(WALL, machine(1), &registration(1)));
-    // Somebody else with that node key.
+    // Somebody else with that node key, which is confirmed only to whom we would let in.
+    for key in [KeyCheck::Absent, KeyCheck::Unknown, KeyCheck::Used] {
+        let plan = lab
+            .server
+            .plan_register(WALL, machine(2), &registration(1), &key);
+        let Registration::Answer(answer) = plan else {
+            panic!("{plan:?}");
+        };
+        assert_eq!(answer.error, key.error().unwrap());
+    }
     let plan = lab
         .server
         .plan_register(WALL, machine(2), &registration(1), &VALID);
@@ -348,6 +357,93 @@ fn a_log_out_expires_the_key_and_forgets_an_ephemeral_node() {
     assert!(!lab.streams.contains_key(&stream), "its stream ends");
     lab.check("after the ephemeral node left");
     assert_eq!(lab.server.counts().0, 2);
+}
+
+/// What the map says of everybody, so that it can be compared.
+fn standing(lab: &Lab) -> String {
+    let entries = lab.server.nodes.values();
+    format!(
+        "{:?}",
+        entries.map(|entry| &entry.record).collect::<Vec<_>>()
+    )
+}
+
+#[test]
+fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
+    let mut lab = Lab::new();
+    lab.join(1);
+    lab.join(2);
+    lab.pump();
+    let before = standing(&lab);
+    let past = Some(WireTime(time::macros::datetime!(1970-01-01 00:02:03 UTC)));
+    // Machine 9 is not stored; machine 2 is, with another node.
+    for (asker, named) in [(9, 9), (9, 1), (2, 1), (2, 9)] {
+        for expiry in [None, past] {
+            for key in [KeyCheck::Absent, KeyCheck::Unknown, KeyCheck::Used] {
+                for old in [None, Some(node_key(1)), Some(node_key(2))] {
+                    let request = RegisterRequest {
+                        expiry,
+                        old_node_key: old,
+                        ..registration(named)
+                    };
+                    let server = &lab.server;
+                    let plan = server.plan_register(WALL, machine(asker), &request, &key);
+                    let Registration::Answer(answer) = plan else {
+                        panic!("{plan:?}");
+                    };
+                    let error = match (expiry, key.error()) {
+                        (Some(_), _) => "node not found",
+                        (None, Some(error)) => error,
+                        (None, None) => unreachable!(),
+                    };
+                    // The text alone: no user, no login, nothing authorised.
+                    let expected = RegisterResponse {
+                        error: error.to_owned(),
+                        ..RegisterResponse::default()
+                    };
+                    assert_eq!(answer, expected, "{asker} {named} {request:?}");
+                }
+            }
+        }
+        for stream in [false, true] {
+            let request = MapRequest {
+                stream,
+                ..poll(named)
+            };
+            let answer = lab
+                .server
+                .handle_map(lab.now, WALL, machine(asker), &request, 0.0);
+            assert_eq!(answer, Err(MapRefusal::NotFound), "{asker} {named}");
+        }
+    }
+    assert!(!lab.server.knows(machine(9)) && lab.server.knows(machine(2)));
+    assert_eq!(standing(&lab), before);
+    assert!(lab.wait(TICK).is_empty(), "nobody hears of it");
+    // With a good key, a machine does not get another's node by naming its key as the old one.
+    let request = RegisterRequest {
+        old_node_key: Some(node_key(1)),
+        ..registration(9)
+    };
+    let plan = lab.server.plan_register(WALL, machine(9), &request, &VALID);
+    assert!(matches!(&plan, Registration::Insert(record, _) if record.id == 3));
+    lab.server.apply(lab.now, plan);
+    assert_eq!(lab.server.nodes[&1].record.node_key, node_key(1));
+    assert!(lab.server.knows(machine(9)));
+}
+
+#[test]
+fn a_forgotten_node_s_machine_is_a_stranger_and_named_to_the_driver() {
+    let mut lab = Lab::new();
+    let ephemeral = KeyCheck::Valid {
+        id: 2,
+        ephemeral: true,
+    };
+    lab.register(3, &ephemeral);
+    assert!(lab.server.knows(machine(3)) && lab.server.take_forgotten().is_empty());
+    lab.wait(OFFLINE_DELAY);
+    lab.wait(Duration::from_secs(300));
+    assert!(!lab.server.knows(machine(3)));
+    assert_eq!(lab.server.take_forgotten(), [machine(3)]);
 }
 
 #[test]

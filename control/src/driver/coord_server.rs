@@ -8,17 +8,19 @@
 //!                                             the actor: coord::server::Server, one Store
 //! ```
 //!
-//! Anybody may finish the Noise handshake, so a connection counts as a stranger's, of which there
-//! are few places, until its first valid request, and is closed when none comes within a minute.
-//! Every refusal is counted in [`Counters`].
+//! Anybody may finish the Noise handshake. A connection is a stranger's, with a small place
+//! ([`super::places`]), little to send and little time, until it has proven to be of a machine of
+//! which a node is stored: by its first Noise record, or when a registration made it one. The actor
+//! says so, and says when it is over. Every refusal is counted in [`Counters`], those for want of a
+//! place in the [`Door`].
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::{IpAddr, SocketAddr};
-use std::pin::{Pin, pin};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context as TaskContext, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -35,15 +37,17 @@ use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde::Deserialize;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::clock::{at, now, wall};
 use super::control_url::ByteStream;
 use super::coord_store::{Database, Store};
+use super::metered::Metered;
 use super::noise_stream::NoiseStream;
-use super::sleep;
+use super::places::{Door, Place};
+use super::{descriptors, sleep};
 use crate::coord::admin::{self, Done, Order};
 use crate::coord::auth_key::{self, KeyCheck};
 use crate::coord::frames::{Codec, encode};
@@ -53,23 +57,47 @@ use crate::coord::server::{
     is_logout,
 };
 use crate::key::{MachinePrivate, MachinePublic, NodePublic};
-use crate::netmap::DerpMap;
 use crate::netmap::wire::{
     KeyResponse, MapRequest, MapResponse, RegisterRequest, RegisterResponse,
 };
+use crate::netmap::{DerpMap, PEERS_MAX};
 use crate::noise::{INITIATION_LEN, encode_early, respond};
+use crate::places::{Bounds, Limits};
 
-/// Connections without a valid request so far.
-const STRANGERS_MAX: usize = 512;
+/// Connections at most: every node that there can be has one, and another that takes its place.
+const LIMITS: Limits = Limits {
+    strangers: Bounds {
+        all: 512,
+        wide: 128,
+        narrow: 64,
+    },
+    // A proxy on this machine brings all strangers from one address.
+    local: Bounds {
+        all: 256,
+        wide: 256,
+        narrow: 128,
+    },
+    known: Bounds::of_all(PEERS_MAX + PEERS_MAX / 4),
+    owner: 8,
+};
 
-/// All connections.
-const CONNECTIONS_MAX: usize = 8192;
+/// Descriptors that are not for connections: listeners, the state file.
+const DESCRIPTORS_KEPT: usize = 64;
+
+/// How long nothing is accepted after that failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// Head of the HTTP request, and Noise after the upgrade.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection without a valid request is closed after this.
-const STRANGER_TIMEOUT: Duration = Duration::from_secs(60);
+/// A stranger's connection is closed after this.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes a stranger may send on one connection, in all.
+const STRANGER_BYTES_MAX: usize = 256 * 1024;
+
+/// Questions of strangers that wait for the actor, so that those known do not wait behind them.
+const STRANGER_ASKS_MAX: usize = 8;
 
 /// Body of a register or map request.
 const BODY_LEN_MAX: usize = 1 << 20;
@@ -77,14 +105,29 @@ const BODY_LEN_MAX: usize = 1 << 20;
 /// Body of a `/verify` request.
 const VERIFY_LEN_MAX: usize = 4096;
 
+/// The same of a stranger, who can only want to register.
+const STRANGER_BODY_LEN_MAX: usize = 64 * 1024;
+
+/// Bodies that are read at a time on one connection: a node sends few, and what is read is kept.
+const BODIES_MAX: usize = 4;
+
 /// Time for a request's body to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The same for a stranger's.
+const STRANGER_BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Head of an HTTP request.
 const HEADER_LEN_MAX: usize = 16 * 1024;
 
 /// Requests that may run at a time on one connection.
 const STREAMS_MAX: u32 = 64;
+
+/// The same on one that began as a stranger's: enough for a map stream and what a node reports.
+const STRANGER_STREAMS_MAX: u32 = 2;
+
+/// Streams a stranger may have us reset before its connection ends.
+const STRANGER_RESETS_MAX: usize = 16;
 
 /// HTTP/2 PING and how long its answer may take.
 const PING_EVERY: Duration = Duration::from_secs(30);
@@ -102,13 +145,14 @@ const WRITE_DELAY: Duration = Duration::from_secs(2);
 /// Requests larger than this have no business in a receive window.
 const STREAM_WINDOW: u32 = 1 << 20;
 
+/// The same for a stranger's.
+const STRANGER_WINDOW: u32 = 64 * 1024;
+
 /// What was served and what was refused, since the start.
 #[derive(Debug, Default)]
 pub struct Counters {
     /// Connections accepted.
     pub connections: AtomicU64,
-    /// Connections closed at once because there were too many.
-    pub refused_full: AtomicU64,
     /// Connections that ended with broken HTTP or TLS.
     pub bad_http: AtomicU64,
     /// Upgrades refused: wrong headers.
@@ -131,10 +175,14 @@ pub struct Counters {
     pub refused_registration: AtomicU64,
     /// Registrations put off because of too many failures from one address.
     pub rate_limited: AtomicU64,
-    /// Connections closed because no valid request came in time.
+    /// Connections and requests that took too long, those of strangers above all.
     pub timed_out: AtomicU64,
+    /// Connections that could not be accepted.
+    pub accept_errors: AtomicU64,
     /// Registrations that succeeded.
     pub registrations: AtomicU64,
+    /// Nodes that logged out.
+    pub log_outs: AtomicU64,
     /// Map requests that succeeded.
     pub map_requests: AtomicU64,
     /// Messages given to map streams.
@@ -154,7 +202,6 @@ impl Counters {
     pub fn list(&self) -> Vec<(&'static str, u64)> {
         let all = [
             ("connections", &self.connections),
-            ("refused_full", &self.refused_full),
             ("bad_http", &self.bad_http),
             ("bad_upgrade", &self.bad_upgrade),
             ("bad_noise", &self.bad_noise),
@@ -167,7 +214,9 @@ impl Counters {
             ("refused_registration", &self.refused_registration),
             ("rate_limited", &self.rate_limited),
             ("timed_out", &self.timed_out),
+            ("accept_errors", &self.accept_errors),
             ("registrations", &self.registrations),
+            ("log_outs", &self.log_outs),
             ("map_requests", &self.map_requests),
             ("messages", &self.messages),
             ("store_errors", &self.store_errors),
@@ -213,23 +262,58 @@ struct Shared {
     asks: mpsc::Sender<Ask>,
     ended: mpsc::UnboundedSender<SessionId>,
     counters: Counters,
-    strangers: Arc<Semaphore>,
-    connections: Arc<Semaphore>,
+    door: Arc<Door<MachinePublic>>,
+    stranger_asks: Semaphore,
     /// Every connection's task ends when this closes.
     alive: tokio::sync::watch::Sender<()>,
+}
+
+impl Shared {
+    /// Asks the actor; a stranger's question waits for those of other strangers. None when the
+    /// server is stopping.
+    async fn ask<T>(
+        &self,
+        is_known: bool,
+        ask: impl FnOnce(oneshot::Sender<T>) -> Ask,
+    ) -> Option<T> {
+        let _turn: Option<SemaphorePermit<'_>> = if is_known {
+            None
+        } else {
+            Some(self.stranger_asks.acquire().await.ok()?)
+        };
+        let (answer, answered) = oneshot::channel();
+        self.asks.send(ask(answer)).await.ok()?;
+        answered.await.ok()
+    }
+
+    /// Names and values, as `/metrics` shows them.
+    fn list(&self) -> Vec<(&'static str, u64)> {
+        let mut list = self.counters.list();
+        list.extend(self.door.list());
+        list
+    }
+}
+
+/// A connection's place, and whose it is said to be.
+#[derive(Clone, Debug)]
+struct Client {
+    machine: MachinePublic,
+    place: Arc<Place<MachinePublic>>,
 }
 
 /// A question to the actor.
 #[derive(Debug)]
 enum Ask {
+    /// A machine has proven its key.
+    Greet(Client, oneshot::Sender<()>),
     Register(
-        MachinePublic,
+        Client,
         IpAddr,
         Box<RegisterRequest>,
         oneshot::Sender<Registered>,
     ),
     Map(
-        MachinePublic,
+        Client,
         Box<MapRequest>,
         oneshot::Sender<Result<Mapped, MapRefusal>>,
     ),
@@ -260,6 +344,13 @@ impl CoordServer {
     /// When the state cannot be loaded or a listener is not usable.
     pub fn start(config: CoordServerConfig) -> anyhow::Result<Self> {
         let loaded = config.database.load().context("cannot load the state")?;
+        descriptors::raise_limit();
+        let limits = LIMITS.within(descriptors::left().saturating_sub(DESCRIPTORS_KEPT));
+        tracing::info!(
+            nodes = limits.known.all,
+            strangers = limits.strangers.all,
+            "connections at most"
+        );
         let now = now();
         let server = Server::new(
             now,
@@ -275,8 +366,8 @@ impl CoordServer {
             asks,
             ended,
             counters: Counters::default(),
-            strangers: Arc::new(Semaphore::new(STRANGERS_MAX)),
-            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            door: Door::new(limits),
+            stranger_asks: Semaphore::new(STRANGER_ASKS_MAX),
             alive: tokio::sync::watch::Sender::new(()),
         });
         let actor = Actor {
@@ -393,8 +484,8 @@ impl Actor {
         mut asked: mpsc::Receiver<Ask>,
         mut ends: mpsc::UnboundedReceiver<SessionId>,
     ) {
+        let mut timeout = self.server.poll_timeout();
         loop {
-            let timeout = self.server.poll_timeout();
             tokio::select! {
                 ask = asked.recv() => match ask {
                     Some(Ask::Stop(done)) => {
@@ -402,7 +493,10 @@ impl Actor {
                         let _ = done.send(());
                         return;
                     }
-                    Some(ask) => self.handle(ask).await,
+                    // What strangers may ask for ever is not to cost a look at every stream.
+                    Some(ask) => if !self.handle(ask).await {
+                        continue;
+                    },
                     None => return,
                 },
                 Some(id) = ends.recv() => self.end(id),
@@ -411,25 +505,41 @@ impl Actor {
             }
             self.tell_left_out();
             self.pump();
+            self.forget();
+            timeout = self.server.poll_timeout();
             if self.write_at.is_none() && self.server.has_writes() {
                 self.write_at = Some(now() + WRITE_DELAY);
             }
         }
     }
 
-    async fn handle(&mut self, ask: Ask) {
+    /// Answers; whether anything may have changed.
+    async fn handle(&mut self, ask: Ask) -> bool {
         match ask {
-            Ask::Register(machine, source, request, answer) => {
+            Ask::Greet(client, answer) => {
+                self.recognise(&client);
+                let _ = answer.send(());
+                false
+            }
+            Ask::Register(client, source, request, answer) => {
+                let machine = client.machine;
                 let registered = self.register(machine, source, &request).await;
                 self.tell_refusal(machine, source, &request, &registered);
+                self.recognise(&client);
+                let refused = match &registered {
+                    Registered::Answer(answer) => !answer.error.is_empty(),
+                    Registered::TooMany(_) | Registered::StoreFailed => true,
+                };
                 let _ = answer.send(registered);
+                !refused
             }
-            Ask::Map(machine, request, answer) => {
+            Ask::Map(client, request, answer) => {
                 let wall = wall();
                 let random = rand::random();
                 let mapped = self
                     .server
-                    .handle_map(now(), wall, machine, &request, random);
+                    .handle_map(now(), wall, client.machine, &request, random);
+                let refused = mapped.is_err();
                 let mapped = mapped.map(|mapped| match mapped {
                     MapAnswer::Taken => Mapped::Taken,
                     MapAnswer::Once(message) => Mapped::Once(message),
@@ -444,16 +554,39 @@ impl Actor {
                 if let Err(Ok(Mapped::Stream(id, ..))) = answer.send(mapped) {
                     self.end(id);
                 }
+                !refused
             }
             Ask::Verify(key, answer) => {
                 let member = self.server.is_member(key);
                 let _ = answer.send(member);
+                false
             }
-            Ask::DerpMap(derp_map) => self.server.set_derp_map(now(), derp_map),
+            Ask::DerpMap(derp_map) => {
+                self.server.set_derp_map(now(), derp_map);
+                true
+            }
             Ask::Order(order, answer) => {
                 let _ = answer.send(self.carry_out(&order).await);
+                true
             }
-            Ask::Stop(_) => {}
+            Ask::Stop(_) => false,
+        }
+    }
+
+    /// A machine is known if a node of it is stored, and for nothing else.
+    fn recognise(&self, client: &Client) {
+        if self.server.knows(client.machine) && !client.place.is_known() {
+            client.place.becomes_known(client.machine);
+        }
+    }
+
+    /// Machines whose nodes are gone are strangers, also on connections that stand.
+    fn forget(&mut self) {
+        let forgotten = self.server.take_forgotten();
+        if let Some(shared) = self.shared.upgrade() {
+            for machine in forgotten {
+                shared.door.estrange(machine);
+            }
         }
     }
 
@@ -656,62 +789,42 @@ impl Actor {
     }
 }
 
-/// A connection's standing: a stranger holds one of few places until its first valid request.
-#[derive(Debug)]
-struct Standing {
-    stranger: Mutex<Option<OwnedSemaphorePermit>>,
-    known: AtomicBool,
-    _place: OwnedSemaphorePermit,
-}
-
-impl Standing {
-    fn becomes_known(&self) {
-        if !self.known.swap(true, Ordering::Relaxed) {
-            let mut stranger = self
-                .stranger
-                .lock()
-                .unwrap_or_else(|poisoned| poisoned.into_inner());
-            *stranger = None;
-        }
-    }
-
-    fn is_known(&self) -> bool {
-        self.known.load(Ordering::Relaxed)
-    }
-}
-
 async fn accept(
     listener: TcpListener,
     tls: Option<tokio_rustls::TlsAcceptor>,
     shared: Arc<Shared>,
 ) {
+    let mut failing = false;
     loop {
         let (stream, source) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                // Out of descriptors, most likely: nothing helps but a moment.
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(Duration::from_millis(100)).await;
+                count(&shared.counters.accept_errors);
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "cannot accept a connection");
+                }
+                if descriptors::are_short(&error) {
+                    shared.door.make_room();
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
-        let place = Arc::clone(&shared.connections).try_acquire_owned();
-        let stranger = Arc::clone(&shared.strangers).try_acquire_owned();
-        let (Ok(place), Ok(stranger)) = (place, stranger) else {
-            count(&shared.counters.refused_full);
+        failing = false;
+        count(&shared.counters.connections);
+        let Some(place) = shared.door.enter(source.ip()) else {
+            // Those who lost their place have to be gone first: let them.
+            tokio::task::yield_now().await;
             continue;
         };
-        count(&shared.counters.connections);
-        let standing = Arc::new(Standing {
-            stranger: Mutex::new(Some(stranger)),
-            known: AtomicBool::new(false),
-            _place: place,
-        });
+        let place = Arc::new(place);
         let (tls, shared) = (tls.clone(), Arc::clone(&shared));
         tokio::spawn(async move {
             let mut alive = shared.alive.subscribe();
             tokio::select! {
-                () = connection(stream, source, tls, Arc::clone(&shared), standing) => {}
+                () = connection(stream, source, tls, Arc::clone(&shared), Arc::clone(&place)) => {}
+                () = place.displaced() => {}
+                () = place.outstayed(STRANGER_TIMEOUT) => count(&shared.counters.timed_out),
                 _ = alive.changed() => {}
             }
         });
@@ -723,11 +836,11 @@ async fn connection(
     source: SocketAddr,
     tls: Option<tokio_rustls::TlsAcceptor>,
     shared: Arc<Shared>,
-    standing: Arc<Standing>,
+    place: Arc<Place<MachinePublic>>,
 ) {
-    let deadline = now() + STRANGER_TIMEOUT;
     // Small messages on long-lived connections.
     let _ = stream.set_nodelay(true);
+    let stream = Metered::new(stream, Arc::clone(&place), STRANGER_BYTES_MAX);
     let stream: Box<dyn ByteStream> = match tls {
         None => Box::new(stream),
         Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
@@ -752,16 +865,16 @@ async fn connection(
         .max_buf_size(HEADER_LEN_MAX)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
-    match timeout(deadline.saturating_duration_since(now()), http).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::debug!(%source, %error, "broken HTTP");
-            return count(&shared.counters.bad_http);
-        }
-        Err(_) => return count(&shared.counters.timed_out),
+    if let Err(error) = http.await {
+        tracing::debug!(%source, %error, "broken HTTP");
+        return count(if error.is_timeout() {
+            &shared.counters.timed_out
+        } else {
+            &shared.counters.bad_http
+        });
     }
     if let Ok(upgrade) = upgraded.try_recv() {
-        inner(upgrade, source.ip(), shared, standing, deadline).await;
+        inner(upgrade, source.ip(), shared, place).await;
     }
 }
 
@@ -789,7 +902,7 @@ impl Outer {
             (&Method::GET | &Method::HEAD, "/health") => json(r#"{"status":"pass"}"#.to_owned()),
             (&Method::POST, "/verify") => self.verify(request).await,
             (&Method::GET, "/metrics") if self.source.to_canonical().is_loopback() => {
-                let lines = counters.list();
+                let lines = self.shared.list();
                 let lines = lines
                     .iter()
                     .map(|(name, n)| format!("ringtail_coord_{name} {n}\n"));
@@ -869,7 +982,13 @@ impl Outer {
         struct Verify {
             node_public: NodePublic,
         }
-        let body = match read_body(request.into_body(), VERIFY_LEN_MAX, &self.shared).await {
+        let body = read_body(
+            request.into_body(),
+            VERIFY_LEN_MAX,
+            STRANGER_BODY_TIMEOUT,
+            &self.shared,
+        );
+        let body = match body.await {
             Ok(body) => body,
             Err(answer) => return answer,
         };
@@ -877,13 +996,8 @@ impl Outer {
             count(&self.shared.counters.bad_request);
             return text(StatusCode::BAD_REQUEST, "not a verify request\n");
         };
-        let (answer, allow) = oneshot::channel();
-        let _ = self
-            .shared
-            .asks
-            .send(Ask::Verify(verify.node_public, answer))
-            .await;
-        let allow = allow.await.unwrap_or(false);
+        let ask = |answer| Ask::Verify(verify.node_public, answer);
+        let allow = self.shared.ask(false, ask).await.unwrap_or(false);
         json(format!(r#"{{"Allow":{allow}}}"#))
     }
 }
@@ -893,8 +1007,7 @@ async fn inner(
     upgrade: Upgrade,
     source: IpAddr,
     shared: Arc<Shared>,
-    standing: Arc<Standing>,
-    deadline: Instant,
+    place: Arc<Place<MachinePublic>>,
 ) {
     let counters = &shared.counters;
     let ephemeral = MachinePrivate::generate();
@@ -920,37 +1033,48 @@ async fn inner(
         Ok(Err(_)) => return count(&counters.bad_stream),
         Err(_) => return count(&counters.timed_out),
     }
+    let mut stream = NoiseStream::server(io, session);
+    match timeout(HANDSHAKE_TIMEOUT, stream.proven()).await {
+        Ok(Ok(true)) => {}
+        Ok(Ok(false) | Err(_)) => return count(&counters.bad_stream),
+        Err(_) => return count(&counters.timed_out),
+    }
+    let client = Client {
+        machine: accepted.machine,
+        place: Arc::clone(&place),
+    };
+    let greet = |answer| Ask::Greet(client.clone(), answer);
+    if shared.ask(false, greet).await.is_none() {
+        return;
+    }
+    let mut http = http2::Builder::new(TokioExecutor::new());
+    http.timer(TokioTimer::new())
+        .keep_alive_interval(PING_EVERY)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .max_header_list_size(u32::try_from(HEADER_LEN_MAX).unwrap_or(u32::MAX));
+    // What may wait to be read is bounded by the windows, whatever the number of streams.
+    if place.is_known() {
+        http.max_concurrent_streams(STREAMS_MAX)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(2 * STREAM_WINDOW);
+    } else {
+        http.max_concurrent_streams(STRANGER_STREAMS_MAX)
+            .max_local_error_reset_streams(STRANGER_RESETS_MAX)
+            .initial_stream_window_size(STRANGER_WINDOW)
+            .initial_connection_window_size(STRANGER_STREAMS_MAX * STRANGER_WINDOW);
+    }
     let inner = Arc::new(Inner {
         shared: Arc::clone(&shared),
-        standing: Arc::clone(&standing),
-        machine: accepted.machine,
+        client,
         source,
+        bodies: Semaphore::new(BODIES_MAX),
     });
     let service = service_fn(move |request| {
         let inner = Arc::clone(&inner);
         async move { Ok::<_, Infallible>(inner.serve(request).await) }
     });
-    let mut http = pin!(
-        http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .keep_alive_interval(PING_EVERY)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .max_header_list_size(u32::try_from(HEADER_LEN_MAX).unwrap_or(u32::MAX))
-            .max_concurrent_streams(STREAMS_MAX)
-            .initial_stream_window_size(STREAM_WINDOW)
-            .initial_connection_window_size(2 * STREAM_WINDOW)
-            .serve_connection(TokioIo::new(NoiseStream::server(io, session)), service)
-    );
-    let served = tokio::select! {
-        served = &mut http => served,
-        () = at(Some(deadline)) => {
-            if !standing.is_known() {
-                return count(&counters.timed_out);
-            }
-            http.await
-        }
-    };
-    if let Err(error) = served {
+    let served = http.serve_connection(TokioIo::new(stream), service);
+    if let Err(error) = served.await {
         tracing::debug!(%source, %error, "a connection broke");
         count(&counters.bad_stream);
     }
@@ -959,9 +1083,9 @@ async fn inner(
 /// The paths inside one Noise connection.
 struct Inner {
     shared: Arc<Shared>,
-    standing: Arc<Standing>,
-    machine: MachinePublic,
+    client: Client,
     source: IpAddr,
+    bodies: Semaphore,
 }
 
 type InnerAnswer = Response<UnsyncBoxBody<Bytes, Infallible>>;
@@ -990,20 +1114,19 @@ impl Inner {
             let why = format!("unsupported client version: ({})\n", request.version);
             return text(StatusCode::BAD_REQUEST, &why);
         }
-        let (answer, registered) = oneshot::channel();
-        let ask = Ask::Register(self.machine, self.source, Box::new(request), answer);
-        let _ = self.shared.asks.send(ask).await;
-        match registered.await {
-            Ok(Registered::Answer(answer)) => {
-                if answer.error.is_empty() {
-                    count(&counters.registrations);
-                    self.standing.becomes_known();
-                } else {
-                    count(&counters.refused_registration);
-                }
+        let is_logout = is_logout(wall(), &request);
+        let ask =
+            |answer| Ask::Register(self.client.clone(), self.source, Box::new(request), answer);
+        match self.ask(ask).await {
+            Some(Registered::Answer(answer)) => {
+                count(match (answer.error.is_empty(), answer.node_key_expired) {
+                    (true, false) => &counters.registrations,
+                    (true, true) if is_logout => &counters.log_outs,
+                    (true, true) | (false, _) => &counters.refused_registration,
+                });
                 json(serde_json::to_string(&answer).unwrap_or_default())
             }
-            Ok(Registered::TooMany(wait)) => {
+            Some(Registered::TooMany(wait)) => {
                 count(&counters.rate_limited);
                 let why = "too many bad auth keys from this address\n";
                 let mut answer = text(StatusCode::TOO_MANY_REQUESTS, why);
@@ -1011,7 +1134,7 @@ impl Inner {
                 answer.headers_mut().insert(header::RETRY_AFTER, seconds);
                 answer
             }
-            Ok(Registered::StoreFailed) | Err(_) => text(
+            Some(Registered::StoreFailed) | None => text(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "the server cannot store this now\n",
             ),
@@ -1029,12 +1152,10 @@ impl Inner {
         } else {
             Codec::Plain
         };
-        let (answer, mapped) = oneshot::channel();
-        let ask = Ask::Map(self.machine, Box::new(request), answer);
-        let _ = self.shared.asks.send(ask).await;
-        let mapped = match mapped.await {
-            Ok(Ok(mapped)) => mapped,
-            Ok(Err(refusal)) => {
+        let ask = |answer| Ask::Map(self.client.clone(), Box::new(request), answer);
+        let mapped = match self.ask(ask).await {
+            Some(Ok(mapped)) => mapped,
+            Some(Err(refusal)) => {
                 let status = match refusal {
                     MapRefusal::NotFound | MapRefusal::StayedAway => {
                         count(&counters.unknown_node);
@@ -1056,7 +1177,7 @@ impl Inner {
                 };
                 return text(status, &format!("{refusal}\n")).map(BodyExt::boxed_unsync);
             }
-            Err(_) => {
+            None => {
                 let answer = text(
                     StatusCode::INTERNAL_SERVER_ERROR,
                     "the server is stopping\n",
@@ -1065,7 +1186,6 @@ impl Inner {
             }
         };
         count(&counters.map_requests);
-        self.standing.becomes_known();
         match mapped {
             Mapped::Taken => Response::new(Full::default().boxed_unsync()),
             Mapped::Once(message) => {
@@ -1084,11 +1204,21 @@ impl Inner {
         }
     }
 
+    async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {
+        self.shared.ask(self.client.place.is_known(), ask).await
+    }
+
     async fn read<T: serde::de::DeserializeOwned>(
         &self,
         request: Request<Incoming>,
     ) -> Result<T, Answer> {
-        let body = read_body(request.into_body(), BODY_LEN_MAX, &self.shared).await?;
+        let _turn = self.bodies.acquire().await;
+        let (len_max, time) = if self.client.place.is_known() {
+            (BODY_LEN_MAX, BODY_TIMEOUT)
+        } else {
+            (STRANGER_BODY_LEN_MAX, STRANGER_BODY_TIMEOUT)
+        };
+        let body = read_body(request.into_body(), len_max, time, &self.shared).await?;
         serde_json::from_slice(&body).map_err(|error| {
             count(&self.shared.counters.bad_request);
             text(
@@ -1154,11 +1284,12 @@ fn json(body: String) -> Answer {
 fn read_body(
     body: Incoming,
     len_max: usize,
+    time: Duration,
     shared: &Shared,
 ) -> impl Future<Output = Result<Bytes, Answer>> + Send {
     let counters = &shared.counters;
     async move {
-        match timeout(BODY_TIMEOUT, Limited::new(body, len_max).collect()).await {
+        match timeout(time, Limited::new(body, len_max).collect()).await {
             Ok(Ok(body)) => Ok(body.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => {
                 count(&counters.too_large);

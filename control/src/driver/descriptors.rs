@@ -23,3 +23,13 @@ pub fn left() -> usize {
         .unwrap_or(usize::MAX)
         .saturating_sub(open)
 }
+
+/// Whether accepting failed for want of descriptors or of the memory behind them, and not because of
+/// the connection that was to be accepted.
+pub fn are_short(error: &std::io::Error) -> bool {
+    use nix::errno::Errno;
+    let short = [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM];
+    error
+        .raw_os_error()
+        .is_some_and(|code| short.contains(&Errno::from_raw(code)))
+}

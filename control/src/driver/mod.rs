@@ -20,6 +20,7 @@ pub mod hostnet;
 pub mod interface;
 pub mod link;
 pub mod local_api;
+mod metered;
 pub mod names;
 pub mod node;
 pub mod noise_stream;

@@ -80,6 +80,51 @@ fn broken(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 
+impl<T: AsyncRead + Unpin> NoiseStream<T> {
+    /// Waits for the first plaintext, which stays to be read; false if the end comes first. Only then
+    /// is it sure that the other side has the key it spoke of: the first message of a handshake can
+    /// be repeated by anybody who saw it.
+    ///
+    /// # Errors
+    /// As reading.
+    pub async fn proven(&mut self) -> io::Result<bool> {
+        std::future::poll_fn(|cx| self.poll_plain(cx)).await?;
+        Ok(!self.plain_in.is_empty())
+    }
+
+    /// Reads until there is plaintext, or the end.
+    fn poll_plain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if let Some(error) = &self.failed {
+                return Poll::Ready(Err(broken(error.clone())));
+            }
+            let ready = (self.early.is_none() && !self.plain_in.is_empty())
+                || match self.open() {
+                    Ok(ready) => ready,
+                    Err(error) => {
+                        self.failed = Some(error);
+                        continue;
+                    }
+                };
+            if ready {
+                return Poll::Ready(Ok(()));
+            }
+            let mut chunk = [0; READ_LEN];
+            let mut read = ReadBuf::new(&mut chunk);
+            ready!(Pin::new(&mut self.io).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
+                // An end inside a record was cut off by somebody; a clean one is the end.
+                return Poll::Ready(if self.sealed_in.is_empty() {
+                    Ok(())
+                } else {
+                    Err(io::ErrorKind::UnexpectedEof.into())
+                });
+            }
+            self.sealed_in.extend_from_slice(read.filled());
+        }
+    }
+}
+
 impl<T: AsyncRead + Unpin> AsyncRead for NoiseStream<T> {
     fn poll_read(
         mut self: Pin<&mut Self>,
@@ -87,37 +132,11 @@ impl<T: AsyncRead + Unpin> AsyncRead for NoiseStream<T> {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
-        loop {
-            if let Some(error) = &this.failed {
-                return Poll::Ready(Err(broken(error.clone())));
-            }
-            let ready = (this.early.is_none() && !this.plain_in.is_empty())
-                || match this.open() {
-                    Ok(ready) => ready,
-                    Err(error) => {
-                        this.failed = Some(error);
-                        continue;
-                    }
-                };
-            if ready {
-                let len = this.plain_in.len().min(buf.remaining());
-                buf.put_slice(&this.plain_in[..len]);
-                this.plain_in.advance(len);
-                return Poll::Ready(Ok(()));
-            }
-            let mut chunk = [0; READ_LEN];
-            let mut read = ReadBuf::new(&mut chunk);
-            ready!(Pin::new(&mut this.io).poll_read(cx, &mut read))?;
-            if read.filled().is_empty() {
-                // An end inside a record was cut off by somebody; a clean one is the end.
-                return Poll::Ready(if this.sealed_in.is_empty() {
-                    Ok(())
-                } else {
-                    Err(io::ErrorKind::UnexpectedEof.into())
-                });
-            }
-            this.sealed_in.extend_from_slice(read.filled());
-        }
+        ready!(this.poll_plain(cx))?;
+        let len = this.plain_in.len().min(buf.remaining());
+        buf.put_slice(&this.plain_in[..len]);
+        this.plain_in.advance(len);
+        Poll::Ready(Ok(()))
     }
 }
 

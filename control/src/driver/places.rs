@@ -34,6 +34,7 @@ pub struct Door<K> {
     refused_known: AtomicU64,
     displaced: AtomicU64,
     no_descriptor: AtomicU64,
+    talkative: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -62,6 +63,7 @@ impl<K: Copy + Ord> Door<K> {
             refused_known: AtomicU64::new(0),
             displaced: AtomicU64::new(0),
             no_descriptor: AtomicU64::new(0),
+            talkative: AtomicU64::new(0),
         })
     }
 
@@ -114,7 +116,7 @@ impl<K: Copy + Ord> Door<K> {
     }
 
     /// Names and values: counters since the start, then how many places are held.
-    pub fn list(&self) -> [(&'static str, u64); 7] {
+    pub fn list(&self) -> [(&'static str, u64); 8] {
         let Taken {
             strangers,
             local,
@@ -126,6 +128,7 @@ impl<K: Copy + Ord> Door<K> {
             ("refused_known_full", of(&self.refused_known)),
             ("displaced", of(&self.displaced)),
             ("no_descriptor", of(&self.no_descriptor)),
+            ("strangers_talkative", of(&self.talkative)),
             ("gauge_strangers", strangers as u64),
             ("gauge_local_strangers", local as u64),
             ("gauge_known", known as u64),
@@ -159,6 +162,11 @@ impl<K: Copy + Ord> Place<K> {
     /// Whether it is known now.
     pub fn is_known(&self) -> bool {
         *self.standing.borrow() == Standing::Known
+    }
+
+    /// A stranger has sent more than strangers may.
+    pub fn count_talkative(&self) {
+        self.door.talkative.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Over when another has taken the place.
