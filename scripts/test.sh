@@ -29,3 +29,4 @@ scripts/netns/admission-test.sh
 scripts/netns/reach-test.sh
 scripts/netns/alone-test.sh
 scripts/netns/mtu-test.sh
+scripts/netns/junk-test.sh

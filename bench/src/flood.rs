@@ -1,4 +1,4 @@
-//! A flood of handshake messages from many sources, at a steady rate.
+//! A flood from many sources, at a steady rate: handshake messages, or what the discovery socket gets.
 //!
 //! Sources are addresses of a prefix that the namespace is made to own (`ip route add local PREFIX
 //! dev lo`), times ports. What is sent is made beforehand, so that the flood costs no more than its
@@ -43,6 +43,9 @@ pub(crate) struct Args {
     /// The victim's public key, hex: what `strangers` needs to know.
     #[arg(long)]
     public_key: Option<String>,
+    /// The DISCO key of a peer of the victim's, hex: what `forged` bears.
+    #[arg(long)]
+    disco_key: Option<String>,
 }
 
 /// What a flood consists of.
@@ -54,6 +57,10 @@ enum Kind {
     Noise,
     /// The forms of all three handshake messages, and noise.
     Mixed,
+    /// Nothing that anybody knows; DISCO of keys that nobody has; STUN answers to nobody's question.
+    Junk,
+    /// DISCO by the key of a peer, which is no secret, and noise.
+    Forged,
 }
 
 /// Different messages of a flood.
@@ -111,6 +118,11 @@ fn messages(args: &Args, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<Vec<u8>
         None if args.kind == Kind::Strangers => bail!("strangers need --public-key"),
         None => None,
     };
+    let disco_key = match &args.disco_key {
+        Some(text) => Some(unhex(text)?),
+        None if args.kind == Kind::Forged => bail!("forged needs --disco-key"),
+        None => None,
+    };
     (0..MESSAGES)
         .map(|i| {
             let (kind, len) = match (args.kind, i % 3) {
@@ -118,6 +130,7 @@ fn messages(args: &Args, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<Vec<u8>
                 (Kind::Noise, _) | (Kind::Mixed, 0) => (1, 148),
                 (Kind::Mixed, 1) => (2, 92),
                 (Kind::Mixed, _) => (3, 64),
+                (Kind::Junk | Kind::Forged, n) => return Ok(discovery(n, disco_key, rng)),
             };
             let mut message = vec![0; len];
             rng.fill_bytes(&mut message);
@@ -125,6 +138,22 @@ fn messages(args: &Args, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<Vec<u8>
             Ok(message)
         })
         .collect()
+}
+
+/// What the discovery socket gets: DISCO by this key, or the `n`-th form of junk.
+fn discovery(n: usize, key: Option<[u8; 32]>, rng: &mut impl CryptoRng) -> Vec<u8> {
+    let mut message = vec![0; 124];
+    rng.fill_bytes(&mut message);
+    let head: &[u8] = match (key, n) {
+        (None, 0) => b"junk",
+        (None, 1) => &[1, 1, 0, 104, 0x21, 0x12, 0xa4, 0x42],
+        (None | Some(_), _) => b"TS\xf0\x9f\x92\xac",
+    };
+    message[..head.len()].copy_from_slice(head);
+    if let Some(key) = key {
+        message[head.len()..][..key.len()].copy_from_slice(&key);
+    }
+    message
 }
 
 /// An initiation by somebody who was made up for it.
@@ -259,6 +288,7 @@ mod tests {
             sources: 1,
             ports: 1,
             kind,
+            disco_key: None,
             public_key: key.map(str::to_owned),
         }
     }

@@ -629,6 +629,13 @@ impl Dataplane {
         })
     }
 
+    /// Datagrams that the kernel has dropped for the discovery sockets: their buffer was full, or a filter
+    /// that their owner attached refused them.
+    #[must_use]
+    pub fn discovery_drops(&self) -> u64 {
+        self.underlay().group.discovery_drops()
+    }
+
     /// Reads all counters; they are a few milliseconds old.
     #[must_use]
     pub fn stats(&self) -> Stats {

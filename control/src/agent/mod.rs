@@ -8,6 +8,7 @@
 //! then on the path machine decides per peer and the agent passes its decisions to the shards.
 
 mod allowed;
+pub mod budget;
 mod check;
 mod configuration;
 mod directory;
@@ -33,7 +34,7 @@ use time::OffsetDateTime;
 
 use crate::disco::{self, Class};
 use crate::hostnet::Overlay;
-use crate::key::{DiscoPrivate, NodePublic};
+use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
 use crate::netcheck::{Netcheck, OwnEndpoint};
 use crate::netmap::DerpMap;
 use crate::path::{self, LinkChange, Manager, PeerSetup, PingId, Route, Via};
@@ -99,6 +100,13 @@ pub enum Output {
     Initiate(PeerId),
     /// Tell the data plane that so many bytes came from this peer that it cannot open.
     Unopened(PeerId, usize),
+    /// These are the peers: whoever else sends, by relay or to the discovery socket, is a stranger.
+    SetPeers {
+        /// Their node keys.
+        nodes: Vec<NodePublic>,
+        /// Their DISCO keys; none where DISCO is not wanted.
+        disco: Vec<DiscoPublic>,
+    },
     /// Give the TUN these addresses, and the host routes into it.
     Configure(Overlay),
     /// Send a DISCO datagram from the discovery socket; a failure goes to
@@ -360,7 +368,16 @@ impl Agent {
             .into_iter()
             .filter_map(|id| Some(self.peer_setup(id, self.directory.peer(id)?)))
             .collect();
+        let same_keys = changes.gone.is_empty() && setups.iter().all(|peer| self.paths.has(peer));
         self.paths.set_peers(now, &setups, &changes.gone);
+        if !same_keys {
+            let peers = || self.directory.iter().map(|(_, peer)| peer);
+            let disco = peers().filter_map(|peer| peer.disco_key);
+            self.out.push_back(Output::SetPeers {
+                nodes: peers().map(|peer| peer.node_key).collect(),
+                disco: disco.filter(|_| !self.setup.relay_only).collect(),
+            });
+        }
         for id in changes.gone {
             self.relay_told.remove(&(id, false));
             self.relay_told.remove(&(id, true));

@@ -634,7 +634,7 @@ fn disco_ping(seed: u8, n: u8) -> Vec<u8> {
     };
     disco::SharedKey::new(&private, &node(1).1.public())
         .unwrap()
-        .seal(&private.public(), [9; 24], &ping)
+        .seal(&private.public(), [n; 24], &ping)
 }
 
 #[test]

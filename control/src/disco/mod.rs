@@ -17,6 +17,8 @@ use crypto_box::{Nonce, PublicKey, SalsaBox, SecretKey, Tag};
 
 use crate::key::{DiscoPrivate, DiscoPublic, KEY_LEN, NodePublic};
 
+pub mod filter;
+
 /// The first bytes of every DISCO datagram: "TS💬".
 pub const MAGIC: [u8; 6] = [0x54, 0x53, 0xf0, 0x9f, 0x92, 0xac];
 
@@ -96,6 +98,11 @@ pub fn sender(datagram: &[u8]) -> Option<DiscoPublic> {
     let mut key = [0; KEY_LEN];
     key.copy_from_slice(datagram.strip_prefix(&MAGIC)?.get(..KEY_LEN)?);
     Some(DiscoPublic(key))
+}
+
+/// The nonce of a DISCO datagram, or `None` if that is too short.
+pub fn nonce(datagram: &[u8]) -> Option<&[u8; NONCE_LEN]> {
+    datagram.get(NONCE_AT..)?.first_chunk()
 }
 
 /// The precomputed secret of two DISCO keys, the same for both directions. Making one costs an

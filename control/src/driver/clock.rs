@@ -1,6 +1,6 @@
 //! The clock: drivers read it here and pass the time on as an argument.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -12,6 +12,15 @@ pub use ringtail_dataplane::now;
 #[must_use]
 pub fn wall() -> OffsetDateTime {
     OffsetDateTime::now_utc()
+}
+
+/// The processor's time that this thread has had.
+#[must_use]
+pub fn thread_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let secs = u64::try_from(time.tv_sec).unwrap_or_default();
+    let nanos = u32::try_from(time.tv_nsec).unwrap_or_default();
+    Duration::new(secs, nanos)
 }
 
 /// Told by whoever notices that the machine has slept.

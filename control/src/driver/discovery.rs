@@ -3,7 +3,8 @@
 //! The data plane opens them as members of its reuse-port group; here they are read in batches,
 //! with the kernel's time of arrival and the address they were sent to, and written to. A datagram
 //! for the wrong family or without a route is not an error worth ending anything: it is reported to
-//! the caller by its errno. What the kernel would send into our own tunnel has no route: somebody may
+//! the caller by its errno. What is no STUN answer and bears no peer's DISCO key the kernel drops before
+//! it takes room here ([`filter`]). What the kernel would send into our own tunnel has no route: somebody may
 //! have put one there by hand.
 
 use std::cell::RefCell;
@@ -20,17 +21,21 @@ use nix::sys::socket::{
     sockopt,
 };
 use ringtail_dataplane::set_dont_fragment;
+use socket2::SockRef;
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-use super::clock::now;
+use super::clock::{now, thread_time};
 use super::interface::source_address;
+use crate::disco::filter;
+use crate::key::DiscoPublic;
 
 /// Largest datagram read whole, in bytes: a jumbo probe fits.
 const DATAGRAM_LEN_MAX: usize = 16 * 1024;
-/// Datagrams taken per wake-up, so that a flood leaves time for everything else.
-const BATCH_LEN_MAX: usize = 64;
+/// Datagrams of one family taken per wake-up, so that a flood leaves time for everything else, the
+/// other family too.
+const BATCH_LEN_MAX: usize = 32;
 
 /// What the kernel said of an address counts so long.
 const ROUTE_LIFE: Duration = Duration::from_secs(2);
@@ -45,6 +50,8 @@ pub struct Discovery {
     routes: Routes,
     /// Our own addresses inside the tunnel.
     inner: BTreeSet<IpAddr>,
+    /// Peers' keys, sorted.
+    peers: Vec<DiscoPublic>,
 }
 
 /// Which of our addresses the kernel would send from: five system calls, so answers are kept a while.
@@ -101,7 +108,7 @@ impl Discovery {
                 .context("cannot get receive timestamps")?;
             UdpSocket::from_std(socket).context("cannot watch the discovery socket")
         };
-        Ok(Self {
+        let sockets = Self {
             v4: adopt(v4)?,
             v6: v6.map(adopt).transpose()?,
             buffer: vec![0; DATAGRAM_LEN_MAX],
@@ -110,7 +117,34 @@ impl Discovery {
                 answers: RefCell::default(),
             },
             inner: BTreeSet::new(),
-        })
+            peers: Vec::new(),
+        };
+        sockets.filter();
+        Ok(sockets)
+    }
+
+    /// From now on DISCO datagrams that bear one of these keys are let through.
+    pub fn set_peers(&mut self, mut keys: Vec<DiscoPublic>) {
+        keys.sort_unstable();
+        keys.dedup();
+        if self.peers != keys {
+            self.peers = keys;
+            self.filter();
+        }
+    }
+
+    /// Has the kernel look at what comes. Where it does not take the program, for want of memory or
+    /// because it must not, more comes here than need be: all of it is looked at again.
+    fn filter(&self) {
+        for socket in [Some(&self.v4), self.v6.as_ref()].into_iter().flatten() {
+            let socket = SockRef::from(socket);
+            let attached = socket
+                .attach_filter(&filter::program(&self.peers))
+                .or_else(|_| socket.attach_filter(&filter::any_sender()));
+            if let Err(error) = attached {
+                tracing::debug!(%error, "the kernel filters nothing for the discovery socket");
+            }
+        }
     }
 
     /// Takes our own addresses inside the tunnel.
@@ -140,11 +174,12 @@ impl Discovery {
                 .is_some_and(|source| self.inner.contains(&source))
     }
 
-    /// Waits for datagrams and appends up to 64 of them to `out`.
+    /// Waits for datagrams and appends up to 32 of each family to `out`. Returns the [`thread_time`] at which
+    /// that began.
     ///
     /// # Errors
     /// Only when waiting itself fails; errors of single datagrams are skipped.
-    pub async fn receive(&mut self, out: &mut Vec<Datagram>) -> io::Result<()> {
+    pub async fn receive(&mut self, out: &mut Vec<Datagram>) -> io::Result<Duration> {
         let never = std::future::pending;
         tokio::select! {
             ready = self.v4.readable() => ready?,
@@ -155,9 +190,9 @@ impl Discovery {
                 }
             } => ready?,
         }
-        let clock = Clock::now();
+        let (clock, began) = (Clock::now(), thread_time());
         for socket in [Some(&self.v4), self.v6.as_ref()].into_iter().flatten() {
-            while out.len() < BATCH_LEN_MAX {
+            for _ in 0..BATCH_LEN_MAX {
                 match socket.try_io(Interest::READABLE, || {
                     read_one(socket, &mut self.buffer, &clock)
                 }) {
@@ -169,7 +204,7 @@ impl Discovery {
                 }
             }
         }
-        Ok(())
+        Ok(began)
     }
 
     /// Sends one datagram, from `local` if that is still ours, else from where routing says, and with
@@ -354,6 +389,15 @@ mod tests {
     use super::*;
     use crate::driver::runtime;
 
+    const PEER: DiscoPublic = DiscoPublic([7; 32]);
+
+    /// What the kernel lets through once [`PEER`] is one.
+    fn datagram(len: usize) -> Vec<u8> {
+        let mut bytes = [&crate::disco::MAGIC[..], &PEER.0].concat();
+        bytes.resize(len, 0);
+        bytes
+    }
+
     #[test]
     fn datagrams_of_both_families_arrive_with_their_time() {
         runtime::block_on(|_| async {
@@ -361,16 +405,18 @@ mod tests {
             let v6 = std::net::UdpSocket::bind("[::1]:0")?;
             let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
             let mut sockets = Discovery::new(v4, Some(v6), 0)?;
+            sockets.set_peers(vec![PEER]);
             let before = Clock::now().monotonic;
-            sockets.send(to4, None, b"four", false)?;
-            sockets.send(to6, None, b"six", false)?;
+            let (four, six) = (datagram(104), datagram(106));
+            sockets.send(to4, None, &four, false)?;
+            sockets.send(to6, None, &six, false)?;
             let mut got = Vec::new();
             while got.len() < 2 {
                 sockets.receive(&mut got).await?;
             }
             got.sort_by_key(|datagram| datagram.bytes.len());
-            anyhow::ensure!(got[0].bytes == b"six" && got[0].from == to6);
-            anyhow::ensure!(got[1].bytes == b"four" && got[1].from == to4);
+            anyhow::ensure!(got[0].bytes == four && got[0].from == to4);
+            anyhow::ensure!(got[1].bytes == six && got[1].from == to6);
             for datagram in &got {
                 anyhow::ensure!(datagram.at >= before && datagram.at <= Clock::now().monotonic);
             }
@@ -380,9 +426,44 @@ mod tests {
     }
 
     #[test]
+    fn a_flood_of_one_family_is_read_in_parts_and_junk_not_at_all() {
+        runtime::block_on(|_| async {
+            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            let v6 = std::net::UdpSocket::bind("[::1]:0")?;
+            let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
+            let mut sockets = Discovery::new(v4, Some(v6), 0)?;
+            let strangers = std::net::UdpSocket::bind("127.0.0.1:0")?;
+            // Before there are peers, and a key that is none's.
+            strangers.send_to(&datagram(124), to4)?;
+            sockets.set_peers(vec![PEER]);
+            let mut other = datagram(124);
+            other[6] ^= 1;
+            for _ in 0..50 {
+                for junk in [&b"junk"[..], &[0; 1200], &other] {
+                    strangers.send_to(junk, to4)?;
+                }
+                strangers.send_to(&datagram(124), to4)?;
+            }
+            sockets.send(to6, None, &datagram(124), false)?;
+            let mut got = Vec::new();
+            let mut of_batches = Vec::new();
+            while got.len() < 51 {
+                let before = got.len();
+                sockets.receive(&mut got).await?;
+                of_batches.push(got.len() - before);
+            }
+            anyhow::ensure!(of_batches == [33, 18], "{of_batches:?}");
+            anyhow::ensure!(got[32].from == to6, "the other family has its turn");
+            anyhow::ensure!(got.iter().all(|got| got.bytes == datagram(124)));
+            Ok(())
+        })
+        .unwrap();
+    }
+
+    #[test]
     fn what_would_leave_from_an_inner_address_has_no_route() {
         let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        if socket2::SockRef::from(&probe).set_mark(1).is_err() {
+        if SockRef::from(&probe).set_mark(1).is_err() {
             println!("skipped: marks need CAP_NET_ADMIN");
             return;
         }
@@ -431,9 +512,10 @@ mod tests {
             setsockopt(&v4, sockopt::Ipv4PacketInfo, &true)?;
             let port = v4.local_addr()?.port();
             let mut sockets = Discovery::new(v4, None, 0)?;
+            sockets.set_peers(vec![PEER]);
             let peer = UdpSocket::bind("127.0.0.1:0").await?;
             let ours: IpAddr = "127.0.0.9".parse()?;
-            peer.send_to(b"ping", (ours, port)).await?;
+            peer.send_to(&datagram(124), (ours, port)).await?;
             let mut got = Vec::new();
             sockets.receive(&mut got).await?;
             anyhow::ensure!(got[0].local == Some(ours));

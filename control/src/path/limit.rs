@@ -7,7 +7,17 @@ pub(super) const PEER_PINGS_PER_S: u32 = 50;
 /// Of these, kept back for answers, heartbeats and validation when a round takes its share.
 pub(super) const ROUND_RESERVE: u32 = 15;
 /// Pongs sent to one peer per second.
-pub(super) const PEER_PONGS_PER_S: u32 = 100;
+pub(super) const PEER_PONGS_PER_S: u32 = 120;
+/// Of these, kept back for addresses that answer when another asks: who sends a peer's old Pings again
+/// cannot use up what its own are answered from.
+pub(super) const PONG_RESERVE: u32 = 20;
+/// CallMeMaybes taken of one peer per second: each may have us ping 64 addresses.
+pub(super) const PEER_CALLS_PER_S: u32 = 10;
+/// Datagrams opened per second that bear one DISCO key. A peer sends a tenth of it at most.
+pub(super) const KEY_OPENS_PER_S: u32 = 1000;
+/// Of these, kept back for what comes by relay or from where the peer is known to be: anybody can
+/// write its key on a datagram.
+pub(super) const OPENS_RESERVE: u32 = 500;
 /// Pings sent by the node per second.
 pub(super) const NODE_PINGS_PER_S: u32 = 1000;
 
@@ -87,6 +97,12 @@ drops! {
     Malformed = "disco_malformed",
     /// A message type nobody has defined.
     UnknownType = "disco_unknown_type",
+    /// Seen before, by its nonce.
+    Replayed = "disco_replayed",
+    /// Not opened, because too many bear this sender's key.
+    OpenRate = "disco_open_rate",
+    /// A CallMeMaybe not taken, because the peer sends too many.
+    CallRate = "disco_call_rate",
     /// A Ping seen before.
     DuplicatePing = "disco_duplicate_ping",
     /// A Pong to no Ping of ours, or to one forgotten.

@@ -9,7 +9,9 @@ use std::time::Instant;
 use rand::rngs::StdRng;
 use ringtail_dataplane::channel::{self, Activity, PEERS_MAX, PathDecision, PeerId, RegionId};
 
+use super::limit::{Bucket, KEY_OPENS_PER_S, OPENS_RESERVE};
 use super::peer::{At, Peer, PeerKey};
+use super::seen::Seen;
 use super::shared::Shared;
 use super::{
     CACHED_PATH_AGE_MAX, CACHED_PATHS_MAX, CachedPath, Config, Drop, Event, Heard, LinkChange,
@@ -28,13 +30,22 @@ pub struct Manager {
     peers: BTreeMap<PeerId, Peer>,
     by_node: BTreeMap<NodePublic, PeerId>,
     /// Several nodes of one process share a DISCO key.
-    by_disco: BTreeMap<DiscoPublic, (Arc<SharedKey>, Vec<PeerId>)>,
+    by_disco: BTreeMap<DiscoPublic, Sender>,
     /// When each peer wants to be looked at, in order; the other way round in `due_of`.
     due: BTreeSet<(Instant, PeerId)>,
     due_of: BTreeMap<PeerId, Instant>,
     decisions: VecDeque<PeerId>,
     undelivered: BTreeMap<PeerId, PathDecision>,
     pings: u64,
+}
+
+/// A DISCO key of peers.
+struct Sender {
+    secret: Arc<SharedKey>,
+    ids: Vec<PeerId>,
+    /// Datagrams that may be opened.
+    opens: Bucket,
+    seen: Seen,
 }
 
 impl Manager {
@@ -92,29 +103,43 @@ impl Manager {
         }
     }
 
+    /// Whether this peer is known, by these keys.
+    pub fn has(&self, setup: &PeerSetup) -> bool {
+        let known = self.peers.get(&setup.id);
+        known.is_some_and(|known| {
+            let key = known.key().map(|key| key.public);
+            known.node_key == setup.node_key && key == setup.disco_key
+        })
+    }
+
     /// The DISCO key as this peer's, among others; none for one that is no key.
     fn know(&mut self, public: DiscoPublic, id: PeerId) -> Option<PeerKey> {
-        let (secret, ids) = match self.by_disco.entry(public) {
+        let sender = match self.by_disco.entry(public) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
                 let secret = SharedKey::new(&self.disco, &public)?;
-                place.insert((Arc::new(secret), Vec::new()))
+                place.insert(Sender {
+                    secret: Arc::new(secret),
+                    ids: Vec::new(),
+                    opens: Bucket::new(KEY_OPENS_PER_S),
+                    seen: Seen::default(),
+                })
             }
         };
-        if let Err(place) = ids.binary_search(&id) {
-            ids.insert(place, id);
+        if let Err(place) = sender.ids.binary_search(&id) {
+            sender.ids.insert(place, id);
         }
-        let secret = Arc::clone(secret);
+        let secret = Arc::clone(&sender.secret);
         Some(PeerKey { public, secret })
     }
 
     /// A DISCO key is not this peer's any more.
     fn disown(&mut self, public: Option<DiscoPublic>, id: PeerId) {
         if let Some(public) = public
-            && let Some((_, ids)) = self.by_disco.get_mut(&public)
+            && let Some(sender) = self.by_disco.get_mut(&public)
         {
-            ids.retain(|other| *other != id);
-            if ids.is_empty() {
+            sender.ids.retain(|other| *other != id);
+            if sender.ids.is_empty() {
                 self.by_disco.remove(&public);
             }
         }
@@ -363,40 +388,66 @@ impl Manager {
         result.inspect_err(|drop| self.shared.counters.count(*drop))
     }
 
-    /// Opens a datagram of a known peer; strangers cost no cryptography.
-    fn open(&self, bytes: &[u8]) -> Result<(DiscoPublic, Message), Drop> {
+    /// The DISCO key that a datagram bears, if it is a peer's: strangers cost no cryptography.
+    fn sender(&self, bytes: &[u8]) -> Result<DiscoPublic, Drop> {
         match disco::classify(bytes) {
             Class::Disco => {}
             Class::RelayedDisco | Class::RelayedWireGuard => return Err(Drop::PeerRelay),
             Class::Stun | Class::WireGuard => return Err(Drop::NotDisco),
         }
         let sender = disco::sender(bytes).ok_or(Drop::NotDisco)?;
-        let (secret, _) = self.by_disco.get(&sender).ok_or(Drop::UnknownSender)?;
-        let plain = secret.open(bytes).map_err(|error| match error {
+        let known = self.by_disco.contains_key(&sender);
+        known.then_some(sender).ok_or(Drop::UnknownSender)
+    }
+
+    /// Opens a datagram that bears a peer's key, unless it was seen before or there are too many.
+    /// `expected` says that it came from where the peer is known to be.
+    fn open(
+        &mut self,
+        now: Instant,
+        sender: &DiscoPublic,
+        bytes: &[u8],
+        expected: bool,
+    ) -> Result<Message, Drop> {
+        let sender = self.by_disco.get_mut(sender).ok_or(Drop::UnknownSender)?;
+        let nonce = disco::nonce(bytes).ok_or(Drop::Malformed)?;
+        if sender.seen.contains(nonce) {
+            return Err(Drop::Replayed);
+        }
+        if !sender
+            .opens
+            .take(now, if expected { 0 } else { OPENS_RESERVE })
+        {
+            return Err(Drop::OpenRate);
+        }
+        let plain = sender.secret.open(bytes).map_err(|error| match error {
             OpenError::Short => Drop::Malformed,
             OpenError::Forged => Drop::Forged,
         })?;
-        let message = Message::parse(&plain).map_err(|error| match error {
+        sender.seen.insert(nonce);
+        Message::parse(&plain).map_err(|error| match error {
             ParseError::Short => Drop::Malformed,
             ParseError::PeerRelay => Drop::PeerRelay,
             ParseError::UnknownType => Drop::UnknownType,
-        })?;
-        Ok((sender, message))
+        })
     }
 
     fn ids_of(&self, sender: &DiscoPublic) -> Vec<PeerId> {
         self.by_disco
             .get(sender)
-            .map(|(_, ids)| ids.clone())
+            .map(|sender| sender.ids.clone())
             .unwrap_or_default()
     }
 
     fn datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) -> Result<Heard, Drop> {
-        let (sender, message) = self.open(bytes)?;
+        let sender = self.sender(bytes)?;
         if !self.shared.admission.admits(from) {
             return Err(Drop::BadSource);
         }
         let ids = self.ids_of(&sender);
+        let answers = |id| self.peers.get(id).is_some_and(|peer| peer.answers(&from));
+        let expected = ids.iter().any(answers);
+        let message = self.open(now, &sender, bytes, expected)?;
         match message {
             Message::Ping {
                 tx_id, node_key, ..
@@ -432,11 +483,12 @@ impl Manager {
         source: NodePublic,
         bytes: &[u8],
     ) -> Result<(), Drop> {
-        let (sender, message) = self.open(bytes)?;
+        let sender = self.sender(bytes)?;
         let id = self.peer_of(&source).ok_or(Drop::WrongRelaySource)?;
         if !self.ids_of(&sender).contains(&id) {
             return Err(Drop::WrongRelaySource);
         }
+        let message = self.open(now, &sender, bytes, true)?;
         let about = match message {
             Message::Ping { tx_id, .. } => self.with(now, id, |peer, shared| {
                 peer.relay_is(region);
@@ -447,8 +499,7 @@ impl Manager {
             }
             Message::CallMeMaybe { endpoints } => self.with(now, id, |peer, shared| {
                 peer.relay_is(region);
-                peer.called(now, shared, &endpoints);
-                Ok(())
+                peer.called(now, shared, &endpoints)
             }),
         };
         about.unwrap_or(Ok(()))

@@ -34,7 +34,7 @@
 //! Rooms: `peer` is one peer's machine, in `state` (transitions, decision), `round` (Pings out,
 //! announcing), `receive` (DISCO in) and `timer` (ticks, trust, silence); `candidate`, `pings`,
 //! `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `limit` holds rates and
-//! named counters.
+//! named counters, `seen` what was received already.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -51,6 +51,7 @@ mod peer;
 mod pings;
 mod quality;
 mod score;
+mod seen;
 mod shared;
 mod validation;
 

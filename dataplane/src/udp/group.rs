@@ -128,11 +128,17 @@ impl Group {
             .try_for_each(|socket| SockRef::from(socket).set_mark(mark))
     }
 
-    /// Datagrams that the kernel has dropped because a socket's buffer was full.
+    /// Datagrams that the kernel has dropped because a socket's buffer was full; those of the discovery
+    /// socket are [`Self::discovery_drops`].
     pub(crate) fn overflowed(&self) -> u64 {
-        self.all()
-            .map(|socket| u64::from(drops(socket.as_fd())))
-            .sum()
+        let sockets = self.data.iter().chain([&self.handshake]);
+        dropped(sockets)
+    }
+
+    /// Datagrams that the kernel has dropped for the discovery socket, because its buffer was full or a
+    /// filter of its owner refused them: the kernel does not tell which.
+    pub(crate) fn discovery_drops(&self) -> u64 {
+        dropped(self.discovery.iter())
     }
 
     fn all(&self) -> impl Iterator<Item = &UdpSocket> {
@@ -141,6 +147,13 @@ impl Group {
             .chain(&self.discovery)
             .flat_map(|sockets| sockets.both())
     }
+}
+
+fn dropped<'a>(sockets: impl Iterator<Item = &'a Arc<Sockets>>) -> u64 {
+    sockets
+        .flat_map(|sockets| sockets.both())
+        .map(|socket| u64::from(drops(socket.as_fd())))
+        .sum()
 }
 
 /// Sets an offload on every data socket; false, with one log line, if the kernel refuses.

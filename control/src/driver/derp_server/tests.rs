@@ -322,6 +322,65 @@ fn two_pools_exchange_batches_and_disco_in_order() {
 }
 
 #[test]
+fn what_strangers_send_takes_no_place_of_what_peers_send() {
+    local(async {
+        let lab = Lab::start();
+        let (victim, mut events) = lab.pool(key(1));
+        victim.set_peers(vec![key(2).public()]);
+        victim.set_home(Some(REGION));
+        wait_connected(&mut events).await;
+        let (peer, mut peer_events) = lab.pool(key(2));
+        let (stranger, mut stranger_events) = lab.pool(key(3));
+        peer.set_home(Some(REGION));
+        stranger.set_home(Some(REGION));
+        wait_connected(&mut peer_events).await;
+        wait_connected(&mut stranger_events).await;
+        lab.wait_count("clients", 3).await;
+
+        // Nobody fetches events while it comes: ten times of what may wait.
+        let to = key(1).public();
+        peer.send_data(REGION, &to, &batch(3, 1300, 7));
+        let refused = || victim.status().counters["rx_dropped_stranger"];
+        let mut sent = 0;
+        while refused() < 60_000 {
+            stranger.send_data(REGION, &to, &batch(100, 1300, 1));
+            stranger.send_disco(REGION, &to, &disco_packet(1));
+            sent += 101;
+            tokio::time::sleep(Duration::from_micros(200)).await;
+            assert!(sent < 6_000_000, "{} of {sent}", refused());
+        }
+        peer.send_disco(REGION, &to, &disco_packet(7));
+        let (mut packets, mut disco) = (0, 0);
+        while packets < 3 || disco < 1 {
+            match next(&mut events).await {
+                RelayEvent::Data { src, data, .. } => {
+                    assert_eq!(src, key(2).public());
+                    packets += data.lens.len();
+                }
+                RelayEvent::Disco { src, .. } => {
+                    assert_eq!(src, key(2).public());
+                    disco += 1;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+        let counters = victim.status().counters;
+        assert_eq!(counters["rx_dropped_agent_slow"], 0);
+        assert_eq!(victim.route(&key(3).public()), None);
+        // Who becomes a peer is heard from then on.
+        victim.set_peers(vec![key(2).public(), key(3).public()]);
+        stranger.send_disco(REGION, &to, &disco_packet(9));
+        loop {
+            if let RelayEvent::Disco { src, packet, .. } = next(&mut events).await
+                && packet == disco_packet(9)
+            {
+                return assert_eq!(src, key(3).public());
+            }
+        }
+    });
+}
+
+#[test]
 fn a_peer_that_is_not_at_its_home_is_reached_where_it_was_heard() {
     const FAR: RegionId = RegionId(901);
     local(async {

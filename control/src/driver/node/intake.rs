@@ -90,6 +90,7 @@ impl Node {
                 }
             }
             if let Some(batch) = relayed {
+                self.relayed_at = Some(now);
                 let packets = batch.datagrams.lens.len();
                 if let Some(key) = self
                     .agent
@@ -121,6 +122,7 @@ impl Node {
     fn take_relay_event(&mut self, now: Instant, event: RelayEvent) {
         match event {
             RelayEvent::Data { region, src, data } => {
+                self.relayed_at = Some(now);
                 let packets = data.lens.len();
                 if let Some(peer) = self.agent.handle_relayed_data(now, region, src, packets)
                     && !self.dataplane.relay_in(peer, region, data)
@@ -210,6 +212,7 @@ impl Node {
         match &call.request {
             local_api::Request::Status => {
                 let dataplane = &self.dataplane;
+                let kernel_drops = self.dataplane.discovery_drops();
                 let mut status = self
                     .agent
                     .status(now, &self.surroundings, &|id| dataplane.activity(id));
@@ -219,6 +222,7 @@ impl Node {
                 let lost = self.log.lost();
                 let host = self.hostnet.report();
                 status::complete(&mut status, &relays, &shards, &host, offloads, lost);
+                status["drops"]["discovery_kernel"] = kernel_drops.into();
                 let _ = call.answers.try_send(status);
             }
             local_api::Request::Ping { peer } => {

@@ -23,7 +23,7 @@ use anyhow::Context as _;
 use ringtail_dataplane::{Dataplane, DriverKind, Engine};
 use tokio::sync::{mpsc, watch};
 
-use super::clock::{at, now, wall};
+use super::clock::{at, now, thread_time, wall};
 use super::coord_client::CoordClient;
 use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
@@ -40,6 +40,7 @@ use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::timestamps::Timestamps;
 use super::uapi;
 use super::unix_socket::SocketFile;
+use crate::agent::budget::Budget;
 use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
@@ -53,6 +54,14 @@ use start::{Parts, Source, dataplane_config, host_name, underlay_mark};
 const SAVE_PERIOD: Duration = Duration::from_secs(10);
 /// They are written so soon after a session with a peer began that they do not name.
 const SAVE_SOON: Duration = Duration::from_secs(1);
+
+/// Per cent of this thread's time for what comes to the discovery socket, while packets are relayed and
+/// while none are.
+const DISCOVERY_SHARES: (u8, u8) = (10, 50);
+/// The same for questions of local programs.
+const CALL_SHARES: (u8, u8) = (5, 25);
+/// Packets count as being relayed so long after the last.
+const RELAYING: Duration = Duration::from_millis(100);
 
 /// Runs a node until it is told to stop.
 ///
@@ -102,6 +111,11 @@ struct Node {
     hostnet: HostNet,
     dataplane: Dataplane,
     discovery: Discovery,
+    /// What the discovery socket may cost, and what local programs may.
+    discovery_budget: Budget,
+    call_budget: Budget,
+    /// When packets were relayed last.
+    relayed_at: Option<Instant>,
     names: Names,
     relays: RelayPool,
     relay_events: RelayEvents,
@@ -163,6 +177,10 @@ impl Node {
             }
             self.carry_out();
             let due = self.agent.poll_timeout();
+            let turn = now();
+            let busy = self.relayed_at.is_some_and(|at| turn < at + RELAYING);
+            let discovery_opens = self.discovery_budget.opens(turn, busy);
+            let calls_open = self.call_budget.opens(turn, busy);
             tokio::select! {
                 told = signals.next() => match told {
                     Ok(Told::End(_)) => break Ok(()),
@@ -185,22 +203,32 @@ impl Node {
                         self.take_from_relays(event);
                     }
                 }
-                received = self.discovery.receive(&mut datagrams) => {
-                    received?;
+                received = after(discovery_opens, self.discovery.receive(&mut datagrams)) => {
+                    let began = received?;
                     let now = now();
                     for datagram in datagrams.drain(..) {
                         let Datagram { at, from, local, bytes } = datagram;
                         self.agent.handle_datagram(now, at, from, local, &bytes);
                     }
+                    self.carry_out();
+                    self.discovery_budget.spend(thread_time().saturating_sub(began));
+                    // There may be more at once: the relays' connections have their turn first.
+                    tokio::task::yield_now().await;
                 }
                 event = next(&mut self.coord) => {
                     if let Some(event) = event && let Err(error) = self.take_from_coord(event) {
                         break Err(error);
                     }
                 }
-                Some(call) = self.calls.recv() => self.take_call(call),
-                Some(call) = next_configuration(&mut self.configuration) => {
+                Some(call) = after(calls_open, self.calls.recv()) => {
+                    let began = thread_time();
+                    self.take_call(call);
+                    self.call_budget.spend(thread_time().saturating_sub(began));
+                }
+                Some(call) = after(calls_open, next_configuration(&mut self.configuration)) => {
+                    let began = thread_time();
                     self.take_configuration_call(call);
+                    self.call_budget.spend(thread_time().saturating_sub(began));
                 }
                 Some(finding) = self.findings.1.recv() => self.take_finding(finding),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
@@ -238,6 +266,10 @@ impl Node {
                     self.dataplane.set_path(peer, decision);
                 }
                 Output::Initiate(peer) => self.dataplane.initiate(peer),
+                Output::SetPeers { nodes, disco } => {
+                    self.relays.set_peers(nodes);
+                    self.discovery.set_peers(disco);
+                }
                 Output::Unopened(peer, bytes) => self.dataplane.unopened(peer, bytes),
                 Output::Configure(overlay) => {
                     self.discovery.set_inner(overlay.addresses.clone());
@@ -296,6 +328,12 @@ impl Node {
             }
         }
     }
+}
+
+/// Does it, but not before `opens`.
+async fn after<T>(opens: Instant, what: impl Future<Output = T>) -> T {
+    at(Some(opens)).await;
+    what.await
 }
 
 /// The next event, or never where there is no source or it has ended.

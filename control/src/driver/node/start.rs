@@ -12,7 +12,8 @@ use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
 use super::intake::Pace;
-use super::{Node, SAVE_PERIOD, now, wall};
+use super::{CALL_SHARES, DISCOVERY_SHARES, Node, SAVE_PERIOD, now, wall};
+use crate::agent::budget::Budget;
 use crate::agent::{Agent, Network, Setup, Surroundings};
 use crate::config::{NodeConfig, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
@@ -227,6 +228,9 @@ impl Node {
         let mut node = Self {
             agent,
             discovery: Discovery::new(v4, v6, config.fwmark.unwrap_or(0))?,
+            discovery_budget: Budget::new(now(), DISCOVERY_SHARES.0, DISCOVERY_SHARES.1),
+            call_budget: Budget::new(now(), CALL_SHARES.0, CALL_SHARES.1),
+            relayed_at: None,
             names,
             relays,
             relay_events,

@@ -334,6 +334,8 @@ fn begin(inner: &Inner, link: &Link, dialled: Dialled) -> Live {
 struct Run {
     region: RegionId,
     src: NodePublic,
+    /// Whether that is a peer.
+    wanted: bool,
     data: Datagrams,
     /// Bytes of the run before, as a guess for the next.
     last_len: usize,
@@ -376,6 +378,7 @@ async fn read(
     let mut run = Run {
         region: link.region,
         src: NodePublic::default(),
+        wanted: false,
         data: Datagrams::default(),
         last_len: 0,
     };
@@ -439,7 +442,15 @@ fn handle_event(inner: &Rc<Inner>, link: &Link, run: &mut Run, event: Event<'_>)
             if run.src != source {
                 run.flush(inner);
                 run.src = source;
-                inner.learn_route(source, region);
+                run.wanted = inner.knows(&source);
+                if run.wanted {
+                    inner.learn_route(source, region);
+                }
+            }
+            if !run.wanted {
+                // It may be a peer's next time.
+                run.src = NodePublic::default();
+                return add(&counters.rx_dropped_stranger, 1);
             }
             if is_disco(packet) {
                 let disco = RelayEvent::Disco {

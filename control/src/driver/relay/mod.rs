@@ -16,7 +16,7 @@ mod events;
 mod link;
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
@@ -97,6 +97,8 @@ struct Inner {
     dialler: Dialler,
     events: Rc<EventQueue>,
     counters: Counters,
+    /// Whose packets are wanted; everybody's before that is known.
+    peers: RefCell<Option<BTreeSet<NodePublic>>>,
     map: RefCell<DerpMap>,
     home: Cell<Option<RegionId>>,
     alone: Cell<bool>,
@@ -162,6 +164,8 @@ counters! {
     events_dropped,
     /// Packets larger than WireGuard or DISCO ever are.
     rx_dropped_oversize,
+    /// Packets of nodes that are no peers.
+    rx_dropped_stranger,
     /// Peers without learned route because the table is full.
     routes_full,
 }
@@ -245,6 +249,7 @@ impl RelayPool {
             },
             events: events.clone(),
             counters: Counters::default(),
+            peers: RefCell::default(),
             map: RefCell::default(),
             home: Cell::new(None),
             alone: Cell::new(false),
@@ -272,6 +277,13 @@ impl RelayPool {
             inner.close(&link);
         }
         self.set_home(inner.home.get());
+    }
+
+    /// From now on what comes of others than these nodes is dropped as soon as it is decrypted: anybody
+    /// who may use a relay may send us packets there, and they would take the room of peers' packets.
+    pub fn set_peers(&self, peers: Vec<NodePublic>) {
+        let peers = peers.into_iter().collect();
+        self.0.0.peers.replace(Some(peers));
     }
 
     /// Chooses the home region, dials it at once and keeps it.
@@ -406,6 +418,12 @@ impl RelayPool {
 }
 
 impl Inner {
+    /// Whether packets of the node are wanted: all are until there are peers.
+    fn knows(&self, node: &NodePublic) -> bool {
+        let peers = self.peers.borrow();
+        peers.as_ref().is_none_or(|peers| peers.contains(node))
+    }
+
     fn definition(&self, region: RegionId) -> Option<DerpRegion> {
         self.map.borrow().regions.get(&region.0).cloned()
     }

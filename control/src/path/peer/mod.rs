@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ringtail_dataplane::channel::{Activity, PathDecision, PeerId, RegionId};
 
 use super::candidate::Candidates;
-use super::limit::{Bucket, PEER_PINGS_PER_S, PEER_PONGS_PER_S};
+use super::limit::{Bucket, PEER_CALLS_PER_S, PEER_PINGS_PER_S, PEER_PONGS_PER_S};
 use super::mtu::{Carries, MTU_UNPROVED, MtuSearch, wire_mtu};
 use super::pings::Pings;
 use super::quality::Quality;
@@ -189,6 +189,7 @@ pub(super) struct Peer {
 
     ping_rate: Bucket,
     pong_rate: Bucket,
+    call_rate: Bucket,
     generation: u64,
     decided: Option<PathDecision>,
 }
@@ -229,6 +230,7 @@ impl Peer {
             relay_ping_at: None,
             ping_rate: Bucket::new(PEER_PINGS_PER_S),
             pong_rate: Bucket::new(PEER_PONGS_PER_S),
+            call_rate: Bucket::new(PEER_CALLS_PER_S),
             generation: 0,
             decided: None,
         }

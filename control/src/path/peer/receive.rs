@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use ringtail_dataplane::channel::{Activity, RegionId};
 
+use super::super::limit::PONG_RESERVE;
 use super::super::pings::Sent;
 use super::super::shared::Shared;
 use super::super::validation::Probe;
@@ -116,7 +117,14 @@ impl Peer {
         to: Route,
         tx_id: TxId,
     ) -> Result<(), Drop> {
-        if !self.pong_rate.take(now, 0) {
+        let answers = match to {
+            Route::Direct(addr) => self.answers(&addr),
+            Route::Relay(_) => true,
+        };
+        if !self
+            .pong_rate
+            .take(now, if answers { 0 } else { PONG_RESERVE })
+        {
             return Err(Drop::PongRate);
         }
         let source = match to {
@@ -224,14 +232,26 @@ impl Peer {
         }
     }
 
+    /// Whether the peer has answered from this address.
+    pub(in super::super) fn answers(&self, addr: &SocketAddr) -> bool {
+        let candidate = self.candidates.get(addr);
+        candidate.is_some_and(|candidate| candidate.pong.is_some())
+    }
+
     /// A CallMeMaybe: the peer has pinged us and waits for our Pings at these addresses. They go
     /// out at once, whatever our own rounds do; it is never answered in kind.
+    ///
+    /// # Errors
+    /// [`Drop::CallRate`].
     pub(in super::super) fn called(
         &mut self,
         now: Instant,
         sh: &mut Shared,
         endpoints: &[SocketAddr],
-    ) {
+    ) -> Result<(), Drop> {
+        if !self.call_rate.take(now, 0) {
+            return Err(Drop::CallRate);
+        }
         let mut wanted: Vec<SocketAddr> = Vec::new();
         for addr in endpoints {
             let room = wanted.len() < CALL_ME_MAYBE_ENDPOINTS_MAX;
@@ -271,6 +291,7 @@ impl Peer {
             Some(_) => self.start_round(now, sh, false, Reason::CallMeMaybe),
             None => self.call_round(now, sh),
         }
+        Ok(())
     }
 
     /// The round that a CallMeMaybe asks for: all candidates, rested or not.

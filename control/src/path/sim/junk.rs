@@ -4,8 +4,8 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use ringtail_dataplane::channel::PeerId;
 
-use super::script::{REGION, Script, addr, ms};
-use crate::disco::{Message, NONCE_LEN, SharedKey};
+use super::script::{Out, REGION, Script, addr, ms};
+use crate::disco::{Message, SharedKey};
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::path::{Config, Drop, Event, PeerSetup, StateName};
 
@@ -129,10 +129,11 @@ fn who_goes_takes_nothing_from_another_with_the_same_disco_key() {
         .paths
         .set_peers(script.now, std::slice::from_ref(&twin), &[]);
     script.data();
-    let call = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
     let (ours, theirs) = (script.setup.node_key, twin.node_key);
-    let heard =
-        |script: &mut Script, from| script.paths.handle_relayed(script.now, REGION, from, &call);
+    let heard = |script: &mut Script, from| {
+        let call = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
+        script.paths.handle_relayed(script.now, REGION, from, &call)
+    };
     assert_eq!(heard(&mut script, ours), Ok(()));
     assert_eq!(heard(&mut script, theirs), Ok(()));
     script.paths.set_peers(script.now, &[], &[PeerId(1)]);
@@ -178,6 +179,127 @@ fn a_new_disco_key_of_a_peer_is_used_at_once() {
     assert!(secret.open(&ours.bytes).is_ok());
 }
 
+/// A flood that bears the peer's key, which is no secret, from everywhere.
+#[test]
+fn a_flood_of_forgeries_costs_little_and_shuts_out_nobody() {
+    let mut script = Script::new(Config::default(), &[C1]);
+    script.answer(C1, ms(15));
+    script.data();
+    script.run_to(ms(5000));
+    assert_eq!(script.status().state, StateName::Direct);
+    let direct_at = script.now - script.start - script.status().since;
+    let ping = script.their_ping();
+    let mut forged = script.seal(&ping);
+    for tenth in 50..80 {
+        script.run_to(ms(tenth * 100));
+        for n in 0..10_000_u32 {
+            // Nonces like any other.
+            forged[38..42].copy_from_slice(&n.to_be_bytes());
+            forged[42..46].copy_from_slice(&u32::try_from(tenth).unwrap().to_be_bytes());
+            let from = std::net::SocketAddr::from(((0xc612_0000 + n).to_be_bytes(), 7));
+            let result = script.paths.handle_datagram(script.now, from, &forged);
+            assert!(matches!(result, Err(Drop::Forged | Drop::OpenRate)));
+        }
+        // Its own Pings are answered in the middle of it, by UDP from where it is known, and by relay.
+        let ping = script.their_ping();
+        script.receive(addr(C1), &ping).unwrap();
+        let ping = script.their_ping();
+        script.receive_relayed(&ping).unwrap();
+    }
+    let (opened, refused) = (count(&script, Drop::Forged), count(&script, Drop::OpenRate));
+    assert!(opened <= 3500, "{opened} of 300,000 were opened");
+    assert_eq!(opened + refused, 300_000);
+    // Time goes on: heartbeats are answered, and the path stays.
+    script.run_with_data(ms(15_000), ms(100));
+    assert_eq!(script.status().state, StateName::Direct);
+    assert_eq!(script.status().since, script.now - script.start - direct_at);
+}
+
+#[test]
+fn what_was_recorded_is_not_taken_twice_wherever_it_comes_from() {
+    let mut script = Script::new(Config::default(), &[]);
+    let recorded: Vec<_> = (0..100)
+        .map(|_| {
+            let ping = script.their_ping();
+            script.seal(&ping)
+        })
+        .collect();
+    for (n, ping) in recorded.iter().enumerate() {
+        script.run_to(ms(3000 * u64::try_from(n).unwrap()));
+        script
+            .paths
+            .handle_datagram(script.now, addr(C1), ping)
+            .unwrap();
+    }
+    let candidates = script.status().candidates.len();
+    for port in 1..=1000 {
+        let from = std::net::SocketAddr::from(([203, 0, 113, 7], port));
+        for ping in &recorded {
+            let result = script.paths.handle_datagram(script.now, from, ping);
+            assert_eq!(result, Err(Drop::Replayed));
+        }
+    }
+    assert_eq!(script.status().candidates.len(), candidates);
+    assert_eq!(
+        count(&script, Drop::Forged) + count(&script, Drop::PongRate),
+        0
+    );
+    // A table that is told anew changes nothing about that.
+    script
+        .paths
+        .set_peers(script.now, &[script.setup.clone()], &[]);
+    let again = script
+        .paths
+        .handle_datagram(script.now, addr(C1), &recorded[99]);
+    assert_eq!(again, Err(Drop::Replayed));
+}
+
+#[test]
+fn a_peer_that_calls_all_the_time_is_heard_ten_times_a_second() {
+    let mut script = Script::new(Config::default(), &[]);
+    let mut taken = 0;
+    for ms_at in 0..3000_u64 {
+        script.run_to(ms(ms_at));
+        let host = u8::try_from(ms_at % 250).unwrap();
+        let endpoints = (1..=64).map(|port| ([198, 51, 100, host], port).into());
+        let call = Message::CallMeMaybe {
+            endpoints: endpoints.collect(),
+        };
+        taken += u32::from(script.receive_relayed(&call).is_ok());
+    }
+    assert!((30..=41).contains(&taken), "{taken}");
+    assert_eq!(count(&script, Drop::CallRate), 3000 - u64::from(taken));
+    let pings = script
+        .out
+        .iter()
+        .filter(|(_, out)| matches!(out, Out::Ping(_)));
+    assert!(pings.count() <= 50 * 4);
+}
+
+#[test]
+fn strangers_on_a_relay_cost_no_opening() {
+    let mut script = Script::new(Config::default(), &[]);
+    let stranger = NodePrivate::from_random([8; 32]).public();
+    let ping = script.their_ping();
+    let mut forged = script.seal(&ping);
+    for n in 0..2000_u32 {
+        forged[38..42].copy_from_slice(&n.to_be_bytes());
+        let result = script
+            .paths
+            .handle_relayed(script.now, REGION, stranger, &forged);
+        assert_eq!(result, Err(Drop::WrongRelaySource));
+    }
+    // Had they been opened, there would be nothing left for the peer itself.
+    let ping = script.their_ping();
+    script.receive_relayed(&ping).unwrap();
+    let ping = script.their_ping();
+    script.receive(addr(C1), &ping).unwrap();
+    assert_eq!(
+        count(&script, Drop::OpenRate) + count(&script, Drop::Forged),
+        0
+    );
+}
+
 #[test]
 fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
     for seed in 0..4 {
@@ -210,7 +332,7 @@ fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
                     endpoints: vec![from; rng.random_range(0..100)],
                 },
             };
-            let mut bytes = secret.seal(&script.their_disco.public(), [3; NONCE_LEN], &message);
+            let mut bytes = secret.seal(&script.their_disco.public(), rng.random(), &message);
             if rng.random() {
                 let len = rng.random_range(0..=bytes.len());
                 bytes.truncate(len);

@@ -54,6 +54,8 @@ pub(super) struct Script {
     pub(super) events: Vec<(Duration, Event)>,
     pub(super) decisions: Vec<(Duration, PathDecision)>,
     pub(super) tx_ids: u8,
+    /// Datagrams of the peer made so far.
+    sealed: Cell<u64>,
 }
 
 pub(super) fn addr(text: &str) -> SocketAddr {
@@ -101,6 +103,7 @@ impl Script {
             events: Vec::new(),
             decisions: Vec::new(),
             tx_ids: 0,
+            sealed: Cell::new(0),
         };
         script.drain();
         script
@@ -211,8 +214,11 @@ impl Script {
     }
 
     pub(super) fn seal(&self, message: &Message) -> Vec<u8> {
-        self.secret
-            .seal(&self.their_disco.public(), [9; disco::NONCE_LEN], message)
+        let n = self.sealed.get() + 1;
+        self.sealed.set(n);
+        let mut nonce = [9; disco::NONCE_LEN];
+        nonce[..8].copy_from_slice(&n.to_be_bytes());
+        self.secret.seal(&self.their_disco.public(), nonce, message)
     }
 
     /// A message of the peer arrives over UDP.

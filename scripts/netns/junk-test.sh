@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# What anybody can send to a node's port: 100,000 datagrams a second from 65,536 addresses, junk at first, then DISCO
+# that bears the key of a peer. A node that lives on its relay goes on carrying data, and a direct path stays.
+#
+#   scripts/netns/junk-test.sh [--keep]
+#
+#       coord 10.255.0.1     nyc 203.0.113.1 (relay)
+#                     \      /
+#    203.0.113.11  a -- inet -- b  203.0.113.12
+#                        |
+#                        f  198.18.0.0/15, who floods a
+#
+#   RATE=100000      datagrams a second
+#
+# Uses $RINGTAIL_BIN_DIR, target/debug by default. Needs root; without it the test is skipped aloud, or fails when
+# RINGTAIL_NO_SKIP=1.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "$0")/../.." && pwd)
+cd "$ROOT"
+# shellcheck source=lab.sh
+. scripts/netns/lab.sh
+lab_or_skip
+BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
+# shellcheck disable=SC2034 # used by story.sh
+RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
+# shellcheck source=checks.sh
+. scripts/netns/checks.sh
+# shellcheck source=tailnet.sh
+. scripts/netns/tailnet.sh
+# shellcheck source=story.sh
+. scripts/netns/story.sh
+lab_init
+[ "${1:-}" != --keep ] || : >"$LAB_DIR/keep"
+lab_limit 150 'echo "junk-test: still running after 150 s"'
+RATE=${RATE:-100000}
+
+topology() {
+  lab_internet
+  tailnet_coord_host
+  lab_host nyc 203.0.113.1
+  lab_host a 203.0.113.11
+  lab_host b 203.0.113.12
+  lab_host f 203.0.113.66
+  lab_in f ip route add local 198.18.0.0/15 dev lo
+  ip -n "${LAB}inet" route add 198.18.0.0/15 via 203.0.113.66 dev p_f onlink
+  # Answers to addresses that nobody has go nowhere.
+  ip -n "${LAB}a" route add blackhole 198.18.0.0/15
+}
+start_hosts() {
+  start_relay nyc nyc 203.0.113.1 900 nyc && make_derp_map nyc && start_coord
+}
+status_of() { rt "$1" status --json | "$BENCH" pick "/peers/0/$2"; }
+is() { [ "$(status_of "$1" "$2")" = "$3" ]; }
+drops_of() { rt "$1" status --json | "$BENCH" pick "/drops/$2" 2>/dev/null || echo 0; }
+direct() { is a path/state direct && is b path/state direct; }
+relayed() { is a path/state relay || is a path/state probing || is a path/state held; }
+
+flood() { # SECONDS OPTION...: what was sent goes to flood.json
+  lab_spawn f flood env -u RUST_LOG "$BENCH" flood --to "203.0.113.11:$PORT" --rate "$RATE" --seconds "$1" "${@:2}"
+}
+# Data through the tunnel, half a MB/s for 6 s, and what of it is lost, in per cent.
+stream() {
+  lab_in a iperf3 -c "$B" -u -b 4M -l 1100 -t 6 -J >"$LAB_DIR/stream.json"
+  LOST=$("$BENCH" pick /end/sum/lost_percent <"$LAB_DIR/stream.json")
+  SAID="$LOST % lost"
+}
+carries() { # LOST_MAX
+  stream && awk -v lost="$LOST" -v max="$1" 'BEGIN { exit !(lost <= max) }'
+}
+answered() { lab_in a ping -q -c 1 -W 1 "$B"; }
+grew() { # COUNTER BEFORE BY
+  local now
+  now=$(drops_of a "$1")
+  SAID="$1: $((now - $2))"
+  [ $((now - $2)) -ge "$3" ]
+}
+switches() { status_of a path/switches; }
+
+topology
+check "relay and coordination start" start_hosts
+lab_block a 2 && lab_block b 1
+start_node a "$LAB_DIR/a.events"
+start_node b "$LAB_DIR/b.events"
+learned() { B=$(peer_address a 2>/dev/null) && [ -n "$B" ]; }
+within 30 learned || fail "A does not know B's address"
+PORT=$(rt a status --json | "$BENCH" pick /listen_port)
+KEY=$(rt b status --json | "$BENCH" pick /disco_key)
+lab_spawn b iperf iperf3 -s
+
+check "the two reach each other by relay" within 20 answered
+check "and by nothing else" relayed
+kernel=$(drops_of a discovery_kernel)
+flood 9 --kind junk
+check "junk takes nothing from what is relayed" carries 5
+# Half of what was sent, on a machine that cannot send as much.
+check "the kernel drops it and that is counted" grew discovery_kernel "$kernel" 50000
+lab_stop flood
+flood 9 --kind forged --disco-key "${KEY#discokey:}"
+check "nor does what bears a peer's key" carries 5
+check "most of that is not even opened" grew disco_disco_open_rate 0 10000
+lab_stop flood
+
+lab_unblock a && lab_unblock b
+check "the path becomes direct" within 30 direct
+before=$(switches)
+flood 14 --kind junk
+pause 4
+lab_stop flood
+flood 10 --kind forged --disco-key "${KEY#discokey:}"
+pinged() { lab_in a ping -q -i 0.1 -c 90 -W 2 "$B" | tee /dev/stderr | grep -qE " [0-2]% packet loss"; }
+check "data goes on under both" pinged
+stays() { SAID="$(switches) switches, $before before" && direct && [ "$(switches)" = "$before" ]; }
+check "and the path stays direct all the time" stays
+
+failed=$(counted FAIL)
+echo "junk-test: $(counted ok) passed, $failed failed"
+[ "$failed" = 0 ] || { tailnet_logs >&2; exit 1; }
