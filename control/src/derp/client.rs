@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::frame::{self, Decoder, FrameError, FrameType, PeerGoneReason};
 use super::info::{self, ClientInfo, InfoError, NONCE_LEN, ServerInfo};
+use super::rate::{Bucket, Rate};
 use super::upgrade::{self, HeadError};
 use crate::key::{NodePrivate, NodePublic};
 
@@ -107,6 +108,7 @@ pub struct Client {
     out: Vec<u8>,
     heard: Instant,
     ping: Option<Ping>,
+    /// The rate the relay asked for; each frame is charged whole, header included.
     bucket: Option<Bucket>,
 }
 
@@ -199,7 +201,9 @@ impl Client {
             return usize::MAX;
         };
         bucket.refill(now);
-        frame_lens.take_while(|&len| bucket.take(len)).count()
+        frame_lens
+            .take_while(|&len| bucket.take(len as u64))
+            .count()
     }
 
     /// Whether the relay asked for a rate limit.
@@ -356,44 +360,12 @@ impl Client {
             .relay
             .ok_or(FrameError::Unexpected(FrameType::SERVER_INFO))?;
         let said: ServerInfo = info::open_server_info(&self.private, &relay, body)?;
-        self.bucket = (said.bytes_per_second > 0).then(|| Bucket {
-            bytes_per_second: said.bytes_per_second,
+        let rate = Rate {
+            per_second: said.bytes_per_second,
             burst: said.bytes_burst.max(frame::PACKET_LEN_MAX as u64 + 37),
-            bytes: said.bytes_burst.max(frame::PACKET_LEN_MAX as u64 + 37),
-            filled: now,
-        });
+        };
+        self.bucket = (rate.per_second > 0).then(|| Bucket::new(rate, now));
         Ok(())
-    }
-}
-
-/// The rate a relay asked for; each frame is charged whole, header included.
-#[derive(Clone, Copy, Debug)]
-struct Bucket {
-    bytes_per_second: u64,
-    burst: u64,
-    bytes: u64,
-    filled: Instant,
-}
-
-impl Bucket {
-    fn refill(&mut self, now: Instant) {
-        let passed = now.saturating_duration_since(self.filled).as_micros();
-        let earned = passed.saturating_mul(u128::from(self.bytes_per_second)) / 1_000_000;
-        if earned > 0 {
-            let earned = u64::try_from(earned).unwrap_or(u64::MAX);
-            self.bytes = self.bytes.saturating_add(earned).min(self.burst);
-            self.filled = now;
-        }
-    }
-
-    fn take(&mut self, len: usize) -> bool {
-        match self.bytes.checked_sub(len as u64) {
-            Some(left) => {
-                self.bytes = left;
-                true
-            }
-            None => false,
-        }
     }
 }
 

@@ -138,6 +138,9 @@ pub fn hello_verdict(kind: FrameType, len: usize) -> Verdict {
     if fits { Verdict::Take } else { Verdict::Refuse }
 }
 
+/// Memory for split frames that a decoder keeps between them: those of one packet fit.
+const CARRY_KEPT: usize = 4 << 10;
+
 const MAGIC_AND_KEY_LEN: usize = super::MAGIC.len() + KEY_LEN;
 
 /// One whole frame, header included.
@@ -185,9 +188,8 @@ impl Decoder {
         if self.spent {
             self.spent = false;
             self.carry.clear();
-            // One large ClientInfo or ServerInfo must not pin its memory for the connection's life.
-            self.carry
-                .shrink_to(HEADER_LEN + 2 * KEY_LEN + PACKET_LEN_MAX);
+            // One large frame must not pin its memory for the connection's life.
+            self.carry.shrink_to(CARRY_KEPT);
         }
         loop {
             if self.skip > 0 {
@@ -258,6 +260,11 @@ impl Decoder {
     /// Frames skipped so far.
     pub fn skipped(&self) -> u64 {
         self.skipped
+    }
+
+    /// Bytes of memory the decoder takes.
+    pub fn memory_bytes(&self) -> usize {
+        self.carry.capacity()
     }
 
     /// Bytes the decoder holds of a frame that is not complete.

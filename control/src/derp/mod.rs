@@ -11,11 +11,14 @@
 //!
 //! Source: `derp/derp.go`, `derp/derp_client.go`, `derp/derpserver` in tailscale/tailscale.
 
+pub mod admission;
+pub mod budget;
 pub mod cert;
 pub mod client;
 pub mod frame;
 pub mod info;
 pub mod queue;
+pub mod rate;
 pub mod routes;
 pub mod server;
 pub mod upgrade;

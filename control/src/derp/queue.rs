@@ -14,8 +14,11 @@ pub const CHUNK_LEN: usize = 64 << 10;
 /// A run shorter than this is copied behind the last chunk instead of becoming one.
 const COPY_LEN_MAX: usize = 8 << 10;
 
-/// Empty chunks kept for reuse.
+/// Empty chunks a queue keeps for reuse.
 const SPARES_MAX: usize = 4;
+
+/// Empty chunks kept for all the queues of a relay.
+const SHARED_SPARES_MAX: usize = 64;
 
 /// Frames and bytes that had to go.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -73,6 +76,22 @@ impl Chunk {
         &mut self.bytes
     }
 
+    /// Bytes of memory it takes.
+    pub fn held_bytes(&self) -> usize {
+        self.bytes.capacity()
+    }
+
+    /// Gives back the memory that the frames do not need.
+    fn fit(&mut self) {
+        let mut bytes = Vec::with_capacity(PAD_LEN + self.len());
+        bytes.resize(PAD_LEN, 0);
+        bytes.extend_from_slice(self.frames());
+        *self = Self {
+            bytes,
+            start: PAD_LEN,
+        };
+    }
+
     /// Keeps the first `len` bytes of the frames.
     pub fn truncate(&mut self, len: usize) {
         self.bytes.truncate(self.start + len);
@@ -93,6 +112,29 @@ impl Chunk {
     }
 }
 
+/// Empty chunks with memory, for many queues: none keeps its own while nothing waits in it.
+#[derive(Debug, Default)]
+pub struct Spares(Vec<Chunk>);
+
+impl Spares {
+    /// A chunk with room for a full one.
+    pub fn take(&mut self) -> Chunk {
+        self.0.pop().unwrap_or_else(|| Chunk {
+            bytes: Vec::with_capacity(PAD_LEN + CHUNK_LEN),
+            start: 0,
+        })
+    }
+
+    /// Keeps a chunk's memory, if it is worth it and few are kept.
+    pub fn put(&mut self, mut chunk: Chunk) {
+        let fits = (CHUNK_LEN..=2 * CHUNK_LEN).contains(&chunk.held_bytes());
+        if fits && self.0.len() < SHARED_SPARES_MAX {
+            chunk.clear();
+            self.0.push(chunk);
+        }
+    }
+}
+
 /// A bounded queue of whole frames.
 #[derive(Debug)]
 pub struct FrameQueue {
@@ -100,6 +142,7 @@ pub struct FrameQueue {
     bytes: usize,
     limit_bytes: usize,
     spares: Vec<Chunk>,
+    spares_max: usize,
 }
 
 impl FrameQueue {
@@ -110,6 +153,15 @@ impl FrameQueue {
             bytes: 0,
             limit_bytes,
             spares: Vec::new(),
+            spares_max: SPARES_MAX,
+        }
+    }
+
+    /// The same, and it keeps no memory beside that of the frames.
+    pub fn lean(limit_bytes: usize) -> Self {
+        Self {
+            spares_max: 0,
+            ..Self::new(limit_bytes)
         }
     }
 
@@ -136,21 +188,49 @@ impl FrameQueue {
         dropped
     }
 
-    /// Appends a run of whole frames and leaves `run` empty, often with another buffer's memory.
+    /// Appends a run of whole frames and leaves `run` empty: with its memory, or without when that is
+    /// what the queue holds now. It does not take memory of which the frames fill less than half.
     pub fn push_run(&mut self, run: &mut Chunk) -> Dropped {
         let len = run.len();
         let dropped = self.make_room(len);
         self.bytes += len;
-        if len <= COPY_LEN_MAX {
+        if len <= COPY_LEN_MAX || run.held_bytes() > 2 * len {
             self.tail(len).buffer().extend_from_slice(run.frames());
             run.clear();
         } else {
-            // A run this long is followed by others: its memory is replaced at once, not grown.
-            let spare = self.spares.pop().unwrap_or_else(|| Chunk {
-                bytes: Vec::with_capacity(PAD_LEN + CHUNK_LEN),
-                start: 0,
-            });
-            self.chunks.push_back(std::mem::replace(run, spare));
+            self.chunks.push_back(std::mem::take(run));
+        }
+        dropped
+    }
+
+    /// Bytes of memory that the frames take.
+    pub fn held_bytes(&self) -> usize {
+        self.chunks.iter().map(Chunk::held_bytes).sum()
+    }
+
+    /// Drops the oldest frames until what waits takes no more than `most` bytes of memory.
+    pub fn shed(&mut self, most: usize) -> Dropped {
+        let mut dropped = Dropped::default();
+        let mut held = self.held_bytes();
+        while held > most {
+            let Some(first) = self.chunks.front_mut() else {
+                break;
+            };
+            let before = first.held_bytes();
+            let keep = before.saturating_sub(held - most);
+            while !first.is_empty() && PAD_LEN + first.len() > keep {
+                let frame_len = first.drop_first();
+                self.bytes -= frame_len;
+                dropped.frames += 1;
+                dropped.bytes += frame_len as u64;
+            }
+            held -= before;
+            if first.is_empty() {
+                self.chunks.pop_front();
+            } else {
+                first.fit();
+                held += first.held_bytes();
+            }
         }
         dropped
     }
@@ -164,7 +244,7 @@ impl FrameQueue {
 
     /// Gives a chunk's memory back for reuse.
     pub fn recycle(&mut self, mut chunk: Chunk) {
-        if self.spares.len() < SPARES_MAX && chunk.bytes.capacity() <= 4 * CHUNK_LEN {
+        if self.spares.len() < self.spares_max && chunk.bytes.capacity() <= 4 * CHUNK_LEN {
             chunk.clear();
             self.spares.push(chunk);
         }
@@ -246,6 +326,51 @@ mod tests {
             }
         );
         assert_eq!(queue.pop().unwrap().len(), 505);
+    }
+
+    #[test]
+    fn a_queue_holds_little_more_than_its_frames_and_sheds_to_any_size() {
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(3);
+        let mut spares = Spares::default();
+        for frame_len in [0, 40, 1400, 9000, 33_000] {
+            let mut queue = FrameQueue::lean(1 << 20);
+            let mut frames = 0;
+            for _ in 0..500 {
+                // A run of any length, in memory for a full one.
+                let mut run = spares.take();
+                for _ in 0..rng.random_range(1..40) {
+                    if run.len() + HEADER_LEN + frame_len <= CHUNK_LEN {
+                        frame::put(run.buffer(), FrameType::RECV_PACKET, &[&vec![7; frame_len]]);
+                        frames += 1;
+                    }
+                }
+                frames -= queue.push_run(&mut run).frames;
+                spares.put(run);
+                let (held, bytes) = (queue.held_bytes(), queue.len_bytes());
+                assert!(held <= 2 * bytes + 2 * CHUNK_LEN, "{held} for {bytes}");
+                if rng.random_range(0..10) == 0 {
+                    let most = rng.random_range(0..held);
+                    let before = queue.len_bytes() as u64;
+                    let dropped = queue.shed(most);
+                    frames -= dropped.frames;
+                    assert!(queue.held_bytes() <= most);
+                    assert_eq!(before - dropped.bytes, queue.len_bytes() as u64);
+                }
+            }
+            let mut left = 0;
+            while let Some(chunk) = queue.pop() {
+                let mut rest = chunk.frames();
+                while let Some((_, len)) = frame::header(rest) {
+                    assert_eq!(len as usize, frame_len);
+                    rest = &rest[HEADER_LEN + frame_len..];
+                    left += 1;
+                }
+                spares.put(chunk);
+            }
+            assert_eq!(left, frames);
+            assert_eq!(queue.held_bytes(), 0);
+        }
+        assert!(spares.0.len() <= SHARED_SPARES_MAX);
     }
 
     #[test]

@@ -77,6 +77,34 @@ impl Session {
         self.decoder.skipped()
     }
 
+    /// Whether a frame has begun and not ended.
+    pub fn is_inside_frame(&self) -> bool {
+        self.decoder.held_bytes() > 0
+    }
+
+    /// Bytes of memory that what came of an unfinished frame takes.
+    pub fn memory_bytes(&self) -> usize {
+        self.decoder.memory_bytes()
+    }
+
+    /// Takes ClientInfo, once and first, from the front of `input`: who the client is, or `None` when
+    /// all was taken and more is needed. For a caller that looks into that before it goes on.
+    ///
+    /// # Errors
+    /// [`ServerError`]: close.
+    pub fn handle_hello(
+        &mut self,
+        private: &NodePrivate,
+        input: &mut &[u8],
+    ) -> Result<Option<(NodePublic, ClientInfo)>, ServerError> {
+        let Some(raw) = self.decoder.next(input, frame::hello_verdict)? else {
+            return Ok(None);
+        };
+        let hello = info::open_client_info(private, raw.body())?;
+        self.greeted = true;
+        Ok(Some(hello))
+    }
+
     /// Takes bytes from the client and hands what they say to `sink`; gives back the number of
     /// frames that meant something.
     ///
@@ -90,11 +118,9 @@ impl Session {
     ) -> Result<u64, ServerError> {
         let mut frames = 0;
         if !self.greeted {
-            let Some(raw) = self.decoder.next(&mut input, frame::hello_verdict)? else {
+            let Some((key, info)) = self.handle_hello(private, &mut input)? else {
                 return Ok(0);
             };
-            let (key, info) = info::open_client_info(private, raw.body())?;
-            self.greeted = true;
             frames += 1;
             sink(Event::Hello { key, info });
         }
