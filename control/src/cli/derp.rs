@@ -3,14 +3,19 @@
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use serde::Deserialize;
 
-use crate::driver::derp_server::{DerpOptions, DerpServer, identity};
-use crate::driver::signals::Blocked;
+use crate::derp::rate::Rate;
+use crate::driver::derp_server::{
+    BURST_MIN, DerpHandle, DerpOptions, DerpServer, VerifyBy, VerifyOptions, identity,
+};
+use crate::driver::descriptors;
+use crate::driver::signals::{Blocked, Signals, Told};
 use crate::driver::state::StateDir;
 use crate::driver::tls::verify::pin_of;
 use crate::netmap::{DerpMap, DerpNode, DerpRegion};
@@ -18,9 +23,12 @@ use crate::netmap::{DerpMap, DerpNode, DerpRegion};
 /// How long the relay's tasks get to end after a signal.
 const SHUTDOWN_LIMIT: Duration = Duration::from_millis(500);
 
+/// A rate file at most, in bytes.
+const RATE_CONFIG_LEN_MAX: u64 = 64 << 10;
+
 /// Run a relay: DERP over TLS, with STUN beside it.
 ///
-/// Makes its key and, unless files are given, a self-signed certificate in the state directory at
+/// It serves whoever connects, unless --verify-clients says whom. Makes its key and, unless files are given, a self-signed certificate in the state directory at
 /// the first start. Prints its entry for the DERP map, with the pin by which nodes recognise it,
 /// and keeps the same in derp-node.json of the state directory.
 #[derive(Debug, Args)]
@@ -59,9 +67,38 @@ pub(super) struct DerpArgs {
     /// Short region label in the printed entry.
     #[arg(long, value_name = "CODE", default_value = "own")]
     region_code: String,
-    /// Connections at most.
+    /// Serve only nodes that this knows: the /verify of a coordination server (`ringtail coord`,
+    /// Headscale, whatever derper can ask), such as http://10.0.0.1:8080/verify, or a file with one
+    /// node key a line, which is read again when it changes and on SIGHUP.
+    #[arg(long, value_name = "URL|FILE", visible_alias = "verify-client-url", value_parser = verify_by)]
+    verify_clients: Option<VerifyBy>,
+    /// Serve everybody while the verifier cannot be reached (derper's way; ours is to serve nobody
+    /// new).
+    #[arg(long, requires = "verify_clients")]
+    verify_fail_open: bool,
+    /// Ask the verifier again about those who are connected, so often; who is refused then goes.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    verify_every: u64,
+    /// What a client may send, as a JSON file like derper's, read again on SIGHUP:
+    /// {"PerClientRateLimitBytesPerSec": 1000000, "PerClientRateBurstBytes": 2000000}. Who sends
+    /// more is read later, nothing is dropped [default: no limit].
+    #[arg(long, value_name = "FILE")]
+    rate_config: Option<PathBuf>,
+    /// Connections accepted per second; more are closed at once [default: no limit].
+    #[arg(long, value_name = "RATE", value_parser = connection_rate)]
+    accept_connection_limit: Option<u64>,
+    /// Connections accepted at once, after a pause [default: those of one second].
+    #[arg(long, value_name = "COUNT", requires = "accept_connection_limit", value_parser = clap::value_parser!(u32).range(1..))]
+    accept_connection_burst: Option<u32>,
+    /// Clients at most; those who have not said who they are have 2048 places beside them, 256 for
+    /// one address (IPv6: /64), and make room for the next. The limit of open files is raised as far
+    /// as it may be, and bounds both.
     #[arg(long, value_name = "COUNT", default_value_t = 20_000)]
     connections_max: usize,
+    /// Memory at most, in MiB, for what waits for clients and what they have half sent: of all
+    /// together, and no more than half of it for one address (IPv6: /64). Who holds most loses first.
+    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    memory_max: u32,
     /// Threads [default: one per usable core].
     #[arg(long, value_name = "COUNT")]
     threads: Option<usize>,
@@ -84,6 +121,8 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
         }
     };
     let map = map_entry(&args, pin);
+    let client_rate = args.rate_config.as_deref().map(read_rate).transpose()?;
+    descriptors::raise_limit();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     if let Some(threads) = args.threads {
         if threads == 0 {
@@ -104,6 +143,19 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
         stun_any: args.stun_any,
         http_port: args.http_port,
         connections_max: args.connections_max,
+        memory_max: usize::try_from(args.memory_max)? << 20,
+        verify: args.verify_clients.clone().map(|by| VerifyOptions {
+            by,
+            fail_open: args.verify_fail_open,
+            every: Duration::from_secs(args.verify_every),
+        }),
+        client_rate: client_rate.flatten(),
+        accept_rate: args.accept_connection_limit.map(|limit| Rate {
+            per_second: limit,
+            burst: args
+                .accept_connection_burst
+                .map_or_else(|| limit.max(1000), |count| u64::from(count) * 1000),
+        }),
     };
     let result = runtime.block_on(async {
         let server = DerpServer::bind(options)?;
@@ -112,8 +164,9 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
         writeln!(std::io::stdout(), "{text}")?;
         tracing::info!(addrs = ?server.addrs()?, stun = ?server.stun_addrs()?, "relay is up");
         let signals = signals.listen()?;
+        let handle = server.handle();
         let told = async {
-            if let Err(error) = signals.end().await {
+            if let Err(error) = obey(&signals, &handle, &args).await {
                 tracing::error!(%error, "signals cannot be heard");
             }
         };
@@ -121,6 +174,70 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
     });
     runtime.shutdown_timeout(SHUTDOWN_LIMIT);
     result
+}
+
+/// Reads files again as often as it is told to, until it is told to end.
+async fn obey(signals: &Signals, handle: &DerpHandle, args: &DerpArgs) -> anyhow::Result<()> {
+    while signals.next().await? == Told::ReadAgain {
+        handle.verify_again();
+        match args.rate_config.as_deref().map(read_rate).transpose() {
+            Ok(Some(rate)) => {
+                tracing::info!(?rate, "SIGHUP: the rate was read again");
+                handle.set_client_rate(rate);
+            }
+            Ok(None) => {}
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!(error, "SIGHUP: the old rate stays in force");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// derper's file of rates; 0 is no limit.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct RateConfig {
+    #[serde(rename = "PerClientRateLimitBytesPerSec")]
+    per_second: u64,
+    #[serde(rename = "PerClientRateBurstBytes")]
+    burst: u64,
+}
+
+fn read_rate(file: &Path) -> anyhow::Result<Option<Rate>> {
+    let shown = file.display();
+    let about = || format!("cannot use the rates of {shown}");
+    if std::fs::metadata(file).with_context(about)?.len() > RATE_CONFIG_LEN_MAX {
+        bail!("{shown} is longer than {RATE_CONFIG_LEN_MAX} bytes");
+    }
+    let text = std::fs::read(file).with_context(about)?;
+    let config: RateConfig = serde_json::from_slice(&text).with_context(about)?;
+    Ok((config.per_second > 0).then_some(Rate {
+        per_second: config.per_second,
+        burst: config.burst.max(BURST_MIN),
+    }))
+}
+
+fn verify_by(text: &str) -> Result<VerifyBy, String> {
+    if text.is_empty() {
+        return Err("a URL or a file is needed".to_owned());
+    }
+    Ok(if text.contains("://") {
+        VerifyBy::Url(text.to_owned())
+    } else {
+        VerifyBy::File(text.into())
+    })
+}
+
+/// Connections per second, in thousandths.
+fn connection_rate(text: &str) -> Result<u64, String> {
+    let rate: f64 = text.parse().map_err(|_| "a number is needed".to_owned())?;
+    if !(0.001..=1e9).contains(&rate) {
+        return Err("a rate is between 0.001 and 1e9 per second".to_owned());
+    }
+    let thousandths = Duration::from_secs_f64(rate).as_millis();
+    u64::try_from(thousandths).map_err(|error| error.to_string())
 }
 
 /// A DERP map with this relay alone.

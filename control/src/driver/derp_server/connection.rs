@@ -1,137 +1,50 @@
-//! One connection: TLS, an HTTP request or several, and then DERP until it ends.
+//! One connection from its first byte to its last; what it is before DERP is in [`super::head`].
+//!
+//! Nothing that a client does makes it hold more than a bounded amount here: its output is encrypted
+//! once the output before it is written, at most [`WRITE_LEN`] and a chunk at a time; one Pong waits
+//! for that, and while it does the client is not read; what others send it lies in its queues.
 
 use std::collections::HashSet;
-use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
-use tokio::time::timeout;
 
+use super::door::{self, Place};
+use super::head::{self, Conn, Ended, READ_LEN, within};
 use super::registry::{Client, Lane};
 use super::{
-    HEAD_LIMIT, HELLO_LIMIT, KEEP_ALIVE, KEEP_ALIVE_JITTER, Shared, TLS_LIMIT, WRITE_LIMIT, add,
-    now,
+    FRAME_LIMIT, HEAD_LIMIT, HELLO_LIMIT, KEEP_ALIVE, KEEP_ALIVE_JITTER, PROGRESS_MIN, Shared,
+    TLS_LIMIT, WRITE_LIMIT, add, now,
 };
 use crate::derp::frame::{self, FrameType, HEADER_LEN, PeerGoneReason};
 use crate::derp::is_disco;
 use crate::derp::queue::{CHUNK_LEN, Chunk};
+use crate::derp::rate::Bucket;
 use crate::derp::server::{Event, ServerError, Session};
-use crate::derp::upgrade::{self, HEAD_LEN_MAX, Port, Request};
-use crate::driver::tls::{ServerTls, TlsError};
+use crate::derp::upgrade;
+use crate::driver::tls::ServerTls;
 use crate::key::{KEY_LEN, NodePublic};
-
-/// Ciphertext read at a time by a busy connection.
-const READ_LEN_MAX: usize = 256 << 10;
-
-/// The same for a quiet one.
-const READ_LEN_MIN: usize = 8 << 10;
 
 /// Ciphertext gathered for one write.
 const WRITE_LEN: usize = 128 << 10;
 
-/// Requests on one connection before it has to become DERP or go.
-const REQUESTS_MAX: u32 = 100;
+/// Writes in a row before the client is listened to again.
+const WRITES_MAX: u32 = 16;
+
+/// Memory kept for the next DISCO frame.
+const DISCO_KEPT: usize = 2 << 10;
 
 /// Receivers a connection remembers having told the registry of.
-const KNOWN_MAX: usize = 4096;
+const KNOWN_MAX: usize = 256;
 
 /// PeerGone(not here) per sending connection: this many at once, and one more per second.
 const NOT_HERE_BURST: f64 = 3.0;
 
-/// Why a connection ended, for the log.
-#[derive(Debug, thiserror::Error)]
-enum Ended {
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    #[error(transparent)]
-    Protocol(#[from] ServerError),
-    #[error("{0} in time")]
-    Late(&'static str),
-    #[error("closed")]
-    Closed,
-}
-
-/// A connection with TLS around it.
-struct Conn {
-    stream: TcpStream,
-    tls: ServerTls,
-    read_len: usize,
-}
-
-impl Conn {
-    /// Reads once into the inbox and gives back how much came.
-    async fn fill(&mut self) -> Result<usize, Ended> {
-        loop {
-            self.stream.readable().await?;
-            if let Some(len) = self.try_fill()? {
-                return Ok(len);
-            }
-        }
-    }
-
-    /// Reads what is there; `None` is nothing.
-    fn try_fill(&mut self) -> Result<Option<usize>, Ended> {
-        let before = self.tls.inbox.len();
-        self.tls.inbox.reserve(self.read_len);
-        match self.stream.try_read_buf(&mut self.tls.inbox) {
-            Ok(0) => Err(Ended::Closed),
-            Ok(len) => {
-                if self.tls.inbox.len() < self.tls.inbox.capacity() {
-                    // The socket is empty now: forgetting its readiness here saves the call that
-                    // would only say so.
-                    let _ = self.stream.try_io(Interest::READABLE, || {
-                        Err::<(), _>(io::ErrorKind::WouldBlock.into())
-                    });
-                }
-                // Room follows need: thousands of quiet clients must not hold 256 KiB each.
-                if self.tls.inbox.len() - before >= self.read_len {
-                    self.read_len = (self.read_len * 2).min(READ_LEN_MAX);
-                }
-                Ok(Some(len))
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Writes what is to be written as far as the socket takes it; true if something is left.
-    fn try_flush(&mut self, writes: &mut u64) -> Result<(bool, usize), Ended> {
-        let mut total = 0;
-        while !self.tls.out().is_empty() {
-            match self.stream.try_write(self.tls.out()) {
-                Ok(0) => return Err(Ended::Closed),
-                Ok(len) => {
-                    self.tls.sent(len);
-                    total += len;
-                    *writes += 1;
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    return Ok((true, total));
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok((false, total))
-    }
-
-    /// Writes everything.
-    async fn flush(&mut self) -> Result<(), Ended> {
-        let mut writes = 0;
-        while self.try_flush(&mut writes)?.0 {
-            self.stream.writable().await?;
-        }
-        Ok(())
-    }
-}
-
 /// Serves a connection to the TLS port until it ends.
-pub(super) async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr) {
-    let counters = &shared.counters;
+pub(super) async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr, place: Place) {
     let tls = match ServerTls::server(shared.tls.clone()) {
         Ok(tls) => tls,
         Err(error) => {
@@ -139,141 +52,161 @@ pub(super) async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAd
             return;
         }
     };
-    let mut conn = Conn {
-        stream,
-        tls,
-        read_len: READ_LEN_MIN,
+    let conn = Conn::new(stream, tls, place.account.clone());
+    tokio::select! {
+        () = converse(&shared, conn, from, &place) => {}
+        why = place.ending.told() => door::tell(&shared, from, why),
+    }
+}
+
+/// Serves `/generate_204` without TLS.
+pub(super) async fn serve_plain(
+    shared: Arc<Shared>,
+    stream: TcpStream,
+    from: SocketAddr,
+    place: Place,
+) {
+    tokio::select! {
+        () = head::serve_plain(&shared, stream, &place.account) => {}
+        why = place.ending.told() => door::tell(&shared, from, why),
+    }
+}
+
+async fn converse(shared: &Shared, mut conn: Conn, from: SocketAddr, place: &Place) {
+    let counters = &shared.counters;
+    let conn = &mut conn;
+    let note = |counter, error: &Ended, what| {
+        let counter = match error {
+            Ended::Memory => &counters.memory_cuts,
+            Ended::Io(_)
+            | Ended::Tls(_)
+            | Ended::Protocol(_)
+            | Ended::Late(_)
+            | Ended::Head
+            | Ended::Refused(_)
+            | Ended::Closed => counter,
+        };
+        add(counter, 1);
+        tracing::debug!(%from, %error, "{what}");
     };
-    let mut head = Vec::new();
-    let shaken = timeout(TLS_LIMIT, handshake(&mut conn, &mut head)).await;
-    if let Err(error) = shaken.unwrap_or(Err(Ended::Late("no TLS handshake"))) {
-        add(&counters.tls_failures, 1);
-        tracing::debug!(%from, %error, "TLS handshake failed");
+    let mut plain = Vec::new();
+    let shaken = head::handshake(conn, &mut plain);
+    if let Err(error) = within(TLS_LIMIT, "no TLS handshake", shaken).await {
+        note(&counters.tls_failures, &error, "TLS handshake failed");
         // The alert says why; a client that does not listen is not waited for.
-        let _ = timeout(Duration::from_secs(1), conn.flush()).await;
+        let _ = within(Duration::from_secs(1), "no alert taken", conn.flush()).await;
         return;
     }
     let loopback = from.ip().to_canonical().is_loopback();
-    let fast_start = match requests(&shared, &mut conn, &mut head, loopback).await {
+    let asked = head::requests(shared, conn, &mut plain, loopback);
+    let fast_start = match within(HEAD_LIMIT, "no upgrade", asked).await {
         Ok(Some(fast_start)) => fast_start,
         Ok(None) => return,
         Err(error) => {
-            add(&counters.http_failures, 1);
-            tracing::debug!(%from, %error, "no upgrade");
-            return;
+            return note(&counters.http_failures, &error, "no upgrade");
         }
     };
-    let mut relay = Relay::new(&shared);
-    let result = relay.run(&mut conn, &head, fast_start).await;
-    if let Some(me) = relay.router.me.take() {
-        shared.registry.unregister(&me, counters);
-        add(&counters.unknown_frames, relay.session.unknown_frames());
-    }
-    if let Err(error) = result {
-        match &error {
-            Ended::Protocol(_) if !relay.session.is_greeted() => {
-                add(&counters.hello_failures, 1);
-            }
-            Ended::Protocol(_) | Ended::Tls(_) => add(&counters.protocol_errors, 1),
-            Ended::Late(_) | Ended::Io(_) | Ended::Closed => {}
+    let mut session = Session::default();
+    let greeted = greet(shared, conn, &mut session, &mut plain, fast_start);
+    let key = match within(HELLO_LIMIT, "no ClientInfo", greeted).await {
+        Ok(key) => key,
+        Err(error) => {
+            note(&counters.hello_failures, &error, "no client");
+            return close(conn);
         }
-        tracing::debug!(%from, %error, "client gone");
+    };
+    if let Err(error) = admit(shared, key, from.ip(), place).await {
+        tracing::debug!(%from, %error, "client refused");
+        return close(conn);
     }
+    let client = Registered::new(shared, key, place);
+    let mut relay = Relay::new(shared, session, &client.0);
+    let result = relay.run(conn, plain).await;
+    add(&counters.unknown_frames, relay.session.unknown_frames());
+    match result {
+        Err(error @ (Ended::Protocol(_) | Ended::Tls(_) | Ended::Memory)) => {
+            note(&counters.protocol_errors, &error, "client cut");
+        }
+        // What was late is counted where that was seen.
+        Err(error) => tracing::debug!(%from, %error, "client gone"),
+        Ok(()) => {}
+    }
+    close(conn);
+}
+
+fn close(conn: &mut Conn) {
     conn.tls.close();
     let mut writes = 0;
     let _ = conn.try_flush(&mut writes);
 }
 
-async fn handshake(conn: &mut Conn, head: &mut Vec<u8>) -> Result<(), Ended> {
-    loop {
-        conn.tls
-            .handle_input(|plain| head.extend_from_slice(plain))?;
-        if conn.tls.is_established() {
-            return Ok(());
-        }
-        conn.flush().await?;
-        conn.fill().await?;
-    }
-}
-
-/// Answers requests until one is the upgrade (then `head` holds what came behind it) or the
-/// connection is over.
-async fn requests(
+/// Says who the relay is and hears who the client is; what it said behind that stays in `plain`.
+async fn greet(
     shared: &Shared,
     conn: &mut Conn,
-    head: &mut Vec<u8>,
-    loopback: bool,
-) -> Result<Option<bool>, Ended> {
-    let show = || shared.vars();
-    let vars: Option<&(dyn Fn() -> String + Sync)> = loopback.then_some(&show);
-    for _ in 0..REQUESTS_MAX {
-        let one = async {
-            loop {
-                let parsed = upgrade::parse_request(head, Port::Main, vars.map(|v| v as _));
-                if let Some(found) = parsed.map_err(|_| Ended::Late("no HTTP request"))? {
-                    return Ok::<_, Ended>(Some(found));
-                }
-                conn.flush().await?;
-                if conn.tls.is_closed() {
-                    return Ok(None);
-                }
-                match conn.fill().await {
-                    Ok(_) => {}
-                    Err(Ended::Closed) if head.is_empty() => return Ok(None),
-                    Err(error) => return Err(error),
-                }
-                conn.tls
-                    .handle_input(|plain| head.extend_from_slice(plain))?;
-            }
-        };
-        let found = timeout(HEAD_LIMIT, one)
-            .await
-            .unwrap_or(Err(Ended::Late("no HTTP request")))?;
-        let Some((len, request)) = found else {
-            return Ok(None);
-        };
-        head.drain(..len);
-        match request {
-            Request::Derp { fast_start, .. } => return Ok(Some(fast_start)),
-            Request::Other { response, close } => {
-                add(&shared.counters.http_requests, 1);
-                conn.tls.seal(&response)?;
-                if close {
-                    conn.tls.close();
-                }
-                timeout(WRITE_LIMIT, conn.flush())
-                    .await
-                    .unwrap_or(Err(Ended::Late("no response taken")))?;
-                if close {
-                    return Ok(None);
-                }
-            }
-        }
+    session: &mut Session,
+    plain: &mut Vec<u8>,
+    fast_start: bool,
+) -> Result<NodePublic, Ended> {
+    let mut greeting = Vec::new();
+    if fast_start {
+        add(&shared.counters.fast_starts, 1);
+    } else {
+        upgrade::put_switching(&mut greeting, &shared.private.public());
     }
-    Ok(None)
+    Session::put_greeting(&mut greeting, &shared.private);
+    conn.tls.seal(&greeting)?;
+    conn.flush().await?;
+    loop {
+        let mut rest = &plain[..];
+        let hello = session.handle_hello(&shared.private, &mut rest)?;
+        let used = plain.len() - rest.len();
+        plain.drain(..used);
+        if let Some((key, _)) = hello {
+            return Ok(key);
+        }
+        if conn.tls.is_closed() {
+            return Err(Ended::Closed);
+        }
+        conn.read_behind(plain).await?;
+        conn.charge(plain.capacity() + session.memory_bytes(), 0)?;
+    }
 }
 
-/// Serves `/generate_204` without TLS.
-pub(super) async fn serve_plain(shared: Arc<Shared>, mut stream: TcpStream) {
-    let mut head = Vec::with_capacity(1024);
-    let exchange = async {
-        loop {
-            match upgrade::parse_request(&head, Port::Plain, None) {
-                Ok(None) if stream.read_buf(&mut head).await? > 0 => {}
-                Ok(Some((_, Request::Other { response, .. }))) => {
-                    stream.write_all(&response).await?;
-                    return stream.shutdown().await;
-                }
-                Ok(_) | Err(_) => {
-                    add(&shared.counters.http_failures, 1);
-                    return Ok(());
-                }
-            }
-            debug_assert!(head.len() <= 2 * HEAD_LEN_MAX, "the parser bounds the head");
-        }
-    };
-    if timeout(HEAD_LIMIT, exchange).await.is_err() {
-        add(&shared.counters.http_failures, 1);
+/// Finds a place for whoever has shown whose key it has.
+async fn admit(
+    shared: &Shared,
+    key: NodePublic,
+    source: IpAddr,
+    place: &Place,
+) -> Result<(), Ended> {
+    if let Some(verifier) = &shared.verifier {
+        let verdict = verifier.admit(shared, key, source.to_canonical()).await;
+        verdict.map_err(Ended::Refused)?;
+    }
+    if !place.settle(key) {
+        add(&shared.counters.places_full, 1);
+        return Err(Ended::Refused("no place is free for it".to_owned()));
+    }
+    Ok(())
+}
+
+/// A client in the registry, for as long as this lives.
+struct Registered<'a>(Arc<Client>, &'a Shared);
+
+impl<'a> Registered<'a> {
+    fn new(shared: &'a Shared, key: NodePublic, place: &Place) -> Self {
+        let account = place.account.clone();
+        let client = shared.registry.register(key, account, &shared.counters);
+        place.holds(&client);
+        Self(client, shared)
+    }
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        let Self(client, shared) = self;
+        shared.registry.unregister(client, &shared.counters);
     }
 }
 
@@ -282,16 +215,22 @@ struct Relay<'a> {
     shared: &'a Shared,
     session: Session,
     router: Router<'a>,
-    /// Plaintext of the relay itself that waits to be encrypted.
+    /// Frames of the relay itself that wait to be encrypted, but for the Pong.
     control: Vec<u8>,
     keep_alive_every: Duration,
+    keep_alive_at: Instant,
+    /// Since when the socket takes too little, and how much it took since.
+    stalled: Option<(Instant, usize)>,
+    /// Since when a frame of the client is incomplete.
+    incomplete_since: Option<Instant>,
+    /// What the client may send.
+    bucket: Option<Bucket>,
 }
 
 /// Where the frames of one client go.
 struct Router<'a> {
     shared: &'a Shared,
-    me: Option<Arc<Client>>,
-    hello: Option<NodePublic>,
+    me: &'a Arc<Client>,
     /// Packets in a row for one destination, as RecvPacket frames.
     run: Chunk,
     run_frames: u64,
@@ -300,6 +239,7 @@ struct Router<'a> {
     disco: Chunk,
     /// Receivers that are remembered already.
     known: HashSet<u64>,
+    /// What the Pong that waits will say: the client's last Ping.
     pong: Option<[u8; 8]>,
     not_here: f64,
     not_here_at: Instant,
@@ -307,15 +247,26 @@ struct Router<'a> {
     bytes: u64,
 }
 
+/// How far writing got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Written {
+    /// Nothing waits.
+    All,
+    /// The socket takes no more.
+    Full,
+    /// There is more, and others want their turn.
+    Some,
+}
+
 impl<'a> Relay<'a> {
-    fn new(shared: &'a Shared) -> Self {
+    fn new(shared: &'a Shared, session: Session, me: &'a Arc<Client>) -> Self {
+        let keep_alive_every = KEEP_ALIVE + KEEP_ALIVE_JITTER.mul_f64(rand::random());
         Self {
             shared,
-            session: Session::default(),
+            session,
             router: Router {
                 shared,
-                me: None,
-                hello: None,
+                me,
                 run: Chunk::default(),
                 run_frames: 0,
                 run_to: NodePublic::default(),
@@ -328,111 +279,153 @@ impl<'a> Relay<'a> {
                 bytes: 0,
             },
             control: Vec::new(),
-            keep_alive_every: KEEP_ALIVE + KEEP_ALIVE_JITTER.mul_f64(rand::random()),
+            keep_alive_every,
+            keep_alive_at: now() + keep_alive_every,
+            stalled: None,
+            incomplete_since: None,
+            bucket: None,
         }
     }
 
-    /// Runs until the connection ends; `first` is what came behind the upgrade.
-    async fn run(&mut self, conn: &mut Conn, first: &[u8], fast_start: bool) -> Result<(), Ended> {
-        let counters = &self.shared.counters;
-        if fast_start {
-            add(&counters.fast_starts, 1);
-        } else {
-            upgrade::put_switching(&mut self.control, &self.shared.private.public());
-        }
-        Session::put_greeting(&mut self.control, &self.shared.private);
-        let hello_by = now() + HELLO_LIMIT;
-        let mut keep_alive_at = now() + self.keep_alive_every;
-        let mut stalled_at: Option<Instant> = None;
+    /// Runs until the connection ends; `first` is what came behind ClientInfo.
+    async fn run(&mut self, conn: &mut Conn, first: Vec<u8>) -> Result<(), Ended> {
+        let key = *self.router.me.slot.key();
+        let private = &self.shared.private;
+        Session::put_welcome(&mut self.control, private, &key, rand::random());
         // One timer for the connection's life, set where its time changes; it stands still while the
         // machine sleeps, and so do the clients' connections.
-        let timer = tokio::time::sleep(HELLO_LIMIT);
+        let timer = tokio::time::sleep(self.keep_alive_every);
         tokio::pin!(timer);
-        let mut timer_due = hello_by;
+        let mut timer_due = self.keep_alive_at;
 
-        let mut failed = self.handle_plain(first).err();
-        self.finish_input();
+        self.take(&first)?;
+        drop(first);
         loop {
-            if failed.is_none() {
-                let result = conn.tls.handle_input(|plain| {
-                    if failed.is_none() {
-                        failed = self.handle_plain(plain).err();
-                    }
-                });
-                self.finish_input();
-                result?;
-            }
-            if let Some(error) = failed {
-                return Err(error.into());
-            }
             if conn.tls.is_closed() {
                 return Err(Ended::Closed);
             }
+            let written = self.write(conn)?;
+            let paid_at = self.paid_at();
+            let answers = self.router.pong.is_some() || !self.control.is_empty();
+            let reading = paid_at.is_none() && !(written == Written::Full && answers);
+            if !reading {
+                // It cannot end its frame before it is read again.
+                self.incomplete_since = None;
+            } else if self.session.is_inside_frame() {
+                self.incomplete_since = self.incomplete_since.or_else(|| Some(now()));
+            }
+            self.settle(conn)?;
 
-            // Write until nothing waits or the socket is full.
-            let mut writes = 0;
-            let full = loop {
-                let more = self.encrypt(conn)?;
-                let (full, taken) = conn.try_flush(&mut writes)?;
-                if taken > 0 {
-                    stalled_at = None;
-                }
-                if full || !more {
-                    break full;
-                }
-            };
-            add(&counters.writes, writes);
-            if full {
-                stalled_at = stalled_at.or_else(|| Some(now()));
-            }
-
-            let mut due = keep_alive_at;
-            if !self.session.is_greeted() {
-                due = due.min(hello_by);
-            }
-            if let Some(since) = stalled_at.filter(|_| full) {
-                due = due.min(since + WRITE_LIMIT);
-            }
+            let due = self.due(paid_at);
             if timer_due != due {
                 timer_due = due;
                 let rest = due.saturating_duration_since(now());
                 timer.as_mut().reset(tokio::time::Instant::now() + rest);
             }
-            let interest = if full {
-                Interest::READABLE | Interest::WRITABLE
-            } else {
-                Interest::READABLE
+            let read = reading.then_some(Interest::READABLE);
+            let write = (written == Written::Full).then_some(Interest::WRITABLE);
+            let interest = match (read, write) {
+                (Some(read), Some(write)) => Some(read | write),
+                (one, other) => one.or(other),
             };
-            let me = self.router.me.as_deref();
             tokio::select! {
-                ready = conn.stream.ready(interest) => {
-                    if ready?.is_readable() && conn.try_fill()?.is_some() {
-                        add(&counters.reads, 1);
+                ready = ready(&conn.stream, interest) => {
+                    if ready?.is_readable() && reading {
+                        self.read(conn)?;
                     }
                 }
-                () = woken(me), if !full => {}
-                () = &mut timer => {
-                    let at = now();
-                    if !self.session.is_greeted() && at >= hello_by {
-                        add(&counters.hello_failures, 1);
-                        return Err(Ended::Late("no ClientInfo"));
-                    }
-                    if full && stalled_at.is_some_and(|since| at >= since + WRITE_LIMIT) {
-                        add(&counters.write_timeouts, 1);
-                        return Err(Ended::Late("nothing read by the client"));
-                    }
-                    if at >= keep_alive_at {
-                        keep_alive_at = at + self.keep_alive_every;
-                        if self.session.is_greeted() && !full {
-                            frame::put(&mut self.control, FrameType::KEEP_ALIVE, &[]);
-                            add(&counters.keep_alives, 1);
-                        }
-                        conn.read_len = READ_LEN_MIN;
-                        conn.tls.shrink();
-                    }
-                }
+                () = self.router.me.wake.notified(), if written == Written::All => {}
+                () = tokio::task::yield_now(), if written == Written::Some => {}
+                () = &mut timer => self.handle_timeout(written)?,
             }
         }
+    }
+
+    /// When [`Relay::handle_timeout`] is due.
+    fn due(&self, paid_at: Option<Instant>) -> Instant {
+        let stalled = self.stalled.map(|(since, _)| since + WRITE_LIMIT);
+        let incomplete = self.incomplete_since.map(|since| since + FRAME_LIMIT);
+        let others = [paid_at, stalled, incomplete].into_iter().flatten();
+        others.fold(self.keep_alive_at, Instant::min)
+    }
+
+    fn handle_timeout(&mut self, written: Written) -> Result<(), Ended> {
+        let counters = &self.shared.counters;
+        let at = now();
+        if self
+            .stalled
+            .is_some_and(|(since, _)| at >= since + WRITE_LIMIT)
+        {
+            add(&counters.write_timeouts, 1);
+            return Err(Ended::Late("too little read by the client"));
+        }
+        let incomplete = self.incomplete_since;
+        if incomplete.is_some_and(|since| at >= since + FRAME_LIMIT) {
+            add(&counters.frame_timeouts, 1);
+            return Err(Ended::Late("no end of a frame"));
+        }
+        if at >= self.keep_alive_at {
+            self.keep_alive_at = at + self.keep_alive_every;
+            if written != Written::Full {
+                frame::put(&mut self.control, FrameType::KEEP_ALIVE, &[]);
+                add(&counters.keep_alives, 1);
+            }
+        }
+        Ok(())
+    }
+
+    /// When the client may be read again, if its rate does not allow it now.
+    fn paid_at(&mut self) -> Option<Instant> {
+        let bucket = self.bucket.as_mut()?;
+        bucket.refill(now());
+        bucket.ready_at()
+    }
+
+    /// Reads once, and handles all of it.
+    fn read(&mut self, conn: &mut Conn) -> Result<(), Ended> {
+        let mut result = Ok(());
+        let mut len = 0;
+        let most = match self.rate() {
+            Some(bucket) => {
+                usize::try_from(bucket.rate().burst).map_or(READ_LEN, |n| n.min(READ_LEN))
+            }
+            None => READ_LEN,
+        };
+        let read = conn.try_read(most, |plain| {
+            len += plain.len();
+            if result.is_ok() {
+                result = self.handle_plain(plain);
+            }
+        });
+        self.finish_input();
+        if let Some(bucket) = &mut self.bucket {
+            bucket.charge(len as u64);
+            add(
+                &self.shared.counters.rate_pauses,
+                u64::from(bucket.ready_at().is_some()),
+            );
+        }
+        result?;
+        if read?.is_some() {
+            add(&self.shared.counters.reads, 1);
+        }
+        Ok(())
+    }
+
+    /// The bucket for the rate that is set now.
+    fn rate(&mut self) -> Option<&Bucket> {
+        let rate = self.shared.client_rate.get();
+        if self.bucket.as_ref().map(Bucket::rate) != rate {
+            self.bucket = rate.map(|rate| Bucket::new(rate, now()));
+        }
+        self.bucket.as_ref()
+    }
+
+    /// Handles bytes that came before there was a bucket.
+    fn take(&mut self, plain: &[u8]) -> Result<(), Ended> {
+        self.handle_plain(plain)?;
+        self.finish_input();
+        Ok(())
     }
 
     fn handle_plain(&mut self, plain: &[u8]) -> Result<(), ServerError> {
@@ -443,11 +436,11 @@ impl<'a> Relay<'a> {
             .handle_input(&self.shared.private, plain, &mut |event| {
                 router.handle(event);
             })?;
-        // Any frame makes an older connection of the same key the active one.
-        if let Some(me) = &router.me
-            && frames + self.session.unknown_frames() > unknown_before
-        {
-            me.wrote();
+        let ended = frames + self.session.unknown_frames() - unknown_before;
+        if ended > 0 {
+            // Any frame makes an older connection of the same key the active one.
+            router.me.wrote();
+            self.incomplete_since = None;
         }
         Ok(())
     }
@@ -456,15 +449,7 @@ impl<'a> Relay<'a> {
     fn finish_input(&mut self) {
         let counters = &self.shared.counters;
         let router = &mut self.router;
-        if let Some(key) = router.hello.take() {
-            let private = &self.shared.private;
-            Session::put_welcome(&mut self.control, private, &key, rand::random());
-        }
         router.flush();
-        if let Some(bytes) = router.pong.take() {
-            frame::put(&mut self.control, FrameType::PONG, &[&bytes]);
-            add(&counters.sent_pong, 1);
-        }
         if router.packets > 0 {
             add(&counters.packets_received, router.packets);
             add(&counters.bytes_received, router.bytes);
@@ -472,55 +457,102 @@ impl<'a> Relay<'a> {
         }
     }
 
-    /// Encrypts what waits, up to one write's worth; false if nothing waits any more.
-    fn encrypt(&mut self, conn: &mut Conn) -> Result<bool, Ended> {
-        let counters = &self.shared.counters;
-        let mut bytes = 0;
-        if !self.control.is_empty() {
-            conn.tls.seal(&self.control)?;
-            bytes += self.control.len();
-            self.control.clear();
+    /// Keeps no more memory than what waits needs, and charges the client with that.
+    fn settle(&mut self, conn: &mut Conn) -> Result<(), Ended> {
+        conn.return_out();
+        let router = &mut self.router;
+        if let Some(run) = head::put_run(std::mem::take(&mut router.run)) {
+            self.shared.recycle(run);
         }
-        let mut more = false;
-        if let Some(me) = &self.router.me {
-            let mut used: Option<(Lane, Chunk)> = None;
-            loop {
-                let taken = {
-                    let mut outbox = me.outbox();
-                    match used.take() {
-                        Some((Lane::Data, chunk)) => outbox.data.recycle(chunk),
-                        Some((Lane::Disco, chunk)) => outbox.disco.recycle(chunk),
-                        None => {}
-                    }
-                    self.control.append(&mut outbox.control);
-                    if conn.tls.out().len() >= WRITE_LEN {
-                        more = true;
-                        break;
-                    }
-                    match outbox.disco.pop() {
-                        Some(chunk) => Some((Lane::Disco, chunk)),
-                        None => outbox.data.pop().map(|chunk| (Lane::Data, chunk)),
-                    }
-                };
-                if !self.control.is_empty() {
-                    conn.tls.seal(&self.control)?;
-                    bytes += self.control.len();
-                    self.control.clear();
-                }
-                let Some((lane, chunk)) = taken else { break };
-                conn.tls.seal(chunk.frames())?;
-                bytes += chunk.len();
-                used = Some((lane, chunk));
+        if router.disco.held_bytes() > DISCO_KEPT {
+            router.disco = Chunk::default();
+        }
+        let held = self.control.capacity()
+            + router.disco.held_bytes()
+            + router.known.capacity() * size_of::<u64>();
+        conn.charge(self.session.memory_bytes(), held)
+    }
+
+    /// Writes until nothing waits or the socket is full.
+    fn write(&mut self, conn: &mut Conn) -> Result<Written, Ended> {
+        let mut writes = 0;
+        let mut left = WRITES_MAX;
+        let written = loop {
+            let (full, taken) = conn.try_flush(&mut writes)?;
+            if full {
+                let (since, before) = self.stalled.unwrap_or_else(|| (now(), 0));
+                let took = before + taken;
+                self.stalled = Some(if took < PROGRESS_MIN {
+                    (since, took)
+                } else {
+                    (now(), 0)
+                });
+                break Written::Full;
             }
+            self.stalled = None;
+            if left == 0 {
+                break Written::Some;
+            }
+            left -= 1;
+            if !self.encrypt(conn)? {
+                break Written::All;
+            }
+        };
+        add(&self.shared.counters.writes, writes);
+        Ok(written)
+    }
+
+    /// Encrypts what waits, up to one write's worth, when all before it is written; false if nothing
+    /// waits.
+    fn encrypt(&mut self, conn: &mut Conn) -> Result<bool, Ended> {
+        debug_assert!(conn.tls.out().is_empty(), "the last output is written");
+        let counters = &self.shared.counters;
+        let me = self.router.me;
+        let mut bytes = 0;
+        let mut used: Option<Chunk> = None;
+        if let Some(ping) = self.router.pong.take() {
+            frame::put(&mut self.control, FrameType::PONG, &[&ping]);
+            add(&counters.sent_pong, 1);
+        }
+        loop {
+            let taken = {
+                let mut outbox = me.outbox();
+                if !outbox.control.is_empty() {
+                    self.control.append(&mut outbox.control);
+                    outbox.control = Vec::new();
+                }
+                let room = conn.tls.out().len() < WRITE_LEN;
+                let taken = room.then(|| outbox.disco.pop().or_else(|| outbox.data.pop()));
+                outbox.charge(&conn.account);
+                taken.flatten()
+            };
+            if let Some(chunk) = used.take() {
+                self.shared.recycle(chunk);
+            }
+            if bytes == 0 && (taken.is_some() || !self.control.is_empty()) {
+                conn.borrow_out();
+            }
+            if !self.control.is_empty() {
+                conn.tls.seal(&self.control)?;
+                bytes += self.control.len();
+                self.control = Vec::new();
+            }
+            let Some(chunk) = taken else { break };
+            conn.tls.seal(chunk.frames())?;
+            bytes += chunk.len();
+            used = Some(chunk);
         }
         add(&counters.bytes_sent, bytes as u64);
-        Ok(more)
+        Ok(bytes > 0)
     }
 }
 
-async fn woken(me: Option<&Client>) {
-    match me {
-        Some(me) => me.wake.notified().await,
+async fn ready(
+    stream: &TcpStream,
+    interest: Option<Interest>,
+) -> std::io::Result<tokio::io::Ready> {
+    match interest {
+        Some(interest) => stream.ready(interest).await,
         None => std::future::pending().await,
     }
 }
@@ -529,10 +561,8 @@ impl Router<'_> {
     fn handle(&mut self, event: Event<'_>) {
         let counters = &self.shared.counters;
         match event {
-            Event::Hello { key, .. } => {
-                self.me = Some(self.shared.registry.register(key, counters));
-                self.hello = Some(key);
-            }
+            // It was handled before there was a router.
+            Event::Hello { .. } => {}
             Event::Send {
                 destination,
                 packet,
@@ -541,9 +571,7 @@ impl Router<'_> {
             Event::Preferred(false) => add(&counters.home_moves_out, 1),
             Event::Ping(bytes) => {
                 add(&counters.got_ping, 1);
-                if self.pong.is_none() {
-                    self.pong = Some(bytes);
-                } else {
+                if self.pong.replace(bytes).is_some() {
                     add(&counters.pings_ignored, 1);
                 }
             }
@@ -551,13 +579,9 @@ impl Router<'_> {
     }
 
     fn send(&mut self, destination: NodePublic, packet: &[u8]) {
-        let Some(me) = &self.me else {
-            debug_assert!(false, "packets come after Hello");
-            return;
-        };
         self.packets += 1;
         self.bytes += packet.len() as u64;
-        let source = *me.slot.key();
+        let source = *self.me.slot.key();
         if is_disco(packet) {
             add(&self.shared.counters.disco_received, 1);
             frame::put_recv_packet(self.disco.buffer(), &source, packet);
@@ -570,6 +594,9 @@ impl Router<'_> {
         if self.run_to != destination || self.run.len() + len > CHUNK_LEN {
             self.flush();
             self.run_to = destination;
+        }
+        if self.run.held_bytes() == 0 {
+            self.run = head::take_run().unwrap_or_else(|| self.shared.spare());
         }
         frame::put_recv_packet(self.run.buffer(), &source, packet);
         self.run_frames += 1;
@@ -587,7 +614,6 @@ impl Router<'_> {
     /// Puts a run into the destination's queue and leaves it empty.
     fn deliver(&mut self, destination: NodePublic, lane: Lane, run: &mut Chunk, frames: u64) {
         let shared = self.shared;
-        let Some(me) = &self.me else { return };
         let Some(receiver) = shared.registry.find(&destination) else {
             run.clear();
             add(&shared.counters.dropped_unknown_dest, frames);
@@ -600,7 +626,7 @@ impl Router<'_> {
             if self.known.len() > KNOWN_MAX {
                 self.known.clear();
             }
-            me.delivered_to(&receiver);
+            self.me.delivered_to(&receiver);
         }
         receiver.push(lane, run, frames, &shared.counters);
     }
@@ -615,8 +641,6 @@ impl Router<'_> {
             return add(&counters.peer_gone_limited, 1);
         }
         self.not_here -= 1.0;
-        if let Some(me) = &self.me {
-            me.tell_gone(peer, PeerGoneReason::NotHere, counters);
-        }
+        self.me.tell_gone(peer, PeerGoneReason::NotHere, counters);
     }
 }

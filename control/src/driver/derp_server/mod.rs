@@ -6,34 +6,47 @@
 //! full TLS records without copying them together. Queues are bounded in bytes and lose their
 //! oldest frames, DISCO has a queue of its own, so no client slows another down.
 //!
+//! Everything that a client makes the relay hold is bounded for it, for its network and in all
+//! ([`crate::derp::budget`]), and so are connections ([`crate::places`]).
+//!
 //! Behaviour: `protocol/derp.md` §4 to §8 (derpserver and cmd/derper of tailscale/tailscale).
 //! Differences on purpose: queues in bytes instead of 32 packets, the write limit counts from the
-//! last progress instead of per frame, and no mesh, admission check or WebSocket.
+//! last progress instead of per frame, admission fails closed, and no mesh or WebSocket.
 
 mod connection;
+mod door;
+mod head;
 pub mod identity;
 mod registry;
 mod stun;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use nix::libc;
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
+use crate::derp::frame::PACKET_LEN_MAX;
+use crate::derp::queue::{Chunk, Spares};
+use crate::derp::rate::{Bucket, Rate};
 use crate::driver::clock::now;
-use crate::driver::tls;
 use crate::driver::underlay::USER_TIMEOUT;
-use crate::key::NodePrivate;
+use crate::driver::{descriptors, tls};
+use crate::key::{KEY_LEN, NodePrivate};
+use door::{Doors, Place};
 use registry::Registry;
+use verify::Verifier;
+pub use verify::{VerifyBy, VerifyOptions};
 
 /// Bytes of data frames that wait per client at most.
 pub const DATA_QUEUE_BYTES: usize = 1 << 20;
@@ -47,7 +60,7 @@ pub const CONTROL_QUEUE_BYTES: usize = 64 << 10;
 /// For the TLS handshake.
 pub const TLS_LIMIT: Duration = Duration::from_secs(10);
 
-/// For a request's head, and for the next one on the same connection.
+/// For the requests of a connection, until one is the upgrade.
 pub const HEAD_LIMIT: Duration = Duration::from_secs(30);
 
 /// For ClientInfo after the upgrade.
@@ -59,8 +72,23 @@ pub const KEEP_ALIVE: Duration = Duration::from_secs(60);
 /// See [`KEEP_ALIVE`].
 pub const KEEP_ALIVE_JITTER: Duration = Duration::from_secs(5);
 
-/// A client whose socket takes nothing for this long is cut.
+/// A client whose socket is full and takes less than [`PROGRESS_MIN`] bytes in this time is cut.
 pub const WRITE_LIMIT: Duration = Duration::from_secs(5);
+
+/// See [`WRITE_LIMIT`]: a TLS record.
+pub const PROGRESS_MIN: usize = 16 << 10;
+
+/// For a frame of a client to arrive whole.
+pub const FRAME_LIMIT: Duration = Duration::from_secs(10);
+
+/// How often is looked whether memory is short.
+const RELIEF_EVERY: Duration = Duration::from_millis(100);
+
+/// Descriptors for anything but connections.
+const DESCRIPTORS_SPARE: usize = 64;
+
+/// The smallest burst of a rate: one largest frame, as derper has it.
+pub const BURST_MIN: u64 = (PACKET_LEN_MAX + KEY_LEN) as u64;
 
 /// Bytes the kernel holds unsent per client before the queues fill, where DISCO overtakes and the
 /// oldest goes first.
@@ -89,8 +117,16 @@ pub struct DerpOptions {
     pub stun_any: bool,
     /// TCP port of `/generate_204` without TLS on the same addresses, if any.
     pub http_port: Option<u16>,
-    /// Connections at most, of all kinds.
+    /// Connections of clients at most; strangers have places of their own.
     pub connections_max: usize,
+    /// Bytes at most that clients make the relay hold, all together.
+    pub memory_max: usize,
+    /// Serve only whom this knows.
+    pub verify: Option<VerifyOptions>,
+    /// What one client may send, in bytes.
+    pub client_rate: Option<Rate>,
+    /// How many connections are accepted, in thousandths.
+    pub accept_rate: Option<Rate>,
 }
 
 /// A relay with its sockets bound.
@@ -109,10 +145,36 @@ struct Shared {
     private: NodePrivate,
     tls: Arc<ServerConfig>,
     registry: Registry,
+    doors: Doors,
+    verifier: Option<Verifier>,
+    client_rate: SharedRate,
+    accept_rate: Option<Mutex<Bucket>>,
+    spares: Mutex<Spares>,
     counters: Counters,
     started: Instant,
-    connections: AtomicU64,
-    connections_max: u64,
+}
+
+/// A rate that may change while it is in force.
+#[derive(Debug, Default)]
+struct SharedRate {
+    /// 0 is none.
+    per_second: AtomicU64,
+    burst: AtomicU64,
+}
+
+impl SharedRate {
+    fn set(&self, rate: Option<Rate>) {
+        let burst = rate.map_or(0, |rate| rate.burst.max(BURST_MIN));
+        self.burst.store(burst, Ordering::Relaxed);
+        let per_second = rate.map_or(0, |rate| rate.per_second);
+        self.per_second.store(per_second, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Option<Rate> {
+        let per_second = self.per_second.load(Ordering::Relaxed);
+        let burst = self.burst.load(Ordering::Relaxed);
+        (per_second > 0).then_some(Rate { per_second, burst })
+    }
 }
 
 macro_rules! counters {
@@ -136,8 +198,22 @@ macro_rules! counters {
 counters! {
     /// TCP connections accepted.
     accepts,
-    /// Closed at once because there are too many.
+    /// Closed because there are too many: who comes, or a stranger who makes room.
     accepts_refused,
+    /// Closed at once because of the rate limit.
+    accepts_limited,
+    /// Times the system gave no connection, for want of descriptors mostly.
+    accept_errors,
+    /// Closed because there is no place left for those who have said who they are.
+    places_full,
+    /// Closed because the verifier refuses the key.
+    verify_refused,
+    /// Closed because the verifier gave no answer; and times it gave none about those connected.
+    verify_failures,
+    /// Served although the verifier gave no answer.
+    verify_failed_open,
+    /// Ended because the verifier refuses the key now.
+    verify_removed,
     /// Connections whose TLS handshake failed or took too long.
     tls_failures,
     /// Connections that sent no acceptable HTTP head in time.
@@ -182,7 +258,7 @@ counters! {
     got_ping,
     /// Pongs sent.
     sent_pong,
-    /// Pings that found a Pong still waiting.
+    /// Pings whose Pong had not been sent when the next one came.
     pings_ignored,
     /// KeepAlives sent.
     keep_alives,
@@ -202,8 +278,16 @@ counters! {
     dropped_unknown_dest,
     /// Packets for a client that was just leaving, or still queued when it left.
     dropped_gone_disconnected,
-    /// Clients cut because they read nothing.
+    /// Packets lost because the receiver holds more memory than there is for everybody.
+    dropped_memory,
+    /// Clients cut because they hold too much all the same.
+    memory_cuts,
+    /// Clients cut because they read too little.
     write_timeouts,
+    /// Clients cut because they did not end a frame.
+    frame_timeouts,
+    /// Times a client was not read from because it was over its rate.
+    rate_pauses,
     /// STUN answers.
     stun_answered,
     /// UDP datagrams that are no STUN request of a node.
@@ -233,15 +317,22 @@ impl DerpServer {
         let listeners = listen_all(options.listen.iter().copied(), listen_tcp)?;
         let plain = listen_all(options.http_port.into_iter().flat_map(on), listen_tcp)?;
         let stun = listen_all(options.stun_port.into_iter().flat_map(on), listen_udp)?;
+        let descriptors = descriptors::left().saturating_sub(DESCRIPTORS_SPARE);
         let shared = Shared {
             private: options.private,
             tls: Arc::new(tls),
             registry: Registry::default(),
+            doors: Doors::new(options.connections_max, descriptors, options.memory_max),
+            verifier: options.verify.map(Verifier::new).transpose()?,
+            client_rate: SharedRate::default(),
+            accept_rate: options
+                .accept_rate
+                .map(|rate| Mutex::new(Bucket::new(rate, now()))),
+            spares: Mutex::default(),
             counters: Counters::default(),
             started: now(),
-            connections: AtomicU64::new(0),
-            connections_max: options.connections_max as u64,
         };
+        shared.client_rate.set(options.client_rate);
         Ok(Self {
             shared: Arc::new(shared),
             listeners,
@@ -273,6 +364,11 @@ impl DerpServer {
         move || shared.vars()
     }
 
+    /// What changes the relay while it runs.
+    pub fn handle(&self) -> DerpHandle {
+        DerpHandle(self.shared.clone())
+    }
+
     /// Serves until `shutdown` is over; then every connection ends.
     ///
     /// # Errors
@@ -288,6 +384,7 @@ impl DerpServer {
         for stun in self.stun {
             tasks.spawn(stun::serve(self.shared.clone(), stun, self.stun_any));
         }
+        tasks.spawn(watch(self.shared));
         let ended = tokio::select! {
             () = shutdown => Ok(()),
             Some(failed) = tasks.join_next() => {
@@ -301,64 +398,115 @@ impl DerpServer {
 }
 
 impl Shared {
+    /// Whether the rate of connections lets one more in.
+    fn may_accept(&self) -> bool {
+        self.accept_rate.as_ref().is_none_or(|bucket| {
+            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            bucket.refill(now());
+            bucket.take(1000)
+        })
+    }
+
+    /// A chunk with room for a full run.
+    fn spare(&self) -> Chunk {
+        self.spares
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+    }
+
+    /// Keeps a chunk's memory for the next.
+    fn recycle(&self, chunk: Chunk) {
+        self.spares
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .put(chunk);
+    }
+
     fn vars(&self) -> String {
         let mut vars = self.counters.snapshot();
-        vars.insert(
-            "gauge_connections",
-            self.connections.load(Ordering::Relaxed),
-        );
+        let (taken, held) = self.doors.count();
+        let strangers = taken.strangers + taken.local;
+        vars.insert("gauge_connections", (strangers + taken.known) as u64);
+        vars.insert("gauge_strangers", strangers as u64);
+        vars.insert("gauge_memory_bytes", held as u64);
         vars.insert("gauge_keys", self.registry.keys_count() as u64);
         vars.insert("uptime_secs", (now() - self.started).as_secs());
         serde_json::to_string_pretty(&vars).expect("names and numbers always serialise")
     }
 }
 
-/// Counts a connection for as long as it lives.
-#[derive(Debug)]
-struct Counted(Arc<Shared>);
+/// Changes a running relay.
+#[derive(Clone, Debug)]
+pub struct DerpHandle(Arc<Shared>);
 
-impl Counted {
-    fn new(shared: &Arc<Shared>) -> Option<Self> {
-        let before = shared.connections.fetch_add(1, Ordering::Relaxed);
-        let counted = Self(shared.clone());
-        (before < shared.connections_max).then_some(counted)
+impl DerpHandle {
+    /// From now on one client may send so many bytes.
+    pub fn set_client_rate(&self, rate: Option<Rate>) {
+        self.0.client_rate.set(rate);
+    }
+
+    /// The verifier's file is to be read again, and everybody who is connected asked about.
+    pub fn verify_again(&self) {
+        if let Some(verifier) = &self.0.verifier {
+            verifier.read_again.notify_one();
+        }
     }
 }
 
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
-    }
+/// Looks after those who are connected.
+async fn watch(shared: Arc<Shared>) {
+    let relief = async {
+        loop {
+            tokio::time::sleep(RELIEF_EVERY).await;
+            shared.doors.relieve(&shared);
+        }
+    };
+    let verify = async {
+        match &shared.verifier {
+            Some(verifier) => verifier.watch(&shared).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::join!(relief, verify);
 }
 
 async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
     let mut connections = tokio::task::JoinSet::new();
+    let counters = &shared.counters;
     loop {
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, from)) => {
-                add(&shared.counters.accepts, 1);
-                let Some(counted) = Counted::new(&shared) else {
-                    add(&shared.counters.accepts_refused, 1);
+                add(&counters.accepts, 1);
+                if !shared.may_accept() {
+                    add(&counters.accepts_limited, 1);
+                    continue;
+                }
+                let Some(place) = Place::enter(&shared, from) else {
+                    add(&counters.accepts_refused, 1);
                     continue;
                 };
                 let shared = shared.clone();
                 connections.spawn(async move {
-                    let _counted = counted;
                     if let Err(error) = prepare(&stream) {
                         tracing::debug!(%from, %error, "socket options");
                     }
                     if secure {
-                        connection::serve(shared, stream, from).await;
+                        connection::serve(shared, stream, from, place).await;
                     } else {
-                        connection::serve_plain(shared, stream).await;
+                        connection::serve_plain(shared, stream, from, place).await;
                     }
                 });
             }
             Err(error) => {
-                // Connections that died in the queue are nothing; a lack of descriptors passes
-                // when somebody leaves.
+                // Connections that died in the queue are nothing; descriptors there are again when
+                // somebody leaves.
+                add(&counters.accept_errors, 1);
                 tracing::debug!(%error, "accept");
+                if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+                    shared.doors.make_room();
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }

@@ -8,16 +8,19 @@ use tokio::sync::Notify;
 
 use super::{CONTROL_QUEUE_BYTES, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, add};
 use crate::derp::DUPLICATE;
+use crate::derp::budget::{Account, Part};
 use crate::derp::frame::{self, FrameType, PeerGoneReason};
-use crate::derp::queue::{Chunk, FrameQueue};
+use crate::derp::queue::{Chunk, Dropped, FrameQueue};
 use crate::key::NodePublic;
 
 /// So often connections of one key have taken turns in writing when two machines use the key: a
 /// client that reconnects leaves its old connection with a few writes at most. Then they are told.
 const TURNS: u64 = 8;
 
-/// Receivers remembered per sending key, so that they hear when it leaves.
-const DELIVERED_MAX: usize = 64 << 10;
+/// Receivers remembered per sending key, so that they hear when it leaves,
+const DELIVERED_MAX: usize = 16 << 10;
+/// and the memory that each takes, about.
+const DELIVERED_BYTES: usize = 64;
 
 /// All connected keys.
 #[derive(Debug, Default)]
@@ -35,7 +38,17 @@ pub(super) struct Slot {
     turns: AtomicU64,
     members: Mutex<Vec<Arc<Client>>>,
     /// Connections that got something from this key.
-    delivered: Mutex<BTreeMap<u64, Weak<Client>>>,
+    delivered: Mutex<Delivered>,
+    /// For those.
+    account: Account,
+}
+
+#[derive(Debug, Default)]
+struct Delivered {
+    to: BTreeMap<u64, Weak<Client>>,
+    /// Receivers that came since those who are gone were forgotten last.
+    since: usize,
+    charged: Part,
 }
 
 /// One connection.
@@ -44,6 +57,7 @@ pub(super) struct Client {
     pub(super) id: u64,
     pub(super) slot: Arc<Slot>,
     outbox: Mutex<Outbox>,
+    account: Arc<Account>,
     pub(super) wake: Notify,
 }
 
@@ -54,12 +68,33 @@ pub(super) struct Outbox {
     pub(super) disco: FrameQueue,
     /// PeerGone and Health frames.
     pub(super) control: Vec<u8>,
+    charged: Part,
     closed: bool,
 }
 
 impl Outbox {
     pub(super) fn is_empty(&self) -> bool {
         self.data.is_empty() && self.disco.is_empty() && self.control.is_empty()
+    }
+
+    fn held_bytes(&self) -> usize {
+        self.data.held_bytes() + self.disco.held_bytes() + self.control.capacity()
+    }
+
+    /// Charges the client's account with what waits now.
+    pub(super) fn charge(&mut self, account: &Account) {
+        let held = self.held_bytes();
+        account.charge(&mut self.charged, held);
+    }
+
+    /// Drops what waits, oldest first and data before DISCO, until it takes `over` bytes less.
+    fn shed(&mut self, over: usize, counters: &Counters) {
+        let target = self.held_bytes().saturating_sub(over);
+        let rest = self.held_bytes() - self.data.held_bytes();
+        let data = self.data.shed(target.saturating_sub(rest));
+        let rest = self.held_bytes() - self.disco.held_bytes();
+        let disco = self.disco.shed(target.saturating_sub(rest));
+        add(&counters.dropped_memory, data.frames + disco.frames);
     }
 }
 
@@ -84,7 +119,12 @@ impl Registry {
     }
 
     /// Adds a connection, which becomes its key's active one.
-    pub(super) fn register(&self, key: NodePublic, counters: &Counters) -> Arc<Client> {
+    pub(super) fn register(
+        &self,
+        key: NodePublic,
+        account: Arc<Account>,
+        counters: &Counters,
+    ) -> Arc<Client> {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed) + 1;
         let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
         let slot = keys.entry(key).or_insert_with(|| {
@@ -94,17 +134,20 @@ impl Registry {
                 turns: AtomicU64::new(0),
                 members: Mutex::default(),
                 delivered: Mutex::default(),
+                account: account.sibling(),
             })
         });
         let client = Arc::new(Client {
             id,
             slot: slot.clone(),
             outbox: Mutex::new(Outbox {
-                data: FrameQueue::new(DATA_QUEUE_BYTES),
-                disco: FrameQueue::new(DISCO_QUEUE_BYTES),
+                data: FrameQueue::lean(DATA_QUEUE_BYTES),
+                disco: FrameQueue::lean(DISCO_QUEUE_BYTES),
                 control: Vec::new(),
+                charged: Part::default(),
                 closed: false,
             }),
+            account,
             wake: Notify::new(),
         });
         let mut members = lock(&slot.members);
@@ -123,6 +166,8 @@ impl Registry {
             let mut outbox = lock(&client.outbox);
             outbox.closed = true;
             let left = outbox.data.clear().frames + outbox.disco.clear().frames;
+            outbox.control = Vec::new();
+            outbox.charge(&client.account);
             add(&counters.dropped_gone_disconnected, left);
         }
         let last = {
@@ -146,7 +191,7 @@ impl Registry {
             }
         };
         if last {
-            let delivered = std::mem::take(&mut *lock(&slot.delivered));
+            let delivered = std::mem::take(&mut lock(&slot.delivered).to);
             for receiver in delivered.values().filter_map(Weak::upgrade) {
                 receiver.tell_gone(&slot.key, PeerGoneReason::Disconnected, counters);
             }
@@ -176,15 +221,22 @@ impl Slot {
         &self.key
     }
 
-    /// Remembers that `receiver` heard from this key.
+    /// Remembers that `receiver` heard from this key, if there is room.
     fn remember(&self, receiver: &Arc<Client>) {
         let mut delivered = lock(&self.delivered);
-        if delivered.len() >= 16 && delivered.len().is_power_of_two() {
-            delivered.retain(|_, client| client.strong_count() > 0);
+        let Delivered { to, since, charged } = &mut *delivered;
+        if to.contains_key(&receiver.id) {
+            return;
         }
-        if delivered.len() < DELIVERED_MAX {
-            delivered.insert(receiver.id, Arc::downgrade(receiver));
+        *since += 1;
+        if *since > to.len() / 2 + 16 {
+            to.retain(|_, client| client.strong_count() > 0);
+            *since = 0;
         }
+        if to.len() < DELIVERED_MAX && self.account.excess() == 0 {
+            to.insert(receiver.id, Arc::downgrade(receiver));
+        }
+        self.account.charge(charged, to.len() * DELIVERED_BYTES);
     }
 }
 
@@ -242,15 +294,22 @@ impl Client {
             Lane::Data => outbox.data.push_run(run),
             Lane::Disco => outbox.disco.push_run(run),
         };
+        outbox.charge(&self.account);
+        let over = self.account.excess();
+        if over > 0 {
+            outbox.shed(over, counters);
+            outbox.charge(&self.account);
+        }
         drop(outbox);
         add(&counters.packets_queued, frames);
         add(&counters.runs_queued, 1);
-        if dropped.frames > 0 {
+        let Dropped { frames, .. } = dropped;
+        if frames > 0 {
             let counter = match lane {
                 Lane::Data => &counters.dropped_queue_head_data,
                 Lane::Disco => &counters.dropped_queue_head_disco,
             };
-            add(counter, dropped.frames);
+            add(counter, frames);
         }
         // A task that has something waiting looks again by itself before it sleeps.
         if idle {
@@ -259,13 +318,25 @@ impl Client {
         }
     }
 
+    /// Drops what waits, until the client makes the relay hold `keep` bytes, if that is enough.
+    pub(super) fn shed(&self, keep: usize, counters: &Counters) {
+        let mut outbox = self.outbox();
+        let over = self.account.used().saturating_sub(keep);
+        if over > 0 {
+            outbox.shed(over, counters);
+            outbox.charge(&self.account);
+        }
+    }
+
     /// Queues a PeerGone frame.
     pub(super) fn tell_gone(&self, peer: &NodePublic, reason: PeerGoneReason, counters: &Counters) {
         let mut outbox = self.outbox();
-        if outbox.closed || outbox.control.len() >= CONTROL_QUEUE_BYTES {
+        let full = outbox.control.len() >= CONTROL_QUEUE_BYTES || self.account.excess() > 0;
+        if outbox.closed || full {
             return add(&counters.peer_gone_dropped, 1);
         }
         frame::put_peer_gone(&mut outbox.control, peer, reason);
+        outbox.charge(&self.account);
         drop(outbox);
         let counter = match reason {
             PeerGoneReason::NotHere => &counters.peer_gone_not_here,

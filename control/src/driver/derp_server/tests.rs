@@ -26,6 +26,8 @@ use crate::driver::tls::verify::{Verifiers, pin_of};
 use crate::driver::underlay::Underlay;
 use crate::netmap::{DerpMap, DerpNode, DerpRegion};
 
+mod limits;
+
 const REGION: RegionId = RegionId(900);
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -38,6 +40,7 @@ struct Lab {
     addr: SocketAddr,
     vars: Box<dyn Fn() -> String>,
     dir: tempfile::TempDir,
+    handle: DerpHandle,
 }
 
 impl Lab {
@@ -48,10 +51,19 @@ impl Lab {
     }
 
     fn start_in(dir: tempfile::TempDir, port: u16) -> Self {
+        Self::start_as(dir, port, |_| ())
+    }
+
+    /// A relay with other options.
+    fn start_with(change: impl FnOnce(&mut DerpOptions)) -> Self {
+        Self::start_as(tempfile::tempdir().unwrap(), 0, change)
+    }
+
+    fn start_as(dir: tempfile::TempDir, port: u16, change: impl FnOnce(&mut DerpOptions)) -> Self {
         let private = identity::relay_key(&dir.path().join("derp-key.json")).unwrap();
         let (chain, key) = identity::self_signed(dir.path(), "127.0.0.1").unwrap();
         let pin = pin_of(&chain[0]);
-        let server = DerpServer::bind(DerpOptions {
+        let mut options = DerpOptions {
             private,
             chain,
             key,
@@ -60,8 +72,14 @@ impl Lab {
             stun_any: false,
             http_port: Some(0),
             connections_max: 50,
-        })
-        .unwrap();
+            memory_max: 64 << 20,
+            verify: None,
+            client_rate: None,
+            accept_rate: None,
+        };
+        change(&mut options);
+        let server = DerpServer::bind(options).unwrap();
+        let handle = server.handle();
         let addr = server.addrs().unwrap()[0];
         let node = DerpNode {
             name: "900a".to_owned(),
@@ -81,6 +99,7 @@ impl Lab {
             addr,
             vars,
             dir,
+            handle,
         }
     }
 

@@ -29,8 +29,11 @@ const RECORD_LEN: usize = 16 << 10;
 /// Room for alerts and key updates beside application data.
 const SLACK: usize = 1 << 10;
 
-/// The largest handshake a peer may make us hold, and then some: two full records.
-const INBOX_LEN_MAX: usize = 1 << 20;
+/// What a relay may make us hold unread: a handshake with every certificate it has.
+const CLIENT_INBOX_MAX: usize = 1 << 20;
+
+/// What a client may: a record that is not complete, and a ClientHello cut into several.
+const SERVER_INBOX_MAX: usize = 32 << 10;
 
 /// Why a TLS connection ended.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +126,8 @@ pub struct Tls<E> {
     engine: E,
     /// Ciphertext that came and is not used up; the caller appends.
     pub inbox: Vec<u8>,
+    /// Bytes that may be left in it.
+    inbox_max: usize,
     out: Vec<u8>,
     /// Bytes of `out` that are written.
     out_start: usize,
@@ -156,7 +161,8 @@ impl ClientTls {
     /// # Errors
     /// rustls refuses the configuration.
     pub fn client(config: Arc<ClientConfig>, name: ServerName<'static>) -> Result<Self, TlsError> {
-        Ok(Self::new(UnbufferedClientConnection::new(config, name)?))
+        let engine = UnbufferedClientConnection::new(config, name)?;
+        Ok(Self::new(engine, CLIENT_INBOX_MAX))
     }
 
     /// The relay's certificates, and whether TLS 1.3 was negotiated, which alone protects them.
@@ -173,15 +179,17 @@ impl ServerTls {
     /// # Errors
     /// rustls refuses the configuration.
     pub fn server(config: Arc<ServerConfig>) -> Result<Self, TlsError> {
-        Ok(Self::new(UnbufferedServerConnection::new(config)?))
+        let engine = UnbufferedServerConnection::new(config)?;
+        Ok(Self::new(engine, SERVER_INBOX_MAX))
     }
 }
 
 impl<E: Engine> Tls<E> {
-    fn new(engine: E) -> Self {
+    fn new(engine: E, inbox_max: usize) -> Self {
         Self {
             engine,
             inbox: Vec::new(),
+            inbox_max,
             out: Vec::new(),
             out_start: 0,
             out_len: 0,
@@ -237,12 +245,18 @@ impl<E: Engine> Tls<E> {
         }
     }
 
-    /// Gives memory back that a quiet connection does not need.
-    pub fn shrink(&mut self) {
-        if self.out_len == 0 {
-            self.out = Vec::new();
+    /// Bytes of memory that the buffers take.
+    pub fn held_bytes(&self) -> usize {
+        self.out.len() + self.inbox.capacity()
+    }
+
+    /// Gives memory back that the output does not need, when it waits for a slow peer.
+    pub fn fit_out(&mut self) {
+        let len = self.out_len - self.out_start;
+        if self.out.len() > 2 * len + SLACK {
+            self.out = self.out().to_vec();
+            (self.out_start, self.out_len) = (0, len);
         }
-        self.inbox.shrink_to(RECORD_LEN);
     }
 
     /// Uses up what is in the inbox: handshake answers go to the output, plaintext to `sink`,
@@ -252,7 +266,7 @@ impl<E: Engine> Tls<E> {
     /// [`TlsError`]; an alert for the peer may be in the output.
     pub fn handle_input(&mut self, mut sink: impl FnMut(&[u8])) -> Result<(), TlsError> {
         self.drive(None, &mut sink)?;
-        if self.inbox.len() > INBOX_LEN_MAX {
+        if self.inbox.len() > self.inbox_max {
             return Err(TlsError::Flood);
         }
         Ok(())
@@ -524,6 +538,57 @@ mod tests {
         any.insecure_for_tests = true;
         let (mut c, mut s) = pair(&any, server);
         shuttle(&mut c, &mut s, 1 << 20).unwrap();
+    }
+
+    #[test]
+    fn key_updates_without_end_leave_one_answer_and_then_end_the_connection() {
+        let relay = NodePublic([1; 32]);
+        let (server, leaf) = relay_chain("192.0.2.7", &relay);
+        let (mut c, mut s) = pair(&node("192.0.2.7", &verify::pin_of(&leaf)), server);
+        shuttle(&mut c, &mut s, 1 << 20).unwrap();
+        let update = |c: &mut ClientTls, data: bool| {
+            if let Ok(ConnectionState::WriteTraffic(traffic)) = c.engine.process(&mut []).state {
+                traffic.refresh_traffic_keys().unwrap();
+            }
+            c.handle_input(|_| ()).unwrap();
+            if data {
+                c.seal(b"x").unwrap();
+            }
+            let (bytes, len) = c.take_out();
+            bytes[..len].to_vec()
+        };
+        // With data between them: rustls holds one answer, however many were asked for.
+        for _ in 0..200 {
+            s.inbox.extend(update(&mut c, true));
+            s.handle_input(|_| ()).unwrap();
+        }
+        s.seal(b"y").unwrap();
+        assert!(s.out().len() < 200, "{}", s.out().len());
+        // Without, it has enough soon.
+        let ended = (0..100).any(|_| {
+            s.inbox.extend(update(&mut c, false));
+            s.handle_input(|_| ()).is_err()
+        });
+        assert!(ended);
+        assert!(s.out().len() < 1000);
+    }
+
+    #[test]
+    fn a_client_s_handshake_in_tiny_pieces_is_not_held_for_ever() {
+        let (server, _) = relay_chain("192.0.2.7", &NodePublic([1; 32]));
+        let mut tls = ServerTls::server(server).unwrap();
+        // A ClientHello of 64 KiB, a byte to the record.
+        let mut message = vec![1, 0, 0xff, 0xf0, 3, 3];
+        message.resize(1 << 16, 0);
+        let mut most = 0;
+        let ended = message.iter().any(|byte| {
+            tls.inbox.extend([22, 3, 1, 0, 1, *byte]);
+            let result = tls.handle_input(|_| ());
+            most = most.max(tls.inbox.len());
+            result.is_err()
+        });
+        assert!(ended);
+        assert!(most <= SERVER_INBOX_MAX + 6, "{most}");
     }
 
     #[test]
