@@ -7,7 +7,7 @@
 //! to another peer moves it (cryptokey routing, WireGuard paper §2).
 #![forbid(unsafe_code)]
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 
 use ringtail_dataplane::channel::{PEERS_MAX, PeerConfig, PeerId, Prefix};
@@ -63,8 +63,8 @@ pub struct Peer {
 pub struct Changes {
     /// There is another private key, or none any more.
     pub private_key: bool,
-    /// The table of peers is another: [`Device::peer_configs`].
-    pub peers: bool,
+    /// Who is new, another or no more: [`Device::peers_now`].
+    pub peers: BTreeSet<PeerId>,
     /// These peers were sent to a new address.
     pub endpoints: BTreeMap<PeerId, SocketAddr>,
 }
@@ -257,7 +257,9 @@ impl Device {
             }
             Step::UpdateOnly | Step::Peer(_) => {}
             Step::PresharedKey(key) => {
-                changes.peers |= peer.preshared_key != key;
+                if peer.preshared_key != key {
+                    changes.peers.insert(id);
+                }
                 peer.preshared_key = key;
             }
             Step::Endpoint(endpoint) => {
@@ -265,11 +267,15 @@ impl Device {
                 changes.endpoints.insert(id, endpoint);
             }
             Step::Keepalive(seconds) => {
-                changes.peers |= peer.keepalive != seconds;
+                if peer.keepalive != seconds {
+                    changes.peers.insert(id);
+                }
                 peer.keepalive = seconds;
             }
             Step::ReplaceAllowedIps => {
-                changes.peers |= !peer.allowed_ips.is_empty();
+                if !peer.allowed_ips.is_empty() {
+                    changes.peers.insert(id);
+                }
                 for prefix in std::mem::take(&mut peer.allowed_ips).values() {
                     self.owners.remove(prefix);
                 }
@@ -278,7 +284,7 @@ impl Device {
             Step::Disallow(prefix) => {
                 if self.owners.get(&prefix).is_some_and(|(of, _)| *of == id) {
                     self.disown(prefix);
-                    changes.peers = true;
+                    changes.peers.insert(id);
                 }
             }
         }
@@ -308,7 +314,7 @@ impl Device {
         self.peers.insert(id, peer);
         self.by_key.insert(key, id);
         self.order.insert(self.sequence, id);
-        changes.peers = true;
+        changes.peers.insert(id);
         Section::Peer {
             id,
             made_here: true,
@@ -340,14 +346,16 @@ impl Device {
             self.owners.remove(prefix);
         }
         self.resting.push_back(id);
-        changes.peers = true;
+        changes.peers.insert(id);
         changes.endpoints.remove(&id);
     }
 
     /// Gives the prefix to a peer, last of its own, and takes it from whoever had it.
     fn allow(&mut self, id: PeerId, prefix: Prefix, changes: &mut Changes) {
-        if self.disown(prefix) != Some(id) {
-            changes.peers = true;
+        let before = self.disown(prefix);
+        if before != Some(id) {
+            changes.peers.extend(before);
+            changes.peers.insert(id);
         }
         self.sequence += 1;
         self.owners.insert(prefix, (id, self.sequence));
@@ -365,17 +373,22 @@ impl Device {
         Some(id)
     }
 
-    /// The table for the data plane. Ids that are free in it may be given out again afterwards.
-    pub fn peer_configs(&mut self) -> Vec<PeerConfig> {
+    /// What the data plane is to be told of these: who is there as it is now, and who is not. Ids that
+    /// are free by then may be given out again afterwards.
+    pub fn peers_now(&mut self, ids: &BTreeSet<PeerId>) -> (Vec<PeerConfig>, Vec<PeerId>) {
         self.free.append(&mut self.resting);
-        self.peers()
-            .map(|(id, peer)| PeerConfig {
-                id,
-                public_key: peer.key.0,
-                preshared_key: peer.preshared_key.as_ref().map(|key| Zeroizing::new(key.0)),
-                allowed_ips: peer.allowed_ips().collect(),
-                persistent_keepalive: (peer.keepalive > 0).then_some(peer.keepalive),
-            })
-            .collect()
+        let (there, gone): (Vec<PeerId>, Vec<PeerId>) =
+            ids.iter().partition(|id| self.peers.contains_key(id));
+        let there = there
+            .into_iter()
+            .filter_map(|id| Some((id, self.peers.get(&id)?)));
+        let configs = there.map(|(id, peer)| PeerConfig {
+            id,
+            public_key: peer.key.0,
+            preshared_key: peer.preshared_key.as_ref().map(|key| Zeroizing::new(key.0)),
+            allowed_ips: peer.allowed_ips().collect(),
+            persistent_keepalive: (peer.keepalive > 0).then_some(peer.keepalive),
+        });
+        (configs.collect(), gone)
     }
 }

@@ -8,6 +8,7 @@
 //! It ends with an error when a thread of the data plane fails, or anything panics.
 
 use std::cell::RefCell;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,8 +16,8 @@ use anyhow::{Context as _, bail};
 use ringtail_dataplane::stats::DropReason;
 use ringtail_dataplane::tun::Kind;
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Event, MTU_MAX, Offloads, OffloadsInUse, PeerId,
-    Rules, Stats,
+    Config, Dataplane, DriverChoice, Engine, Event, MTU_MAX, NetworkChange, Offloads,
+    OffloadsInUse, PeerId, Rules, Stats,
 };
 use tokio::sync::mpsc;
 use zeroize::Zeroizing;
@@ -300,9 +301,10 @@ impl Running {
         }
         if link.up != before.up {
             tracing::debug!(up = link.up, "the interface changed");
-            if self.device.peers().any(|(_, peer)| peer.keepalive() > 0) {
-                self.publish_peers();
-            }
+            let all = self.device.peers();
+            let kept_alive = all.filter(|(_, peer)| peer.keepalive() > 0);
+            let kept_alive = kept_alive.map(|(id, _)| id).collect();
+            self.publish(&kept_alive);
         }
     }
 
@@ -348,24 +350,26 @@ impl Running {
             let key = key.map(|key| Zeroizing::new(*NodePrivate::as_bytes(key)));
             self.dataplane.set_private_key(key.as_ref());
         }
-        if changes.peers {
-            self.publish_peers();
-        }
+        self.publish(&changes.peers);
         for (id, endpoint) in changes.endpoints {
             self.dataplane.set_endpoint(id, endpoint);
         }
         Ok(())
     }
 
-    /// Gives the data plane the peers. Keep-alives rest while the interface is down.
-    fn publish_peers(&mut self) {
-        let mut peers = self.device.peer_configs();
+    /// Tells the data plane of these peers. Keep-alives rest while the interface is down.
+    fn publish(&mut self, ids: &BTreeSet<PeerId>) {
+        let (mut peers, gone) = self.device.peers_now(ids);
         if !self.link.up {
             for peer in &mut peers {
                 peer.persistent_keepalive = None;
             }
         }
-        self.dataplane.set_peers(peers);
+        self.dataplane.change_network(NetworkChange {
+            peers,
+            gone,
+            ..NetworkChange::default()
+        });
     }
 
     fn status(&self) -> Reply {

@@ -17,7 +17,8 @@ pub fn connection(input: &[u8]) {
     parser.handle_end();
     requests(&mut parser, &mut device);
     assert!(parser.is_closed());
-    let mut configs = device.peer_configs();
+    let ids = device.peers().map(|(id, _)| id).collect();
+    let (mut configs, _) = device.peers_now(&ids);
     let prefixes: usize = configs.iter().map(|peer| peer.allowed_ips.len()).sum();
     assert_eq!(configs.len(), device.peers_len());
     assert_eq!(prefixes, device.allowed_ips_len());
