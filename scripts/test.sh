@@ -26,6 +26,7 @@ scripts/wg-conformance.sh
 scripts/netns/host-test.sh
 scripts/netns/flow-test.sh
 scripts/netns/admission-test.sh
+scripts/netns/strangers-test.sh
 scripts/netns/reach-test.sh
 scripts/netns/alone-test.sh
 scripts/netns/mtu-test.sh
