@@ -309,36 +309,44 @@ fn a_buffer_that_comes_with_an_error_comes_home_and_traffic_goes_on() {
     }
 }
 
-/// One that repeats at once does not spin the loop, and what it keeps away comes when it is over.
+/// One that repeats at once does not spin the loop, and what it keeps away comes when it is over. A lack of
+/// buffers while there are some is one too.
 #[test]
 fn an_error_that_repeats_makes_the_request_rest_for_longer_and_longer() {
-    let lab = Lab::new();
-    let mut driver = driver(&lab, DriverKind::IoUring);
-    let mut seen = Seen::default();
-    seen.turn(&mut driver, &lab.bell);
-    let mut rests = Vec::new();
-    for _ in 0..8 {
-        let Uring { lender, states, .. } = uring(&mut driver);
-        let tag = states[Request::Udp4 as usize].tag(Request::Udp4);
-        lender.cancel(Source::Udp, tag).expect("it is armed");
-        let mut turns = 0;
-        while turns == 0 || !uring(&mut driver).states[Request::Udp4 as usize].armed {
-            turns += 1;
-            driver
-                .turn(
-                    Some(Duration::ZERO),
-                    &mut seen.tun,
-                    &mut seen.udp,
-                    &mut seen.counters,
-                )
-                .unwrap();
+    for (of, errno) in REQUESTS
+        .into_iter()
+        .flat_map(|of| [libc::EIO, libc::ENOBUFS].map(|errno| (of, errno)))
+    {
+        let lab = Lab::new();
+        let mut driver = driver(&lab, DriverKind::IoUring);
+        let mut seen = Seen::default();
+        lab.send(of, 0);
+        seen.until(of, 1, &mut driver, &lab.bell);
+        uring(&mut driver).lender.faults.end = Some(errno);
+        let mut rests = Vec::new();
+        for _ in 0..8 {
+            let Uring { lender, states, .. } = uring(&mut driver);
+            let tag = states[of as usize].tag(of);
+            lender.cancel(of.source(), tag).expect("it is armed");
+            let mut turns = 0;
+            while turns == 0 || !uring(&mut driver).states[of as usize].armed {
+                turns += 1;
+                driver
+                    .turn(
+                        Some(Duration::ZERO),
+                        &mut seen.tun,
+                        &mut seen.udp,
+                        &mut seen.counters,
+                    )
+                    .unwrap();
+            }
+            rests.push(turns - 2);
         }
-        rests.push(turns - 2);
+        assert_eq!(rests, [1, 2, 4, 8, 16, 32, 64, 64], "{of:?}, {errno}");
+        lab.send(of, 1);
+        seen.until(of, 2, &mut driver, &lab.bell);
+        assert_eq!(uring(&mut driver).states[of as usize].rested, 0);
     }
-    assert_eq!(rests, [1, 2, 4, 8, 16, 32, 64, 64]);
-    lab.send(Request::Udp4, 1);
-    seen.until(Request::Udp4, 1, &mut driver, &lab.bell);
-    assert_eq!(uring(&mut driver).states[Request::Udp4 as usize].rested, 0);
 }
 
 /// Some kernels end a request with its last packet, and say so only by leaving out `F_MORE`.

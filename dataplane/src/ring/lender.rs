@@ -67,6 +67,8 @@ pub(super) struct Completion {
     pub(super) more: bool,
     /// What was received into; its window is what has been written.
     pub(super) buffer: Option<PacketBuf>,
+    /// With this the kernel has no buffer left to receive into.
+    pub(super) starved: bool,
 }
 
 /// Template of the multishot receives; only the two lengths matter.
@@ -335,8 +337,8 @@ impl Iterator for Completions<'_> {
         let result = self
             .faults
             .instead_of(result, cqueue::buffer_select(entry.flags()).is_some());
-        let group = source.and_then(|source| self.groups.get_mut(*source as usize));
-        let buffer = match (cqueue::buffer_select(entry.flags()), group) {
+        let mut group = source.and_then(|source| self.groups.get_mut(*source as usize));
+        let buffer = match (cqueue::buffer_select(entry.flags()), &mut group) {
             (Some(index), Some(group)) => {
                 let len = *result.as_ref().unwrap_or(&0);
                 // SAFETY: the kernel has said, in an entry that is taken from the queue once, that it
@@ -350,6 +352,7 @@ impl Iterator for Completions<'_> {
             result,
             more,
             buffer,
+            starved: group.is_some_and(|group| group.count == 0),
         })
     }
 }

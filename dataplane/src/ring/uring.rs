@@ -4,8 +4,9 @@
 //! The kernel takes a buffer only when a packet is there, and posts a completion per packet while
 //! the request stays armed. A request ends (no `F_MORE`) when no buffer was left: nothing is lost,
 //! the data stays in its queue, and the request is armed again once buffers have come home. Any
-//! other error makes the driver hold back before it arms again, for longer each time it repeats,
-//! because one that repeats at once would spin the loop.
+//! other error, and a lack of buffers where there are some, makes the driver hold back before it
+//! arms again, for longer each time it repeats, because one that repeats at once would spin the
+//! loop.
 
 #![forbid(unsafe_code)]
 
@@ -23,7 +24,7 @@ use crate::stats::{Counters, DropReason, Meter};
 use crate::sys::socket::{is_final, parse_control, parse_name};
 use crate::udp::Sockets;
 
-/// Turns a request rests after an error other than a lack of buffers: one after the first, twice as
+/// Turns a request rests after an error that will not end by itself: one after the first, twice as
 /// many each time that nothing came in between, and this many at most.
 const REST_TURNS_MAX: u32 = 64;
 /// Waits are cut to this while a request rests.
@@ -189,7 +190,13 @@ impl<'a> Uring<'a> {
                 Ok(len) => len,
                 Err(errno) => {
                     match (request, errno) {
-                        (_, libc::ENOBUFS) => counters.add(Meter::NoBuffers, 1),
+                        (_, libc::ENOBUFS) => {
+                            counters.add(Meter::NoBuffers, 1);
+                            // Else it goes on as soon as a buffer comes home.
+                            if !completion.starved {
+                                state.hold_back();
+                            }
+                        }
                         (Request::Tun, errno) if means_gone(errno) => {
                             state.fd = None;
                             found.tun_gone = true;
