@@ -6,20 +6,20 @@
 //! requests are cancelled. Only when the kernel has answered every one of them is memory freed;
 //! otherwise it is left to it.
 //!
-//! All unsafe code of the io_uring driver is here.
+//! All unsafe code of the io_uring driver is here and in [`provided`](super::provided).
 
-use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::io;
 use std::os::fd::RawFd;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
-use io_uring::types::{BufRingEntry, CancelBuilder, Fd, SubmitArgs, Timespec};
+use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
 use io_uring::{CompletionQueue, IoUring, Probe, cqueue, opcode, squeue};
 
+use super::provided::Buffers;
 use super::{TUN_BUFFERS, UDP_BUFFERS};
-use crate::packet::{BUF_LEN, Lent, PacketBuf, Pool};
+#[cfg(test)]
+use crate::packet::BUF_LEN;
+use crate::packet::PacketBuf;
 use crate::sys::socket::{CONTROL_LEN, NAME_LEN};
 
 /// Submissions in flight are one per request of the driver.
@@ -408,118 +408,13 @@ fn build() -> io::Result<IoUring> {
         })
 }
 
-/// A pool of buffers and the ring through which they are lent to the kernel. Neither is freed by
-/// dropping this, only by [`Buffers::reclaim`].
-struct Buffers {
-    pool: Pool,
-    /// By number.
-    lent: Box<[Option<Lent>]>,
-    /// How many of them the kernel has.
-    count: usize,
-    entries: NonNull<BufRingEntry>,
-    layout: Layout,
-    mask: u16,
-    tail: u16,
-}
-
-impl Buffers {
-    fn new(ring: &IoUring, group: u16, count: u16) -> io::Result<Buffers> {
-        let slots = count.next_power_of_two();
-        let bytes = usize::from(slots) * size_of::<BufRingEntry>();
-        let layout = Layout::from_size_align(bytes, 4096).map_err(io::Error::other)?;
-        // SAFETY: the layout's size is not zero.
-        let memory = unsafe { alloc_zeroed(layout) };
-        let Some(entries) = NonNull::new(memory.cast::<BufRingEntry>()) else {
-            handle_alloc_error(layout)
-        };
-        let mut buffers = Buffers {
-            pool: Pool::new(count),
-            lent: (0..count).map(|_| None).collect(),
-            count: 0,
-            entries,
-            layout,
-            mask: slots - 1,
-            tail: 0,
-        };
-        // SAFETY: the memory is page-aligned, `slots` entries long, and is freed only by `reclaim`.
-        let registered = unsafe {
-            ring.submitter()
-                .register_buf_ring_with_flags(memory as u64, slots, group, 0)
-        };
-        if registered.is_err() {
-            // SAFETY: the kernel has refused, so it knows of nothing.
-            unsafe { buffers.reclaim() };
-        }
-        registered.map(|()| buffers)
-    }
-
-    /// Lends every free buffer to the kernel.
-    fn lend(&mut self) {
-        let before = self.tail;
-        while let Some(buf) = self.pool.take() {
-            let lent = buf.lend();
-            let slot = usize::from(self.tail & self.mask);
-            // SAFETY: `slot` is below the number of entries.
-            let entry = unsafe { self.entries.add(slot) };
-            // SAFETY: the slot is ours until the tail passes it, and the entry's fields are plain
-            // numbers; the ring has as many slots as there are buffers, so it never overruns.
-            let entry = unsafe { &mut *entry.as_ptr() };
-            entry.set_addr(lent.address().as_ptr() as u64);
-            entry.set_len(u32::try_from(BUF_LEN).expect("small"));
-            entry.set_bid(lent.index());
-            let place = &mut self.lent[usize::from(lent.index())];
-            debug_assert!(place.is_none(), "a buffer is one value");
-            *place = Some(lent);
-            self.tail = self.tail.wrapping_add(1);
-            self.count += 1;
-        }
-        if self.tail != before {
-            // SAFETY: `entries` is the start of the ring, so this is its tail field.
-            let tail = unsafe { BufRingEntry::tail(self.entries.as_ptr()) };
-            // SAFETY: the kernel reads the tail with acquire order; a 16-bit aligned field.
-            let tail = unsafe { AtomicU16::from_ptr(tail.cast_mut()) };
-            tail.store(self.tail, Ordering::Release);
-        }
-    }
-
-    /// Takes over a buffer that the kernel is done with.
-    ///
-    /// # Panics
-    /// If it was not lent, or is shorter than `len`: then the kernel would have completed into memory
-    /// that belongs to somebody else.
-    ///
-    /// # Safety
-    /// As for [`Lent::returned`].
-    unsafe fn returned(&mut self, index: u16, len: usize) -> PacketBuf {
-        let lent = self.lent[usize::from(index)].take();
-        let lent = lent.expect("the kernel names what it was lent, once");
-        self.count -= 1;
-        // SAFETY: the caller's promise.
-        unsafe { lent.returned(len) }
-    }
-
-    /// Frees what is lent, and the ring.
-    ///
-    /// # Safety
-    /// The kernel will use neither any more, and nothing is done with this afterwards.
-    unsafe fn reclaim(&mut self) {
-        for lent in &mut self.lent {
-            if let Some(lent) = lent.take() {
-                // SAFETY: the caller's promise.
-                drop(unsafe { lent.returned(0) });
-            }
-        }
-        // SAFETY: allocated in `new` with this layout; the caller promises that this is the end of it.
-        unsafe { std::alloc::dealloc(self.entries.as_ptr().cast(), self.layout) };
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::net::UdpSocket;
     use std::os::fd::AsRawFd;
 
     use super::*;
+    use crate::packet::Lent;
 
     const SENT: usize = 3;
 

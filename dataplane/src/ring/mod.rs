@@ -7,12 +7,13 @@
 //!
 //! * [`uring`]: multishot reads and receives into provided buffers: many receives are pending at
 //!   once, which is what makes small packets cheap. Needs Linux 6.7. What the kernel may write into is
-//!   the business of [`lender`] alone.
+//!   the business of [`lender`] alone, and of the buffers it has ([`provided`]).
 //! * [`epoll`]: readiness, then reads until nothing is left. For older kernels, for sandboxes that
 //!   forbid io_uring, and as the honest comparison.
 
 mod epoll;
 mod lender;
+mod provided;
 mod uring;
 
 use std::io;
