@@ -130,10 +130,14 @@ impl PeerTable {
                 continue;
             };
             let before = table.by_id.insert(entry.config.id, entry.clone());
-            let before = before.as_ref().map(|before| &before.config);
-            if before.is_none_or(|before| before.allowed_ips != entry.config.allowed_ips) {
+            // Another key is another peer, of another shard perhaps.
+            let stays = |before: &PeerEntry| {
+                Arc::ptr_eq(&before.shared, &entry.shared)
+                    && before.config.allowed_ips == entry.config.allowed_ips
+            };
+            if !before.as_ref().is_some_and(stays) {
                 if let Some(before) = before {
-                    table.take_all(before);
+                    table.take_all(&before.config);
                 }
                 given.push(entry.config);
             }

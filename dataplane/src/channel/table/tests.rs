@@ -75,7 +75,10 @@ impl Model {
         let mut given = Vec::new();
         for peer in peers {
             let before = self.peers.insert(peer.id, peer.clone());
-            if before.is_none_or(|before| before.allowed_ips != peer.allowed_ips) {
+            let stays = |before: &PeerConfig| {
+                before.public_key == peer.public_key && before.allowed_ips == peer.allowed_ips
+            };
+            if !before.as_ref().is_some_and(stays) {
                 self.prefixes.retain(|(_, owner)| *owner != Some(peer.id));
                 given.extend(peer.allowed_ips.iter().map(|p| (*p, Some(peer.id))));
             }
@@ -300,6 +303,9 @@ fn who_joins_moves_nobodys_address_and_who_leaves_or_takes_over_does() {
     assert!(moves(with(net), &[], None));
     assert!(moves(vec![], &[1], None));
     assert!(moves(vec![config(1, 1, vec![])], &[], None));
+    // Somebody else under the same number has another owner, who has heard of no flow.
+    assert!(moves(vec![config(1, 9, vec![net])], &[], None));
+    assert!(moves(vec![config(1, 1, vec![net])], &[1], None));
     assert!(moves(vec![], &[], Some(vec![net])));
     assert!(!moves(vec![], &[], Some(vec![])));
     // What is reserved already is not to be had.
