@@ -98,7 +98,7 @@ impl Waiting {
         packets: u64,
     ) -> u64 {
         let quiet = |newest: Instant| now.saturating_duration_since(newest) >= AGE_MAX;
-        if self.newest.is_none_or(quiet) {
+        if self.began.is_none() || self.newest.is_none_or(quiet) {
             self.began = Some(now);
         }
         self.newest = Some(now);
@@ -116,7 +116,7 @@ impl Waiting {
     /// Takes the oldest packet, for there are keys.
     pub(crate) fn pop(&mut self, budget: &mut Budget) -> Option<Box<[u8]>> {
         // The next to wait wait for another answer.
-        (self.newest, self.began) = (None, None);
+        self.began = None;
         self.shrink(budget).map(|(packet, _)| packet)
     }
 
@@ -268,8 +268,28 @@ mod tests {
         assert_eq!(waiting.stale_at(), None);
         waiting.push(&mut budget, start, PeerId(0), &[1], 1);
         assert_eq!(waiting.stale_at(), Some(start + AGE_MAX));
+        waiting.push(&mut budget, start, PeerId(0), &[2], 1);
+        waiting.pop(&mut budget);
+        assert_eq!(waiting.stale_at(), Some(start + AGE_MAX), "what is left");
         waiting.pop(&mut budget);
         assert_eq!(waiting.stale_at(), None);
+    }
+
+    #[test]
+    fn what_waits_after_an_answer_has_waited_for_nobody_in_vain() {
+        let start = now();
+        let Alone(mut waiting, mut budget) = Alone::new();
+        let mut wait = |waiting: &mut Waiting, secs| {
+            let now = start + Duration::from_secs(secs);
+            waiting.push(&mut budget, now, PeerId(0), &[1], 1);
+            let in_vain = budget.ranks.last().is_some_and(|rank| rank.in_vain);
+            if secs == 6 {
+                waiting.pop(&mut budget);
+            }
+            in_vain
+        };
+        let in_vain = [0, 4, 6, 7, 11, 12].map(|secs| wait(&mut waiting, secs));
+        assert_eq!(in_vain, [false, false, true, false, false, true]);
     }
 
     /// Peers of one shard of so many.
