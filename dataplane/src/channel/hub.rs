@@ -56,8 +56,8 @@ pub(crate) const UNOPENED_MAX: usize = 256;
 pub(crate) const STRAYS_MAX: usize = 64;
 /// Emptied relay buffers kept for reuse.
 pub(crate) const SPARE_MAX: usize = 64;
-/// Networks that shards have done with, waiting to be freed at most.
-const RETIRED_MAX: usize = 256;
+/// Networks that a shard has done with, waiting to be freed at most.
+const RETIRED_MAX: usize = 64;
 
 /// What may change at run time and concerns every session.
 #[derive(Clone)]
@@ -244,7 +244,8 @@ pub(crate) struct Outbox {
 }
 
 impl Outbox {
-    fn new() -> io::Result<Outbox> {
+    /// What waits from so many shards.
+    fn new(shards: usize) -> io::Result<Outbox> {
         Ok(Outbox {
             failed: ArrayQueue::new(1),
             events: ArrayQueue::new(EVENTS_MAX),
@@ -252,7 +253,7 @@ impl Outbox {
             relay: Lane::new(RELAY_OUT_ENTRIES_MAX, RELAY_OUT_BYTES_MAX),
             spare: ArrayQueue::new(SPARE_MAX),
             strays: ArrayQueue::new(STRAYS_MAX),
-            retired: ArrayQueue::new(RETIRED_MAX),
+            retired: ArrayQueue::new(RETIRED_MAX * shards.max(1)),
             event: EventFd::new()?,
             signalled: AtomicBool::new(false),
         })
@@ -393,7 +394,7 @@ impl Hub {
             handshake_sockets: ArrayQueue::new(1),
             handshake_peers: ArrayQueue::new(1),
             handshake_strays: ArrayQueue::new(STRAYS_MAX),
-            outbox: Outbox::new()?,
+            outbox: Outbox::new(shards)?,
             network: RwLock::new(Network::closed()),
             mark: AtomicU32::new(0),
             routes_wake: EventFd::new()?,
@@ -472,8 +473,20 @@ mod tests {
     }
 
     #[test]
+    fn what_any_shard_has_done_with_waits_for_the_control_side() {
+        let outbox = Outbox::new(crate::SHARDS_MAX).unwrap();
+        let done = Network::closed();
+        for _ in 0..5 * crate::SHARDS_MAX {
+            outbox.retire(done.clone());
+        }
+        assert_eq!(Arc::strong_count(&done.table), 1 + 5 * crate::SHARDS_MAX);
+        assert_eq!(outbox.poll_event(), None);
+        assert_eq!(Arc::strong_count(&done.table), 1);
+    }
+
+    #[test]
     fn the_outbox_stays_readable_until_both_queues_are_empty() {
-        let outbox = Outbox::new().unwrap();
+        let outbox = Outbox::new(1).unwrap();
         outbox.event(Event::TunGone);
         outbox.relay(RelayOut {
             peer: PeerId(1),
