@@ -372,6 +372,8 @@ async fn flood(files: Option<u32>, attempts: usize, places: u64) {
     let (_, hard) =
         nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
     nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+    // Two of these may run at a time.
+    let attempts = attempts.min(usize::try_from(hard / 3).unwrap_or(attempts));
     let server = Server::start(files).await;
     let mut known = join(&server, [127, 0, 0, 1], 1).await;
     let before = server.rss();
