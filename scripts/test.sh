@@ -31,3 +31,4 @@ scripts/netns/reach-test.sh
 scripts/netns/alone-test.sh
 scripts/netns/mtu-test.sh
 scripts/netns/junk-test.sh
+scripts/netns/flood-test.sh

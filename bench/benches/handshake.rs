@@ -12,8 +12,8 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use ringtail_dataplane::noise::{
-    Gate, Half, Jar, LocalKeys, Remote, Tai64n, Verdict, consume_initiation, consume_response,
-    initiation, peek_initiation, response,
+    Gate, Half, Jar, LocalKeys, Remote, Standing, Tai64n, Verdict, consume_initiation,
+    consume_response, initiation, peek_initiation, response,
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -56,6 +56,24 @@ impl End {
     }
 }
 
+/// What becomes of a message; who needs a cookie gets it at once.
+fn handle(
+    gate: &mut Gate,
+    now: Instant,
+    from: SocketAddr,
+    message: &[u8],
+    rng: &mut StdRng,
+    reply: &mut [u8; 64],
+) -> Verdict {
+    let verdict = gate.handle(now, from, Standing::Stranger, message, rng);
+    if let Verdict::Unproven(novelty) = verdict
+        && let Err(reason) = gate.challenge(now, from, novelty, message, rng, reply)
+    {
+        return Verdict::Drop(reason);
+    }
+    verdict
+}
+
 fn source(n: u32) -> SocketAddr {
     SocketAddr::from((Ipv4Addr::from(0x0a00_0000 + n % SOURCES), 7))
 }
@@ -79,21 +97,22 @@ fn ours(c: &mut Criterion) {
         });
     });
     group.bench_function("responder_behind_gate", |bench| {
-        let mut gate = Gate::new(now, local());
+        let mut gate = Gate::new(now, local(), rng);
         let mut now = now;
         bench.iter(|| {
             now += Duration::from_millis(10);
-            let Verdict::Initiation(half) = gate.handle(now, source(0), &message, rng, &mut reply)
+            let Verdict::Initiation(half) =
+                handle(&mut gate, now, source(0), &message, rng, &mut reply)
             else {
                 panic!("not taken")
             };
             b.answer(&half, rng)
         });
     });
-    let mut gate = Gate::new(now, local());
+    let mut gate = Gate::new(now, local(), rng);
     let mut proven_now = now;
     while !gate.under_load(now) {
-        gate.handle(now, source(0), &message, rng, &mut reply);
+        handle(&mut gate, now, source(0), &message, rng, &mut reply);
     }
     let messages: Vec<[u8; 148]> = (0..SOURCES)
         .map(|n| {
@@ -101,8 +120,8 @@ fn ours(c: &mut Criterion) {
             proven_now += Duration::from_millis(1);
             let mut jar = Jar::default();
             let message = a.initiate(&mut jar, proven_now, rng);
-            let verdict = gate.handle(proven_now, source(n), &message, rng, &mut reply);
-            assert!(matches!(verdict, Verdict::Challenge));
+            let verdict = handle(&mut gate, proven_now, source(n), &message, rng, &mut reply);
+            assert!(matches!(verdict, Verdict::Unproven(_)));
             jar.receive(proven_now, &a.remote, &reply)
                 .expect("a cookie");
             a.initiate(&mut jar, proven_now, rng)
@@ -117,7 +136,7 @@ fn ours(c: &mut Criterion) {
                 proven_now += Duration::from_millis(51);
             }
             let message = &messages[(n % SOURCES) as usize];
-            let verdict = gate.handle(proven_now, source(n), message, rng, &mut reply);
+            let verdict = handle(&mut gate, proven_now, source(n), message, rng, &mut reply);
             let Verdict::Initiation(half) = verdict else {
                 panic!("not taken: {verdict:?}")
             };
@@ -144,32 +163,32 @@ fn ours(c: &mut Criterion) {
         );
     });
     group.bench_function("refusal_wrong_mac1", |bench| {
-        let mut gate = Gate::new(now, local());
+        let mut gate = Gate::new(now, local(), rng);
         let mut message = message;
         message[20] ^= 1;
-        bench.iter(|| gate.handle(now, source(0), &message, rng, &mut reply));
+        bench.iter(|| handle(&mut gate, now, source(0), &message, rng, &mut reply));
     });
     group.bench_function("refusal_with_cookie_reply", |bench| {
-        let mut gate = Gate::new(now, local());
+        let mut gate = Gate::new(now, local(), rng);
         let mut now = now;
         while !gate.under_load(now) {
-            gate.handle(now, source(0), &message, rng, &mut reply);
+            handle(&mut gate, now, source(0), &message, rng, &mut reply);
         }
         bench.iter(|| {
-            // As fast as cookies are given out.
-            now += Duration::from_millis(1);
-            let verdict = gate.handle(now, source(0), &message, rng, &mut reply);
-            assert!(matches!(verdict, Verdict::Challenge));
+            // As fast as cookies are given to who asks again.
+            now += Duration::from_millis(2);
+            let verdict = handle(&mut gate, now, source(0), &message, rng, &mut reply);
+            assert!(matches!(verdict, Verdict::Unproven(_)));
         });
     });
     group.bench_function("refusal_wrong_cookie", |bench| {
-        let mut gate = Gate::new(now, local());
+        let mut gate = Gate::new(now, local(), rng);
         while !gate.under_load(now) {
-            gate.handle(now, source(0), &message, rng, &mut reply);
+            handle(&mut gate, now, source(0), &message, rng, &mut reply);
         }
         let mut message = message;
         rng.fill_bytes(&mut message[132..]);
-        bench.iter(|| gate.handle(now, source(0), &message, rng, &mut reply));
+        bench.iter(|| handle(&mut gate, now, source(0), &message, rng, &mut reply));
     });
     group.finish();
 }

@@ -8,7 +8,7 @@ use crate::{clock, netns};
 use anyhow::{Context, bail};
 use rand::rngs::StdRng;
 use rand::{CryptoRng, RngExt, SeedableRng};
-use ringtail_dataplane::noise::{LocalKeys, Remote, Tai64n, initiation};
+use ringtail_dataplane::noise::{LocalKeys, MAC_LEN, Remote, Tai64n, initiation, put_mac1};
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -37,15 +37,21 @@ pub(crate) struct Args {
     /// How many source ports.
     #[arg(long, default_value_t = 16)]
     ports: usize,
+    /// The first of them; 0 for any.
+    #[arg(long, default_value_t = 0)]
+    source_port: u16,
     /// What the messages are.
     #[arg(long, value_enum, default_value_t = Kind::Strangers)]
     kind: Kind,
-    /// The victim's public key, hex: what `strangers` needs to know.
+    /// The victim's public key, hex: what all need to know whose messages have a right MAC1.
     #[arg(long)]
     public_key: Option<String>,
     /// The DISCO key of a peer of the victim's, hex: what `forged` bears.
     #[arg(long)]
     disco_key: Option<String>,
+    /// A peer's private key, hex: what `replays` are made with.
+    #[arg(long)]
+    private_key: Option<String>,
 }
 
 /// What a flood consists of.
@@ -53,6 +59,14 @@ pub(crate) struct Args {
 enum Kind {
     /// Initiations with a right MAC1 by people the victim does not know: the dearest to refuse.
     Strangers,
+    /// Initiations of one peer, genuine but for being the same over and over again.
+    Replays,
+    /// Initiations by strangers, with a right MAC1 and a cookie that is made up.
+    Proven,
+    /// Responses and cookie replies to indexes that are guessed, the responses with a right MAC1.
+    Answers,
+    /// All of these in turn.
+    Everything,
     /// The form of an initiation, and noise.
     Noise,
     /// The forms of all three handshake messages, and noise.
@@ -80,7 +94,13 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut rng: StdRng = StdRng::from_rng(&mut rand::rng());
     let messages = messages(args, &mut rng)?;
     let sockets: Vec<UdpSocket> = (0..args.ports.max(1))
-        .map(|_| UdpSocket::bind("0.0.0.0:0"))
+        .map(|n| {
+            let port = match args.source_port {
+                0 => 0,
+                first => first.wrapping_add(u16::try_from(n).unwrap_or(0)),
+            };
+            UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))
+        })
         .collect::<Result<_, _>>()?;
     let start = clock::now();
     let end = start + Duration::from_secs_f64(args.seconds);
@@ -113,11 +133,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 }
 
 fn messages(args: &Args, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<Vec<u8>>> {
-    let key = match &args.public_key {
-        Some(text) => Some(unhex(text)?),
-        None if args.kind == Kind::Strangers => bail!("strangers need --public-key"),
-        None => None,
-    };
+    let key = |text: &Option<String>| text.as_deref().map(unhex).transpose();
+    let (public, private) = (key(&args.public_key)?, key(&args.private_key)?);
     let disco_key = match &args.disco_key {
         Some(text) => Some(unhex(text)?),
         None if args.kind == Kind::Forged => bail!("forged needs --disco-key"),
@@ -125,8 +142,27 @@ fn messages(args: &Args, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<Vec<u8>
     };
     (0..MESSAGES)
         .map(|i| {
-            let (kind, len) = match (args.kind, i % 3) {
-                (Kind::Strangers, _) => return stranger(key.as_ref(), rng),
+            let strangers = |rng| initiation_of(None, public.as_ref(), rng);
+            let kind = match (args.kind, i % 4) {
+                (Kind::Everything, 0) => Kind::Strangers,
+                (Kind::Everything, 1) => Kind::Proven,
+                (Kind::Everything, 2) => Kind::Answers,
+                (Kind::Everything, _) => Kind::Noise,
+                (kind, _) => kind,
+            };
+            let (kind, len) = match (kind, i % 3) {
+                (Kind::Strangers, _) => return strangers(rng),
+                (Kind::Replays, _) => {
+                    let private = private.context("replays need --private-key")?;
+                    return initiation_of(Some(private), public.as_ref(), rng);
+                }
+                (Kind::Proven, _) => {
+                    let mut message = strangers(rng)?;
+                    rng.fill_bytes(&mut message[148 - MAC_LEN..]);
+                    return Ok(message);
+                }
+                (Kind::Answers, 0) => return guess(public.as_ref(), rng),
+                (Kind::Everything | Kind::Answers, _) => (3, 64),
                 (Kind::Noise, _) | (Kind::Mixed, 0) => (1, 148),
                 (Kind::Mixed, 1) => (2, 92),
                 (Kind::Mixed, _) => (3, 64),
@@ -135,6 +171,9 @@ fn messages(args: &Args, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<Vec<u8>
             let mut message = vec![0; len];
             rng.fill_bytes(&mut message);
             message[..4].copy_from_slice(&[kind, 0, 0, 0]);
+            if kind == 3 {
+                message[5] %= SHARDS;
+            }
             Ok(message)
         })
         .collect()
@@ -156,12 +195,22 @@ fn discovery(n: usize, key: Option<[u8; 32]>, rng: &mut impl CryptoRng) -> Vec<u
     message
 }
 
-/// An initiation by somebody who was made up for it.
-fn stranger(key: Option<&[u8; 32]>, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<u8>> {
-    let mut private = [0; 32];
-    rng.fill_bytes(&mut private);
+/// Guessed indexes name one of so many shards.
+const SHARDS: u8 = 2;
+
+/// An initiation by the owner of a private key, or by somebody who was made up for it.
+fn initiation_of(
+    private: Option<[u8; 32]>,
+    public: Option<&[u8; 32]>,
+    rng: &mut impl CryptoRng,
+) -> anyhow::Result<Vec<u8>> {
+    let private = private.unwrap_or_else(|| {
+        let mut private = [0; 32];
+        rng.fill_bytes(&mut private);
+        private
+    });
     let local = LocalKeys::new(&private);
-    let remote = Remote::new(&local, key.context("no public key")?, None);
+    let remote = Remote::new(&local, public.context("no --public-key")?, None);
     let mut message = [0; 148];
     let stamp = Tai64n::next(Duration::from_secs(1_700_000_000), None);
     initiation(
@@ -174,6 +223,23 @@ fn stranger(key: Option<&[u8; 32]>, rng: &mut impl CryptoRng) -> anyhow::Result<
         &mut message,
     )?;
     Ok(message.to_vec())
+}
+
+/// A response with a right MAC1 to an index that is guessed.
+fn guess(public: Option<&[u8; 32]>, rng: &mut impl CryptoRng) -> anyhow::Result<Vec<u8>> {
+    let mut private = [0; 32];
+    rng.fill_bytes(&mut private);
+    let victim = Remote::new(
+        &LocalKeys::new(&private),
+        public.context("no --public-key")?,
+        None,
+    );
+    let mut message = vec![0; 92];
+    rng.fill_bytes(&mut message);
+    message[..4].copy_from_slice(&[2, 0, 0, 0]);
+    message[9] %= SHARDS;
+    put_mac1(&victim, &mut message);
+    Ok(message)
 }
 
 fn unhex(text: &str) -> anyhow::Result<[u8; 32]> {
@@ -290,6 +356,8 @@ mod tests {
             kind,
             disco_key: None,
             public_key: key.map(str::to_owned),
+            private_key: None,
+            source_port: 0,
         }
     }
 
@@ -306,6 +374,21 @@ mod tests {
         let half = ringtail_dataplane::noise::peek_initiation(&victim, message);
         assert!(half.is_ok(), "somebody's initiation for the victim");
         assert!(messages(&args(Kind::Strangers, None), &mut rng).is_err());
+    }
+
+    #[test]
+    fn every_kind_of_message_can_be_made() {
+        let key = "09".repeat(32);
+        for kind in [Kind::Proven, Kind::Answers, Kind::Everything] {
+            let made = messages(&args(kind, Some(&key)), &mut rand::rng()).expect("made");
+            assert_eq!(made.len(), MESSAGES);
+            let lens = |m: &Vec<u8>| [0, 148, 92, 64][usize::from(m[0])] == m.len();
+            assert!(made.iter().all(lens), "{kind:?}");
+        }
+        let mut replays = args(Kind::Replays, Some(&key));
+        assert!(messages(&replays, &mut rand::rng()).is_err());
+        replays.private_key = Some(key);
+        assert!(messages(&replays, &mut rand::rng()).is_ok());
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::mem::size_of;
 use std::time::Instant;
 
+use crate::channel::PLACES;
 use crate::channel::hub::{
     ASKS_MAX, EVENTS_MAX, FLOWS_TOLD_MAX, HANDED_MAX, HANDSHAKES_MAX, Handed, HandshakeMessage,
     RELAY_IN_BYTES_MAX, RELAY_IN_BYTES_MIN, RELAY_IN_ENTRIES_MAX, RELAY_OUT_BYTES_MAX,
@@ -19,7 +20,8 @@ use crate::channel::{
 use crate::coalesce::{SLAB_LEN, SLABS_FULL, SPARES_MAX};
 use crate::config::share;
 use crate::filter::flows_max;
-use crate::noise::{Half, SOURCES_MAX};
+use crate::handshake::KNOWN_COST;
+use crate::noise::{Half, RECENT_LEN, SOURCES_MAX};
 use crate::packet::BUF_LEN;
 use crate::packet::header::Flow;
 use crate::peer::{Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, QUEUE_COST, Report, SHARD_BYTES_MIN};
@@ -27,7 +29,7 @@ use crate::ring::{TUN_BUFFERS, UDP_BUFFERS};
 use crate::seal::RUN_LEN;
 use crate::session::{SPANS_ROOM, keypair_cost};
 use crate::shard::RELAY_JOIN_MAX;
-use crate::udp::{SMALL_SOCKET_BUFFER, data_buffer};
+use crate::udp::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
 
 /// A queue, a table, or memory that is reused.
 struct Row {
@@ -52,7 +54,7 @@ const ARC_COST: usize = HEAP_COST + 16;
 /// Indexes of a session: one for each keypair and one for an initiation. A place is a key, a value and a
 /// mark, and at worst every other is free, and the half of them is left from before the last growth.
 const INDEXES: usize = 6;
-const INDEX_COST: usize = 4 * (2 * size_of::<u32>() + 1);
+const INDEX_COST: usize = 4 * (3 * size_of::<u32>() + 1);
 /// Packets of the kernel's queue towards one TUN queue (`txqueuelen` of a new device), each up to 64 KiB.
 const TUN_QUEUE: usize = 500;
 
@@ -185,8 +187,25 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
         ),
         row(
             "sources of handshakes and of strangers",
-            format!("{SOURCES_MAX} each, by address or /64"),
-            2 * SOURCES_MAX * 16,
+            format!(
+                "{SOURCES_MAX} each, by address or /64; of known addresses, of awaited answers"
+            ),
+            4 * SOURCES_MAX * 16,
+        ),
+        row(
+            "sources of handshakes that were seen lately",
+            "bits, however many there are",
+            RECENT_LEN,
+        ),
+        row(
+            "addresses that peers were heard from, of the handshake thread",
+            "one of each peer",
+            peers * KNOWN_COST,
+        ),
+        row(
+            "indexes that answers are awaited under",
+            format!("{PLACES} places on every shard"),
+            shards * PLACES * size_of::<u32>(),
         ),
         row(
             "events",
@@ -213,6 +232,11 @@ fn kernel(shards: usize) -> Vec<Row> {
             "handshake and discovery sockets",
             "the same, of each",
             2 * 2 * 2 * 2 * SMALL_SOCKET_BUFFER,
+        ),
+        row(
+            "doors of the handshake thread",
+            "the same, of each of three",
+            3 * 2 * 2 * 2 * DOOR_SOCKET_BUFFER,
         ),
         row(
             "TUN queues",

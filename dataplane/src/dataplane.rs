@@ -203,8 +203,9 @@ impl Dataplane {
         let sockets = Arc::clone(&self.underlay().group.handshake);
         let settings = Arc::clone(&lock(&self.settings));
         let (hub, published) = (Arc::clone(&self.hub), self.handshake.clone());
+        let shards = self.shards.clone();
         let thread = threads::spawn(&self.hub, "rt-handshake", move || {
-            handshake::run(&hub, sockets, &settings, &published)
+            handshake::run(&hub, sockets, &settings, &published, &shards)
         });
         self.threads.push(thread.map_err(StartError::Threads)?);
         if self.roam {

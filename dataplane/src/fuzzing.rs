@@ -16,7 +16,7 @@ use crate::channel::Rules;
 use crate::classify::{Class, DATA_LEN_MIN, classify};
 use crate::coalesce::Coalescer;
 use crate::filter::{CompiledRules, Filter};
-use crate::noise::{self, Gate, Initiated, LocalKeys, Remote, Tai64n, Verdict};
+use crate::noise::{self, Gate, Initiated, LocalKeys, Novelty, Remote, Standing, Tai64n, Verdict};
 use crate::packet::header::Headers;
 use crate::tun::segment::plan;
 use crate::tun::vnet::VnetHdr;
@@ -159,16 +159,20 @@ pub fn handshake(now: Instant, bytes: &[u8]) {
     assert!(keys.is_ok() || mode != 2 || !same(&known.response));
     assert!(noise::consume_cookie_reply(to_b, &message, known.initiated.mac1()).is_err());
 
-    let mut gate = Gate::new(now, Some(Arc::new(LocalKeys::new(&[2; 32]))));
     let mut reply = [0; noise::COOKIE_REPLY_LEN];
     let mut rng = StdRng::seed_from_u64(2);
     let from = ([192, 0, 2, 1], 7).into();
-    match gate.handle(now, from, &message, &mut rng, &mut reply) {
-        Verdict::Initiation(half) => assert_eq!(half.peer().len(), noise::KEY_LEN),
-        Verdict::Response(index) => assert_eq!(message[8..12], index.to_le_bytes()),
-        Verdict::CookieReply(index) => assert_eq!(message[4..8], index.to_le_bytes()),
-        Verdict::Challenge => panic!("one message is no load"),
-        Verdict::Drop(_) => {}
+    for standing in [Standing::Stranger, Standing::Known, Standing::Awaited] {
+        let mut gate = Gate::new(now, Some(Arc::new(LocalKeys::new(&[2; 32]))), &mut rng);
+        match gate.handle(now, from, standing, &message, &mut rng) {
+            Verdict::Initiation(half) => assert_eq!(half.peer().len(), noise::KEY_LEN),
+            Verdict::Response(index) => assert_eq!(message[8..12], index.to_le_bytes()),
+            Verdict::CookieReply(index) => assert_eq!(message[4..8], index.to_le_bytes()),
+            Verdict::Unproven(_) => panic!("one message is no load"),
+            Verdict::Drop(_) => {}
+        }
+        let written = gate.challenge(now, from, Novelty::Again, &message, &mut rng, &mut reply);
+        assert!(written.is_err() || reply[4..8] == message[4..8]);
     }
 }
 

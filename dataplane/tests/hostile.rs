@@ -19,8 +19,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
 use ringtail_dataplane::aead::{Aead, Key, Seal};
 use ringtail_dataplane::noise::{
-    Gate, LocalKeys, Remote, Tai64n, Verdict, consume_initiation, consume_response, initiation,
-    peek_initiation, response,
+    Gate, LocalKeys, Remote, Standing, Tai64n, Verdict, consume_initiation, consume_response,
+    initiation, peek_initiation, response,
 };
 use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::stats::{DropReason, Meter};
@@ -163,15 +163,17 @@ impl Hand {
         b.initiate(HAND);
         let message = self.receive(1);
         let now = Instant::now();
-        let mut gate = Gate::new(now, Some(LocalKeys::new(&HAND_KEY).into()));
+        let (mut rng, mut reply) = (rand::rng(), [0; 64]);
+        let mut gate = Gate::new(now, Some(LocalKeys::new(&HAND_KEY).into()), &mut rng);
         let from = self.to;
-        let mut reply = [0; 64];
-        loop {
-            let verdict = gate.handle(now, from, &message, &mut rand::rng(), &mut reply);
-            if matches!(verdict, Verdict::Challenge) {
-                break;
+        let novelty = loop {
+            let verdict = gate.handle(now, from, Standing::Stranger, &message, &mut rng);
+            if let Verdict::Unproven(novelty) = verdict {
+                break novelty;
             }
-        }
+        };
+        gate.challenge(now, from, novelty, &message, &mut rng, &mut reply)
+            .unwrap();
         self.socket.send_to(&reply, self.to).unwrap();
         reply.to_vec()
     }

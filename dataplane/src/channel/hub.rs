@@ -19,8 +19,9 @@ use super::activity::{from_ns, to_ns};
 use super::strangers::Strangers;
 use super::table::{Network, PeerTable};
 use super::{
-    Datagrams, Event, Lane, Load, PathSlots, PeerId, PeerShared, RegionId, RelayOut, Wake,
+    Awaited, Datagrams, Event, Lane, Load, PathSlots, PeerId, PeerShared, RegionId, RelayOut, Wake,
 };
+use crate::classify::owner_shard;
 use crate::config::share;
 use crate::noise::Half;
 use crate::packet::header::Flow;
@@ -28,7 +29,7 @@ use crate::peer::Report;
 use crate::ring::{TunRx, UdpRx};
 use crate::sys::EventFd;
 use crate::sys::socket::Local;
-use crate::udp::Sockets;
+use crate::udp::{Doors, Sockets};
 
 /// Batches that wait for the control thread at most, and their bytes.
 pub(crate) const RELAY_OUT_ENTRIES_MAX: usize = 1024;
@@ -187,6 +188,8 @@ pub(crate) struct Inbox {
     /// From shards that seal for peers of this one.
     pub(crate) reports: ArrayQueue<Report>,
     pub(crate) flows: ArrayQueue<Flow>,
+    /// Under which indexes the shard awaits answers to its handshake messages.
+    pub(crate) awaited: Arc<Awaited>,
     /// Up to when the shard's filter has forgotten flows for want of room, for those who seal for it.
     /// Written by the shard alone; see [`Hub::forgotten_by`].
     forgotten: CachePadded<AtomicU64>,
@@ -209,6 +212,7 @@ impl Inbox {
             handed: ArrayQueue::new(HANDED_MAX),
             reports: ArrayQueue::new(REPORTS_MAX),
             flows: ArrayQueue::new(FLOWS_TOLD_MAX),
+            awaited: Arc::default(),
             forgotten: CachePadded::default(),
         })
     }
@@ -368,7 +372,7 @@ pub(crate) struct Hub {
     /// For the handshake thread: its bell, and the newest of what it works with.
     pub(crate) handshake_wake: EventFd,
     pub(crate) handshake_settings: ArrayQueue<Arc<Settings>>,
-    pub(crate) handshake_sockets: ArrayQueue<Arc<Sockets>>,
+    pub(crate) handshake_sockets: ArrayQueue<Arc<Doors>>,
     pub(crate) handshake_peers: ArrayQueue<Arc<PeerTable>>,
     /// Handshake messages that reached a shard instead.
     pub(crate) handshake_strays: ArrayQueue<HandshakeMessage>,
@@ -434,6 +438,12 @@ impl Hub {
             inbox.wake.ring();
         }
         told.is_some()
+    }
+
+    /// Whether the shard that a receiver index names may await an answer under it.
+    pub(crate) fn awaits(&self, index: u32) -> bool {
+        let inbox = self.inboxes.get(usize::from(owner_shard(index)));
+        inbox.is_some_and(|inbox| inbox.awaited.contains(index))
     }
 
     /// Asks every thread to end.

@@ -6,6 +6,7 @@
 //! its event descriptor, and only if it sleeps.
 
 mod activity;
+mod awaited;
 mod lane;
 mod loan;
 mod paths;
@@ -24,6 +25,9 @@ mod sync {
 }
 
 pub(crate) use activity::{ActivityBlock, Arrived};
+pub(crate) use awaited::Awaited;
+#[cfg(test)]
+pub(crate) use awaited::PLACES;
 pub(crate) use hub::Hub;
 pub(crate) use lane::{Lane, Load};
 pub(crate) use loan::{Borrowed, Lent, Loan};

@@ -25,6 +25,8 @@ pub(crate) struct Whereabouts {
 pub(crate) struct PeerShared {
     pub(crate) activity: ActivityBlock,
     whereabouts: Mutex<Whereabouts>,
+    /// The address that something authentic came from last, relays aside.
+    heard_from: Mutex<Option<SocketAddr>>,
     /// Routes have changed: the local address is not the right one any more.
     unstick: AtomicBool,
     /// What the owner lends to other shards, and the packets from the TUN that are on their way to it.
@@ -46,6 +48,22 @@ impl PeerShared {
             .whereabouts
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = now;
+    }
+
+    /// The address that something authentic came from last, relays aside. Off the warm path.
+    pub(crate) fn heard_from(&self) -> Option<SocketAddr> {
+        *self
+            .heard_from
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that it is another one now, which is rare.
+    pub(crate) fn set_heard_from(&self, from: SocketAddr) {
+        *self
+            .heard_from
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(from);
     }
 
     /// Makes the owner forget which local address the peer is answered from.

@@ -72,6 +72,17 @@ pub fn owner_shard(receiver_index: u32) -> u8 {
     receiver_index.to_le_bytes()[1]
 }
 
+/// The receiver index of a response or cookie reply (WireGuard paper §5.4.3, §5.4.7).
+#[inline]
+pub fn receiver_index(message: &[u8]) -> Option<u32> {
+    let at = match message.first()? {
+        2 => 8,
+        3 => 4,
+        _ => return None,
+    };
+    Some(u32::from_le_bytes(*message.get(at..)?.first_chunk::<4>()?))
+}
+
 /// The message counter of a data message of at least [`DATA_LEN_MIN`] bytes.
 #[inline]
 pub fn data_counter(datagram: &[u8]) -> Option<u64> {

@@ -1,13 +1,20 @@
-//! The thread that reads handshake messages, so that a flood of them fills one socket's buffer and
+//! The thread that reads handshake messages, so that a flood of them fills sockets of its own and
 //! nothing else.
 //!
 //! What passes the [`Gate`] goes to the shard that owns the peer: an initiation with the one
 //! Diffie-Hellman computation that told whose it is, other messages as they came. The thread's work
 //! is bounded by its [`Budget`] of processor time.
+//!
+//! One look takes what waits on every socket, a burst of each in turn, so that none holds the others
+//! up: which one a message is on says what it may be worth ([`steer`](crate::udp)), and a flood cannot
+//! but fill the one it is on. Who needs a cookie stands in one of two [`Lots`] until the look ends; then
+//! as many are drawn as there are cookies to give, and all of them leave in one call.
 
 #![forbid(unsafe_code)]
 
 mod budget;
+mod known;
+mod lots;
 
 use std::collections::HashMap;
 use std::io;
@@ -17,43 +24,58 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use budget::{Budget, PAUSE};
+use known::Acquaintances;
+#[cfg(test)]
+pub(crate) use known::KNOWN_COST;
+use lots::Lots;
+use rand::rngs::StdRng;
 
 use crate::channel::hub::{HandshakeMessage, Settings};
 use crate::channel::table::PeerTable;
 use crate::channel::{Hub, PeerId};
-use crate::classify::{COOKIE_LEN, owner_shard};
-use crate::noise::{Gate, Half, LocalKeys, Verdict};
+use crate::classify::{COOKIE_LEN, owner_shard, receiver_index};
+use crate::noise::{Gate, Half, LocalKeys, Novelty, Standing, Verdict};
 use crate::stats::{Counters, DropReason, Meter, Published};
-use crate::sys::socket::{Leave, Local, Many, receive_many, send, wait_readable};
+use crate::sys::socket::{Leave, Local, Many, receive_many, send_many, wait_readable};
 use crate::sys::{now, thread_time};
-use crate::udp::Sockets;
+use crate::udp::{Door, Doors};
 
-/// Messages read from one socket before the other gets its turn, and the budget is looked at.
+/// Messages read at once.
 const BURST_MAX: usize = 32;
+/// Bursts read from the sockets of a door before the others get their turn, and the budget is looked at:
+/// what is known or answers costs little to tell from a flood.
+const BURSTS: [usize; Door::COUNT] = [4, 4, 1, 1];
+/// Messages of one look from which on there is pressure.
+const PRESSURE_MIN: usize = 64;
+/// Who needs a cookie and may get one at the end of a look, at most: of sources that are new, and of
+/// others.
+const LOTS_MAX: [usize; 2] = [256, 16];
 /// Longest datagram read; a handshake message has 148 bytes, and longer ones only need to be seen
 /// to be too long.
 const DATAGRAM_LEN_MAX: usize = 256;
 /// No limit for a wait.
 const FOREVER: i32 = -1;
 
-/// The body of the thread; ends when the hub stops.
+/// The body of the thread; ends when the hub stops. What the shards publish says whether there is data.
 ///
 /// # Errors
 /// It cannot wait, or a socket is none any more.
 pub(crate) fn run(
     hub: &Hub,
-    mut sockets: Arc<Sockets>,
+    mut doors: Arc<Doors>,
     settings: &Settings,
     published: &Published,
+    shards: &[Published],
 ) -> io::Result<()> {
     let pause_ms = i32::try_from(PAUSE.as_millis()).unwrap_or(FOREVER);
-    let mut fds = readable(hub, &sockets);
-    let mut doorman = Doorman::new(now(), settings);
+    let mut fds = readable(hub, &doors);
+    let mut doorman = Doorman::new(now(), settings, rand::make_rng());
     let mut budget = Budget::new(now());
     let mut used = thread_time();
+    let mut pressure = false;
     let mut many = Many::<BURST_MAX, DATAGRAM_LEN_MAX>::new();
     while !hub.stopping() {
-        if budget.spent() {
+        if budget.spent() || pressure {
             wait_readable(&fds[..1], pause_ms)?;
         } else {
             wait_readable(&fds, FOREVER)?;
@@ -61,39 +83,56 @@ pub(crate) fn run(
         hub.handshake_wake.clear();
         doorman.hear(hub);
         if let Some(newer) = hub.handshake_sockets.pop() {
-            sockets = newer;
-            fds = readable(hub, &sockets);
+            doors = newer;
+            fds = readable(hub, &doors);
+            doorman.known.forget_shown();
         }
-        let mut work = true;
-        while work {
+        let mut taken = 0;
+        loop {
             let now = now();
             let before = std::mem::replace(&mut used, thread_time());
             budget.charge(now, used.saturating_sub(before));
             if budget.spent() {
                 break;
             }
-            work = doorman.strays(now, hub, &sockets);
-            for socket in sockets.both() {
-                work |= doorman.drain(now, hub, socket, &mut many)?;
+            let taken_before = taken;
+            taken += doorman.strays(now, hub);
+            for (door, bursts) in doors.each().zip(BURSTS) {
+                for socket in door.both() {
+                    for _ in 0..bursts {
+                        let count = doorman.drain(now, hub, socket, &mut many)?;
+                        taken += count;
+                        if count < BURST_MAX {
+                            break;
+                        }
+                    }
+                }
+            }
+            if taken == taken_before {
+                break;
             }
         }
+        pressure = taken >= PRESSURE_MIN;
+        if pressure {
+            budget.mind(now(), || shards.iter().map(moved).sum());
+        }
+        doorman.end_look(now(), hub, &doors, pressure);
         published.publish(&doorman.counters);
     }
     Ok(())
 }
 
-fn readable(hub: &Hub, sockets: &Sockets) -> Vec<RawFd> {
-    let bell = hub.handshake_wake.as_fd().as_raw_fd();
-    let sockets = sockets.both().map(AsRawFd::as_raw_fd);
-    std::iter::once(bell).chain(sockets).collect()
+/// Packets of data that a shard has moved.
+fn moved(shard: &Published) -> u64 {
+    let shard = shard.read();
+    shard.get(Meter::UdpPacketsIn) + shard.get(Meter::TunPacketsIn)
 }
 
-fn reply_socket(sockets: &Sockets, to: SocketAddr) -> Option<&UdpSocket> {
-    if to.is_ipv4() {
-        Some(&sockets.v4)
-    } else {
-        sockets.v6.as_ref()
-    }
+fn readable(hub: &Hub, doors: &Doors) -> Vec<RawFd> {
+    let bell = hub.handshake_wake.as_fd().as_raw_fd();
+    let sockets = doors.each().flat_map(|door| door.both());
+    let sockets = sockets.map(AsRawFd::as_raw_fd);
+    std::iter::once(bell).chain(sockets).collect()
 }
 
 fn local_keys(settings: &Settings) -> Option<Arc<LocalKeys>> {
@@ -104,9 +143,15 @@ fn local_keys(settings: &Settings) -> Option<Arc<LocalKeys>> {
 /// The gate and what is behind it.
 struct Doorman {
     gate: Gate,
+    rng: StdRng,
     /// Peers by public key, with their owner shards: those of `table`.
     peers: HashMap<[u8; 32], (PeerId, u8)>,
     table: Arc<PeerTable>,
+    known: Acquaintances,
+    /// Who waits for a cookie, in the order of [`LOTS_MAX`].
+    lots: [Lots; 2],
+    /// Replies that leave at the end of a look.
+    replies: Vec<(Leave, [u8; COOKIE_LEN])>,
     counters: Counters,
 }
 
@@ -119,12 +164,24 @@ struct Passed {
     shard: u8,
 }
 
+/// What becomes of a message that does not pass.
+#[derive(Debug, PartialEq, Eq)]
+enum Stopped {
+    /// It may get a cookie.
+    Unproven(Novelty),
+    Dropped(DropReason),
+}
+
 impl Doorman {
-    fn new(now: Instant, settings: &Settings) -> Doorman {
+    fn new(now: Instant, settings: &Settings, mut rng: StdRng) -> Doorman {
         Doorman {
-            gate: Gate::new(now, local_keys(settings)),
+            gate: Gate::new(now, local_keys(settings), &mut rng),
+            rng,
             peers: HashMap::new(),
             table: Arc::default(),
+            known: Acquaintances::default(),
+            lots: LOTS_MAX.map(Lots::new),
+            replies: Vec::with_capacity(LOTS_MAX[0] + LOTS_MAX[1]),
             counters: Counters::default(),
         }
     }
@@ -157,26 +214,25 @@ impl Doorman {
         self.table = table;
     }
 
-    /// Takes what reached a shard instead; true if there may be more.
-    fn strays(&mut self, now: Instant, hub: &Hub, sockets: &Sockets) -> bool {
-        for _ in 0..BURST_MAX {
+    /// Takes what reached a shard instead, up to a burst; returns how many.
+    fn strays(&mut self, now: Instant, hub: &Hub) -> usize {
+        for taken in 0..BURST_MAX {
             let Some(stray) = hub.handshake_strays.pop() else {
-                return false;
+                return taken;
             };
-            let socket = reply_socket(sockets, stray.from);
-            self.handle(now, hub, stray.from, stray.local, stray.bytes(), socket);
+            self.handle(now, hub, stray.from, stray.local, stray.bytes());
         }
-        true
+        BURST_MAX
     }
 
-    /// Takes one burst from a socket; true if there may be more.
+    /// Takes one burst from a socket; returns how many.
     fn drain(
         &mut self,
         now: Instant,
         hub: &Hub,
         socket: &UdpSocket,
         many: &mut Many<BURST_MAX, DATAGRAM_LEN_MAX>,
-    ) -> io::Result<bool> {
+    ) -> io::Result<usize> {
         let count = receive_many(socket.as_fd(), many)?;
         if count > 0 {
             self.counters.add(Meter::UdpReceives, 1);
@@ -184,9 +240,9 @@ impl Doorman {
         for (from, local, message) in many.iter() {
             self.counters.add(Meter::UdpPacketsIn, 1);
             self.counters.add(Meter::UdpBytesIn, message.len() as u64);
-            self.handle(now, hub, from, local, message, Some(socket));
+            self.handle(now, hub, from, local, message);
         }
-        Ok(count == BURST_MAX)
+        Ok(count)
     }
 
     fn handle(
@@ -196,47 +252,52 @@ impl Doorman {
         from: SocketAddr,
         local: Option<Local>,
         message: &[u8],
-        socket: Option<&UdpSocket>,
     ) {
-        let mut reply = [0; COOKIE_LEN];
-        match self.check(now, from, message, &mut reply) {
+        let standing = self.standing(hub, from, message);
+        match self.check(now, from, standing, message) {
             Ok(passed) => {
                 if let Err(reason) = hand_on(hub, from, local, message, passed) {
                     self.counters.drop_one(reason);
                 }
             }
-            Err(DropReason::HandshakeCookie) => {
-                self.counters.drop_one(DropReason::HandshakeCookie);
-                let leave = Leave {
-                    local,
-                    ..Leave::to(from)
-                };
-                let sent = socket.map(|socket| send(socket.as_fd(), &leave, &reply, None));
-                if sent == Some(Ok(())) {
-                    self.counters.add(Meter::UdpSends, 1);
-                    self.counters.add(Meter::UdpPacketsOut, 1);
-                    self.counters.add(Meter::UdpBytesOut, COOKIE_LEN as u64);
+            Err(Stopped::Dropped(reason)) => self.counters.drop_one(reason),
+            Err(Stopped::Unproven(novelty)) => {
+                if standing == Standing::Known {
+                    self.known.pressed(now, hub, from);
+                }
+                if !self.lots[novelty as usize].offer(from, local, message, &mut self.rng) {
+                    self.counters.drop_one(DropReason::HandshakeLimited);
                 }
             }
-            Err(reason) => self.counters.drop_one(reason),
         }
     }
 
-    /// Judges a message. With [`DropReason::HandshakeCookie`] the answer to send is in `reply`.
+    /// What is known of a message before it is looked at.
+    fn standing(&self, hub: &Hub, from: SocketAddr, message: &[u8]) -> Standing {
+        match receiver_index(message) {
+            Some(index) if hub.awaits(index) => Standing::Awaited,
+            Some(_) => Standing::Stranger,
+            None if self.known.contains(from) => Standing::Known,
+            None => Standing::Stranger,
+        }
+    }
+
+    /// Judges a message.
     fn check(
         &mut self,
         now: Instant,
         from: SocketAddr,
+        standing: Standing,
         message: &[u8],
-        reply: &mut [u8; COOKIE_LEN],
-    ) -> Result<Passed, DropReason> {
+    ) -> Result<Passed, Stopped> {
         match self
             .gate
-            .handle(now, from, message, &mut rand::rng(), reply)
+            .handle(now, from, standing, message, &mut self.rng)
         {
             Verdict::Initiation(half) => {
                 let known = self.peers.get(half.peer());
-                let &(peer, shard) = known.ok_or(DropReason::HandshakeUnknownPeer)?;
+                let &(peer, shard) =
+                    known.ok_or(Stopped::Dropped(DropReason::HandshakeUnknownPeer))?;
                 Ok(Passed {
                     peer: Some(peer),
                     half: Some(Box::new(half)),
@@ -248,9 +309,77 @@ impl Doorman {
                 half: None,
                 shard: owner_shard(index),
             }),
-            Verdict::Challenge => Err(DropReason::HandshakeCookie),
-            Verdict::Drop(reason) => Err(reason),
+            Verdict::Unproven(novelty) => Err(Stopped::Unproven(novelty)),
+            Verdict::Drop(reason) => Err(Stopped::Dropped(reason)),
         }
+    }
+
+    /// Answers those who are drawn, and brings the list of known addresses up to date.
+    fn end_look(&mut self, now: Instant, hub: &Hub, doors: &Doors, pressure: bool) {
+        self.draw(now);
+        for v4 in [true, false] {
+            let (ours, theirs) = std::mem::take(&mut self.replies)
+                .into_iter()
+                .partition(|(leave, _)| leave.to.is_ipv4() == v4);
+            self.replies = theirs;
+            self.send(doors, &ours);
+        }
+        self.replies.clear();
+        if (pressure || self.gate.under_load(now))
+            && let Some(addresses) = self.known.refresh(now, hub.epoch, &self.table)
+            && let Err(error) = doors.know(addresses)
+        {
+            // Known addresses still need no proof; their messages wait among the others.
+            tracing::debug!(%error, "known addresses get no socket of their own");
+        }
+    }
+
+    /// Draws lots and writes the replies.
+    fn draw(&mut self, now: Instant) {
+        for novelty in [Novelty::New, Novelty::Again] {
+            while let Some(lot) = self.lots[novelty as usize].draw(&mut self.rng) {
+                let mut reply = [0; COOKIE_LEN];
+                let written = self.gate.challenge(
+                    now,
+                    lot.from,
+                    novelty,
+                    &lot.message,
+                    &mut self.rng,
+                    &mut reply,
+                );
+                match written {
+                    Ok(()) => {
+                        self.counters.drop_one(DropReason::HandshakeCookie);
+                        let leave = Leave {
+                            local: lot.local,
+                            ..Leave::to(lot.from)
+                        };
+                        self.replies.push((leave, reply));
+                    }
+                    Err(reason) => {
+                        self.counters.drop_one(reason);
+                        if reason == DropReason::HandshakeLimited {
+                            break;
+                        }
+                    }
+                }
+            }
+            let left = self.lots[novelty as usize].end();
+            self.counters.drop_many(DropReason::HandshakeLimited, left);
+        }
+    }
+
+    /// Sends replies of one family.
+    fn send(&mut self, doors: &Doors, replies: &[(Leave, [u8; COOKIE_LEN])]) {
+        let Some((first, _)) = replies.first() else {
+            return;
+        };
+        let socket = doors.towards(first.to);
+        let sent = socket.map_or(0, |socket| send_many(socket.as_fd(), replies)) as u64;
+        self.counters.add(Meter::UdpSends, 1);
+        self.counters.add(Meter::UdpPacketsOut, sent);
+        self.counters
+            .add(Meter::UdpBytesOut, sent * COOKIE_LEN as u64);
     }
 }
 
@@ -275,5 +404,7 @@ fn hand_on(
     pushed.map_err(|_| DropReason::HandshakeQueueFull)
 }
 
+#[cfg(test)]
+mod flood;
 #[cfg(test)]
 mod tests;

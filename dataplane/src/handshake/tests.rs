@@ -29,7 +29,7 @@ fn settings(n: Option<u8>) -> Settings {
 }
 
 fn doorman(now: Instant) -> Doorman {
-    let mut doorman = Doorman::new(now, &settings(Some(1)));
+    let mut doorman = Doorman::new(now, &settings(Some(1)), rand::make_rng());
     let peer = PeerConfig {
         id: PeerId(4),
         public_key: *local(2).public(),
@@ -67,8 +67,7 @@ fn made_by(n: u8, jar: &mut Jar, now: Instant) -> [u8; 148] {
 fn an_initiation_of_a_known_peer_passes_with_what_was_computed() {
     let now = start();
     let message = made_by(2, &mut Jar::default(), now);
-    let mut reply = [0; COOKIE_LEN];
-    let passed = doorman(now).check(now, from(), &message, &mut reply);
+    let passed = doorman(now).check(now, from(), Standing::Stranger, &message);
     let passed = passed.unwrap();
     assert_eq!((passed.peer, passed.shard), (Some(PeerId(4)), 0));
     let half = passed.half.unwrap();
@@ -80,8 +79,9 @@ fn an_initiation_of_a_known_peer_passes_with_what_was_computed() {
 fn strangers_go_no_further_under_their_own_reason() {
     let now = start();
     let message = made_by(3, &mut Jar::default(), now);
-    let refused = doorman(now).check(now, from(), &message, &mut [0; COOKIE_LEN]);
-    assert_eq!(refused.unwrap_err(), DropReason::HandshakeUnknownPeer);
+    let refused = doorman(now).check(now, from(), Standing::Stranger, &message);
+    let reason = DropReason::HandshakeUnknownPeer;
+    assert_eq!(refused.unwrap_err(), Stopped::Dropped(reason));
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn a_cookie_reply_goes_to_the_shard_its_index_names() {
     let mut message = [0; COOKIE_LEN];
     message[0] = 3;
     message[4..8].copy_from_slice(&[0x11, 0x02, 0x33, 0x44]);
-    let passed = doorman(now).check(now, from(), &message, &mut [0; COOKIE_LEN]);
+    let passed = doorman(now).check(now, from(), Standing::Awaited, &message);
     let passed = passed.unwrap();
     assert_eq!((passed.peer, passed.shard), (None, 2));
 }
@@ -101,16 +101,19 @@ fn a_flood_is_answered_with_cookies_that_open_the_door() {
     let mut doorman = doorman(now);
     let mut jar = Jar::default();
     let message = made_by(2, &mut jar, now);
-    let mut reply = [0; COOKIE_LEN];
+    let stranger = Standing::Stranger;
     for _ in 0..LOAD_BURST {
-        assert!(doorman.check(now, from(), &message, &mut reply).is_ok());
+        assert!(doorman.check(now, from(), stranger, &message).is_ok());
     }
-    let refused = doorman.check(now, from(), &message, &mut reply);
-    assert_eq!(refused.unwrap_err(), DropReason::HandshakeCookie);
+    let hub = Hub::new(now, 1).unwrap();
+    doorman.handle(now, &hub, from(), None, &message);
+    doorman.draw(now);
+    let (leave, reply) = doorman.replies[0];
+    assert_eq!((leave.to, doorman.replies.len()), (from(), 1));
     let remote = Remote::new(&local(2), local(1).public(), None);
     jar.receive(now, &remote, &reply).unwrap();
     let message = made_by(2, &mut jar, now);
-    assert!(doorman.check(now, from(), &message, &mut reply).is_ok());
+    assert!(doorman.check(now, from(), stranger, &message).is_ok());
 }
 
 #[test]
@@ -119,16 +122,15 @@ fn the_newest_key_counts() {
     let hub = Hub::new(now, 1).unwrap();
     let mut doorman = doorman(now);
     let message = made_by(2, &mut Jar::default(), now);
-    let mut reply = [0; COOKIE_LEN];
     for (key, expected) in [
-        (None, Err(DropReason::HandshakeNoKey)),
-        (Some(9), Err(DropReason::HandshakeMac)),
+        (None, Err(Stopped::Dropped(DropReason::HandshakeNoKey))),
+        (Some(9), Err(Stopped::Dropped(DropReason::HandshakeMac))),
         (Some(1), Ok(())),
     ] {
         let newer = Arc::new(settings(key));
         drop(hub.handshake_settings.force_push(newer));
         doorman.hear(&hub);
-        let judged = doorman.check(now, from(), &message, &mut reply);
+        let judged = doorman.check(now, from(), Standing::Stranger, &message);
         assert_eq!(judged.map(|_| ()), expected);
     }
 }
@@ -140,11 +142,15 @@ fn a_full_shard_costs_messages_not_memory() {
     let mut doorman = doorman(now);
     let mut message = [0; COOKIE_LEN];
     message[0] = 3;
-    for _ in 0..400 {
-        doorman.handle(now, &hub, from(), None, &message, None);
+    for n in 1..=400u32 {
+        let index = n << 16;
+        hub.inboxes[0].awaited.insert(index);
+        message[4..8].copy_from_slice(&index.to_le_bytes());
+        doorman.handle(now, &hub, from(), None, &message);
     }
+    // Of a shard that there is not.
     message[5] = 7;
-    doorman.handle(now, &hub, from(), None, &message, None);
+    doorman.handle(now, &hub, from(), None, &message);
     let queued = hub.inboxes[0].handshakes.len() as u64;
     let published = Published::default();
     published.publish(&doorman.counters);

@@ -2,19 +2,27 @@
 //! paper §5.3):
 //!
 //! 1. Length and type.
-//! 2. Cookie replies: a limit for all together, because they carry no MAC1 and any shard's session
-//!    might be meant.
-//! 3. MAC1: the sender knows our public key. It costs about half a microsecond.
-//! 4. Load. Messages with a right MAC1 make it, because they lead to Diffie-Hellman computations: an
-//!    initiation here and in the shard of its peer, a response only there. [`LOAD_PER_SECOND`] on
-//!    average and [`LOAD_BURST`] at once are taken; when there are more, we are under load until a
-//!    second has passed without any above that. The kernel and wireguard-go measure the length of
-//!    their queue instead, which says the same about the worker behind it: that it does not keep up.
-//!    Here the queue is the socket's buffer, whose length nobody tells.
-//! 5. Under load only: MAC2, which proves the sender's address, else a cookie reply, while there
-//!    are not too many of those, and nothing more; then the limit per source.
-//! 6. For an initiation one Diffie-Hellman computation, which says who made it.
+//! 2. An answer (response or cookie reply) passes if its receiver index is one that we await an answer
+//!    under ([`Standing::Awaited`]), and a response's MAC1 is right; no more than a few for one index.
+//!    It needs no proof of an address: who was not told the index guesses one of 16 million.
+//! 3. MAC1 of an initiation: the sender knows our public key. It costs about half a microsecond.
+//! 4. Load. Initiations with a right MAC1 make it, because they lead to Diffie-Hellman computations,
+//!    here and in the shard of their peer. [`LOAD_PER_SECOND`] on average and [`LOAD_BURST`] at once
+//!    are taken; when there are more, we are under load until a second has passed without any above
+//!    that. The kernel and wireguard-go measure the length of their queue instead, which says the same
+//!    about the worker behind it: that it does not keep up. Here the queue is the socket's buffer,
+//!    whose length nobody tells.
+//! 5. Under load only: a few from an address that a peer has been heard from lately pass
+//!    ([`Standing::Known`]); the address may be made up, so it is few. Then MAC2 proves the sender's
+//!    address, and the limit per source is what remains.
+//! 6. What is left needs a cookie, and more may need one than can be given. Those whose source was not
+//!    seen in the last seconds ([`Recent`]) and the others are two classes ([`Verdict::Unproven`]), of
+//!    each of which the caller draws lots; [`Gate::challenge`] writes the reply to one that is drawn,
+//!    at the class's rate. A flood from a thousand or a hundred thousand addresses is in the second
+//!    class soon, and leaves the first to who is new.
+//! 7. For an initiation one Diffie-Hellman computation, which says who made it.
 
+use std::hash::BuildHasher as _;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,14 +32,15 @@ use rand::CryptoRng;
 use super::cookie::Baker;
 use super::handshake::peek_checked;
 use super::message::{
-    CookieReply, Initiation, KIND_COOKIE_REPLY, KIND_INITIATION, KIND_RESPONSE, Macs, Response,
+    CookieReply, Initiation, KIND_COOKIE_REPLY, KIND_INITIATION, KIND_RESPONSE, Response,
     check_mac1, kind_of, view,
 };
-use super::sources::{PER_SOURCE_BURST, PER_SOURCE_PER_SECOND, Sources};
+use super::recent::Recent;
+use super::sources::{PER_SOURCE_BURST, PER_SOURCE_PER_SECOND, Sources, source};
 use super::{COOKIE_REPLY_LEN, Error, Half, LocalKeys};
 use crate::stats::DropReason;
 
-/// Messages with a right MAC1 taken in a second on average before senders must prove their
+/// Initiations with a right MAC1 taken in a second on average before senders must prove their
 /// addresses: about 1 % of a core here and 3 % in the shards. It is well below what the handshake
 /// thread's budget can pay for, so that a flood is seen as load before it eats the budget.
 pub const LOAD_PER_SECOND: u32 = 200;
@@ -39,13 +48,32 @@ pub const LOAD_PER_SECOND: u32 = 200;
 pub const LOAD_BURST: u32 = 500;
 /// How long load lasts after the last message that was too many.
 pub const LOAD_LASTS: Duration = Duration::from_secs(1);
-/// Cookie replies passed on in a second, and at once.
-pub const COOKIE_REPLIES_PER_SECOND: u32 = 500;
-/// Cookies given out in a second. A reply costs more than all that leads to it: with what the
-/// network stack does for it, 25 us against 3.
-pub const CHALLENGES_PER_SECOND: u32 = 1000;
-/// Cookies given out at once.
-pub const CHALLENGES_BURST: u32 = 200;
+/// Cookies given in a second to sources that were not seen lately. A reply costs more than all that
+/// leads to it: with what the network stack does for it, 6 us against 1.
+pub const CHALLENGES_PER_SECOND: u32 = 20_000;
+/// Such cookies given at once: when a flood begins, its sources are as new as anybody. These are what
+/// the handshake thread has saved up time for.
+pub const CHALLENGES_BURST: u32 = 60_000;
+/// Cookies given in a second, and at once, to sources that were: several peers may share one.
+pub const CHALLENGES_AGAIN_PER_SECOND: u32 = 500;
+/// Such cookies given at once.
+pub const CHALLENGES_AGAIN_BURST: u32 = 50;
+/// Initiations taken in a second, and at once, from an address that a peer is known by, and answers
+/// under one index. A peer sends one in five seconds.
+pub const KNOWN_PER_SECOND: u32 = 2;
+/// Such messages taken at once.
+pub const KNOWN_BURST: u32 = 4;
+
+/// What is known of a sender or its message beforehand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Nothing.
+    Stranger,
+    /// A peer was heard from this address lately.
+    Known,
+    /// The index that an answer names is one that we await an answer under.
+    Awaited,
+}
 
 /// What becomes of a message.
 #[derive(Debug)]
@@ -56,10 +84,19 @@ pub enum Verdict {
     Response(u32),
     /// A cookie reply to the message that we gave this index.
     CookieReply(u32),
-    /// Not taken: the cookie reply that was written is to be sent instead.
-    Challenge,
+    /// Not taken, but it may have a cookie.
+    Unproven(Novelty),
     /// Not taken.
     Drop(DropReason),
+}
+
+/// Who shares in a rate of cookies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Novelty {
+    /// Sources not seen in the last seconds.
+    New,
+    /// The others.
+    Again,
 }
 
 /// A bucket of tokens that fills by time; the level is kept as the moment at which it is full.
@@ -100,22 +137,31 @@ pub struct Gate {
     loaded_until: Option<Instant>,
     baker: Baker,
     sources: Sources,
-    challenges: Bucket,
-    cookie_replies: Bucket,
+    recent: Recent,
+    new: Bucket,
+    again: Bucket,
+    /// Shares of known addresses and of awaited indexes, and what tells them apart there.
+    known: Sources,
+    awaited: Sources,
+    hasher: std::hash::RandomState,
 }
 
 impl Gate {
     /// A gate without load.
     #[must_use]
-    pub fn new(now: Instant, local: Option<Arc<LocalKeys>>) -> Gate {
+    pub fn new(now: Instant, local: Option<Arc<LocalKeys>>, rng: &mut impl CryptoRng) -> Gate {
         Gate {
             local,
             load: Bucket::new(now, LOAD_PER_SECOND, LOAD_BURST),
             loaded_until: None,
             baker: Baker::default(),
             sources: Sources::new(now, PER_SOURCE_PER_SECOND, PER_SOURCE_BURST),
-            challenges: Bucket::new(now, CHALLENGES_PER_SECOND, CHALLENGES_BURST),
-            cookie_replies: Bucket::new(now, COOKIE_REPLIES_PER_SECOND, COOKIE_REPLIES_PER_SECOND),
+            recent: Recent::new(now, rng),
+            new: Bucket::new(now, CHALLENGES_PER_SECOND, CHALLENGES_BURST),
+            again: Bucket::new(now, CHALLENGES_AGAIN_PER_SECOND, CHALLENGES_AGAIN_BURST),
+            known: Sources::new(now, KNOWN_PER_SECOND, KNOWN_BURST),
+            awaited: Sources::new(now, KNOWN_PER_SECOND, KNOWN_BURST),
+            hasher: std::hash::RandomState::new(),
         }
     }
 
@@ -130,20 +176,19 @@ impl Gate {
         self.loaded_until.is_some_and(|until| now < until)
     }
 
-    /// Judges one message. For [`Verdict::Challenge`] the answer is in `reply`, else that is left
-    /// alone.
+    /// Judges one message.
     pub fn handle(
         &mut self,
         now: Instant,
         from: SocketAddr,
+        standing: Standing,
         message: &[u8],
         rng: &mut impl CryptoRng,
-        reply: &mut [u8; COOKIE_REPLY_LEN],
     ) -> Verdict {
         let Some(local) = self.local.clone() else {
             return Verdict::Drop(DropReason::HandshakeNoKey);
         };
-        match self.check(now, from, &local, message, rng, reply) {
+        match self.check(now, from, standing, &local, message, rng) {
             Ok(verdict) => verdict,
             Err(error) => Verdict::Drop(error.reason()),
         }
@@ -153,75 +198,129 @@ impl Gate {
         &mut self,
         now: Instant,
         from: SocketAddr,
+        standing: Standing,
         local: &LocalKeys,
         message: &[u8],
         rng: &mut impl CryptoRng,
-        reply: &mut [u8; COOKIE_REPLY_LEN],
     ) -> Result<Verdict, Error> {
         match kind_of(message).ok_or(Error::Length)? {
             KIND_INITIATION => {
                 let initiation: &Initiation = view(message, KIND_INITIATION)?;
-                let sender = initiation.sender.get();
-                let macs = &initiation.macs;
-                match self.admit(now, from, local, message, macs, sender, rng, reply)? {
+                match self.admit(now, from, standing, local, message, initiation, rng)? {
                     Some(refusal) => Ok(refusal),
                     None => peek_checked(local, initiation).map(Verdict::Initiation),
                 }
             }
             KIND_RESPONSE => {
                 let response: &Response = view(message, KIND_RESPONSE)?;
-                let sender = response.sender.get();
-                let macs = &response.macs;
-                match self.admit(now, from, local, message, macs, sender, rng, reply)? {
-                    Some(refusal) => Ok(refusal),
-                    None => Ok(Verdict::Response(response.receiver.get())),
-                }
+                let index = response.receiver.get();
+                Ok(match self.answers(now, standing, index) {
+                    Some(refusal) => refusal,
+                    None => {
+                        check_mac1(&local.labels.mac1, message)?;
+                        Verdict::Response(index)
+                    }
+                })
             }
             KIND_COOKIE_REPLY => {
                 let cookie: &CookieReply = view(message, KIND_COOKIE_REPLY)?;
-                if self.cookie_replies.take(now) {
-                    Ok(Verdict::CookieReply(cookie.receiver.get()))
-                } else {
-                    Ok(Verdict::Drop(DropReason::HandshakeLimited))
-                }
+                let index = cookie.receiver.get();
+                let refusal = self.answers(now, standing, index);
+                Ok(refusal.unwrap_or(Verdict::CookieReply(index)))
             }
             _ => Err(Error::Kind),
         }
     }
 
-    /// Steps 3 to 5; `None` lets the message pass.
+    /// Step 2; `None` lets the message pass.
+    fn answers(&mut self, now: Instant, standing: Standing, index: u32) -> Option<Verdict> {
+        if standing != Standing::Awaited {
+            Some(Verdict::Drop(DropReason::UnknownIndex))
+        } else if !self.awaited.take(now, u64::from(index)) {
+            Some(Verdict::Drop(DropReason::HandshakeLimited))
+        } else {
+            None
+        }
+    }
+
+    /// Steps 3 to 6; `None` lets the message pass.
     fn admit(
         &mut self,
         now: Instant,
         from: SocketAddr,
+        standing: Standing,
         local: &LocalKeys,
         message: &[u8],
-        macs: &Macs,
-        sender: u32,
+        initiation: &Initiation,
         rng: &mut impl CryptoRng,
-        reply: &mut [u8; COOKIE_REPLY_LEN],
     ) -> Result<Option<Verdict>, Error> {
-        check_mac1(&local.labels.mac1, message)?;
-        if !self.load.take(now) {
+        let key = &local.labels.mac1;
+        if !self.under_load(now) {
+            check_mac1(key, message)?;
+            if self.load.take(now) {
+                return Ok(None);
+            }
             self.loaded_until = Some(now + LOAD_LASTS);
         }
-        if !self.under_load(now) {
+        if standing == Standing::Known && self.known.take(now, self.hasher.hash_one(from)) {
+            check_mac1(key, message)?;
             return Ok(None);
         }
         // Who has no cookie sends zeros: there is nothing to compute then.
-        let proven = macs.mac2 != [0; 16] && self.baker.check(now, from, message, rng);
-        if !proven {
-            if !self.challenges.take(now) {
-                return Ok(Some(Verdict::Drop(DropReason::HandshakeLimited)));
+        if initiation.macs.mac2 != [0; 16] {
+            check_mac1(key, message)?;
+            if self.baker.check(now, from, message, rng) {
+                let within = self.sources.allow(now, from.ip());
+                let refusal = Verdict::Drop(DropReason::HandshakeLimited);
+                return Ok((!within).then_some(refusal));
             }
-            self.baker
-                .reply(now, from, local, sender, &macs.mac1, rng, reply);
-            return Ok(Some(Verdict::Challenge));
         }
-        if !self.sources.allow(now, from.ip()) {
-            return Ok(Some(Verdict::Drop(DropReason::HandshakeLimited)));
+        if !self.recent.is_new(now, source(from.ip())) {
+            // Looked at only if it is drawn.
+            return Ok(Some(Verdict::Unproven(Novelty::Again)));
         }
-        Ok(None)
+        check_mac1(key, message)?;
+        self.count_load(now);
+        Ok(Some(Verdict::Unproven(Novelty::New)))
+    }
+
+    /// One more initiation with a right MAC1.
+    fn count_load(&mut self, now: Instant) {
+        if !self.load.take(now) {
+            self.loaded_until = Some(now + LOAD_LASTS);
+        }
+    }
+
+    /// Writes the cookie reply to an unproven initiation that was drawn.
+    ///
+    /// # Errors
+    /// Why there is none: [`DropReason::HandshakeLimited`] if enough have been given for now.
+    pub fn challenge(
+        &mut self,
+        now: Instant,
+        from: SocketAddr,
+        class: Novelty,
+        message: &[u8],
+        rng: &mut impl CryptoRng,
+        reply: &mut [u8; COOKIE_REPLY_LEN],
+    ) -> Result<(), DropReason> {
+        let local = self.local.clone().ok_or(DropReason::HandshakeNoKey)?;
+        let initiation: &Initiation = view(message, KIND_INITIATION).map_err(Error::reason)?;
+        let rate = match class {
+            Novelty::New => &mut self.new,
+            Novelty::Again => &mut self.again,
+        };
+        if !rate.take(now) {
+            return Err(DropReason::HandshakeLimited);
+        }
+        if class == Novelty::Again {
+            check_mac1(&local.labels.mac1, message).map_err(Error::reason)?;
+            self.count_load(now);
+        }
+        let (sender, mac1) = (initiation.sender.get(), &initiation.macs.mac1);
+        self.baker
+            .reply(now, from, &local, sender, mac1, rng, reply);
+        Ok(())
     }
 }
 

@@ -54,11 +54,15 @@ impl Sources {
 
     /// Takes one message from a source's bucket; false if it is empty.
     pub(crate) fn allow(&mut self, now: Instant, from: IpAddr) -> bool {
+        self.take(now, source(from))
+    }
+
+    /// The same for what is told apart by something else than an address.
+    pub(crate) fn take(&mut self, now: Instant, source: u64) -> bool {
         if self.places.is_empty() {
             self.places = vec![[Place::default(); WAYS]; SETS].into();
         }
         let now = nanos(now.saturating_duration_since(self.start));
-        let source = source(from);
         let set = usize::try_from(self.hasher.hash_one(source) % SETS as u64).unwrap_or(0);
         let set = &mut self.places[set];
         let known = set.iter().position(|place| place.source == source);
@@ -86,7 +90,7 @@ fn nanos(duration: Duration) -> u64 {
 
 /// One number per limited source. IPv4 addresses get a prefix that no IPv6 network can have: those
 /// of `ff..` are multicast and send nothing.
-fn source(from: IpAddr) -> u64 {
+pub(super) fn source(from: IpAddr) -> u64 {
     match from {
         IpAddr::V4(ip) => (0xff << 56) | u64::from(ip.to_bits()),
         IpAddr::V6(ip) => match ip.to_ipv4_mapped() {

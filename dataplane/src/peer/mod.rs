@@ -28,6 +28,7 @@ use crate::channel::table::PeerEntry;
 use crate::channel::{
     Arrived, Event, Lent, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared,
 };
+use crate::noise::Bucket;
 use crate::session::{Engine, Session, Staged, Stamps};
 use crate::stats::DropReason;
 use crate::sys::socket::Local;
@@ -98,6 +99,10 @@ pub(crate) struct Peer {
     pub(crate) path: Path,
     pub(crate) waiting: Waiting,
     pub(crate) unopened: Unopened,
+    /// What is left of its share in handshake messages by relay; full where there is none.
+    pub(crate) relayed: Option<Bucket>,
+    /// The address that the handshake thread knows it by.
+    heard_from: Option<SocketAddr>,
     /// An initiation was asked for when there was no way to the peer: the first way is to bring it.
     pub(crate) called: bool,
 }
@@ -305,6 +310,8 @@ impl Peer {
             },
             waiting: Waiting::default(),
             unopened: Unopened::default(),
+            relayed: None,
+            heard_from: None,
             called: false,
         }
     }
@@ -336,6 +343,12 @@ impl Peer {
     ) -> Arrived {
         let way = self.path.arrived(now, self.id, source, local, events);
         self.tell_whereabouts();
+        if let Source::Udp(from) = source
+            && self.heard_from != Some(from)
+        {
+            self.heard_from = Some(from);
+            self.shared.set_heard_from(from);
+        }
         way
     }
 

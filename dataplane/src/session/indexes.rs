@@ -8,10 +8,11 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 
 use rand::{Rng, RngExt};
 
-use crate::channel::PeerId;
+use crate::channel::{Awaited, PeerId};
 
 /// The indexes of one shard.
 pub(crate) struct Indexes {
@@ -19,7 +20,17 @@ pub(crate) struct Indexes {
     /// Bits of an index that we choose once; under boringtun the session counts in the others.
     mask: u32,
     /// Keys are ours and random, so they need no hash, and nobody outside can choose any.
-    holders: HashMap<u32, PeerId, BuildHasherDefault<Spread>>,
+    holders: HashMap<u32, Holder, BuildHasherDefault<Spread>>,
+    /// Where the handshake thread sees under which of them an answer is awaited.
+    shown: Option<Arc<Awaited>>,
+}
+
+/// Whose an index is.
+#[derive(Clone, Copy)]
+struct Holder {
+    peer: PeerId,
+    /// An answer to a handshake message of ours may come under it.
+    awaited: bool,
 }
 
 /// Spreads random 24-bit numbers over 64 bits: the table looks at the highest and the lowest.
@@ -48,7 +59,14 @@ impl Indexes {
             shard,
             mask: u32::MAX << counted_bits,
             holders: HashMap::default(),
+            shown: None,
         }
+    }
+
+    /// From now on shows under which indexes answers are awaited. Before the first is claimed.
+    pub(crate) fn show(&mut self, to: Arc<Awaited>) {
+        to.begin(self.mask);
+        self.shown = Some(to);
     }
 
     /// A new index for a peer.
@@ -66,19 +84,40 @@ impl Indexes {
     /// Takes up an index that another process had claimed. False if it is in use or not this
     /// shard's.
     pub(crate) fn take_up(&mut self, index: u32, peer: PeerId) -> bool {
-        let ours = index.to_le_bytes()[1] == self.shard;
-        ours && !self.holders.contains_key(&(index & self.mask))
-            && self.holders.insert(index & self.mask, peer).is_none()
+        let index_masked = index & self.mask;
+        let free =
+            index.to_le_bytes()[1] == self.shard && !self.holders.contains_key(&index_masked);
+        if free {
+            let awaited = true;
+            self.holders.insert(index_masked, Holder { peer, awaited });
+            if let Some(shown) = &self.shown {
+                shown.insert(index_masked);
+            }
+        }
+        free
+    }
+
+    /// The handshake that the index was claimed for is over: data comes under it, and no answer.
+    pub(crate) fn settle(&mut self, index: u32) {
+        let index = index & self.mask;
+        let holder = self.holders.get_mut(&index);
+        if holder.is_some_and(|holder| std::mem::take(&mut holder.awaited))
+            && let Some(shown) = &self.shown
+        {
+            shown.remove(index);
+        }
     }
 
     /// Whose an index is.
     #[inline]
     pub(crate) fn holder(&self, index: u32) -> Option<PeerId> {
-        self.holders.get(&(index & self.mask)).copied()
+        let holder = self.holders.get(&(index & self.mask));
+        holder.map(|holder| holder.peer)
     }
 
     /// Gives an index back.
     pub(crate) fn release(&mut self, index: u32) {
+        self.settle(index);
         let released = self.holders.remove(&(index & self.mask));
         debug_assert!(released.is_some(), "an index is released once");
     }
@@ -137,5 +176,21 @@ mod tests {
         assert!(!indexes.take_up(0x1122_0344, PeerId(2)));
         assert!(!indexes.take_up(0x1122_0444, PeerId(2)));
         assert_eq!(indexes.holder(0x1122_0344), Some(PeerId(1)));
+    }
+
+    #[test]
+    fn answers_are_awaited_until_the_handshake_is_over() {
+        let mut rng = StdRng::seed_from_u64(9);
+        let shown = Arc::new(Awaited::default());
+        let mut indexes = Indexes::new(5, 0);
+        indexes.show(Arc::clone(&shown));
+        let [done, given_up] = [0, 1].map(|n| indexes.claim(&mut rng, PeerId(n)));
+        assert!(shown.contains(done) && shown.contains(given_up));
+        indexes.settle(done);
+        indexes.settle(done);
+        indexes.release(given_up);
+        assert!(!shown.contains(done) && !shown.contains(given_up));
+        indexes.release(done);
+        assert_eq!(indexes.len(), 0);
     }
 }

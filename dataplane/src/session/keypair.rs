@@ -192,10 +192,14 @@ pub(crate) struct Keypairs {
 impl Keypairs {
     /// The keypair we began is complete: it is the current one.
     pub(super) fn completed(&mut self, keypair: Box<Keypair>, indexes: &mut Indexes) {
+        indexes.settle(keypair.local_index);
         let current = self.current.replace(keypair);
         self.retire(current, indexes);
         // The peer will seal with `next` if our answer reaches it.
         let next = self.next.take();
+        if let Some(next) = &next {
+            indexes.settle(next.local_index);
+        }
         self.retire(next, indexes);
     }
 
@@ -209,6 +213,7 @@ impl Keypairs {
     /// The peer has used `next`.
     pub(super) fn confirmed(&mut self, indexes: &mut Indexes) {
         if let Some(next) = self.next.take() {
+            indexes.settle(next.local_index);
             let current = self.current.replace(next);
             self.retire(current, indexes);
         }

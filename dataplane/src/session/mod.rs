@@ -110,7 +110,7 @@ use tunn::Tunnel;
 pub(crate) use {keypair::keypair_cost, opened::SPANS_ROOM};
 
 use crate::aead::Aead;
-use crate::channel::{PeerConfig, PeerId};
+use crate::channel::{Awaited, PeerConfig, PeerId};
 use crate::classify::DATA_HEADER_LEN;
 use crate::config;
 use crate::noise::{Half, LocalKeys, Remote, Tai64n};
@@ -232,6 +232,11 @@ impl Engine {
             },
             tunn,
         }
+    }
+
+    /// Shows the handshake thread under which receiver indexes answers are awaited.
+    pub(crate) fn show_awaited(&mut self, to: Arc<Awaited>) {
+        self.own.indexes.show(to);
     }
 
     /// Pads up to another MTU from now on.

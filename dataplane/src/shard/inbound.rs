@@ -7,12 +7,15 @@ use std::net::SocketAddr;
 
 use arrayvec::ArrayVec;
 
-use super::{HANDSHAKES_PER_TURN_MAX, RELAYED_PER_TURN_MAX, Shard};
+use super::{
+    HANDSHAKES_PER_TURN_MAX, RELAYED_BURST, RELAYED_PER_SECOND, RELAYED_PER_TURN_MAX, Shard,
+};
 use crate::channel::hub::{HANDSHAKE_LEN_MAX, Handed, HandshakeMessage, ShardSet};
 use crate::channel::{Event, PeerId};
+use crate::classify::receiver_index;
 use crate::config;
 use crate::filter::source_allowed;
-use crate::noise::Half;
+use crate::noise::{Bucket, Half};
 use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
@@ -38,6 +41,7 @@ impl Shard<'_> {
         let bytes = batch.buf.bytes_mut();
         let mut others = crossed.unwrap_or_default();
         let mut foreign = 0;
+        let mut stray: Option<ArrayVec<u8, HANDSHAKE_LEN_MAX>> = None;
         let crossed = crossed.is_some();
         if !crossed {
             let datagrams = if stride == 0 {
@@ -71,12 +75,11 @@ impl Shard<'_> {
                 self.stranger(from, len);
             }
             Run::Handshake(message) => {
-                let pushed = HandshakeMessage::new(None, from, local, message)
-                    .is_some_and(|message| self.hub.handshake_strays.push(message).is_ok());
-                if pushed {
-                    self.hub.handshake_wake.signal();
-                } else {
-                    self.ctx.counters.drop_one(DropReason::StrayFull);
+                let index = receiver_index(message);
+                if index.is_some_and(|index| !self.hub.awaits(index)) {
+                    self.ctx.counters.drop_one(DropReason::UnknownIndex);
+                } else if stray.replace(message.iter().copied().collect()).is_some() {
+                    self.ctx.counters.drop_one(DropReason::HandshakeLimited);
                 }
             }
             Run::Control(datagram) => {
@@ -86,12 +89,26 @@ impl Shard<'_> {
             }
             Run::Invalid(reason) => self.ctx.counters.drop_one(reason),
         });
+        if let Some(message) = stray {
+            self.stray(from, local, &message);
+        }
         // Each of the others opens its own and passes the batch on.
         if let Some(shard) = others.take() {
             // A full lane has counted them.
             let _room = self.hand_over(shard, foreign, Handed::Udp(batch, others));
         }
         self.ctx.lap(Room::Classify);
+    }
+
+    /// Passes on the handshake message that came glued to data: of a batch the newest, since a peer sends
+    /// one at a time. Where too many wait, the oldest goes.
+    fn stray(&mut self, from: SocketAddr, local: Option<Local>, message: &[u8]) {
+        if let Some(message) = HandshakeMessage::new(None, from, local, message) {
+            if self.hub.handshake_strays.force_push(message).is_some() {
+                self.ctx.counters.drop_one(DropReason::StrayFull);
+            }
+            self.hub.handshake_wake.signal();
+        }
     }
 
     /// Takes batches that came by relay; no more of them once so many have brought handshake messages
@@ -126,7 +143,8 @@ impl Shard<'_> {
     ///
     /// No gate stands before these, so a relay could have us compute for every message it makes up. Of
     /// each type the newest in a batch counts: the older ones are of no use to their sender any more,
-    /// and nothing else in the batch can build on an exchange that we have yet to answer.
+    /// and nothing else in the batch can build on an exchange that we have yet to answer. What answers
+    /// nothing of ours goes no further, and of the rest a peer has its share ([`Shard::relayed_may`]).
     fn relayed_batch(
         &mut self,
         peer: PeerId,
@@ -174,11 +192,38 @@ impl Shard<'_> {
         let mut handled = 0;
         for message in newest.iter().filter(|message| !message.is_empty()) {
             // An initiation does not name a session; whom the relay names, must have made it.
-            let peer = (message[0] == INITIATION).then_some(peer);
-            self.handshake(peer, source, None, message, None);
-            handled += 1;
+            let named = (message[0] == INITIATION).then_some(peer);
+            match self.relayed_may(peer, message) {
+                Ok(()) => {
+                    self.handshake(named, source, None, message, None);
+                    handled += 1;
+                }
+                Err(reason) => self.ctx.counters.drop_one(reason),
+            }
         }
         handled
+    }
+
+    /// Whether a handshake message that a relay brought in a peer's name is worth computing for.
+    ///
+    /// # Errors
+    /// Why it is not.
+    fn relayed_may(&mut self, peer: PeerId, message: &[u8]) -> Result<(), DropReason> {
+        let index = receiver_index(message);
+        if index.is_some_and(|index| !self.inbox.awaited.contains(index)) {
+            return Err(DropReason::UnknownIndex);
+        }
+        let now = self.ctx.now;
+        let peer = self.peers.get(peer).ok_or(DropReason::UnknownIndex)?;
+        let share = peer
+            .relayed
+            .get_or_insert_with(|| Bucket::new(now, RELAYED_PER_SECOND, RELAYED_BURST));
+        // An answer to us has been paid for by what we sent.
+        if share.take(now) && (index.is_some() || self.relayed.take(now)) {
+            Ok(())
+        } else {
+            Err(DropReason::HandshakeLimited)
+        }
     }
 
     /// Opens data of one session (datagrams of `stride` bytes, of which the last may be shorter),
@@ -406,14 +451,4 @@ impl Shard<'_> {
         self.flush_run();
         self.peers.touch(self.ctx.now, id);
     }
-}
-
-/// The receiver index of a response or cookie reply (WireGuard paper §5.4.3, §5.4.7).
-fn receiver_index(message: &[u8]) -> Option<u32> {
-    let at = match message.first()? {
-        2 => 8,
-        3 => 4,
-        _ => return None,
-    };
-    Some(u32::from_le_bytes(*message.get(at..)?.first_chunk::<4>()?))
 }

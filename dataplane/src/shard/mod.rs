@@ -30,7 +30,7 @@ use crate::classify::INITIATION_LEN;
 use crate::coalesce::Coalescer;
 use crate::config::{self, DriverKind};
 use crate::filter::Filter;
-use crate::noise::Bucket;
+use crate::noise::{Bucket, LOAD_BURST, LOAD_PER_SECOND};
 use crate::packet::header::Headers;
 use crate::peer::{Guests, Kind, Peers, Way};
 use crate::ring::{Driver, Sources, TunRx, UdpRx};
@@ -57,6 +57,11 @@ const TIMEOUTS_PER_TURN_MAX: usize = 256;
 /// Initiations because of data that cannot be opened: so many a second, and at once.
 const UNOPENED_PER_SECOND: u32 = 50;
 const UNOPENED_BURST: u32 = 100;
+/// Handshake messages of relays that are handled, so many a second and at once: no address can be proved
+/// there. Of one peer as many as it has use for (it sends one in five seconds), of all together as many
+/// as the handshake thread takes before it asks for proof.
+pub(crate) const RELAYED_PER_SECOND: u32 = 2;
+pub(crate) const RELAYED_BURST: u32 = 10;
 /// Who is heard is not asked for a handshake because of such data.
 const UNOPENED_QUIET: Duration = Duration::from_secs(1);
 /// Counters are published this often while packets flow, and once after.
@@ -155,10 +160,12 @@ fn failed(what: &str, error: &io::Error) -> io::Error {
     io::Error::other(format!("{what}: {error}"))
 }
 
-fn engine(id: u8, kind: config::Engine, settings: &Settings) -> Option<Engine> {
+fn engine(inbox: &Inbox, id: u8, kind: config::Engine, settings: &Settings) -> Option<Engine> {
     let key = settings.private_key.as_ref()?;
     let rng = rand::make_rng();
-    Some(Engine::new(kind, key, settings.mtu, id, rng))
+    let mut engine = Engine::new(kind, key, settings.mtu, id, rng);
+    engine.show_awaited(Arc::clone(&inbox.awaited));
+    Some(engine)
 }
 
 /// Everything one shard owns but its driver.
@@ -186,6 +193,7 @@ struct Shard<'a> {
     published: Published,
     publish_at: Instant,
     unopened: Bucket,
+    relayed: Bucket,
 }
 
 impl<'a> Shard<'a> {
@@ -202,7 +210,7 @@ impl<'a> Shard<'a> {
             ctx: Context::new(now),
             settings: Arc::clone(&seat.settings),
             kind: seat.kind,
-            engine: engine(seat.id, seat.kind, &seat.settings),
+            engine: engine(inbox, seat.id, seat.kind, &seat.settings),
             peers: Peers::new(seat.roam, seat.hub.inboxes.len()),
             guests: Guests::default(),
             table: Arc::default(),
@@ -215,6 +223,7 @@ impl<'a> Shard<'a> {
             published: seat.published.clone(),
             publish_at: now,
             unopened: Bucket::new(now, UNOPENED_PER_SECOND, UNOPENED_BURST),
+            relayed: Bucket::new(now, LOAD_PER_SECOND, LOAD_BURST),
         }
     }
 
@@ -348,7 +357,7 @@ impl<'a> Shard<'a> {
             Some(engine) if same_key => engine.set_mtu(self.settings.mtu),
             _ if same_key => {}
             _ => {
-                self.engine = engine(self.id, self.kind, &self.settings);
+                self.engine = engine(self.inbox, self.id, self.kind, &self.settings);
                 let wanted = self.peers.end_sessions();
                 self.want_sessions(&wanted);
             }

@@ -361,6 +361,40 @@ fn peers_that_all_start_by_relay_at_once_are_answered_over_a_few_turns() {
     assert_eq!(dropped(&shard, DropReason::HandshakeLimited), 0);
 }
 
+/// Batch after batch, so that the newest of each counts: only the peer's share bounds what they cost.
+#[test]
+fn a_peer_that_floods_by_relay_is_computed_for_within_its_share_and_others_are_heard() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = [Far::new(1), Far::new(2)];
+    meet(&mut shard, &far);
+    for i in 1..=200 {
+        let initiation = far[0].initiation(secs(i));
+        comes_by_relay(&shard, far[0].id, &[initiation]);
+        shard.relayed();
+    }
+    assert_eq!(
+        dropped(&shard, DropReason::HandshakeLimited),
+        200 - u64::from(RELAYED_BURST)
+    );
+    // Answers to nothing cost nothing, whatever index they guess.
+    for i in 0..=255u8 {
+        let mut response = vec![i; 92];
+        response[..4].copy_from_slice(&[2, 0, 0, 0]);
+        let mut cookie = vec![i; 64];
+        cookie[..4].copy_from_slice(&[3, 0, 0, 0]);
+        comes_by_relay(&shard, far[1].id, &[response, cookie]);
+        shard.relayed();
+    }
+    assert_eq!(dropped(&shard, DropReason::UnknownIndex), 512);
+    drop(sent(&mut shard));
+    let initiation = far[1].initiation(secs(201));
+    comes_by_relay(&shard, far[1].id, &[initiation]);
+    shard.relayed();
+    let answers = sent(&mut shard);
+    assert_eq!((answers.len(), answers[0].0), (1, far[1].id));
+}
+
 /// A UDP packet as the TUN gives it.
 fn packet() -> Vec<u8> {
     let (src, dst) = (([10, 0, 0, 1], 1).into(), ([10, 0, 0, 2], 2).into());

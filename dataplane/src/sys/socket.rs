@@ -419,6 +419,54 @@ pub(crate) fn send_each(
     }
 }
 
+/// Sends single datagrams of equal lengths to many addresses, many per system call and without waiting.
+/// What cannot be sent to one address is passed over; a full queue ends it. Returns how many left.
+pub(crate) fn send_many<const LEN: usize>(
+    fd: BorrowedFd<'_>,
+    datagrams: &[(Leave, [u8; LEN])],
+) -> usize {
+    let mut sent = 0;
+    for chunk in datagrams.chunks(EACH_MAX) {
+        let mut parts: [MaybeUninit<(Name, libc::iovec, Control, usize)>; EACH_MAX] =
+            [const { MaybeUninit::uninit() }; EACH_MAX];
+        let mut messages: [MaybeUninit<libc::mmsghdr>; EACH_MAX] =
+            [const { MaybeUninit::uninit() }; EACH_MAX];
+        let places = parts.iter_mut().zip(&mut messages);
+        for ((part, slot), (leave, datagram)) in places.zip(chunk) {
+            let iov = libc::iovec {
+                iov_base: datagram.as_ptr().cast_mut().cast(),
+                iov_len: LEN,
+            };
+            let (control, used) = send_control(leave, None);
+            let (name, iov, control, used) = part.write((Name::new(leave.to), iov, control, used));
+            slot.write(libc::mmsghdr {
+                msg_hdr: message(name, iov, control, *used),
+                msg_len: 0,
+            });
+        }
+        let mut done = 0;
+        while done < chunk.len() {
+            let todo = libc::c_uint::try_from(chunk.len() - done).expect("at most EACH_MAX");
+            let first = messages[done..].as_mut_ptr().cast::<libc::mmsghdr>();
+            // SAFETY: entries `done..chunk.len()` are initialised, and what they point to outlives
+            // the call, which only writes `msg_len`.
+            let n = unsafe { libc::sendmmsg(fd.as_raw_fd(), first, todo, libc::MSG_DONTWAIT) };
+            match usize::try_from(n) {
+                Ok(n) => {
+                    done += n;
+                    sent += n;
+                }
+                Err(_) => match errno() {
+                    libc::EINTR => {}
+                    libc::EAGAIN | libc::ENOBUFS => return sent,
+                    _ => done += 1,
+                },
+            }
+        }
+    }
+    sent
+}
+
 fn message(
     name: &mut Name,
     iov: &mut libc::iovec,
@@ -609,9 +657,9 @@ pub(crate) fn errno() -> i32 {
 }
 
 /// Descriptors [`wait_readable`] takes at most.
-const WAIT_MAX: usize = 4;
+const WAIT_MAX: usize = 12;
 
-/// Waits until one of `fds` (the first four) is readable, or `timeout_ms` has passed (-1: no limit).
+/// Waits until one of `fds` (the first twelve) is readable, or `timeout_ms` has passed (-1: no limit).
 ///
 /// # Errors
 /// The system refuses to wait, or one of them is no descriptor.
@@ -655,6 +703,26 @@ mod tests {
         receive(socket.as_fd(), bytes)
             .unwrap()
             .expect("sent on loopback")
+    }
+
+    #[test]
+    fn replies_to_many_leave_together_and_one_that_cannot_holds_up_nobody() {
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
+        receiver
+            .set_read_timeout(Some(std::time::Duration::from_secs(2)))
+            .unwrap();
+        let to = receiver.local_addr().unwrap();
+        let nowhere = "255.255.255.255:9".parse().unwrap();
+        let datagrams: Vec<_> = (0..150u8)
+            .map(|n| (Leave::to(if n % 10 == 3 { nowhere } else { to }), [n; 64]))
+            .collect();
+        assert_eq!(send_many(sender.as_fd(), &datagrams), 135);
+        for n in (0..150).filter(|n| n % 10 != 3) {
+            let mut bytes = [0; 100];
+            assert_eq!(receiver.recv(&mut bytes).unwrap(), 64);
+            assert_eq!(bytes[0], n);
+        }
     }
 
     #[test]

@@ -2,18 +2,20 @@
 //!
 //! The first socket is bound plainly and told of reuse afterwards, so that a second program's bind
 //! fails instead of joining; our own later sockets join. Indexes in the group are in order of
-//! joining, and the steering program counts on that: data sockets, handshake, discovery.
+//! joining, and the steering program counts on that: data sockets, doors of the handshake thread,
+//! discovery.
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeSet;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::steer;
+use super::steer::{self, Door};
 use crate::config::share;
 use crate::sys::socket::{attach_reuseport_filter, drops, set_int};
 
@@ -26,6 +28,9 @@ pub(crate) const SOCKET_BUFFERS_MAX: usize = 32 << 20;
 pub(crate) const SOCKET_BUFFER_MIN: usize = 1 << 20;
 /// The control thread's and the handshake thread's sockets carry small datagrams.
 pub(crate) const SMALL_SOCKET_BUFFER: usize = 1 << 20;
+/// Those of the handshake thread that a flood alone can fill. Where everything else goes keeps the size
+/// above, so that what comes while the thread waits for a core is not lost.
+pub(crate) const DOOR_SOCKET_BUFFER: usize = 256 << 10;
 /// Attempts to find a port that is free in both families.
 const PORT_ATTEMPTS: usize = 16;
 
@@ -43,13 +48,56 @@ impl Sockets {
     }
 }
 
+/// The sockets of the handshake thread, in the order of [`steer::Door`].
+#[derive(Debug)]
+pub(crate) struct Doors {
+    doors: Vec<Arc<Sockets>>,
+    shards: u32,
+    discovery: bool,
+    /// What IPv6 networks are told apart by in the steering program.
+    salt: [u32; 2],
+}
+
+impl Doors {
+    /// Those of each door, in order.
+    pub(crate) fn each(&self) -> impl Iterator<Item = &Sockets> {
+        self.doors.iter().map(|sockets| &**sockets)
+    }
+
+    /// What answers leave by; none where the host has not the family.
+    pub(crate) fn towards(&self, to: SocketAddr) -> Option<&UdpSocket> {
+        let sockets = self.doors.last()?;
+        if to.is_ipv4() {
+            Some(&sockets.v4)
+        } else {
+            sockets.v6.as_ref()
+        }
+    }
+
+    /// From now on what comes from these addresses gets the door of those we know
+    /// ([`steer::Door::Known`]).
+    ///
+    /// # Errors
+    /// The kernel refuses the program, for its length as a rule; the one before stays.
+    pub(crate) fn know(&self, addresses: &BTreeSet<IpAddr>) -> io::Result<()> {
+        self.doors.iter().take(1).try_for_each(|sockets| {
+            sockets.both().try_for_each(|socket| {
+                let v6 = socket.local_addr()?.is_ipv6();
+                let known = steer::Sources::new(v6, self.salt, addresses);
+                let program = steer::program(self.shards, self.discovery, &known);
+                attach_reuseport_filter(socket.as_fd(), &program)
+            })
+        })
+    }
+}
+
 /// All sockets of a node, shared with the threads that use them.
 #[derive(Debug)]
 pub(crate) struct Group {
     pub(crate) port: u16,
     /// One per shard.
     pub(crate) data: Vec<Arc<Sockets>>,
-    pub(crate) handshake: Arc<Sockets>,
+    pub(crate) handshake: Arc<Doors>,
     /// Non-blocking; none in device mode.
     pub(crate) discovery: Option<Arc<Sockets>>,
     /// Whether the kernel takes `UDP_SEGMENT` and `UDP_GRO`.
@@ -72,7 +120,7 @@ pub(crate) struct Wanted {
 
 impl Wanted {
     fn members(&self) -> usize {
-        self.shards + if self.device { 1 } else { 2 }
+        self.shards + Door::COUNT + usize::from(!self.device)
     }
 }
 
@@ -106,7 +154,12 @@ impl Group {
         };
         let mut pairs = pair_up(v4, v6);
         let discovery = if wanted.device { None } else { pairs.pop() };
-        let handshake = pairs.pop().ok_or(io::ErrorKind::InvalidInput)?;
+        let handshake = Doors {
+            doors: pairs.split_off(wanted.shards),
+            shards: u32::try_from(wanted.shards).map_err(|_| io::ErrorKind::InvalidInput)?,
+            discovery: discovery.is_some(),
+            salt: rand::random(),
+        };
         for socket in discovery.iter().flat_map(|sockets| sockets.both()) {
             socket.set_nonblocking(true)?;
         }
@@ -115,7 +168,7 @@ impl Group {
         Ok(Group {
             port,
             data: pairs,
-            handshake,
+            handshake: Arc::new(handshake),
             discovery,
             gso,
             gro,
@@ -131,7 +184,7 @@ impl Group {
     /// Datagrams that the kernel has dropped because a socket's buffer was full; those of the discovery
     /// socket are [`Self::discovery_drops`].
     pub(crate) fn overflowed(&self) -> u64 {
-        let sockets = self.data.iter().chain([&self.handshake]);
+        let sockets = self.data.iter().chain(&self.handshake.doors);
         dropped(sockets)
     }
 
@@ -142,7 +195,7 @@ impl Group {
     }
 
     fn all(&self) -> impl Iterator<Item = &UdpSocket> {
-        let sockets = self.data.iter().chain([&self.handshake]);
+        let sockets = self.data.iter().chain(&self.handshake.doors);
         sockets
             .chain(&self.discovery)
             .flat_map(|sockets| sockets.both())
@@ -189,10 +242,16 @@ fn members(at: SocketAddr, wanted: Wanted) -> io::Result<Vec<UdpSocket>> {
         sockets.push(member(at, wanted, false)?);
     }
     for (index, socket) in sockets.iter().enumerate() {
-        set_up(socket, at, wanted, index < wanted.shards)?;
+        let role = match index.checked_sub(wanted.shards) {
+            None => Role::Data,
+            Some(door) if door < Door::Others as usize => Role::Door,
+            Some(_) => Role::Small,
+        };
+        set_up(socket, at, wanted, role)?;
     }
     let shards = u32::try_from(wanted.shards).map_err(|_| io::ErrorKind::InvalidInput)?;
-    attach_reuseport_filter(sockets[0].as_fd(), &steer::program(shards, !wanted.device))?;
+    let program = steer::program(shards, !wanted.device, &steer::Sources::default());
+    attach_reuseport_filter(sockets[0].as_fd(), &program)?;
     Ok(sockets)
 }
 
@@ -259,12 +318,21 @@ pub(crate) fn data_buffer(shards: usize) -> usize {
     share(SOCKET_BUFFERS_MAX, sockets, SOCKET_BUFFER_MIN).min(SOCKET_BUFFER)
 }
 
-fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, data: bool) -> io::Result<()> {
+/// What a socket is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Role {
+    Data,
+    Door,
+    Small,
+}
+
+fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, role: Role) -> io::Result<()> {
     let fd = socket.as_fd();
-    let size = if data {
-        data_buffer(wanted.shards)
-    } else {
-        SMALL_SOCKET_BUFFER
+    let data = role == Role::Data;
+    let size = match role {
+        Role::Data => data_buffer(wanted.shards),
+        Role::Door => DOOR_SOCKET_BUFFER,
+        Role::Small => SMALL_SOCKET_BUFFER,
     };
     let size = i32::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
     for (force, plain) in [
@@ -314,6 +382,135 @@ mod tests {
         device: false,
     };
 
+    /// A member of the group, by its index there.
+    fn socket(group: &Group, index: usize, v6: bool) -> &UdpSocket {
+        let mut all = group.data.iter().chain(&group.handshake.doors);
+        let sockets = all.nth(index).or(group.discovery.as_ref()).unwrap();
+        if v6 {
+            sockets.v6.as_ref().unwrap()
+        } else {
+            &sockets.v4
+        }
+    }
+
+    /// Sends a datagram and sees to it that it comes out of the member of that index.
+    fn reaches(group: &Group, from: &str, datagram: &[u8], index: usize) {
+        let sender = UdpSocket::bind(from).unwrap();
+        let v6 = sender.local_addr().unwrap().is_ipv6();
+        let host: IpAddr = if v6 {
+            Ipv6Addr::LOCALHOST.into()
+        } else {
+            Ipv4Addr::LOCALHOST.into()
+        };
+        sender.send_to(datagram, (host, group.port)).unwrap();
+        let socket = socket(group, index, v6);
+        socket.set_nonblocking(false).unwrap();
+        socket
+            .set_read_timeout(Some(Duration::from_secs(2)))
+            .unwrap();
+        let mut bytes = [0; 256];
+        let len = socket
+            .recv(&mut bytes)
+            .unwrap_or_else(|e| panic!("{datagram:?} from {from}: {e}"));
+        assert_eq!(&bytes[..len], datagram);
+    }
+
+    fn initiation(mac2: [u8; 16]) -> [u8; 148] {
+        let mut message = [0x55; 148];
+        message[..4].copy_from_slice(&[1, 0, 0, 0]);
+        message[132..].copy_from_slice(&mac2);
+        message
+    }
+
+    /// Index in the group of a door, of two shards.
+    fn door(door: Door) -> usize {
+        2 + door as usize
+    }
+
+    #[test]
+    fn handshake_messages_are_told_apart() {
+        let group = Group::open(WANTED).unwrap();
+        for from in ["127.0.0.1:0", "[::1]:0"] {
+            let others = door(Door::Others);
+            reaches(&group, from, &initiation([0; 16]), others);
+            for at in 0..16 {
+                let mut mac2 = [0; 16];
+                mac2[at] = 1;
+                reaches(&group, from, &initiation(mac2), door(Door::Proven));
+            }
+            // What is cut, or goes on, carries no cookie.
+            reaches(&group, from, &initiation([1; 16])[..147], others);
+            reaches(
+                &group,
+                from,
+                &[&initiation([1; 16])[..], &[1]].concat(),
+                others,
+            );
+            for (kind, len) in [(2, 92), (3, 64)] {
+                let mut answer = vec![7; len];
+                answer[..4].copy_from_slice(&[kind, 0, 0, 0]);
+                reaches(&group, from, &answer, door(Door::Answers));
+            }
+        }
+    }
+
+    #[test]
+    fn known_addresses_have_a_door_of_their_own_among_few_and_many() {
+        let group = Group::open(WANTED).unwrap();
+        let known: IpAddr = "127.0.0.3".parse().unwrap();
+        for many in [0, 3, 40, 1500u32] {
+            let others = (0..many).map(|n| IpAddr::from((0x7f00_0100 + n).to_be_bytes()));
+            let networks = (0..many).map(|n| {
+                IpAddr::from(Ipv6Addr::new(
+                    0x2001,
+                    0xdb8,
+                    7,
+                    u16::try_from(n).unwrap(),
+                    1,
+                    2,
+                    3,
+                    4,
+                ))
+            });
+            let all = others.chain(networks);
+            group.handshake.know(&all.chain([known]).collect()).unwrap();
+            let mut answer = [9; 92];
+            answer[..4].copy_from_slice(&[2, 0, 0, 0]);
+            for message in [
+                &answer[..],
+                &initiation([0; 16]),
+                &initiation([1; 16]),
+                &[3, 0, 0, 0],
+            ] {
+                reaches(&group, "127.0.0.3:0", message, door(Door::Known));
+            }
+            for n in (0..many.min(900)).step_by(7) {
+                let from = Ipv4Addr::from((0x7f00_0100 + n).to_be_bytes());
+                reaches(&group, &format!("{from}:0"), &answer, door(Door::Known));
+            }
+            reaches(
+                &group,
+                "127.0.0.2:0",
+                &initiation([0; 16]),
+                door(Door::Others),
+            );
+            reaches(&group, "127.0.0.4:0", &answer, door(Door::Answers));
+            reaches(&group, "[::1]:0", &answer, door(Door::Answers));
+            reaches(&group, "127.0.0.3:0", &[4, 0, 0, 0, 0x77, 1, 1, 2], 1);
+        }
+        let loopback = BTreeSet::from([IpAddr::from(Ipv6Addr::LOCALHOST)]);
+        group.handshake.know(&loopback).unwrap();
+        reaches(&group, "[::1]:0", &initiation([0; 16]), door(Door::Known));
+        reaches(
+            &group,
+            "127.0.0.3:0",
+            &initiation([0; 16]),
+            door(Door::Others),
+        );
+        group.handshake.know(&BTreeSet::new()).unwrap();
+        reaches(&group, "[::1]:0", &initiation([0; 16]), door(Door::Others));
+    }
+
     #[test]
     fn few_shards_have_large_buffers_and_many_share_as_much() {
         assert_eq!([1, 2].map(data_buffer), [SOCKET_BUFFER; 2]);
@@ -337,38 +534,22 @@ mod tests {
     #[test]
     fn every_message_reaches_its_socket() {
         let group = Group::open(WANTED).unwrap();
-        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, group.port));
         let data = |shard: u8| [4, 0, 0, 0, 0x77, shard, 1, 2];
-        let sockets = [
-            &group.data[0].v4,
-            &group.data[1].v4,
-            &group.handshake.v4,
-            &group.discovery.as_ref().unwrap().v4,
-        ];
+        let (answers, others) = (door(Door::Answers), door(Door::Others));
+        let discovery = others + 1;
         let cases: [(&[u8], usize); 9] = [
             (&data(0), 0),
             (&data(1), 1),
             (&data(7), 1),
             (&[4, 0], 0),
-            (&[1, 0, 0, 0, 9], 2),
-            (&[2, 0, 0, 0], 2),
-            (&[3, 0, 0, 0, 5], 2),
-            (&[1, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42], 3),
-            (b"TS\xf0\x9f\x92\xac", 3),
+            (&[1, 0, 0, 0, 9], others),
+            (&[2, 0, 0, 0], answers),
+            (&[3, 0, 0, 0, 5], answers),
+            (&[1, 1, 0, 0, 0x21, 0x12, 0xa4, 0x42], discovery),
+            (b"TS\xf0\x9f\x92\xac", discovery),
         ];
         for (datagram, index) in cases {
-            sender.send_to(datagram, to).unwrap();
-            let socket = sockets[index];
-            socket.set_nonblocking(false).unwrap();
-            socket
-                .set_read_timeout(Some(Duration::from_secs(2)))
-                .unwrap();
-            let mut bytes = [0; 64];
-            let len = socket
-                .recv(&mut bytes)
-                .unwrap_or_else(|e| panic!("{datagram:?}: {e}"));
-            assert_eq!(&bytes[..len], datagram);
+            reaches(&group, "127.0.0.1:0", datagram, index);
         }
     }
 
@@ -380,17 +561,8 @@ mod tests {
         })
         .unwrap();
         assert!(group.discovery.is_none());
-        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let to = SocketAddr::from((Ipv4Addr::LOCALHOST, group.port));
-        let socket = &group.handshake.v4;
-        socket
-            .set_read_timeout(Some(Duration::from_secs(2)))
-            .unwrap();
         for datagram in [&b"whatever"[..], &[1, 0, 0, 0, 9]] {
-            sender.send_to(datagram, to).unwrap();
-            let mut bytes = [0; 64];
-            let len = socket.recv(&mut bytes).unwrap();
-            assert_eq!(&bytes[..len], datagram);
+            reaches(&group, "127.0.0.1:0", datagram, door(Door::Others));
         }
     }
 

@@ -8,9 +8,10 @@ mod sender;
 mod steer;
 
 pub use group::set_dont_fragment;
-pub(crate) use group::{Group, Sockets, Wanted};
 #[cfg(test)]
-pub(crate) use group::{SMALL_SOCKET_BUFFER, data_buffer};
+pub(crate) use group::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
+pub(crate) use group::{Doors, Group, Sockets, Wanted};
 pub(crate) use routes::Routes;
 pub use routes::rest_after;
 pub(crate) use sender::{SEND_BYTES_MAX, Sender};
+pub(crate) use steer::Door;

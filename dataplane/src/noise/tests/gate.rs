@@ -7,6 +7,9 @@ use super::*;
 use crate::noise::message::put_macs;
 use crate::stats::DropReason;
 
+/// What becomes of noise that passes.
+const PASSED: DropReason = DropReason::HandshakeInvalid;
+
 struct Lab {
     now: Instant,
     rng: StdRng,
@@ -28,8 +31,8 @@ impl Lab {
         let local = LocalKeys::new(b.local.private.as_bytes());
         Lab {
             now,
+            gate: Gate::new(now, Some(Arc::new(local)), &mut rng),
             rng,
-            gate: Gate::new(now, Some(Arc::new(local))),
             a,
             b,
             reply: [0; 64],
@@ -37,13 +40,32 @@ impl Lab {
     }
 
     fn handle(&mut self, from: SocketAddr, message: &[u8]) -> Verdict {
+        self.handle_as(Standing::Stranger, from, message)
+    }
+
+    /// A message that is drawn as soon as it comes, if it may be.
+    fn handle_as(&mut self, standing: Standing, from: SocketAddr, message: &[u8]) -> Verdict {
         self.reply = [0; 64];
         let verdict = self
             .gate
-            .handle(self.now, from, message, &mut self.rng, &mut self.reply);
-        let written = self.reply != [0; 64];
-        assert_eq!(written, matches!(verdict, Verdict::Challenge));
-        verdict
+            .handle(self.now, from, standing, message, &mut self.rng);
+        let Verdict::Unproven(class) = verdict else {
+            return verdict;
+        };
+        let written = self.gate.challenge(
+            self.now,
+            from,
+            class,
+            message,
+            &mut self.rng,
+            &mut self.reply,
+        );
+        assert_eq!(self.reply != [0; 64], written.is_ok());
+        written.map_or_else(Verdict::Drop, |()| verdict)
+    }
+
+    fn answer(&mut self, message: &[u8]) -> Verdict {
+        self.handle_as(Standing::Awaited, from(1), message)
     }
 
     fn refusal(&mut self, message: &[u8]) -> DropReason {
@@ -54,11 +76,20 @@ impl Lab {
         reason
     }
 
-    /// A response that nobody asked for, with a right MAC1: the cheapest thing that makes load.
-    fn forged(&mut self) -> [u8; 92] {
+    /// A response that nobody asked for, with a right MAC1.
+    fn forged_response(&mut self) -> [u8; 92] {
         let mut message = [0; 92];
         self.rng.fill(&mut message[4..]);
         message[0] = 2;
+        put_macs(&self.a.remote.labels.mac1, None, &mut message);
+        message
+    }
+
+    /// Noise with a right MAC1: the cheapest thing that makes load.
+    fn forged(&mut self) -> [u8; 148] {
+        let mut message = [0; 148];
+        self.rng.fill(&mut message[4..]);
+        message[0] = 1;
         put_macs(&self.a.remote.labels.mac1, None, &mut message);
         message
     }
@@ -67,20 +98,20 @@ impl Lab {
     fn flood(&mut self) {
         let message = self.forged();
         for _ in 0..LOAD_BURST {
-            assert!(matches!(
-                self.handle(from(9), &message),
-                Verdict::Response(_)
-            ));
+            assert_eq!(self.refusal(&message), PASSED);
             assert!(!self.gate.under_load(self.now));
         }
-        assert!(matches!(self.handle(from(9), &message), Verdict::Challenge));
+        assert!(matches!(
+            self.handle(from(9), &message),
+            Verdict::Unproven(_)
+        ));
         assert!(self.gate.under_load(self.now));
     }
 
     /// Gets a cookie for an address by being refused there.
     fn cookie(&mut self, from: SocketAddr) -> Cookie {
         let (initiated, message) = self.a.initiate(&mut self.rng, None);
-        assert!(matches!(self.handle(from, &message), Verdict::Challenge));
+        assert!(matches!(self.handle(from, &message), Verdict::Unproven(_)));
         let receiver = u32::from_le_bytes(self.reply[4..8].try_into().unwrap());
         assert_eq!(receiver, initiated.index());
         consume_cookie_reply(&self.a.remote, &self.reply, initiated.mac1()).unwrap()
@@ -105,19 +136,21 @@ fn an_initiation_passes_with_its_makers_name() {
 #[test]
 fn responses_and_cookie_replies_pass_with_the_index_they_name() {
     let mut lab = Lab::new();
-    let mut message = lab.forged();
+    let mut message = lab.forged_response();
     message[8..12].copy_from_slice(&[1, 2, 3, 4]);
     put_macs(&lab.a.remote.labels.mac1, None, &mut message);
     assert!(matches!(
-        lab.handle(from(1), &message),
+        lab.answer(&message),
         Verdict::Response(0x0403_0201)
     ));
+    assert_eq!(lab.refusal(&message), DropReason::UnknownIndex);
     let mut message = [0; 64];
     message[..8].copy_from_slice(&[3, 0, 0, 0, 5, 6, 7, 8]);
     assert!(matches!(
-        lab.handle(from(1), &message),
+        lab.answer(&message),
         Verdict::CookieReply(0x0807_0605)
     ));
+    assert_eq!(lab.refusal(&message), DropReason::UnknownIndex);
 }
 
 #[test]
@@ -169,7 +202,10 @@ fn under_load_only_a_cookie_opens_the_gate() {
     lab.flood();
     let cookie = lab.cookie(from(1));
     let message = lab.initiate(Some(&cookie));
-    assert!(matches!(lab.handle(from(2), &message), Verdict::Challenge));
+    assert!(matches!(
+        lab.handle(from(2), &message),
+        Verdict::Unproven(_)
+    ));
     assert!(matches!(
         lab.handle(from(1), &message),
         Verdict::Initiation(_)
@@ -178,7 +214,10 @@ fn under_load_only_a_cookie_opens_the_gate() {
     for at in 132..148 {
         let mut damaged = message;
         damaged[at] ^= 1;
-        assert!(matches!(lab.handle(from(1), &damaged), Verdict::Challenge));
+        assert!(matches!(
+            lab.handle(from(1), &damaged),
+            Verdict::Unproven(_)
+        ));
         damaged[116] ^= 1;
         assert_eq!(lab.refusal(&damaged), DropReason::HandshakeMac);
     }
@@ -197,7 +236,10 @@ fn a_cookie_dies_with_the_secret() {
         Verdict::Initiation(_)
     ));
     lab.now += Duration::from_millis(1);
-    assert!(matches!(lab.handle(from(1), &message), Verdict::Challenge));
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::Unproven(_)
+    ));
 }
 
 #[test]
@@ -205,19 +247,13 @@ fn without_load_nobody_needs_a_cookie_and_no_source_is_limited() {
     let mut lab = Lab::new();
     for _ in 0..LOAD_BURST {
         let message = lab.forged();
-        assert!(matches!(
-            lab.handle(from(1), &message),
-            Verdict::Response(_)
-        ));
+        assert_eq!(lab.refusal(&message), PASSED);
     }
     // Exactly the allowed rate, for a while.
     for _ in 0..2 * LOAD_PER_SECOND {
         lab.now += Duration::from_secs(1) / LOAD_PER_SECOND;
         let message = lab.forged();
-        assert!(matches!(
-            lab.handle(from(1), &message),
-            Verdict::Response(_)
-        ));
+        assert_eq!(lab.refusal(&message), PASSED);
     }
 }
 
@@ -239,7 +275,10 @@ fn load_lasts_a_second_beyond_the_last_message_too_many() {
     let message = lab.initiate(None);
     lab.now += LOAD_LASTS - Duration::from_millis(1);
     assert!(lab.gate.under_load(lab.now));
-    assert!(matches!(lab.handle(from(1), &message), Verdict::Challenge));
+    assert!(matches!(
+        lab.handle(from(1), &message),
+        Verdict::Unproven(_)
+    ));
     lab.now += Duration::from_millis(1);
     assert!(!lab.gate.under_load(lab.now));
     assert!(matches!(
@@ -296,16 +335,15 @@ impl Lab {
     /// Keeps the gate under load.
     fn flood_on(&mut self) {
         let message = self.forged();
-        while !matches!(self.handle(from(9), &message), Verdict::Challenge) {}
-        while self.gate_has_room() {
-            assert!(matches!(self.handle(from(9), &message), Verdict::Challenge));
-        }
-    }
-
-    fn gate_has_room(&mut self) -> bool {
-        !self
+        let mut n = 0;
+        while !self
             .gate
             .under_load(self.now + LOAD_LASTS - Duration::from_millis(1))
+        {
+            n += 1;
+            let verdict = self.handle(from(1000 + n), &message);
+            assert!(!matches!(verdict, Verdict::Initiation(_)));
+        }
     }
 }
 
@@ -336,43 +374,129 @@ fn a_whole_network_of_ipv6_is_one_source() {
 }
 
 #[test]
-fn cookie_replies_are_limited_all_together() {
+fn an_index_has_its_share_of_answers_and_guesses_take_nothing_from_it() {
     let mut lab = Lab::new();
     let mut message = [0; 64];
     message[0] = 3;
-    let passed = (0..2000)
-        .filter(|n| matches!(lab.handle(from(*n), &message), Verdict::CookieReply(_)))
-        .count();
-    assert_eq!(passed, COOKIE_REPLIES_PER_SECOND as usize);
-    assert_eq!(lab.refusal(&message), DropReason::HandshakeLimited);
-    lab.now += Duration::from_secs(1) / COOKIE_REPLIES_PER_SECOND;
+    for n in 0..20_000u32 {
+        message[4..8].copy_from_slice(&n.to_le_bytes());
+        assert_eq!(lab.refusal(&message), DropReason::UnknownIndex);
+    }
+    message[4..8].copy_from_slice(&7u32.to_le_bytes());
+    for _ in 0..KNOWN_BURST {
+        assert!(matches!(lab.answer(&message), Verdict::CookieReply(7)));
+    }
+    let limited = DropReason::HandshakeLimited;
+    assert!(matches!(lab.answer(&message), Verdict::Drop(reason) if reason == limited));
+    message[4] = 8;
+    assert!(matches!(lab.answer(&message), Verdict::CookieReply(8)));
+    message[4] = 7;
+    lab.now += Duration::from_secs(1) / KNOWN_PER_SECOND;
+    assert!(matches!(lab.answer(&message), Verdict::CookieReply(7)));
+}
+
+#[test]
+fn under_load_answers_that_are_awaited_pass_without_a_cookie() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let message = lab.forged_response();
+    let index = u32::from_le_bytes(message[8..12].try_into().unwrap());
+    assert!(matches!(lab.answer(&message), Verdict::Response(n) if n == index));
+    let mut damaged = message;
+    damaged[70] ^= 1;
     assert!(matches!(
-        lab.handle(from(1), &message),
-        Verdict::CookieReply(_)
+        lab.answer(&damaged),
+        Verdict::Drop(DropReason::HandshakeMac)
     ));
 }
 
 #[test]
-fn cookies_are_given_out_at_a_bounded_rate() {
+fn under_load_a_known_address_has_its_share_without_a_cookie() {
+    let mut lab = Lab::new();
+    lab.flood();
+    for peer in [1, 2] {
+        let message = lab.initiate(None);
+        for _ in 0..KNOWN_BURST {
+            let verdict = lab.handle_as(Standing::Known, from(peer), &message);
+            assert!(matches!(verdict, Verdict::Initiation(_)));
+        }
+        // Whoever makes the address up needs a cookie for more, and so does the peer.
+        let cookie = lab.cookie(from(peer));
+        let verdict = lab.handle_as(Standing::Known, from(peer), &message);
+        assert!(matches!(verdict, Verdict::Unproven(Novelty::Again)));
+        let message = lab.initiate(Some(&cookie));
+        let verdict = lab.handle_as(Standing::Known, from(peer), &message);
+        assert!(matches!(verdict, Verdict::Initiation(_)));
+    }
+}
+
+#[test]
+fn cookies_are_given_out_at_a_bounded_rate_to_each_class() {
     let mut lab = Lab::new();
     lab.flood();
     let cookie = lab.cookie(from(1));
     let message = lab.forged();
+    let limited = DropReason::HandshakeLimited;
+    let again = (0..)
+        .take_while(|_| {
+            let verdict = lab.handle(from(1), &message);
+            matches!(verdict, Verdict::Unproven(Novelty::Again))
+        })
+        .count();
+    assert_eq!(again, CHALLENGES_AGAIN_BURST as usize);
+    assert_eq!(lab.refusal(&message), limited);
+    // Those who are new are not concerned. One got its cookie when the load began, one since.
     let mut given = 2;
-    while matches!(lab.handle(from(given), &message), Verdict::Challenge) {
-        given += 1;
+    for n in 0..2 * CHALLENGES_BURST {
+        let verdict = lab.gate.handle(
+            lab.now,
+            from(1000 + n),
+            Standing::Stranger,
+            &message,
+            &mut lab.rng,
+        );
+        // Among so many some are taken for others.
+        if matches!(verdict, Verdict::Unproven(Novelty::New)) {
+            let (novelty, rng) = (Novelty::New, &mut lab.rng);
+            let written = lab.gate.challenge(
+                lab.now,
+                from(1000 + n),
+                novelty,
+                &message,
+                rng,
+                &mut lab.reply,
+            );
+            given += u32::from(written.is_ok());
+        }
     }
     assert_eq!(given, CHALLENGES_BURST);
-    assert_eq!(lab.refusal(&message), DropReason::HandshakeLimited);
-    // Who has one is not concerned.
+    // Who has one is not concerned either.
     let proven = lab.initiate(Some(&cookie));
     assert!(matches!(
         lab.handle(from(1), &proven),
         Verdict::Initiation(_)
     ));
-    lab.now += Duration::from_secs(1) / CHALLENGES_PER_SECOND;
-    assert!(matches!(lab.handle(from(2), &message), Verdict::Challenge));
-    assert_eq!(lab.refusal(&message), DropReason::HandshakeLimited);
+    lab.now += Duration::from_secs(5);
+    lab.flood_on();
+    let verdict = lab.handle(from(4), &message);
+    assert!(matches!(verdict, Verdict::Unproven(Novelty::New)));
+}
+
+#[test]
+fn who_was_not_seen_for_five_seconds_is_new() {
+    let mut lab = Lab::new();
+    lab.flood();
+    let message = lab.initiate(None);
+    for class in [Novelty::New, Novelty::Again, Novelty::Again] {
+        let verdict = lab.handle(from(1), &message);
+        assert!(matches!(verdict, Verdict::Unproven(given) if given == class));
+    }
+    for _ in 0..6 {
+        lab.now += Duration::from_millis(900);
+        lab.flood_on();
+    }
+    let verdict = lab.handle(from(1), &message);
+    assert!(matches!(verdict, Verdict::Unproven(Novelty::New)));
 }
 
 /// The table has a fixed size; what does not fit is refused, and nobody gets more than the limit.

@@ -184,19 +184,23 @@ fn boringtun_takes_our_cookies_and_we_take_what_it_makes_of_them() {
     let from: SocketAddr = "192.0.2.1:7".parse().unwrap();
     let Pair { ours, mut theirs } = pair(&mut rng, u64::MAX);
     let local = LocalKeys::new(ours.local.private.as_bytes());
-    let mut gate = Gate::new(now, Some(Arc::new(local)));
+    let mut gate = Gate::new(now, Some(Arc::new(local)), &mut rng);
     let mut out = [0; 256];
     let mut reply = [0; 64];
     let message = written(theirs.format_handshake_initiation(&mut out, true));
     for _ in 0..LOAD_BURST {
-        let verdict = gate.handle(now, from, &message, &mut rng, &mut reply);
+        let verdict = gate.handle(now, from, Standing::Stranger, &message, &mut rng);
         assert!(matches!(verdict, Verdict::Initiation(_)));
     }
-    let verdict = gate.handle(now, from, &message, &mut rng, &mut reply);
-    assert!(matches!(verdict, Verdict::Challenge));
+    let verdict = gate.handle(now, from, Standing::Stranger, &message, &mut rng);
+    let Verdict::Unproven(novelty) = verdict else {
+        panic!("{verdict:?}");
+    };
+    gate.challenge(now, from, novelty, &message, &mut rng, &mut reply)
+        .unwrap();
     let taken = theirs.decapsulate(None, &reply, &mut out);
     assert!(matches!(taken, TunnResult::Done), "{taken:?}");
     let message = written(theirs.format_handshake_initiation(&mut out, true));
-    let verdict = gate.handle(now, from, &message, &mut rng, &mut reply);
+    let verdict = gate.handle(now, from, Standing::Stranger, &message, &mut rng);
     assert!(matches!(verdict, Verdict::Initiation(_)), "{verdict:?}");
 }

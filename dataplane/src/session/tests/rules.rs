@@ -8,7 +8,7 @@ use rand::Rng;
 
 use super::state::SessionState;
 use super::*;
-use crate::noise::{self, Gate, Verdict};
+use crate::noise::{self, Gate, Standing, Verdict};
 
 const OURS: config::Engine = config::Engine::Ringtail;
 
@@ -529,11 +529,17 @@ fn from() -> SocketAddr {
 /// The cookie reply that a gate makes once a message has come too often.
 fn challenge(gate: &mut Gate, at: Moment, message: &[u8]) -> [u8; 64] {
     let (mut rng, mut reply) = (rng(5), [0; 64]);
-    let challenged = (0..2000).any(|_| {
-        let verdict = gate.handle(at.now, from(), message, &mut rng, &mut reply);
-        matches!(verdict, Verdict::Challenge)
+    let challenged = (0..2000).find_map(|_| {
+        let verdict = gate.handle(at.now, from(), Standing::Stranger, message, &mut rng);
+        if let Verdict::Unproven(novelty) = verdict {
+            Some(novelty)
+        } else {
+            None
+        }
     });
-    assert!(challenged);
+    let novelty = challenged.expect("too many");
+    gate.challenge(at.now, from(), novelty, message, &mut rng, &mut reply)
+        .unwrap();
     reply
 }
 
@@ -541,10 +547,10 @@ fn challenge(gate: &mut Gate, at: Moment, message: &[u8]) -> [u8; 64] {
 fn a_cookie_goes_into_the_next_message_for_two_minutes() {
     let (mut a, b) = pair(OURS);
     let local = Arc::new(LocalKeys::new(&private(2)));
-    let mut gate = Gate::new(secs(0.0).now, Some(local));
+    let mut gate = Gate::new(secs(0.0).now, Some(local), &mut rng(4));
     let initiation = a.initiate(secs(0.0));
     assert_eq!(initiation[132..], [0; 16], "no cookie yet");
-    let mut reply = challenge(&mut gate, secs(0.0), &initiation);
+    let reply = challenge(&mut gate, secs(0.0), &initiation);
     let mut forged = reply;
     forged[40] ^= 1;
     assert!(a.handshake(secs(0.1), &forged).is_err());
@@ -558,7 +564,13 @@ fn a_cookie_goes_into_the_next_message_for_two_minutes() {
     assert!(outcome.handshake);
     let retry = retry.unwrap();
     assert_ne!(retry[132..], [0; 16]);
-    let passed = gate.handle(secs(5.4).now, from(), &retry, &mut rng(6), &mut reply);
+    let passed = gate.handle(
+        secs(5.4).now,
+        from(),
+        Standing::Stranger,
+        &retry,
+        &mut rng(6),
+    );
     assert!(matches!(passed, Verdict::Initiation(_)), "{passed:?}");
     assert_ne!(a.initiate(secs(119.0))[132..], [0; 16]);
     assert_eq!(a.initiate(secs(120.1))[132..], [0; 16], "too old");
@@ -753,7 +765,7 @@ fn an_exported_session_knows_replays_and_takes_and_gives_cookies() {
     assert_eq!(refusal(4.0, &first), Some(DropReason::HandshakeReplayed));
     // The reply to a message that was sent before, and the cookie from before.
     let local = Arc::new(LocalKeys::new(&private(2)));
-    let mut gate = Gate::new(secs(0.0).now, Some(local));
+    let mut gate = Gate::new(secs(0.0).now, Some(local), &mut rng(4));
     let reply = challenge(&mut gate, secs(4.0), &second);
     move_on(&mut a, 1, &of_a, secs(4.0));
     a.handshake(secs(4.0), &reply).unwrap();
@@ -799,7 +811,7 @@ fn what_is_exported_is_imported_to_the_last_bit() {
     a.handshake(secs(40.0), &initiation).unwrap();
     let initiation = a.initiate(secs(41.0));
     let local = Arc::new(LocalKeys::new(&private(2)));
-    let mut gate = Gate::new(secs(0.0).now, Some(local));
+    let mut gate = Gate::new(secs(0.0).now, Some(local), &mut rng(4));
     let reply = challenge(&mut gate, secs(41.0), &initiation);
     a.handshake(secs(42.0), &reply).unwrap();
     a.initiate(secs(43.0));
