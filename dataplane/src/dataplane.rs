@@ -484,6 +484,7 @@ impl Dataplane {
         if same_table && Arc::ptr_eq(&before.rules, &current.rules) {
             return;
         }
+        self.hub.outbox.free_retired();
         for inbox in &self.hub.inboxes {
             drop(inbox.network.force_push(current.clone()));
             inbox.wake.ring();

@@ -292,9 +292,14 @@ impl Outbox {
     /// Gives back a network that another has followed: whoever lets the last copy go frees what nobody
     /// uses any more, perhaps thousands of peers, and that shall not be a shard.
     pub(crate) fn retire(&self, network: Network) {
-        // With so many unread the control side is not there any more.
+        // There is room, or the control side is not there any more.
         drop(self.retired.push(network));
         self.signal();
+    }
+
+    /// Frees what shards have done with. Not for a shard.
+    pub(crate) fn free_retired(&self) {
+        while self.retired.pop().is_some() {}
     }
 
     /// An empty buffer for [`Outbox::relay`], a used one if there is any.
@@ -325,7 +330,7 @@ impl Outbox {
         if self.signalled.load(Ordering::Relaxed) {
             self.event.clear();
             self.signalled.store(false, Ordering::SeqCst);
-            while self.retired.pop().is_some() {}
+            self.free_retired();
             let events = self.events.len() + self.failed.len();
             if events > 0 || !self.relay.is_empty() || !self.strays.is_empty() {
                 self.signal();
