@@ -108,6 +108,33 @@ fn errors_say_what_to_do() {
 }
 
 #[test]
+fn a_ca_file_that_is_none_is_told_before_anything_starts() {
+    let dir = tempfile::tempdir().unwrap();
+    let state = dir.path().join("state").display().to_string();
+    let empty = dir.path().join("empty.pem").display().to_string();
+    std::fs::write(&empty, "").unwrap();
+    let config = dir.path().join("node.toml").display().to_string();
+    std::fs::write(&config, "ca_file = \"empty.pem\"\n").unwrap();
+    let up = [
+        "up",
+        "--coord",
+        "https://127.0.0.1:1",
+        "--state-dir",
+        &state,
+    ];
+    for (more, complaint) in [
+        (["--ca-file", "/missing/ca.pem"], "/missing/ca.pem"),
+        (["--ca-file", &empty], "holds no certificate"),
+        (["--config", &config], "holds no certificate"),
+    ] {
+        let out = ringtail(&[&up[..], &more].concat(), "");
+        let said = text(&out.stderr);
+        assert!(!out.status.success() && said.contains(complaint), "{said}");
+        assert!(!said.contains("data plane started"), "{said}");
+    }
+}
+
+#[test]
 fn routes_with_host_bits_are_refused_with_the_right_ones() {
     let dir = tempfile::tempdir().unwrap();
     let file = |name: &str, text: &str| {

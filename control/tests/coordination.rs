@@ -18,6 +18,7 @@ use ringtail::driver::coord_client::CoordClient;
 use ringtail::driver::coord_server::{CoordServer, CoordServerConfig};
 use ringtail::driver::coord_store::Database;
 use ringtail::driver::names::Names;
+use ringtail::driver::tls::roots;
 use ringtail::driver::underlay::Underlay;
 use ringtail::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 use ringtail::netmap::wire::EndpointKind;
@@ -143,6 +144,7 @@ impl Node {
             config.clone(),
             Names::default(),
             Underlay::default(),
+            roots::web(),
             own_state,
         )
         .unwrap();

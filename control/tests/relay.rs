@@ -15,6 +15,7 @@ use ringtail::derp::cert;
 use ringtail::derp::client::{Client, Event, Hello};
 use ringtail::derp::frame::{FrameType, put, put_send_packet};
 use ringtail::driver::tls::ClientTls;
+use ringtail::driver::tls::roots;
 use ringtail::driver::tls::verify::Verifiers;
 use ringtail::key::{NodePrivate, NodePublic};
 use ringtail::netmap::{DerpMap, DerpNode};
@@ -118,7 +119,9 @@ impl Link {
         stream
             .set_read_timeout(Some(Duration::from_secs(30)))
             .unwrap();
-        let (config, name) = Verifiers::default().client_config(&relay.node).unwrap();
+        let (config, name) = Verifiers::new(roots::web())
+            .client_config(&relay.node)
+            .unwrap();
         let mut tls = ClientTls::client(config, name).unwrap();
         let mut bytes = [0; 16 << 10];
         loop {

@@ -611,8 +611,13 @@ fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
             ..SelfState::default()
         };
         let (_state, own_state) = watch::channel(state);
-        let (_client, mut events) =
-            CoordClient::start(config, Names::default(), Underlay::default(), own_state)?;
+        let (_client, mut events) = CoordClient::start(
+            config,
+            Names::default(),
+            Underlay::default(),
+            tls::roots::load(None)?,
+            own_state,
+        )?;
         let end = args.seconds.map_or(FOR_EVER, Duration::from_secs);
         let end = tokio::time::sleep(end);
         tokio::pin!(end);

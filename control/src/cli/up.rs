@@ -26,6 +26,10 @@ pub(super) struct UpArgs {
     /// Accept only this key (mkey:…) from the coordination server.
     #[arg(long, value_name = "KEY")]
     control_key: Option<String>,
+    /// Certificates (PEM) that may vouch for relays and the coordination server, besides the web's roots
+    /// and the host's (SSL_CERT_FILE and SSL_CERT_DIR count in its place).
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
     /// Static network file, instead of a coordination server.
     #[arg(long, value_name = "FILE")]
     network: Option<PathBuf>,
@@ -122,6 +126,7 @@ impl UpArgs {
             coord: self.coord,
             auth_key_file: self.auth_key_file,
             control_key: self.control_key,
+            ca_file: self.ca_file,
             network: self.network,
             advertise_routes: self.advertise_routes,
             relay_only: self.relay_only,

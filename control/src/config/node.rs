@@ -99,6 +99,9 @@ pub struct NodeConfig {
     pub auth_key_file: Option<PathBuf>,
     /// The coordination server's Noise key (`mkey:…`), to be sure of it from the first contact.
     pub control_key: Option<String>,
+    /// PEM file of certificates that may vouch for relays and the coordination server, besides the
+    /// web's roots and the host's.
+    pub ca_file: Option<PathBuf>,
     /// Static network file, instead of a coordination server.
     pub network: Option<PathBuf>,
     /// Prefixes this node offers to route for others; none has host bits set.
@@ -134,6 +137,7 @@ impl NodeConfig {
         for file in [
             &mut config.state_dir,
             &mut config.auth_key_file,
+            &mut config.ca_file,
             &mut config.network,
             &mut config.events,
         ]
@@ -170,6 +174,7 @@ impl NodeConfig {
                 .or_else(|| self.coord.filter(|_| flags.network.is_none())),
             auth_key_file: flags.auth_key_file.or(self.auth_key_file),
             control_key: flags.control_key.or(self.control_key),
+            ca_file: flags.ca_file.or(self.ca_file),
             network: flags
                 .network
                 .or_else(|| self.network.filter(|_| flags.coord.is_none())),

@@ -13,13 +13,13 @@ use anyhow::{Context as _, bail};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
-use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 
 use super::names::Names;
 use super::race::{self, Target};
+use super::tls::roots;
 use super::underlay::Underlay;
 
 /// A connected byte stream, plain or TLS.
@@ -35,6 +35,8 @@ pub struct ControlUrl {
     port: u16,
     /// How connections stay outside of the tunnel.
     underlay: Underlay,
+    /// Who may vouch for the server.
+    roots: Arc<RootCertStore>,
 }
 
 impl ControlUrl {
@@ -67,6 +69,7 @@ impl ControlUrl {
                 .to_owned(),
             port: authority.port_u16().unwrap_or(if tls { 443 } else { 80 }),
             underlay: Underlay::default(),
+            roots: roots::web(),
         };
         if let Ok(address) = url.host.parse() {
             url.check_address(address)?;
@@ -78,6 +81,21 @@ impl ControlUrl {
     #[must_use]
     pub fn outside(self, underlay: Underlay) -> Self {
         Self { underlay, ..self }
+    }
+
+    /// The same, for a server that one of these may vouch for; without, the web's roots may.
+    #[must_use]
+    pub fn trusting(self, roots: Arc<RootCertStore>) -> Self {
+        Self { roots, ..self }
+    }
+
+    /// Whether what the server says first can be changed on its way: plain HTTP to another machine.
+    pub fn is_exposed(&self) -> bool {
+        let address: Option<IpAddr> = self.host.parse().ok();
+        let loopback = address.map_or(self.host == "localhost", |ip| {
+            ip.to_canonical().is_loopback()
+        });
+        !self.tls && !loopback
     }
 
     /// Host name or address, without brackets.
@@ -143,14 +161,15 @@ impl ControlUrl {
             return Ok(Box::new(stream));
         }
         let name = ServerName::try_from(self.host.clone()).context("not a TLS name")?;
-        let config = tls_config(authenticated_inside)?;
+        let roots = (!authenticated_inside).then(|| self.roots.clone());
+        let config = tls_config(roots)?;
         let stream = tokio_rustls::TlsConnector::from(Arc::new(config))
             .connect(name, stream)
             .await
             .with_context(|| {
                 format!(
-                    "TLS with {} failed (a certificate nobody vouches for is taken with \
-                     --control-key)",
+                    "TLS with {} failed (--ca-file names who may vouch for a certificate; with \
+                     --control-key any is taken)",
                     self.host
                 )
             })?;
@@ -166,25 +185,18 @@ pub fn is_private(address: IpAddr) -> bool {
     }
 }
 
-/// Public roots and those of the PEM file `SSL_CERT_FILE` names, or no check at all.
-fn tls_config(any_certificate: bool) -> anyhow::Result<ClientConfig> {
+/// The server's certificate needs one of these to vouch for it, or nobody.
+fn tls_config(roots: Option<Arc<RootCertStore>>) -> anyhow::Result<ClientConfig> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(Arc::clone(&provider))
         .with_safe_default_protocol_versions()
         .context("no TLS version to offer")?;
-    if any_certificate {
+    let Some(roots) = roots else {
         return Ok(builder
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
             .with_no_client_auth());
-    }
-    let mut roots = RootCertStore::empty();
-    roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-    if let Some(file) = std::env::var_os("SSL_CERT_FILE") {
-        let certificates = CertificateDer::pem_file_iter(&file)
-            .with_context(|| format!("cannot read {}", file.to_string_lossy()))?;
-        roots.add_parsable_certificates(certificates.filter_map(Result::ok));
-    }
+    };
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
@@ -253,6 +265,72 @@ mod tests {
         ] {
             assert_eq!(ControlUrl::parse(text).unwrap().authority(), authority);
         }
+    }
+
+    #[test]
+    fn plain_http_to_another_machine_is_exposed() {
+        for (text, exposed) in [
+            ("http://127.0.0.1:8080", false),
+            ("http://[::1]:8080", false),
+            ("http://localhost", false),
+            ("http://10.0.0.1:8080", true),
+            ("http://coord.lan", true),
+            ("https://coord.example", false),
+        ] {
+            assert_eq!(ControlUrl::parse(text).unwrap().is_exposed(), exposed);
+        }
+    }
+
+    #[test]
+    fn a_server_of_a_private_ca_is_taken_where_that_is_named_or_its_key_is_known() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ca.pem");
+        let (ca, server) = roots::tests::private_ca("127.0.0.1");
+        let (_, mistaken) = roots::tests::private_ca("127.0.0.1");
+        std::fs::write(&file, ca).unwrap();
+        let named = roots::load(Some(&file)).unwrap();
+        crate::driver::runtime::block_on(|_| async {
+            let listen = async |server| -> anyhow::Result<SocketAddr> {
+                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+                let address = listener.local_addr()?;
+                let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+                tokio::task::spawn_local(async move {
+                    while let Ok((stream, _)) = listener.accept().await {
+                        let acceptor = acceptor.clone();
+                        tokio::task::spawn_local(async move { acceptor.accept(stream).await });
+                    }
+                });
+                Ok(address)
+            };
+            let (private, another) = (listen(server).await?, listen(mistaken).await?);
+            let connect = async |host, at: SocketAddr, roots, inside| {
+                let url = ControlUrl::parse(&format!("https://{host}:{}", at.port()))?;
+                let limit = Duration::from_secs(5);
+                let url = url.trusting(roots);
+                let stream = url.connect(&Names::default(), limit, inside).await;
+                stream
+                    .map(|_| ())
+                    .map_err(|error| anyhow::anyhow!("{error:#}"))
+            };
+            connect("127.0.0.1", private, named.clone(), false).await?;
+            connect("127.0.0.1", private, roots::web(), true).await?;
+            for (host, at, roots) in [
+                ("127.0.0.1", private, roots::web()),
+                ("127.0.0.1", another, named.clone()),
+                // A name that is not in the certificate.
+                ("127.0.0.2", private, named),
+            ] {
+                let error = connect(host, at, roots, false)
+                    .await
+                    .unwrap_err()
+                    .to_string();
+                let refused =
+                    error.contains("--ca-file") && error.contains("invalid peer certificate");
+                anyhow::ensure!(refused || host == "127.0.0.2", "{error}");
+            }
+            Ok(())
+        })
+        .unwrap();
     }
 
     #[test]

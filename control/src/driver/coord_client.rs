@@ -23,6 +23,7 @@ use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls::RootCertStore;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -98,9 +99,11 @@ impl CoordClient {
         config: CoordConfig,
         names: Names,
         underlay: Underlay,
+        roots: Arc<RootCertStore>,
         own_state: watch::Receiver<SelfState>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<CoordEvent>)> {
-        let url = ControlUrl::parse(&config.url)?.outside(underlay);
+        let url = ControlUrl::parse(&config.url)?;
+        let url = url.outside(underlay).trusting(roots);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let redial = Arc::new(Notify::new());
         let os_release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
@@ -212,6 +215,15 @@ impl Client {
             Some(control) => control,
             None => {
                 let control = self.fetch_key().await?;
+                if self.url.is_exposed() {
+                    tracing::warn!(
+                        url = %self.config.url,
+                        key = %control,
+                        "the coordination server's key is trusted as it came, over plain HTTP: if somebody on the \
+                         way has put his own in its place, he decides about this network. It is held to from now \
+                         on. Compare it with what the server printed, or give that by --control-key"
+                    );
+                }
                 self.emit(CoordEvent::ControlKey(control)).await?;
                 self.control = Some(control);
                 control

@@ -21,6 +21,7 @@ use crate::driver::names::Names;
 use crate::driver::relay::{RelayEvent, RelayEvents, RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
 use crate::driver::tls::ClientTls;
+use crate::driver::tls::roots;
 use crate::driver::tls::stream::Stream;
 use crate::driver::tls::verify::{Verifiers, pin_of};
 use crate::driver::underlay::Underlay;
@@ -121,6 +122,7 @@ impl Lab {
             private,
             underlay: Underlay::default(),
             io: Kind::Tokio,
+            roots: roots::web(),
         });
         pool.set_map(&self.map());
         (pool, events)
@@ -147,7 +149,9 @@ impl Lab {
         let stream = Stream::connect(self.addr, &Underlay::default(), Kind::Tokio)
             .await
             .unwrap();
-        let (config, name) = Verifiers::default().client_config(&self.node).unwrap();
+        let (config, name) = Verifiers::new(roots::web())
+            .client_config(&self.node)
+            .unwrap();
         let mut tls = ClientTls::client(config, name).unwrap();
         while !tls.is_established() {
             tls.handle_input(|_| ()).unwrap();
@@ -807,6 +811,7 @@ fn the_pool_works_on_tokio_uring_too() {
                 private,
                 underlay: Underlay::default(),
                 io: Kind::Uring,
+                roots: roots::web(),
             });
             pool.set_map(&lab.map());
             pool.set_home(Some(REGION));

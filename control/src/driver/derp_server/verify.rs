@@ -25,6 +25,7 @@ use crate::coord::limit::LogLimit;
 use crate::derp::admission::{ANSWER_LEN_MAX, Answer, Answers, LIST_LEN_MAX, Question, parse_list};
 use crate::driver::control_url::ControlUrl;
 use crate::driver::names::Names;
+use crate::driver::tls::roots;
 use crate::key::NodePublic;
 
 /// For an answer, connecting and waiting for others included.
@@ -310,7 +311,8 @@ impl Asker {
         let path = parsed.path_and_query().map_or("", |path| path.as_str());
         let path = if path.len() > 1 { path } else { VERIFY_PATH };
         Ok(Self {
-            url: ControlUrl::parse(&format!("{scheme}://{authority}"))?,
+            url: ControlUrl::parse(&format!("{scheme}://{authority}"))?
+                .trusting(roots::load(None)?),
             path: path.to_owned(),
             names: Names::default(),
             slots: Semaphore::new(ASKED_MAX),

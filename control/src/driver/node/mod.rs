@@ -38,6 +38,7 @@ use super::signals::{Blocked, Signals, Told};
 use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::timestamps::Timestamps;
+use super::tls::roots;
 use super::uapi;
 use super::unix_socket::SocketFile;
 use crate::agent::budget::Budget;
@@ -80,6 +81,7 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
     let keys = state.keys()?;
     let hostname = config.hostname.clone().unwrap_or_else(host_name);
     let source = Source::read(&config, &state)?;
+    let roots = roots::load(config.ca_file.as_deref())?;
     let dataplane_config = dataplane_config(&config, &keys);
     let engine = dataplane_config.engine;
     let dataplane = Dataplane::start(dataplane_config).context("cannot start")?;
@@ -92,6 +94,7 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
             keys,
             hostname,
             source,
+            roots,
             dataplane,
             engine,
             kind,

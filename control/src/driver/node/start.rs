@@ -3,9 +3,11 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use ringtail_dataplane::{Config, Dataplane, Engine, Offloads};
+use rustls::RootCertStore;
 use socket2::SockRef;
 use tokio::sync::{mpsc, watch};
 use zeroize::Zeroizing;
@@ -139,6 +141,7 @@ pub(super) struct Parts {
     pub(super) keys: Keys,
     pub(super) hostname: String,
     pub(super) source: Source,
+    pub(super) roots: Arc<RootCertStore>,
     pub(super) dataplane: Dataplane,
     pub(super) engine: Engine,
     pub(super) kind: Kind,
@@ -152,6 +155,7 @@ impl Node {
             keys,
             hostname,
             source,
+            roots,
             dataplane,
             engine,
             kind,
@@ -190,6 +194,7 @@ impl Node {
             private: keys.node.clone(),
             underlay: underlay.clone(),
             io: kind,
+            roots: roots.clone(),
         });
         let agent = Agent::new(
             Setup {
@@ -267,12 +272,18 @@ impl Node {
             save_at: now() + SAVE_PERIOD,
             dataplane,
         };
-        node.join(source, hostname, underlay)?;
+        node.join(source, hostname, underlay, roots)?;
         Ok(node)
     }
 
     /// Takes the static network, or the last one known and the coordination client.
-    fn join(&mut self, source: Source, hostname: String, underlay: Underlay) -> anyhow::Result<()> {
+    fn join(
+        &mut self,
+        source: Source,
+        hostname: String,
+        underlay: Underlay,
+        roots: Arc<RootCertStore>,
+    ) -> anyhow::Result<()> {
         let now = now();
         self.list_interfaces(now);
         self.agent.handle_wall_clock(now, wall());
@@ -307,6 +318,7 @@ impl Node {
                     config,
                     self.names.clone(),
                     underlay,
+                    roots,
                     self.self_state.subscribe(),
                 )?;
                 self.coord = Some(events);

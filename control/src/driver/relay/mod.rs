@@ -20,11 +20,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::driver::clock::now;
 use anyhow::{Context as _, bail};
 use ringtail_dataplane::channel::{Datagrams, RegionId};
+use rustls::RootCertStore;
 use serde::Serialize;
 
 pub use dial::{CONNECT_LIMIT, NODE_STAGGER, TCP_LIMIT};
@@ -72,6 +74,8 @@ pub struct RelayOptions {
     pub underlay: Underlay,
     /// Which streams to use; [`Kind::Uring`] only inside tokio-uring's runtime.
     pub io: Kind,
+    /// Who may vouch for relays.
+    pub roots: Arc<RootCertStore>,
 }
 
 /// The relay connections. Clones are the same pool; dropping the last closes everything.
@@ -243,7 +247,7 @@ impl RelayPool {
             private: options.private,
             dialler: Dialler {
                 names: options.names,
-                verifiers: Verifiers::default(),
+                verifiers: Verifiers::new(options.roots),
                 underlay: options.underlay,
                 kind: options.io,
             },

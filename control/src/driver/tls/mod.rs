@@ -3,8 +3,9 @@
 //! [`Tls`] is sans-I/O: ciphertext goes into its inbox, plaintext comes out record by record,
 //! and what is to be written gathers in one buffer, so that a hundred packets are a handful of
 //! full 16 KiB records and one write. [`stream`] moves those buffers, by tokio or by tokio-uring;
-//! [`verify`] says which certificates a relay may show.
+//! [`verify`] says which certificates a relay may show, and [`roots`] who may vouch for them.
 
+pub mod roots;
 pub mod stream;
 pub mod verify;
 
@@ -433,7 +434,15 @@ mod tests {
     }
 
     fn pair(node: &DerpNode, server: Arc<ServerConfig>) -> (ClientTls, ServerTls) {
-        let (config, name) = verify::Verifiers::default().client_config(node).unwrap();
+        pair_trusting(roots::web(), node, server)
+    }
+
+    fn pair_trusting(
+        roots: Arc<rustls::RootCertStore>,
+        node: &DerpNode,
+        server: Arc<ServerConfig>,
+    ) -> (ClientTls, ServerTls) {
+        let (config, name) = verify::Verifiers::new(roots).client_config(node).unwrap();
         (
             ClientTls::client(config, name).unwrap(),
             ServerTls::server(server).unwrap(),
@@ -490,6 +499,34 @@ mod tests {
                     c.engine.negotiated_cipher_suite().map(|s| s.suite()),
                     Some(rustls::CipherSuite::TLS13_AES_128_GCM_SHA256)
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn a_private_ca_counts_where_it_is_named_and_for_its_names_only() {
+        let (ca, server) = roots::tests::private_ca("relay.example");
+        let server = Arc::new(server);
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("ca.pem");
+        std::fs::write(&file, ca).unwrap();
+        let named = roots::load(Some(&file)).unwrap();
+        let pin = "sha256-raw:".to_owned() + &"0".repeat(64);
+        for (roots, host, cert_name, complaint) in [
+            (named.clone(), "relay.example", "", None),
+            // The name in the map counts, not the host's.
+            (named.clone(), "192.0.2.7", "relay.example", None),
+            (named.clone(), "other.example", "", Some("NotValidForName")),
+            (named.clone(), "192.0.2.7", "", Some("NotValidForName")),
+            (roots::web(), "relay.example", "", Some("UnknownIssuer")),
+            (named, "relay.example", pin.as_str(), Some("CertName wants")),
+        ] {
+            let (mut c, mut s) = pair_trusting(roots, &node(host, cert_name), server.clone());
+            let ended = shuttle(&mut c, &mut s, 1 << 20);
+            let error = ended.err().map(|error| format!("{error:?}"));
+            match complaint {
+                None => assert!(error.is_none() && c.is_established(), "{host}: {error:?}"),
+                Some(text) => assert!(error.is_some_and(|e| e.contains(text)), "{host}: {text}"),
             }
         }
     }

@@ -2,7 +2,7 @@
 //!
 //! | `DerpNode` | what is checked |
 //! |---|---|
-//! | nothing special | chain to the web's roots, name = host name |
+//! | nothing special | chain to a root ([`roots`](super::roots)), name = host name |
 //! | `CertName: "x.example"` | the same with that name (the SNI stays the host name) |
 //! | `CertName: "sha256-raw:<hex>"` | exactly this one certificate, its dates, and that it covers the SNI if one is sent |
 //! | `InsecureForTests` | nothing |
@@ -21,7 +21,9 @@ use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, Server
 use rustls::crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::ParsedCertificate;
-use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, Error, SignatureScheme};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+};
 use sha2::{Digest as _, Sha256};
 
 use crate::derp::cert::{self, Brief};
@@ -46,19 +48,16 @@ pub struct Verifiers {
     web: Arc<WebPkiServerVerifier>,
 }
 
-impl Default for Verifiers {
-    fn default() -> Self {
+impl Verifiers {
+    /// Verifiers that trust these roots, of which there is one at least.
+    pub fn new(roots: Arc<RootCertStore>) -> Self {
         let provider = super::provider();
-        let mut roots = rustls::RootCertStore::empty();
-        roots.extend(webpki_roots::TLS_SERVER_ROOTS.iter().cloned());
-        let web = WebPkiServerVerifier::builder_with_provider(roots.into(), provider.clone())
+        let web = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
             .build()
-            .expect("the built-in roots make a verifier");
+            .expect("roots make a verifier");
         Self { provider, web }
     }
-}
 
-impl Verifiers {
     /// The configuration and the name (SNI) with which a node is dialled.
     ///
     /// # Errors
