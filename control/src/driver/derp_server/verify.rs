@@ -249,7 +249,9 @@ impl Verifier {
                     Verdict::Served => {}
                     Verdict::Refused => {
                         shared.doors.remove(key);
-                        self.say(*key, from.ip(), "ended: the verifier refuses its key now");
+                        // Strangers do not use up the log's lines for this: it is one a connection.
+                        let source = from.ip();
+                        tracing::warn!(%source, %key, "client ended: the verifier refuses its key now");
                     }
                     // Whoever is here stays; there is no use asking on.
                     Verdict::Silent(error) | Verdict::Nonsense(error) => {
