@@ -83,11 +83,12 @@ tailnet_up() {
 # tailnet_listens NS PORT: does anybody?
 tailnet_listens() { lab_in "$1" grep -qi ":$(printf %04x "$2") 0*:0000 0A" /proc/net/tcp /proc/net/tcp6; }
 
-# start_relay NS LABEL ADDRESS ID CODE [IPV6]: a relay; its entry for the DERP map lands in $LAB_DIR/LABEL.
+# start_relay NS LABEL ADDRESS ID CODE [IPV6]: a relay; its entry for the DERP map lands in $LAB_DIR/LABEL. It gets
+# the array RELAY_OPTIONS too.
 start_relay() {
   rm -f "$LAB_DIR/$2/derp-node.json"
   lab_spawn "$1" "$2" "$RINGTAIL" derp --hostname "$3" --addr "$3:443" ${6:+--addr "[$6]:443"} --stun-port 3478 \
-    --state-dir "$LAB_DIR/$2" --region-id "$4" --region-code "$5"
+    --state-dir "$LAB_DIR/$2" --region-id "$4" --region-code "$5" ${RELAY_OPTIONS[@]+"${RELAY_OPTIONS[@]}"}
   lab_wait_file "$LAB_DIR/$2/derp-node.json" 20
 }
 
@@ -95,7 +96,7 @@ start_relay() {
 start_derper() {
   mkdir -p "$LAB_DIR/$2"
   lab_spawn "$1" "$2" derper -a "$3:443" -http-port -1 -stun-port 3478 -certmode manual -hostname "$3" \
-    -certdir "$LAB_DIR/$2" -c "$LAB_DIR/$2/derper.json"
+    -certdir "$LAB_DIR/$2" -c "$LAB_DIR/$2/derper.json" ${RELAY_OPTIONS[@]+"${RELAY_OPTIONS[@]}"}
   within 20 tailnet_listens "$1" 443 || return 1
   local pin
   # It logs the whole entry, with the pin of the certificate that it made.
