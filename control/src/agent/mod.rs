@@ -20,9 +20,8 @@ mod status;
 mod story;
 mod twin;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -321,9 +320,10 @@ impl Agent {
             }
         }
         self.tell_standing(&network);
-        self.tell_peers(&network);
         self.tell_refused(&network, &allowed);
         let reserved_before = std::mem::replace(&mut self.allowed, allowed).reserved;
+        let changes = self.directory.update(&network.peers);
+        self.tell_peers(&network, &changes.told);
         let before = self.network.replace(network);
         let network = self.network.as_ref().expect("it was just put there");
         let overlay = network.overlay();
@@ -338,7 +338,6 @@ impl Agent {
             self.set_home(RegionId(home), None);
         }
         let network = self.network.as_ref().expect("it was just put there");
-        let changes = self.directory.update(&network.peers);
         let same_filter =
             |b: &Network| b.rules == network.rules && b.addresses == network.addresses;
         let rules = (!before.as_ref().is_some_and(same_filter))
@@ -810,24 +809,17 @@ impl Agent {
         }
     }
 
-    fn tell_peers(&mut self, network: &Network) {
+    /// Tells of those who are new or another.
+    fn tell_peers(&mut self, network: &Network, news: &[PeerId]) {
         self.story("netmap", json!({"peers": network.peers.len()}));
-        let before = self.network.as_ref().map(|network| &network.peers[..]);
-        let (before, after) = network::apart(before.unwrap_or_default(), &network.peers);
-        let known: HashMap<NodePublic, &Arc<NetworkPeer>> =
-            before.iter().map(|peer| (peer.node_key, peer)).collect();
-        let news = after
-            .iter()
-            .filter(|peer| known.get(&peer.node_key) != Some(peer));
-        let stories: Vec<Value> = news
-            .map(|peer| {
-                let home = peer.home.and_then(|id| network.derp_map.regions.get(&id));
-                let home = home.map(|region| region.region_code.clone());
-                json!({"peer": short_name(&peer.name), "home": home,
-                       "endpoints": peer.endpoints, "online": peer.online})
-            })
-            .collect();
-        for fields in stories {
+        for id in news {
+            let Some(peer) = self.directory.peer(*id) else {
+                continue;
+            };
+            let home = peer.home.and_then(|id| network.derp_map.regions.get(&id));
+            let home = home.map(|region| region.region_code.clone());
+            let fields = json!({"peer": short_name(&peer.name), "home": home,
+                                "endpoints": peer.endpoints, "online": peer.online});
             self.story("peer", fields);
         }
     }

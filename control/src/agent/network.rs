@@ -275,12 +275,7 @@ impl Network {
     /// Takes peers that are as in `before` from there, so that comparing and copying them later costs
     /// no more than a pointer.
     pub(super) fn share(&mut self, before: &Self) {
-        let pairs = || self.peers.iter().zip(&before.peers);
-        // A network that changes is the same for the most part, in the same order.
-        let start = pairs().take_while(|(peer, known)| peer == known).count();
-        let ends = self.peers[start..].iter().rev();
-        let ends = ends.zip(before.peers[start..].iter().rev());
-        let end = ends.take_while(|(peer, known)| peer == known).count();
+        let (start, end) = in_common(&before.peers, &self.peers);
         let (len, len_before) = (self.peers.len(), before.peers.len());
         self.peers[..start].clone_from_slice(&before.peers[..start]);
         self.peers[len - end..].clone_from_slice(&before.peers[len_before - end..]);
@@ -388,12 +383,21 @@ pub(super) fn apart<'a>(
     before: &'a [Arc<NetworkPeer>],
     after: &'a [Arc<NetworkPeer>],
 ) -> (&'a [Arc<NetworkPeer>], &'a [Arc<NetworkPeer>]) {
-    let same = |(a, b): &(&Arc<NetworkPeer>, &Arc<NetworkPeer>)| Arc::ptr_eq(a, b);
+    let (start, end) = in_common(before, after);
+    (
+        &before[start..before.len() - end],
+        &after[start..after.len() - end],
+    )
+}
+
+/// With how many peers both lists begin, and with how many of the others they end: a network that
+/// changes is the same for the most part, in the same order. Who is shared is not looked into.
+fn in_common(before: &[Arc<NetworkPeer>], after: &[Arc<NetworkPeer>]) -> (usize, usize) {
+    let same = |(a, b): &(&Arc<NetworkPeer>, &Arc<NetworkPeer>)| Arc::ptr_eq(a, b) || a == b;
     let start = before.iter().zip(after).take_while(same).count();
     let (before, after) = (&before[start..], &after[start..]);
     let ends = before.iter().rev().zip(after.iter().rev());
-    let end = ends.take_while(same).count();
-    (&before[..before.len() - end], &after[..after.len() - end])
+    (start, ends.take_while(same).count())
 }
 
 /// A prefix in the data plane's form.
