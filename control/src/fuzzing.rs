@@ -232,6 +232,16 @@ pub fn map_stream(input: &[u8]) {
     }
 }
 
+/// A list of operations on a coordination server and its clients. `now` is any moment.
+pub fn coordination(now: Instant, input: &[u8]) {
+    crate::coord::operations::run(now, input);
+}
+
+/// A list of operations on a relay's registry and its connections.
+pub fn relay(input: &[u8]) {
+    crate::driver::derp_server::operations::run(input);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,6 +269,8 @@ mod tests {
             ("noise_client", noise_client),
             ("noise_server", noise_server),
             ("map_stream", map_stream),
+            ("relay", relay),
+            ("coordination", |bytes| coordination(Instant::now(), bytes)),
             ("uapi", crate::uapi::fuzzing::connection),
         ] {
             let seeds = corpus(target);

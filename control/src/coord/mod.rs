@@ -10,6 +10,7 @@ mod backoff;
 pub mod client;
 pub mod frames;
 pub mod limit;
+pub(crate) mod operations;
 pub mod routes;
 pub mod server;
 

@@ -502,7 +502,9 @@ impl Server {
                 self.welcome()
             }
             Registration::Rekey(record, _) => {
+                let id = record.id;
                 self.replace(now, *record);
+                self.starts_anew(now, id);
                 self.welcome()
             }
             Registration::Expire(record) => {
@@ -519,6 +521,16 @@ impl Server {
                     ..RegisterResponse::default()
                 }
             }
+        }
+    }
+
+    /// A node that was away has as long to connect as a new one, and whether it is forgotten after that
+    /// depends on the key it came back with.
+    fn starts_anew(&mut self, now: Instant, id: i64) {
+        if let Some(entry) = self.nodes.get_mut(&id)
+            && matches!(entry.presence, Presence::Offline(_))
+        {
+            entry.presence = Presence::Leaving(now + OFFLINE_DELAY, Some(false));
         }
     }
 
@@ -891,6 +903,15 @@ impl Server {
             self.ended.extend(older.map(|(other, _)| (*other, None)));
         }
         message
+    }
+
+    /// A stream cannot take a message now: what waits there is a sign of life as well.
+    pub fn handle_full(&mut self, now: Instant, id: SessionId) {
+        if let Some(session) = self.sessions.get_mut(&id)
+            && session.next_keep_alive <= now
+        {
+            session.next_keep_alive = now + session.period;
+        }
     }
 
     /// The complete map for a session; notes what was sent.

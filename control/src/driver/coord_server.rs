@@ -768,6 +768,7 @@ impl Actor {
             let permit = stream.try_reserve().ok().filter(|_| room);
             let Some(permit) = permit else {
                 behind = true;
+                self.server.handle_full(now, id);
                 continue;
             };
             if let Some(message) = self.server.poll_session(now, wall, id) {

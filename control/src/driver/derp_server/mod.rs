@@ -17,6 +17,7 @@ mod connection;
 mod door;
 mod head;
 pub mod identity;
+pub(crate) mod operations;
 mod registry;
 mod stun;
 mod verify;
