@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 use zeroize::Zeroizing;
 
 use super::accept::{self, Attention};
+use super::clock::now;
 use super::unix_socket::{self, SocketFile};
 use crate::uapi::{Parser, READ_LEN_MAX, Reply, Request};
 
@@ -28,6 +29,8 @@ pub const SOCKET_DIR: &str = "/var/run/wireguard";
 const CLIENTS_MAX: usize = 256;
 /// How long a client may pause inside a request, and in taking its reply.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
+/// And for all of a request, or to take all of a reply.
+const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection may be silent between requests.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -108,14 +111,18 @@ async fn serve_client(
     }
     let mut parser = Parser::new(interface_index);
     let mut piece = Zeroizing::new(vec![0; READ_LEN_MAX]);
+    // When the request began that is not complete.
+    let mut begun = None;
     loop {
         while let Some(request) = parser.poll_request() {
+            begun = None;
             let (reply, answer) = oneshot::channel();
             let call = Call { request, reply };
             attention.ours();
             calls.send(call).await.ok().context("the device is going")?;
             let answer = answer.await.context("the device is going")?;
-            send(&mut stream, &attention, answer.as_bytes()).await?;
+            let taken = send(&mut stream, &attention, answer.as_bytes());
+            timed(WHOLE_TIMEOUT, taken).await?;
         }
         if parser.is_closed() {
             return Ok(());
@@ -123,7 +130,8 @@ async fn serve_client(
         let patience = if parser.is_idle() {
             IDLE_TIMEOUT
         } else {
-            CLIENT_TIMEOUT
+            let end = *begun.get_or_insert_with(now) + WHOLE_TIMEOUT;
+            CLIENT_TIMEOUT.min(end.saturating_duration_since(now()))
         };
         attention.client();
         match timed(patience, stream.read(&mut piece)).await? {
@@ -133,7 +141,7 @@ async fn serve_client(
     }
 }
 
-/// Sends all of it; a client may take its time for the whole, but not for a part.
+/// Sends all of it; a client may not take its time for a part.
 async fn send(
     stream: &mut UnixStream,
     attention: &Attention,
