@@ -20,7 +20,7 @@ use crate::channel::{
 use crate::coalesce::{SLAB_LEN, SLABS_FULL, SPARES_MAX};
 use crate::config::share;
 use crate::filter::flows_max;
-use crate::handshake::KNOWN_COST;
+use crate::handshake::{KEY_COST, KNOWN_COST};
 use crate::noise::{Half, RECENT_LEN, SOURCES_MAX};
 use crate::packet::BUF_LEN;
 use crate::packet::header::Flow;
@@ -198,9 +198,9 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
             RECENT_LEN,
         ),
         row(
-            "addresses that peers were heard from, of the handshake thread",
-            "one of each peer",
-            peers * KNOWN_COST,
+            "peers as the handshake thread has them",
+            "one key of each, and one address that it was heard from",
+            peers * (KEY_COST + KNOWN_COST),
         ),
         row(
             "indexes that answers are awaited under",

@@ -164,6 +164,10 @@ struct Passed {
     shard: u8,
 }
 
+/// What a peer costs by its key at worst, where every other place is free.
+#[cfg(test)]
+pub(crate) const KEY_COST: usize = 2 * (size_of::<([u8; 32], (PeerId, u8))>() + 1);
+
 /// What becomes of a message that does not pass.
 #[derive(Debug, PartialEq, Eq)]
 enum Stopped {
