@@ -203,7 +203,8 @@ impl Conn {
         }
         let (buffer, _) = self.tls.take_out();
         BUFFERS.with_borrow_mut(|buffers| {
-            if buffers.outs.len() < BUFFERS_MAX {
+            // Most have none to give back: those must not take the places.
+            if !buffer.is_empty() && buffers.outs.len() < BUFFERS_MAX {
                 buffers.outs.push(buffer);
             }
         });
