@@ -134,16 +134,28 @@ impl Lab {
             run(&format!("ip -n {name} link set lo up"));
             run(&format!("ip -n {name} link set v0 up"));
             run(&format!("ip -n {name} addr add {}/24 dev v0", end.outer4()));
-            run(&format!(
-                "ip -n {name} addr add {}/64 dev v0 nodad",
-                end.outer6()
-            ));
+            lab.add6(end, "v0", end.outer6());
         }
         lab
     }
 
     pub(crate) fn name(&self, end: End) -> String {
         format!("{}{end:?}", self.prefix)
+    }
+
+    /// Gives an interface an IPv6 address. The kernel has it before it takes packets for it, which it
+    /// sees to later.
+    fn add6(&self, end: End, interface: &str, address: IpAddr) {
+        let name = self.name(end);
+        run(&format!(
+            "ip -n {name} addr add {address}/64 dev {interface} nodad"
+        ));
+        let command = format!("-n {name} -6 route show table local");
+        soon("the address is there", || {
+            let output = Command::new("ip").args(command.split_whitespace()).output();
+            let local = String::from_utf8(output.unwrap().stdout).unwrap();
+            local.contains(&format!("local {address} dev {interface} "))
+        });
     }
 
     /// Runs `body` on a thread inside the end's namespace.
@@ -288,10 +300,7 @@ impl Pair {
                 "ip -n {name} addr add {}/24 dev rt0",
                 end.inner4()
             ));
-            run(&format!(
-                "ip -n {name} addr add {}/64 dev rt0 nodad",
-                end.inner6()
-            ));
+            lab.add6(end, "rt0", end.inner6());
             let peers = vec![peer(end.other())];
             match end {
                 End::B if setup.b_untold => dataplane.set_peers(peers),
