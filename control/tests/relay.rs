@@ -373,3 +373,46 @@ fn frames_and_hellos_that_do_not_end_are_held_for_all_within_bounds() {
     });
     assert!(grown < 16 * MIB, "{} MiB", grown / MIB);
 }
+
+#[test]
+fn who_comes_while_others_send_without_a_pause_is_served_soon() {
+    let relay = Relay::start(&[]);
+    let over = AtomicBool::new(false);
+    let sent = AtomicU64::new(0);
+    // To keys that nobody has: the least to send for the most to do.
+    let mut frames = Vec::new();
+    for n in 0..200 {
+        let mut disco = b"TS\xf0\x9f\x92\xac".to_vec();
+        disco.resize(100, 1);
+        put_send_packet(&mut frames, &key(n).public(), &disco);
+    }
+    let (relay, over, sent, frames) = (&relay, &over, &sent, &frames);
+    std::thread::scope(|scope| {
+        let ending = End(over);
+        for n in 0..4 {
+            scope.spawn(move || {
+                let mut link = Link::connect(relay, [127, 0, 2, n], 4096, key(200 + n));
+                while !over.load(Ordering::Relaxed) && link.send(frames) {
+                    sent.fetch_add(200, Ordering::Relaxed);
+                }
+            });
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        let mut slowest = Duration::ZERO;
+        let begun = Instant::now();
+        while begun.elapsed() < attack_time() {
+            let at = Instant::now();
+            let mut link = Link::connect(relay, [127, 0, 0, 1], 64 << 10, key(250));
+            let mut frame = Vec::new();
+            put_send_packet(&mut frame, &key(250).public(), &[1; 1000]);
+            assert!(link.send(&frame));
+            link.wait_packets(1);
+            slowest = slowest.max(at.elapsed());
+        }
+        drop(ending);
+        let sent = sent.load(Ordering::Relaxed);
+        eprintln!("{sent} frames; the slowest was served after {slowest:?}");
+        assert!(sent > 10_000, "{sent}");
+        assert!(slowest < Duration::from_secs(4), "{slowest:?}");
+    });
+}

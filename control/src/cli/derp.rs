@@ -26,6 +26,10 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_millis(500);
 /// A rate file at most, in bytes.
 const RATE_CONFIG_LEN_MAX: u64 = 64 << 10;
 
+/// Turns of tasks after which a thread asks the sockets for news, at the latest. A turn is up to a
+/// quarter of a megabyte to forward, and whoever comes waits for so many of them.
+const TURNS_MAX: u32 = 8;
+
 /// Run a relay: DERP over TLS, with STUN beside it.
 ///
 /// It serves whoever connects, unless --verify-clients says whom. Makes its key and, unless files are given, a self-signed certificate in the state directory at
@@ -131,6 +135,7 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
         runtime.worker_threads(threads);
     }
     let runtime = runtime
+        .event_interval(TURNS_MAX)
         .enable_all()
         .build()
         .context("cannot start threads")?;

@@ -330,8 +330,10 @@ impl<'a> Relay<'a> {
             };
             tokio::select! {
                 ready = ready(&conn.stream, interest) => {
-                    if ready?.is_readable() && reading {
-                        self.read(conn)?;
+                    if ready?.is_readable() && reading && self.read(conn)? {
+                        // Who sends without a pause does not keep a thread: others have their turn, and
+                        // the sockets are asked for news, before the next read.
+                        tokio::task::yield_now().await;
                     }
                 }
                 () = self.router.me.wake.notified(), if written == Written::All => {}
@@ -381,8 +383,8 @@ impl<'a> Relay<'a> {
         bucket.ready_at()
     }
 
-    /// Reads once, and handles all of it.
-    fn read(&mut self, conn: &mut Conn) -> Result<(), Ended> {
+    /// Reads once, and handles all of it; whether there is more, most likely.
+    fn read(&mut self, conn: &mut Conn) -> Result<bool, Ended> {
         let mut result = Ok(());
         let mut len = 0;
         let most = match self.rate() {
@@ -406,10 +408,11 @@ impl<'a> Relay<'a> {
             );
         }
         result?;
-        if read?.is_some() {
+        let read = read?;
+        if read.is_some() {
             add(&self.shared.counters.reads, 1);
         }
-        Ok(())
+        Ok(read.is_some_and(|len| len >= most))
     }
 
     /// The bucket for the rate that is set now.
