@@ -296,7 +296,7 @@ async fn a_stranger_has_two_streams_and_cannot_send_frames_for_ever() {
     let server = Server::start(None).await;
     let _known = join(&server, [127, 0, 0, 1], 1).await;
     assert_eq!(streams_max(&server, 9).await, 2);
-    assert_eq!(streams_max(&server, 1).await, 64);
+    assert_eq!(streams_max(&server, 1).await, 8);
     // A header block that begins and never ends; HPACK as it may be.
     let begun = frame(1, 0, 1, &[0x82; 100]);
     // POST https x/: opens a stream; the next frame resets it.
@@ -424,4 +424,38 @@ async fn thousands_of_connections_hold_few_places_and_nodes_go_on() {
 #[tokio::test]
 async fn a_server_with_few_descriptors_has_some_left_for_its_nodes() {
     flood(Some(256), 1000, 48).await;
+}
+
+#[tokio::test]
+async fn a_node_that_does_not_read_its_maps_has_few_of_them_made() {
+    let server = Server::start(None).await;
+    let mut other = join(&server, [127, 0, 0, 1], 1).await;
+    drop(join(&server, [127, 0, 0, 1], 2).await);
+    let noise = server.noise([127, 0, 0, 1], 2).await.unwrap();
+    let mut http = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+    // A window of one byte: it takes nothing, and its connection stands.
+    http.initial_stream_window_size(1);
+    let (mut evil, connection) = http.handshake(TokioIo::new(noise)).await.unwrap();
+    tokio::spawn(connection);
+    let request = json!({"Version": 130, "NodeKey": node_key(2)});
+    let body = Bytes::from(serde_json::to_vec(&request).unwrap());
+    let mut ask = || {
+        let request = Request::post("https://x/machine/map").body(Full::new(body.clone()));
+        evil.send_request(request.unwrap())
+    };
+    let mut unread = Vec::new();
+    // What was asked before the two have heard each other's settings comes on top.
+    let waits = loop {
+        let mut answer = Box::pin(ask());
+        match tokio::time::timeout(Duration::from_secs(2), &mut answer).await {
+            Ok(answer) => unread.push(answer.unwrap()),
+            Err(_) => break answer,
+        }
+        assert!(unread.len() < 12, "maps that nobody reads");
+    };
+    report(&mut other, 1).await;
+    // Who gives up what it does not read goes on.
+    drop(unread);
+    let answer = tokio::time::timeout(PATIENCE, waits).await.unwrap();
+    assert_eq!(answer.unwrap().status(), StatusCode::OK);
 }

@@ -37,6 +37,10 @@ use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 use crate::netmap::wire::EndpointKind;
 use crate::netmap::{DerpMap, Netmap};
 
+/// Turns of tasks after which a thread asks the sockets for news, at the latest: a turn may write a map
+/// of thousands of nodes, and whoever comes waits for so many of them.
+const TURNS_MAX: u32 = 4;
+
 /// Where the server keeps its state unless told otherwise.
 const STATE_DIR: &str = "/var/lib/ringtail-coord";
 
@@ -367,6 +371,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("rt-coord")
+        .event_interval(TURNS_MAX)
         .enable_all()
         .build()
         .context("cannot start the server's threads")?;

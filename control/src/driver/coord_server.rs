@@ -108,8 +108,9 @@ const VERIFY_LEN_MAX: usize = 4096;
 /// The same of a stranger, who can only want to register.
 const STRANGER_BODY_LEN_MAX: usize = 64 * 1024;
 
-/// Bodies that are read at a time on one connection: a node sends few, and what is read is kept.
-const BODIES_MAX: usize = 4;
+/// Requests that are read, asked about and answered at a time on one connection: a node sends few, and
+/// the others are not to wait behind many of one.
+const AT_WORK_MAX: usize = 4;
 
 /// Time for a request's body to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -120,8 +121,9 @@ const STRANGER_BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Head of an HTTP request.
 const HEADER_LEN_MAX: usize = 16 * 1024;
 
-/// Requests that may run at a time on one connection.
-const STREAMS_MAX: u32 = 64;
+/// Requests that may run at a time on one connection, also those whose answers are not read: each of
+/// them may hold a whole map. A node has a map stream, now and then an older one, and reports.
+const STREAMS_MAX: u32 = 8;
 
 /// The same on one that began as a stranger's: enough for a map stream and what a node reports.
 const STRANGER_STREAMS_MAX: u32 = 2;
@@ -1068,7 +1070,7 @@ async fn inner(
         shared: Arc::clone(&shared),
         client,
         source,
-        bodies: Semaphore::new(BODIES_MAX),
+        at_work: Semaphore::new(AT_WORK_MAX),
     });
     let service = service_fn(move |request| {
         let inner = Arc::clone(&inner);
@@ -1086,13 +1088,14 @@ struct Inner {
     shared: Arc<Shared>,
     client: Client,
     source: IpAddr,
-    bodies: Semaphore,
+    at_work: Semaphore,
 }
 
 type InnerAnswer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 
 impl Inner {
     async fn serve(&self, request: Request<Incoming>) -> InnerAnswer {
+        let _turn = self.at_work.acquire().await;
         let answer = match (request.method(), request.uri().path()) {
             (&Method::POST, "/machine/register") => self.register(request).await,
             (&Method::POST, "/machine/map") => return self.map(request).await,
@@ -1213,7 +1216,6 @@ impl Inner {
         &self,
         request: Request<Incoming>,
     ) -> Result<T, Answer> {
-        let _turn = self.bodies.acquire().await;
         let (len_max, time) = if self.client.place.is_known() {
             (BODY_LEN_MAX, BODY_TIMEOUT)
         } else {
