@@ -483,7 +483,7 @@ fn cookies_are_given_out_at_a_bounded_rate_to_each_class() {
 }
 
 #[test]
-fn who_was_not_seen_for_five_seconds_is_new() {
+fn who_was_not_seen_for_five_seconds_has_returned_and_later_is_new() {
     let mut lab = Lab::new();
     lab.flood();
     let message = lab.initiate(None);
@@ -491,12 +491,16 @@ fn who_was_not_seen_for_five_seconds_is_new() {
         let verdict = lab.handle(from(1), &message);
         assert!(matches!(verdict, Verdict::Unproven(given) if given == class));
     }
-    for _ in 0..6 {
-        lab.now += Duration::from_millis(900);
-        lab.flood_on();
-    }
-    let verdict = lab.handle(from(1), &message);
-    assert!(matches!(verdict, Verdict::Unproven(Novelty::New)));
+    // As WireGuard repeats itself: no proof is asked for, once.
+    let mut after = |spans: u32| {
+        for _ in 0..spans {
+            lab.now += Duration::from_millis(900);
+            lab.flood_on();
+        }
+        lab.handle(from(1), &message)
+    };
+    assert!(matches!(after(6), Verdict::Initiation(_)));
+    assert!(matches!(after(8), Verdict::Unproven(Novelty::New)));
 }
 
 /// The table has a fixed size; what does not fit is refused, and nobody gets more than the limit.
