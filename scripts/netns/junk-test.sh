@@ -65,8 +65,32 @@ stream() {
   LOST=$("$BENCH" pick /end/sum/lost_percent <"$LAB_DIR/stream.json")
   SAID="$LOST % lost"
 }
-carries() { # LOST_MAX
-  stream && awk -v lost="$LOST" -v max="$1" 'BEGIN { exit !(lost <= max) }'
+# Milliseconds that the threads of both nodes that carry relayed data have waited for a processor.
+waited() {
+  local node pid sum=0 wait
+  for node in a b; do
+    pid=$(lab_pid "node-$node")
+    read -r _ wait _ <"/proc/$pid/task/$pid/schedstat"
+    sum=$((sum + wait / 1000000))
+  done
+  echo "$sum"
+}
+# carries LOST_MAX OPTION...: beside such a flood. Where that fails while these threads were kept from running for more
+# than two seconds, something else has the machine: then it is measured again, twice at most.
+carries() {
+  local max=$1 try before
+  shift
+  for try in 1 2 3; do
+    before=$(waited)
+    flood 9 "$@"
+    stream
+    lab_stop flood
+    before=$(($(waited) - before))
+    SAID="$SAID, $before ms without a processor, measured $try times"
+    ! awk -v lost="$LOST" -v max="$max" 'BEGIN { exit !(lost <= max) }' || return 0
+    [ "$before" -gt 2000 ] || return 1
+  done
+  return 1
 }
 answered() { lab_in a ping -q -c 1 -W 1 "$B"; }
 grew() { # COUNTER BEFORE BY
@@ -91,15 +115,11 @@ lab_spawn b iperf iperf3 -s
 check "the two reach each other by relay" within 20 answered
 check "and by nothing else" relayed
 kernel=$(drops_of a discovery_kernel)
-flood 9 --kind junk
-check "junk takes nothing from what is relayed" carries 5
+check "junk takes nothing from what is relayed" carries 5 --kind junk
 # Half of what was sent, on a machine that cannot send as much.
 check "the kernel drops it and that is counted" grew discovery_kernel "$kernel" 50000
-lab_stop flood
-flood 9 --kind forged --disco-key "${KEY#discokey:}"
-check "nor does what bears a peer's key" carries 5
+check "nor does what bears a peer's key" carries 5 --kind forged --disco-key "${KEY#discokey:}"
 check "most of that is not even opened" grew disco_disco_open_rate 0 10000
-lab_stop flood
 
 lab_unblock a && lab_unblock b
 check "the path becomes direct" within 30 direct
