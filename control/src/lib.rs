@@ -5,6 +5,8 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+#[cfg(test)]
+mod bounds;
 pub mod cli;
 pub mod config;
 pub mod coord;

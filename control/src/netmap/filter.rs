@@ -15,6 +15,10 @@ use ringtail_dataplane::channel::{Prefix, Rule, Rules};
 
 use super::wire::{FilterRule, Node};
 
+/// Sources and destinations of a compiled filter: a source can stand for an attribute that every peer
+/// has, and a destination for each of our routes. What is more is left out, which lets fewer in.
+pub const COMPILED_MAX: usize = 1 << 18;
+
 /// TCP, UDP, ICMP, ICMPv6: what a rule without protocols is about.
 pub const DEFAULT_PROTOCOLS: [u8; 4] = [6, 17, 1, 58];
 
@@ -34,8 +38,13 @@ pub fn compile<'a>(
     if rules.clone().any(|rule| *rule == FilterRule::allow_all()) {
         return Rules::AllowAll;
     }
+    let mut room = COMPILED_MAX;
     let compiled: Vec<Rule> = rules
-        .filter_map(|rule| compile_rule(rule, local, peers.clone()))
+        .filter_map(|rule| {
+            let rule = compile_rule(rule, local, peers.clone(), room)?;
+            room = room.checked_sub(rule.sources.len() + rule.destinations.len())?;
+            Some(rule)
+        })
         .collect();
     // A peer without network access that the filter lets in makes the filter suspect: deny all.
     let barred = peers.filter(|peer| peer.unsigned_peer_api_only);
@@ -56,6 +65,7 @@ fn compile_rule<'a>(
     rule: &FilterRule,
     local: &[IpNet],
     peers: impl Iterator<Item = &'a Arc<Node>> + Clone,
+    room: usize,
 ) -> Option<Rule> {
     let mut protocols: Vec<u8> = rule
         .ip_proto
@@ -67,6 +77,9 @@ fn compile_rule<'a>(
     }
     let mut sources = Vec::new();
     for text in &rule.src_ips {
+        if sources.len() > room {
+            return None;
+        }
         if let Some(attribute) = text.strip_prefix("cap:") {
             let has = |peer: &&Arc<Node>| {
                 peer.cap_map
@@ -81,6 +94,9 @@ fn compile_rule<'a>(
     }
     let mut destinations = Vec::new();
     for destination in &rule.dst_ports {
+        if destinations.len() > room {
+            return None;
+        }
         for net in parse(&destination.ip) {
             let cut = local.iter().filter_map(|local| intersection(&net, local));
             let ports = destination.ports;
@@ -257,6 +273,29 @@ mod tests {
             panic!("an empty filter denies all");
         };
         assert!(list.is_empty());
+    }
+
+    #[test]
+    fn an_attribute_of_all_peers_in_every_rule_does_not_multiply() {
+        let peer = |i: u32| {
+            let address = IpAddr::V4(Ipv4Addr::from_bits(0x6440_0000 + i));
+            Arc::new(Node {
+                addresses: vec![address.into()],
+                cap_map: Some([("all".to_owned(), None)].into_iter().collect()),
+                ..Node::default()
+            })
+        };
+        let peers: Vec<Arc<Node>> = (0..4096).map(peer).collect();
+        let mut rule = FilterRule::allow_all();
+        rule.src_ips = vec!["cap:all".to_owned(); 8];
+        let rules = vec![rule; 100];
+        let local = ["10.0.0.0/8".parse().unwrap()];
+        let Rules::List(list) = compile(rules.iter(), &local, peers.iter()) else {
+            panic!("a list");
+        };
+        let len = |rule: &Rule| rule.sources.len() + rule.destinations.len();
+        let total: usize = list.iter().map(len).sum();
+        assert!(total <= COMPILED_MAX && total > COMPILED_MAX / 2, "{total}");
     }
 
     #[test]

@@ -26,6 +26,24 @@ pub const PEERS_MAX: usize = ringtail_dataplane::channel::PEERS_MAX;
 /// Node attributes and tags of ourselves and peers are for display: this many at most are kept.
 pub const HEALTH_MAX: usize = 64;
 
+/// Endpoints kept of one peer, and of ourselves.
+pub const ENDPOINTS_MAX: usize = crate::path::CANDIDATES_MAX;
+
+/// Prefixes of all peers together, own addresses and routes. A peer with more than is left is refused.
+pub const PREFIXES_MAX: usize = 1 << 20;
+
+/// Users whose profiles are kept.
+pub const USERS_MAX: usize = PEERS_MAX;
+
+/// Relay regions, and relays of one region.
+pub const REGIONS_MAX: usize = 256;
+/// Relays of one region.
+pub const RELAYS_MAX: usize = 32;
+
+/// Sources, destinations, protocols and rules of the packet filter, added up. What is more is left out,
+/// which lets fewer in.
+pub const FILTER_LEN_MAX: usize = 1 << 20;
+
 /// Why a stream has to be given up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MergeError {
@@ -133,6 +151,8 @@ pub struct MapState {
     own_key: NodePublic,
     node: Option<Arc<Node>>,
     peers: BTreeMap<i64, Arc<Node>>,
+    /// Those of all peers.
+    prefixes: usize,
     derp_map: Arc<DerpMap>,
     filter_chunks: BTreeMap<String, Vec<FilterRule>>,
     dns: Option<Arc<Value>>,
@@ -151,6 +171,7 @@ impl MapState {
             own_key,
             node: None,
             peers: BTreeMap::new(),
+            prefixes: 0,
             derp_map: Arc::default(),
             filter_chunks: BTreeMap::new(),
             dns: None,
@@ -203,6 +224,9 @@ impl MapState {
             self.domain = domain;
         }
         for user in response.user_profiles.into_iter().flatten() {
+            if self.users.len() >= USERS_MAX && !self.users.contains_key(&user.id) {
+                continue;
+            }
             changed |= self.users.get(&user.id) != Some(&user);
             self.users.insert(user.id, user);
         }
@@ -213,7 +237,11 @@ impl MapState {
                 map.regions = regions
                     .into_iter()
                     .filter_map(|(id, r)| Some((id, r?)))
+                    .take(REGIONS_MAX)
                     .collect();
+                for region in map.regions.values_mut() {
+                    region.nodes.truncate(RELAYS_MAX);
+                }
                 map.omit_default_regions = update.omit_default_regions;
             }
             if let Some(params) = update.home_params {
@@ -251,13 +279,17 @@ impl MapState {
         let mut changed = false;
         if let Some(peers) = response.peers.as_ref().filter(|peers| !peers.is_empty()) {
             let old = std::mem::take(&mut self.peers);
+            self.prefixes = 0;
             for node in peers {
                 self.insert_peer(Arc::clone(node));
             }
             return old != self.peers;
         }
         for id in response.peers_removed.iter().flatten() {
-            changed |= self.peers.remove(id).is_some();
+            if let Some(gone) = self.peers.remove(id) {
+                self.prefixes -= gone.prefixes();
+                changed = true;
+            }
         }
         for node in response.peers_changed.iter().flatten() {
             changed |= self.insert_peer(Arc::clone(node));
@@ -291,9 +323,18 @@ impl MapState {
             self.peers_refused += 1;
             return false;
         }
-        if self.peers.get(&node.id) == Some(&node) {
+        let old = self.peers.get(&node.id);
+        if old == Some(&node) {
             return false;
         }
+        let others = self.prefixes - old.map_or(0, |old| old.prefixes());
+        if others + node.prefixes() > PREFIXES_MAX {
+            // What was known of it may not be true any more.
+            self.prefixes = others;
+            self.peers_refused += 1;
+            return self.peers.remove(&node.id).is_some();
+        }
+        self.prefixes = others + node.prefixes();
         self.peers.insert(node.id, node);
         true
     }
@@ -308,7 +349,7 @@ impl MapState {
         }
         let old = self.filter_chunks.clone();
         if let Some(base) = base {
-            self.filter_chunks.insert("base".to_owned(), base);
+            self.set_chunk("base".to_owned(), base);
         }
         let chunks = chunks.unwrap_or_default();
         if chunks.get("*") == Some(&None) {
@@ -316,15 +357,29 @@ impl MapState {
         }
         for (name, rules) in chunks {
             match rules {
-                Some(rules) => {
-                    self.filter_chunks.insert(name, rules);
-                }
+                Some(rules) => self.set_chunk(name, rules),
                 None => {
                     self.filter_chunks.remove(&name);
                 }
             }
         }
         old != self.filter_chunks
+    }
+
+    /// Sets a chunk of rules, as far as there is room beside the others.
+    fn set_chunk(&mut self, name: String, mut rules: Vec<FilterRule>) {
+        self.filter_chunks.remove(&name);
+        let others: usize = self.filter_rules().map(FilterRule::weight).sum();
+        let mut room = FILTER_LEN_MAX.saturating_sub(others + self.filter_chunks.len());
+        if room == 0 {
+            return;
+        }
+        rules.retain(|rule| {
+            let fits = rule.weight() <= room;
+            room -= if fits { rule.weight() } else { 0 };
+            fits
+        });
+        self.filter_chunks.insert(name, rules);
     }
 
     /// The peer table as received and merged, by node id.
@@ -471,6 +526,7 @@ fn patch(peer: &mut Arc<Node>, change: &PeerChange) -> bool {
     }
     if let Some(endpoints) = &change.endpoints {
         node.endpoints.clone_from(endpoints);
+        node.endpoints.truncate(ENDPOINTS_MAX);
     }
     if let Some(key) = change.key {
         node.key = key;
@@ -502,6 +558,121 @@ mod tests {
     use serde::Deserialize;
 
     const NOW: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
+
+    fn peers_changed(peers: Vec<Node>) -> MapResponse {
+        MapResponse {
+            peers_changed: Some(peers.into_iter().map(Arc::new).collect()),
+            ..MapResponse::default()
+        }
+    }
+
+    /// Whatever a server sends, in one message or in many: the table has a size.
+    #[test]
+    fn what_a_server_sends_is_kept_within_bounds() {
+        let mut state = MapState::new(own_key());
+        let first = MapResponse {
+            node: Some(Arc::default()),
+            ..MapResponse::default()
+        };
+        state.handle_response(NOW, first).unwrap();
+        let net: IpNet = "10.0.0.0/8".parse().unwrap();
+        let node = |id: u8, prefixes: usize| Node {
+            id: id.into(),
+            key: NodePublic([id; 32]),
+            allowed_ips: Some(vec![net; prefixes]),
+            endpoints: vec!["192.0.2.1:1".parse().unwrap(); 2 * ENDPOINTS_MAX],
+            ..Node::default()
+        };
+        let mut send = |response| state.handle_response(NOW, response).unwrap().changed;
+        let half = PREFIXES_MAX / 2;
+        assert!(send(peers_changed(vec![node(1, half), node(2, half)])));
+        assert!(!send(peers_changed(vec![node(3, 1)])), "there is no room");
+        assert!(send(peers_changed(vec![node(1, 1)])), "it gives some back");
+        assert!(send(peers_changed(vec![node(3, half - 1)])));
+        assert!(
+            send(peers_changed(vec![node(2, half + 1)])),
+            "it goes, for it is not as it was"
+        );
+        let removed = MapResponse {
+            peers_removed: Some(vec![3]),
+            ..MapResponse::default()
+        };
+        assert!(send(removed));
+        assert!(send(peers_changed(vec![node(2, PREFIXES_MAX - 1)])));
+        let ids: Vec<i64> = state.peers.keys().copied().collect();
+        assert_eq!((ids, state.peers_refused()), (vec![1, 2], 2));
+        assert_eq!(state.prefixes, PREFIXES_MAX);
+        assert!(
+            state
+                .peers
+                .values()
+                .all(|peer| peer.endpoints.len() == ENDPOINTS_MAX)
+        );
+    }
+
+    #[test]
+    fn rules_regions_and_users_are_kept_within_bounds() {
+        let mut state = MapState::new(own_key());
+        let rule = |weight: usize| FilterRule {
+            src_ips: vec![String::new(); weight - 1],
+            ..FilterRule::default()
+        };
+        let chunk = |name: &str, rules: Vec<FilterRule>| {
+            let chunks = [(name.to_owned(), Some(rules))].into_iter().collect();
+            state_chunks(chunks)
+        };
+        let regions = (1..=u32::try_from(REGIONS_MAX).unwrap() + 9)
+            .map(|id| {
+                let nodes = vec![super::super::DerpNode::default(); RELAYS_MAX + 1];
+                let region = super::super::DerpRegion {
+                    region_id: id,
+                    nodes,
+                    ..Default::default()
+                };
+                (id, Some(region))
+            })
+            .collect();
+        let users = (0..i64::try_from(USERS_MAX).unwrap() + 9).map(|id| UserProfile {
+            id,
+            ..UserProfile::default()
+        });
+        let first = MapResponse {
+            node: Some(Arc::default()),
+            derp_map: Some(crate::netmap::wire::DerpMapUpdate {
+                regions: Some(regions),
+                ..Default::default()
+            }),
+            user_profiles: Some(users.collect()),
+            ..MapResponse::default()
+        };
+        state.handle_response(NOW, first).unwrap();
+        assert_eq!(state.derp_map.regions.len(), REGIONS_MAX);
+        assert!(
+            state
+                .derp_map
+                .regions
+                .values()
+                .all(|region| region.nodes.len() == RELAYS_MAX)
+        );
+        assert_eq!(state.users.len(), USERS_MAX);
+        let half = FILTER_LEN_MAX / 2;
+        for (name, rules, kept) in [
+            ("a", vec![rule(half)], 1),
+            ("b", vec![rule(half), rule(half - 10)], 2),
+            ("b", vec![rule(half - 10)], 2),
+            ("c", vec![rule(100), rule(3)], 3),
+        ] {
+            state.handle_response(NOW, chunk(name, rules)).unwrap();
+            assert_eq!(state.filter_rules().count(), kept, "{name}");
+        }
+    }
+
+    fn state_chunks(chunks: BTreeMap<String, Option<Vec<FilterRule>>>) -> MapResponse {
+        MapResponse {
+            packet_filters: Some(chunks),
+            ..MapResponse::default()
+        }
+    }
 
     #[derive(Deserialize)]
     struct Case {

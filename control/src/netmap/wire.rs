@@ -173,6 +173,12 @@ pub struct Node {
 }
 
 impl Node {
+    /// Prefixes of both lists.
+    #[must_use]
+    pub fn prefixes(&self) -> usize {
+        self.addresses.len() + self.allowed_ips.as_ref().map_or(0, Vec::len)
+    }
+
     /// Brings a received node into the one form the rest of the program knows: home region from
     /// the legacy text, allowed IPs filled in, old capabilities moved, zero keys gone
     /// (`protocol/coordination-map.md` §4).
@@ -192,6 +198,7 @@ impl Node {
                 .entry(capability)
                 .or_insert(None);
         }
+        self.endpoints.truncate(super::ENDPOINTS_MAX);
         self.disco_key = self.disco_key.filter(|key| !key.is_zero());
         self.machine = self.machine.filter(|key| !key.is_zero());
     }
@@ -324,6 +331,12 @@ pub struct FilterRule {
 }
 
 impl FilterRule {
+    /// What it counts for where rules are bounded: itself and all its parts.
+    #[must_use]
+    pub fn weight(&self) -> usize {
+        1 + self.src_ips.len() + self.dst_ports.len() + self.ip_proto.len()
+    }
+
     /// The rule that lets everybody do everything, as Headscale sends it without policy.
     pub fn allow_all() -> Self {
         Self {

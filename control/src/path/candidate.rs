@@ -7,7 +7,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use super::{CANDIDATES_MAX, DISCO_PING_INTERVAL, QUICK_PINGS, SESSION_ACTIVE_TIMEOUT};
+use super::{
+    CANDIDATES_ALL_MAX, CANDIDATES_MAX, CANDIDATES_MIN, DISCO_PING_INTERVAL, QUICK_PINGS,
+    SESSION_ACTIVE_TIMEOUT,
+};
 use crate::disco::TxId;
 
 /// Unanswered rounds that a remembered address is given.
@@ -90,45 +93,69 @@ impl Candidate {
 }
 
 /// The candidates of one peer.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Candidates(BTreeMap<SocketAddr, Candidate>);
+#[derive(Clone, Debug)]
+pub(super) struct Candidates {
+    by_addr: BTreeMap<SocketAddr, Candidate>,
+    max: usize,
+}
+
+impl Default for Candidates {
+    fn default() -> Self {
+        Self {
+            by_addr: BTreeMap::new(),
+            max: CANDIDATES_MAX,
+        }
+    }
+}
 
 /// The candidate could not be added: the table is full of candidates that are still named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Full;
 
+/// How many candidates each of so many peers may have.
+pub(crate) fn candidates_max(peers: usize) -> usize {
+    let share = CANDIDATES_ALL_MAX / peers.max(1);
+    share.clamp(CANDIDATES_MIN, CANDIDATES_MAX)
+}
+
 impl Candidates {
+    /// Sets how many there may be; those that are there already stay for as long as they are named.
+    pub(super) fn set_max(&mut self, max: usize) {
+        self.max = max;
+    }
+
     pub(super) fn get(&self, addr: &SocketAddr) -> Option<&Candidate> {
-        self.0.get(addr)
+        self.by_addr.get(addr)
     }
 
     pub(super) fn get_mut(&mut self, addr: &SocketAddr) -> Option<&mut Candidate> {
-        self.0.get_mut(addr)
+        self.by_addr.get_mut(addr)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&SocketAddr, &Candidate)> {
-        self.0.iter()
+        self.by_addr.iter()
     }
 
     pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = (&SocketAddr, &mut Candidate)> {
-        self.0.iter_mut()
+        self.by_addr.iter_mut()
     }
 
     /// The candidate at `addr`, made if need be. When the table is full, deletable ones go, and then
     /// the one known from its packets alone that was quiet for longest.
     pub(super) fn entry(&mut self, now: Instant, addr: SocketAddr) -> Result<&mut Candidate, Full> {
-        if !self.0.contains_key(&addr) && self.0.len() >= CANDIDATES_MAX {
-            self.0.retain(|_, candidate| !candidate.deletable(now));
+        if !self.by_addr.contains_key(&addr) && self.by_addr.len() >= self.max {
+            self.by_addr
+                .retain(|_, candidate| !candidate.deletable(now));
         }
-        if !self.0.contains_key(&addr) && self.0.len() >= CANDIDATES_MAX {
-            let only_heard = self.0.iter().filter(|(_, candidate)| {
+        if !self.by_addr.contains_key(&addr) && self.by_addr.len() >= self.max {
+            let only_heard = self.by_addr.iter().filter(|(_, candidate)| {
                 !candidate.in_map && candidate.called_at.is_none() && candidate.cached.is_none()
             });
             let quietest = only_heard.min_by_key(|(_, candidate)| candidate.heard_at);
             let quietest = *quietest.ok_or(Full)?.0;
-            self.0.remove(&quietest);
+            self.by_addr.remove(&quietest);
         }
-        Ok(self.0.entry(addr).or_default())
+        Ok(self.by_addr.entry(addr).or_default())
     }
 
     /// Takes the network map's endpoints. Returns whether one is new; those that it no longer names
@@ -138,12 +165,12 @@ impl Candidates {
         now: Instant,
         endpoints: &[SocketAddr],
     ) -> (bool, Option<Full>) {
-        for (addr, candidate) in &mut self.0 {
+        for (addr, candidate) in &mut self.by_addr {
             candidate.in_map = endpoints.contains(addr);
         }
         let (mut new, mut full) = (false, None);
         for addr in endpoints {
-            let known = self.0.contains_key(addr);
+            let known = self.by_addr.contains_key(addr);
             match self.entry(now, *addr) {
                 Ok(candidate) => candidate.in_map = true,
                 Err(error) => full = Some(error),
@@ -155,7 +182,7 @@ impl Candidates {
 
     /// All may be pinged by a round now, but those that have just been.
     pub(super) fn end_rest(&mut self, now: Instant) {
-        for candidate in self.0.values_mut() {
+        for candidate in self.by_addr.values_mut() {
             let just = |at: Instant| now.saturating_duration_since(at) < DOUBT_REST;
             if !candidate.last_ping.is_some_and(just) {
                 candidate.last_round = None;
@@ -165,7 +192,7 @@ impl Candidates {
 
     /// Forgets remembered addresses that nothing else names: the peer has moved.
     pub(super) fn forget_cached(&mut self) {
-        for candidate in self.0.values_mut() {
+        for candidate in self.by_addr.values_mut() {
             candidate.cached = None;
         }
     }
@@ -179,7 +206,7 @@ impl Candidates {
         keep: Option<SocketAddr>,
     ) -> (Vec<SocketAddr>, Option<Full>) {
         let mut removed = Vec::new();
-        self.0.retain(|addr, candidate| {
+        self.by_addr.retain(|addr, candidate| {
             let named = candidate.called_at.is_none() || endpoints.contains(addr);
             let keep = named || Some(*addr) == keep;
             if !keep {
@@ -199,13 +226,13 @@ impl Candidates {
 
     /// Removes what nothing names any more, but `keep`.
     pub(super) fn sweep(&mut self, now: Instant, keep: Option<SocketAddr>) {
-        self.0
+        self.by_addr
             .retain(|addr, candidate| Some(*addr) == keep || !candidate.deletable(now));
     }
 
     /// A round ended without a Pong: remembered addresses have a limited number of these.
     pub(super) fn round_unanswered(&mut self, round_at: Instant) {
-        for candidate in self.0.values_mut() {
+        for candidate in self.by_addr.values_mut() {
             let answered = candidate.pong.is_some_and(|(at, _)| at >= round_at);
             if candidate.last_round.is_some_and(|at| at >= round_at) && !answered {
                 candidate.cached = candidate
@@ -302,6 +329,21 @@ mod tests {
         assert!(all.get(&addr(200)).is_none() && all.get(&addr(219)).is_some());
         let (_, full) = all.set_map(now, &(1..=129).map(addr).collect::<Vec<_>>());
         assert_eq!(full, Some(Full));
+    }
+
+    #[test]
+    fn peers_of_a_large_network_have_fewer_each() {
+        assert_eq!([1, 2_048].map(candidates_max), [CANDIDATES_MAX; 2]);
+        for peers in 1..=ringtail_dataplane::PEERS_MAX {
+            let each = candidates_max(peers);
+            assert!(each * peers <= CANDIDATES_ALL_MAX && each >= CANDIDATES_MIN);
+        }
+        let now = start();
+        let mut all = Candidates::default();
+        let _ = all.set_map(now, &(1..=20).map(addr).collect::<Vec<_>>());
+        all.set_max(candidates_max(10_000));
+        let (_, full) = all.set_called(now, &(100..=164).map(addr).collect::<Vec<_>>(), None);
+        assert_eq!((all.iter().count(), full), (26, Some(Full)));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Instant;
 use rand::rngs::StdRng;
 use ringtail_dataplane::channel::{self, Activity, PEERS_MAX, PathDecision, PeerId, RegionId};
 
+use super::candidate::candidates_max;
 use super::limit::{Bucket, KEY_OPENS_PER_S, OPENS_RESERVE};
 use super::peer::{At, Peer, PeerKey};
 use super::seen::Seen;
@@ -28,6 +29,8 @@ pub struct Manager {
     shared: Shared,
     disco: DiscoPrivate,
     peers: BTreeMap<PeerId, Peer>,
+    /// Of each of them.
+    candidates_max: usize,
     by_node: BTreeMap<NodePublic, PeerId>,
     /// Several nodes of one process share a DISCO key.
     by_disco: BTreeMap<DiscoPublic, Sender>,
@@ -56,6 +59,7 @@ impl Manager {
             shared: Shared::new(config, node_key, disco.public(), rng),
             disco,
             peers: BTreeMap::new(),
+            candidates_max: candidates_max(0),
             by_node: BTreeMap::new(),
             by_disco: BTreeMap::new(),
             due: BTreeSet::new(),
@@ -72,6 +76,15 @@ impl Manager {
     pub fn set_peers(&mut self, now: Instant, peers: &[PeerSetup], gone: &[PeerId]) {
         for id in gone {
             self.forget(*id);
+        }
+        let new = peers
+            .iter()
+            .filter(|setup| !self.peers.contains_key(&setup.id));
+        let max = candidates_max(self.peers.len() + new.count());
+        if std::mem::replace(&mut self.candidates_max, max) != max {
+            for peer in self.peers.values_mut() {
+                peer.set_candidates_max(max);
+            }
         }
         for setup in peers {
             let known = self.peers.get(&setup.id);
@@ -94,6 +107,7 @@ impl Manager {
             if peer.key().map(|key| key.public) != after {
                 peer.set_key(now, &mut self.shared, secret);
             }
+            peer.set_candidates_max(max);
             peer.set(now, &mut self.shared, setup);
             if before != after {
                 self.disown(before, setup.id);

@@ -58,6 +58,8 @@ mod validation;
 #[cfg(test)]
 mod sim;
 
+#[cfg(test)]
+pub(crate) use candidate::candidates_max;
 pub use limit::Drop;
 pub use manager::Manager;
 pub use score::{Rank, better};
@@ -126,6 +128,11 @@ pub const CACHED_PATH_AGE_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Candidates of one peer.
 pub const CANDIDATES_MAX: usize = 128;
+/// Candidates of all peers together. Where there are more than 2,048 peers, each may have fewer, down to
+/// the second number; no host has so many addresses.
+pub const CANDIDATES_ALL_MAX: usize = 1 << 18;
+/// What each peer may have in any network.
+pub const CANDIDATES_MIN: usize = 16;
 /// Candidates pinged in one round.
 pub const CANDIDATES_PINGED_MAX: usize = 64;
 /// Pings of one peer without Pong or timeout yet.
@@ -574,6 +581,25 @@ pub enum LinkChange {
     Major,
     /// Something else: own endpoints may have changed.
     Minor,
+}
+
+/// Bytes of one candidate in its table, which is half full at least.
+#[cfg(test)]
+pub(crate) fn candidate_cost() -> usize {
+    3 * size_of::<(SocketAddr, candidate::Candidate)>() / 2
+}
+
+/// Bytes of one Ping on its way.
+#[cfg(test)]
+pub(crate) fn ping_cost() -> usize {
+    size_of::<pings::Sent>()
+}
+
+/// Pings on their way that a node's rate allows.
+#[cfg(test)]
+pub(crate) fn pings_max() -> usize {
+    let a_second = usize::try_from(limit::NODE_PINGS_PER_S).unwrap();
+    a_second * (1 + usize::try_from(PING_TIMEOUT.as_secs()).unwrap())
 }
 
 /// A first moment for tests, which then only add to it.

@@ -122,6 +122,15 @@ impl Link {
         }
     }
 
+    pub(super) fn is_home(&self) -> bool {
+        self.home.get()
+    }
+
+    /// When something was last put into a queue.
+    pub(super) fn asked_at(&self) -> Instant {
+        self.asked_at.get()
+    }
+
     /// Something was put into a queue.
     pub(super) fn asked(&self) {
         self.asked_at.set(now());

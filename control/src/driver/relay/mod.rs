@@ -53,6 +53,10 @@ pub const DATA_QUEUE_BYTES: usize = 1 << 20;
 /// Bytes of DISCO frames that wait per region at most.
 pub const DISCO_QUEUE_BYTES: usize = 64 << 10;
 
+/// Connections at a time. The one that was sent to longest ago makes room for another, but not the home's:
+/// peers say where they are at home, and each connection has queues and buffers of its own.
+pub const LINKS_MAX: usize = 64;
+
 /// A connection that is not the home's is closed after this long without anything to send.
 pub const IDLE_LIMIT: Duration = Duration::from_secs(60);
 
@@ -475,6 +479,18 @@ impl Inner {
             return Some(link.clone());
         }
         let definition = self.definition(region)?;
+        let least_asked = {
+            let links = self.links.borrow();
+            let others = links.values().filter(|link| !link.is_home());
+            let full = links.len() >= LINKS_MAX;
+            others
+                .min_by_key(|link| link.asked_at())
+                .filter(|_| full)
+                .cloned()
+        };
+        if let Some(least_asked) = least_asked {
+            self.close(&least_asked);
+        }
         let link = Rc::new(Link::new(region, definition, now()));
         link.set_home(self.home.get() == Some(region));
         self.links.borrow_mut().insert(region, link.clone());
@@ -561,5 +577,44 @@ impl Inner {
                 return Ok((now() - asked, dialled.addr));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Nobody is dialled: the tasks are never run.
+    #[test]
+    fn no_more_regions_have_connections_than_there_are_places() {
+        let local = tokio::task::LocalSet::new();
+        let _context = local.enter();
+        let (pool, _events) = RelayPool::new(RelayOptions {
+            private: NodePrivate::generate(),
+            names: Names::default(),
+            underlay: Underlay::default(),
+            roots: crate::driver::tls::roots::web(),
+            io: Kind::Tokio,
+        });
+        let regions = u32::try_from(2 * LINKS_MAX).unwrap();
+        pool.set_map(&DerpMap::of_regions(regions));
+        pool.set_home(Some(RegionId(1)));
+        let peer = NodePublic([7; KEY_LEN]);
+        for region in 1..=regions {
+            pool.send_disco(RegionId(region), &peer, b"hello");
+        }
+        let there: Vec<u32> = pool
+            .status()
+            .regions
+            .iter()
+            .map(|region| region.region)
+            .collect();
+        assert_eq!(there.len(), LINKS_MAX);
+        assert!(there.contains(&1), "the home stays");
+        assert!(there.contains(&regions), "and the newest");
+        assert_eq!(
+            pool.status().counters["tx_dropped_closed"],
+            regions as u64 - LINKS_MAX as u64
+        );
     }
 }

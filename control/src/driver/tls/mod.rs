@@ -31,7 +31,7 @@ const RECORD_LEN: usize = 16 << 10;
 const SLACK: usize = 1 << 10;
 
 /// What a relay may make us hold unread: a handshake with every certificate it has.
-const CLIENT_INBOX_MAX: usize = 1 << 20;
+pub(crate) const CLIENT_INBOX_MAX: usize = 1 << 20;
 
 /// What a client may: a record that is not complete, and a ClientHello cut into several.
 const SERVER_INBOX_MAX: usize = 32 << 10;

@@ -236,12 +236,18 @@ impl Peer {
         }
     }
 
+    /// Sets how many candidates there may be, since others need some too.
+    pub(super) fn set_candidates_max(&mut self, max: usize) {
+        self.candidates.set_max(max);
+    }
+
     /// Takes what coordination says of the peer now; news wake a held peer.
     pub(super) fn set(&mut self, now: Instant, sh: &mut Shared, setup: &PeerSetup) {
         let moved = self.home != setup.home;
         self.home = setup.home;
         let mut endpoints = setup.endpoints.clone();
         endpoints.retain(|addr| sh.admission.admits_named(*addr));
+        endpoints.truncate(super::CANDIDATES_MAX);
         let changed = endpoints != self.endpoints;
         let (new, full) = self.candidates.set_map(now, &endpoints);
         if full.is_some() {
