@@ -11,9 +11,11 @@
 //!
 //! A stranger that has shown who it is ([`Places::settle`]) leaves its place to the next and holds one
 //! of the many for those known, so many for one owner; the owner's oldest goes when there are more.
-//! When those are all taken, the owner with most of them loses its oldest; if all have one, or the
-//! newcomer's network is full, it stays a stranger. An owner that is forgotten becomes a stranger
-//! again ([`Places::estrange`]).
+//! When those are all taken, the owner with most of them loses its oldest; if all have one, the
+//! network that holds most does, since keys may cost nothing, so that who comes from few networks
+//! keeps nobody else out. If that would be no less than the newcomer's own, or that one is full, the
+//! newcomer stays a stranger. An owner that is forgotten becomes a stranger again
+//! ([`Places::estrange`]).
 //!
 //! Who has lost its place is named to the driver, which ends the connection and says so
 //! ([`Places::leave`]): until then it counts as leaving, and while [`LEAVING_MAX`] are, nobody enters.
@@ -26,6 +28,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 pub use network::networks;
+use network::{is_local, is_wide};
 
 /// Connections that have lost their place and not ended yet.
 const LEAVING_MAX: usize = 64;
@@ -202,10 +205,13 @@ impl<K: Copy + Ord> Places<K> {
                     None
                 } else {
                     let most = self.owners.values().max_by_key(|own| own.len());
-                    let Some(most) = most.filter(|own| own.len() > 1) else {
+                    let most = most.filter(|own| own.len() > 1);
+                    let oldest = most.and_then(|own| own.first().copied());
+                    let gone = oldest.or_else(|| self.oldest_known_of_most(origin));
+                    if gone.is_none() {
                         return Settled::Full;
-                    };
-                    most.first().copied()
+                    }
+                    gone
                 }
             }
         };
@@ -296,6 +302,38 @@ impl<K: Copy + Ord> Places<K> {
             (wide, narrow, std::cmp::Reverse(id))
         });
         weighed.max().map(|(_, _, std::cmp::Reverse(id))| id)
+    }
+
+    /// The oldest of those known in the narrow network that holds most, in the wide one that holds most:
+    /// if it holds more than the newcomer's own will. So who comes back finds no place that he could not
+    /// have had before, and nobody takes turns with anybody.
+    fn oldest_known_of_most(&self, newcomer: Origin) -> Option<PlaceId> {
+        let most = |within: Option<IpNet>| {
+            let known = self.networks.iter().filter(|((class, network), _)| {
+                // Of a /24 or /48, or of what is in the one that holds most.
+                let fits = match within {
+                    None => is_wide(network),
+                    Some(wide) => !is_wide(network) && wide.contains(network),
+                };
+                *class == Class::Known && fits && !is_local(network)
+            });
+            let most = known.max_by_key(|(_, taken)| **taken);
+            most.map(|((_, network), taken)| (*network, *taken))
+        };
+        let [narrow, wide] = newcomer.networks;
+        let (crowd, in_crowd) = most(None)?;
+        let (host, of_host) = most(Some(crowd))?;
+        let (own, theirs) = if crowd == wide {
+            (narrow, of_host)
+        } else {
+            (wide, in_crowd)
+        };
+        if self.taken_of(Class::Known, own) + 1 >= theirs {
+            return None;
+        }
+        let mut known = self.known.iter();
+        let oldest = known.find(|(_, (_, origin))| origin.networks[0] == host);
+        oldest.map(|(id, _)| *id)
     }
 
     fn of_class(&self, class: Class) -> impl Iterator<Item = (PlaceId, Origin)> {

@@ -20,6 +20,17 @@ pub fn networks(source: IpAddr) -> [IpNet; 2] {
     }
 }
 
+/// Whether a network is the wider one of an address.
+pub(super) fn is_wide(network: &IpNet) -> bool {
+    matches!(network.prefix_len(), 24 | 48)
+}
+
+/// Whether a network is this machine's own: of 127.0.0.0/8, or what `::1` counts for.
+pub(super) fn is_local(network: &IpNet) -> bool {
+    let addr = network.addr();
+    addr.is_loopback() || (addr.is_ipv6() && addr.is_unspecified())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -38,6 +49,8 @@ mod tests {
         ] {
             let expected = [narrow, wide].map(|net| net.parse().unwrap());
             assert_eq!(networks(source.parse().unwrap()), expected, "{source}");
+            assert_eq!(expected.map(|net| is_wide(&net)), [false, true]);
+            assert_eq!(expected.map(|net| is_local(&net)), [source == "::1"; 2]);
         }
     }
 }

@@ -144,8 +144,69 @@ fn places_of_those_known_run_out_per_network_and_in_all() {
     // All are taken: owner 2 has two.
     let id = enter(&mut places, "127.0.0.1");
     assert!(matches!(places.settle(id, 9), Settled::Known(Some(_))));
+    // One each: the network with most loses one, until it has no more than the next.
+    let oldest = *places.known.keys().next().unwrap();
     let id = enter(&mut places, "127.0.0.1");
-    assert_eq!(places.settle(id, 10), Settled::Full, "one each");
+    assert_eq!(places.settle(id, 10), Settled::Known(Some(oldest)));
+    for (source, owner) in [("127.0.0.1", 11), ("10.0.0.2", 12), ("10.1.0.1", 13)] {
+        let id = enter(&mut places, source);
+        assert_eq!(places.settle(id, owner), Settled::Full, "{source}");
+    }
+}
+
+#[test]
+fn who_holds_the_places_for_those_known_from_few_networks_keeps_nobody_out() {
+    for [crowd, elsewhere] in [["10.0.", "198.51."], ["2001:db8:", "2001:db9:"]] {
+        let source = |prefix: &str, wide: u32, host: u32| {
+            if prefix.contains(':') {
+                format!("{prefix}{wide}:{host}::1")
+            } else {
+                format!("{prefix}{wide}.{host}")
+            }
+        };
+        let known = Bounds {
+            all: 24,
+            wide: 12,
+            narrow: 6,
+        };
+        let mut places = Places::<u32>::new(Limits { known, ..limits() });
+        let mut come = |from: &str, owner: u32| {
+            let entered = places.enter(ip(from)).unwrap();
+            entered
+                .displaced
+                .into_iter()
+                .for_each(|id| places.leave(id));
+            let settled = places.settle(entered.id, owner);
+            if let Settled::Known(Some(gone)) = settled {
+                places.leave(gone);
+            }
+            settled
+        };
+        // Four hosts of two networks, a new key for each connection, take it all.
+        for n in 0..24 {
+            let settled = come(&source(crowd, n % 2, n / 2 % 2), n);
+            assert_eq!(settled, Settled::Known(None));
+        }
+        assert_eq!(come(&source(crowd, 0, 0), 100), Settled::Full);
+        // Whoever comes from elsewhere has a place all the same, and they share what there is.
+        for n in 0..8 {
+            let settled = come(&source(elsewhere, n, 1), 200 + n);
+            assert!(
+                matches!(settled, Settled::Known(Some(_))),
+                "{n}: {settled:?}"
+            );
+            // Who had to go for it has no turn again.
+            assert_eq!(
+                come(&source(crowd, n % 2, 0), 300 + n),
+                Settled::Full,
+                "{n}"
+            );
+        }
+        let wide = |prefix: &str, n| networks(ip(&source(prefix, n, 1)))[1];
+        let taken = |net| places.taken_of(Class::Known, net);
+        assert_eq!([0, 1].map(|n| taken(wide(crowd, n))), [8, 8]);
+        assert!((0..8).all(|n| taken(wide(elsewhere, n)) == 1));
+    }
 }
 
 #[test]
