@@ -21,7 +21,7 @@ use nix::sys::socket::{
     sockopt,
 };
 use ringtail_dataplane::set_dont_fragment;
-use socket2::SockRef;
+use socket2::{SockFilter, SockRef};
 use std::os::fd::{AsFd as _, AsRawFd as _};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
@@ -136,12 +136,9 @@ impl Discovery {
     /// Has the kernel look at what comes. Where it does not take the program, for want of memory or
     /// because it must not, more comes here than need be: all of it is looked at again.
     fn filter(&self) {
+        let programs = [filter::program(&self.peers), filter::any_sender()];
         for socket in [Some(&self.v4), self.v6.as_ref()].into_iter().flatten() {
-            let socket = SockRef::from(socket);
-            let attached = socket
-                .attach_filter(&filter::program(&self.peers))
-                .or_else(|_| socket.attach_filter(&filter::any_sender()));
-            if let Err(error) = attached {
+            if let Err(error) = install(&SockRef::from(socket), &programs) {
                 tracing::debug!(%error, "the kernel filters nothing for the discovery socket");
             }
         }
@@ -384,6 +381,23 @@ impl Clock {
     }
 }
 
+/// Puts the first of the programs that the kernel takes in the place of the last. If it takes none, none is
+/// left: the last would keep new peers out.
+fn install(socket: &SockRef<'_>, programs: &[Vec<SockFilter>]) -> io::Result<()> {
+    let mut result = Ok(());
+    for program in programs {
+        // A socket has room (`optmem_max`) for the old and the new together, or not.
+        result = socket.attach_filter(program).or_else(|_| {
+            let _none_was_there = socket.detach_filter();
+            socket.attach_filter(program)
+        });
+        if result.is_ok() {
+            break;
+        }
+    }
+    result
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -458,6 +472,33 @@ mod tests {
             Ok(())
         })
         .unwrap();
+    }
+
+    #[test]
+    fn a_filter_that_the_kernel_does_not_take_leaves_no_old_one_in_force() {
+        let to = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        to.set_nonblocking(true).unwrap();
+        let from = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let socket = SockRef::from(&to);
+        let mut stranger = datagram(124);
+        stranger[6] ^= 1;
+        let arrives = |what: &[u8]| {
+            from.send_to(what, to.local_addr().unwrap()).unwrap();
+            to.recv(&mut [0; 200]).is_ok()
+        };
+        let peer = || filter::program(&[PEER]);
+        let too_long = || (0..500).flat_map(|_| peer()).collect();
+        for (programs, junk, other) in [
+            (vec![peer()], false, false),
+            (vec![too_long(), filter::any_sender()], false, true),
+            (vec![peer()], false, false),
+            (vec![too_long(), too_long()], true, true),
+        ] {
+            let installed = install(&socket, &programs);
+            assert_eq!(installed.is_err(), junk);
+            assert!(arrives(&datagram(124)));
+            assert_eq!((arrives(b"junk"), arrives(&stranger)), (junk, other));
+        }
     }
 
     #[test]
