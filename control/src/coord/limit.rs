@@ -17,7 +17,8 @@ use crate::places::networks;
 /// Failures per window: of one host's network, and of one customer's.
 const FAILURES_MAX: [u32; 2] = [10, 40];
 
-/// Failures per window of all who came to a full memory.
+/// Failures per window of all who came to a full memory, and of all who come from this machine: a proxy
+/// here brings everybody's.
 const OTHERS_MAX: u32 = 6000;
 
 /// Length of the window.
@@ -75,7 +76,12 @@ impl FailureLimit {
 
     /// Notes a failure.
     pub fn handle_failure(&mut self, now: Instant, source: IpAddr) {
-        for (network, max) in networks(source).into_iter().zip(FAILURES_MAX) {
+        let max = if source.to_canonical().is_loopback() {
+            [OTHERS_MAX; 2]
+        } else {
+            FAILURES_MAX
+        };
+        for (network, max) in networks(source).into_iter().zip(max) {
             if let Some(failures) = self.networks.get_mut(&network) {
                 failures.add(now);
                 continue;
@@ -157,6 +163,19 @@ mod tests {
 
     fn wait(limit: &FailureLimit, now: Instant, source: &str) -> Option<Duration> {
         limit.check(now, source.parse().unwrap())
+    }
+
+    #[test]
+    fn one_who_fails_behind_a_proxy_of_this_machine_keeps_nobody_else_there_out() {
+        let t0 = crate::coord::tests::start();
+        for proxy in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
+            let mut limit = FailureLimit::default();
+            fail(&mut limit, t0, proxy, 1000);
+            assert_eq!(wait(&limit, t0, proxy), None, "{proxy}");
+            fail(&mut limit, t0, proxy, 5000);
+            assert_eq!(wait(&limit, t0, proxy), Some(WINDOW), "{proxy}");
+            assert_eq!(wait(&limit, t0, "10.0.0.1"), None);
+        }
     }
 
     #[test]
