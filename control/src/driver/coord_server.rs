@@ -528,9 +528,11 @@ impl Actor {
                 let registered = self.register(machine, source, &request).await;
                 self.tell_refusal(machine, source, &request, &registered);
                 self.recognise(&client);
+                // What could not be stored is to be tried again: there is something to do.
                 let refused = match &registered {
                     Registered::Answer(answer) => !answer.error.is_empty(),
-                    Registered::TooMany(_) | Registered::StoreFailed => true,
+                    Registered::TooMany(_) => true,
+                    Registered::StoreFailed => false,
                 };
                 let _ = answer.send(registered);
                 !refused
