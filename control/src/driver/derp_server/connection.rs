@@ -40,6 +40,9 @@ const DISCO_KEPT: usize = 2 << 10;
 /// Receivers a connection remembers having told the registry of.
 const KNOWN_MAX: usize = 256;
 
+/// How often is looked whether a client that owes has still to wait.
+const RATE_LOOK: Duration = Duration::from_secs(1);
+
 /// PeerGone(not here) per sending connection: this many at once, and one more per second.
 const NOT_HERE_BURST: f64 = 3.0;
 
@@ -347,7 +350,9 @@ impl<'a> Relay<'a> {
     fn due(&self, paid_at: Option<Instant>) -> Instant {
         let stalled = self.stalled.map(|(since, _)| since + WRITE_LIMIT);
         let incomplete = self.incomplete_since.map(|since| since + FRAME_LIMIT);
-        let others = [paid_at, stalled, incomplete].into_iter().flatten();
+        // The rate may be lifted while the client owes for hours.
+        let paid = paid_at.map(|at| at.min(now() + RATE_LOOK));
+        let others = [paid, stalled, incomplete].into_iter().flatten();
         others.fold(self.keep_alive_at, Instant::min)
     }
 
@@ -378,6 +383,8 @@ impl<'a> Relay<'a> {
 
     /// When the client may be read again, if its rate does not allow it now.
     fn paid_at(&mut self) -> Option<Instant> {
+        // A debt at a rate that is in force no more is none.
+        self.rate()?;
         let bucket = self.bucket.as_mut()?;
         bucket.refill(now());
         bucket.ready_at()

@@ -31,7 +31,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use nix::libc;
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
@@ -505,7 +504,7 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
                 // somebody leaves.
                 add(&counters.accept_errors, 1);
                 tracing::debug!(%error, "accept");
-                if matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE)) {
+                if descriptors::are_short(&error) {
                     shared.doors.make_room();
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;

@@ -140,6 +140,37 @@ fn who_sends_more_than_his_rate_is_read_later_and_nothing_is_lost() {
 }
 
 #[test]
+fn who_owes_for_hours_is_read_again_soon_after_the_limit_is_lifted() {
+    local(async {
+        let lab = Lab::start_with(|options| {
+            options.client_rate = Some(Rate {
+                per_second: 1,
+                burst: BURST_MIN,
+            });
+        });
+        let mut sender = lab.raw(key(1)).await;
+        let mut receiver = lab.raw(key(2)).await;
+        lab.wait_count("clients", 2).await;
+        let mut frames = Vec::new();
+        for _ in 0..200 {
+            put_send_packet(&mut frames, &key(2).public(), &[5; 1400]);
+        }
+        let begin = now();
+        let count = async {
+            lab.wait_count("rate_pauses", 1).await;
+            lab.handle.set_client_rate(None);
+            let mut got = 0;
+            while got < 200 {
+                let events = receiver.recv().await.unwrap();
+                got += events.iter().filter(|e| e.contains("Packet")).count();
+            }
+        };
+        tokio::join!(count, sender.send(&frames));
+        assert!(now() - begin < KEEP_ALIVE / 2, "{:?}", now() - begin);
+    });
+}
+
+#[test]
 fn connections_over_the_rate_are_closed_at_once() {
     local(async {
         let lab = Lab::start_with(|options| {
