@@ -58,7 +58,7 @@ const DERP_MAP_LEN_MAX: u64 = 4 << 20;
 /// nodes go on without it and come back by themselves.
 ///
 ///   ringtail coord --addr 10.0.0.1:8080 --derp-map map.json
-///   ringtail coord keys create > auth-key
+///   (umask 077; ringtail coord keys create > auth-key)
 ///   ringtail up --coord http://10.0.0.1:8080 --auth-key-file auth-key
 ///   ringtail coord nodes                                  who is in; `delete` and `expire` NODE
 ///   ringtail coord routes approve edge1 10.20.0.0/16      lets edge1 route it, and nobody else
@@ -489,13 +489,11 @@ fn control_key(dir: &StateDir) -> anyhow::Result<MachinePrivate> {
 }
 
 fn read_key_file(path: &Path) -> anyhow::Result<Zeroizing<String>> {
-    let text = std::fs::read_to_string(path).map(Zeroizing::new);
-    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
-    let key = text.trim();
+    let key = files::read_auth_key(path)?;
     if key.is_empty() || key.len() > 256 {
         bail!("{} must hold one auth key on one line", path.display());
     }
-    Ok(Zeroizing::new(key.to_owned()))
+    Ok(key)
 }
 
 fn accept_key_file(database: &Database, path: &Path) -> anyhow::Result<()> {

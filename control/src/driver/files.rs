@@ -84,9 +84,31 @@ pub fn write(path: &Path, text: &[u8]) -> anyhow::Result<()> {
         beside.write_all(text)?;
         beside.as_file().sync_all()?;
         beside.persist(path).map_err(|error| error.error)?;
-        File::open(&folder)?.sync_all()
+        match File::open(&folder)?.sync_all() {
+            // Some file systems cannot sync a directory. What is written is there all the same.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            synced => synced,
+        }
     };
     write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Reads an auth key that a person named. It may be a pipe, and it may be open to everybody if he wants it
+/// so: the log says that.
+///
+/// # Errors
+/// It cannot be read, or is no text.
+pub fn read_auth_key(path: &Path) -> anyhow::Result<Zeroizing<String>> {
+    let text = std::fs::read_to_string(path).map(Zeroizing::new);
+    let text = text.with_context(|| format!("cannot read {}", path.display()))?;
+    if is_open_to_all(path) {
+        tracing::warn!(file = %path.display(), "every user of this host can read this auth key, and join with it");
+    }
+    Ok(Zeroizing::new(text.trim().to_owned()))
+}
+
+fn is_open_to_all(path: &Path) -> bool {
+    std::fs::metadata(path).is_ok_and(|found| found.is_file() && found.mode() & 0o007 != 0)
 }
 
 /// Opens a file of ours for writing where it is, making it (0600) when it is missing. One that others
@@ -280,6 +302,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn an_auth_key_is_read_wherever_it_is_and_one_for_all_to_see_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("auth-key");
+        std::fs::write(&path, "rtkey-1\n").unwrap();
+        for (mode, open) in [(0o600, false), (0o640, false), (0o644, true), (0o602, true)] {
+            chmod(&path, mode);
+            assert_eq!(is_open_to_all(&path), open, "{mode:o}");
+            assert_eq!(read_auth_key(&path).unwrap().as_str(), "rtkey-1");
+        }
+        assert!(!is_open_to_all(Path::new("/dev/null")));
+        assert!(read_auth_key(&dir.path().join("missing")).is_err());
     }
 
     #[test]

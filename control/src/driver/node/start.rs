@@ -22,6 +22,7 @@ use crate::coord::CoordConfig;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
 use crate::driver::events::EventLog;
+use crate::driver::files;
 use crate::driver::hostnet::{self, HostNet};
 use crate::driver::interface::Interface;
 use crate::driver::names::Names;
@@ -63,14 +64,8 @@ impl Source {
             .coord
             .clone()
             .context("neither --coord nor --network is given")?;
-        let auth_key = match &config.auth_key_file {
-            None => None,
-            Some(path) => {
-                let text = std::fs::read_to_string(path).map(Zeroizing::new);
-                let text = text.with_context(|| format!("cannot read {}", path.display()))?;
-                Some(Zeroizing::new(text.trim().to_owned()))
-            }
-        };
+        let auth_key = config.auth_key_file.as_deref();
+        let auth_key = auth_key.map(files::read_auth_key).transpose()?;
         let given = config.control_key.as_deref().map(str::parse).transpose();
         let given = given.context("--control-key")?;
         let stored = state
