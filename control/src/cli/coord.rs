@@ -182,6 +182,9 @@ struct WatchArgs {
     /// Accept only this key of the server.
     #[arg(long, value_name = "MKEY")]
     control_key: Option<MachinePublic>,
+    /// Certificates (PEM) that may vouch for the server, besides the web's roots and the host's.
+    #[arg(long, value_name = "FILE")]
+    ca_file: Option<PathBuf>,
     /// What the node calls itself.
     #[arg(long, value_name = "NAME", default_value = "watch")]
     hostname: String,
@@ -618,7 +621,7 @@ fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
             config,
             Names::default(),
             Underlay::default(),
-            tls::roots::load(None)?,
+            tls::roots::load(args.ca_file.as_deref())?,
             own_state,
         )?;
         let end = args.seconds.map_or(FOR_EVER, Duration::from_secs);

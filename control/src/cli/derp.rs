@@ -80,6 +80,9 @@ pub(super) struct DerpArgs {
     /// new).
     #[arg(long, requires = "verify_clients")]
     verify_fail_open: bool,
+    /// Certificates (PEM) that may vouch for an https verifier, besides the web's roots and the host's.
+    #[arg(long, value_name = "FILE", requires = "verify_clients")]
+    ca_file: Option<PathBuf>,
     /// Ask the verifier again about those who are connected, so often; who is refused then goes.
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400))]
     verify_every: u64,
@@ -152,6 +155,7 @@ pub(super) fn run(args: DerpArgs) -> anyhow::Result<()> {
         verify: args.verify_clients.clone().map(|by| VerifyOptions {
             by,
             fail_open: args.verify_fail_open,
+            ca_file: args.ca_file.clone(),
             every: Duration::from_secs(args.verify_every),
         }),
         client_rate: client_rate.flatten(),

@@ -58,6 +58,8 @@ pub struct VerifyOptions {
     pub by: VerifyBy,
     /// Serve whoever comes while the verifier cannot be reached.
     pub fail_open: bool,
+    /// PEM file of certificates that may vouch for an https verifier, besides the web's and the host's.
+    pub ca_file: Option<PathBuf>,
     /// How often those who are connected are asked about again.
     pub every: Duration,
 }
@@ -116,7 +118,7 @@ impl Verifier {
     /// A URL that is none, or a file that cannot be used.
     pub(super) fn new(options: VerifyOptions) -> anyhow::Result<Self> {
         let ask = match options.by {
-            VerifyBy::Url(url) => Ask::Url(Box::new(Asker::new(&url)?)),
+            VerifyBy::Url(url) => Ask::Url(Box::new(Asker::new(&url, options.ca_file.as_deref())?)),
             VerifyBy::File(path) => Ask::File {
                 keys: RwLock::new(read_list(&path)?),
                 path,
@@ -303,7 +305,7 @@ fn read_list(path: &Path) -> anyhow::Result<BTreeSet<NodePublic>> {
 }
 
 impl Asker {
-    fn new(url: &str) -> anyhow::Result<Self> {
+    fn new(url: &str, ca_file: Option<&Path>) -> anyhow::Result<Self> {
         let parsed: http::Uri = url
             .parse()
             .with_context(|| format!("{url:?} is no URL of a verifier"))?;
@@ -314,7 +316,7 @@ impl Asker {
         let path = if path.len() > 1 { path } else { VERIFY_PATH };
         Ok(Self {
             url: ControlUrl::parse(&format!("{scheme}://{authority}"))?
-                .trusting(roots::load(None)?),
+                .trusting(roots::load(ca_file)?),
             path: path.to_owned(),
             names: Names::default(),
             slots: Semaphore::new(ASKED_MAX),

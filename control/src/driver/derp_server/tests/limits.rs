@@ -321,6 +321,7 @@ impl Judge {
         Some(VerifyOptions {
             by: VerifyBy::Url(self.url.clone()),
             fail_open,
+            ca_file: None,
             every: Duration::from_millis(300),
         })
     }
@@ -410,6 +411,7 @@ fn a_list_of_keys_says_who_is_served_and_is_read_again() {
         let verify = VerifyOptions {
             by: VerifyBy::File(list.clone()),
             fail_open: false,
+            ca_file: None,
             every: Duration::from_secs(3600),
         };
         let lab = Lab::start_with(|options| options.verify = Some(verify.clone()));
