@@ -31,7 +31,7 @@
 //! | 5.2: a preshared key is mixed in, zeros stand for none | `known::every_byte_of_a_handshake…`, `refusals::ends_that_disagree…` |
 //! | 5.3: MAC1 before anything else, always | `gate::each_refusal_has_its_reason`, `refusals::every_damaged_byte…` |
 //! | 5.3: a cookie is needed under load, and otherwise never; where we differ, a few from known addresses and awaited answers need none | `gate::without_load_nobody_needs_a_cookie…`, `gate::under_load_only_a_cookie_opens_the_gate`, `gate::load_lasts_a_second…`, `gate::under_load_a_known_address…`, `gate::under_load_answers_that_are_awaited…`, `gate::an_index_has_its_share…` |
-//! | who is new gets his cookie before who floods (not in the paper) | `gate::who_was_not_seen_for_five_seconds_is_new` |
+//! | who is new gets his cookie before who floods (not in the paper) | `gate::who_was_not_seen_for_five_seconds_has_returned_and_later_is_new` |
 //! | 5.3: a proven source is limited | `gate::under_load_a_source_has_five_messages…`, `gate::a_whole_network_of_ipv6…`, `gate::a_flood_of_sources_fills_a_fixed_table`, `gate::cookies_are_given_out_at_a_bounded_rate…` |
 //! | 5.3: a cookie is bound to address and secret | `cookies::a_cookie_proves_one_address_and_port_only`, `gate::a_cookie_dies_with_the_secret` |
 //! | 5.3: a cookie reply is sealed and bound to the message it answers | `cookies::a_reply_counts_only_for_the_last_message_and_once`, `cookies::every_damaged_byte_of_a_reply…`, `cookies::a_reply_of_another_responder…` |
