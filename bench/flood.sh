@@ -39,6 +39,9 @@ clean() {
   rm -rf "$dir"
 }
 trap clean EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+trap 'exit 129' HUP
 inside() { # inside NAMESPACE COMMAND...
   local ns=$prefix$1
   shift
