@@ -16,6 +16,9 @@ const SETTLE: Duration = Duration::from_secs(10);
 const MEMORY: Duration = Duration::from_secs(24 * 60 * 60);
 /// So long after the last sign the next one is told anew.
 const TELL_INTERVAL: Duration = Duration::from_secs(10 * 60);
+/// What coordination has wrong is corrected so long after it was seen: the other machine may have just
+/// started, and what it hears before it has settled is no sign to it.
+const CORRECT_AFTER: Duration = SETTLE.saturating_add(Duration::from_secs(2));
 /// Coordination is told this often at most what it has wrong.
 const CORRECT_INTERVAL: Duration = Duration::from_secs(60);
 /// Endpoints of ours that are remembered.
@@ -28,10 +31,10 @@ pub(super) struct Twin {
     ours: BTreeMap<SocketAddr, Instant>,
     /// When we had the first.
     since: Option<Instant>,
-    /// What coordination has of us.
+    /// What coordination has of us, since we have settled.
     told: Vec<SocketAddr>,
-    /// They are another machine's: that is to be corrected, which shows it that we are here.
-    wrong: bool,
+    /// Since when they are another machine's: that is to be corrected, which shows it that we are here.
+    wrong: Option<Instant>,
     corrected: Option<Instant>,
     /// The last sign of it, and where it was seen.
     seen: Option<(Instant, String)>,
@@ -55,30 +58,29 @@ impl Twin {
 
     /// Coordination has these endpoints of us. True if that is news of another machine.
     pub(super) fn told(&mut self, now: Instant, endpoints: &[SocketAddr]) -> bool {
-        if self.told == endpoints {
+        let settled = self.since.is_some_and(|at| now >= at + SETTLE);
+        if !settled || self.told == endpoints {
             return false;
         }
         self.told = endpoints.to_vec();
-        let settled = self.since.is_some_and(|at| now >= at + SETTLE);
         let foreign = endpoints.iter().find(|addr| !self.ours.contains_key(addr));
-        self.wrong = settled && foreign.is_some();
-        match foreign {
-            Some(addr) if settled => self.sign(now, addr.to_string()),
-            Some(_) | None => false,
-        }
+        let since = self.wrong.unwrap_or(now);
+        self.wrong = foreign.map(|_| since);
+        foreign.is_some_and(|addr| self.sign(now, addr.to_string()))
     }
 
     /// When coordination is to be told our endpoints again, if it is.
     pub(super) fn correct_at(&self) -> Option<Instant> {
-        let (at, _) = self.seen.as_ref().filter(|_| self.wrong)?;
-        Some(self.corrected.map_or(*at, |last| last + CORRECT_INTERVAL))
+        let first = self.wrong? + CORRECT_AFTER;
+        let next = self.corrected.map(|last| last + CORRECT_INTERVAL);
+        Some(next.map_or(first, |next| first.max(next)))
     }
 
     /// Whether that is now.
     pub(super) fn take_correction(&mut self, now: Instant) -> bool {
         let due = self.correct_at().is_some_and(|at| at <= now);
         if due {
-            (self.wrong, self.corrected) = (false, Some(now));
+            (self.wrong, self.corrected) = (None, Some(now));
         }
         due
     }
@@ -144,15 +146,34 @@ mod tests {
         twin.ours(now, [addr(1)].into_iter());
         let at = now + SETTLE;
         twin.told(at, &[addr(9)]);
+        let at = at + CORRECT_AFTER;
+        assert_eq!(twin.correct_at(), Some(at));
         assert!(twin.take_correction(at) && !twin.take_correction(at));
         twin.told(at, &[addr(1)]);
         assert_eq!(twin.correct_at(), None);
         twin.told(at, &[addr(9)]);
-        assert!(!twin.take_correction(at));
+        assert!(!twin.take_correction(at + CORRECT_AFTER));
         let later = at + CORRECT_INTERVAL;
         assert_eq!(twin.correct_at(), Some(later));
         assert!(twin.take_correction(later));
         assert_eq!(twin.correct_at(), None);
+    }
+
+    #[test]
+    fn a_copy_that_starts_hears_of_us_once_it_has_settled() {
+        let began = start();
+        let (mut runs, mut copy) = (Twin::default(), Twin::default());
+        runs.ours(began, [addr(1)].into_iter());
+        // The copy is told of us at once, and we of it, a moment after its start.
+        let now = began + Duration::from_secs(60);
+        copy.ours(now, [addr(2)].into_iter());
+        assert!(!copy.told(now, &[addr(1)]));
+        assert!(runs.told(now, &[addr(2)]));
+        // What we say then is as before; to the copy it is news.
+        let now = runs.correct_at().unwrap();
+        assert!(runs.take_correction(now));
+        assert!(copy.told(now, &[addr(1)]));
+        assert!(copy.health(now).is_some());
     }
 
     #[test]
