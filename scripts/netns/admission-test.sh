@@ -15,16 +15,8 @@
 # RINGTAIL_NO_SKIP=1.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$ROOT"
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
-lab_or_skip
-RINGTAIL=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}/ringtail
-# shellcheck source=checks.sh
-. scripts/netns/checks.sh
-lab_init
-[ "${1:-}" != --keep ] || : >"$LAB_DIR/keep"
+# shellcheck source=begin.sh
+. "$(dirname "$0")/begin.sh"
 lab_limit 300 'echo "admission-test: still running after 300 s"'
 
 # Everything b offers to route, and an administrator approves.

@@ -8,23 +8,8 @@
 # skipped aloud, or fails when RINGTAIL_NO_SKIP=1.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$ROOT"
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
-lab_or_skip
-
-BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
-# shellcheck disable=SC2034 # used by tailnet.sh
-RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
-# shellcheck source=checks.sh
-. scripts/netns/checks.sh
-# shellcheck source=tailnet.sh
-. scripts/netns/tailnet.sh
-# shellcheck source=story.sh
-. scripts/netns/story.sh
-lab_init
-[ "${1:-}" != --keep ] || : >"$LAB_DIR/keep"
+# shellcheck source=begin.sh
+. "$(dirname "$0")/begin.sh"
 lab_limit 300 'echo "alone-test: still running after 300 s"'
 
 story_topology

@@ -13,17 +13,8 @@
 # RINGTAIL_NO_SKIP=1.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$ROOT"
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
-lab_or_skip
-BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
-RINGTAIL=$BIN/ringtail BENCH=${BENCH:-$BIN/ringtail-bench}
-# shellcheck source=checks.sh
-. scripts/netns/checks.sh
-lab_init
-[ "${1:-}" != --keep ] || : >"$LAB_DIR/keep"
+# shellcheck source=begin.sh
+. "$(dirname "$0")/begin.sh"
 
 RATE=${RATE:-30000}
 PEERS="c n1 n2 n3 n4 n5 n6 x1 x2"

@@ -8,8 +8,6 @@
 # skipped aloud, or fails when RINGTAIL_NO_SKIP=1.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$ROOT"
 BYTES=$((128 << 20)) KEEP=''
 while [ $# -gt 0 ]; do
   case $1 in
@@ -19,21 +17,8 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
-lab_or_skip
-
-BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
-# shellcheck disable=SC2034 # used by tailnet.sh
-RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
-# shellcheck source=checks.sh
-. scripts/netns/checks.sh
-# shellcheck source=tailnet.sh
-. scripts/netns/tailnet.sh
-# shellcheck source=story.sh
-. scripts/netns/story.sh
-lab_init
-[ -z "$KEEP" ] || : >"$LAB_DIR/keep"
+# shellcheck source=begin.sh
+. "$(dirname "$0")/begin.sh" "${KEEP:+--keep}"
 
 now_ns() { date +%s%N; }
 # event NODE SECONDS EVENT [--where FIELD=VALUE]... [--since-ns T]

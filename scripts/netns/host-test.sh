@@ -12,16 +12,8 @@
 # RINGTAIL_NO_SKIP=1.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$ROOT"
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
-lab_or_skip
-BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
-RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
-# shellcheck source=checks.sh
-. scripts/netns/checks.sh
-lab_init
+# shellcheck source=begin.sh
+. "$(dirname "$0")/begin.sh"
 lab_limit 300 "echo 'error: it hangs' >&2"
 
 # ---- the hosts ---------------------------------------------------------------------------------

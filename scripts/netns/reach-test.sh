@@ -16,18 +16,9 @@
 # RINGTAIL_NO_SKIP=1.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$ROOT"
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
-lab_or_skip
-
-BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}
-RINGTAIL=$BIN/ringtail BENCH=$BIN/ringtail-bench
-# shellcheck source=checks.sh
-. scripts/netns/checks.sh
-lab_init
-[ "${1:-}" != --keep ] || { : >"$LAB_DIR/keep"; shift; }
+# shellcheck source=begin.sh
+. "$(dirname "$0")/begin.sh"
+[ "${1:-}" != --keep ] || shift
 
 # resolver NAME ADDRESS...: the DNS servers of a namespace, which `ip netns exec` puts in place and the lab takes away.
 resolver() {

@@ -14,16 +14,8 @@
 # RINGTAIL_NO_SKIP=1.
 set -euo pipefail
 
-ROOT=$(cd "$(dirname "$0")/../.." && pwd)
-cd "$ROOT"
-# shellcheck source=lab.sh
-. scripts/netns/lab.sh
-lab_or_skip
-RINGTAIL=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/debug}/ringtail
-# shellcheck source=checks.sh
-. scripts/netns/checks.sh
-lab_init
-[ "${1:-}" != --keep ] || : >"$LAB_DIR/keep"
+# shellcheck source=begin.sh
+. "$(dirname "$0")/begin.sh"
 lab_limit 180 'echo "strangers-test: still running after 180 s"'
 
 lab_ns coord a b m
