@@ -17,6 +17,8 @@ pub mod driver;
 pub mod fuzzing;
 pub mod hostnet;
 pub mod key;
+#[cfg(test)]
+mod lists;
 pub mod netcheck;
 pub mod netmap;
 pub mod noise;

@@ -714,11 +714,9 @@ fn comparable(node: &Node) -> Node {
 
 #[cfg(test)]
 mod tests {
-    use rand::rngs::StdRng;
-    use rand::{Rng, RngExt, SeedableRng};
-
     use super::*;
     use crate::coord::tests::start;
+    use crate::lists::random_lists;
 
     #[test]
     fn a_plain_list_gets_as_far_as_a_route() {
@@ -737,17 +735,8 @@ mod tests {
 
     #[test]
     fn random_operations_match_the_model() {
-        let seed: u64 = rand::random();
-        println!("seed {seed:#x}");
-        let mut rng = StdRng::seed_from_u64(seed);
-        let lists = std::env::var("RINGTAIL_OPERATION_LISTS")
-            .ok()
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(30);
-        for _ in 0..lists {
-            let mut bytes = vec![0; 3 * rng.random_range(1..200)];
-            rng.fill_bytes(&mut bytes);
-            run(start(), &bytes);
-        }
+        random_lists(30, 200, |bytes| {
+            run(start(), bytes);
+        });
     }
 }

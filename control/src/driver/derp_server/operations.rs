@@ -270,10 +270,8 @@ impl World {
 
 #[cfg(test)]
 mod tests {
-    use rand::rngs::StdRng;
-    use rand::{Rng, RngExt, SeedableRng};
-
     use super::*;
+    use crate::lists::random_lists;
 
     #[test]
     fn a_plain_list_gets_as_far_as_a_packet_and_a_farewell() {
@@ -291,19 +289,8 @@ mod tests {
 
     #[test]
     fn random_operations_match_the_model() {
-        let seed: u64 = rand::random();
-        println!("seed {seed:#x}");
-        let mut rng = StdRng::seed_from_u64(seed);
-        let lists = std::env::var("RINGTAIL_OPERATION_LISTS")
-            .ok()
-            .and_then(|text| text.parse().ok())
-            .unwrap_or(50);
         let mut given = 0;
-        for _ in 0..lists {
-            let mut bytes = vec![0; 3 * rng.random_range(1..300)];
-            rng.fill_bytes(&mut bytes);
-            given += run(&bytes);
-        }
+        random_lists(50, 300, |bytes| given += run(bytes));
         assert!(given > 100, "{given}");
     }
 }
