@@ -4,11 +4,14 @@
 //! any single packet. Nothing else here writes so much at once: sockets are sent to.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+#[path = "../src/sys/refuse.rs"]
+mod refuse;
 mod support;
 
 use std::net::{IpAddr, UdpSocket};
 use std::time::Duration;
 
+use refuse::refuse;
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::tun::{Kind, Kinds};
 use ringtail_dataplane::{DriverChoice, Offloads};
@@ -21,46 +24,8 @@ const REFUSED_MAX: u64 = 3 + 64;
 
 /// Makes `write` of more than a packet fail with EINVAL, in this thread and those that it starts.
 fn refuse_super_packets() {
-    let longest = 1420 + 10;
-    let step = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
-        code: u16::try_from(code).unwrap(),
-        jt,
-        jf,
-        k,
-    };
-    // `struct seccomp_data`: the call's number at 0, the low half of its third argument at 32.
-    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-    let write = u32::try_from(libc::SYS_write).unwrap();
-    let low = if cfg!(target_endian = "little") {
-        32
-    } else {
-        36
-    };
-    let refused = libc::SECCOMP_RET_ERRNO | u32::try_from(libc::EINVAL).unwrap();
-    let mut steps = [
-        step(load, 0, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, write, 0, 3),
-        step(load, low, 0, 0),
-        step(libc::BPF_JMP | libc::BPF_JGT | libc::BPF_K, longest, 0, 1),
-        step(libc::BPF_RET | libc::BPF_K, refused, 0, 0),
-        step(libc::BPF_RET | libc::BPF_K, libc::SECCOMP_RET_ALLOW, 0, 0),
-    ];
-    let program = libc::sock_fprog {
-        len: u16::try_from(steps.len()).unwrap(),
-        filter: steps.as_mut_ptr(),
-    };
-    // SAFETY: no memory is passed.
-    let result = unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) };
-    assert_eq!(result, 0);
-    // SAFETY: the program and its steps are readable for the length of the call, which copies them.
-    let result = unsafe {
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &raw const program,
-        )
-    };
-    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    let longer = (2, libc::BPF_JGT, 1420 + 10);
+    refuse(&[libc::SYS_write], longer, libc::EINVAL);
 }
 
 /// Numbered datagrams that leave in trains all come, in order: never more are on their way than have

@@ -1,6 +1,7 @@
 //! A shard without its driver and its device: what it decides between two waits.
 
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd as _;
 
 use rand::SeedableRng;
 use x25519_dalek::{PublicKey, StaticSecret};
@@ -153,6 +154,16 @@ fn meet(shard: &mut Shard<'_>, far: &[Far]) {
     }
 }
 
+/// A peer that has just answered the shard's initiation, of which the confirmation is still to be sent.
+fn joined(shard: &mut Shard<'_>) -> Far {
+    let mut far = Far::new(1);
+    meet(shard, std::slice::from_ref(&far));
+    shard.initiate(far.id, false);
+    let initiation = sent(shard).remove(0).1;
+    far.answer(shard, &initiation);
+    far
+}
+
 fn dropped(shard: &Shard<'_>, reason: DropReason) -> u64 {
     shard.published.publish(&shard.ctx.counters);
     shard.published.read().drops(reason)
@@ -254,11 +265,7 @@ fn visited(shard: &Shard<'_>) -> u64 {
 fn who_joins_or_leaves_costs_the_same_among_ten_thousand_and_nobody_else_notices() {
     let seat = seat();
     let mut shard = shard(&seat);
-    let mut far = Far::new(1);
-    meet(&mut shard, std::slice::from_ref(&far));
-    shard.initiate(far.id, false);
-    let initiation = sent(&mut shard).remove(0).1;
-    far.answer(&mut shard, &initiation);
+    let far = joined(&mut shard);
     sent(&mut shard);
     let stranger = |id: u32| {
         let mut key = [9; 32];
@@ -406,11 +413,7 @@ fn packet() -> Vec<u8> {
 fn what_begins_to_wait_in_the_turn_that_ends_the_keys_goes_with_the_next() {
     let seat = seat();
     let mut shard = shard(&seat);
-    let mut far = Far::new(1);
-    meet(&mut shard, std::slice::from_ref(&far));
-    shard.initiate(far.id, false);
-    let initiation = sent(&mut shard).remove(0).1;
-    far.answer(&mut shard, &initiation);
+    let mut far = joined(&mut shard);
     assert!(shard.peers.get(far.id).unwrap().ready(shard.ctx.now));
     assert_eq!(sent(&mut shard).len(), 1, "it confirms");
 
@@ -510,7 +513,8 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
                 };
                 let (bad, good) = (Arc::new(bind()), Arc::new(bind()));
                 let calls = [libc::SYS_sendmsg, libc::SYS_sendmmsg];
-                sys::refuse::refuse(&calls, bad.v4.as_fd(), errno);
+                let ours = u32::try_from(bad.v4.as_raw_fd()).unwrap();
+                sys::refuse::refuse(&calls, (0, libc::BPF_JEQ, ours), errno);
                 shard.tx.rebind(bad);
                 for (count, sum) in [(1, 1), (10, 11), (3, 14)] {
                     send(&mut shard, id, count);
@@ -566,11 +570,7 @@ fn who_sends_what_cannot_be_opened_gets_one_initiation_for_as_many_bytes() {
 fn a_peer_that_is_heard_gets_no_initiation_for_what_cannot_be_opened() {
     let seat = seat();
     let mut shard = shard(&seat);
-    let mut far = Far::new(1);
-    meet(&mut shard, std::slice::from_ref(&far));
-    shard.initiate(far.id, false);
-    let initiation = sent(&mut shard).remove(0).1;
-    far.answer(&mut shard, &initiation);
+    let far = joined(&mut shard);
     sent(&mut shard);
     let start = shard.ctx.now;
     shard.ctx.now = start + Duration::from_millis(999);
@@ -668,11 +668,7 @@ fn a_handshake_asked_for_before_there_is_a_way_goes_out_with_the_first() {
 fn who_goes_on_with_keys_that_are_too_old_here_gets_an_initiation() {
     let seat = seat();
     let mut shard = shard(&seat);
-    let mut far = Far::new(1);
-    meet(&mut shard, std::slice::from_ref(&far));
-    shard.initiate(far.id, false);
-    let initiation = sent(&mut shard).remove(0).1;
-    far.answer(&mut shard, &initiation);
+    let mut far = joined(&mut shard);
     let confirmation = sent(&mut shard).remove(0).1;
     let now = shard.ctx.now;
     let index = u32::from_le_bytes(*confirmation[4..].first_chunk().unwrap());

@@ -1,11 +1,12 @@
 //! For tests: a kernel that refuses.
 
-use std::os::fd::{AsRawFd, BorrowedFd};
-
-/// Makes the system calls with these numbers fail with an errno where they are about `fd`, in this thread from
-/// now on, and in those that it starts.
-pub(crate) fn refuse(calls: &[libc::c_long], fd: BorrowedFd<'_>, errno: i32) {
-    let fd = u32::try_from(fd.as_raw_fd()).expect("a descriptor");
+/// Makes the system calls with these numbers fail with an errno where their argument of this number, from 0,
+/// compares so (`BPF_JEQ`, `BPF_JGT`) with a value, in this thread from now on, and in those that it starts.
+pub(crate) fn refuse(
+    calls: &[libc::c_long],
+    (argument, compare, value): (u32, u32, u32),
+    errno: i32,
+) {
     let errno = u32::try_from(errno).expect("an errno");
     let step = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
         code: u16::try_from(code).expect("a code"),
@@ -13,14 +14,11 @@ pub(crate) fn refuse(calls: &[libc::c_long], fd: BorrowedFd<'_>, errno: i32) {
         jf,
         k,
     };
-    // `struct seccomp_data`: the call's number at 0, the low half of its first argument at 16.
     let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-    let low = if cfg!(target_endian = "little") {
-        16
-    } else {
-        20
-    };
     let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let compare = libc::BPF_JMP | compare | libc::BPF_K;
+    // `struct seccomp_data`: the call's number at 0, its arguments of 8 bytes each from 16.
+    let low = 16 + 8 * argument + if cfg!(target_endian = "little") { 0 } else { 4 };
     let answer = libc::BPF_RET | libc::BPF_K;
     for call in calls {
         let call = u32::try_from(*call).expect("a call");
@@ -28,7 +26,7 @@ pub(crate) fn refuse(calls: &[libc::c_long], fd: BorrowedFd<'_>, errno: i32) {
             step(load, 0, 0, 0),
             step(equal, call, 0, 3),
             step(load, low, 0, 0),
-            step(equal, fd, 0, 1),
+            step(compare, value, 0, 1),
             step(answer, libc::SECCOMP_RET_ERRNO | errno, 0, 0),
             step(answer, libc::SECCOMP_RET_ALLOW, 0, 0),
         ];
