@@ -18,7 +18,8 @@
 //! ([`Places::estrange`]).
 //!
 //! Who has lost its place is named to the driver, which ends the connection and says so
-//! ([`Places::leave`]): until then it counts as leaving, and while [`LEAVING_MAX`] are, nobody enters.
+//! ([`Places::leave`]): until then it counts as leaving, and while [`LEAVING_MAX`] of those from outside
+//! are, nobody enters from there; the same for those of this machine.
 
 mod network;
 
@@ -30,7 +31,7 @@ use ipnet::IpNet;
 pub use network::networks;
 use network::{is_local, is_wide};
 
-/// Connections that have lost their place and not ended yet.
+/// Connections that have lost their place and not ended yet, from outside and from this machine each.
 const LEAVING_MAX: usize = 64;
 
 /// How many places there are.
@@ -139,7 +140,8 @@ pub struct Places<K> {
     strangers: BTreeMap<PlaceId, Origin>,
     known: BTreeMap<PlaceId, (K, Origin)>,
     owners: BTreeMap<K, BTreeSet<PlaceId>>,
-    leaving: BTreeSet<PlaceId>,
+    /// By what they were as strangers.
+    leaving: BTreeMap<PlaceId, Class>,
     /// Strangers of this machine.
     local: usize,
     /// Places taken per class and network.
@@ -155,21 +157,22 @@ impl<K: Copy + Ord> Places<K> {
             strangers: BTreeMap::new(),
             known: BTreeMap::new(),
             owners: BTreeMap::new(),
-            leaving: BTreeSet::new(),
+            leaving: BTreeMap::new(),
             local: 0,
             networks: BTreeMap::new(),
         }
     }
 
-    /// A connection comes from this address. None when too many that lost their place are still
-    /// there.
+    /// A connection comes from this address. None when too many of its kind that lost their place are
+    /// still there.
     pub fn enter(&mut self, source: IpAddr) -> Option<Entered> {
-        if self.leaving.len() >= LEAVING_MAX {
+        let local = source.to_canonical().is_loopback();
+        let class = if local { Class::Local } else { Class::Stranger };
+        if self.leaving.values().filter(|of| **of == class).count() >= LEAVING_MAX {
             return None;
         }
-        let local = source.to_canonical().is_loopback();
         let origin = Origin {
-            class: if local { Class::Local } else { Class::Stranger },
+            class,
             networks: networks(source),
         };
         let displaced = self.in_the_way(origin);
@@ -251,7 +254,7 @@ impl<K: Copy + Ord> Places<K> {
 
     /// A connection has ended, by itself or because it lost its place.
     pub fn leave(&mut self, id: PlaceId) {
-        if !self.leaving.remove(&id) {
+        if self.leaving.remove(&id).is_none() {
             self.remove(id);
         }
     }
@@ -342,23 +345,25 @@ impl<K: Copy + Ord> Places<K> {
     }
 
     fn displace(&mut self, id: PlaceId) {
-        self.remove(id);
-        self.leaving.insert(id);
+        if let Some(origin) = self.remove(id) {
+            self.leaving.insert(id, origin.class);
+        }
     }
 
-    fn remove(&mut self, id: PlaceId) {
+    fn remove(&mut self, id: PlaceId) -> Option<Origin> {
         if let Some(origin) = self.strangers.remove(&id) {
             self.discount(origin.class, origin.networks);
+            return Some(origin);
         }
-        if let Some((owner, origin)) = self.known.remove(&id) {
-            self.discount(Class::Known, origin.networks);
-            if let Some(own) = self.owners.get_mut(&owner) {
-                own.remove(&id);
-                if own.is_empty() {
-                    self.owners.remove(&owner);
-                }
+        let (owner, origin) = self.known.remove(&id)?;
+        self.discount(Class::Known, origin.networks);
+        if let Some(own) = self.owners.get_mut(&owner) {
+            own.remove(&id);
+            if own.is_empty() {
+                self.owners.remove(&owner);
             }
         }
+        Some(origin)
     }
 
     fn taken(&self, class: Class) -> usize {
