@@ -48,6 +48,8 @@ impl Relay {
         let addr = free.local_addr().unwrap();
         drop(free);
         let mut child = Command::new(env!("CARGO_BIN_EXE_ringtail"))
+            // A huge page counts for 2 MiB, whatever is held of it.
+            .env("MIMALLOC_ALLOW_THP", "0")
             .args([
                 "derp",
                 "--hostname",
