@@ -181,7 +181,8 @@ fn secrets_stay_out_of_debug_output() {
         a.remote,
         Cookie([0xab; 16])
     );
-    // Whatever a byte array prints as has a comma; so would a derived Debug.
-    assert!(!text.contains("171, ") && !text.contains('['), "{text}");
+    // Whatever a byte array prints as has commas between; so would a derived Debug. An index may end as a
+    // byte of the cookie does.
+    assert!(!text.contains("171, 171") && !text.contains('['), "{text}");
     assert!(text.len() < 250, "{text}");
 }
