@@ -1,7 +1,6 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 
 mod coord;
-mod coord_nodes;
 mod derp;
 mod device;
 mod keys;

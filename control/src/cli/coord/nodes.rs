@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::coord::{StateArg, open};
+use super::{StateArg, open};
 use crate::coord::admin::{Done, Order};
 use crate::coord::routes::announced;
 use crate::driver::coord_admin::give;

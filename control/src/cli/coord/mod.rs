@@ -1,4 +1,6 @@
-//! `ringtail coord`: the coordination server, and its auth keys; `coord_nodes` has the rest.
+//! `ringtail coord`: the coordination server, and its auth keys; `nodes` has the rest.
+
+mod nodes;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
@@ -16,7 +18,7 @@ use time::format_description::well_known::Rfc3339;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
-use super::coord_nodes::{self, NodesArgs, RoutesArgs};
+use self::nodes::{NodesArgs, RoutesArgs};
 use crate::coord::address::{AddressPlan, V4_RANGE, V6_RANGE};
 use crate::coord::auth_key::{self, AuthKey, KeySeed};
 use crate::coord::routes::announced;
@@ -90,7 +92,7 @@ enum KeysCommand {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct StateArg {
+struct StateArg {
     /// State directory of the server.
     #[arg(long, value_name = "DIR", default_value = STATE_DIR)]
     state_dir: PathBuf,
@@ -242,13 +244,13 @@ pub(super) fn run(args: CoordArgs) -> anyhow::Result<()> {
         Some(Command::Keys(KeysCommand::Create(create))) => keys_create(&create),
         Some(Command::Keys(KeysCommand::List(state))) => keys_list(&state),
         Some(Command::Keys(KeysCommand::Expire(expire))) => keys_expire(&expire),
-        Some(Command::Nodes(args)) => coord_nodes::nodes(&args),
-        Some(Command::Routes(args)) => coord_nodes::routes(&args),
+        Some(Command::Nodes(args)) => nodes::nodes(&args),
+        Some(Command::Routes(args)) => nodes::routes(&args),
         Some(Command::Watch(watch)) => watch_network(*watch),
     }
 }
 
-pub(super) fn open(state: &StateArg) -> anyhow::Result<(StateDir, Database)> {
+fn open(state: &StateArg) -> anyhow::Result<(StateDir, Database)> {
     let dir = StateDir::open(&state.state_dir)?;
     let database = Database::open(&dir.file("coord.db"))?;
     Ok((dir, database))

@@ -1306,5 +1306,4 @@ fn difference_of(old: &Node, new: &Node) -> Option<PeerChange> {
 }
 
 #[cfg(test)]
-#[path = "server_tests.rs"]
 mod tests;
