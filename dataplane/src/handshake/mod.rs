@@ -14,7 +14,7 @@
 
 mod budget;
 mod known;
-mod lots;
+mod reservoir;
 
 use std::collections::HashMap;
 use std::io;
@@ -27,8 +27,8 @@ use budget::{Budget, PAUSE};
 use known::Acquaintances;
 #[cfg(test)]
 pub(crate) use known::KNOWN_COST;
-use lots::Lots;
 use rand::rngs::StdRng;
+use reservoir::Lots;
 
 use crate::channel::hub::{HandshakeMessage, Settings};
 use crate::channel::table::PeerTable;
