@@ -12,8 +12,8 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use ringtail_dataplane::noise::{
-    Gate, Half, Jar, LocalKeys, Remote, Standing, Tai64n, Verdict, consume_initiation,
-    consume_response, initiation, peek_initiation, response,
+    CookieStore, Gate, LocalKeys, PeekedInitiation, Remote, Standing, Tai64n, Verdict,
+    consume_initiation, consume_response, initiation, peek_initiation, response,
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 
@@ -38,19 +38,19 @@ fn ends() -> (End, End) {
 }
 
 impl End {
-    fn initiate(&self, jar: &mut Jar, now: Instant, rng: &mut StdRng) -> [u8; 148] {
+    fn initiate(&self, cookies: &mut CookieStore, now: Instant, rng: &mut StdRng) -> [u8; 148] {
         let mut out = [0; 148];
         let stamp = Tai64n::next(Duration::from_secs(1), None);
-        let cookie = jar.cookie(now).cloned();
+        let cookie = cookies.cookie(now).cloned();
         let cookie = cookie.as_ref();
         let initiated = initiation(&self.local, &self.remote, 7, stamp, cookie, rng, &mut out);
-        jar.sent(initiated.expect("a usable key").mac1());
+        cookies.sent(initiated.expect("a usable key").mac1());
         out
     }
 
-    fn answer(&self, half: &Half, rng: &mut StdRng) -> [u8; 92] {
+    fn answer(&self, peeked: &PeekedInitiation, rng: &mut StdRng) -> [u8; 92] {
         let mut out = [0; 92];
-        let received = consume_initiation(half, &self.remote).expect("authentic");
+        let received = consume_initiation(peeked, &self.remote).expect("authentic");
         response(&self.remote, received, 9, None, rng, &mut out).expect("a usable key");
         out
     }
@@ -85,15 +85,15 @@ fn ours(c: &mut Criterion) {
     let now = Instant::now();
     let (a, b) = ends();
     let local = || Some(Arc::new(LocalKeys::new(&[2; 32])));
-    let message = a.initiate(&mut Jar::default(), now, rng);
+    let message = a.initiate(&mut CookieStore::default(), now, rng);
     let mut reply = [0; 64];
     let mut group = c.benchmark_group("handshake");
     group.throughput(Throughput::Elements(1));
 
     group.bench_function("responder", |bench| {
         bench.iter(|| {
-            let half = peek_initiation(&b.local, &message).expect("for us");
-            b.answer(&half, rng)
+            let peeked = peek_initiation(&b.local, &message).expect("for us");
+            b.answer(&peeked, rng)
         });
     });
     group.bench_function("responder_behind_gate", |bench| {
@@ -101,12 +101,12 @@ fn ours(c: &mut Criterion) {
         let mut now = now;
         bench.iter(|| {
             now += Duration::from_millis(10);
-            let Verdict::Initiation(half) =
+            let Verdict::Initiation(peeked) =
                 handle(&mut gate, now, source(0), &message, rng, &mut reply)
             else {
                 panic!("not taken")
             };
-            b.answer(&half, rng)
+            b.answer(&peeked, rng)
         });
     });
     let mut gate = Gate::new(now, local(), rng);
@@ -118,13 +118,14 @@ fn ours(c: &mut Criterion) {
         .map(|n| {
             // As fast as cookies are given out.
             proven_now += Duration::from_millis(1);
-            let mut jar = Jar::default();
-            let message = a.initiate(&mut jar, proven_now, rng);
+            let mut cookies = CookieStore::default();
+            let message = a.initiate(&mut cookies, proven_now, rng);
             let verdict = handle(&mut gate, proven_now, source(n), &message, rng, &mut reply);
             assert!(matches!(verdict, Verdict::Unproven(_)));
-            jar.receive(proven_now, &a.remote, &reply)
+            cookies
+                .receive(proven_now, &a.remote, &reply)
                 .expect("a cookie");
-            a.initiate(&mut jar, proven_now, rng)
+            a.initiate(&mut cookies, proven_now, rng)
         })
         .collect();
     let mut n = 0;
@@ -137,10 +138,10 @@ fn ours(c: &mut Criterion) {
             }
             let message = &messages[(n % SOURCES) as usize];
             let verdict = handle(&mut gate, proven_now, source(n), message, rng, &mut reply);
-            let Verdict::Initiation(half) = verdict else {
+            let Verdict::Initiation(peeked) = verdict else {
                 panic!("not taken: {verdict:?}")
             };
-            b.answer(&half, rng)
+            b.answer(&peeked, rng)
         });
     });
     group.bench_function("initiator", |bench| {
@@ -150,8 +151,11 @@ fn ours(c: &mut Criterion) {
             || {
                 let mut rng = StdRng::seed_from_u64(5);
                 let initiated = initiation(&a.local, &a.remote, 7, stamp, None, &mut rng, &mut out);
-                let half = peek_initiation(&b.local, &out).expect("for us");
-                (initiated.expect("a usable key"), b.answer(&half, &mut rng))
+                let peeked = peek_initiation(&b.local, &out).expect("for us");
+                (
+                    initiated.expect("a usable key"),
+                    b.answer(&peeked, &mut rng),
+                )
             },
             |(initiated, answer)| {
                 let mut out = [0; 148];

@@ -371,8 +371,8 @@ mod tests {
         let mut rng = rand::rng();
         let strangers = args(Kind::Strangers, Some(&key));
         let message = &messages(&strangers, &mut rng).expect("made")[0];
-        let half = ringtail_dataplane::noise::peek_initiation(&victim, message);
-        assert!(half.is_ok(), "somebody's initiation for the victim");
+        let peeked = ringtail_dataplane::noise::peek_initiation(&victim, message);
+        assert!(peeked.is_ok(), "somebody's initiation for the victim");
         assert!(messages(&args(Kind::Strangers, None), &mut rng).is_err());
     }
 

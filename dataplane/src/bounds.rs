@@ -21,7 +21,7 @@ use crate::coalesce::{SLAB_LEN, SLABS_FULL, SPARES_MAX};
 use crate::config::share;
 use crate::filter::flows_max;
 use crate::handshake::{KEY_COST, KNOWN_COST};
-use crate::noise::{Half, RECENT_LEN, SOURCES_MAX};
+use crate::noise::{PeekedInitiation, RECENT_LEN, SOURCES_MAX};
 use crate::packet::BUF_LEN;
 use crate::packet::header::Flow;
 use crate::peer::{Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, QUEUE_COST, Report, SHARD_BYTES_MIN};
@@ -181,7 +181,7 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
             ),
             shards
                 * (HANDSHAKES_MAX
-                    * (size_of::<HandshakeMessage>() + size_of::<Half>() + HEAP_COST)
+                    * (size_of::<HandshakeMessage>() + size_of::<PeekedInitiation>() + HEAP_COST)
                     + ASKS_MAX * size_of::<PeerId>()
                     + UNOPENED_MAX * size_of::<(PeerId, usize)>()),
         ),

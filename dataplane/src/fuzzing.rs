@@ -105,8 +105,8 @@ static HANDSHAKE: LazyLock<Handshake> = LazyLock::new(|| {
     let mut initiation = [0; noise::INITIATION_LEN];
     let initiated = noise::initiation(&a, &to_b, 7, stamp, None, &mut rng, &mut initiation)
         .expect("usable keys");
-    let half = noise::peek_initiation(&b, &initiation).expect("made for b");
-    let received = noise::consume_initiation(&half, &to_a).expect("made by a");
+    let peeked = noise::peek_initiation(&b, &initiation).expect("made for b");
+    let received = noise::consume_initiation(&peeked, &to_a).expect("made by a");
     let mut response = [0; noise::RESPONSE_LEN];
     noise::response(&to_a, received, 8, None, &mut rng, &mut response).expect("usable keys");
     Handshake {
@@ -150,8 +150,8 @@ pub fn handshake(now: Instant, bytes: &[u8]) {
             && message[sealed.clone()] == base[sealed]
     };
 
-    let half = noise::peek_initiation(b, &message);
-    let received = half.and_then(|half| noise::consume_initiation(&half, to_a));
+    let peeked = noise::peek_initiation(b, &message);
+    let received = peeked.and_then(|peeked| noise::consume_initiation(&peeked, to_a));
     assert!(received.is_err() || same(&known.initiation));
     assert!(received.is_ok() || mode != 1 || !same(&known.initiation));
     let keys = noise::consume_response(a, to_b, &known.initiated, &message);
@@ -165,7 +165,7 @@ pub fn handshake(now: Instant, bytes: &[u8]) {
     for standing in [Standing::Stranger, Standing::Known, Standing::Awaited] {
         let mut gate = Gate::new(now, Some(Arc::new(LocalKeys::new(&[2; 32]))), &mut rng);
         match gate.handle(now, from, standing, &message, &mut rng) {
-            Verdict::Initiation(half) => assert_eq!(half.peer().len(), noise::KEY_LEN),
+            Verdict::Initiation(peeked) => assert_eq!(peeked.peer().len(), noise::KEY_LEN),
             Verdict::Response(index) => assert_eq!(message[8..12], index.to_le_bytes()),
             Verdict::CookieReply(index) => assert_eq!(message[4..8], index.to_le_bytes()),
             Verdict::Unproven(_) => panic!("one message is no load"),

@@ -138,8 +138,8 @@ impl Hand {
         b.set_endpoint(HAND, self.address());
         b.initiate(HAND);
         let message = self.receive(1);
-        let half = peek_initiation(&self.local, &message).unwrap();
-        let received = consume_initiation(&half, &self.remote).unwrap();
+        let peeked = peek_initiation(&self.local, &message).unwrap();
+        let received = consume_initiation(&peeked, &self.remote).unwrap();
         let mut answer = [0; 92];
         let index = rand::random();
         let made = response(

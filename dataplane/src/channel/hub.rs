@@ -23,7 +23,7 @@ use super::{
 };
 use crate::classify::owner_shard;
 use crate::config::share;
-use crate::noise::Half;
+use crate::noise::PeekedInitiation;
 use crate::packet::header::Flow;
 use crate::peer::Report;
 use crate::ring::{TunRx, UdpRx};
@@ -108,7 +108,7 @@ pub(crate) struct HandshakeMessage {
     pub(crate) local: Option<Local>,
     /// Of an initiation, what the handshake thread has computed already; boxed, so that its
     /// secrets stay in one place until they are overwritten.
-    pub(crate) half: Option<Box<Half>>,
+    pub(crate) peeked: Option<Box<PeekedInitiation>>,
     bytes: [u8; HANDSHAKE_LEN_MAX],
     len: usize,
 }
@@ -127,7 +127,7 @@ impl HandshakeMessage {
             peer,
             from,
             local,
-            half: None,
+            peeked: None,
             bytes,
             len: message.len(),
         })

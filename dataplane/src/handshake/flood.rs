@@ -10,7 +10,9 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::channel::{Arrived, PeerConfig};
-use crate::noise::{INITIATION_LEN, Jar, RESPONSE_LEN, Remote, Tai64n, initiation, put_mac1};
+use crate::noise::{
+    CookieStore, INITIATION_LEN, RESPONSE_LEN, Remote, Tai64n, initiation, put_mac1,
+};
 
 /// Messages that fit into the sockets' buffers, by door: 768 bytes of memory each.
 const ROOM: [usize; 4] = [680, 680, 680, 2700];
@@ -47,7 +49,7 @@ struct Far {
     n: u8,
     at: SocketAddr,
     keys: LocalKeys,
-    jar: Jar,
+    cookies: CookieStore,
     began: Option<Instant>,
     /// When it sends its next initiation.
     next: Option<Instant>,
@@ -59,7 +61,7 @@ struct Lab {
     now: Instant,
     rng: StdRng,
     hub: Hub,
-    doorman: Doorman,
+    worker: Worker,
     budget: Budget,
     doors: [VecDeque<Waiting>; 4],
     known: std::collections::BTreeSet<std::net::IpAddr>,
@@ -100,14 +102,14 @@ impl Lab {
             allowed_ips: vec![],
             persistent_keepalive: None,
         });
-        let mut doorman = Doorman::new(epoch, &settings, StdRng::from_rng(&mut rng));
+        let mut worker = Worker::new(epoch, &settings, StdRng::from_rng(&mut rng));
         let table = PeerTable::default().replaced(configs.collect(), vec![], 1);
-        doorman.set_peers(Arc::new(table));
+        worker.set_peers(Arc::new(table));
         Lab {
             epoch,
             now: epoch,
             hub: Hub::new(epoch, 1).unwrap(),
-            doorman,
+            worker,
             budget: Budget::new(epoch),
             doors: Default::default(),
             known: Default::default(),
@@ -123,7 +125,7 @@ impl Lab {
 
     /// The peer was heard from its address just now, and shook hands so long ago.
     fn heard(&mut self, n: u8, keys_are: Duration) {
-        let entry = self.doorman.table.get(PeerId(u32::from(n))).unwrap();
+        let entry = self.worker.table.get(PeerId(u32::from(n))).unwrap();
         let activity = &entry.shared.activity;
         entry.shared.set_heard_from(at(n));
         activity.received(self.epoch, self.now, 100, Arrived::Direct);
@@ -208,10 +210,10 @@ impl Lab {
                     };
                     taken += 1;
                     let mut price = PRICE;
-                    if message[0] == 1 && !self.doorman.gate.under_load(self.now) {
+                    if message[0] == 1 && !self.worker.gate.under_load(self.now) {
                         price += PRICE_DH;
                     }
-                    self.doorman
+                    self.worker
                         .handle(self.now, &self.hub, from, None, &message);
                     while let Some(passed) = self.hub.inboxes[0].handshakes.pop() {
                         price += PRICE_DH;
@@ -224,8 +226,8 @@ impl Lab {
                 break;
             }
         }
-        self.doorman.draw(self.now);
-        let replies = std::mem::take(&mut self.doorman.replies);
+        self.worker.draw(self.now);
+        let replies = std::mem::take(&mut self.worker.replies);
         let used = PRICE_REPLY * u32::try_from(replies.len()).unwrap();
         self.budget.charge(self.now, used);
         for (leave, reply) in replies {
@@ -233,8 +235,8 @@ impl Lab {
                 peer.cookie(self.now, &reply);
             }
         }
-        let table = Arc::clone(&self.doorman.table);
-        if let Some(known) = self.doorman.known.refresh(self.now, self.epoch, &table) {
+        let table = Arc::clone(&self.worker.table);
+        if let Some(known) = self.worker.known.refresh(self.now, self.epoch, &table) {
             self.known = known.clone();
         }
     }
@@ -259,7 +261,7 @@ impl Far {
             n,
             at: at(n),
             keys: LocalKeys::new(&[n; 32]),
-            jar: Jar::default(),
+            cookies: CookieStore::default(),
             began: None,
             next: None,
             came_through: None,
@@ -276,7 +278,7 @@ impl Far {
         self.next = Some(now + again);
         let mut out = [0; INITIATION_LEN];
         let stamp = Tai64n::next(Duration::from_secs(1), None);
-        let cookie = self.jar.cookie(now).cloned();
+        let cookie = self.cookies.cookie(now).cloned();
         let remote = self.us();
         let made = initiation(
             &self.keys,
@@ -287,14 +289,14 @@ impl Far {
             rng,
             &mut out,
         );
-        self.jar.sent(made.unwrap().mac1());
+        self.cookies.sent(made.unwrap().mac1());
         Rc::from(&out[..])
     }
 
     fn cookie(&mut self, now: Instant, reply: &[u8]) {
         let remote = self.us();
         // Most answer what the flood sent in the peer's name.
-        let _other = self.jar.receive(now, &remote, reply);
+        let _other = self.cookies.receive(now, &remote, reply);
     }
 }
 

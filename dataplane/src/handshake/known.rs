@@ -43,7 +43,7 @@ pub(crate) const KNOWN_COST: usize = 2
 
 /// The list.
 #[derive(Default)]
-pub(super) struct Acquaintances {
+pub(super) struct KnownAddresses {
     by_address: HashMap<SocketAddr, Known>,
     pressed: HashMap<IpAddr, u32>,
     made: Option<Instant>,
@@ -51,7 +51,7 @@ pub(super) struct Acquaintances {
     shown: BTreeSet<IpAddr>,
 }
 
-impl Acquaintances {
+impl KnownAddresses {
     /// Whether a peer was heard from this address lately.
     pub(super) fn contains(&self, from: SocketAddr) -> bool {
         self.by_address.contains_key(&from)

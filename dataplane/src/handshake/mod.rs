@@ -7,8 +7,8 @@
 //!
 //! One look takes what waits on every socket, a burst of each in turn, so that none holds the others
 //! up: which one a message is on says what it may be worth ([`steer`](crate::udp)), and a flood cannot
-//! but fill the one it is on. Who needs a cookie stands in one of two [`Lots`] until the look ends; then
-//! as many are drawn as there are cookies to give, and all of them leave in one call.
+//! but fill the one it is on. Who needs a cookie waits in one of two reservoirs ([`Reservoir`]) until the
+//! look ends; then as many are drawn as there are cookies to give, and all of them leave in one call.
 
 #![forbid(unsafe_code)]
 
@@ -24,17 +24,17 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use budget::{Budget, PAUSE};
-use known::Acquaintances;
 #[cfg(test)]
 pub(crate) use known::KNOWN_COST;
+use known::KnownAddresses;
 use rand::rngs::StdRng;
-use reservoir::Lots;
+use reservoir::Reservoir;
 
 use crate::channel::hub::{HandshakeMessage, Settings};
 use crate::channel::table::PeerTable;
 use crate::channel::{Hub, PeerId};
 use crate::classify::{COOKIE_LEN, owner_shard, receiver_index};
-use crate::noise::{Gate, Half, LocalKeys, Novelty, Standing, Verdict};
+use crate::noise::{Gate, LocalKeys, Novelty, PeekedInitiation, Standing, Verdict};
 use crate::stats::{Counters, DropReason, Meter, Published};
 use crate::sys::socket::{Leave, Local, Many, receive_many, send_many, wait_readable};
 use crate::sys::{now, thread_time};
@@ -49,7 +49,7 @@ const BURSTS: [usize; Door::COUNT] = [4, 4, 1, 1];
 const PRESSURE_MIN: usize = 64;
 /// Who needs a cookie and may get one at the end of a look, at most: of sources that are new, and of
 /// others.
-const LOTS_MAX: [usize; 2] = [256, 16];
+const RESERVOIR_LEN_MAX: [usize; 2] = [256, 16];
 /// Longest datagram read; a handshake message has 148 bytes, and longer ones only need to be seen
 /// to be too long.
 const DATAGRAM_LEN_MAX: usize = 256;
@@ -69,7 +69,7 @@ pub(crate) fn run(
 ) -> io::Result<()> {
     let pause_ms = i32::try_from(PAUSE.as_millis()).unwrap_or(FOREVER);
     let mut fds = readable(hub, &doors);
-    let mut doorman = Doorman::new(now(), settings, rand::make_rng());
+    let mut worker = Worker::new(now(), settings, rand::make_rng());
     let mut budget = Budget::new(now());
     let mut used = thread_time();
     let mut pressure = false;
@@ -81,11 +81,11 @@ pub(crate) fn run(
             wait_readable(&fds, FOREVER)?;
         }
         hub.handshake_wake.clear();
-        doorman.hear(hub);
+        worker.hear(hub);
         if let Some(newer) = hub.handshake_sockets.pop() {
             doors = newer;
             fds = readable(hub, &doors);
-            doorman.known.forget_shown();
+            worker.known.forget_shown();
         }
         let mut taken = 0;
         loop {
@@ -96,11 +96,11 @@ pub(crate) fn run(
                 break;
             }
             let taken_before = taken;
-            taken += doorman.strays(now, hub);
+            taken += worker.strays(now, hub);
             for (door, bursts) in doors.each().zip(BURSTS) {
                 for socket in door.both() {
                     for _ in 0..bursts {
-                        let count = doorman.drain(now, hub, socket, &mut many)?;
+                        let count = worker.drain(now, hub, socket, &mut many)?;
                         taken += count;
                         if count < BURST_MAX {
                             break;
@@ -116,8 +116,8 @@ pub(crate) fn run(
         if pressure {
             budget.mind(now(), || shards.iter().map(moved).sum());
         }
-        doorman.end_look(now(), hub, &doors, pressure);
-        published.publish(&doorman.counters);
+        worker.end_look(now(), hub, &doors, pressure);
+        published.publish(&worker.counters);
     }
     Ok(())
 }
@@ -140,16 +140,16 @@ fn local_keys(settings: &Settings) -> Option<Arc<LocalKeys>> {
     Some(Arc::new(LocalKeys::new(key)))
 }
 
-/// The gate and what is behind it.
-struct Doorman {
+/// What the thread works with: the gate, whom it knows, and what waits.
+struct Worker {
     gate: Gate,
     rng: StdRng,
     /// Peers by public key, with their owner shards: those of `table`.
     peers: HashMap<[u8; 32], (PeerId, u8)>,
     table: Arc<PeerTable>,
-    known: Acquaintances,
-    /// Who waits for a cookie, in the order of [`LOTS_MAX`].
-    lots: [Lots; 2],
+    known: KnownAddresses,
+    /// Who waits for a cookie, in the order of [`RESERVOIR_LEN_MAX`].
+    reservoirs: [Reservoir; 2],
     /// Replies that leave at the end of a look.
     replies: Vec<(Leave, [u8; COOKIE_LEN])>,
     counters: Counters,
@@ -160,7 +160,7 @@ struct Doorman {
 struct Passed {
     /// Known for an initiation.
     peer: Option<PeerId>,
-    half: Option<Box<Half>>,
+    peeked: Option<Box<PeekedInitiation>>,
     shard: u8,
 }
 
@@ -176,16 +176,16 @@ enum Stopped {
     Dropped(DropReason),
 }
 
-impl Doorman {
-    fn new(now: Instant, settings: &Settings, mut rng: StdRng) -> Doorman {
-        Doorman {
+impl Worker {
+    fn new(now: Instant, settings: &Settings, mut rng: StdRng) -> Worker {
+        Worker {
             gate: Gate::new(now, local_keys(settings), &mut rng),
             rng,
             peers: HashMap::new(),
             table: Arc::default(),
-            known: Acquaintances::default(),
-            lots: LOTS_MAX.map(Lots::new),
-            replies: Vec::with_capacity(LOTS_MAX[0] + LOTS_MAX[1]),
+            known: KnownAddresses::default(),
+            reservoirs: RESERVOIR_LEN_MAX.map(Reservoir::new),
+            replies: Vec::with_capacity(RESERVOIR_LEN_MAX[0] + RESERVOIR_LEN_MAX[1]),
             counters: Counters::default(),
         }
     }
@@ -269,7 +269,7 @@ impl Doorman {
                 if standing == Standing::Known {
                     self.known.pressed(now, hub, from);
                 }
-                if !self.lots[novelty as usize].offer(from, local, message, &mut self.rng) {
+                if !self.reservoirs[novelty as usize].offer(from, local, message, &mut self.rng) {
                     self.counters.drop_one(DropReason::HandshakeLimited);
                 }
             }
@@ -298,19 +298,19 @@ impl Doorman {
             .gate
             .handle(now, from, standing, message, &mut self.rng)
         {
-            Verdict::Initiation(half) => {
-                let known = self.peers.get(half.peer());
+            Verdict::Initiation(peeked) => {
+                let known = self.peers.get(peeked.peer());
                 let &(peer, shard) =
                     known.ok_or(Stopped::Dropped(DropReason::HandshakeUnknownPeer))?;
                 Ok(Passed {
                     peer: Some(peer),
-                    half: Some(Box::new(half)),
+                    peeked: Some(Box::new(peeked)),
                     shard,
                 })
             }
             Verdict::Response(index) | Verdict::CookieReply(index) => Ok(Passed {
                 peer: None,
-                half: None,
+                peeked: None,
                 shard: owner_shard(index),
             }),
             Verdict::Unproven(novelty) => Err(Stopped::Unproven(novelty)),
@@ -341,13 +341,13 @@ impl Doorman {
     /// Draws lots and writes the replies.
     fn draw(&mut self, now: Instant) {
         for novelty in [Novelty::New, Novelty::Again] {
-            while let Some(lot) = self.lots[novelty as usize].draw(&mut self.rng) {
+            while let Some(drawn) = self.reservoirs[novelty as usize].draw(&mut self.rng) {
                 let mut reply = [0; COOKIE_LEN];
                 let written = self.gate.challenge(
                     now,
-                    lot.from,
+                    drawn.from,
                     novelty,
-                    &lot.message,
+                    &drawn.message,
                     &mut self.rng,
                     &mut reply,
                 );
@@ -355,8 +355,8 @@ impl Doorman {
                     Ok(()) => {
                         self.counters.drop_one(DropReason::HandshakeCookie);
                         let leave = Leave {
-                            local: lot.local,
-                            ..Leave::to(lot.from)
+                            local: drawn.local,
+                            ..Leave::to(drawn.from)
                         };
                         self.replies.push((leave, reply));
                     }
@@ -368,7 +368,7 @@ impl Doorman {
                     }
                 }
             }
-            let left = self.lots[novelty as usize].end();
+            let left = self.reservoirs[novelty as usize].end();
             self.counters.drop_many(DropReason::HandshakeLimited, left);
         }
     }
@@ -402,7 +402,7 @@ fn hand_on(
     let inbox = inbox.ok_or(DropReason::UnknownIndex)?;
     let message = HandshakeMessage::new(passed.peer, from, local, message);
     let mut message = message.ok_or(DropReason::MessageLength)?;
-    message.half = passed.half;
+    message.peeked = passed.peeked;
     let pushed = inbox.handshakes.push(message);
     inbox.wake.ring();
     pushed.map_err(|_| DropReason::HandshakeQueueFull)

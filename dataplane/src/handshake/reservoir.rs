@@ -15,23 +15,23 @@ use crate::sys::socket::Local;
 
 /// An initiation, where it came from and where it arrived.
 #[derive(Clone, Copy)]
-pub(super) struct Lot {
+pub(super) struct Unproven {
     pub(super) from: SocketAddr,
     pub(super) local: Option<Local>,
     pub(super) message: [u8; INITIATION_LEN],
 }
 
 /// Those of one class that came since the last draw.
-pub(super) struct Lots {
+pub(super) struct Reservoir {
     /// No more than this are kept.
     len_max: usize,
-    kept: Vec<Lot>,
+    kept: Vec<Unproven>,
     came: u64,
 }
 
-impl Lots {
-    pub(super) fn new(len_max: usize) -> Lots {
-        Lots {
+impl Reservoir {
+    pub(super) fn new(len_max: usize) -> Reservoir {
+        Reservoir {
             len_max,
             kept: Vec::with_capacity(len_max),
             came: 0,
@@ -49,25 +49,25 @@ impl Lots {
         let Ok(message) = message.try_into() else {
             return false;
         };
-        let lot = Lot {
+        let unproven = Unproven {
             from,
             local,
             message,
         };
         self.came += 1;
         if self.kept.len() < self.len_max {
-            self.kept.push(lot);
+            self.kept.push(unproven);
             return true;
         }
         let at = usize::try_from(rng.random_range(0..self.came)).unwrap_or(usize::MAX);
         if let Some(kept) = self.kept.get_mut(at) {
-            *kept = lot;
+            *kept = unproven;
         }
         false
     }
 
     /// Draws one.
-    pub(super) fn draw(&mut self, rng: &mut impl Rng) -> Option<Lot> {
+    pub(super) fn draw(&mut self, rng: &mut impl Rng) -> Option<Unproven> {
         if self.kept.is_empty() {
             return None;
         }
@@ -97,16 +97,16 @@ mod tests {
     #[test]
     fn everybody_has_the_same_chance_wherever_he_stands() {
         let mut rng = StdRng::seed_from_u64(11);
-        let mut lots = Lots::new(16);
+        let mut reservoir = Reservoir::new(16);
         let mut drawn = [0u32; 1000];
         for _ in 0..2000 {
             for n in 0..1000 {
-                lots.offer(from(n), None, &[0; INITIATION_LEN], &mut rng);
+                reservoir.offer(from(n), None, &[0; INITIATION_LEN], &mut rng);
             }
             for _ in 0..5 {
-                drawn[usize::from(lots.draw(&mut rng).unwrap().from.port())] += 1;
+                drawn[usize::from(reservoir.draw(&mut rng).unwrap().from.port())] += 1;
             }
-            assert_eq!(lots.end(), 11);
+            assert_eq!(reservoir.end(), 11);
         }
         // Ten each.
         for part in drawn.chunks(100) {
@@ -118,12 +118,12 @@ mod tests {
     #[test]
     fn who_is_out_is_told_and_memory_is_bounded() {
         let mut rng = StdRng::seed_from_u64(12);
-        let mut lots = Lots::new(3);
+        let mut reservoir = Reservoir::new(3);
         let kept = (0..100)
-            .filter(|n| lots.offer(from(*n), None, &[0; INITIATION_LEN], &mut rng))
+            .filter(|n| reservoir.offer(from(*n), None, &[0; INITIATION_LEN], &mut rng))
             .count();
-        assert_eq!((kept, lots.end()), (3, 3));
-        assert!(!lots.offer(from(1), None, &[0; 5], &mut rng));
-        assert!(lots.draw(&mut rng).is_none());
+        assert_eq!((kept, reservoir.end()), (3, 3));
+        assert!(!reservoir.offer(from(1), None, &[0; 5], &mut rng));
+        assert!(reservoir.draw(&mut rng).is_none());
     }
 }

@@ -1,4 +1,4 @@
-//! The doorman without its sockets.
+//! The worker without its sockets.
 
 use std::time::Duration;
 
@@ -6,7 +6,7 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::channel::PeerConfig;
-use crate::noise::{Jar, LOAD_BURST, Remote, Tai64n, consume_initiation, initiation};
+use crate::noise::{CookieStore, LOAD_BURST, Remote, Tai64n, consume_initiation, initiation};
 
 #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
 fn start() -> Instant {
@@ -28,8 +28,8 @@ fn settings(n: Option<u8>) -> Settings {
     }
 }
 
-fn doorman(now: Instant) -> Doorman {
-    let mut doorman = Doorman::new(now, &settings(Some(1)), rand::make_rng());
+fn worker(now: Instant) -> Worker {
+    let mut worker = Worker::new(now, &settings(Some(1)), rand::make_rng());
     let peer = PeerConfig {
         id: PeerId(4),
         public_key: *local(2).public(),
@@ -38,17 +38,17 @@ fn doorman(now: Instant) -> Doorman {
         persistent_keepalive: None,
     };
     let table = PeerTable::default().replaced(vec![peer], vec![], 1);
-    doorman.set_peers(Arc::new(table));
-    doorman
+    worker.set_peers(Arc::new(table));
+    worker
 }
 
 /// An initiation to us.
-fn made_by(n: u8, jar: &mut Jar, now: Instant) -> [u8; 148] {
+fn made_by(n: u8, cookies: &mut CookieStore, now: Instant) -> [u8; 148] {
     let maker = local(n);
     let remote = Remote::new(&maker, local(1).public(), None);
     let stamp = Tai64n::next(Duration::from_secs(1), None);
     let mut out = [0; 148];
-    let cookie = jar.cookie(now).cloned();
+    let cookie = cookies.cookie(now).cloned();
     let initiated = initiation(
         &maker,
         &remote,
@@ -59,27 +59,27 @@ fn made_by(n: u8, jar: &mut Jar, now: Instant) -> [u8; 148] {
         &mut out,
     )
     .unwrap();
-    jar.sent(initiated.mac1());
+    cookies.sent(initiated.mac1());
     out
 }
 
 #[test]
 fn an_initiation_of_a_known_peer_passes_with_what_was_computed() {
     let now = start();
-    let message = made_by(2, &mut Jar::default(), now);
-    let passed = doorman(now).check(now, from(), Standing::Stranger, &message);
+    let message = made_by(2, &mut CookieStore::default(), now);
+    let passed = worker(now).check(now, from(), Standing::Stranger, &message);
     let passed = passed.unwrap();
     assert_eq!((passed.peer, passed.shard), (Some(PeerId(4)), 0));
-    let half = passed.half.unwrap();
-    let remote = Remote::new(&local(1), half.peer(), None);
-    assert!(consume_initiation(&half, &remote).is_ok());
+    let peeked = passed.peeked.unwrap();
+    let remote = Remote::new(&local(1), peeked.peer(), None);
+    assert!(consume_initiation(&peeked, &remote).is_ok());
 }
 
 #[test]
 fn strangers_go_no_further_under_their_own_reason() {
     let now = start();
-    let message = made_by(3, &mut Jar::default(), now);
-    let refused = doorman(now).check(now, from(), Standing::Stranger, &message);
+    let message = made_by(3, &mut CookieStore::default(), now);
+    let refused = worker(now).check(now, from(), Standing::Stranger, &message);
     let reason = DropReason::HandshakeUnknownPeer;
     assert_eq!(refused.unwrap_err(), Stopped::Dropped(reason));
 }
@@ -90,7 +90,7 @@ fn a_cookie_reply_goes_to_the_shard_its_index_names() {
     let mut message = [0; COOKIE_LEN];
     message[0] = 3;
     message[4..8].copy_from_slice(&[0x11, 0x02, 0x33, 0x44]);
-    let passed = doorman(now).check(now, from(), Standing::Awaited, &message);
+    let passed = worker(now).check(now, from(), Standing::Awaited, &message);
     let passed = passed.unwrap();
     assert_eq!((passed.peer, passed.shard), (None, 2));
 }
@@ -98,30 +98,30 @@ fn a_cookie_reply_goes_to_the_shard_its_index_names() {
 #[test]
 fn a_flood_is_answered_with_cookies_that_open_the_door() {
     let now = start();
-    let mut doorman = doorman(now);
-    let mut jar = Jar::default();
-    let message = made_by(2, &mut jar, now);
+    let mut worker = worker(now);
+    let mut cookies = CookieStore::default();
+    let message = made_by(2, &mut cookies, now);
     let stranger = Standing::Stranger;
     for _ in 0..LOAD_BURST {
-        assert!(doorman.check(now, from(), stranger, &message).is_ok());
+        assert!(worker.check(now, from(), stranger, &message).is_ok());
     }
     let hub = Hub::new(now, 1).unwrap();
-    doorman.handle(now, &hub, from(), None, &message);
-    doorman.draw(now);
-    let (leave, reply) = doorman.replies[0];
-    assert_eq!((leave.to, doorman.replies.len()), (from(), 1));
+    worker.handle(now, &hub, from(), None, &message);
+    worker.draw(now);
+    let (leave, reply) = worker.replies[0];
+    assert_eq!((leave.to, worker.replies.len()), (from(), 1));
     let remote = Remote::new(&local(2), local(1).public(), None);
-    jar.receive(now, &remote, &reply).unwrap();
-    let message = made_by(2, &mut jar, now);
-    assert!(doorman.check(now, from(), stranger, &message).is_ok());
+    cookies.receive(now, &remote, &reply).unwrap();
+    let message = made_by(2, &mut cookies, now);
+    assert!(worker.check(now, from(), stranger, &message).is_ok());
 }
 
 #[test]
 fn the_newest_key_counts() {
     let now = start();
     let hub = Hub::new(now, 1).unwrap();
-    let mut doorman = doorman(now);
-    let message = made_by(2, &mut Jar::default(), now);
+    let mut worker = worker(now);
+    let message = made_by(2, &mut CookieStore::default(), now);
     for (key, expected) in [
         (None, Err(Stopped::Dropped(DropReason::HandshakeNoKey))),
         (Some(9), Err(Stopped::Dropped(DropReason::HandshakeMac))),
@@ -129,8 +129,8 @@ fn the_newest_key_counts() {
     ] {
         let newer = Arc::new(settings(key));
         drop(hub.handshake_settings.force_push(newer));
-        doorman.hear(&hub);
-        let judged = doorman.check(now, from(), Standing::Stranger, &message);
+        worker.hear(&hub);
+        let judged = worker.check(now, from(), Standing::Stranger, &message);
         assert_eq!(judged.map(|_| ()), expected);
     }
 }
@@ -139,21 +139,21 @@ fn the_newest_key_counts() {
 fn a_full_shard_costs_messages_not_memory() {
     let now = start();
     let hub = Hub::new(now, 1).unwrap();
-    let mut doorman = doorman(now);
+    let mut worker = worker(now);
     let mut message = [0; COOKIE_LEN];
     message[0] = 3;
     for n in 1..=400u32 {
         let index = n << 16;
         hub.inboxes[0].awaited.insert(index);
         message[4..8].copy_from_slice(&index.to_le_bytes());
-        doorman.handle(now, &hub, from(), None, &message);
+        worker.handle(now, &hub, from(), None, &message);
     }
     // Of a shard that there is not.
     message[5] = 7;
-    doorman.handle(now, &hub, from(), None, &message);
+    worker.handle(now, &hub, from(), None, &message);
     let queued = hub.inboxes[0].handshakes.len() as u64;
     let published = Published::default();
-    published.publish(&doorman.counters);
+    published.publish(&worker.counters);
     let dropped = published.read().drops(DropReason::HandshakeQueueFull);
     assert!(
         queued < 400 && queued + dropped == 400,

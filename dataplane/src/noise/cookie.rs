@@ -66,12 +66,12 @@ pub fn consume_cookie_reply(
 /// What one end of a handshake remembers of cookies: MAC1 of its last message to the peer, and the
 /// peer's cookie while it is good.
 #[derive(Debug, Default)]
-pub struct Jar {
+pub struct CookieStore {
     last_mac1: Option<[u8; MAC_LEN]>,
     cookie: Option<(Cookie, Instant)>,
 }
 
-impl Jar {
+impl CookieStore {
     /// Remembers MAC1 of a message that is sent now.
     pub fn sent(&mut self, mac1: &[u8; MAC_LEN]) {
         self.last_mac1 = Some(*mac1);
@@ -92,8 +92,8 @@ impl Jar {
 
     /// The whole state, with the cookie's age.
     #[must_use]
-    pub fn export(&self, now: Instant) -> JarState {
-        JarState {
+    pub fn export(&self, now: Instant) -> CookieStoreState {
+        CookieStoreState {
             last_mac1: self.last_mac1,
             cookie: self.cookie.as_ref().map(|(cookie, since)| {
                 let age = now.saturating_duration_since(*since);
@@ -102,15 +102,15 @@ impl Jar {
         }
     }
 
-    /// The opposite of [`Jar::export`]. A cookie older than an instant can say is
+    /// The opposite of [`CookieStore::export`]. A cookie older than an instant can say is
     /// dropped.
     #[must_use]
-    pub fn import(now: Instant, state: &JarState) -> Jar {
+    pub fn import(now: Instant, state: &CookieStoreState) -> CookieStore {
         let cookie = state.cookie.as_ref().and_then(|(cookie, age)| {
             let since = now.checked_sub(*age)?;
             Some((Cookie(**cookie), since))
         });
-        Jar {
+        CookieStore {
             last_mac1: state.last_mac1,
             cookie,
         }
@@ -124,31 +124,31 @@ impl Jar {
     }
 }
 
-/// A [`Jar`] as plain data.
+/// A [`CookieStore`] as plain data.
 #[derive(Clone, Default)]
 #[cfg_attr(test, derive(PartialEq))]
-pub struct JarState {
+pub struct CookieStoreState {
     /// MAC1 of the last message.
     pub last_mac1: Option<[u8; MAC_LEN]>,
     /// The cookie and its age.
     pub cookie: Option<(Zeroizing<[u8; MAC_LEN]>, Duration)>,
 }
 
-impl std::fmt::Debug for JarState {
+impl std::fmt::Debug for CookieStoreState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("JarState(secret)")
+        f.write_str("CookieStoreState(secret)")
     }
 }
 
 /// The responder's side: makes and checks cookies from a secret that changes.
 #[derive(Default)]
-pub(super) struct Baker {
+pub(super) struct CookieChecker {
     secret: Zeroizing<[u8; KEY_LEN]>,
     /// When the secret was made; `None` before the first.
     since: Option<Instant>,
 }
 
-impl Baker {
+impl CookieChecker {
     fn cookie(&mut self, now: Instant, from: SocketAddr, rng: &mut impl CryptoRng) -> Cookie {
         let fresh = self
             .since

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 
 use rand::CryptoRng;
 
-use super::cookie::Baker;
+use super::cookie::CookieChecker;
 use super::handshake::peek_checked;
 use super::message::{
     CookieReply, Initiation, KIND_COOKIE_REPLY, KIND_INITIATION, KIND_RESPONSE, Response,
@@ -40,7 +40,7 @@ use super::message::{
 };
 use super::recent::{Recent, Seen};
 use super::sources::{PER_SOURCE_BURST, PER_SOURCE_PER_SECOND, Sources, source};
-use super::{COOKIE_REPLY_LEN, Error, Half, LocalKeys};
+use super::{COOKIE_REPLY_LEN, Error, LocalKeys, PeekedInitiation};
 use crate::stats::DropReason;
 
 /// Initiations with a right MAC1 taken in a second on average before senders must prove their
@@ -87,8 +87,8 @@ pub enum Standing {
 /// What becomes of a message.
 #[derive(Debug)]
 pub enum Verdict {
-    /// An initiation, for whoever has sessions with [`Half::peer`].
-    Initiation(Half),
+    /// An initiation, for whoever has sessions with [`PeekedInitiation::peer`].
+    Initiation(PeekedInitiation),
     /// A response to the initiation that we gave this index.
     Response(u32),
     /// A cookie reply to the message that we gave this index.
@@ -144,7 +144,7 @@ pub struct Gate {
     load: Bucket,
     /// Under load before this.
     loaded_until: Option<Instant>,
-    baker: Baker,
+    checker: CookieChecker,
     sources: Sources,
     recent: Recent,
     new: Bucket,
@@ -164,7 +164,7 @@ impl Gate {
             local,
             load: Bucket::new(now, LOAD_PER_SECOND, LOAD_BURST),
             loaded_until: None,
-            baker: Baker::default(),
+            checker: CookieChecker::default(),
             sources: Sources::new(now, PER_SOURCE_PER_SECOND, PER_SOURCE_BURST),
             recent: Recent::new(now, rng),
             new: Bucket::new(now, CHALLENGES_PER_SECOND, CHALLENGES_BURST),
@@ -280,7 +280,7 @@ impl Gate {
         // Who has no cookie sends zeros: there is nothing to compute then.
         if initiation.macs.mac2 != [0; 16] {
             check_mac1(key, message)?;
-            if self.baker.check(now, from, message, rng) {
+            if self.checker.check(now, from, message, rng) {
                 let within = self.sources.allow(now, from.ip());
                 let refusal = Verdict::Drop(DropReason::HandshakeLimited);
                 return Ok((!within).then_some(refusal));
@@ -331,7 +331,7 @@ impl Gate {
             self.count_load(now);
         }
         let (sender, mac1) = (initiation.sender.get(), &initiation.macs.mac1);
-        self.baker
+        self.checker
             .reply(now, from, &local, sender, mac1, rng, reply);
         Ok(())
     }

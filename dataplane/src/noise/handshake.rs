@@ -93,7 +93,7 @@ impl std::fmt::Debug for Initiated {
 
 /// What the first computation on an initiation gives: who made it. It is authentic only once
 /// [`consume_initiation`] says so.
-pub struct Half {
+pub struct PeekedInitiation {
     peer: [u8; KEY_LEN],
     sender_index: u32,
     ephemeral: [u8; KEY_LEN],
@@ -101,7 +101,7 @@ pub struct Half {
     transcript: Transcript,
 }
 
-impl Half {
+impl PeekedInitiation {
     /// The public key of whoever made it.
     #[must_use]
     pub fn peer(&self) -> &[u8; KEY_LEN] {
@@ -115,27 +115,27 @@ impl Half {
     }
 }
 
-impl Drop for Half {
+impl Drop for PeekedInitiation {
     fn drop(&mut self) {
         self.peer.zeroize();
     }
 }
 
-impl std::fmt::Debug for Half {
+impl std::fmt::Debug for PeekedInitiation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Half({:#010x})", self.sender_index)
+        write!(f, "PeekedInitiation({:#010x})", self.sender_index)
     }
 }
 
 /// An authentic initiation. The caller looks at the timestamp before it answers.
-pub struct Received {
+pub struct ConsumedInitiation {
     timestamp: Tai64n,
     sender_index: u32,
     ephemeral: [u8; KEY_LEN],
     transcript: Transcript,
 }
 
-impl Received {
+impl ConsumedInitiation {
     /// When it was made, by the initiator's clock: one not above the last is a replay.
     #[must_use]
     pub fn timestamp(&self) -> Tai64n {
@@ -149,9 +149,9 @@ impl Received {
     }
 }
 
-impl std::fmt::Debug for Received {
+impl std::fmt::Debug for ConsumedInitiation {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Received({:#010x})", self.sender_index)
+        write!(f, "ConsumedInitiation({:#010x})", self.sender_index)
     }
 }
 
@@ -223,14 +223,17 @@ pub fn initiation(
 /// # Errors
 /// Length, type or MAC1 are wrong, the ephemeral key is of low order, or it was made for another
 /// key than ours.
-pub fn peek_initiation(local: &LocalKeys, message: &[u8]) -> Result<Half, Error> {
+pub fn peek_initiation(local: &LocalKeys, message: &[u8]) -> Result<PeekedInitiation, Error> {
     let initiation = view(message, KIND_INITIATION)?;
     check_mac1(&local.labels.mac1, message)?;
     peek_checked(local, initiation)
 }
 
 /// [`peek_initiation`] behind the check of MAC1.
-pub(super) fn peek_checked(local: &LocalKeys, message: &Initiation) -> Result<Half, Error> {
+pub(super) fn peek_checked(
+    local: &LocalKeys,
+    message: &Initiation,
+) -> Result<PeekedInitiation, Error> {
     let mut transcript = Transcript::start(&local.labels.start, &message.ephemeral);
     let key = transcript.mix_key(&*dh(&local.private, &message.ephemeral)?);
     let mut sealed_static = message.sealed_static;
@@ -238,7 +241,7 @@ pub(super) fn peek_checked(local: &LocalKeys, message: &Initiation) -> Result<Ha
     let mut peer = [0; KEY_LEN];
     peer.copy_from_slice(&sealed_static[..KEY_LEN]);
     sealed_static.zeroize();
-    Ok(Half {
+    Ok(PeekedInitiation {
         peer,
         sender_index: message.sender.get(),
         ephemeral: message.ephemeral,
@@ -247,26 +250,29 @@ pub(super) fn peek_checked(local: &LocalKeys, message: &Initiation) -> Result<Ha
     })
 }
 
-/// Authenticates an initiation of the peer that [`Half::peer`] names.
+/// Authenticates an initiation of the peer that [`PeekedInitiation::peer`] names.
 ///
 /// # Errors
 /// [`Error::UnknownPeer`] if `remote` is another one, [`Error::LowOrder`] if its key is no usable
 /// point, [`Error::Authentication`] if it did not make the message.
-pub fn consume_initiation(half: &Half, remote: &Remote) -> Result<Received, Error> {
-    if half.peer != remote.public {
+pub fn consume_initiation(
+    peeked: &PeekedInitiation,
+    remote: &Remote,
+) -> Result<ConsumedInitiation, Error> {
+    if peeked.peer != remote.public {
         return Err(Error::UnknownPeer);
     }
-    let mut transcript = half.transcript.fork();
+    let mut transcript = peeked.transcript.fork();
     let key = transcript.mix_key(&*remote.shared()?);
-    let mut timestamp = half.sealed_timestamp;
+    let mut timestamp = peeked.sealed_timestamp;
     transcript.open(&key, &mut timestamp)?;
     let (timestamp, _tag) = timestamp
         .split_first_chunk()
         .expect("a timestamp and its tag");
-    Ok(Received {
+    Ok(ConsumedInitiation {
         timestamp: Tai64n(*timestamp),
-        sender_index: half.sender_index,
-        ephemeral: half.ephemeral,
+        sender_index: peeked.sender_index,
+        ephemeral: peeked.ephemeral,
         transcript,
     })
 }
@@ -278,7 +284,7 @@ pub fn consume_initiation(half: &Half, remote: &Remote) -> Result<Received, Erro
 /// [`Error::LowOrder`].
 pub fn response(
     remote: &Remote,
-    received: Received,
+    received: ConsumedInitiation,
     index: u32,
     cookie: Option<&Cookie>,
     rng: &mut impl CryptoRng,

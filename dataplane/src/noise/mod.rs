@@ -5,20 +5,20 @@
 //!
 //! ```text
 //! initiator                                  responder
-//! initiation() -> Initiated  --148 bytes-->  Gate::handle() or peek_initiation() -> Half
-//!                                            consume_initiation() -> Received
+//! initiation() -> Initiated  --148 bytes-->  Gate::handle() or peek_initiation() -> PeekedInitiation
+//!                                            consume_initiation() -> ConsumedInitiation
 //!                                            (the timestamp is new, 20 ms have passed)
 //! consume_response()         <--92 bytes---  response() -> TransportKeys
 //!   -> TransportKeys
-//! Jar::receive()             <--64 bytes---  Gate::challenge(), under load
+//! CookieStore::receive()             <--64 bytes---  Gate::challenge(), under load
 //! ```
 //!
-//! [`Half`] is an initiation of which we know who made it, and no more. It can be sent to another
+//! [`PeekedInitiation`] is an initiation of which we know who made it, and no more. It can be sent to another
 //! thread, so that the Diffie-Hellman computation behind it is done once. Nothing that fails here
 //! changes the state of a handshake that goes on: every step works on a copy of the transcript.
 //!
 //! The caller (`session/`) keeps per peer the last [`Tai64n`] it consumed and the time of that, the
-//! last one it sent, and a [`Jar`] of cookies; the handshake thread keeps a [`Gate`].
+//! last one it sent, and a [`CookieStore`]; the handshake thread keeps a [`Gate`].
 //!
 //! What section 5 of the paper asks for, and the tests (in `tests/` where nothing else is said) that
 //! show it (`session::` stands for `session/tests/rules.rs`); section 6 is the session's:
@@ -61,7 +61,7 @@ mod transcript;
 
 use std::time::Duration;
 
-pub use cookie::{COOKIE_LIFE, Cookie, Jar, JarState, consume_cookie_reply};
+pub use cookie::{COOKIE_LIFE, Cookie, CookieStore, CookieStoreState, consume_cookie_reply};
 pub(crate) use gate::Bucket;
 pub use gate::{
     CHALLENGES_AGAIN_BURST, CHALLENGES_AGAIN_PER_SECOND, CHALLENGES_BURST, CHALLENGES_PER_SECOND,
@@ -69,8 +69,8 @@ pub use gate::{
     Standing, Verdict,
 };
 pub use handshake::{
-    Half, INITIATED_LEN, Initiated, Received, TransportKeys, consume_initiation, consume_response,
-    initiation, peek_initiation, response,
+    ConsumedInitiation, INITIATED_LEN, Initiated, PeekedInitiation, TransportKeys,
+    consume_initiation, consume_response, initiation, peek_initiation, response,
 };
 pub use keys::{LocalKeys, Remote};
 #[cfg(test)]

@@ -30,7 +30,7 @@ use crate::channel::PeerId;
 use crate::classify::{
     COOKIE_LEN, DATA_HEADER_LEN, DATA_LEN_MIN, INITIATION_LEN, RESPONSE_LEN, TAG_LEN, data_counter,
 };
-use crate::noise::{self, Half, Initiated, Jar, Remote, Tai64n, TransportKeys};
+use crate::noise::{self, CookieStore, Initiated, PeekedInitiation, Remote, Tai64n, TransportKeys};
 use crate::stats::DropReason;
 
 /// One peer's session.
@@ -50,7 +50,7 @@ pub(crate) struct Machine {
     pub(super) newest: Option<Tai64n>,
     /// The timestamp of our last initiation.
     pub(super) stamped: Option<Tai64n>,
-    pub(super) jar: Jar,
+    pub(super) cookies: CookieStore,
     pub(super) alarms: Alarms,
     /// Data came while a passive keep-alive was due already: another one follows it.
     pub(super) another_keepalive: bool,
@@ -79,7 +79,7 @@ impl Machine {
             answered: None,
             newest: None,
             stamped: None,
-            jar: Jar::default(),
+            cookies: CookieStore::default(),
             alarms: Alarms::default(),
             another_keepalive: false,
             late_rekey: false,
@@ -246,7 +246,7 @@ impl Machine {
             &self.remote,
             index,
             stamp,
-            self.jar.cookie(at.now),
+            self.cookies.cookie(at.now),
             &mut own.rng,
             out,
         );
@@ -257,7 +257,7 @@ impl Machine {
             self.attempt = None;
             return None;
         };
-        self.jar.sent(initiated.mac1());
+        self.cookies.sent(initiated.mac1());
         self.initiated = Some(initiated);
         self.stamped = Some(stamp);
         self.handshake_sent = Some(at.now);
@@ -278,7 +278,7 @@ impl Machine {
         self.alarms.clear(Alarm::Retransmit);
     }
 
-    /// Handles a handshake message that names this session (or, an initiation, its peer). `half` is
+    /// Handles a handshake message that names this session (or, an initiation, its peer). `peeked` is
     /// what the handshake thread has found out about an initiation already.
     ///
     /// # Errors
@@ -288,26 +288,26 @@ impl Machine {
         own: &mut Own,
         at: Moment,
         message: &[u8],
-        half: Option<&Half>,
+        peeked: Option<&PeekedInitiation>,
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
         match message.len() {
             INITIATION_LEN => {
                 let own_half;
-                let half = match half {
-                    Some(half) => half,
+                let peeked = match peeked {
+                    Some(peeked) => peeked,
                     None => {
                         own_half = noise::peek_initiation(&own.local, message)
                             .map_err(noise::Error::reason)?;
                         &own_half
                     }
                 };
-                self.answer(own, at, half, out)
+                self.answer(own, at, peeked, out)
             }
             RESPONSE_LEN => self.complete(own, at, message, out),
             COOKIE_LEN => {
                 // It is used by the next message, which goes out when it would have (§5.4.7).
-                self.jar
+                self.cookies
                     .receive(at.now, &self.remote, message)
                     .map_err(noise::Error::reason)?;
                 Ok(Outcome::default())
@@ -321,11 +321,11 @@ impl Machine {
         &mut self,
         own: &mut Own,
         at: Moment,
-        half: &Half,
+        peeked: &PeekedInitiation,
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
         let received =
-            noise::consume_initiation(half, &self.remote).map_err(noise::Error::reason)?;
+            noise::consume_initiation(peeked, &self.remote).map_err(noise::Error::reason)?;
         let timestamp = received.timestamp();
         if self.newest.is_some_and(|newest| timestamp <= newest) {
             return Err(DropReason::HandshakeReplayed);
@@ -338,7 +338,7 @@ impl Machine {
             return Err(DropReason::HandshakeTooSoon);
         }
         let index = own.indexes.claim(&mut own.rng, self.peer);
-        let cookie = self.jar.cookie(at.now);
+        let cookie = self.cookies.cookie(at.now);
         let room = out
             .first_chunk_mut::<RESPONSE_LEN>()
             .expect("a response is the shorter message");
@@ -351,7 +351,7 @@ impl Machine {
         self.newest = Some(timestamp);
         self.answered = Some(at.now);
         self.handshake_sent = Some(at.now);
-        self.jar.sent(&mac1);
+        self.cookies.sent(&mac1);
         self.keys
             .answered(keypair(&keys, at.now, false), &mut own.indexes);
         self.derived(at.now);

@@ -113,7 +113,7 @@ use crate::aead::Aead;
 use crate::channel::{Awaited, PeerConfig, PeerId};
 use crate::classify::DATA_HEADER_LEN;
 use crate::config;
-use crate::noise::{Half, LocalKeys, Remote, Tai64n};
+use crate::noise::{LocalKeys, PeekedInitiation, Remote, Tai64n};
 use crate::stats::DropReason;
 use crate::tun::segment::Plan;
 use indexes::Indexes;
@@ -578,7 +578,7 @@ impl Session {
         }
     }
 
-    /// Handles a handshake message that names this session (or, an initiation, its peer). `half` is
+    /// Handles a handshake message that names this session (or, an initiation, its peer). `peeked` is
     /// what the handshake thread has found out about an initiation already.
     ///
     /// # Errors
@@ -588,12 +588,12 @@ impl Session {
         engine: &mut Engine,
         at: Moment,
         message: &[u8],
-        half: Option<&Half>,
+        peeked: Option<&PeekedInitiation>,
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
         match self {
             Session::Ours(machine) => {
-                machine.handle_handshake(&mut engine.own, at, message, half, out)
+                machine.handle_handshake(&mut engine.own, at, message, peeked, out)
             }
             Session::Boringtun(tunnel) => tunnel.handle_handshake(message, out),
         }

@@ -15,7 +15,7 @@ use super::timers::{Alarm, Alarms};
 use super::window::Window;
 use super::{Own, REJECT_AFTER_MESSAGES};
 use crate::channel::PeerId;
-use crate::noise::{INITIATED_LEN, Initiated, Jar, JarState, Remote, Tai64n};
+use crate::noise::{CookieStore, CookieStoreState, INITIATED_LEN, Initiated, Remote, Tai64n};
 
 /// Which part a keypair plays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub(crate) struct SessionState {
     /// Timestamps of the newest initiation of the peer, and of ours.
     pub(crate) newest: Option<[u8; Tai64n::LEN]>,
     pub(crate) stamped: Option<[u8; Tai64n::LEN]>,
-    pub(crate) jar: JarState,
+    pub(crate) cookies: CookieStoreState,
     /// How far ahead each alarm is, in the order of [`Alarm::ALL`].
     pub(crate) alarms: [Option<Duration>; Alarm::ALL.len()],
     pub(crate) another_keepalive: bool,
@@ -103,7 +103,7 @@ impl Machine {
             answered: since(self.answered),
             newest: self.newest.map(|stamp| stamp.0),
             stamped: self.stamped.map(|stamp| stamp.0),
-            jar: self.jar.export(now),
+            cookies: self.cookies.export(now),
             alarms: Alarm::ALL.map(|alarm| {
                 let at = self.alarms.get(alarm)?;
                 Some(at.saturating_duration_since(now))
@@ -147,7 +147,7 @@ impl Machine {
         machine.answered = ago(state.answered);
         machine.newest = state.newest.map(Tai64n);
         machine.stamped = state.stamped.map(Tai64n);
-        machine.jar = Jar::import(now, &state.jar);
+        machine.cookies = CookieStore::import(now, &state.cookies);
         machine.alarms = Alarms::default();
         for (alarm, ahead) in Alarm::ALL.into_iter().zip(state.alarms) {
             if let Some(at) = ahead.and_then(|ahead| now.checked_add(ahead)) {

@@ -15,7 +15,7 @@ use crate::channel::{Event, PeerId};
 use crate::classify::receiver_index;
 use crate::config;
 use crate::filter::source_allowed;
-use crate::noise::{Bucket, Half};
+use crate::noise::{Bucket, PeekedInitiation};
 use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
@@ -375,8 +375,8 @@ impl Shard<'_> {
                 break;
             };
             let source = Source::Udp(message.from);
-            let half = message.half.as_deref();
-            self.handshake(message.peer, source, message.local, message.bytes(), half);
+            let peeked = message.peeked.as_deref();
+            self.handshake(message.peer, source, message.local, message.bytes(), peeked);
         }
     }
 
@@ -388,7 +388,7 @@ impl Shard<'_> {
         source: Source,
         local: Option<Local>,
         message: &[u8],
-        half: Option<&Half>,
+        peeked: Option<&PeekedInitiation>,
     ) {
         let at = self.ctx.moment();
         let found = self.engine.as_mut().and_then(|engine| {
@@ -408,7 +408,7 @@ impl Shard<'_> {
             return;
         };
         let mut out = [0; MESSAGE_LEN_MAX];
-        let outcome = match session.handle_handshake(engine, at, message, half, &mut out) {
+        let outcome = match session.handle_handshake(engine, at, message, peeked, &mut out) {
             Ok(outcome) => outcome,
             Err(reason) => {
                 self.ctx.counters.drop_one(reason);

@@ -126,11 +126,11 @@ impl Lab {
 fn an_initiation_passes_with_its_makers_name() {
     let mut lab = Lab::new();
     let message = lab.initiate(None);
-    let Verdict::Initiation(half) = lab.handle(from(1), &message) else {
+    let Verdict::Initiation(peeked) = lab.handle(from(1), &message) else {
         panic!("not taken");
     };
-    assert_eq!(half.peer(), lab.a.local.public());
-    assert!(consume_initiation(&half, &lab.b.remote).is_ok());
+    assert_eq!(peeked.peer(), lab.a.local.public());
+    assert!(consume_initiation(&peeked, &lab.b.remote).is_ok());
 }
 
 #[test]

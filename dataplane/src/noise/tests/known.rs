@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 
 use super::*;
-use crate::noise::cookie::Baker;
+use crate::noise::cookie::CookieChecker;
 
 /// Lines of a name and hexadecimal bytes; each transcript starts with the preshared key.
 const TRANSCRIPTS: &str = include_str!("transcripts.txt");
@@ -58,8 +58,8 @@ fn every_byte_of_a_handshake_is_as_wireguard_go_makes_it() {
         .unwrap();
         assert_eq!(message[..], known["initiation"]);
 
-        let half = peek_initiation(&responder, &message).unwrap();
-        let received = consume_initiation(&half, &towards_initiator).unwrap();
+        let peeked = peek_initiation(&responder, &message).unwrap();
+        let received = consume_initiation(&peeked, &towards_initiator).unwrap();
         assert_eq!(received.timestamp(), timestamp);
         let mut answer = [0; 92];
         let (theirs, _mac1) = response(
@@ -94,9 +94,9 @@ fn every_byte_of_a_cookie_is_as_wireguard_go_makes_it() {
         let mut randomness = known["cookie_secret"].clone();
         randomness.extend_from_slice(&known["cookie_reply"][8..32]);
         let mut rng = Dictated(randomness);
-        let mut baker = Baker::default();
+        let mut checker = CookieChecker::default();
         let mut reply = [0; 64];
-        baker.reply(
+        checker.reply(
             now,
             from,
             &responder,
@@ -121,7 +121,7 @@ fn every_byte_of_a_cookie_is_as_wireguard_go_makes_it() {
         )
         .unwrap();
         assert_eq!(again[..], known["initiation_mac2"]);
-        assert!(baker.check(now, from, &again, &mut rng));
-        assert!(!baker.check(now, from, message, &mut rng));
+        assert!(checker.check(now, from, &again, &mut rng));
+        assert!(!checker.check(now, from, message, &mut rng));
     }
 }

@@ -84,9 +84,9 @@ impl End {
         (initiated, out)
     }
 
-    fn receive(&self, message: &[u8]) -> Result<Received, Error> {
-        let half = peek_initiation(&self.local, message)?;
-        consume_initiation(&half, &self.remote)
+    fn receive(&self, message: &[u8]) -> Result<ConsumedInitiation, Error> {
+        let peeked = peek_initiation(&self.local, message)?;
+        consume_initiation(&peeked, &self.remote)
     }
 
     fn respond(&self, rng: &mut StdRng, message: &[u8]) -> (TransportKeys, [u8; 92]) {
@@ -120,9 +120,9 @@ fn both_ends_agree_on_keys_with_and_without_a_preshared_key() {
         for _ in 0..5 {
             let (a, b) = ends(&mut rng, preshared);
             let (initiated, message) = a.initiate(&mut rng, None);
-            let half = peek_initiation(&b.local, &message).unwrap();
-            assert_eq!(half.peer(), a.local.public());
-            let received = consume_initiation(&half, &b.remote).unwrap();
+            let peeked = peek_initiation(&b.local, &message).unwrap();
+            assert_eq!(peeked.peer(), a.local.public());
+            let received = consume_initiation(&peeked, &b.remote).unwrap();
             assert_eq!(received.timestamp(), stamp(7));
             assert_eq!(received.sender_index(), initiated.index());
             let (theirs, answer) = b.respond(&mut rng, &message);
@@ -173,10 +173,10 @@ fn secrets_stay_out_of_debug_output() {
     let mut rng = seeded();
     let (a, b) = ends(&mut rng, true);
     let (initiated, message) = a.initiate(&mut rng, None);
-    let half = peek_initiation(&b.local, &message).unwrap();
+    let peeked = peek_initiation(&b.local, &message).unwrap();
     let (keys, _) = b.respond(&mut rng, &message);
     let text = format!(
-        "{:?} {:?} {initiated:?} {half:?} {keys:?} {:?}",
+        "{:?} {:?} {initiated:?} {peeked:?} {keys:?} {:?}",
         a.local,
         a.remote,
         Cookie([0xab; 16])

@@ -160,16 +160,16 @@ fn we_take_boringtuns_cookies_and_it_takes_what_we_make_of_them() {
     for _ in 0..10 {
         let (a, b) = ends(&mut rng, false);
         let limiter = RateLimiter::new(&PublicKey::from(*b.local.public()), 0);
-        let mut jar = Jar::default();
+        let mut cookies = CookieStore::default();
         let (initiated, message) = a.initiate(&mut rng, None);
-        jar.sent(initiated.mac1());
+        cookies.sent(initiated.mac1());
         let mut out = [0; 64];
         let reply = match limiter.verify_packet(Some(ip), &message, &mut out) {
             Err(result) => written(result),
             Ok(_) => panic!("always under load"),
         };
-        jar.receive(now, &a.remote, &reply).unwrap();
-        let (_, message) = a.initiate(&mut rng, jar.cookie(now));
+        cookies.receive(now, &a.remote, &reply).unwrap();
+        let (_, message) = a.initiate(&mut rng, cookies.cookie(now));
         assert!(matches!(
             limiter.verify_packet(Some(ip), &message, &mut out),
             Ok(Packet::HandshakeInit(_))

@@ -165,10 +165,10 @@ fn an_initiator_that_claims_a_static_key_of_low_order_is_refused() {
         // The claim is sealed like any static key; only the responder's own look at it helps.
         a.local.public = point;
         let (_, message) = a.initiate(&mut rng, None);
-        let half = peek_initiation(&b.local, &message).unwrap();
-        assert_eq!(*half.peer(), point);
+        let peeked = peek_initiation(&b.local, &message).unwrap();
+        assert_eq!(*peeked.peer(), point);
         b.remote = Remote::new(&b.local, &point, None);
-        let error = consume_initiation(&half, &b.remote).unwrap_err();
+        let error = consume_initiation(&peeked, &b.remote).unwrap_err();
         assert_eq!(error, Error::LowOrder);
     }
 }
@@ -183,8 +183,8 @@ fn messages_of_strangers_and_for_strangers_are_refused() {
     let error = peek_initiation(&d.local, &message).unwrap_err();
     assert_eq!(error, Error::Mac1);
     // From another peer than the one it is held against.
-    let half = peek_initiation(&b.local, &message).unwrap();
-    let error = consume_initiation(&half, &c.remote).unwrap_err();
+    let peeked = peek_initiation(&b.local, &message).unwrap();
+    let error = consume_initiation(&peeked, &c.remote).unwrap_err();
     assert_eq!(error, Error::UnknownPeer);
     // Claims to be a, but was made without its private key.
     let mut liar = End {

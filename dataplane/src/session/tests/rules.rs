@@ -827,7 +827,7 @@ fn what_is_exported_is_imported_to_the_last_bit() {
     assert!(state.initiated.is_some() && state.attempt.is_some() && state.up);
     assert!(state.handshake_sent.is_some() && state.answered.is_some());
     assert!(state.newest.is_some() && state.stamped.is_some() && state.keepalive.is_some());
-    assert!(state.jar.last_mac1.is_some() && state.jar.cookie.is_some());
+    assert!(state.cookies.last_mac1.is_some() && state.cookies.cookie.is_some());
     a.session = a.engine.import(secs(45.0).now, &config, &state).unwrap();
     assert!(export(&mut a, &config, secs(45.0)) == state);
 }
