@@ -1,11 +1,11 @@
 //! What one inbound packet costs in the filter, by rules and protocol, and one outbound one.
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use ringtail_dataplane::channel::{PeerId, Prefix, Rule, Rules};
 use ringtail_dataplane::filter::{CompiledRules, Filter, source_allowed};
 use ringtail_dataplane::packet::build::{Builder, Tcp};
 use ringtail_dataplane::packet::header::Headers;
 use ringtail_dataplane::route::Table;
+use ringtail_dataplane::{PeerId, Prefix, Rule, Rules};
 use std::hint::black_box;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

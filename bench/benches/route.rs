@@ -3,8 +3,8 @@
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use ringtail_dataplane::channel::{PeerId, Prefix};
 use ringtail_dataplane::route::Table;
+use ringtail_dataplane::{PeerId, Prefix};
 use std::hint::black_box;
 use std::net::IpAddr;
 

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 
-use ringtail_dataplane::channel::{PEERS_MAX, Prefix};
+use ringtail_dataplane::{PEERS_MAX, Prefix};
 
 use crate::coord::frames::{JSON_LEN_MAX, MESSAGE_LEN_MAX};
 use crate::derp::routes::ROUTES_MAX;

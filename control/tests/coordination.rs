@@ -235,10 +235,7 @@ async fn nodes_join_see_each_other_and_hear_of_changes_soon() {
             );
             assert_eq!(*alone.derp_map, derp_map());
             assert!(alone.self_node.machine_authorized);
-            assert!(matches!(
-                alone.rules,
-                ringtail_dataplane::channel::Rules::AllowAll
-            ));
+            assert!(matches!(alone.rules, ringtail_dataplane::Rules::AllowAll));
 
             let begun = Instant::now();
             let mut second = Node::join(address, 2, "the key");

@@ -7,10 +7,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ringtail_dataplane::Engine;
 use ringtail_dataplane::aead::{Aead, Backend, Key, MESSAGE_LEN_MIN, Open, Seal};
 use ringtail_dataplane::bench_support::Sessions;
-use ringtail_dataplane::channel::{PeerId, Prefix, Rules};
 use ringtail_dataplane::classify::classify;
 use ringtail_dataplane::coalesce::Coalescer;
 use ringtail_dataplane::filter::{CompiledRules, Filter, source_allowed};
@@ -20,6 +18,7 @@ use ringtail_dataplane::route::Table;
 use ringtail_dataplane::stats::{Counters, DropReason, Meter, Published, Room};
 use ringtail_dataplane::tun::segment::plan;
 use ringtail_dataplane::tun::vnet::{GSO_TCPV4, VnetHdr};
+use ringtail_dataplane::{Engine, PeerId, Prefix, Rules};
 
 thread_local! {
     static ALLOCATIONS: Cell<u64> = const { Cell::new(0) };

@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::{PeerId, RegionId};
+use ringtail_dataplane::{PeerId, RegionId};
 use serde_json::{Value, json};
 
 use super::{Agent, Output, millis};

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::{Activity, PeerId};
+use ringtail_dataplane::{Activity, PeerId};
 
 use super::{Agent, network};
 use crate::uapi::{DeviceStatus, PeerStatus, Reply};

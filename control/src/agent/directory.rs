@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ringtail_dataplane::channel::{PEERS_MAX, PeerConfig, PeerId};
+use ringtail_dataplane::{PEERS_MAX, PeerConfig, PeerId};
 
 use super::network::{NetworkPeer, apart, prefix};
 use crate::key::NodePublic;

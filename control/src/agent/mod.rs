@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::channel::{self, Activity, NetworkChange, PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{Activity, NetworkChange, PathDecision, PeerId, RegionId};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
@@ -388,7 +388,7 @@ impl Agent {
     }
 
     /// What is ours: own addresses and the routes we offer.
-    fn local(&self, network: &Network) -> Vec<channel::Prefix> {
+    fn local(&self, network: &Network) -> Vec<ringtail_dataplane::Prefix> {
         let own: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
         let own = own.iter().map(|net| IpNet::from(net.addr()));
         let offered = self.setup.routes_offered.iter().copied();
@@ -505,17 +505,27 @@ impl Agent {
     }
 
     /// Takes news of the data plane.
-    pub fn handle_dataplane(&mut self, now: Instant, event: &channel::Event, activity: &Activity) {
-        if let channel::Event::SessionUp(id) | channel::Event::SessionDown(id) = event {
-            let up = matches!(event, channel::Event::SessionUp(_));
+    pub fn handle_dataplane(
+        &mut self,
+        now: Instant,
+        event: &ringtail_dataplane::Event,
+        activity: &Activity,
+    ) {
+        if let ringtail_dataplane::Event::SessionUp(id)
+        | ringtail_dataplane::Event::SessionDown(id) = event
+        {
+            let up = matches!(event, ringtail_dataplane::Event::SessionUp(_));
             let peer = self.peer_name(*id);
             self.story("session", json!({"peer": peer, "up": up}));
         }
-        if matches!(event, channel::Event::Kick(_) | channel::Event::Active(_)) {
+        if matches!(
+            event,
+            ringtail_dataplane::Event::Kick(_) | ringtail_dataplane::Event::Active(_)
+        ) {
             self.active_check = self.active_check.or(Some(now + ACTIVE_CHECK_PERIOD));
             self.netcheck.set_active(now, true);
         }
-        if let channel::Event::Unopened(from, bytes) = *event
+        if let ringtail_dataplane::Event::Unopened(from, bytes) = *event
             && let Some(id) = self.paths.peer_at(from)
         {
             self.out.push_back(Output::Unopened(id, bytes));

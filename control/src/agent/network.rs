@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ringtail_dataplane::channel::{Prefix, Rule, Rules};
+use ringtail_dataplane::{Prefix, Rule, Rules};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 

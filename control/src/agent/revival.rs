@@ -9,7 +9,7 @@
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::{Activity, PeerId};
+use ringtail_dataplane::{Activity, PeerId};
 
 use crate::key::NodePublic;
 

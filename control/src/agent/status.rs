@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use ringtail_dataplane::channel::{Activity, PeerId};
+use ringtail_dataplane::{Activity, PeerId};
 use serde_json::{Value, json};
 
 use super::{Agent, HeldBack, HoldReason, millis, standing};
@@ -130,7 +130,7 @@ impl Agent {
             "node_key": peer.node_key,
             "addresses": peer.addresses.iter().map(|net| net.addr().to_string()).collect::<Vec<_>>(),
             "allowed_ips": peer.allowed_ips,
-            "home": peer.home.map(|id| self.region_code(ringtail_dataplane::channel::RegionId(id))),
+            "home": peer.home.map(|id| self.region_code(ringtail_dataplane::RegionId(id))),
             "online": peer.online,
             "last_seen": standing::text(peer.last_seen),
             "key_expiry": standing::text(peer.key_expiry),

@@ -420,8 +420,8 @@ fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
         };
         Some(network)
     });
-    let text = |prefixes: &[channel::Prefix]| -> Vec<String> {
-        let text = |prefix: &channel::Prefix| format!("{}/{}", prefix.addr, prefix.bits);
+    let text = |prefixes: &[ringtail_dataplane::Prefix]| -> Vec<String> {
+        let text = |prefix: &ringtail_dataplane::Prefix| format!("{}/{}", prefix.addr, prefix.bits);
         prefixes.iter().map(text).collect()
     };
     let given = given.unwrap();
@@ -446,7 +446,11 @@ fn a_kick_pings_the_peer_directly_but_not_in_relay_only_mode() {
         let (now, mut agent) = (start(), agent(1, relay_only));
         agent.handle_network(now, network(2));
         outputs(&mut agent);
-        agent.handle_dataplane(now, &channel::Event::Kick(PeerId(0)), &Activity::default());
+        agent.handle_dataplane(
+            now,
+            &ringtail_dataplane::Event::Kick(PeerId(0)),
+            &Activity::default(),
+        );
         let to: SocketAddr = "203.0.113.2:41641".parse().unwrap();
         let out = outputs(&mut agent);
         let pinged = out
@@ -611,7 +615,7 @@ fn what_cannot_be_opened_is_told_of_a_peer_only_from_where_it_is_known_to_be() {
     agent.handle_network(now, network(2));
     outputs(&mut agent);
     for (from, known) in [("203.0.113.2:41641", true), ("203.0.113.2:41642", false)] {
-        let event = channel::Event::Unopened(from.parse().unwrap(), 200);
+        let event = ringtail_dataplane::Event::Unopened(from.parse().unwrap(), 200);
         agent.handle_dataplane(now, &event, &Activity::default());
         let out = outputs(&mut agent);
         let told = |o: &Output| matches!(o, Output::Unopened(PeerId(0), 200));
@@ -654,7 +658,11 @@ fn what_others_route_hides_no_address_of_a_peer() {
         }));
         agent.handle_network(now, network);
         outputs(&mut agent);
-        agent.handle_dataplane(now, &channel::Event::Kick(PeerId(0)), &Activity::default());
+        agent.handle_dataplane(
+            now,
+            &ringtail_dataplane::Event::Kick(PeerId(0)),
+            &Activity::default(),
+        );
         let to: SocketAddr = "203.0.113.2:41641".parse().unwrap();
         let sent = |agent: &mut Agent| {
             let is_there = |o: &Output| matches!(o, Output::Datagram { to: t, .. } if *t == to);

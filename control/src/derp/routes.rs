@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::{PEERS_MAX, RegionId};
+use ringtail_dataplane::{PEERS_MAX, RegionId};
 
 use crate::key::NodePublic;
 

@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;
 
-use ringtail_dataplane::channel::{PEERS_MAX, PeerConfig, PeerId, Prefix};
+use ringtail_dataplane::{PEERS_MAX, PeerConfig, PeerId, Prefix};
 use zeroize::Zeroizing;
 
 use crate::key::{NodePrivate, NodePublic};

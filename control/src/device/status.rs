@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ringtail_dataplane::channel::PeerId;
+use ringtail_dataplane::PeerId;
 
 use super::Device;
 use crate::uapi::{DeviceStatus, PeerStatus, Reply};

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ringtail_dataplane::channel::PeerId;
+use ringtail_dataplane::PeerId;
 
 use super::clock::now;
 

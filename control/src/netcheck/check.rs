@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::RegionId;
+use ringtail_dataplane::RegionId;
 
 use super::plan::ProbeSet;
 use super::{Drop, PROBES_MAX, REGIONS_ENOUGH, REPORT_LIMIT, Report, STUN_LIMIT, usable};

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::PeerId;
+use ringtail_dataplane::PeerId;
 
 /// How long a public endpoint stays listed.
 const CACHED: Duration = Duration::from_secs(5 * 60 + 10);

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::RegionId;
+use ringtail_dataplane::RegionId;
 
 use super::HISTORY;
 

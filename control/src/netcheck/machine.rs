@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
-use ringtail_dataplane::channel::{PeerId, RegionId};
+use ringtail_dataplane::{PeerId, RegionId};
 
 use super::check::{Check, News, Set};
 use super::endpoints::{EndpointKind, Interface, OwnEndpoint, OwnEndpoints};

@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use ringtail_dataplane::channel::RegionId;
+use ringtail_dataplane::RegionId;
 
 mod check;
 mod endpoints;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use ringtail_dataplane::channel::RegionId;
+use ringtail_dataplane::RegionId;
 
 use crate::netmap::{DerpMap, DerpNode, DerpRegion, Family};
 

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, IpSubnets};
-use ringtail_dataplane::channel::{Prefix, Rule, Rules};
+use ringtail_dataplane::{Prefix, Rule, Rules};
 
 use super::wire::{FilterRule, Node};
 

@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ringtail_dataplane::channel::Rules;
+use ringtail_dataplane::Rules;
 use serde_json::Value;
 use time::OffsetDateTime;
 
@@ -21,7 +21,7 @@ use super::wire::{CapMap, FilterRule, MapResponse, Node, PeerChange, UserProfile
 use crate::key::{DiscoPublic, NodePublic};
 
 /// Peers kept at most; as many as the data plane holds. Further ones are left out and counted.
-pub const PEERS_MAX: usize = ringtail_dataplane::channel::PEERS_MAX;
+pub const PEERS_MAX: usize = ringtail_dataplane::PEERS_MAX;
 
 /// Node attributes and tags of ourselves and peers are for display: this many at most are kept.
 pub const HEALTH_MAX: usize = 64;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rand::rngs::StdRng;
-use ringtail_dataplane::channel::{self, Activity, PEERS_MAX, PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{Activity, PEERS_MAX, PathDecision, PeerId, RegionId};
 
 use super::candidate::candidates_max;
 use super::limit::{Bucket, KEY_OPENS_PER_S, OPENS_RESERVE};
@@ -236,33 +236,38 @@ impl Manager {
     }
 
     /// Takes news of the data plane, with the activity of the peer they are about.
-    pub fn handle_event(&mut self, now: Instant, event: &channel::Event, activity: &Activity) {
+    pub fn handle_event(
+        &mut self,
+        now: Instant,
+        event: &ringtail_dataplane::Event,
+        activity: &Activity,
+    ) {
         match *event {
-            channel::Event::Kick(id) => {
+            ringtail_dataplane::Event::Kick(id) => {
                 self.with(now, id, |peer, shared| peer.kicked(now, shared, activity));
             }
-            channel::Event::Active(id) => {
+            ringtail_dataplane::Event::Active(id) => {
                 self.with(now, id, |peer, shared| {
                     peer.activated(now, shared, activity)
                 });
             }
-            channel::Event::Silent(id) => {
+            ringtail_dataplane::Event::Silent(id) => {
                 self.with(now, id, |peer, shared| peer.silent(now, shared, activity));
             }
-            channel::Event::NewSource(id, from) => {
+            ringtail_dataplane::Event::NewSource(id, from) => {
                 let from = SocketAddr::new(from.ip().to_canonical(), from.port());
                 self.with(now, id, |peer, shared| peer.new_source(now, shared, from));
             }
-            channel::Event::SendError(id, to, errno) => {
+            ringtail_dataplane::Event::SendError(id, to, errno) => {
                 self.with(now, id, |peer, shared| {
                     peer.send_error(now, shared, to, errno)
                 });
             }
-            channel::Event::SessionUp(_)
-            | channel::Event::SessionDown(_)
-            | channel::Event::Unopened(..)
-            | channel::Event::TunGone
-            | channel::Event::Failed(_) => {}
+            ringtail_dataplane::Event::SessionUp(_)
+            | ringtail_dataplane::Event::SessionDown(_)
+            | ringtail_dataplane::Event::Unopened(..)
+            | ringtail_dataplane::Event::TunGone
+            | ringtail_dataplane::Event::Failed(_) => {}
         }
     }
 

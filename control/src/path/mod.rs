@@ -39,7 +39,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ringtail_dataplane::channel::{PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{PathDecision, PeerId, RegionId};
 
 use crate::key::{DiscoPublic, NodePublic};
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
-use ringtail_dataplane::channel::PeerId;
+use ringtail_dataplane::PeerId;
 
 use super::candidate::Admission;
 use super::limit::{Bucket, Counters, NODE_PINGS_PER_S};

@@ -4,7 +4,7 @@ use std::fmt::{Display, Write as _};
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ringtail_dataplane::channel::Prefix;
+use ringtail_dataplane::Prefix;
 use zeroize::Zeroizing;
 
 use super::{Errno, PresharedKey};

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::channel::PeerId;
+use ringtail_dataplane::PeerId;
 
 use super::*;
 use crate::device::{Device, Status, Traffic};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 
-use ringtail_dataplane::channel::Prefix;
+use ringtail_dataplane::Prefix;
 use zeroize::{Zeroize, ZeroizeOnDrop};
 
 use super::{Errno, value};

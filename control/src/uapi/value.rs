@@ -4,7 +4,7 @@
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
-use ringtail_dataplane::channel::Prefix;
+use ringtail_dataplane::Prefix;
 
 use super::Errno;
 

@@ -8,7 +8,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use ringtail_dataplane::channel::{Datagrams, RegionId};
+use ringtail_dataplane::{Datagrams, RegionId};
 use serde_json::Value;
 use tokio::task::LocalSet;
 use tokio::time::timeout;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ringtail_dataplane::channel::RegionId;
+use ringtail_dataplane::RegionId;
 use serde::{Deserialize, Serialize};
 
 use super::{Node, now};

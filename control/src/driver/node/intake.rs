@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::{Activity, RegionId};
+use ringtail_dataplane::{Activity, RegionId};
 
 use super::{Node, SAVE_SOON, now, wall};
 use crate::agent::Network;
@@ -66,7 +66,7 @@ impl Node {
                 self.agent.handle_datagram(now, now, from, None, &bytes);
             }
             if let Some(event) = event {
-                use ringtail_dataplane::channel::Event;
+                use ringtail_dataplane::Event;
                 let activity = match &event {
                     Event::TunGone => return Taken::TunGone,
                     Event::Unopened(..) => Activity::default(),

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Duration;
 
-use ringtail_dataplane::channel::{Datagrams, RegionId};
+use ringtail_dataplane::{Datagrams, RegionId};
 use tokio::sync::Notify;
 
 use super::Counters;

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
-use ringtail_dataplane::channel::{Datagrams, RegionId};
+use ringtail_dataplane::{Datagrams, RegionId};
 use tokio::sync::Notify;
 
 use super::dial::{Dialled, READ_LEN};

@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use crate::driver::clock::now;
 use anyhow::{Context as _, bail};
-use ringtail_dataplane::channel::{Datagrams, RegionId};
+use ringtail_dataplane::{Datagrams, RegionId};
 use rustls::RootCertStore;
 use serde::Serialize;
 

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::{Activity, PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{Activity, PathDecision, PeerId, RegionId};
 
 use super::candidate::Candidates;
 use super::limit::{Bucket, PEER_CALLS_PER_S, PEER_PINGS_PER_S, PEER_PONGS_PER_S};

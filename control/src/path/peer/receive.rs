@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use ringtail_dataplane::channel::{Activity, RegionId};
+use ringtail_dataplane::{Activity, RegionId};
 
 use super::super::limit::PONG_RESERVE;
 use super::super::pings::Sent;

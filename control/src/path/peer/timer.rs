@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::Activity;
+use ringtail_dataplane::Activity;
 
 use super::super::mtu::Step;
 use super::super::pings::Sent;

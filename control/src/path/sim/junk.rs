@@ -2,7 +2,7 @@
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::channel::PeerId;
+use ringtail_dataplane::PeerId;
 
 use super::script::{Out, REGION, Script, addr, ms};
 use crate::disco::{Message, SharedKey};

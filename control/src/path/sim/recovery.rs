@@ -4,8 +4,6 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use ringtail_dataplane::channel;
-
 use super::matrix::{pair, site};
 use super::script::{Out, Script, addr, ms};
 use super::shard::PEER;
@@ -113,7 +111,7 @@ fn the_pace_is_quick_again_when_packets_come_or_after_a_long_pause() {
             >= 5
     };
     let mut heard = slow();
-    heard.event(&channel::Event::NewSource(PEER, addr(Z)));
+    heard.event(&ringtail_dataplane::Event::NewSource(PEER, addr(Z)));
     heard.run_to(ms(121_200));
     assert!(quick(&heard, 120_200, Z));
     let mut pinged = slow();
@@ -144,7 +142,7 @@ fn a_peer_remembered_as_direct_is_not_held_and_packets_wake_one_that_is() {
     let mut held = Script::new(Config::default(), &[C1]);
     held.run_with_data(ms(60_000), ms(500));
     assert_eq!(held.status().state, StateName::Held);
-    held.event(&channel::Event::NewSource(PEER, addr(Z)));
+    held.event(&ringtail_dataplane::Event::NewSource(PEER, addr(Z)));
     held.run_with_data(ms(75_000), ms(500));
     let calls = held.times(&Out::CallMeMaybe);
     assert!(

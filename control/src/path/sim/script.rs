@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use ringtail_dataplane::channel::{self, Activity, PathDecision, RegionId};
+use ringtail_dataplane::{Activity, PathDecision, RegionId};
 
 use super::shard::PEER;
 use crate::disco::{self, Message, SharedKey, TxId};
@@ -146,11 +146,11 @@ impl Script {
         });
         let activity = self.activity();
         if pause.is_none_or(|at| self.now - at >= ms(3000)) {
-            let event = channel::Event::Active(PEER);
+            let event = ringtail_dataplane::Event::Active(PEER);
             self.paths.handle_event(self.now, &event, &activity);
         }
         if !trusted {
-            let event = channel::Event::Kick(PEER);
+            let event = ringtail_dataplane::Event::Kick(PEER);
             self.paths.handle_event(self.now, &event, &activity);
         }
         self.drain();
@@ -163,7 +163,7 @@ impl Script {
         }
     }
 
-    pub(super) fn event(&mut self, event: &channel::Event) {
+    pub(super) fn event(&mut self, event: &ringtail_dataplane::Event) {
         let activity = self.activity();
         self.paths.handle_event(self.now, event, &activity);
         self.drain();

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::channel::{Activity, Event, PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{Activity, Event, PathDecision, PeerId, RegionId};
 
 pub(super) const PEER: PeerId = PeerId(0);
 const KICK_INTERVAL: Duration = Duration::from_millis(100);

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ringtail_dataplane::channel::{self, PeerId};
+use ringtail_dataplane::PeerId;
 
 use super::script::{Out, REGION, Script, addr, ms};
 use super::shard::PEER;
@@ -541,7 +541,7 @@ fn packets_from_a_new_source_move_a_quiet_path_in_one_round_trip() {
     script.run_with_data(ms(8500), ms(100));
     script.silence(C1);
     script.answer(Z, ms(20));
-    script.event(&channel::Event::NewSource(PEER, addr(Z)));
+    script.event(&ringtail_dataplane::Event::NewSource(PEER, addr(Z)));
     assert_eq!(script.sent(8500, 8501), [ping(Z), ping(C1)]);
     script.run_to(ms(8525));
     assert_eq!(script.best(), Some(addr(Z)));
@@ -549,7 +549,7 @@ fn packets_from_a_new_source_move_a_quiet_path_in_one_round_trip() {
     let mut stays = direct(ms(20), &[C1]);
     stays.run_with_data(ms(8500), ms(100));
     stays.answer(Z, ms(30));
-    stays.event(&channel::Event::NewSource(PEER, addr(Z)));
+    stays.event(&ringtail_dataplane::Event::NewSource(PEER, addr(Z)));
     stays.run_to(ms(8600));
     assert_eq!(stays.best(), Some(addr(C1)));
 }
@@ -559,11 +559,15 @@ fn send_errors_take_a_path_away_or_ask_for_new_sockets() {
     const ENETUNREACH: i32 = 101;
     const EPERM: i32 = 1;
     let mut script = direct(ms(10), &[C1]);
-    script.event(&channel::Event::SendError(PEER, addr(C1), ENETUNREACH));
+    script.event(&ringtail_dataplane::Event::SendError(
+        PEER,
+        addr(C1),
+        ENETUNREACH,
+    ));
     assert_eq!(script.best(), None);
     let mut forbidden = direct(ms(10), &[C1]);
     for _ in 0..3 {
-        forbidden.event(&channel::Event::SendError(PEER, addr(C1), EPERM));
+        forbidden.event(&ringtail_dataplane::Event::SendError(PEER, addr(C1), EPERM));
     }
     assert_eq!(forbidden.best(), Some(addr(C1)));
     let wanted = |script: &Script| {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::channel::RegionId;
+use ringtail_dataplane::RegionId;
 
 use super::net::{INTERNET, Middlebox, Zone};
 use super::shard::{PEER, Shard};
