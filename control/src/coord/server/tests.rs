@@ -1,10 +1,19 @@
 //! Tests of [`super::Server`].
 
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+use super::presence::TURNS_TIME;
+use super::reports::is_endpoint;
 use super::*;
 use crate::coord::admin::{Order, Refusal, plan};
-use crate::coord::frames::{FrameReader, encode};
-use crate::netmap::MapState;
-use crate::netmap::wire::RegisterAuth;
+use crate::coord::auth_key::KeyCheck;
+use crate::coord::frames::{Codec, FrameReader, encode};
+use crate::key::DiscoPublic;
+use crate::netmap::wire::{MapRequest, RegisterAuth, RegisterRequest, RegisterResponse, WireTime};
+use crate::netmap::{MapState, PEERS_MAX};
 
 const WALL: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
 

@@ -1,0 +1,128 @@
+//! Who is online: streams come and go, nodes leave, and two machines may share one node.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use super::{Entry, Server};
+
+/// Ephemeral nodes that stayed away and would be told so, at most: the latest.
+const STAYED_AWAY_MAX: usize = 1024;
+
+/// What both are told.
+pub(super) const TWO_MACHINES: &str = "two machines use this node's keys and take its place in turns: one of their state directories \
+     is a copy of the other";
+
+/// Last takings over that are looked at,
+const TURNS: usize = 4;
+/// and the time within which they have to be: a machine whose stream ended comes back at once, and one
+/// that changes its network again and again takes longer. After as long without any it is over.
+pub(super) const TURNS_TIME: Duration = Duration::from_secs(60);
+
+/// Streams of a node that took the place of one that still stood, as those of two machines with the
+/// same keys do, in turns. One machine that reconnects does not come back to the endpoints it had.
+#[derive(Debug, Default)]
+pub(super) struct Rivals {
+    pub(super) turns: VecDeque<(Instant, Vec<SocketAddr>)>,
+    pub(super) seen: bool,
+}
+
+impl Rivals {
+    /// A stream takes the place of another, from a machine with these endpoints. True if that shows
+    /// that there are two.
+    pub(super) fn took_over(&mut self, now: Instant, endpoints: &[SocketAddr]) -> bool {
+        let old = |at: Instant| now.saturating_duration_since(at) > TURNS_TIME;
+        while self.turns.front().is_some_and(|(at, _)| old(*at)) || self.turns.len() >= TURNS {
+            self.turns.pop_front();
+        }
+        self.turns.push_back((now, endpoints.to_vec()));
+        let turns: Vec<&[SocketAddr]> = self.turns.iter().map(|(_, of)| &of[..]).collect();
+        let before = self.seen;
+        self.seen = matches!(turns[..], [a, b, c, d] if a != b && a == c && b == d);
+        self.seen && !before
+    }
+
+    /// When the two of them will be one again.
+    fn poll_timeout(&self) -> Option<Instant> {
+        let (last, _) = self.turns.back().filter(|_| self.seen)?;
+        Some(*last + TURNS_TIME)
+    }
+
+    /// What the node is told.
+    pub(super) fn health(&self) -> Vec<String> {
+        let problem = self.seen.then(|| TWO_MACHINES.to_owned());
+        problem.into_iter().collect()
+    }
+}
+
+/// Whether a node is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Presence {
+    /// Streams open.
+    Online(u32),
+    /// The last stream ended (or we started); peers are told at this time.
+    Leaving(Instant, Option<bool>),
+    /// Peers know; an ephemeral node is forgotten at this time.
+    Offline(Option<Instant>),
+}
+
+impl Server {
+    /// Does what is due: nodes go offline, ephemeral ones are forgotten.
+    pub fn handle_timeout(&mut self, now: Instant) {
+        let mut gone = Vec::new();
+        let mut left = Vec::new();
+        let mut settled = Vec::new();
+        for (id, entry) in &mut self.nodes {
+            if entry.rivals.poll_timeout().is_some_and(|at| at <= now) {
+                entry.rivals = Rivals::default();
+                settled.push(*id);
+            }
+            match entry.presence {
+                Presence::Leaving(at, _) if at <= now => {
+                    let forget = entry
+                        .record
+                        .ephemeral
+                        .then(|| now + self.config.ephemeral_timeout);
+                    entry.presence = Presence::Offline(forget);
+                    left.push(*id);
+                }
+                Presence::Offline(Some(at)) if at <= now => gone.push(*id),
+                Presence::Online(_) | Presence::Leaving(..) | Presence::Offline(_) => {}
+            }
+        }
+        for id in left {
+            self.rebuild(now, id);
+        }
+        for id in settled {
+            self.mark_dirty(now, id);
+        }
+        for id in gone {
+            if let Some(Entry { record, .. }) = self.nodes.get(&id) {
+                if self.stayed_away.len() >= STAYED_AWAY_MAX {
+                    self.stayed_away.pop_front();
+                }
+                self.stayed_away
+                    .push_back((record.machine, record.node_key));
+            }
+            self.delete(now, id);
+        }
+    }
+
+    /// When [`Server::handle_timeout`] or [`Server::poll_session`] has something to do next.
+    pub fn poll_timeout(&self) -> Option<Instant> {
+        let presence = self
+            .nodes
+            .values()
+            .filter_map(|entry| match entry.presence {
+                Presence::Leaving(at, _) | Presence::Offline(Some(at)) => Some(at),
+                Presence::Online(_) | Presence::Offline(None) => None,
+            });
+        let rivals = self.nodes.values();
+        let rivals = rivals.filter_map(|entry| entry.rivals.poll_timeout());
+        let alive = self
+            .sessions
+            .values()
+            .map(|session| session.next_keep_alive);
+        presence.chain(rivals).chain(alive).chain(self.tick).min()
+    }
+}

@@ -1,0 +1,247 @@
+//! Registrations: who is let in, with which name and addresses, and who logs out.
+
+use std::net::{Ipv4Addr, Ipv6Addr};
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+use super::presence::Presence;
+use super::store::{NodeRecord, expired};
+use super::{HOSTINFO_LEN_MAX, OFFLINE_DELAY, Server, USER_ID};
+use crate::coord::address;
+use crate::coord::auth_key::KeyCheck;
+use crate::key::MachinePublic;
+use crate::netmap::PEERS_MAX;
+use crate::netmap::wire::{
+    RegisterLogin, RegisterRequest, RegisterResponse, RegisterUser, WireTime,
+};
+
+/// What a registration leads to; all but the answer has to be committed before [`Server::apply`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Registration {
+    /// Nothing changes.
+    Answer(RegisterResponse),
+    /// A new node, let in by this key.
+    Insert(Box<NodeRecord>, i64),
+    /// A known machine with a new node key, let in by this key.
+    Rekey(Box<NodeRecord>, i64),
+    /// A log-out: the node's key expires now.
+    Expire(Box<NodeRecord>),
+    /// A log-out of an ephemeral node, which is forgotten.
+    Delete(i64),
+}
+
+impl Server {
+    /// Whether this registration succeeds without looking at its auth key: a node that is known
+    /// and good. Real clients send their old key again whenever they start.
+    pub fn needs_no_key(
+        &self,
+        wall: OffsetDateTime,
+        machine: MachinePublic,
+        request: &RegisterRequest,
+    ) -> bool {
+        let found = self.find(machine, request.node_key);
+        is_logout(wall, request) || found.is_some_and(|entry| !expired(&entry.record))
+    }
+
+    /// Decides on a registration of the machine; `key` is what its auth key is worth.
+    pub fn plan_register(
+        &self,
+        wall: OffsetDateTime,
+        machine: MachinePublic,
+        request: &RegisterRequest,
+        key: &KeyCheck,
+    ) -> Registration {
+        let refuse = |text: &str| {
+            Registration::Answer(RegisterResponse {
+                error: text.to_owned(),
+                ..RegisterResponse::default()
+            })
+        };
+        if request.node_key.is_zero() || machine.is_zero() {
+            return refuse("node key missing");
+        }
+        let found = self.find(machine, request.node_key);
+        if is_logout(wall, request) {
+            return match found {
+                None => refuse("node not found"),
+                Some(entry) if entry.record.ephemeral => Registration::Delete(entry.record.id),
+                Some(entry) => {
+                    let mut record = entry.record.clone();
+                    record.expires = Some(wall);
+                    Registration::Expire(Box::new(record))
+                }
+            };
+        }
+        if found.is_some_and(|entry| !expired(&entry.record)) {
+            return Registration::Answer(self.welcome());
+        }
+        let KeyCheck::Valid { id: key, ephemeral } = *key else {
+            if found.is_some() && *key == KeyCheck::Absent {
+                return Registration::Answer(RegisterResponse {
+                    node_key_expired: true,
+                    ..RegisterResponse::default()
+                });
+            }
+            return refuse(key.error().unwrap_or("auth key needed"));
+        };
+        // Said only to whom we would let in: who has which key is nobody else's business.
+        if found.is_none() && self.by_key.contains_key(&request.node_key) {
+            return refuse("node key already in use by another machine");
+        }
+        let hostinfo = request.hostinfo.clone().unwrap_or_else(|| json!({}));
+        if !hostinfo.is_object() || hostinfo.to_string().len() > HOSTINFO_LEN_MAX {
+            return refuse("Hostinfo is missing or too large");
+        }
+        let known = self
+            .by_machine
+            .get(&machine)
+            .and_then(|id| self.nodes.get(id));
+        if let Some(entry) = known {
+            let mut record = entry.record.clone();
+            record.node_key = request.node_key;
+            record.expires = None;
+            record.capver = request.version;
+            record.auth_key = Some(key);
+            record.ephemeral = ephemeral;
+            self.take_hostinfo(&mut record, hostinfo);
+            return Registration::Rekey(Box::new(record), key);
+        }
+        if self.nodes.len() >= PEERS_MAX {
+            return refuse("the network is full");
+        }
+        let in_use = |v4: Ipv4Addr, v6: Ipv6Addr| {
+            let mut records = self.nodes.values().map(|entry| &entry.record);
+            records.any(|record| record.v4 == v4 || record.v6 == v6)
+        };
+        let plan = &self.config.addresses;
+        let host = plan.next(self.last_host, in_use);
+        let Some((v4, v6)) = host.and_then(|host| plan.addresses(host)) else {
+            return refuse("all addresses are in use");
+        };
+        let mut record = NodeRecord {
+            id: self.next_id,
+            machine,
+            node_key: request.node_key,
+            disco: None,
+            name: self.free_name(self.next_id, &hostinfo),
+            v4,
+            v6,
+            capver: request.version,
+            hostinfo: json!({}),
+            endpoints: Vec::new(),
+            auth_key: Some(key),
+            ephemeral,
+            expires: None,
+            approved: Vec::new(),
+            last_seen: None,
+            created: wall,
+        };
+        self.take_hostinfo(&mut record, hostinfo);
+        Registration::Insert(Box::new(record), key)
+    }
+
+    /// The host number behind a record's address: to be stored with it.
+    pub fn host_number(&self, record: &NodeRecord) -> u32 {
+        self.config.addresses.number(record.v4)
+    }
+
+    /// Puts a committed registration into force and gives the answer.
+    pub fn apply(&mut self, now: Instant, registration: Registration) -> RegisterResponse {
+        match registration {
+            Registration::Answer(answer) => answer,
+            Registration::Insert(record, _) => {
+                self.last_host = self.host_number(&record);
+                self.next_id = self.next_id.max(record.id + 1);
+                let id = record.id;
+                // Not connected yet, and nobody was told otherwise.
+                let presence = Presence::Leaving(now + OFFLINE_DELAY, Some(false));
+                self.insert(*record, presence);
+                self.rebuild(now, id);
+                self.welcome()
+            }
+            Registration::Rekey(record, _) => {
+                let id = record.id;
+                self.replace(now, *record);
+                self.starts_anew(now, id);
+                self.welcome()
+            }
+            Registration::Expire(record) => {
+                self.replace(now, *record);
+                RegisterResponse {
+                    node_key_expired: true,
+                    ..self.welcome()
+                }
+            }
+            Registration::Delete(id) => {
+                self.delete(now, id);
+                RegisterResponse {
+                    node_key_expired: true,
+                    ..RegisterResponse::default()
+                }
+            }
+        }
+    }
+
+    /// A node that was away has as long to connect as a new one, and whether it is forgotten after that
+    /// depends on the key it came back with.
+    fn starts_anew(&mut self, now: Instant, id: i64) {
+        if let Some(entry) = self.nodes.get_mut(&id)
+            && matches!(entry.presence, Presence::Offline(_))
+        {
+            entry.presence = Presence::Leaving(now + OFFLINE_DELAY, Some(false));
+        }
+    }
+
+    fn welcome(&self) -> RegisterResponse {
+        RegisterResponse {
+            user: RegisterUser {
+                id: USER_ID,
+                display_name: self.config.user.clone(),
+            },
+            login: RegisterLogin {
+                id: USER_ID,
+                provider: String::new(),
+                login_name: self.config.user.clone(),
+                display_name: self.config.user.clone(),
+            },
+            machine_authorized: true,
+            ..RegisterResponse::default()
+        }
+    }
+
+    /// Takes over what a host says of itself: its measurements stay when it says nothing of them,
+    /// and its name follows its host name.
+    pub(super) fn take_hostinfo(&self, record: &mut NodeRecord, mut hostinfo: Value) {
+        if hostinfo.get("NetInfo").is_none_or(Value::is_null) {
+            let kept = record
+                .hostinfo
+                .get("NetInfo")
+                .filter(|info| !info.is_null());
+            if let Some(kept) = kept.cloned() {
+                hostinfo["NetInfo"] = kept;
+            }
+        }
+        if hostinfo.get("Hostname") != record.hostinfo.get("Hostname") {
+            record.name = self.free_name(record.id, &hostinfo);
+        }
+        record.hostinfo = hostinfo;
+    }
+
+    /// A name for node `id` that no other node has.
+    fn free_name(&self, id: i64, hostinfo: &Value) -> String {
+        let hostname = hostinfo["Hostname"].as_str().unwrap_or_default();
+        address::name(hostname, |name| {
+            let mut others = self.nodes.values().filter(|entry| entry.record.id != id);
+            others.any(|entry| entry.record.name == name)
+        })
+    }
+}
+
+/// Whether a registration is a log-out: an expiry in the past asks for that, and wins over everything
+/// else in the request.
+pub fn is_logout(wall: OffsetDateTime, request: &RegisterRequest) -> bool {
+    let expiry = request.expiry.and_then(WireTime::get);
+    expiry.is_some_and(|expiry| expiry < wall)
+}

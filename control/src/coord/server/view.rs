@@ -1,0 +1,223 @@
+//! How nodes are told of: a node on the wire, the router of each prefix, the full map, the
+//! difference of two.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+
+use super::presence::Presence;
+use super::store::{NodeRecord, expired};
+use super::{Entry, Server, USER_ID};
+use crate::coord::routes::{self, announced};
+use crate::netmap::wire::{
+    CapMap, Debug, FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime,
+};
+
+impl Server {
+    /// Whether a node sees its peers, and not itself alone.
+    pub(super) fn sees_peers(&self, id: i64) -> bool {
+        let entry = self.nodes.get(&id);
+        entry.is_some_and(|entry| !expired(&entry.record))
+    }
+
+    /// What a node is told of: itself, and its peers.
+    pub(super) fn seen_by(&self, id: i64) -> impl Iterator<Item = (&i64, &Entry)> {
+        let all = self.sees_peers(id);
+        let nodes = self.nodes.iter();
+        nodes.filter(move |(other, _)| all || **other == id)
+    }
+
+    pub(super) fn full(&self, wall: OffsetDateTime, id: i64) -> MapResponse {
+        let peers = self.seen_by(id).filter(|(peer, _)| **peer != id);
+        let mut routes: BTreeMap<String, Vec<Value>> = (64..128)
+            .map(|octet| (format!("{octet}.100.in-addr.arpa"), Vec::new()))
+            .collect();
+        routes.insert("0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned(), Vec::new());
+        MapResponse {
+            control_time: Some(WireTime(wall)),
+            node: self.nodes.get(&id).map(|entry| own_node(&entry.wire)),
+            peers: Some(peers.map(|(_, entry)| Arc::clone(&entry.wire)).collect()),
+            derp_map: Some((&self.config.derp_map).into()),
+            dns_config: Some(json!({
+                "Domains": [self.config.base_domain], "Proxied": true, "Routes": routes,
+            })),
+            domain: Some(self.config.domain.clone()),
+            packet_filters: Some([("base".to_owned(), Some(vec![FilterRule::allow_all()]))].into()),
+            user_profiles: Some(vec![UserProfile {
+                id: USER_ID,
+                login_name: self.config.user.clone(),
+                display_name: self.config.user.clone(),
+            }]),
+            collect_services: Some(false),
+            debug: Some(Debug {
+                disable_log_tail: true,
+                ..Debug::default()
+            }),
+            ..MapResponse::default()
+        }
+    }
+
+    /// Builds a node's visible form anew; when it differs, all streams will hear of it.
+    pub(super) fn rebuild(&mut self, now: Instant, id: i64) {
+        let routes = self
+            .nodes
+            .get(&id)
+            .is_some_and(|entry| !entry.routes.is_empty());
+        if routes || self.primaries.values().any(|router| *router == id) {
+            self.refresh_routes(now);
+        }
+        self.rebuild_one(now, id);
+    }
+
+    fn rebuild_one(&mut self, now: Instant, id: i64) {
+        let Some(entry) = self.nodes.get(&id) else {
+            return;
+        };
+        let wire = self.wire(entry);
+        if *entry.wire == wire {
+            return;
+        }
+        if let Some(entry) = self.nodes.get_mut(&id) {
+            entry.wire = Arc::new(wire);
+        }
+        self.mark_dirty(now, id);
+    }
+
+    /// Chooses the router of every prefix among the nodes that are online.
+    pub(super) fn refresh_routes(&mut self, now: Instant) {
+        let online = |presence: Presence| {
+            matches!(
+                presence,
+                Presence::Online(_) | Presence::Leaving(_, None | Some(true))
+            )
+        };
+        let candidates = self.nodes.iter();
+        let candidates = candidates.filter(|(_, entry)| online(entry.presence));
+        let candidates = candidates.map(|(id, entry)| (*id, &entry.routes[..]));
+        let new = routes::primaries(&self.primaries, candidates);
+        let old = std::mem::replace(&mut self.primaries, new);
+        if old != self.primaries {
+            let touched = old.values().chain(self.primaries.values()).copied();
+            for id in touched.collect::<BTreeSet<i64>>() {
+                self.rebuild_one(now, id);
+            }
+        }
+    }
+
+    fn wire(&self, entry: &Entry) -> Node {
+        let record = &entry.record;
+        let addresses: Vec<IpNet> = vec![
+            IpNet::from(IpAddr::V4(record.v4)),
+            IpNet::from(IpAddr::V6(record.v6)),
+        ];
+        let primary = |net: &&IpNet| self.primaries.get(net) == Some(&record.id);
+        let primary_routes: Vec<IpNet> = entry.routes.iter().filter(primary).copied().collect();
+        let exits = entry.routes.iter().filter(|net| routes::is_exit(net));
+        let mut allowed_ips = addresses.clone();
+        allowed_ips.extend(exits);
+        allowed_ips.extend(&primary_routes);
+        let (online, offline) = match entry.presence {
+            Presence::Online(_) => (Some(true), false),
+            Presence::Leaving(_, online) => (online, online == Some(false)),
+            Presence::Offline(_) => (Some(false), true),
+        };
+        let home = record.hostinfo["NetInfo"]["PreferredDERP"].as_u64();
+        // Measurements of a host's network are of no use to its peers, and change often.
+        let mut hostinfo = record.hostinfo.clone();
+        if let Some(fields) = hostinfo.as_object_mut() {
+            fields.remove("NetInfo");
+        }
+        let expired = expired(record);
+        Node {
+            id: record.id,
+            stable_id: record.id.to_string(),
+            name: format!("{}.{}.", record.name, self.config.base_domain),
+            user: USER_ID,
+            key: record.node_key,
+            key_expiry: record.expires.map(WireTime),
+            machine: Some(record.machine),
+            disco_key: record.disco,
+            addresses,
+            allowed_ips: Some(allowed_ips),
+            endpoints: record.endpoints.clone(),
+            home_derp: home.and_then(|home| u32::try_from(home).ok()).unwrap_or(0),
+            hostinfo: Some(hostinfo),
+            created: Some(WireTime(record.created)),
+            cap: record.capver,
+            primary_routes,
+            last_seen: record.last_seen.filter(|_| offline).map(WireTime),
+            online,
+            machine_authorized: !expired,
+            expired,
+            ..Node::default()
+        }
+    }
+}
+
+/// Routes of a node that count: announced, approved for it, and its key is good.
+pub(super) fn effective(record: &NodeRecord) -> Vec<IpNet> {
+    if record.approved.is_empty() || expired(record) {
+        return Vec::new();
+    }
+    let mut routes = announced(&record.hostinfo);
+    routes.retain(|route| record.approved.binary_search(route).is_ok());
+    routes
+}
+
+/// The node as itself is told of it.
+pub(super) fn own_node(wire: &Node) -> Arc<Node> {
+    let mut node = wire.clone();
+    let mut cap_map = CapMap::new();
+    cap_map.insert(
+        "https://tailscale.com/cap/is-admin".to_owned(),
+        Some(Vec::new()),
+    );
+    cap_map.insert("default-auto-update".to_owned(), Some(vec![json!(false)]));
+    node.cap_map = Some(cap_map);
+    Arc::new(node)
+}
+
+/// The change that leads from `old` to `new`, if the protocol can say it field by field.
+pub(super) fn difference_of(old: &Node, new: &Node) -> Option<PeerChange> {
+    let mut change = PeerChange {
+        node_id: new.id,
+        ..PeerChange::default()
+    };
+    let mut patched = old.clone();
+    if old.home_derp != new.home_derp && new.home_derp != 0 {
+        change.derp_region = new.home_derp;
+        patched.home_derp = new.home_derp;
+    }
+    // An empty list cannot be told: Go leaves it out.
+    if old.endpoints != new.endpoints && !new.endpoints.is_empty() {
+        change.endpoints = Some(new.endpoints.clone());
+        patched.endpoints.clone_from(&new.endpoints);
+    }
+    if old.key != new.key {
+        change.key = Some(new.key);
+        patched.key = new.key;
+    }
+    if old.disco_key != new.disco_key && new.disco_key.is_some() {
+        change.disco_key = new.disco_key;
+        patched.disco_key = new.disco_key;
+    }
+    if old.online != new.online && new.online.is_some() {
+        change.online = new.online;
+        patched.online = new.online;
+    }
+    if old.last_seen != new.last_seen && new.last_seen.is_some() {
+        change.last_seen = new.last_seen;
+    }
+    // Meaningless while online, so it may stay behind there.
+    patched.last_seen = new.last_seen;
+    if old.cap != new.cap && new.cap != 0 {
+        change.cap = new.cap;
+        patched.cap = new.cap;
+    }
+    (patched == *new).then_some(change)
+}

@@ -1,0 +1,248 @@
+//! The listeners, TLS, and the outer HTTP/1: keys, upgrades, verification, metrics.
+
+use std::convert::Infallible;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use base64::Engine as _;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Deserialize;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::actor::Ask;
+use super::answer::{Answer, STRANGER_BODY_TIMEOUT, json, read_body, text};
+use super::counters::count;
+use super::inner::{Upgrade, inner};
+use super::{HANDSHAKE_TIMEOUT, HEADER_LEN_MAX, Shared};
+use crate::driver::control_url::ByteStream;
+use crate::driver::descriptors;
+use crate::driver::metered::Metered;
+use crate::driver::places::Place;
+use crate::key::{MachinePublic, NodePublic};
+use crate::netmap::wire::KeyResponse;
+use crate::noise::INITIATION_LEN;
+
+/// How long nothing is accepted after that failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+
+/// A stranger's connection is closed after this.
+const STRANGER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Bytes a stranger may send on one connection, in all.
+const STRANGER_BYTES_MAX: usize = 256 * 1024;
+
+/// Body of a `/verify` request.
+const VERIFY_LEN_MAX: usize = 4096;
+
+pub(super) async fn accept(
+    listener: TcpListener,
+    tls: Option<tokio_rustls::TlsAcceptor>,
+    shared: Arc<Shared>,
+) {
+    let mut failing = false;
+    loop {
+        let (stream, source) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                count(&shared.counters.accept_errors);
+                if !std::mem::replace(&mut failing, true) {
+                    tracing::warn!(%error, "cannot accept a connection");
+                }
+                if descriptors::are_short(&error) {
+                    shared.door.make_room();
+                }
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        failing = false;
+        count(&shared.counters.connections);
+        let Some(place) = shared.door.enter(source.ip()) else {
+            // Those who lost their place have to be gone first: let them.
+            tokio::task::yield_now().await;
+            continue;
+        };
+        let place = Arc::new(place);
+        let (tls, shared) = (tls.clone(), Arc::clone(&shared));
+        tokio::spawn(async move {
+            let mut alive = shared.alive.subscribe();
+            tokio::select! {
+                () = connection(stream, source, tls, Arc::clone(&shared), Arc::clone(&place)) => {}
+                () = place.displaced() => {}
+                () = place.outstayed(STRANGER_TIMEOUT) => count(&shared.counters.timed_out),
+                _ = alive.changed() => {}
+            }
+        });
+    }
+}
+
+async fn connection(
+    stream: TcpStream,
+    source: SocketAddr,
+    tls: Option<tokio_rustls::TlsAcceptor>,
+    shared: Arc<Shared>,
+    place: Arc<Place<MachinePublic>>,
+) {
+    // Small messages on long-lived connections.
+    let _ = stream.set_nodelay(true);
+    let stream = Metered::new(stream, Arc::clone(&place), STRANGER_BYTES_MAX);
+    let stream: Box<dyn ByteStream> = match tls {
+        None => Box::new(stream),
+        Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
+            Ok(Ok(stream)) => Box::new(stream),
+            Ok(Err(_)) => return count(&shared.counters.bad_http),
+            Err(_) => return count(&shared.counters.timed_out),
+        },
+    };
+    let (upgrades, mut upgraded) = mpsc::channel(1);
+    let outer = Arc::new(Outer {
+        shared: Arc::clone(&shared),
+        upgrades,
+        source: source.ip(),
+    });
+    let service = service_fn(|request| {
+        let outer = Arc::clone(&outer);
+        async move { Ok::<_, Infallible>(outer.serve(request).await) }
+    });
+    let http = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HANDSHAKE_TIMEOUT)
+        .max_buf_size(HEADER_LEN_MAX)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    if let Err(error) = http.await {
+        tracing::debug!(%source, %error, "broken HTTP");
+        return count(if error.is_timeout() {
+            &shared.counters.timed_out
+        } else {
+            &shared.counters.bad_http
+        });
+    }
+    if let Ok(upgrade) = upgraded.try_recv() {
+        inner(upgrade, source.ip(), shared, place).await;
+    }
+}
+
+/// The outer HTTP/1 paths of one connection.
+struct Outer {
+    shared: Arc<Shared>,
+    upgrades: mpsc::Sender<Upgrade>,
+    source: IpAddr,
+}
+
+impl Outer {
+    async fn serve(&self, request: Request<Incoming>) -> Answer {
+        let counters = &self.shared.counters;
+        match (request.method(), request.uri().path()) {
+            (&Method::GET, "/key") => self.key(request.uri().query().unwrap_or_default()),
+            (&Method::POST, "/ts2021") => self.upgrade(request),
+            (&Method::GET | &Method::HEAD, "/health") => json(r#"{"status":"pass"}"#.to_owned()),
+            (&Method::POST, "/verify") => self.verify(request).await,
+            (&Method::GET, "/metrics") if self.source.to_canonical().is_loopback() => {
+                let lines = self.shared.list();
+                let lines = lines
+                    .iter()
+                    .map(|(name, n)| format!("ringtail_coord_{name} {n}\n"));
+                text(StatusCode::OK, &lines.collect::<String>())
+            }
+            _ => {
+                count(&counters.not_found);
+                text(StatusCode::NOT_FOUND, "not found\n")
+            }
+        }
+    }
+
+    fn key(&self, query: &str) -> Answer {
+        let version = query.split('&').find_map(|pair| pair.strip_prefix("v="));
+        if version
+            .and_then(|version| version.parse::<u32>().ok())
+            .is_none()
+        {
+            count(&self.shared.counters.bad_request);
+            return text(
+                StatusCode::BAD_REQUEST,
+                "the parameter v must be a number\n",
+            );
+        }
+        let answer = KeyResponse {
+            legacy_public_key: MachinePublic::default(),
+            public_key: self.shared.control.public(),
+        };
+        json(serde_json::to_string(&answer).unwrap_or_default())
+    }
+
+    fn upgrade(&self, mut request: Request<Incoming>) -> Answer {
+        let refuse = |why: &str| {
+            count(&self.shared.counters.bad_upgrade);
+            text(StatusCode::BAD_REQUEST, why)
+        };
+        let headers = request.headers();
+        match headers
+            .get(header::UPGRADE)
+            .map(http::HeaderValue::as_bytes)
+        {
+            None => return refuse("missing next protocol\n"),
+            Some(b"tailscale-control-protocol") => {}
+            Some(_) => return refuse("unknown next protocol\n"),
+        }
+        let Some(handshake) = headers.get("X-Tailscale-Handshake") else {
+            return refuse("missing Tailscale handshake header\n");
+        };
+        let initiation = base64::engine::general_purpose::STANDARD.decode(handshake.as_bytes());
+        let Ok(initiation) = initiation else {
+            return refuse("invalid tailscale handshake header\n");
+        };
+        if initiation.len() != INITIATION_LEN {
+            return refuse("invalid tailscale handshake header\n");
+        }
+        let on = hyper::upgrade::on(&mut request);
+        // A connection has one upgrade; a second request cannot follow the first 101.
+        if self.upgrades.try_send(Upgrade { on, initiation }).is_err() {
+            return refuse("upgraded already\n");
+        }
+        let mut answer = Response::new(Full::default());
+        *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        let headers = answer.headers_mut();
+        let protocol = http::HeaderValue::from_static("tailscale-control-protocol");
+        headers.insert(header::UPGRADE, protocol);
+        headers.insert(
+            header::CONNECTION,
+            http::HeaderValue::from_static("upgrade"),
+        );
+        answer
+    }
+
+    /// A relay asks whether it should serve a node.
+    async fn verify(&self, request: Request<Incoming>) -> Answer {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "PascalCase")]
+        struct Verify {
+            node_public: NodePublic,
+        }
+        let body = read_body(
+            request.into_body(),
+            VERIFY_LEN_MAX,
+            STRANGER_BODY_TIMEOUT,
+            &self.shared,
+        );
+        let body = match body.await {
+            Ok(body) => body,
+            Err(answer) => return answer,
+        };
+        let Ok(verify) = serde_json::from_slice::<Verify>(&body) else {
+            count(&self.shared.counters.bad_request);
+            return text(StatusCode::BAD_REQUEST, "not a verify request\n");
+        };
+        let ask = |answer| Ask::Verify(verify.node_public, answer);
+        let allow = self.shared.ask(false, ask).await.unwrap_or(false);
+        json(format!(r#"{{"Allow":{allow}}}"#))
+    }
+}
