@@ -452,13 +452,14 @@ impl World {
         self.server.handle_timeout(at);
         let due = self.server.tick_is_due(at);
         let mut asleep = false;
-        for (id, stream) in &mut self.streams {
+        for id in self.server.due_sessions(at) {
+            let stream = self.streams.get_mut(&id).expect("it was opened here");
             if !stream.awake {
                 asleep = true;
-                self.server.handle_full(at, *id);
+                self.server.handle_full(at, id);
                 continue;
             }
-            if let Some(message) = self.server.poll_session(at, wall, *id) {
+            if let Some(message) = self.server.poll_session(at, wall, id) {
                 read(&mut stream.map, &message);
                 self.messages += 1;
             }

@@ -8,6 +8,10 @@
 //! never makes a queue grow: it gets one larger difference later. What has to survive a restart
 //! beyond the committed part is written behind ([`Server::take_writes`]).
 //!
+//! No question costs a walk over all nodes or streams: alarms stand in order of time, names and
+//! addresses in sets, and [`Server::due_sessions`] names who is to be asked. Once in a tick, if
+//! something changed, all streams are.
+//!
 //! A node that was removed is sent one last message and its streams end. One whose key has expired
 //! is told of itself and of nobody else, and what it reports is not taken; it counts as a peer that
 //! has expired until it registers anew. What an administrator orders is planned in [`super::admin`].
@@ -28,6 +32,7 @@ pub use self::sessions::SessionId;
 pub use self::store::{NodeRecord, Write};
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -36,12 +41,12 @@ use ipnet::IpNet;
 use self::presence::{Presence, Rivals};
 use self::sessions::{Session, farewell};
 use self::store::expired;
-use self::view::effective;
+use self::view::{View, effective};
 use crate::coord::address::AddressPlan;
 use crate::coord::routes::left_out;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::DerpMap;
-use crate::netmap::wire::{MapResponse, Node};
+use crate::netmap::wire::MapResponse;
 
 /// Clients below this capability version are refused, as Headscale 0.29 does.
 pub const CAPABILITY_VERSION_MIN: i64 = 113;
@@ -89,7 +94,25 @@ pub struct Server {
     nodes: BTreeMap<i64, Entry>,
     by_key: BTreeMap<NodePublic, i64>,
     by_machine: BTreeMap<MachinePublic, i64>,
+    /// Which node has a name.
+    names: BTreeMap<String, i64>,
+    /// Inner addresses that nodes have.
+    addresses: BTreeSet<IpAddr>,
+    /// Nodes as peers see them; a stream shares what it was sent with all that were sent the same.
+    view: View,
+    /// When each node has something to do: [`Entry::poll_timeout`].
+    node_alarms: BTreeSet<(Instant, i64)>,
     sessions: BTreeMap<SessionId, Session>,
+    /// When each stream is due a sign of life.
+    stream_alarms: BTreeSet<(Instant, SessionId)>,
+    /// Streams that are due the full map.
+    young: BTreeSet<SessionId>,
+    /// Streams to be asked at the next tick.
+    stale: BTreeSet<SessionId>,
+    /// Nodes that changed since the last tick.
+    changed: BTreeSet<i64>,
+    /// Nodes that have routes that count, or had when routers were chosen last.
+    routers: BTreeSet<i64>,
     primaries: BTreeMap<IpNet, i64>,
     next_session: u64,
     next_id: i64,
@@ -108,15 +131,20 @@ pub struct Server {
     left_out: usize,
     /// Machines whose node is gone, which the driver knows no more.
     forgotten: Vec<MachinePublic>,
+    /// Nodes and streams that were looked at because something was due.
+    #[cfg(test)]
+    looks: usize,
 }
 
 #[derive(Debug)]
 struct Entry {
     record: NodeRecord,
     rivals: Rivals,
-    /// As peers see it; replaced when anything visible changed.
-    wire: Arc<Node>,
     presence: Presence,
+    /// Its open streams, the oldest first.
+    streams: Vec<SessionId>,
+    /// What stands in [`Server::node_alarms`].
+    alarm: Option<Instant>,
     /// Routes that count.
     routes: Vec<IpNet>,
 }
@@ -136,7 +164,16 @@ impl Server {
             nodes: BTreeMap::new(),
             by_key: BTreeMap::new(),
             by_machine: BTreeMap::new(),
+            names: BTreeMap::new(),
+            addresses: BTreeSet::new(),
+            view: View::default(),
+            node_alarms: BTreeSet::new(),
             sessions: BTreeMap::new(),
+            stream_alarms: BTreeSet::new(),
+            young: BTreeSet::new(),
+            stale: BTreeSet::new(),
+            changed: BTreeSet::new(),
+            routers: BTreeSet::new(),
             primaries: BTreeMap::new(),
             next_session: 1,
             next_id: last_id + 1,
@@ -150,6 +187,8 @@ impl Server {
             ended: Vec::new(),
             left_out: 0,
             forgotten: Vec::new(),
+            #[cfg(test)]
+            looks: 0,
         };
         for record in records {
             server.next_id = server.next_id.max(record.id + 1);
@@ -174,13 +213,8 @@ impl Server {
         for session in self.sessions.values_mut() {
             session.started = false;
         }
+        self.young.extend(self.sessions.keys());
         self.tick.get_or_insert(now + TICK);
-    }
-
-    /// How many nodes there are, and how many have a stream open.
-    pub fn counts(&self) -> (usize, usize) {
-        let online = |entry: &&Entry| matches!(entry.presence, Presence::Online(_));
-        (self.nodes.len(), self.nodes.values().filter(online).count())
     }
 
     /// The node with this key on this machine.
@@ -203,18 +237,26 @@ impl Server {
     fn insert(&mut self, record: NodeRecord, presence: Presence) {
         self.by_key.insert(record.node_key, record.id);
         self.by_machine.insert(record.machine, record.id);
+        self.names.insert(record.name.clone(), record.id);
+        self.addresses
+            .extend([IpAddr::V4(record.v4), IpAddr::V6(record.v6)]);
         self.stayed_away
             .retain(|(machine, _)| *machine != record.machine);
         self.left_out += left_out(&record.hostinfo);
-        let routes = effective(&record);
+        let (id, routes) = (record.id, effective(&record));
+        if !routes.is_empty() {
+            self.routers.insert(id);
+        }
         let entry = Entry {
             record,
             rivals: Rivals::default(),
-            wire: Arc::default(),
             presence,
+            streams: Vec::new(),
+            alarm: None,
             routes,
         };
-        self.nodes.insert(entry.record.id, entry);
+        self.nodes.insert(id, entry);
+        self.set_alarm(id);
     }
 
     /// Puts a changed record in the place of the old one.
@@ -228,7 +270,14 @@ impl Server {
         if entry.record.hostinfo != record.hostinfo {
             self.left_out += left_out(&record.hostinfo);
         }
+        if entry.record.name != record.name {
+            self.names.remove(&entry.record.name);
+            self.names.insert(record.name.clone(), id);
+        }
         entry.routes = effective(&record);
+        if !entry.routes.is_empty() {
+            self.routers.insert(id);
+        }
         let sight_changes = expired(&entry.record) != expired(&record);
         entry.record = record;
         self.unsaved.insert(id);
@@ -264,17 +313,26 @@ impl Server {
         };
         self.by_key.remove(&entry.record.node_key);
         self.by_machine.remove(&entry.record.machine);
+        self.names.remove(&entry.record.name);
+        self.addresses.remove(&IpAddr::V4(entry.record.v4));
+        self.addresses.remove(&IpAddr::V6(entry.record.v6));
         self.forgotten.push(entry.record.machine);
+        if let Some(at) = entry.alarm {
+            self.node_alarms.remove(&(at, id));
+        }
         self.unsaved.remove(&id);
         self.deleted.insert(id);
-        let own = self
-            .sessions
-            .iter()
-            .filter(|(_, session)| session.node == id);
-        let own = own.map(|(session, state)| (*session, Some(Box::new(farewell(&entry, state)))));
-        self.ended.extend(own);
+        if let Some(wire) = Arc::make_mut(&mut self.view).remove(&id) {
+            let own = entry.streams.iter().filter_map(|session| {
+                let state = self.sessions.get(session)?;
+                Some((*session, Some(Box::new(farewell(&wire, state)))))
+            });
+            self.ended.extend(own);
+        }
         self.mark_dirty(now, id);
-        self.refresh_routes(now);
+        if self.routers.contains(&id) {
+            self.refresh_routes(now);
+        }
     }
 
     /// Machines that were forgotten since this was asked last.

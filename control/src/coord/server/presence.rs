@@ -1,17 +1,17 @@
 //! Who is online: streams come and go, nodes leave, and two machines may share one node.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{Entry, Server};
+use super::{Entry, Server, TICK};
 
 /// Ephemeral nodes that stayed away and would be told so, at most: the latest.
 const STAYED_AWAY_MAX: usize = 1024;
 
 /// What both are told.
-pub(super) const TWO_MACHINES: &str = "two machines use this node's keys and take its place in turns: one of their state directories \
-     is a copy of the other";
+pub(super) const TWO_MACHINES: &str = "two machines use this node's keys and take its place in turns: one of their state \
+     directories is a copy of the other";
 
 /// Last takings over that are looked at,
 const TURNS: usize = 4;
@@ -58,8 +58,8 @@ impl Rivals {
 /// Whether a node is connected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Presence {
-    /// Streams open.
-    Online(u32),
+    /// Streams are open.
+    Online,
     /// The last stream ended (or we started); peers are told at this time.
     Leaving(Instant, Option<bool>),
     /// Peers know; an ephemeral node is forgotten at this time.
@@ -71,11 +71,20 @@ impl Server {
     pub fn handle_timeout(&mut self, now: Instant) {
         let mut gone = Vec::new();
         let mut left = Vec::new();
-        let mut settled = Vec::new();
-        for (id, entry) in &mut self.nodes {
+        let due = self.node_alarms.iter().take_while(|(at, _)| *at <= now);
+        let due: BTreeSet<i64> = due.map(|(_, id)| *id).collect();
+        #[cfg(test)]
+        {
+            self.looks += due.len();
+        }
+        for id in &due {
+            let Some(entry) = self.nodes.get_mut(id) else {
+                continue;
+            };
             if entry.rivals.poll_timeout().is_some_and(|at| at <= now) {
                 entry.rivals = Rivals::default();
-                settled.push(*id);
+                self.stale.extend(&entry.streams);
+                self.tick.get_or_insert(now + TICK);
             }
             match entry.presence {
                 Presence::Leaving(at, _) if at <= now => {
@@ -87,14 +96,12 @@ impl Server {
                     left.push(*id);
                 }
                 Presence::Offline(Some(at)) if at <= now => gone.push(*id),
-                Presence::Online(_) | Presence::Leaving(..) | Presence::Offline(_) => {}
+                Presence::Online | Presence::Leaving(..) | Presence::Offline(_) => {}
             }
+            self.set_alarm(*id);
         }
         for id in left {
             self.rebuild(now, id);
-        }
-        for id in settled {
-            self.mark_dirty(now, id);
         }
         for id in gone {
             if let Some(Entry { record, .. }) = self.nodes.get(&id) {
@@ -110,19 +117,30 @@ impl Server {
 
     /// When [`Server::handle_timeout`] or [`Server::poll_session`] has something to do next.
     pub fn poll_timeout(&self) -> Option<Instant> {
-        let presence = self
-            .nodes
-            .values()
-            .filter_map(|entry| match entry.presence {
-                Presence::Leaving(at, _) | Presence::Offline(Some(at)) => Some(at),
-                Presence::Online(_) | Presence::Offline(None) => None,
-            });
-        let rivals = self.nodes.values();
-        let rivals = rivals.filter_map(|entry| entry.rivals.poll_timeout());
-        let alive = self
-            .sessions
-            .values()
-            .map(|session| session.next_keep_alive);
-        presence.chain(rivals).chain(alive).chain(self.tick).min()
+        let node = self.node_alarms.first().map(|(at, _)| *at);
+        let stream = self.stream_alarms.first().map(|(at, _)| *at);
+        [node, stream, self.tick].into_iter().flatten().min()
+    }
+    /// A node's presence or its rivals changed: so does its alarm.
+    pub(super) fn set_alarm(&mut self, id: i64) {
+        let Some(entry) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        let next = entry.poll_timeout();
+        if let Some(at) = std::mem::replace(&mut entry.alarm, next) {
+            self.node_alarms.remove(&(at, id));
+        }
+        self.node_alarms.extend(next.map(|at| (at, id)));
+    }
+}
+
+impl Entry {
+    /// When its presence changes by itself, or its rivals are one again.
+    fn poll_timeout(&self) -> Option<Instant> {
+        let presence = match self.presence {
+            Presence::Leaving(at, _) | Presence::Offline(Some(at)) => Some(at),
+            Presence::Online | Presence::Offline(None) => None,
+        };
+        presence.into_iter().chain(self.rivals.poll_timeout()).min()
     }
 }

@@ -1,6 +1,6 @@
 //! Registrations: who is let in, with which name and addresses, and who logs out.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -112,8 +112,8 @@ impl Server {
             return refuse("the network is full");
         }
         let in_use = |v4: Ipv4Addr, v6: Ipv6Addr| {
-            let mut records = self.nodes.values().map(|entry| &entry.record);
-            records.any(|record| record.v4 == v4 || record.v6 == v6)
+            let taken = |address: IpAddr| self.addresses.contains(&address);
+            taken(v4.into()) || taken(v6.into())
         };
         let plan = &self.config.addresses;
         let host = plan.next(self.last_host, in_use);
@@ -191,6 +191,7 @@ impl Server {
             && matches!(entry.presence, Presence::Offline(_))
         {
             entry.presence = Presence::Leaving(now + OFFLINE_DELAY, Some(false));
+            self.set_alarm(id);
         }
     }
 
@@ -233,8 +234,7 @@ impl Server {
     fn free_name(&self, id: i64, hostinfo: &Value) -> String {
         let hostname = hostinfo["Hostname"].as_str().unwrap_or_default();
         address::name(hostname, |name| {
-            let mut others = self.nodes.values().filter(|entry| entry.record.id != id);
-            others.any(|entry| entry.record.name == name)
+            self.names.get(name).is_some_and(|other| *other != id)
         })
     }
 }

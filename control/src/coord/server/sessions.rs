@@ -1,14 +1,14 @@
 //! Map streams: what each was sent, what may differ since, and its next message.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use time::OffsetDateTime;
 
 use super::presence::{Presence, Rivals, TWO_MACHINES};
-use super::view::{difference_of, own_node};
-use super::{Entry, OFFLINE_DELAY, Server, TICK};
+use super::view::{View, difference_of, own_node};
+use super::{OFFLINE_DELAY, Server, TICK};
 use crate::coord::frames::Codec;
 use crate::netmap::wire::{MapRequest, MapResponse, Node, WireTime};
 
@@ -28,9 +28,9 @@ pub(super) struct Session {
     pub(super) codec: Codec,
     pub(super) keep_alive: bool,
     pub(super) started: bool,
-    /// Nodes that may differ from what was sent.
+    /// Nodes that may differ from what was sent, beside [`Server::changed`].
     pub(super) dirty: BTreeSet<i64>,
-    pub(super) sent: BTreeMap<i64, Arc<Node>>,
+    pub(super) sent: View,
     /// It was told of two machines.
     pub(super) told_rivals: bool,
     pub(super) next_keep_alive: Instant,
@@ -58,39 +58,35 @@ impl Server {
             keep_alive: request.keep_alive,
             started: false,
             dirty: BTreeSet::new(),
-            sent: BTreeMap::new(),
+            sent: View::default(),
             told_rivals: false,
             next_keep_alive: now + period,
             period,
         };
-        self.sessions.insert(id, session);
-        let of_node = self
-            .sessions
-            .iter()
-            .filter(|(_, session)| session.node == node);
-        let of_node: Vec<SessionId> = of_node.map(|(id, _)| *id).collect();
-        if of_node.len() > SESSIONS_PER_NODE_MAX {
-            self.ended.push((of_node[0], None));
-        }
-        let replaces = self
-            .sessions
-            .iter()
-            .any(|(other, session)| session.node == node && *other != id && session.started);
         if let Some(entry) = self.nodes.get_mut(&node) {
+            let mut older = entry.streams.iter().filter_map(|id| self.sessions.get(id));
+            let replaces = older.any(|session| session.started);
+            // What it is told of rivals may change.
+            self.stale.extend(&entry.streams);
+            entry.streams.push(id);
+            if entry.streams.len() > SESSIONS_PER_NODE_MAX {
+                self.ended.push((entry.streams[0], None));
+            }
             if !replaces {
                 entry.rivals = Rivals::default();
             } else if entry.rivals.took_over(now, &entry.record.endpoints) {
                 tracing::warn!(node = entry.record.name, "{TWO_MACHINES}");
             }
-            entry.presence = match entry.presence {
-                Presence::Online(streams) => Presence::Online(streams + 1),
-                Presence::Leaving(..) | Presence::Offline(_) => Presence::Online(1),
-            };
+            entry.presence = Presence::Online;
             entry.record.last_seen = Some(wall);
             self.unsaved.insert(node);
             self.presence_unsaved = true;
+            self.set_alarm(node);
             self.rebuild(now, node);
         }
+        self.stream_alarms.insert((session.next_keep_alive, id));
+        self.young.insert(id);
+        self.sessions.insert(id, session);
         id
     }
 
@@ -99,19 +95,20 @@ impl Server {
         let Some(session) = self.sessions.remove(&id) else {
             return;
         };
+        self.stream_alarms.remove(&(session.next_keep_alive, id));
+        self.young.remove(&id);
+        self.stale.remove(&id);
         let Some(entry) = self.nodes.get_mut(&session.node) else {
             return;
         };
-        entry.presence = match entry.presence {
-            Presence::Online(streams) if streams > 1 => Presence::Online(streams - 1),
-            Presence::Online(_) => {
-                entry.record.last_seen = Some(wall);
-                self.unsaved.insert(session.node);
-                self.presence_unsaved = true;
-                Presence::Leaving(now + OFFLINE_DELAY, Some(true))
-            }
-            other @ (Presence::Leaving(..) | Presence::Offline(_)) => other,
-        };
+        entry.streams.retain(|other| *other != id);
+        if entry.streams.is_empty() {
+            entry.presence = Presence::Leaving(now + OFFLINE_DELAY, Some(true));
+            entry.record.last_seen = Some(wall);
+            self.unsaved.insert(session.node);
+            self.presence_unsaved = true;
+            self.set_alarm(session.node);
+        }
     }
 
     /// How a stream's messages are compressed.
@@ -126,18 +123,32 @@ impl Server {
         std::mem::take(&mut self.ended)
     }
 
-    /// All open streams.
-    pub fn session_ids(&self) -> Vec<SessionId> {
-        self.sessions.keys().copied().collect()
+    /// Streams that may have a message now; [`Server::poll_session`] has none for any other.
+    pub fn due_sessions(&self, now: Instant) -> BTreeSet<SessionId> {
+        let mut due = self.young.clone();
+        let alive = self.stream_alarms.iter().take_while(|(at, _)| *at <= now);
+        due.extend(alive.map(|(_, id)| *id));
+        if self.tick_is_due(now) {
+            due.extend(&self.stale);
+        }
+        due
     }
 
-    /// Whether collected changes are due; after every stream was asked, [`Server::end_tick`].
+    /// Whether collected changes are due; after every stream that is due was asked,
+    /// [`Server::end_tick`].
     pub fn tick_is_due(&self, now: Instant) -> bool {
         self.tick.is_some_and(|at| at <= now)
     }
 
-    /// Every stream was asked. `again` when some could not take their message yet.
+    /// Every stream that is due was asked. `again` when some could not take their message yet: they
+    /// remember by themselves what changed.
     pub fn end_tick(&mut self, now: Instant, again: bool) {
+        for id in &self.stale {
+            if let Some(session) = self.sessions.get_mut(id) {
+                session.dirty.extend(&self.changed);
+            }
+        }
+        self.changed.clear();
         self.tick = again.then_some(now + TICK);
     }
 
@@ -149,48 +160,59 @@ impl Server {
         wall: OffsetDateTime,
         id: SessionId,
     ) -> Option<MapResponse> {
+        #[cfg(test)]
+        {
+            self.looks += 1;
+        }
         let session = self.sessions.get(&id)?;
         let node = session.node;
         let started = session.started;
         let alive_due = session.next_keep_alive <= now;
+        // One whose node was removed has had its last message.
+        self.nodes.get(&node)?;
         let message = if !started {
-            self.nodes.get(&node)?;
-            Some(self.full_for(wall, id))
+            Some(self.full_for(now, wall, id))
         } else if self.tick_is_due(now) {
             self.difference(wall, id)
         } else {
             None
         };
-        let session = self.sessions.get_mut(&id)?;
+        let keep_alive = self.sessions.get(&id)?.keep_alive;
         let message = message.or_else(|| {
-            (alive_due && session.keep_alive).then(|| MapResponse {
+            (alive_due && keep_alive).then(|| MapResponse {
                 keep_alive: true,
                 ..MapResponse::default()
             })
         });
         if message.is_some() || alive_due {
-            session.next_keep_alive = now + session.period;
+            self.postpone_keep_alive(now, id);
         }
-        if !started {
+        if !started && let Some(entry) = self.nodes.get(&node) {
             // The new stream stands: older ones of the same node end.
-            let older = self.sessions.iter();
-            let older = older.filter(|(other, session)| session.node == node && **other < id);
-            self.ended.extend(older.map(|(other, _)| (*other, None)));
+            let older = entry.streams.iter().take_while(|other| **other < id);
+            self.ended.extend(older.map(|other| (*other, None)));
         }
         message
     }
 
     /// A stream cannot take a message now: what waits there is a sign of life as well.
     pub fn handle_full(&mut self, now: Instant, id: SessionId) {
-        if let Some(session) = self.sessions.get_mut(&id)
-            && session.next_keep_alive <= now
-        {
+        let session = self.sessions.get(&id);
+        if session.is_some_and(|session| session.next_keep_alive <= now) {
+            self.postpone_keep_alive(now, id);
+        }
+    }
+
+    fn postpone_keep_alive(&mut self, now: Instant, id: SessionId) {
+        if let Some(session) = self.sessions.get_mut(&id) {
+            self.stream_alarms.remove(&(session.next_keep_alive, id));
             session.next_keep_alive = now + session.period;
+            self.stream_alarms.insert((session.next_keep_alive, id));
         }
     }
 
     /// The complete map for a session; notes what was sent.
-    fn full_for(&mut self, wall: OffsetDateTime, id: SessionId) -> MapResponse {
+    fn full_for(&mut self, now: Instant, wall: OffsetDateTime, id: SessionId) -> MapResponse {
         let Some(node) = self.sessions.get(&id).map(|session| session.node) else {
             return MapResponse::default();
         };
@@ -200,10 +222,13 @@ impl Server {
             message.health = Some(rivals.health());
         }
         let told_rivals = rivals.is_some_and(|rivals| rivals.seen);
-        let sent: BTreeMap<i64, Arc<Node>> = self
-            .seen_by(node)
-            .map(|(id, entry)| (*id, Arc::clone(&entry.wire)))
-            .collect();
+        let sent = self.seen_by(node);
+        self.young.remove(&id);
+        self.stale.remove(&id);
+        if !self.changed.is_empty() && !self.tick_is_due(now) {
+            // More may change before the tick.
+            self.stale.insert(id);
+        }
         if let Some(session) = self.sessions.get_mut(&id) {
             // An empty list of peers is invisible, so what is gone is named.
             let gone = session.sent.keys().filter(|id| !sent.contains_key(id));
@@ -221,34 +246,34 @@ impl Server {
 
     /// What changed for a session since its last message; none when nothing did.
     fn difference(&mut self, wall: OffsetDateTime, id: SessionId) -> Option<MapResponse> {
-        let all = self.sees_peers(self.sessions.get(&id)?.node);
+        let seen = self.seen_by(self.sessions.get(&id)?.node);
+        self.stale.remove(&id);
         let session = self.sessions.get_mut(&id)?;
         let (mut changed, mut patches, mut removed) = (Vec::new(), Vec::new(), Vec::new());
         let mut own = None;
-        for id in std::mem::take(&mut session.dirty) {
-            let entry = self.nodes.get(&id);
-            let Some(entry) = entry.filter(|_| all || id == session.node) else {
-                if session.sent.remove(&id).is_some() && id != session.node {
+        let mut dirty = std::mem::take(&mut session.dirty);
+        dirty.extend(&self.changed);
+        for id in dirty {
+            let old = session.sent.get(&id);
+            let Some(wire) = seen.get(&id) else {
+                if old.is_some() && id != session.node {
                     removed.push(id);
                 }
                 continue;
             };
-            let old = session.sent.insert(id, Arc::clone(&entry.wire));
-            if old
-                .as_ref()
-                .is_some_and(|old| Arc::ptr_eq(old, &entry.wire))
-            {
+            if old.is_some_and(|old| Arc::ptr_eq(old, wire)) {
                 continue;
             }
             if id == session.node {
-                own = Some(own_node(&entry.wire));
+                own = Some(own_node(wire));
                 continue;
             }
-            match old.and_then(|old| difference_of(&old, &entry.wire)) {
+            match old.and_then(|old| difference_of(old, wire)) {
                 Some(patch) => patches.push(patch),
-                None => changed.push(Arc::clone(&entry.wire)),
+                None => changed.push(Arc::clone(wire)),
             }
         }
+        session.sent = seen;
         let rivals = self.nodes.get(&session.node).map(|entry| &entry.rivals);
         let rivals = rivals.filter(|rivals| rivals.seen != session.told_rivals);
         let health = rivals.map(Rivals::health);
@@ -268,18 +293,23 @@ impl Server {
         })
     }
 
+    /// A node changed: at the next tick all streams are asked.
     pub(super) fn mark_dirty(&mut self, now: Instant, id: i64) {
-        for session in self.sessions.values_mut() {
-            session.dirty.insert(id);
+        if self.changed.is_empty() {
+            self.stale.extend(self.sessions.keys());
         }
+        self.changed.insert(id);
         self.tick.get_or_insert(now + TICK);
     }
 
     /// What a node may see has changed: its streams compare everything anew.
     pub(super) fn look_around(&mut self, now: Instant, id: i64) {
-        let sessions = self.sessions.values_mut();
-        for session in sessions.filter(|session| session.node == id) {
-            session.dirty.extend(self.nodes.keys());
+        let streams = self.nodes.get(&id).map(|entry| &entry.streams);
+        for id in streams.into_iter().flatten() {
+            if let Some(session) = self.sessions.get_mut(id) {
+                session.dirty.extend(self.nodes.keys());
+                self.stale.insert(*id);
+            }
         }
         self.tick.get_or_insert(now + TICK);
     }
@@ -287,8 +317,8 @@ impl Server {
 
 /// The last message of a stream whose node was removed. A tailscaled goes on with its last map for
 /// as long as it finds itself unknown; an expiry in the past makes it ask to be logged in.
-pub(super) fn farewell(entry: &Entry, session: &Session) -> MapResponse {
-    let mut node = Node::clone(&entry.wire);
+pub(super) fn farewell(wire: &Node, session: &Session) -> MapResponse {
+    let mut node = wire.clone();
     node.key_expiry = Some(WireTime(OffsetDateTime::UNIX_EPOCH));
     (node.expired, node.machine_authorized) = (true, false);
     let peers = session.sent.keys().filter(|id| **id != session.node);

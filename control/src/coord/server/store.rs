@@ -69,7 +69,7 @@ impl Server {
         });
         let deletes = std::mem::take(&mut self.deleted);
         let online = std::mem::take(&mut self.presence_unsaved).then(|| {
-            let online = |entry: &&Entry| matches!(entry.presence, Presence::Online(_));
+            let online = |entry: &&Entry| entry.presence == Presence::Online;
             let ids = self.nodes.values().filter(online);
             Write::Online(ids.map(|entry| entry.record.id).collect())
         });

@@ -12,7 +12,9 @@ use crate::coord::admin::{Order, Refusal, plan};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::frames::{Codec, FrameReader, encode};
 use crate::key::DiscoPublic;
-use crate::netmap::wire::{MapRequest, RegisterAuth, RegisterRequest, RegisterResponse, WireTime};
+use crate::netmap::wire::{
+    MapRequest, Node, RegisterAuth, RegisterRequest, RegisterResponse, WireTime,
+};
 use crate::netmap::{MapState, PEERS_MAX};
 
 const WALL: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
@@ -68,6 +70,14 @@ fn lite(n: u8, endpoint: &str) -> MapRequest {
         omit_peers: true,
         endpoints: Some(vec![endpoint.parse().unwrap()]),
         ..poll(n)
+    }
+}
+
+impl Server {
+    /// How many nodes there are, and how many have a stream open.
+    fn counts(&self) -> (usize, usize) {
+        let online = |entry: &&Entry| entry.presence == Presence::Online;
+        (self.nodes.len(), self.nodes.values().filter(online).count())
     }
 }
 
@@ -172,7 +182,7 @@ impl Lab {
     fn pump(&mut self) -> Vec<(u8, MapResponse)> {
         let mut out = Vec::new();
         self.server.handle_timeout(self.now);
-        for id in self.server.session_ids() {
+        for id in self.server.due_sessions(self.now) {
             let Some(message) = self.server.poll_session(self.now, WALL, id) else {
                 continue;
             };
@@ -223,7 +233,12 @@ impl Lab {
             let all = self.server.nodes[&own].record.expires.is_none();
             let peers = peers.filter(|_| all);
             let want: BTreeMap<i64, Node> = peers
-                .map(|entry| (entry.record.id, comparable(&entry.wire)))
+                .map(|entry| {
+                    (
+                        entry.record.id,
+                        comparable(&self.server.view[&entry.record.id]),
+                    )
+                })
                 .collect();
             let have: BTreeMap<i64, Node> = map
                 .peers()
@@ -546,7 +561,7 @@ fn a_burst_of_changes_is_one_message_and_a_late_reader_gets_one_difference() {
         lab.now += TICK;
         for id in lab
             .server
-            .session_ids()
+            .due_sessions(lab.now)
             .into_iter()
             .filter(|id| *id != reader)
         {
@@ -792,7 +807,7 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
     lab.wait(TICK);
     assert_eq!(lab.routers(route), [1]);
     let exit: IpNet = "0.0.0.0/0".parse().unwrap();
-    let wire = &lab.server.nodes[&1].wire;
+    let wire = &lab.server.view[&1];
     let allowed = wire.allowed_ips.as_ref().unwrap();
     assert!(
         allowed.contains(&exit) && allowed.len() == 4,
@@ -894,7 +909,7 @@ fn an_approval_goes_with_the_node_and_is_not_inherited_by_its_name() {
     lab.expire(id);
     lab.wait(TICK);
     assert_eq!(lab.routers(lan), [0; 0], "an expired router routes nothing");
-    let wire = &lab.server.nodes[&id].wire;
+    let wire = &lab.server.view[&id];
     assert_eq!(wire.allowed_ips.as_ref().unwrap().len(), 2);
     assert_eq!(lab.register(1, &VALID).error, "");
     lab.announce(1, &[lan]);
@@ -955,9 +970,9 @@ fn routes_that_are_announced_past_the_bound_are_counted_and_approvals_end_at_the
     assert_eq!(lab.server.nodes[&1].routes.len(), 256);
 }
 
-#[test]
-fn a_network_that_is_full_lets_nobody_in_until_one_is_deleted() {
-    let records = (1..=u32::try_from(PEERS_MAX).unwrap()).map(|n| {
+/// Stored nodes with ids from 1 on.
+fn records(count: u32) -> Vec<NodeRecord> {
+    let record = |n: u32| {
         let mut key = [0; 32];
         key[..4].copy_from_slice(&n.to_be_bytes());
         NodeRecord {
@@ -978,10 +993,69 @@ fn a_network_that_is_full_lets_nobody_in_until_one_is_deleted() {
             last_seen: None,
             created: WALL,
         }
-    });
+    };
+    (1..=count).map(record).collect()
+}
+
+/// What is done is counted, as no clock would be exact.
+#[test]
+fn a_question_to_a_server_of_ten_thousand_nodes_costs_a_look_at_those_it_concerns() {
+    let all = 10_000;
+    let mut lab = Lab::new();
+    lab.server = Server::new(lab.now, config(), records(all), all.into(), all);
+    lab.wait(START_GRACE);
+    lab.wait(TICK);
+    for n in 201..=206 {
+        lab.join(n);
+    }
+    lab.wait(TICK);
+    lab.wait(TICK);
+    let looks = |lab: &mut Lab| std::mem::take(&mut lab.server.looks);
+    looks(&mut lab);
+    // A report that says nothing new, and one that does, of which nobody hears before the tick.
+    lab.report(201, &lite(201, "192.0.2.1:1"));
+    lab.pump();
+    lab.report(201, &lite(201, "192.0.2.1:1"));
+    lab.pump();
+    assert_eq!(looks(&mut lab), 0);
+    // Every stream is told at the tick, once.
+    assert_eq!(lab.wait(TICK).len(), 6);
+    assert_eq!(looks(&mut lab), 6);
+    lab.wait(TICK);
+    assert_eq!(looks(&mut lab), 0);
+    // One that cannot take it now is asked again, alone.
+    lab.report(201, &lite(201, "192.0.2.1:2"));
+    lab.now += TICK;
+    for id in lab.server.due_sessions(lab.now).into_iter().skip(1) {
+        lab.server.poll_session(lab.now, WALL, id);
+    }
+    lab.server.end_tick(lab.now, true);
+    looks(&mut lab);
+    assert_eq!(lab.wait(TICK).len(), 1);
+    assert_eq!(looks(&mut lab), 1);
+    // One node leaves: its alarm is looked at, and then those who are told.
+    let (id, _) = lab.streams.pop_first().unwrap();
+    lab.end(id);
+    assert_eq!(lab.server.poll_timeout(), Some(lab.now + OFFLINE_DELAY));
+    lab.wait(OFFLINE_DELAY);
+    assert_eq!(looks(&mut lab), 1);
+    lab.wait(TICK);
+    assert_eq!(looks(&mut lab), 5);
+    // A sign of life for whom one is due, and for nobody else.
+    let alive = lab.server.stream_alarms.first().unwrap().0;
+    let due = lab.server.stream_alarms.iter();
+    let due = due.take_while(|(at, _)| *at == alive).count();
+    lab.now = alive;
+    lab.pump();
+    assert_eq!(looks(&mut lab), due);
+}
+
+#[test]
+fn a_network_that_is_full_lets_nobody_in_until_one_is_deleted() {
+    let records = records(PEERS_MAX.try_into().unwrap());
     let mut lab = Lab::new();
     let last = i64::try_from(PEERS_MAX).unwrap();
-    lab.server = Server::new(lab.now, config(), records.collect(), last, 0x4000);
+    lab.server = Server::new(lab.now, config(), records, last, 0x4000);
     let answer = lab.register(200, &VALID);
     assert_eq!(answer.error, "the network is full");
     lab.delete(7);

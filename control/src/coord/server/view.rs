@@ -18,30 +18,36 @@ use crate::netmap::wire::{
     CapMap, Debug, FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime,
 };
 
+/// Nodes as peers are told of them, by id.
+pub(super) type View = Arc<BTreeMap<i64, Arc<Node>>>;
+
 impl Server {
     /// Whether a node sees its peers, and not itself alone.
-    pub(super) fn sees_peers(&self, id: i64) -> bool {
+    fn sees_peers(&self, id: i64) -> bool {
         let entry = self.nodes.get(&id);
         entry.is_some_and(|entry| !expired(&entry.record))
     }
 
     /// What a node is told of: itself, and its peers.
-    pub(super) fn seen_by(&self, id: i64) -> impl Iterator<Item = (&i64, &Entry)> {
-        let all = self.sees_peers(id);
-        let nodes = self.nodes.iter();
-        nodes.filter(move |(other, _)| all || **other == id)
+    pub(super) fn seen_by(&self, id: i64) -> View {
+        if self.sees_peers(id) {
+            return Arc::clone(&self.view);
+        }
+        let own = self.view.get(&id);
+        Arc::new(own.map(|wire| (id, Arc::clone(wire))).into_iter().collect())
     }
 
     pub(super) fn full(&self, wall: OffsetDateTime, id: i64) -> MapResponse {
-        let peers = self.seen_by(id).filter(|(peer, _)| **peer != id);
+        let seen = self.seen_by(id);
+        let peers = seen.iter().filter(|(peer, _)| **peer != id);
         let mut routes: BTreeMap<String, Vec<Value>> = (64..128)
             .map(|octet| (format!("{octet}.100.in-addr.arpa"), Vec::new()))
             .collect();
         routes.insert("0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned(), Vec::new());
         MapResponse {
             control_time: Some(WireTime(wall)),
-            node: self.nodes.get(&id).map(|entry| own_node(&entry.wire)),
-            peers: Some(peers.map(|(_, entry)| Arc::clone(&entry.wire)).collect()),
+            node: seen.get(&id).map(|wire| own_node(wire)),
+            peers: Some(peers.map(|(_, wire)| Arc::clone(wire)).collect()),
             derp_map: Some((&self.config.derp_map).into()),
             dns_config: Some(json!({
                 "Domains": [self.config.base_domain], "Proxied": true, "Routes": routes,
@@ -64,11 +70,7 @@ impl Server {
 
     /// Builds a node's visible form anew; when it differs, all streams will hear of it.
     pub(super) fn rebuild(&mut self, now: Instant, id: i64) {
-        let routes = self
-            .nodes
-            .get(&id)
-            .is_some_and(|entry| !entry.routes.is_empty());
-        if routes || self.primaries.values().any(|router| *router == id) {
+        if self.routers.contains(&id) {
             self.refresh_routes(now);
         }
         self.rebuild_one(now, id);
@@ -79,12 +81,10 @@ impl Server {
             return;
         };
         let wire = self.wire(entry);
-        if *entry.wire == wire {
+        if self.view.get(&id).is_some_and(|old| **old == wire) {
             return;
         }
-        if let Some(entry) = self.nodes.get_mut(&id) {
-            entry.wire = Arc::new(wire);
-        }
+        Arc::make_mut(&mut self.view).insert(id, Arc::new(wire));
         self.mark_dirty(now, id);
     }
 
@@ -93,12 +93,16 @@ impl Server {
         let online = |presence: Presence| {
             matches!(
                 presence,
-                Presence::Online(_) | Presence::Leaving(_, None | Some(true))
+                Presence::Online | Presence::Leaving(_, None | Some(true))
             )
         };
-        let candidates = self.nodes.iter();
-        let candidates = candidates.filter(|(_, entry)| online(entry.presence));
-        let candidates = candidates.map(|(id, entry)| (*id, &entry.routes[..]));
+        let nodes = &self.nodes;
+        let counts = |id: &i64| nodes.get(id).is_some_and(|entry| !entry.routes.is_empty());
+        self.routers.retain(counts);
+        let candidates = self.routers.iter().filter_map(|id| {
+            let entry = nodes.get(id).filter(|entry| online(entry.presence))?;
+            Some((*id, &entry.routes[..]))
+        });
         let new = routes::primaries(&self.primaries, candidates);
         let old = std::mem::replace(&mut self.primaries, new);
         if old != self.primaries {
@@ -122,7 +126,7 @@ impl Server {
         allowed_ips.extend(exits);
         allowed_ips.extend(&primary_routes);
         let (online, offline) = match entry.presence {
-            Presence::Online(_) => (Some(true), false),
+            Presence::Online => (Some(true), false),
             Presence::Leaving(_, online) => (online, online == Some(false)),
             Presence::Offline(_) => (Some(false), true),
         };

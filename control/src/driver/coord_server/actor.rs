@@ -366,12 +366,12 @@ impl Actor {
         self.server.handle_session_end(now(), wall(), id);
     }
 
-    /// Gives every stream that can take one its next message.
+    /// Gives every stream that is due and can take one its next message.
     fn pump(&mut self) {
         let (now, wall) = (now(), wall());
         let tick = self.server.tick_is_due(now);
         let mut behind = false;
-        for id in self.server.session_ids() {
+        for id in self.server.due_sessions(now) {
             let Some(stream) = self.streams.get(&id) else {
                 continue;
             };
