@@ -9,6 +9,7 @@ pub mod coord_admin;
 pub mod coord_client;
 pub mod coord_server;
 pub mod coord_store;
+mod counters;
 pub mod derp_server;
 pub mod descriptors;
 pub mod device;

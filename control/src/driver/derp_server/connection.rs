@@ -17,7 +17,7 @@ use super::head::{self, Conn, Ended, READ_LEN, within};
 use super::registry::{Client, Lane};
 use super::{
     FRAME_LIMIT, HEAD_LIMIT, HELLO_LIMIT, KEEP_ALIVE, KEEP_ALIVE_JITTER, PROGRESS_MIN, Shared,
-    TLS_LIMIT, WRITE_LIMIT, add, now,
+    TLS_LIMIT, WRITE_LIMIT, now,
 };
 use crate::derp::frame::{self, FrameType, HEADER_LEN, PeerGoneReason};
 use crate::derp::is_disco;
@@ -89,7 +89,7 @@ async fn converse(shared: &Shared, mut conn: Conn, from: SocketAddr, place: &Pla
             | Ended::Refused(_)
             | Ended::Closed => counter,
         };
-        add(counter, 1);
+        counter.add(1);
         tracing::debug!(%from, %error, "{what}");
     };
     let mut plain = Vec::new();
@@ -125,7 +125,7 @@ async fn converse(shared: &Shared, mut conn: Conn, from: SocketAddr, place: &Pla
     let client = Registered::new(shared, key, place);
     let mut relay = Relay::new(shared, session, &client.0);
     let result = relay.run(conn, plain).await;
-    add(&counters.unknown_frames, relay.session.unknown_frames());
+    counters.unknown_frames.add(relay.session.unknown_frames());
     match result {
         Err(error @ (Ended::Protocol(_) | Ended::Tls(_) | Ended::Memory)) => {
             note(&counters.protocol_errors, &error, "client cut");
@@ -153,7 +153,7 @@ async fn greet(
 ) -> Result<NodePublic, Ended> {
     let mut greeting = Vec::new();
     if fast_start {
-        add(&shared.counters.fast_starts, 1);
+        shared.counters.fast_starts.add(1);
     } else {
         upgrade::put_switching(&mut greeting, &shared.private.public());
     }
@@ -188,7 +188,7 @@ async fn admit(
         verdict.map_err(Ended::Refused)?;
     }
     if !place.settle(key) {
-        add(&shared.counters.places_full, 1);
+        shared.counters.places_full.add(1);
         return Err(Ended::Refused("no place is free for it".to_owned()));
     }
     Ok(())
@@ -363,19 +363,19 @@ impl<'a> Relay<'a> {
             .stalled
             .is_some_and(|(since, _)| at >= since + WRITE_LIMIT)
         {
-            add(&counters.write_timeouts, 1);
+            counters.write_timeouts.add(1);
             return Err(Ended::Late("too little read by the client"));
         }
         let incomplete = self.incomplete_since;
         if incomplete.is_some_and(|since| at >= since + FRAME_LIMIT) {
-            add(&counters.frame_timeouts, 1);
+            counters.frame_timeouts.add(1);
             return Err(Ended::Late("no end of a frame"));
         }
         if at >= self.keep_alive_at {
             self.keep_alive_at = at + self.keep_alive_every;
             if written != Written::Full {
                 frame::put(&mut self.control, FrameType::KEEP_ALIVE, &[]);
-                add(&counters.keep_alives, 1);
+                counters.keep_alives.add(1);
             }
         }
         Ok(())
@@ -409,15 +409,15 @@ impl<'a> Relay<'a> {
         self.finish_input();
         if let Some(bucket) = &mut self.bucket {
             bucket.charge(len as u64);
-            add(
-                &self.shared.counters.rate_pauses,
-                u64::from(bucket.ready_at().is_some()),
-            );
+            self.shared
+                .counters
+                .rate_pauses
+                .add(u64::from(bucket.ready_at().is_some()));
         }
         result?;
         let read = read?;
         if read.is_some() {
-            add(&self.shared.counters.reads, 1);
+            self.shared.counters.reads.add(1);
         }
         Ok(read.is_some_and(|len| len >= most))
     }
@@ -461,8 +461,8 @@ impl<'a> Relay<'a> {
         let router = &mut self.router;
         router.flush();
         if router.packets > 0 {
-            add(&counters.packets_received, router.packets);
-            add(&counters.bytes_received, router.bytes);
+            counters.packets_received.add(router.packets);
+            counters.bytes_received.add(router.bytes);
             (router.packets, router.bytes) = (0, 0);
         }
     }
@@ -508,7 +508,7 @@ impl<'a> Relay<'a> {
                 break Written::All;
             }
         };
-        add(&self.shared.counters.writes, writes);
+        self.shared.counters.writes.add(writes);
         Ok(written)
     }
 
@@ -522,7 +522,7 @@ impl<'a> Relay<'a> {
         let mut used: Option<Chunk> = None;
         if let Some(ping) = self.router.pong.take() {
             frame::put(&mut self.control, FrameType::PONG, &[&ping]);
-            add(&counters.sent_pong, 1);
+            counters.sent_pong.add(1);
         }
         loop {
             let taken = {
@@ -552,7 +552,7 @@ impl<'a> Relay<'a> {
             bytes += chunk.len();
             used = Some(chunk);
         }
-        add(&counters.bytes_sent, bytes as u64);
+        counters.bytes_sent.add(bytes as u64);
         Ok(bytes > 0)
     }
 }
@@ -577,12 +577,12 @@ impl Router<'_> {
                 destination,
                 packet,
             } => self.send(destination, packet),
-            Event::Preferred(true) => add(&counters.home_moves_in, 1),
-            Event::Preferred(false) => add(&counters.home_moves_out, 1),
+            Event::Preferred(true) => counters.home_moves_in.add(1),
+            Event::Preferred(false) => counters.home_moves_out.add(1),
             Event::Ping(bytes) => {
-                add(&counters.got_ping, 1);
+                counters.got_ping.add(1);
                 if self.pong.replace(bytes).is_some() {
-                    add(&counters.pings_ignored, 1);
+                    counters.pings_ignored.add(1);
                 }
             }
         }
@@ -593,7 +593,7 @@ impl Router<'_> {
         self.bytes += packet.len() as u64;
         let source = *self.me.slot.key();
         if is_disco(packet) {
-            add(&self.shared.counters.disco_received, 1);
+            self.shared.counters.disco_received.add(1);
             frame::put_recv_packet(self.disco.buffer(), &source, packet);
             let mut disco = std::mem::take(&mut self.disco);
             self.deliver(destination, Lane::Disco, &mut disco, 1);
@@ -626,7 +626,7 @@ impl Router<'_> {
         let shared = self.shared;
         let Some(receiver) = shared.registry.find(&destination) else {
             run.clear();
-            add(&shared.counters.dropped_unknown_dest, frames);
+            shared.counters.dropped_unknown_dest.add(frames);
             if lane == Lane::Disco {
                 self.tell_not_here(&destination);
             }
@@ -648,7 +648,7 @@ impl Router<'_> {
         self.not_here = (self.not_here + earned).min(NOT_HERE_BURST);
         let counters = &self.shared.counters;
         if self.not_here < 1.0 {
-            return add(&counters.peer_gone_limited, 1);
+            return counters.peer_gone_limited.add(1);
         }
         self.not_here -= 1.0;
         self.me.tell_gone(peer, PeerGoneReason::NotHere, counters);

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::Notify;
 
+use super::Shared;
 use super::registry::Client;
-use super::{Shared, add};
 use crate::derp::budget::{self, Account, Budget, FLOOR};
 use crate::key::NodePublic;
 use crate::places::{Bounds, Limits, PlaceId, Places, Settled, Taken};
@@ -251,6 +251,6 @@ pub(super) fn tell(shared: &Shared, from: SocketAddr, why: Why) {
         Why::Memory => (&counters.memory_cuts, "it held too much memory"),
         Why::Removed => (&counters.verify_removed, "the verifier refuses it now"),
     };
-    add(counter, 1);
+    counter.add(1);
     tracing::debug!(%from, "client ended: {text}");
 }

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, Interest};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::{HEAD_LIMIT, Shared, WRITE_LIMIT, add};
+use super::{HEAD_LIMIT, Shared, WRITE_LIMIT};
 use crate::derp::budget::{Account, FLOOR, Part};
 use crate::derp::queue::Chunk;
 use crate::derp::server::ServerError;
@@ -299,7 +299,7 @@ pub(super) async fn requests(
         match request {
             Request::Derp { fast_start, .. } => return Ok(Some(fast_start)),
             Request::Other { response, close } => {
-                add(&shared.counters.http_requests, 1);
+                shared.counters.http_requests.add(1);
                 conn.tls.seal(&response)?;
                 if close {
                     conn.tls.close();
@@ -356,6 +356,6 @@ pub(super) async fn serve_plain(shared: &Shared, mut stream: TcpStream, account:
         .await
         .is_err()
     {
-        add(&shared.counters.http_failures, 1);
+        shared.counters.http_failures.add(1);
     }
 }

@@ -22,7 +22,6 @@ mod registry;
 mod stun;
 mod verify;
 
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -40,6 +39,7 @@ use crate::derp::frame::PACKET_LEN_MAX;
 use crate::derp::queue::{Chunk, Spares};
 use crate::derp::rate::{Bucket, Rate};
 use crate::driver::clock::now;
+use crate::driver::counters::{self, counters};
 use crate::driver::underlay::USER_TIMEOUT;
 use crate::driver::{descriptors, tls};
 use crate::key::{KEY_LEN, NodePrivate};
@@ -177,127 +177,108 @@ impl SharedRate {
     }
 }
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// What happened, by name.
-        #[derive(Debug, Default)]
-        struct Counters {
-            $($(#[$doc])* $name: AtomicU64,)*
-        }
-
-        impl Counters {
-            fn snapshot(&self) -> BTreeMap<&'static str, u64> {
-                BTreeMap::from([
-                    $((stringify!($name), self.$name.load(Ordering::Relaxed)),)*
-                ])
-            }
-        }
-    };
-}
-
 counters! {
-    /// TCP connections accepted.
-    accepts,
-    /// Closed because there are too many: who comes, or a stranger who makes room.
-    accepts_refused,
-    /// Closed at once because of the rate limit.
-    accepts_limited,
-    /// Times the system gave no connection, for want of descriptors mostly.
-    accept_errors,
-    /// Closed because there is no place left for those who have said who they are.
-    places_full,
-    /// Closed because the verifier refuses the key.
-    verify_refused,
-    /// Closed because the verifier gave no answer; and times it gave none about those connected.
-    verify_failures,
-    /// Served although the verifier gave no answer.
-    verify_failed_open,
-    /// Ended because the verifier refuses the key now.
-    verify_removed,
-    /// Connections whose TLS handshake failed or took too long.
-    tls_failures,
-    /// Connections that sent no acceptable HTTP head in time.
-    http_failures,
-    /// HTTP requests other than the upgrade.
-    http_requests,
-    /// Upgrades with fast start.
-    fast_starts,
-    /// Connections closed because of ClientInfo, or its absence.
-    hello_failures,
-    /// Clients cut because of a frame they must not send.
-    protocol_errors,
-    /// Clients that came.
-    clients,
-    /// Of them, further connections of a key.
-    duplicate_clients,
-    /// Packets from clients.
-    packets_received,
-    /// Their bytes.
-    bytes_received,
-    /// Of the packets, DISCO.
-    disco_received,
-    /// Packets put into queues.
-    packets_queued,
-    /// Plaintext bytes encrypted for clients.
-    bytes_sent,
-    /// Runs put into queues, to be compared with `packets_queued`.
-    runs_queued,
-    /// Times a client's task was woken for a run.
-    wakes,
-    /// Reads that brought something.
-    reads,
-    /// Write calls that took something.
-    writes,
-    /// Frames of types that mean nothing here.
-    unknown_frames,
-    /// NotePreferred with 1.
-    home_moves_in,
-    /// NotePreferred with 0.
-    home_moves_out,
-    /// Pings of clients.
-    got_ping,
-    /// Pongs sent.
-    sent_pong,
-    /// Pings whose Pong had not been sent when the next one came.
-    pings_ignored,
-    /// KeepAlives sent.
-    keep_alives,
-    /// PeerGone sent because a peer left.
-    peer_gone_disconnected,
-    /// PeerGone sent because a peer is not here.
-    peer_gone_not_here,
-    /// PeerGone kept back by the rate limit.
-    peer_gone_limited,
-    /// PeerGone lost because the client reads nothing.
-    peer_gone_dropped,
-    /// Data packets lost from the head of a queue.
-    dropped_queue_head_data,
-    /// DISCO packets lost from the head of a queue.
-    dropped_queue_head_disco,
-    /// Packets for a key that is not connected.
-    dropped_unknown_dest,
-    /// Packets for a client that was just leaving, or still queued when it left.
-    dropped_gone_disconnected,
-    /// Packets lost because the receiver holds more memory than there is for everybody.
-    dropped_memory,
-    /// Clients cut because they hold too much all the same.
-    memory_cuts,
-    /// Clients cut because they read too little.
-    write_timeouts,
-    /// Clients cut because they did not end a frame.
-    frame_timeouts,
-    /// Times a client was not read from because it was over its rate.
-    rate_pauses,
-    /// STUN answers.
-    stun_answered,
-    /// UDP datagrams that are no STUN request of a node.
-    stun_ignored,
-    /// STUN answers the system did not take.
-    stun_send_errors,
-}
-
-fn add(counter: &AtomicU64, n: u64) {
-    counter.fetch_add(n, Ordering::Relaxed);
+    /// What happened, by name.
+    struct Counters(counters::Shared) {
+        /// TCP connections accepted.
+        accepts,
+        /// Closed because there are too many: who comes, or a stranger who makes room.
+        accepts_refused,
+        /// Closed at once because of the rate limit.
+        accepts_limited,
+        /// Times the system gave no connection, for want of descriptors mostly.
+        accept_errors,
+        /// Closed because there is no place left for those who have said who they are.
+        places_full,
+        /// Closed because the verifier refuses the key.
+        verify_refused,
+        /// Closed because the verifier gave no answer; and times it gave none about those connected.
+        verify_failures,
+        /// Served although the verifier gave no answer.
+        verify_failed_open,
+        /// Ended because the verifier refuses the key now.
+        verify_removed,
+        /// Connections whose TLS handshake failed or took too long.
+        tls_failures,
+        /// Connections that sent no acceptable HTTP head in time.
+        http_failures,
+        /// HTTP requests other than the upgrade.
+        http_requests,
+        /// Upgrades with fast start.
+        fast_starts,
+        /// Connections closed because of ClientInfo, or its absence.
+        hello_failures,
+        /// Clients cut because of a frame they must not send.
+        protocol_errors,
+        /// Clients that came.
+        clients,
+        /// Of them, further connections of a key.
+        duplicate_clients,
+        /// Packets from clients.
+        packets_received,
+        /// Their bytes.
+        bytes_received,
+        /// Of the packets, DISCO.
+        disco_received,
+        /// Packets put into queues.
+        packets_queued,
+        /// Plaintext bytes encrypted for clients.
+        bytes_sent,
+        /// Runs put into queues, to be compared with `packets_queued`.
+        runs_queued,
+        /// Times a client's task was woken for a run.
+        wakes,
+        /// Reads that brought something.
+        reads,
+        /// Write calls that took something.
+        writes,
+        /// Frames of types that mean nothing here.
+        unknown_frames,
+        /// NotePreferred with 1.
+        home_moves_in,
+        /// NotePreferred with 0.
+        home_moves_out,
+        /// Pings of clients.
+        got_ping,
+        /// Pongs sent.
+        sent_pong,
+        /// Pings whose Pong had not been sent when the next one came.
+        pings_ignored,
+        /// KeepAlives sent.
+        keep_alives,
+        /// PeerGone sent because a peer left.
+        peer_gone_disconnected,
+        /// PeerGone sent because a peer is not here.
+        peer_gone_not_here,
+        /// PeerGone kept back by the rate limit.
+        peer_gone_limited,
+        /// PeerGone lost because the client reads nothing.
+        peer_gone_dropped,
+        /// Data packets lost from the head of a queue.
+        dropped_queue_head_data,
+        /// DISCO packets lost from the head of a queue.
+        dropped_queue_head_disco,
+        /// Packets for a key that is not connected.
+        dropped_unknown_dest,
+        /// Packets for a client that was just leaving, or still queued when it left.
+        dropped_gone_disconnected,
+        /// Packets lost because the receiver holds more memory than there is for everybody.
+        dropped_memory,
+        /// Clients cut because they hold too much all the same.
+        memory_cuts,
+        /// Clients cut because they read too little.
+        write_timeouts,
+        /// Clients cut because they did not end a frame.
+        frame_timeouts,
+        /// Times a client was not read from because it was over its rate.
+        rate_pauses,
+        /// STUN answers.
+        stun_answered,
+        /// UDP datagrams that are no STUN request of a node.
+        stun_ignored,
+        /// STUN answers the system did not take.
+        stun_send_errors,
+    }
 }
 
 impl DerpServer {
@@ -478,13 +459,13 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, from)) => {
-                add(&counters.accepts, 1);
+                counters.accepts.add(1);
                 if !shared.may_accept() {
-                    add(&counters.accepts_limited, 1);
+                    counters.accepts_limited.add(1);
                     continue;
                 }
                 let Some(place) = Place::enter(&shared, from) else {
-                    add(&counters.accepts_refused, 1);
+                    counters.accepts_refused.add(1);
                     continue;
                 };
                 let shared = shared.clone();
@@ -502,7 +483,7 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
             Err(error) => {
                 // Connections that died in the queue are nothing; descriptors there are again when
                 // somebody leaves.
-                add(&counters.accept_errors, 1);
+                counters.accept_errors.add(1);
                 tracing::debug!(%error, "accept");
                 if descriptors::are_short(&error) {
                     shared.doors.make_room();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use tokio::sync::Notify;
 
-use super::{CONTROL_QUEUE_BYTES, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, add};
+use super::{CONTROL_QUEUE_BYTES, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES};
 use crate::derp::DUPLICATE;
 use crate::derp::budget::{Account, Part};
 use crate::derp::frame::{self, FrameType, PeerGoneReason};
@@ -94,7 +94,7 @@ impl Outbox {
         let data = self.data.shed(target.saturating_sub(rest));
         let rest = self.held_bytes() - self.disco.held_bytes();
         let disco = self.disco.shed(target.saturating_sub(rest));
-        add(&counters.dropped_memory, data.frames + disco.frames);
+        counters.dropped_memory.add(data.frames + disco.frames);
     }
 }
 
@@ -151,8 +151,10 @@ impl Registry {
             wake: Notify::new(),
         });
         let mut members = lock(&slot.members);
-        add(&counters.clients, 1);
-        add(&counters.duplicate_clients, u64::from(!members.is_empty()));
+        counters.clients.add(1);
+        counters
+            .duplicate_clients
+            .add(u64::from(!members.is_empty()));
         members.push(client.clone());
         slot.active.store(id, Ordering::Relaxed);
         drop(members);
@@ -168,7 +170,7 @@ impl Registry {
             let left = outbox.data.clear().frames + outbox.disco.clear().frames;
             outbox.control = Vec::new();
             outbox.charge(&client.account);
-            add(&counters.dropped_gone_disconnected, left);
+            counters.dropped_gone_disconnected.add(left);
         }
         let last = {
             let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
@@ -287,7 +289,7 @@ impl Client {
         if outbox.closed {
             drop(outbox);
             run.clear();
-            return add(&counters.dropped_gone_disconnected, frames);
+            return counters.dropped_gone_disconnected.add(frames);
         }
         let idle = outbox.is_empty();
         let dropped = match lane {
@@ -301,19 +303,19 @@ impl Client {
             outbox.charge(&self.account);
         }
         drop(outbox);
-        add(&counters.packets_queued, frames);
-        add(&counters.runs_queued, 1);
+        counters.packets_queued.add(frames);
+        counters.runs_queued.add(1);
         let Dropped { frames, .. } = dropped;
         if frames > 0 {
             let counter = match lane {
                 Lane::Data => &counters.dropped_queue_head_data,
                 Lane::Disco => &counters.dropped_queue_head_disco,
             };
-            add(counter, frames);
+            counter.add(frames);
         }
         // A task that has something waiting looks again by itself before it sleeps.
         if idle {
-            add(&counters.wakes, 1);
+            counters.wakes.add(1);
             self.wake.notify_one();
         }
     }
@@ -333,7 +335,7 @@ impl Client {
         let mut outbox = self.outbox();
         let full = outbox.control.len() >= CONTROL_QUEUE_BYTES || self.account.excess() > 0;
         if outbox.closed || full {
-            return add(&counters.peer_gone_dropped, 1);
+            return counters.peer_gone_dropped.add(1);
         }
         frame::put_peer_gone(&mut outbox.control, peer, reason);
         outbox.charge(&self.account);
@@ -344,7 +346,7 @@ impl Client {
                 &counters.peer_gone_disconnected
             }
         };
-        add(counter, 1);
+        counter.add(1);
         self.wake.notify_one();
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::net::UdpSocket;
 
-use super::{Shared, add};
+use super::Shared;
 use crate::stun;
 
 /// Requests are 40 bytes; longer ones with other attributes still fit.
@@ -25,7 +25,7 @@ pub(super) async fn serve(shared: Arc<Shared>, socket: UdpSocket, any: bool) {
             stun::respond
         };
         let Some(answer) = respond(&datagram[..len], from) else {
-            add(&counters.stun_ignored, 1);
+            counters.stun_ignored.add(1);
             continue;
         };
         // A full send buffer loses the answer; waiting would lose the next requests.
@@ -33,6 +33,6 @@ pub(super) async fn serve(shared: Arc<Shared>, socket: UdpSocket, any: bool) {
             Ok(_) => &counters.stun_answered,
             Err(_) => &counters.stun_send_errors,
         };
-        add(counter, 1);
+        counter.add(1);
     }
 }

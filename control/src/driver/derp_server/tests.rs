@@ -5,6 +5,7 @@
     reason = "a test says which events it expects"
 )]
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 

@@ -20,7 +20,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 
-use super::{Shared, add, now};
+use super::{Shared, now};
 use crate::coord::limit::LogLimit;
 use crate::derp::admission::{ANSWER_LEN_MAX, Answer, Answers, LIST_LEN_MAX, Question, parse_list};
 use crate::driver::control_url::ControlUrl;
@@ -154,7 +154,7 @@ impl Verifier {
         let (counter, why) = match verdict {
             Verdict::Served => return Ok(()),
             Verdict::Silent(error) if self.fail_open => {
-                add(&counters.verify_failed_open, 1);
+                counters.verify_failed_open.add(1);
                 self.say(key, source, &format!("served unverified: {error:#}"));
                 return Ok(());
             }
@@ -167,7 +167,7 @@ impl Verifier {
                 format!("the verifier gives no answer: {error:#}"),
             ),
         };
-        add(counter, 1);
+        counter.add(1);
         self.say(key, source, &format!("refused: {why}"));
         Err(why)
     }
@@ -257,7 +257,7 @@ impl Verifier {
                     }
                     // Whoever is here stays; there is no use asking on.
                     Verdict::Silent(error) | Verdict::Nonsense(error) => {
-                        add(&shared.counters.verify_failures, 1);
+                        shared.counters.verify_failures.add(1);
                         tracing::warn!(
                             error = format!("{error:#}"),
                             "the verifier gives no answer"

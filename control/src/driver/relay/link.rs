@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 use super::dial::{Dialled, READ_LEN};
 use super::{
     CONNECT_LIMIT, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, IDLE_LIMIT, Inner, RegionStatus,
-    RelayEvent, add, now,
+    RelayEvent, now,
 };
 use crate::derp::client::{Client, Event, Hello};
 use crate::derp::frame::{self, HEADER_LEN};
@@ -226,14 +226,12 @@ pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
 
 fn report(inner: &Inner, link: &Link, established: bool, error: &anyhow::Error) {
     let counters = &inner.counters;
-    add(
-        if established {
-            &counters.losses
-        } else {
-            &counters.dial_failures
-        },
-        1,
-    );
+    let counter = if established {
+        &counters.losses
+    } else {
+        &counters.dial_failures
+    };
+    counter.add(1);
     let (region, home) = (link.region, link.home.get());
     let failures = if established {
         0
@@ -299,7 +297,7 @@ async fn connect_and_run(inner: &Rc<Inner>, link: &Rc<Link>) -> anyhow::Result<E
 
 /// Tells the agent that packets may go.
 fn announce(inner: &Inner, link: &Link, live: &Live, started: Instant) {
-    add(&inner.counters.connects, 1);
+    inner.counters.connects.add(1);
     let event = RelayEvent::Connected {
         region: link.region,
         addr: live.addr,
@@ -365,7 +363,7 @@ impl Run {
 
     fn push(&mut self, packet: &[u8], inner: &Inner) {
         let Ok(len) = u16::try_from(packet.len()) else {
-            return add(&inner.counters.rx_dropped_oversize, 1);
+            return inner.counters.rx_dropped_oversize.add(1);
         };
         if self.data.lens.is_empty() {
             self.data.bytes.reserve(self.last_len.max(packet.len()));
@@ -431,7 +429,7 @@ async fn read(
         link.failures.set(0);
         link.error.replace(None);
         link.patience_until.set(None);
-        add(&counters.rx_reads, 1);
+        counters.rx_reads.add(1);
         let mut tls = live.tls.borrow_mut();
         if tls.inbox.is_empty() {
             std::mem::swap(&mut tls.inbox, &mut buffer);
@@ -446,8 +444,8 @@ fn handle_event(inner: &Rc<Inner>, link: &Link, run: &mut Run, event: Event<'_>)
     let (region, counters) = (link.region, &inner.counters);
     match event {
         Event::Packet { source, packet } => {
-            add(&counters.rx_packets, 1);
-            add(&counters.rx_bytes, packet.len() as u64);
+            counters.rx_packets.add(1);
+            counters.rx_bytes.add(packet.len() as u64);
             if run.src != source {
                 run.flush(inner);
                 run.src = source;
@@ -459,7 +457,7 @@ fn handle_event(inner: &Rc<Inner>, link: &Link, run: &mut Run, event: Event<'_>)
             if !run.wanted {
                 // It may be a peer's next time.
                 run.src = NodePublic::default();
-                return add(&counters.rx_dropped_stranger, 1);
+                return counters.rx_dropped_stranger.add(1);
             }
             if is_disco(packet) {
                 let disco = RelayEvent::Disco {
@@ -532,7 +530,7 @@ async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<
                     limit(counters, &mut client, &mut chunk);
                 }
                 tls.seal(chunk.frames())?;
-                add(&counters.tx_chunks, 1);
+                counters.tx_chunks.add(1);
                 queue.borrow_mut().recycle(chunk);
             }
             tls.take_out()
@@ -542,7 +540,7 @@ async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<
             link.wake.notified().await;
             continue;
         }
-        add(&counters.tx_writes, 1);
+        counters.tx_writes.add(1);
         let (result, out) = live.stream.write_all(out, len).await;
         result?;
         live.tls.borrow_mut().give_back(out);
@@ -561,10 +559,9 @@ fn limit(counters: &Counters, client: &mut Client, chunk: &mut Chunk) {
     let admitted = client.admit(lens.iter().copied(), now()).min(lens.len());
     let keep = lens[..admitted].iter().sum();
     chunk.truncate(keep);
-    add(
-        &counters.tx_dropped_rate_limit,
-        (lens.len() - admitted) as u64,
-    );
+    counters
+        .tx_dropped_rate_limit
+        .add((lens.len() - admitted) as u64);
 }
 
 /// Ends the connection when the relay is dead or nobody needs it.

@@ -24,6 +24,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::driver::clock::now;
+use crate::driver::counters::{self, counters};
 use anyhow::{Context as _, bail};
 use ringtail_dataplane::{Datagrams, RegionId};
 use rustls::RootCertStore;
@@ -117,78 +118,61 @@ struct Inner {
     good_nodes: RefCell<BTreeMap<RegionId, usize>>,
 }
 
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// What happened, by name. Packets are packets, not batches.
-        #[derive(Debug, Default)]
-        struct Counters {
-            $($(#[$doc])* $name: Cell<u64>,)*
-        }
-
-        impl Counters {
-            fn snapshot(&self) -> BTreeMap<&'static str, u64> {
-                BTreeMap::from([$((stringify!($name), self.$name.get()),)*])
-            }
-        }
-    };
-}
-
 counters! {
-    /// Packets put into a queue.
-    tx_packets,
-    /// Their bytes.
-    tx_bytes,
-    /// Packets of peers that came.
-    rx_packets,
-    /// Their bytes.
-    rx_bytes,
-    /// TLS plaintext chunks written, to be compared with `tx_packets`.
-    tx_chunks,
-    /// Write calls.
-    tx_writes,
-    /// Reads that brought something.
-    rx_reads,
-    /// Connections made.
-    connects,
-    /// Dials that failed.
-    dial_failures,
-    /// Connections lost.
-    losses,
-    /// Packets dropped from the head of a data queue: the relay is slower than we are.
-    tx_dropped_data_queue,
-    /// DISCO packets dropped from the head of their queue.
-    tx_dropped_disco_queue,
-    /// Packets for a peer whose region is unknown.
-    tx_dropped_no_region,
-    /// Packets above the rate the relay asked for.
-    tx_dropped_rate_limit,
-    /// Packets larger than a relay takes.
-    tx_dropped_oversize,
-    /// Packets that waited for a connection that is no longer wanted.
-    tx_dropped_closed,
-    /// Packets the agent did not fetch in time.
-    rx_dropped_agent_slow,
-    /// Other events the agent did not fetch in time.
-    events_dropped,
-    /// Packets larger than WireGuard or DISCO ever are.
-    rx_dropped_oversize,
-    /// Packets of nodes that are no peers.
-    rx_dropped_stranger,
-    /// Peers without learned route because the table is full.
-    routes_full,
-}
-
-fn add(counter: &Cell<u64>, n: u64) {
-    counter.set(counter.get() + n);
+    /// What happened, by name. Packets are packets, not batches.
+    struct Counters(counters::Local) {
+        /// Packets put into a queue.
+        tx_packets,
+        /// Their bytes.
+        tx_bytes,
+        /// Packets of peers that came.
+        rx_packets,
+        /// Their bytes.
+        rx_bytes,
+        /// TLS plaintext chunks written, to be compared with `tx_packets`.
+        tx_chunks,
+        /// Write calls.
+        tx_writes,
+        /// Reads that brought something.
+        rx_reads,
+        /// Connections made.
+        connects,
+        /// Dials that failed.
+        dial_failures,
+        /// Connections lost.
+        losses,
+        /// Packets dropped from the head of a data queue: the relay is slower than we are.
+        tx_dropped_data_queue,
+        /// DISCO packets dropped from the head of their queue.
+        tx_dropped_disco_queue,
+        /// Packets for a peer whose region is unknown.
+        tx_dropped_no_region,
+        /// Packets above the rate the relay asked for.
+        tx_dropped_rate_limit,
+        /// Packets larger than a relay takes.
+        tx_dropped_oversize,
+        /// Packets that waited for a connection that is no longer wanted.
+        tx_dropped_closed,
+        /// Packets the agent did not fetch in time.
+        rx_dropped_agent_slow,
+        /// Other events the agent did not fetch in time.
+        events_dropped,
+        /// Packets larger than WireGuard or DISCO ever are.
+        rx_dropped_oversize,
+        /// Packets of nodes that are no peers.
+        rx_dropped_stranger,
+        /// Peers without learned route because the table is full.
+        routes_full,
+    }
 }
 
 impl Counters {
     fn count_lost_event(&self, event: &RelayEvent) {
         match event {
             RelayEvent::Data { data, .. } => {
-                add(&self.rx_dropped_agent_slow, data.lens.len() as u64);
+                self.rx_dropped_agent_slow.add(data.lens.len() as u64);
             }
-            RelayEvent::Disco { .. } => add(&self.rx_dropped_agent_slow, 1),
+            RelayEvent::Disco { .. } => self.rx_dropped_agent_slow.add(1),
             RelayEvent::Connecting { .. }
             | RelayEvent::Connected { .. }
             | RelayEvent::Lost { .. }
@@ -196,7 +180,7 @@ impl Counters {
             | RelayEvent::HomeUnreachable { .. }
             | RelayEvent::PeerGone { .. }
             | RelayEvent::Health { .. }
-            | RelayEvent::Restarting { .. } => add(&self.events_dropped, 1),
+            | RelayEvent::Restarting { .. } => self.events_dropped.add(1),
         }
     }
 }
@@ -329,10 +313,10 @@ impl RelayPool {
         }
         let links = inner.choose(region, dst);
         if links.iter().all(Option::is_none) {
-            add(
-                &inner.counters.tx_dropped_no_region,
-                batch.lens.len() as u64,
-            );
+            inner
+                .counters
+                .tx_dropped_no_region
+                .add(batch.lens.len() as u64);
         }
         for link in links.into_iter().flatten() {
             inner.send_batch(&link, dst, batch);
@@ -344,20 +328,20 @@ impl RelayPool {
         let inner = &self.0.0;
         let counters = &inner.counters;
         if packet.len() > PACKET_LEN_MAX {
-            return add(&counters.tx_dropped_oversize, 1);
+            return counters.tx_dropped_oversize.add(1);
         }
         let links = inner.choose(region, dst);
         if links.iter().all(Option::is_none) {
-            add(&counters.tx_dropped_no_region, 1);
+            counters.tx_dropped_no_region.add(1);
         }
         for link in links.into_iter().flatten() {
             let len = HEADER_LEN + KEY_LEN + packet.len();
             let dropped = link.disco.borrow_mut().push(len, |out| {
                 frame::put_send_packet(out, dst, packet);
             });
-            add(&counters.tx_packets, 1);
-            add(&counters.tx_bytes, packet.len() as u64);
-            add(&counters.tx_dropped_disco_queue, dropped.frames);
+            counters.tx_packets.add(1);
+            counters.tx_bytes.add(packet.len() as u64);
+            counters.tx_dropped_disco_queue.add(dropped.frames);
             link.asked();
         }
     }
@@ -467,9 +451,9 @@ impl Inner {
                 });
             }
         }
-        add(&counters.tx_packets, batch.lens.len() as u64);
-        add(&counters.tx_bytes, batch.bytes.len() as u64);
-        add(&counters.tx_dropped_data_queue, dropped.frames);
+        counters.tx_packets.add(batch.lens.len() as u64);
+        counters.tx_bytes.add(batch.bytes.len() as u64);
+        counters.tx_dropped_data_queue.add(dropped.frames);
         link.asked();
     }
 
@@ -507,7 +491,7 @@ impl Inner {
             links.remove(&link.region);
             let left =
                 link.data.borrow_mut().clear().frames + link.disco.borrow_mut().clear().frames;
-            add(&self.counters.tx_dropped_closed, left);
+            self.counters.tx_dropped_closed.add(left);
             let region = link.region;
             self.events
                 .push(RelayEvent::Closed { region }, &self.counters);
@@ -516,7 +500,7 @@ impl Inner {
 
     fn learn_route(&self, peer: NodePublic, region: RegionId) {
         if !self.routes.borrow_mut().heard(peer, region) {
-            add(&self.counters.routes_full, 1);
+            self.counters.routes_full.add(1);
         }
     }
 
