@@ -67,11 +67,9 @@ impl Agent {
         for (name, count) in self.paths.drops() {
             drops.insert(format!("disco_{name}"), count.into());
         }
-        drops.extend(
-            self.netcheck
-                .drops()
-                .map(|(name, count)| (name, count.into())),
-        );
+        for (name, count) in self.netcheck.drops() {
+            drops.insert(name.into(), count.into());
+        }
         drops.insert("peers_refused".into(), self.directory.refused().into());
         json!({
             "version": env!("CARGO_PKG_VERSION"),

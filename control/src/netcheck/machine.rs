@@ -329,10 +329,10 @@ impl Netcheck {
     }
 
     /// Everything dropped so far, by name.
-    pub fn drops(&self) -> impl Iterator<Item = (String, u64)> {
+    pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
         Drop::ALL
             .iter()
-            .map(|drop| (drop.to_string(), self.counters[*drop as usize]))
+            .map(|drop| (drop.name(), self.counters[*drop as usize]))
     }
 
     fn known(&self) -> Known {

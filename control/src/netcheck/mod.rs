@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use ringtail_dataplane::RegionId;
+use ringtail_dataplane::{RegionId, named};
 
 mod check;
 mod endpoints;
@@ -147,44 +147,27 @@ impl Report {
     }
 }
 
-/// Why a STUN datagram was dropped; all are counted by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
-pub enum Drop {
-    /// No STUN message.
-    #[error("stun_not_stun")]
-    NotStun,
-    /// STUN, but no success response: an error, or a request that strayed here.
-    #[error("stun_not_success")]
-    NotSuccess,
-    /// Broken attributes, or no address.
-    #[error("stun_malformed")]
-    Malformed,
-    /// An answer to no request of this check, or a second one.
-    #[error("stun_unknown_id")]
-    UnknownId,
-    /// An address that can be nobody's endpoint.
-    #[error("stun_bad_address")]
-    BadAddress,
-    /// A request not queued because the driver does not fetch them.
-    #[error("netcheck_transmits_full")]
-    TransmitsFull,
-    /// An event lost because the driver does not fetch them.
-    #[error("netcheck_events_full")]
-    EventsFull,
+named! {
+    /// Why a STUN datagram was dropped; all are counted by name.
+    pub enum Drop {
+        /// No STUN message.
+        NotStun = "stun_not_stun",
+        /// STUN, but no success response: an error, or a request that strayed here.
+        NotSuccess = "stun_not_success",
+        /// Broken attributes, or no address.
+        Malformed = "stun_malformed",
+        /// An answer to no request of this check, or a second one.
+        UnknownId = "stun_unknown_id",
+        /// An address that can be nobody's endpoint.
+        BadAddress = "stun_bad_address",
+        /// A request not queued because the driver does not fetch them.
+        TransmitsFull = "netcheck_transmits_full",
+        /// An event lost because the driver does not fetch them.
+        EventsFull = "netcheck_events_full",
+    }
 }
 
-impl Drop {
-    /// All, in the order of their counters.
-    pub const ALL: [Self; 7] = [
-        Self::NotStun,
-        Self::NotSuccess,
-        Self::Malformed,
-        Self::UnknownId,
-        Self::BadAddress,
-        Self::TransmitsFull,
-        Self::EventsFull,
-    ];
-}
+impl std::error::Error for Drop {}
 
 /// Whether an address that a server reports can be an endpoint.
 fn usable(addr: SocketAddr, loopback: bool) -> bool {

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use ringtail_dataplane::named;
+
 /// Pings sent to one peer per second.
 pub(super) const PEER_PINGS_PER_S: u32 = 50;
 /// Of these, kept back for answers, heartbeats and validation when a round takes its share.
@@ -62,70 +64,53 @@ impl Bucket {
     }
 }
 
-macro_rules! drops {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal,)*) => {
-        /// Why a datagram, or something of our own, was dropped. All are counted by name.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, thiserror::Error)]
-        pub enum Drop {
-            $($(#[$doc])* #[error($name)] $variant,)*
-        }
-
-        impl Drop {
-            /// All, in the order of their counters.
-            pub const ALL: &[Self] = &[$(Self::$variant,)*];
-
-            /// The counter's name.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $(Self::$variant => $name,)*
-                }
-            }
-        }
-    };
+named! {
+    /// Why a datagram, or something of our own, was dropped. All are counted by name.
+    pub enum Drop {
+        /// No DISCO datagram.
+        NotDisco = "disco_not_disco",
+        /// DISCO through a peer relay.
+        PeerRelay = "disco_peer_relay",
+        /// The sender's DISCO key is no peer's.
+        UnknownSender = "disco_unknown_sender",
+        /// Damaged, or sealed with another key.
+        Forged = "disco_forged",
+        /// The plain text is cut off.
+        Malformed = "disco_malformed",
+        /// A message type nobody has defined.
+        UnknownType = "disco_unknown_type",
+        /// Seen before, by its nonce.
+        Replayed = "disco_replayed",
+        /// Not opened, because too many bear this sender's key.
+        OpenRate = "disco_open_rate",
+        /// A CallMeMaybe not taken, because the peer sends too many.
+        CallRate = "disco_call_rate",
+        /// A Ping seen before.
+        DuplicatePing = "disco_duplicate_ping",
+        /// A Pong to no Ping of ours, or to one forgotten.
+        UnknownPong = "disco_unknown_pong",
+        /// A CallMeMaybe over UDP, where anyone can replay it.
+        CallMeMaybeOverUdp = "disco_call_me_maybe_over_udp",
+        /// By relay, from a node key that does not own the DISCO key.
+        WrongRelaySource = "disco_wrong_relay_source",
+        /// From an address that can be nobody's: unspecified, multicast, loopback, port 0.
+        BadSource = "disco_bad_source",
+        /// A Pong not sent because the peer pings too much.
+        PongRate = "disco_pong_rate",
+        /// A Ping not sent because the peer's share, or the node's, is used up.
+        PingRate = "disco_ping_rate",
+        /// No room for another candidate.
+        CandidatesFull = "path_candidates_full",
+        /// A Ping forgotten before its time for want of room.
+        PingsFull = "path_pings_full",
+        /// A datagram not queued because the driver does not fetch them.
+        TransmitsFull = "path_transmits_full",
+        /// An event lost because the driver does not fetch them.
+        EventsFull = "path_events_full",
+    }
 }
 
-drops! {
-    /// No DISCO datagram.
-    NotDisco = "disco_not_disco",
-    /// DISCO through a peer relay.
-    PeerRelay = "disco_peer_relay",
-    /// The sender's DISCO key is no peer's.
-    UnknownSender = "disco_unknown_sender",
-    /// Damaged, or sealed with another key.
-    Forged = "disco_forged",
-    /// The plain text is cut off.
-    Malformed = "disco_malformed",
-    /// A message type nobody has defined.
-    UnknownType = "disco_unknown_type",
-    /// Seen before, by its nonce.
-    Replayed = "disco_replayed",
-    /// Not opened, because too many bear this sender's key.
-    OpenRate = "disco_open_rate",
-    /// A CallMeMaybe not taken, because the peer sends too many.
-    CallRate = "disco_call_rate",
-    /// A Ping seen before.
-    DuplicatePing = "disco_duplicate_ping",
-    /// A Pong to no Ping of ours, or to one forgotten.
-    UnknownPong = "disco_unknown_pong",
-    /// A CallMeMaybe over UDP, where anyone can replay it.
-    CallMeMaybeOverUdp = "disco_call_me_maybe_over_udp",
-    /// By relay, from a node key that does not own the DISCO key.
-    WrongRelaySource = "disco_wrong_relay_source",
-    /// From an address that can be nobody's: unspecified, multicast, loopback, port 0.
-    BadSource = "disco_bad_source",
-    /// A Pong not sent because the peer pings too much.
-    PongRate = "disco_pong_rate",
-    /// A Ping not sent because the peer's share, or the node's, is used up.
-    PingRate = "disco_ping_rate",
-    /// No room for another candidate.
-    CandidatesFull = "path_candidates_full",
-    /// A Ping forgotten before its time for want of room.
-    PingsFull = "path_pings_full",
-    /// A datagram not queued because the driver does not fetch them.
-    TransmitsFull = "path_transmits_full",
-    /// An event lost because the driver does not fetch them.
-    EventsFull = "path_events_full",
-}
+impl std::error::Error for Drop {}
 
 /// One counter per [`Drop`].
 #[derive(Clone, Debug)]

@@ -8,6 +8,7 @@
 mod drops;
 #[cfg(test)]
 mod model;
+mod named;
 mod seqlock;
 
 /// The atomics of [`seqlock`].
@@ -17,143 +18,93 @@ mod sync {
 
 use std::sync::Arc;
 
+use crate::named;
 pub use drops::DropReason;
 use seqlock::SeqBlock;
 
 /// Classes of the batch-size histogram: 1, 2, 3-4, 5-8, … 65-128, more.
 pub const BATCH_CLASSES: usize = 9;
 
-/// Where a shard's cycles go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Room {
-    /// Waiting for and reaping completions, submitting work.
-    Ring,
-    /// Commands, lanes, timers: everything between the rooms.
-    Shard,
-    /// Reading the TUN and cutting super-packets.
-    Tun,
-    /// Destination to peer.
-    Route,
-    /// Encryption.
-    Seal,
-    /// UDP sends.
-    Udp,
-    /// First bytes.
-    Classify,
-    /// Decryption.
-    Open,
-    /// Sender's allowed IPs and rules.
-    Filter,
-    /// Merging and TUN writes.
-    Coalesce,
-}
-
-impl Room {
-    /// Every room, in the order of their counters.
-    pub const ALL: [Room; 10] = [
-        Room::Ring,
-        Room::Shard,
-        Room::Tun,
-        Room::Route,
-        Room::Seal,
-        Room::Udp,
-        Room::Classify,
-        Room::Open,
-        Room::Filter,
-        Room::Coalesce,
-    ];
-
-    /// Stable snake_case name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Room::Ring => "ring",
-            Room::Shard => "shard",
-            Room::Tun => "tun",
-            Room::Route => "route",
-            Room::Seal => "seal",
-            Room::Udp => "udp",
-            Room::Classify => "classify",
-            Room::Open => "open",
-            Room::Filter => "filter",
-            Room::Coalesce => "coalesce",
-        }
+named! {
+    /// Where a shard's cycles go.
+    #[repr(u8)]
+    pub enum Room {
+        /// Waiting for and reaping completions, submitting work.
+        Ring = "ring",
+        /// Commands, lanes, timers: everything between the rooms.
+        Shard = "shard",
+        /// Reading the TUN and cutting super-packets.
+        Tun = "tun",
+        /// Destination to peer.
+        Route = "route",
+        /// Encryption.
+        Seal = "seal",
+        /// UDP sends.
+        Udp = "udp",
+        /// First bytes.
+        Classify = "classify",
+        /// Decryption.
+        Open = "open",
+        /// Sender's allowed IPs and rules.
+        Filter = "filter",
+        /// Merging and TUN writes.
+        Coalesce = "coalesce",
     }
 }
 
-/// Declares the plain counters with their names, in one place.
-macro_rules! meters {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal,)+) => {
-        /// A plain counter of a shard.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[repr(u8)]
-        pub enum Meter {
-            $($(#[$doc])* $variant,)+
-        }
-
-        impl Meter {
-            /// Every counter, in order.
-            pub const ALL: &'static [Meter] = &[$(Meter::$variant,)+];
-
-            /// Stable snake_case name.
-            pub fn name(self) -> &'static str {
-                match self {
-                    $(Meter::$variant => $name,)+
-                }
-            }
-        }
-    };
-}
-
-meters! {
-    /// Turns of the shard's loop.
-    Turns = "turns",
-    /// Reads from the TUN queue: packets and super-packets.
-    TunReads = "tun_reads",
-    /// Inner packets read, super-packets counted by their segments.
-    TunPacketsIn = "tun_packets_in",
-    /// Inner bytes read, headers included, super-packets as read.
-    TunBytesIn = "tun_bytes_in",
-    /// Writes to the TUN queue.
-    TunWrites = "tun_writes",
-    /// Super-packets that the TUN refused, written again as single packets.
-    TunRefused = "tun_refused",
-    /// Inner packets written, super-packets counted by their segments.
-    TunPacketsOut = "tun_packets_out",
-    /// Inner bytes written, super-packets as written.
-    TunBytesOut = "tun_bytes_out",
-    /// Receives from the UDP sockets: datagrams and GRO trains.
-    UdpReceives = "udp_receives",
-    /// Datagrams received, trains counted by their parts.
-    UdpPacketsIn = "udp_packets_in",
-    /// UDP payload bytes received.
-    UdpBytesIn = "udp_bytes_in",
-    /// Sends to the UDP sockets: datagrams and GSO batches.
-    UdpSends = "udp_sends",
-    /// Datagrams sent, batches counted by their parts.
-    UdpPacketsOut = "udp_packets_out",
-    /// UDP payload bytes sent.
-    UdpBytesOut = "udp_bytes_out",
-    /// Sealed datagrams given to the relay client.
-    RelayPacketsOut = "relay_packets_out",
-    /// Sealed bytes given to the relay client.
-    RelayBytesOut = "relay_bytes_out",
-    /// Sealed datagrams that came by relay.
-    RelayPacketsIn = "relay_packets_in",
-    /// Sealed bytes that came by relay.
-    RelayBytesIn = "relay_bytes_in",
-    /// Packets handed to the shard that owns them.
-    HandedOver = "handed_over",
-    /// Datagrams sealed and sent here for peers of other shards.
-    SealedForOthers = "sealed_for_others",
-    /// Remembered outbound flows that made room for newer ones.
-    FlowsEvicted = "flows_evicted",
-    /// CE marks of the underlay passed on to inner packets.
-    CongestionMarks = "congestion_marks",
-    /// Peers looked at because others came, changed or went: a few for each of those.
-    PeersVisited = "peers_visited",
-    /// Times a multishot receive ran out of buffers (nothing is lost).
-    NoBuffers = "no_buffers",
+named! {
+    /// A plain counter of a shard.
+    #[repr(u8)]
+    pub enum Meter {
+        /// Turns of the shard's loop.
+        Turns = "turns",
+        /// Reads from the TUN queue: packets and super-packets.
+        TunReads = "tun_reads",
+        /// Inner packets read, super-packets counted by their segments.
+        TunPacketsIn = "tun_packets_in",
+        /// Inner bytes read, headers included, super-packets as read.
+        TunBytesIn = "tun_bytes_in",
+        /// Writes to the TUN queue.
+        TunWrites = "tun_writes",
+        /// Super-packets that the TUN refused, written again as single packets.
+        TunRefused = "tun_refused",
+        /// Inner packets written, super-packets counted by their segments.
+        TunPacketsOut = "tun_packets_out",
+        /// Inner bytes written, super-packets as written.
+        TunBytesOut = "tun_bytes_out",
+        /// Receives from the UDP sockets: datagrams and GRO trains.
+        UdpReceives = "udp_receives",
+        /// Datagrams received, trains counted by their parts.
+        UdpPacketsIn = "udp_packets_in",
+        /// UDP payload bytes received.
+        UdpBytesIn = "udp_bytes_in",
+        /// Sends to the UDP sockets: datagrams and GSO batches.
+        UdpSends = "udp_sends",
+        /// Datagrams sent, batches counted by their parts.
+        UdpPacketsOut = "udp_packets_out",
+        /// UDP payload bytes sent.
+        UdpBytesOut = "udp_bytes_out",
+        /// Sealed datagrams given to the relay client.
+        RelayPacketsOut = "relay_packets_out",
+        /// Sealed bytes given to the relay client.
+        RelayBytesOut = "relay_bytes_out",
+        /// Sealed datagrams that came by relay.
+        RelayPacketsIn = "relay_packets_in",
+        /// Sealed bytes that came by relay.
+        RelayBytesIn = "relay_bytes_in",
+        /// Packets handed to the shard that owns them.
+        HandedOver = "handed_over",
+        /// Datagrams sealed and sent here for peers of other shards.
+        SealedForOthers = "sealed_for_others",
+        /// Remembered outbound flows that made room for newer ones.
+        FlowsEvicted = "flows_evicted",
+        /// CE marks of the underlay passed on to inner packets.
+        CongestionMarks = "congestion_marks",
+        /// Peers looked at because others came, changed or went: a few for each of those.
+        PeersVisited = "peers_visited",
+        /// Times a multishot receive ran out of buffers (nothing is lost).
+        NoBuffers = "no_buffers",
+    }
 }
 
 /// A shard's counters: plain integers, owned by the shard.
