@@ -1,7 +1,7 @@
 //! What the fuzz targets run, as ordinary functions from bytes to nothing: `control/fuzz` feeds them
 //! from a fuzzer, the test below from the seeds that the fuzzer starts with. Each checks what must
 //! hold for any input, on top of not panicking. That of the configuration protocol is
-//! [`crate::uapi::fuzzing`].
+//! [`crate::device::fuzzing`].
 //!
 //! Where a decoder takes a byte stream, the first byte of the input says how the rest is cut into
 //! pieces, and the pieces must say what the whole says.
@@ -271,7 +271,7 @@ mod tests {
             ("map_stream", map_stream),
             ("relay", relay),
             ("coordination", |bytes| coordination(Instant::now(), bytes)),
-            ("uapi", crate::uapi::fuzzing::connection),
+            ("uapi", crate::device::fuzzing::connection),
         ] {
             let seeds = corpus(target);
             assert!(!seeds.is_empty(), "{target} has no corpus");

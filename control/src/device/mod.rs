@@ -16,6 +16,7 @@ use zeroize::Zeroizing;
 use crate::key::{NodePrivate, NodePublic};
 use crate::uapi::{Errno, PresharedKey, Step, Transaction};
 
+pub mod fuzzing;
 mod status;
 #[cfg(test)]
 mod tests;

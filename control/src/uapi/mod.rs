@@ -11,7 +11,6 @@
 //! a `set`, positive in the reply to a `get`.
 #![forbid(unsafe_code)]
 
-pub mod fuzzing;
 mod parser;
 mod reply;
 mod transaction;

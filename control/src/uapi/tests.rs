@@ -442,9 +442,9 @@ fn no_bytes_break_it() {
             }
         }
         bytes.insert(0, rng.random());
-        fuzzing::connection(&bytes);
+        crate::device::fuzzing::connection(&bytes);
     }
-    fuzzing::connection(&[]);
+    crate::device::fuzzing::connection(&[]);
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! The whole way from bytes to a device, for fuzzers and for the ordinary tests that replay what
 //! they found.
 
-use super::{Parser, READ_LEN_MAX, Reply, Request};
-use crate::device::{Device, Status, Traffic};
+use super::{Device, Status, Traffic};
+use crate::uapi::{Parser, READ_LEN_MAX, Reply, Request};
 
 /// Feeds a connection's bytes to a fresh device, cut into pieces as the first byte says, and reads
 /// the device back at the end. Panics where a rule is broken.
