@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 use super::{Agent, Output, millis};
 use crate::coord::SelfState;
 use crate::derp::DUPLICATE;
-use crate::driver::relay::RelayEvent;
+use crate::derp::client::Said;
+use crate::derp::news::News;
 use crate::netcheck::{EndpointKind, Event, Interface, Report};
 use crate::netmap::DerpMap;
 use crate::netmap::wire;
@@ -60,59 +61,36 @@ impl Agent {
         self.settle(now);
     }
 
-    /// Takes news of the relay connections, other than packets.
-    pub fn handle_relay_news(&mut self, now: Instant, event: &RelayEvent) {
-        match event {
-            RelayEvent::Connecting { region, addr } => {
-                let fields = json!({"region": self.region_code(*region), "addr": addr});
-                self.story("derp_connecting", fields);
+    /// Takes news of a region's relay connection.
+    pub fn handle_relay_news(&mut self, now: Instant, region: RegionId, news: News) {
+        let code = self.region_code(region);
+        match news {
+            News::Connecting { addr } => {
+                self.story("derp_connecting", json!({"region": code, "addr": addr}));
             }
-            RelayEvent::Connected {
-                region,
-                addr: _,
-                took,
-                home,
-            } => {
-                self.netcheck.heard(now, *region);
-                let fields =
-                    json!({"region": self.region_code(*region), "ms": millis(*took), "home": home});
+            News::Connected { took, home, .. } => {
+                self.netcheck.heard(now, region);
+                let fields = json!({"region": code, "ms": millis(took), "home": home});
                 self.story("derp_connected", fields);
             }
-            RelayEvent::Lost {
-                region,
-                home,
-                error,
-            } => {
-                let region = self.region_code(*region);
-                tracing::warn!(%region, home, %error, "relay lost");
-                self.story(
-                    "derp_lost",
-                    json!({"region": region, "home": home, "error": error}),
-                );
+            News::Lost { home, error } => {
+                tracing::warn!(region = %code, home, %error, "relay lost");
+                let fields = json!({"region": code, "home": home, "error": error});
+                self.story("derp_lost", fields);
             }
-            RelayEvent::Closed { region } => {
-                self.story("derp_closed", json!({"region": self.region_code(*region)}));
-            }
-            RelayEvent::HomeUnreachable { region } => {
+            News::Closed => self.story("derp_closed", json!({"region": code})),
+            News::HomeUnreachable => {
                 if self.fixed_home().is_none() {
-                    self.netcheck.handle_region_down(now, *region);
+                    self.netcheck.handle_region_down(now, region);
                 }
             }
-            RelayEvent::Health {
-                region,
-                problem: Some(problem),
-            } => {
-                let region = self.region_code(*region);
-                tracing::warn!(%region, %problem, "a relay reports a problem");
+            News::Said(Said::Health(Some(problem))) => {
+                tracing::warn!(region = %code, %problem, "a relay reports a problem");
                 if problem.starts_with(DUPLICATE) {
-                    self.doubled(now, &region);
+                    self.doubled(now, &code);
                 }
             }
-            RelayEvent::Health { problem: None, .. }
-            | RelayEvent::PeerGone { .. }
-            | RelayEvent::Restarting { .. }
-            | RelayEvent::Data { .. }
-            | RelayEvent::Disco { .. } => {}
+            News::Said(Said::Health(None) | Said::PeerGone { .. } | Said::Restarting { .. }) => {}
         }
         self.settle(now);
     }

@@ -43,8 +43,29 @@ pub enum ClientError {
     Silent,
 }
 
-/// What a relay said.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a relay says beside packets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// A peer left or was never there.
+    PeerGone {
+        /// Which.
+        peer: NodePublic,
+        /// Which of both.
+        reason: PeerGoneReason,
+    },
+    /// The relay has a problem, in its words, or none any more.
+    Health(Option<String>),
+    /// The relay is about to restart.
+    Restarting {
+        /// When to come back.
+        reconnect_in: Duration,
+        /// How long to try.
+        try_for: Duration,
+    },
+}
+
+/// What came.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
     /// A packet of another client; may be empty.
     Packet {
@@ -53,22 +74,8 @@ pub enum Event<'a> {
         /// What, in the input.
         packet: &'a [u8],
     },
-    /// A peer left or was never there.
-    PeerGone {
-        /// Which.
-        peer: NodePublic,
-        /// Which of both.
-        reason: PeerGoneReason,
-    },
-    /// The relay has a problem, or none any more.
-    Health(Option<&'a str>),
-    /// The relay is about to restart.
-    Restarting {
-        /// When to come back.
-        reconnect_in: Duration,
-        /// How long to try.
-        try_for: Duration,
-    },
+    /// Something else.
+    Said(Said),
     /// The Pong to our Ping came; the time it took.
     Pong(Duration),
 }
@@ -303,19 +310,20 @@ impl Client {
                 }
                 FrameType::PEER_GONE => {
                     if let Some((peer, reason)) = frame::parse_peer_gone(body) {
-                        sink(Event::PeerGone { peer, reason });
+                        sink(Event::Said(Said::PeerGone { peer, reason }));
                     }
                 }
                 FrameType::HEALTH => {
                     let text = std::str::from_utf8(body).unwrap_or("(not text)");
-                    sink(Event::Health((!text.is_empty()).then_some(text)));
+                    let problem = (!text.is_empty()).then(|| text.to_owned());
+                    sink(Event::Said(Said::Health(problem)));
                 }
                 FrameType::RESTARTING => {
                     if let Some((reconnect_in, try_for)) = frame::parse_restarting(body) {
-                        sink(Event::Restarting {
+                        sink(Event::Said(Said::Restarting {
                             reconnect_in: Duration::from_millis(u64::from(reconnect_in)),
                             try_for: Duration::from_millis(u64::from(try_for)),
-                        });
+                        }));
                     }
                 }
                 _ => {}
@@ -452,7 +460,10 @@ mod tests {
             let events = feed(&mut client, now, &stream).unwrap();
             let packets = events.iter().filter(|e| e.starts_with("Packet")).count();
             assert_eq!(packets, session.frames("RecvPacket").len());
-            let gone = events.iter().filter(|e| e.starts_with("PeerGone")).count();
+            let gone = events
+                .iter()
+                .filter(|e| e.starts_with("Said(PeerGone"))
+                .count();
             assert_eq!(gone, session.frames("PeerGone").len());
             assert_eq!(client.relay(), Some(relay));
         }
@@ -512,8 +523,8 @@ mod tests {
         }
         frame::put(&mut stream, FrameType(0x7f), &[&[0; 100]]);
         let events = feed(&mut client, now, &stream).unwrap();
-        assert_eq!(events[0], "Health(Some(\"duplicate connection\"))");
-        assert_eq!(events[1], "Health(None)");
+        assert_eq!(events[0], "Said(Health(Some(\"duplicate connection\")))");
+        assert_eq!(events[1], "Said(Health(None))");
         assert!(events[2].contains("1s") && events[2].contains("5s"));
         assert!(events[3].contains("Disconnected"));
         assert_eq!(events.len(), 4);

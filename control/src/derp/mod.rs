@@ -6,8 +6,8 @@
 //! client skips waiting for when the relay's key came inside the TLS handshake as an extra
 //! certificate ([`cert`]); then both sides prove who they are with one sealed JSON object each
 //! ([`info`]). [`client`] and [`server`] are the two ends as machines that take bytes and give
-//! bytes; [`queue`] is what waits to be written, and
-//! [`routes`] where peers are found.
+//! bytes; [`queue`] is what waits to be written, [`routes`] where peers are found, and [`news`] what
+//! becomes of connections.
 //!
 //! Source: `derp/derp.go`, `derp/derp_client.go`, `derp/derpserver` in tailscale/tailscale.
 
@@ -17,6 +17,7 @@ pub mod cert;
 pub mod client;
 pub mod frame;
 pub mod info;
+pub mod news;
 pub mod queue;
 pub mod rate;
 pub mod routes;

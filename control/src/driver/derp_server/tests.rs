@@ -15,8 +15,9 @@ use tokio::task::LocalSet;
 use tokio::time::timeout;
 
 use super::*;
-use crate::derp::client::{Client as ClientMachine, Event, Hello};
+use crate::derp::client::{Client as ClientMachine, Event, Hello, Said};
 use crate::derp::frame::{FrameType, put, put_send_packet};
+use crate::derp::news::News;
 use crate::derp::{cert, info};
 use crate::driver::names::Names;
 use crate::driver::relay::{RelayEvent, RelayEvents, RelayOptions, RelayPool};
@@ -253,7 +254,11 @@ async fn next(events: &mut RelayEvents) -> RelayEvent {
 
 async fn wait_connected(events: &mut RelayEvents) {
     loop {
-        if let RelayEvent::Connected { home, .. } = next(events).await {
+        if let RelayEvent::News {
+            news: News::Connected { home, .. },
+            ..
+        } = next(events).await
+        {
             return assert!(home);
         }
     }
@@ -445,9 +450,19 @@ fn a_peer_that_leaves_is_told_and_its_route_forgotten() {
         while !matches!(next(&mut a_events).await, RelayEvent::Data { .. }) {}
         assert_eq!(a.route(&key(2).public()), Some(REGION));
         drop(b);
-        while !matches!(next(&mut b_events).await, RelayEvent::Connected { .. }) {}
+        while !matches!(
+            next(&mut b_events).await,
+            RelayEvent::News {
+                news: News::Connected { .. },
+                ..
+            }
+        ) {}
         loop {
-            if let RelayEvent::PeerGone { peer, .. } = next(&mut a_events).await {
+            if let RelayEvent::News {
+                news: News::Said(Said::PeerGone { peer, .. }),
+                ..
+            } = next(&mut a_events).await
+            {
                 break assert_eq!(peer, key(2).public());
             }
         }
@@ -482,10 +497,13 @@ fn a_relay_that_dies_is_reported_redialled_and_given_up_as_home() {
         runtime.shutdown_background();
         let lost = now();
         loop {
-            match next(&mut events).await {
-                RelayEvent::HomeUnreachable { region } => break assert_eq!(region, REGION),
-                RelayEvent::Lost { home, .. } => assert!(home),
-                RelayEvent::Connecting { .. } => {}
+            let RelayEvent::News { region, news } = next(&mut events).await else {
+                panic!("packets from a dead relay");
+            };
+            match news {
+                News::HomeUnreachable => break assert_eq!(region, REGION),
+                News::Lost { home, .. } => assert!(home),
+                News::Connecting { .. } => {}
                 other => panic!("{other:?}"),
             }
         }
@@ -516,7 +534,11 @@ fn the_second_node_of_a_region_costs_little_and_is_remembered() {
         a.set_map(&map);
         a.set_home(Some(REGION));
         let took = loop {
-            if let RelayEvent::Connected { took, .. } = next(&mut events).await {
+            if let RelayEvent::News {
+                news: News::Connected { took, .. },
+                ..
+            } = next(&mut events).await
+            {
                 break took;
             }
         };

@@ -137,14 +137,9 @@ impl Node {
             } => {
                 self.agent.handle_relayed_disco(now, region, src, &packet);
             }
-            event @ (RelayEvent::Connecting { .. }
-            | RelayEvent::Connected { .. }
-            | RelayEvent::Lost { .. }
-            | RelayEvent::Closed { .. }
-            | RelayEvent::HomeUnreachable { .. }
-            | RelayEvent::PeerGone { .. }
-            | RelayEvent::Health { .. }
-            | RelayEvent::Restarting { .. }) => self.agent.handle_relay_news(now, &event),
+            RelayEvent::News { region, news } => {
+                self.agent.handle_relay_news(now, region, news);
+            }
         }
     }
 

@@ -2,15 +2,13 @@
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
-use std::net::SocketAddr;
 use std::rc::Rc;
-use std::time::Duration;
 
 use ringtail_dataplane::{Datagrams, RegionId};
 use tokio::sync::Notify;
 
 use super::Counters;
-use crate::derp::frame::PeerGoneReason;
+use crate::derp::news::News;
 use crate::key::NodePublic;
 
 /// Bytes of packets that wait for the agent at most.
@@ -19,7 +17,7 @@ pub const EVENT_BYTES_MAX: usize = 8 << 20;
 /// Events that wait for the agent at most.
 pub const EVENTS_MAX: usize = 16 << 10;
 
-/// News from the relays.
+/// What comes from the relays.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RelayEvent {
     /// Consecutive packets of one peer, as many as one read brought.
@@ -40,67 +38,12 @@ pub enum RelayEvent {
         /// The sealed packet.
         packet: Vec<u8>,
     },
-    /// A relay is being dialled.
-    Connecting {
-        /// Its region.
+    /// Anything but packets.
+    News {
+        /// The region it is about.
         region: RegionId,
-        /// Where.
-        addr: SocketAddr,
-    },
-    /// A relay is connected, and packets may go.
-    Connected {
-        /// Its region.
-        region: RegionId,
-        /// Where.
-        addr: SocketAddr,
-        /// From the begin of dialling until packets may go.
-        took: Duration,
-        /// Whether it is the home.
-        home: bool,
-    },
-    /// A connection or a dial failed. It is tried again by itself where there is a reason to.
-    Lost {
-        /// The region.
-        region: RegionId,
-        /// Whether it is the home.
-        home: bool,
-        /// Why, for people.
-        error: String,
-    },
-    /// A connection is no longer needed: idle for 60 s, or its region left the map.
-    Closed {
-        /// The region.
-        region: RegionId,
-    },
-    /// Two redials of the home in a row failed: it should move now, whatever was heard of it.
-    HomeUnreachable {
-        /// The region.
-        region: RegionId,
-    },
-    /// A relay says that a peer left or was never there.
-    PeerGone {
-        /// The relay's region.
-        region: RegionId,
-        /// The peer.
-        peer: NodePublic,
-        /// Which of both.
-        reason: PeerGoneReason,
-    },
-    /// A relay reports a problem, or that it is over.
-    Health {
-        /// Its region.
-        region: RegionId,
-        /// In the relay's words.
-        problem: Option<String>,
-    },
-    /// A relay is about to restart.
-    Restarting {
-        /// Its region.
-        region: RegionId,
-        /// When it is redialled.
-        reconnect_in: Duration,
-        /// How long that is tried quietly.
-        try_for: Duration,
+        /// What.
+        news: News,
     },
 }
 
@@ -172,14 +115,7 @@ fn weight(event: &RelayEvent) -> usize {
     match event {
         RelayEvent::Data { data, .. } => data.bytes.len() + 2 * data.lens.len(),
         RelayEvent::Disco { packet, .. } => packet.len(),
-        RelayEvent::Connecting { .. }
-        | RelayEvent::Connected { .. }
-        | RelayEvent::Lost { .. }
-        | RelayEvent::Closed { .. }
-        | RelayEvent::HomeUnreachable { .. }
-        | RelayEvent::PeerGone { .. }
-        | RelayEvent::Health { .. }
-        | RelayEvent::Restarting { .. } => 0,
+        RelayEvent::News { .. } => 0,
     }
 }
 

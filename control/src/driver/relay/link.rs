@@ -14,8 +14,9 @@ use super::{
     CONNECT_LIMIT, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, IDLE_LIMIT, Inner, RegionStatus,
     RelayEvent, now,
 };
-use crate::derp::client::{Client, Event, Hello};
+use crate::derp::client::{Client, Event, Hello, Said};
 use crate::derp::frame::{self, HEADER_LEN};
+use crate::derp::news::News;
 use crate::derp::queue::{Chunk, FrameQueue};
 use crate::derp::{cert, is_disco, upgrade};
 use crate::driver::clock;
@@ -246,17 +247,10 @@ fn report(inner: &Inner, link: &Link, established: bool, error: &anyhow::Error) 
         tracing::debug!(region = region.0, home, failures, %error, "relay connection failed");
     }
     link.error.replace(Some(error.clone()));
-    let lost = RelayEvent::Lost {
-        region,
-        home,
-        error,
-    };
-    inner.events.push(lost, counters);
+    inner.tell(region, News::Lost { home, error });
     let patient = link.patience_until.get().is_some_and(|until| now() < until);
     if home && failures >= HOME_FAILURES && !patient {
-        inner
-            .events
-            .push(RelayEvent::HomeUnreachable { region }, counters);
+        inner.tell(region, News::HomeUnreachable);
     }
 }
 
@@ -274,10 +268,7 @@ async fn connect_and_run(inner: &Rc<Inner>, link: &Rc<Link>) -> anyhow::Result<E
     let started = now();
     let region = link.region;
     let first = inner.good_nodes.borrow().get(&region).copied();
-    let on_attempt = |addr| {
-        let event = RelayEvent::Connecting { region, addr };
-        inner.events.push(event, &inner.counters);
-    };
+    let on_attempt = |addr| inner.tell(region, News::Connecting { addr });
     let dial = inner
         .dialler
         .dial(&link.definition, first.unwrap_or(0), &on_attempt);
@@ -298,13 +289,12 @@ async fn connect_and_run(inner: &Rc<Inner>, link: &Rc<Link>) -> anyhow::Result<E
 /// Tells the agent that packets may go.
 fn announce(inner: &Inner, link: &Link, live: &Live, started: Instant) {
     inner.counters.connects.add(1);
-    let event = RelayEvent::Connected {
-        region: link.region,
+    let news = News::Connected {
         addr: live.addr,
         took: now() - started,
         home: link.home.get(),
     };
-    inner.events.push(event, &inner.counters);
+    inner.tell(link.region, news);
 }
 
 /// The request, and with fast start ClientInfo, wait in the client machine for the first write.
@@ -470,39 +460,35 @@ fn handle_event(inner: &Rc<Inner>, link: &Link, run: &mut Run, event: Event<'_>)
                 run.push(packet, inner);
             }
         }
-        Event::PeerGone { peer, reason } => {
-            run.flush(inner);
-            // The next packet of the same peer has to teach its route again.
-            run.src = NodePublic::default();
-            inner.forget_route(&peer, region);
-            let gone = RelayEvent::PeerGone {
-                region,
-                peer,
-                reason,
+        Event::Said(said) => {
+            let said = match said {
+                Said::PeerGone { peer, .. } => {
+                    run.flush(inner);
+                    // The next packet of the same peer has to teach its route again.
+                    run.src = NodePublic::default();
+                    inner.forget_route(&peer, region);
+                    said
+                }
+                Said::Health(problem) => {
+                    link.problem.replace(problem.clone());
+                    Said::Health(problem)
+                }
+                Said::Restarting {
+                    reconnect_in,
+                    try_for,
+                } => {
+                    let reconnect_in = reconnect_in.min(RESTART_PATIENCE_MAX);
+                    let try_for = try_for.min(RESTART_PATIENCE_MAX);
+                    link.resume_at.set(Some(now() + reconnect_in));
+                    link.patience_until
+                        .set(Some(now() + reconnect_in + try_for));
+                    Said::Restarting {
+                        reconnect_in,
+                        try_for,
+                    }
+                }
             };
-            inner.events.push(gone, counters);
-        }
-        Event::Health(problem) => {
-            let problem = problem.map(str::to_owned);
-            link.problem.replace(problem.clone());
-            let health = RelayEvent::Health { region, problem };
-            inner.events.push(health, counters);
-        }
-        Event::Restarting {
-            reconnect_in,
-            try_for,
-        } => {
-            let reconnect_in = reconnect_in.min(RESTART_PATIENCE_MAX);
-            let try_for = try_for.min(RESTART_PATIENCE_MAX);
-            link.resume_at.set(Some(now() + reconnect_in));
-            link.patience_until
-                .set(Some(now() + reconnect_in + try_for));
-            let restarting = RelayEvent::Restarting {
-                region,
-                reconnect_in,
-                try_for,
-            };
-            inner.events.push(restarting, counters);
+            inner.tell(region, News::Said(said));
         }
         Event::Pong(took) => tracing::debug!(region = region.0, ?took, "relay answered a Ping"),
     }

@@ -35,6 +35,7 @@ pub use events::{EVENT_BYTES_MAX, EVENTS_MAX, RelayEvent, RelayEvents};
 
 use crate::derp::client::LINK_CHANGE_LIMIT;
 use crate::derp::frame::{self, HEADER_LEN, PACKET_LEN_MAX};
+use crate::derp::news::News;
 use crate::derp::queue::Dropped;
 use crate::derp::routes::Routes;
 use crate::derp::upgrade;
@@ -173,14 +174,7 @@ impl Counters {
                 self.rx_dropped_agent_slow.add(data.lens.len() as u64);
             }
             RelayEvent::Disco { .. } => self.rx_dropped_agent_slow.add(1),
-            RelayEvent::Connecting { .. }
-            | RelayEvent::Connected { .. }
-            | RelayEvent::Lost { .. }
-            | RelayEvent::Closed { .. }
-            | RelayEvent::HomeUnreachable { .. }
-            | RelayEvent::PeerGone { .. }
-            | RelayEvent::Health { .. }
-            | RelayEvent::Restarting { .. } => self.events_dropped.add(1),
+            RelayEvent::News { .. } => self.events_dropped.add(1),
         }
     }
 }
@@ -492,10 +486,13 @@ impl Inner {
             let left =
                 link.data.borrow_mut().clear().frames + link.disco.borrow_mut().clear().frames;
             self.counters.tx_dropped_closed.add(left);
-            let region = link.region;
-            self.events
-                .push(RelayEvent::Closed { region }, &self.counters);
+            self.tell(link.region, News::Closed);
         }
+    }
+
+    fn tell(&self, region: RegionId, news: News) {
+        let event = RelayEvent::News { region, news };
+        self.events.push(event, &self.counters);
     }
 
     fn learn_route(&self, peer: NodePublic, region: RegionId) {
