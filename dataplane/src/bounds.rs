@@ -26,7 +26,7 @@ use crate::packet::BUF_LEN;
 use crate::packet::header::Flow;
 use crate::peer::{Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, QUEUE_COST, Report, SHARD_BYTES_MIN};
 use crate::ring::{TUN_BUFFERS, UDP_BUFFERS};
-use crate::seal::RUN_LEN;
+use crate::seal::{RUN_LEN, RUNS_MAX};
 use crate::session::{SPANS_ROOM, keypair_cost};
 use crate::shard::RELAY_JOIN_MAX;
 use crate::udp::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
@@ -140,10 +140,11 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
         row(
             "packets being sealed or merged",
             format!(
-                "a run, and {SLABS_FULL} slabs for each of {} batches of a shard",
+                "{RUNS_MAX} runs, and {SLABS_FULL} slabs for each of {} batches of a shard",
                 1 + SPARES_MAX
             ),
-            shards * (RUN_LEN + (1 + SPARES_MAX) * SLABS_FULL * SLAB_LEN + SPANS_ROOM * 8),
+            shards
+                * (RUNS_MAX * RUN_LEN + (1 + SPARES_MAX) * SLABS_FULL * SLAB_LEN + SPANS_ROOM * 8),
         ),
         row(
             "packets from relays",

@@ -5,9 +5,9 @@
 //! is a single one that is sure. Whatever else there is to do for a peer, the owner does: without a
 //! grant a packet is handed over to it, whole.
 //!
-//! A grant is the owner's, who ends it when keys or way change. Guests hold on to it while they fill a
-//! run, and otherwise only by a weak reference: so keys are erased as soon as the owner erases them and
-//! the last open run is closed, and what a guest sends goes at most one run past a change.
+//! A grant is the owner's, who ends it when keys or way change. Guests hold on to it while runs for the
+//! peer are open, and otherwise only by a weak reference: so keys are erased as soon as the owner erases
+//! them and the last of these runs is closed, which is at the end of a turn at the latest.
 //!
 //! *No reordering inside a flow:* while packets that were handed over are still on their way through
 //! the owner, those after them are handed over too. Both are the business of [`Borrowed`] and
@@ -83,6 +83,8 @@ pub(crate) struct Guest {
     pub(crate) shared: Arc<PeerShared>,
     /// Held while a run for the peer is open.
     terms: Borrowed<Terms>,
+    /// Something was put into a run.
+    filling: bool,
     /// What the owner does not know yet: when data was last sent, and what was wrong.
     sent_at: Option<Instant>,
     trouble: Trouble,
@@ -97,6 +99,7 @@ impl Guest {
             owner: entry.owner,
             shared: Arc::clone(&entry.shared),
             terms: Borrowed::default(),
+            filling: false,
             sent_at: None,
             trouble: Trouble::default(),
             listed: false,
@@ -135,6 +138,7 @@ impl Addressee for Guest {
         range: Range<usize>,
         out: &mut [u8],
     ) -> Staged {
+        self.filling = true;
         engine.stage(plan, packet, range, out)
     }
 
@@ -155,7 +159,7 @@ impl Addressee for Guest {
 #[derive(Default)]
 pub(crate) struct Guests {
     by_id: Vec<Option<Box<Guest>>>,
-    /// Who was admitted last.
+    /// Who was admitted last, and may come to nothing.
     admitted: Option<PeerId>,
     /// Those with something to report, each once.
     unreported: Vec<PeerId>,
@@ -166,11 +170,11 @@ pub(crate) struct Guests {
 
 impl Guests {
     /// Whether this shard may seal for a peer of another one now; `None` for nobody's peer. If so, it
-    /// may until [`Guests::release`], or until it asks for another peer: the run must be closed then.
+    /// may until the last run for it is [closed](Guests::closed); where nothing was put into one, until
+    /// [`Guests::release`], or until it asks for another peer.
     #[inline]
     pub(crate) fn admit(&mut self, now: Instant, table: &PeerTable, id: PeerId) -> Option<bool> {
         if self.admitted.is_some_and(|before| before != id) {
-            // Nothing may have come into a run that would have been closed.
             self.release();
         }
         let admitted = match self.get(id) {
@@ -205,13 +209,21 @@ impl Guests {
         self.by_id.get_mut(id.0 as usize)?.as_deref_mut()
     }
 
-    /// The run of who was admitted is closed: the grant is let go.
+    /// Lets go of the grant of who was admitted last, if nothing has come into a run for it.
     #[inline]
     pub(crate) fn release(&mut self) {
-        let Some(id) = self.admitted.take() else {
-            return;
-        };
+        if let Some(id) = self.admitted.take()
+            && self.get(id).is_some_and(|guest| !guest.filling)
+        {
+            self.closed(id);
+        }
+    }
+
+    /// No run for the peer is open any more: its grant, if it is a guest's, is let go.
+    #[inline]
+    pub(crate) fn closed(&mut self, id: PeerId) {
         let Some(guest) = self.get(id) else { return };
+        guest.filling = false;
         guest.terms.release();
         let Some(sent_at) = guest.sent_at else { return };
         let urgent = guest.trouble.any();

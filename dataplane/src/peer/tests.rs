@@ -8,7 +8,10 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::channel::table::PeerTable;
+use crate::packet::build::Builder;
 use crate::session::{Change, MESSAGE_LEN_MAX, Moment};
+use crate::tun::segment::plan;
+use crate::tun::vnet::VnetHdr;
 
 fn config(id: u32, key: u8) -> PeerEntry {
     PeerEntry {
@@ -420,6 +423,43 @@ fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
     assert!(grants[1].upgrade().is_some(), "its run is open");
     loan.guests.release();
     assert!(grants[1].upgrade().is_none());
+}
+
+#[test]
+fn guests_whose_runs_are_open_together_hold_on_until_each_is_closed() {
+    let mut loan = Loan::lending();
+    let now = loan.now;
+    let other = PeerId(4);
+    let config = PeerConfig {
+        id: other,
+        public_key: [4; 32],
+        preshared_key: None,
+        allowed_ips: vec![],
+        persistent_keepalive: None,
+    };
+    let table = loan.table.changed(vec![config], &[], None, 1);
+    let session = loan.owner.get(LENT).unwrap().session().unwrap();
+    let sealing = Arc::clone(session.lend(now).unwrap());
+    let lent = Lent::new(Terms::new(sealing, Way::default(), None));
+    table.get(other).unwrap().shared.loan.set(&lent);
+    let grant = lent.offer();
+
+    let mut packet = Builder::new(([10, 0, 0, 1], 1).into(), ([10, 0, 0, 2], 2).into()).udp(b"x");
+    let plan = plan(&VnetHdr::PLAIN, &packet).unwrap();
+    for id in [other, LENT] {
+        assert_eq!(loan.guests.admit(now, &table, id), Some(true));
+        let guest = loan.guests.get(id).unwrap();
+        let staged = guest.stage(&mut loan.engine, &plan, &mut packet, 0..1, &mut [0; 100]);
+        assert_eq!(staged.segments, 1);
+    }
+    drop(lent);
+    loan.guests.release();
+    assert!(grant.upgrade().is_some());
+    loan.guests.closed(other);
+    assert!(grant.upgrade().is_none());
+    assert_eq!(loan.way(), "192.0.2.1", "that of the other");
+    loan.guests.closed(LENT);
+    assert_eq!(loan.guests.get(LENT).unwrap().way(), Way::default());
 }
 
 #[test]

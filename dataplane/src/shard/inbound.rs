@@ -448,7 +448,7 @@ impl Shard<'_> {
         while let Some(mut packet) = self.peers.next_waiting(self.ctx.now, id) {
             self.seal(id, &mut packet);
         }
-        self.flush_run();
+        self.flush_runs_of(id);
         self.peers.touch(self.ctx.now, id);
     }
 }

@@ -188,7 +188,7 @@ struct Shard<'a> {
     /// Packets of `opened` that passed the filter, with their headers.
     passed: Vec<(usize, Headers)>,
     coalescer: Coalescer,
-    run: seal::Run,
+    runs: seal::Runs,
     tx: Transmit,
     published: Published,
     publish_at: Instant,
@@ -218,7 +218,7 @@ impl<'a> Shard<'a> {
             opened: Opened::new(seat.kind),
             passed: Vec::with_capacity(128),
             coalescer,
-            run: seal::Run::new(),
+            runs: seal::Runs::new(),
             tx: Transmit::new(Arc::clone(&seat.hub), sender),
             published: seat.published.clone(),
             publish_at: now,
@@ -262,7 +262,7 @@ impl<'a> Shard<'a> {
         for packet in tun.drain(..) {
             self.outbound(packet, &mut routes, false);
         }
-        self.flush_run();
+        self.flush_runs();
         self.timers();
 
         self.guests
@@ -323,7 +323,7 @@ impl<'a> Shard<'a> {
 
     /// Takes over the peers that are not as they were, and routes.
     fn set_peers(&mut self, table: Arc<PeerTable>) {
-        self.flush_run();
+        self.flush_runs();
         let before = std::mem::replace(&mut self.table, table);
         let (id, now) = (self.id, self.ctx.now);
         let (mut wanted, mut dropped) = (Vec::new(), 0);
@@ -350,7 +350,7 @@ impl<'a> Shard<'a> {
 
     /// Takes over our key and the MTU. Another key ends every session.
     fn apply(&mut self, settings: Arc<Settings>) {
-        self.flush_run();
+        self.flush_runs();
         let same_key = settings.private_key == self.settings.private_key;
         self.settings = settings;
         match &mut self.engine {
@@ -477,7 +477,7 @@ impl<'a> Shard<'a> {
             }
         }
         if !packets_of.is_empty() {
-            self.flush_run();
+            self.flush_runs();
             packets_of.iter().for_each(|shared| shared.loan.arrived());
         }
     }

@@ -47,14 +47,13 @@ impl Shard<'_> {
             self.seal_planned(id, &plan, bytes);
             return;
         }
-        if self.run.peer().is_some_and(|open| open != id) {
-            self.flush_run();
-        }
+        // Before it is admitted: the last run of a guest takes its grant along.
+        self.make_room(id, &plan);
         match self.guests.admit(self.ctx.now, &self.table, id) {
             Some(true) if !crossed => self.seal_as_guest(id, &plan, bytes),
             Some(false) if !crossed => {
                 // What is sealed of its flow goes first.
-                self.flush_run();
+                self.flush_runs_of(id);
                 self.hand_over_packet(id, packets, rx);
             }
             // Nobody's, or the two shards' tables are of different ages for a moment.
@@ -105,7 +104,7 @@ impl Shard<'_> {
             guest,
             plan,
             packet,
-            &mut self.run,
+            &mut self.runs,
             &mut self.tx,
         );
         ctx.lap(Room::Seal);
@@ -121,9 +120,7 @@ impl Shard<'_> {
     }
 
     fn seal_planned(&mut self, id: PeerId, plan: &Plan, bytes: &mut [u8]) {
-        if self.run.peer().is_some_and(|open| open != id) {
-            self.flush_run();
-        }
+        self.make_room(id, plan);
         let Some(peer) = self.peers.get(id) else {
             return;
         };
@@ -139,7 +136,15 @@ impl Shard<'_> {
         };
         // The flow is remembered where its replies arrive.
         let _reply = self.filter.remember(ctx.now, plan.headers(), packet);
-        seal::packet(ctx, engine, peer, plan, packet, &mut self.run, &mut self.tx);
+        seal::packet(
+            ctx,
+            engine,
+            peer,
+            plan,
+            packet,
+            &mut self.runs,
+            &mut self.tx,
+        );
         ctx.lap(Room::Seal);
         self.peers.reckon(id);
     }
@@ -161,24 +166,46 @@ impl Shard<'_> {
         self.ctx.lap(Room::Shard);
     }
 
-    /// Sends what is in the run.
-    pub(super) fn flush_run(&mut self) {
-        if let Some(id) = self.run.peer() {
-            let ctx = &mut self.ctx;
-            match (self.peers.get(id), self.guests.get(id), &mut self.engine) {
-                (Some(peer), _, Some(engine)) => {
-                    self.run.flush(ctx, engine, peer, &mut self.tx);
-                    self.peers.touch(ctx.now, id);
-                }
-                (None, Some(guest), Some(engine)) => {
-                    self.run.flush(ctx, engine, guest, &mut self.tx);
-                }
-                _ => {
-                    let lost = self.run.clear() as u64;
-                    ctx.counters.drop_many(DropReason::NoRoute, lost);
-                }
+    /// Sees to it that there is a run for a packet to a peer.
+    fn make_room(&mut self, id: PeerId, plan: &Plan) {
+        if self.runs.crowded(id, plan) {
+            self.flush_run(0);
+        }
+    }
+
+    /// Sends what is in the runs.
+    pub(super) fn flush_runs(&mut self) {
+        while self.flush_run(0) {}
+        self.guests.release();
+    }
+
+    /// Sends what is in the runs of a peer.
+    pub(super) fn flush_runs_of(&mut self, id: PeerId) {
+        while let Some(at) = self.runs.first_of(id) {
+            self.flush_run(at);
+        }
+    }
+
+    /// Closes a run and sends what is in it. False if there are not so many.
+    fn flush_run(&mut self, at: usize) -> bool {
+        let Some(mut run) = self.runs.close(at) else {
+            return false;
+        };
+        let (id, ctx) = (run.peer(), &mut self.ctx);
+        match (self.peers.get(id), self.guests.get(id), &mut self.engine) {
+            (Some(peer), _, Some(engine)) => run.flush(ctx, engine, peer, &mut self.tx),
+            (None, Some(guest), Some(engine)) => run.flush(ctx, engine, guest, &mut self.tx),
+            _ => {
+                let lost = run.clear() as u64;
+                ctx.counters.drop_many(DropReason::NoRoute, lost);
             }
         }
-        self.guests.release();
+        self.runs.give_back(run);
+        // Others may seal for it when nothing of it is left here.
+        if self.runs.first_of(id).is_none() {
+            self.peers.touch(ctx.now, id);
+            self.guests.closed(id);
+        }
+        true
     }
 }

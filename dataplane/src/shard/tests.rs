@@ -306,7 +306,7 @@ fn who_joins_or_leaves_costs_the_same_among_ten_thousand_and_nobody_else_notices
         let now = shard.ctx.now;
         assert!(shard.peers.get(far.id).unwrap().ready(now));
         shard.seal(far.id, &mut packet());
-        shard.flush_run();
+        shard.flush_runs();
         let data = sent(&mut shard);
         assert_eq!((data.len(), data[0].0), (1, far.id));
     }
