@@ -5,7 +5,7 @@ use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_mai
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use ringtail_dataplane::Engine;
 use ringtail_dataplane::bench_support::{Sessions, super_packet};
-use ringtail_dataplane::tun::vnet::VnetHdr;
+use ringtail_dataplane::packet::vnet::VnetHdr;
 use std::time::Instant;
 
 const MTU: usize = 1420;

@@ -2,7 +2,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ringtail_dataplane::bench_support::super_packet;
-use ringtail_dataplane::tun::segment::plan;
+use ringtail_dataplane::packet::segment::plan;
 use std::hint::black_box;
 
 fn bench(c: &mut Criterion) {

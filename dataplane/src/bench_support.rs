@@ -11,13 +11,13 @@ use rand::rngs::StdRng;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use crate::channel::table::PeerTable;
-use crate::channel::{PeerConfig, PeerId};
 use crate::packet::build::{Builder, Tcp};
+use crate::packet::segment::plan;
+use crate::packet::vnet::{GSO_TCPV4, VnetHdr};
 use crate::peer::Peers;
+use crate::peer::table::PeerTable;
 use crate::session::{self, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened, Session};
-use crate::tun::segment::plan;
-use crate::tun::vnet::{GSO_TCPV4, VnetHdr};
+use crate::types::{PeerConfig, PeerId};
 
 /// A TCP packet over IPv4, as the TUN gives it, with so many bytes of payload in segments of `mss`
 /// bytes behind 52 of headers.

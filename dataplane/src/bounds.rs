@@ -7,28 +7,27 @@ use std::fmt::Write as _;
 use std::mem::size_of;
 use std::time::Instant;
 
-use crate::channel::PLACES;
-use crate::channel::hub::{
-    ASKS_MAX, EVENTS_MAX, FLOWS_TOLD_MAX, HANDED_MAX, HANDSHAKES_MAX, Handed, HandshakeMessage,
-    RELAY_IN_BYTES_MAX, RELAY_IN_BYTES_MIN, RELAY_IN_ENTRIES_MAX, RELAY_OUT_BYTES_MAX,
-    RELAY_OUT_ENTRIES_MAX, REPORTS_MAX, RelayIn, SPARE_MAX, STRAYS_MAX, UNOPENED_MAX,
-};
-use crate::channel::table::PeerEntry;
-use crate::channel::{
-    Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared, Prefix, RelayOut,
-};
 use crate::coalesce::{SLAB_LEN, SLABS_FULL, SPARES_MAX};
 use crate::config::share;
 use crate::filter::flows_max;
 use crate::handshake::{KEY_COST, KNOWN_COST};
+use crate::hub::{
+    ASKS_MAX, EVENTS_MAX, FLOWS_TOLD_MAX, HANDED_MAX, HANDSHAKES_MAX, Handed, HandshakeMessage,
+    RELAY_IN_BYTES_MAX, RELAY_IN_BYTES_MIN, RELAY_IN_ENTRIES_MAX, RELAY_OUT_BYTES_MAX,
+    RELAY_OUT_ENTRIES_MAX, REPORTS_MAX, RelayIn, SPARE_MAX, STRAYS_MAX, UNOPENED_MAX,
+};
 use crate::noise::{PeekedInitiation, RECENT_LEN, SOURCES_MAX};
 use crate::packet::BUF_LEN;
 use crate::packet::header::Flow;
+use crate::peer::PeerShared;
+use crate::peer::table::PeerEntry;
 use crate::peer::{Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, QUEUE_COST, Report, SHARD_BYTES_MIN};
 use crate::ring::{TUN_BUFFERS, UDP_BUFFERS};
 use crate::seal::{RUN_LEN, RUNS_MAX};
+use crate::session::PLACES;
 use crate::session::{SPANS_ROOM, keypair_cost};
 use crate::shard::RELAY_JOIN_MAX;
+use crate::types::{Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix, RelayOut};
 use crate::udp::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
 
 /// A queue, a table, or memory that is reused.

@@ -12,18 +12,21 @@ use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
-use crate::channel::hub::{RelayIn, Settings};
-use crate::channel::table::{Network, PeerEntry};
-use crate::channel::{
-    Activity, Datagrams, Event, Hub, NetworkChange, NetworkConfig, PathDecision, PeerConfig,
-    PeerId, Prefix, RegionId, RelayOut, Rules, Whereabouts,
-};
 use crate::config::{Config, DriverChoice, DriverKind, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError};
 use crate::filter::CompiledRules;
+use crate::hub::Hub;
+use crate::hub::{RelayIn, Settings};
+use crate::peer::Whereabouts;
+use crate::peer::table::{Network, PeerEntry};
+use crate::routes::Routes;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::{Device, Kinds, Merging, Queue};
-use crate::udp::{Group, Routes, Wanted};
+use crate::types::{
+    Activity, Datagrams, Event, NetworkChange, NetworkConfig, PathDecision, PeerConfig, PeerId,
+    Prefix, RegionId, RelayOut, Rules,
+};
+use crate::udp::{Group, Wanted};
 use crate::{handshake, sys, threads};
 
 /// A running data plane. Dropping it stops and joins its threads and removes the interface.

@@ -12,14 +12,14 @@ use rand::rngs::StdRng;
 use zerocopy::FromBytes;
 
 use crate::aead::{Aead, Backend, HEADER_LEN, Key, MESSAGE_LEN_MIN, Open, Seal};
-use crate::channel::Rules;
 use crate::classify::{Class, DATA_LEN_MIN, classify};
 use crate::coalesce::Coalescer;
 use crate::filter::{CompiledRules, Filter};
 use crate::noise::{self, Gate, Initiated, LocalKeys, Novelty, Remote, Standing, Tai64n, Verdict};
 use crate::packet::header::Headers;
-use crate::tun::segment::plan;
-use crate::tun::vnet::VnetHdr;
+use crate::packet::segment::plan;
+use crate::packet::vnet::VnetHdr;
+use crate::types::Rules;
 
 pub use crate::session::{Change, End, Got, Known, Moment, OpenReport, Outcome};
 

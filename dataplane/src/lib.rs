@@ -30,20 +30,23 @@ pub mod aead;
 pub mod bench_support;
 #[cfg(test)]
 mod bounds;
-pub mod channel;
+mod channel;
 pub mod classify;
 pub mod coalesce;
 mod config;
+mod context;
 mod dataplane;
 pub mod filter;
 pub mod fuzzing;
 mod handshake;
+mod hub;
 pub mod noise;
 mod open;
 pub mod packet;
 mod peer;
 mod ring;
 pub mod route;
+mod routes;
 mod seal;
 mod session;
 mod shard;
@@ -51,16 +54,18 @@ pub mod stats;
 mod sys;
 mod threads;
 pub mod tun;
+mod types;
 mod udp;
 
-pub use channel::{
-    Activity, Datagrams, Event, NetworkChange, NetworkConfig, PEERS_MAX, PathDecision, PeerConfig,
-    PeerId, Prefix, RegionId, RelayOut, Rule, Rules,
-};
 pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, StartError,
     pinned_by_default, shards_by_default,
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
+pub use routes::rest_after;
 pub use sys::{now, slept, steady_wall, steady_wall_at_least};
-pub use udp::{rest_after, set_dont_fragment};
+pub use types::{
+    Activity, Datagrams, Event, NetworkChange, NetworkConfig, PEERS_MAX, PathDecision, PeerConfig,
+    PeerId, Prefix, RegionId, RelayOut, Rule, Rules,
+};
+pub use udp::set_dont_fragment;

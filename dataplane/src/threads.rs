@@ -14,7 +14,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use crate::channel::Hub;
+use crate::hub::Hub;
 
 /// Starts a thread. A body that fails or panics is told of through the hub; one that returns `Ok` was
 /// asked to end, or has told of its failure in another way.
@@ -52,7 +52,7 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::channel::Event;
+    use crate::types::Event;
 
     #[expect(clippy::disallowed_methods, reason = "any instant will do")]
     fn hub() -> Arc<Hub> {

@@ -14,10 +14,10 @@ use ringtail_dataplane::coalesce::Coalescer;
 use ringtail_dataplane::filter::{CompiledRules, Filter, source_allowed};
 use ringtail_dataplane::packet::build::{Builder, Tcp};
 use ringtail_dataplane::packet::header::Headers;
+use ringtail_dataplane::packet::segment::plan;
+use ringtail_dataplane::packet::vnet::{GSO_TCPV4, VnetHdr};
 use ringtail_dataplane::route::Table;
 use ringtail_dataplane::stats::{Counters, DropReason, Meter, Published, Room};
-use ringtail_dataplane::tun::segment::plan;
-use ringtail_dataplane::tun::vnet::{GSO_TCPV4, VnetHdr};
 use ringtail_dataplane::{Engine, PeerId, Prefix, Rules};
 
 thread_local! {

@@ -7,7 +7,7 @@
 use crossbeam::atomic::AtomicCell;
 use crossbeam::queue::ArrayQueue;
 
-use super::{PEERS_MAX, PathDecision, PeerId};
+use crate::types::{PEERS_MAX, PathDecision, PeerId};
 
 /// The slots of one shard.
 pub(crate) struct PathSlots {

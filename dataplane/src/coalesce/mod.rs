@@ -34,9 +34,9 @@ pub use output::{SUPER_PACKET_LEN_MAX, SuperPackets, TAIL_LEN_MAX};
 
 use crate::packet::ecn;
 use crate::packet::header::{Headers, TCP_PSH};
+use crate::packet::vnet::VNET_HDR_LEN;
 use crate::stats::DropReason;
 use crate::tun::Kinds;
-use crate::tun::vnet::VNET_HDR_LEN;
 use output::Item;
 use segment::{FlowId, HEADERS_LEN_MAX, Segment, Shape, Transport};
 

@@ -7,8 +7,8 @@ use zerocopy::IntoBytes;
 use super::segment::{Segment, Transport};
 use crate::packet::checksum;
 use crate::packet::header::{IpVersion, TCP, TCP_CHECKSUM_OFFSET, UDP, UDP_CHECKSUM_OFFSET};
+use crate::packet::vnet::{GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
 use crate::tun::Kind;
-use crate::tun::vnet::{GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
 
 /// Longest IP packet written to a TUN, in bytes.
 pub const SUPER_PACKET_LEN_MAX: usize = 65_535;

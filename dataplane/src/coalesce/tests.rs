@@ -9,8 +9,8 @@ use super::*;
 use crate::packet::build::{Builder, Tcp};
 use crate::packet::checksum;
 use crate::packet::header::{Flow, Fragment, TCP_ACK, TCP_PSH};
-use crate::tun::segment::plan;
-use crate::tun::vnet::{
+use crate::packet::segment::plan;
+use crate::packet::vnet::{
     GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VNET_HDR_LEN, VnetHdr,
 };
 

@@ -22,7 +22,7 @@
 //! A filter is [closed](Filter::closed) until it is given rules: then no fragment, no answer and no
 //! TCP segment passes either, since nothing is ours.
 //!
-//! With [`Rules::AllowAll`](crate::channel::Rules) both `admit` and `remember` return at once, and
+//! With [`Rules::AllowAll`](crate::types::Rules) both `admit` and `remember` return at once, and
 //! no memory of flows exists. Flows are then remembered from the moment a list is installed, here or
 //! at a shard that has it a moment before us and tells us of a flow.
 
@@ -33,12 +33,12 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::channel::PeerId;
 use crate::packet::header::{
     Flow, Fragment, HashKey, Headers, ICMP, ICMPV6, IpVersion, SCTP, TCP, TCP_ACK, TCP_SYN, UDP,
 };
 use crate::route::Cursor;
 use crate::stats::DropReason;
+use crate::types::PeerId;
 pub(crate) use flows::flows_max;
 pub use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory, Tell};
 pub use rules::{Ask, CompiledRules};

@@ -8,8 +8,8 @@
 
 use std::net::IpAddr;
 
-use crate::channel::{Prefix, Rules};
 use crate::route::{PrefixMap, covers, masked};
+use crate::types::{Prefix, Rules};
 
 /// Compiled [`Rules`]. Immutable.
 #[derive(Clone, Debug)]

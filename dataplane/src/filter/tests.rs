@@ -10,9 +10,9 @@ use rand::{Rng, RngExt, SeedableRng};
 use serde_json::Value;
 
 use super::*;
-use crate::channel::{Prefix, Rule, Rules};
 use crate::packet::build::{Builder, Tcp};
 use crate::route::{Table, covers, masked};
+use crate::types::{Prefix, Rule, Rules};
 
 #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
 fn start() -> Instant {

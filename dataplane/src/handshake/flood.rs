@@ -9,10 +9,11 @@ use rand::{Rng, RngExt, SeedableRng};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::channel::{Arrived, PeerConfig};
 use crate::noise::{
     CookieStore, INITIATION_LEN, RESPONSE_LEN, Remote, Tai64n, initiation, put_mac1,
 };
+use crate::peer::Arrived;
+use crate::types::PeerConfig;
 
 /// Messages that fit into the sockets' buffers, by door: 768 bytes of memory each.
 const ROOM: [usize; 4] = [680, 680, 680, 2700];

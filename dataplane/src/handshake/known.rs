@@ -13,9 +13,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use crate::channel::PeerId;
-use crate::channel::hub::Hub;
-use crate::channel::table::PeerTable;
+use crate::hub::Hub;
+use crate::peer::table::PeerTable;
+use crate::types::PeerId;
 
 /// A peer is known for so long after something authentic came from it: until the keys are too old, and
 /// its initiations have been repeated as long as they are.

@@ -30,14 +30,15 @@ use known::KnownAddresses;
 use rand::rngs::StdRng;
 use reservoir::Reservoir;
 
-use crate::channel::hub::{HandshakeMessage, Settings};
-use crate::channel::table::PeerTable;
-use crate::channel::{Hub, PeerId};
 use crate::classify::{COOKIE_LEN, owner_shard, receiver_index};
+use crate::hub::Hub;
+use crate::hub::{HandshakeMessage, Settings};
 use crate::noise::{Gate, LocalKeys, Novelty, PeekedInitiation, Standing, Verdict};
+use crate::peer::table::PeerTable;
 use crate::stats::{Counters, DropReason, Meter, Published};
 use crate::sys::socket::{Leave, Local, Many, receive_many, send_many, wait_readable};
 use crate::sys::{now, thread_time};
+use crate::types::PeerId;
 use crate::udp::{Door, Doors};
 
 /// Messages read at once.

@@ -5,8 +5,8 @@ use std::time::Duration;
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::channel::PeerConfig;
 use crate::noise::{CookieStore, LOAD_BURST, Remote, Tai64n, consume_initiation, initiation};
+use crate::types::PeerConfig;
 
 #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
 fn start() -> Instant {

@@ -8,7 +8,7 @@
 
 use std::time::Instant;
 
-use crate::channel::PeerId;
+use crate::types::PeerId;
 
 /// Not in the heap.
 const ABSENT: u32 = u32::MAX;

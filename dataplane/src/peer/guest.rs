@@ -25,12 +25,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Addressee, Trouble, Way};
-use crate::channel::table::{PeerEntry, PeerTable};
-use crate::channel::{Borrowed, PeerId, PeerShared};
+use super::table::{PeerEntry, PeerTable};
+use super::{Addressee, PeerShared, Trouble, Way};
+use crate::channel::Borrowed;
+use crate::packet::segment::Plan;
 use crate::session::{Engine, Sealing, Staged};
 use crate::stats::DropReason;
-use crate::tun::segment::Plan;
+use crate::types::PeerId;
 
 /// Sealing goes on for this long at most before the owner hears of it: little beside the times of any
 /// rule that depends on it (the shortest is the silence limit of a path, about a second).

@@ -5,9 +5,12 @@
 
 #![forbid(unsafe_code)]
 
+pub(crate) mod activity;
 mod deadlines;
 mod guest;
 mod path;
+mod shared;
+pub(crate) mod table;
 mod unopened;
 mod waiting;
 
@@ -16,23 +19,24 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
+pub(crate) use activity::{ActivityBlock, Arrived};
 use deadlines::Deadlines;
 pub(crate) use guest::{Guest, Guests, Report, Terms};
 pub(crate) use path::{Kind, Path, Source, Way};
+pub(crate) use shared::{PeerShared, Whereabouts};
+use table::PeerEntry;
 use unopened::Unopened;
 use waiting::{Budget, Waiting};
 #[cfg(test)]
 pub(crate) use waiting::{NODE_BYTES_MAX, PACKETS_MAX, QUEUE_COST, SHARD_BYTES_MIN};
 
-use crate::channel::table::PeerEntry;
-use crate::channel::{
-    Arrived, Event, Lent, PEERS_MAX, PathDecision, PeerConfig, PeerId, PeerShared,
-};
+use crate::channel::Lent;
 use crate::noise::Bucket;
+use crate::packet::segment::Plan;
 use crate::session::{Engine, Session, Staged, Stamps};
 use crate::stats::DropReason;
 use crate::sys::socket::Local;
-use crate::tun::segment::Plan;
+use crate::types::{Event, PEERS_MAX, PathDecision, PeerConfig, PeerId};
 
 /// Whom a run of sealed datagrams is for: a peer of this shard, or a guest.
 pub(crate) trait Addressee {

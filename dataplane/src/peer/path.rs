@@ -28,8 +28,9 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use crate::channel::{Arrived, Event, PathDecision, PeerId, RegionId, Whereabouts};
+use super::{Arrived, Whereabouts};
 use crate::sys::socket::Local;
+use crate::types::{Event, PathDecision, PeerId, RegionId};
 
 /// At most one [`Event::Kick`] per peer in this time.
 const KICK_INTERVAL: Duration = Duration::from_millis(100);

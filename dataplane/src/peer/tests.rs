@@ -7,11 +7,11 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::channel::table::PeerTable;
 use crate::packet::build::Builder;
+use crate::packet::segment::plan;
+use crate::packet::vnet::VnetHdr;
+use crate::peer::table::PeerTable;
 use crate::session::{Change, MESSAGE_LEN_MAX, Moment};
-use crate::tun::segment::plan;
-use crate::tun::vnet::VnetHdr;
 
 fn config(id: u32, key: u8) -> PeerEntry {
     PeerEntry {

@@ -13,8 +13,8 @@ use std::cmp::Reverse;
 use std::collections::{BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use crate::channel::PeerId;
 use crate::config::share;
+use crate::types::PeerId;
 
 /// Packets (a super-packet is one here) and bytes that wait per peer at most; the oldest go first, as in
 /// the kernel's WireGuard.

@@ -11,7 +11,7 @@ mod shared_map;
 
 use std::net::IpAddr;
 
-use crate::channel::{PeerId, Prefix};
+use crate::types::{PeerId, Prefix};
 pub(crate) use prefix_map::Mixer;
 pub use prefix_map::{PrefixMap, covers, masked};
 pub(crate) use shared_map::SharedMap;

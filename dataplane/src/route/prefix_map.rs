@@ -13,8 +13,8 @@ use std::hash::{BuildHasher, Hash, Hasher};
 use std::net::IpAddr;
 
 use super::SharedMap;
-use crate::channel::Prefix;
 use crate::packet::header::mix;
+use crate::types::Prefix;
 
 /// A map from prefixes of both families to `V`.
 #[derive(Clone, Debug)]

@@ -14,14 +14,14 @@
 
 use arrayvec::ArrayVec;
 
-use crate::channel::PeerId;
+use crate::context::Context;
 use crate::packet::ecn;
 use crate::packet::header::{Fragment, Headers};
+use crate::packet::segment::Plan;
 use crate::peer::{Addressee, Kind};
 use crate::session::{BATCH_MAX, Engine, MESSAGE_LEN_MAX};
-use crate::shard::context::Context;
 use crate::stats::DropReason;
-use crate::tun::segment::Plan;
+use crate::types::PeerId;
 use crate::udp::SEND_BYTES_MAX;
 
 /// Runs open at once. Who needs one more sends that longest open.

@@ -12,15 +12,15 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::channel::PeerConfig;
-use crate::channel::table::PeerEntry;
 use crate::config;
 use crate::packet::build::{Builder, Tcp};
 use crate::packet::header::Headers;
+use crate::packet::segment::plan;
+use crate::packet::vnet::{GSO_TCPV4, VnetHdr};
+use crate::peer::table::PeerEntry;
 use crate::peer::{Peer, Peers};
 use crate::session::{Opened, Session};
-use crate::tun::segment::plan;
-use crate::tun::vnet::{GSO_TCPV4, VnetHdr};
+use crate::types::PeerConfig;
 
 const MTU: usize = 1420;
 const PEER: PeerId = PeerId(0);

@@ -9,12 +9,12 @@ use rand::rngs::StdRng;
 use zeroize::Zeroizing;
 
 use super::{Engine, MESSAGE_LEN_MAX, Moment, OpenReport, Opened, Outcome, Session};
-use crate::channel::PeerConfig;
 use crate::config;
 use crate::packet::header::Headers;
+use crate::packet::segment::plan;
+use crate::packet::vnet::VnetHdr;
 use crate::stats::DropReason;
-use crate::tun::segment::plan;
-use crate::tun::vnet::VnetHdr;
+use crate::types::PeerConfig;
 
 /// One end of a tunnel.
 #[expect(missing_debug_implementations, reason = "keys")]

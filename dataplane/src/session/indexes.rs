@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use rand::{Rng, RngExt};
 
-use crate::channel::{Awaited, PeerId};
+use super::Awaited;
+use crate::types::PeerId;
 
 /// The indexes of one shard.
 pub(crate) struct Indexes {

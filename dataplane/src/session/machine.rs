@@ -26,12 +26,12 @@ use super::{
     ZERO_AFTER_TIME,
 };
 use crate::aead::{Aead, Open};
-use crate::channel::PeerId;
 use crate::classify::{
     COOKIE_LEN, DATA_HEADER_LEN, DATA_LEN_MIN, INITIATION_LEN, RESPONSE_LEN, TAG_LEN, data_counter,
 };
 use crate::noise::{self, CookieStore, Initiated, PeekedInitiation, Remote, Tai64n, TransportKeys};
 use crate::stats::DropReason;
+use crate::types::PeerId;
 
 /// One peer's session.
 pub(crate) struct Machine {

@@ -74,6 +74,7 @@
 
 #![forbid(unsafe_code)]
 
+mod awaited;
 mod counter;
 mod end;
 mod indexes;
@@ -101,6 +102,9 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 use zeroize::Zeroizing;
 
+pub(crate) use awaited::Awaited;
+#[cfg(test)]
+pub(crate) use awaited::PLACES;
 pub use end::{End, Got};
 pub use known::Known;
 use machine::Machine;
@@ -110,12 +114,12 @@ use tunn::Tunnel;
 pub(crate) use {keypair::keypair_cost, opened::SPANS_ROOM};
 
 use crate::aead::Aead;
-use crate::channel::{Awaited, PeerConfig, PeerId};
 use crate::classify::DATA_HEADER_LEN;
 use crate::config;
 use crate::noise::{LocalKeys, PeekedInitiation, Remote, Tai64n};
+use crate::packet::segment::Plan;
 use crate::stats::DropReason;
-use crate::tun::segment::Plan;
+use crate::types::{PeerConfig, PeerId};
 use indexes::Indexes;
 pub(crate) use keypair::Sealing;
 

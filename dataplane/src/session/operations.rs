@@ -19,8 +19,8 @@ use super::{
     Change, End, Got, INITIATION_INTERVAL_MIN, Known, Moment, OVERHEAD, REKEY_ATTEMPT_TIME,
     REKEY_TIMEOUT,
 };
-use crate::channel::{PeerConfig, PeerId};
 use crate::noise;
+use crate::types::{PeerConfig, PeerId};
 
 /// Messages the network remembers at most; the oldest go.
 const IN_FLIGHT_MAX: usize = 64;

@@ -14,8 +14,8 @@ use super::machine::Machine;
 use super::timers::{Alarm, Alarms};
 use super::window::Window;
 use super::{Own, REJECT_AFTER_MESSAGES};
-use crate::channel::PeerId;
 use crate::noise::{CookieStore, CookieStoreState, INITIATED_LEN, Initiated, Remote, Tai64n};
+use crate::types::PeerId;
 
 /// Which part a keypair plays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

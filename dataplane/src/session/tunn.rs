@@ -35,8 +35,8 @@ use super::{
     Change, FRESH, INITIATION_INTERVAL_MIN, MESSAGE_LEN_MAX, OpenReport, Opened, Outcome, PADDING,
     QUIET_LIMIT, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX, Staged, padded_len,
 };
+use crate::packet::segment::Plan;
 use crate::stats::DropReason;
-use crate::tun::segment::Plan;
 
 /// How often a session in use is ticked.
 const TICK: Duration = Duration::from_millis(250);

@@ -10,21 +10,22 @@ use arrayvec::ArrayVec;
 use super::{
     HANDSHAKES_PER_TURN_MAX, RELAYED_BURST, RELAYED_PER_SECOND, RELAYED_PER_TURN_MAX, Shard,
 };
-use crate::channel::hub::{HANDSHAKE_LEN_MAX, Handed, HandshakeMessage, ShardSet};
-use crate::channel::{Event, PeerId};
 use crate::classify::receiver_index;
 use crate::config;
 use crate::filter::source_allowed;
+use crate::hub::{HANDSHAKE_LEN_MAX, Handed, HandshakeMessage, ShardSet};
 use crate::noise::{Bucket, PeekedInitiation};
 use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
+use crate::packet::vnet::VNET_HDR_LEN;
 use crate::peer::{Kind, Source};
 use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
 use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Local;
-use crate::tun::{self, vnet::VNET_HDR_LEN};
+use crate::tun;
+use crate::types::{Event, PeerId};
 
 /// Types of handshake messages: 1 to 3 (WireGuard paper §5.4).
 const HANDSHAKE_TYPES: usize = 3;

@@ -7,7 +7,6 @@
 
 #![forbid(unsafe_code)]
 
-pub(crate) mod context;
 mod inbound;
 mod outbound;
 mod transmit;
@@ -18,27 +17,27 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
-use context::Context;
 #[cfg(test)]
 pub(crate) use transmit::RELAY_JOIN_MAX;
 use transmit::Transmit;
 
-use crate::channel::hub::{FLOWS_TOLD_MAX, Handed, Inbox, Settings};
-use crate::channel::table::{Network, PeerEntry, PeerTable};
-use crate::channel::{Event, Hub, PeerId, PeerShared};
 use crate::classify::INITIATION_LEN;
 use crate::coalesce::Coalescer;
 use crate::config::{self, DriverKind};
+use crate::context::Context;
 use crate::filter::Filter;
+use crate::hub::{FLOWS_TOLD_MAX, Handed, Hub, Inbox, Settings};
 use crate::noise::{Bucket, LOAD_BURST, LOAD_PER_SECOND};
 use crate::packet::header::Headers;
-use crate::peer::{Guests, Kind, Peers, Way};
+use crate::peer::table::{Network, PeerEntry, PeerTable};
+use crate::peer::{Guests, Kind, PeerShared, Peers, Way};
 use crate::ring::{Driver, Sources, TunRx, UdpRx};
 use crate::seal;
 use crate::session::{Change, Engine, MESSAGE_LEN_MAX, Opened};
 use crate::stats::{DropReason, Meter, Published, Room};
 use crate::sys;
 use crate::tun::{Merging, Queue};
+use crate::types::{Event, PeerId};
 use crate::udp::{Sender, Sockets};
 
 /// Path decisions applied per turn at most.

@@ -5,14 +5,14 @@
 use std::sync::Arc;
 
 use super::Shard;
-use crate::channel::PeerId;
-use crate::channel::hub::Handed;
+use crate::hub::Handed;
+use crate::packet::segment::{Plan, plan};
+use crate::packet::vnet::VnetHdr;
 use crate::ring::TunRx;
 use crate::route::Cursor;
 use crate::seal;
 use crate::stats::{DropReason, Meter, Room};
-use crate::tun::segment::{Plan, plan};
-use crate::tun::vnet::VnetHdr;
+use crate::types::PeerId;
 
 impl Shard<'_> {
     /// Takes one packet or super-packet from the TUN. What is for a peer of another shard is sealed

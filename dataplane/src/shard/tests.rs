@@ -8,13 +8,13 @@ use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::channel::hub::RelayIn;
-use crate::channel::strangers;
-use crate::channel::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, Rules};
 use crate::filter::{CompiledRules, source_allowed};
+use crate::hub::RelayIn;
+use crate::hub::strangers;
 use crate::packet::build::Builder;
 use crate::session::{Moment, Session};
 use crate::tun::Kinds;
+use crate::types::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, Rules};
 
 const OWN_KEY: [u8; 32] = [1; 32];
 const REGION: RegionId = RegionId(1);
@@ -405,7 +405,7 @@ fn a_peer_that_floods_by_relay_is_computed_for_within_its_share_and_others_are_h
 /// A UDP packet as the TUN gives it.
 fn packet() -> Vec<u8> {
     let (src, dst) = (([10, 0, 0, 1], 1).into(), ([10, 0, 0, 2], 2).into());
-    let header = [0; crate::tun::vnet::VNET_HDR_LEN];
+    let header = [0; crate::packet::vnet::VNET_HDR_LEN];
     [&header[..], &Builder::new(src, dst).udp(b"x")].concat()
 }
 

@@ -5,11 +5,12 @@
 use std::sync::Arc;
 
 use super::Context;
-use crate::channel::{Hub, PeerId, RegionId, RelayOut};
+use crate::hub::Hub;
 use crate::peer::{Guest, Kind, Peer, Trouble, Way};
 use crate::seal::{Batch, Outlet};
 use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Leave;
+use crate::types::{PeerId, RegionId, RelayOut};
 use crate::udp::{Sender, Sockets};
 
 /// Batches to one relay are joined up to this many bytes.

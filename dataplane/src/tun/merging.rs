@@ -9,8 +9,8 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
-use super::segment::plan;
-use super::vnet::{VNET_HDR_LEN, VnetHdr};
+use crate::packet::segment::plan;
+use crate::packet::vnet::{VNET_HDR_LEN, VnetHdr};
 use zerocopy::IntoBytes;
 
 /// Refusals after which a kind is merged no more.
@@ -191,8 +191,8 @@ mod tests {
     use crate::coalesce::Coalescer;
     use crate::packet::build::{Builder, Tcp};
     use crate::packet::header::{Headers, TCP_ACK};
+    use crate::packet::vnet::{GSO_NONE, GSO_UDP_L4};
     use crate::tun::device::TunOffloads;
-    use crate::tun::vnet::{GSO_NONE, GSO_UDP_L4};
 
     /// Packets of one flow of each kind by turns, ten of each, the last one shorter.
     fn packets() -> Vec<Vec<u8>> {

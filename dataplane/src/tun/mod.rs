@@ -1,9 +1,7 @@
-//! The TUN device: queues, virtio-net header, super-packets and their segments.
+//! The TUN device: queues, and what is merged for them.
 
 mod device;
 mod merging;
-pub mod segment;
-pub mod vnet;
 
 pub(crate) use device::{Device, Queue};
 pub use merging::{Kind, Kinds};

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 mod group;
-mod routes;
 mod sender;
 mod steer;
 
@@ -11,7 +10,5 @@ pub use group::set_dont_fragment;
 #[cfg(test)]
 pub(crate) use group::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
 pub(crate) use group::{Doors, Group, Sockets, Wanted};
-pub(crate) use routes::Routes;
-pub use routes::rest_after;
 pub(crate) use sender::{SEND_BYTES_MAX, Sender};
 pub(crate) use steer::Door;

@@ -3,8 +3,8 @@
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::*;
-use crate::channel::PeerConfig;
-use crate::channel::table::PeerEntry;
+use crate::peer::table::PeerEntry;
+use crate::types::PeerConfig;
 
 #[expect(clippy::disallowed_methods, reason = "any instant will do")]
 fn now() -> Instant {
@@ -286,7 +286,7 @@ fn waits(waiting: &Waiting) -> u64 {
 fn entry(
     id: PeerId,
     number: u32,
-    shared: Option<std::sync::Arc<crate::channel::PeerShared>>,
+    shared: Option<std::sync::Arc<crate::peer::PeerShared>>,
 ) -> PeerEntry {
     let config = PeerConfig {
         id,

@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::{ActivityBlock, Loan};
-use crate::peer::Terms;
+use super::{ActivityBlock, Terms};
+use crate::channel::Loan;
 use crate::sys::socket::Local;
 
 /// Where a peer was last seen, and where it found us: the two ends of the path in device mode.

@@ -4,7 +4,7 @@
 //! it is told of few a second, and of fewer from one source: a flood leaves room for peers elsewhere,
 //! unless it comes from several addresses, or in the name of many.
 //!
-//! [`Event::Unopened`]: super::Event::Unopened
+//! [`Event::Unopened`]: crate::types::Event::Unopened
 
 #![forbid(unsafe_code)]
 

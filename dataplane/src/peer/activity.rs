@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use super::Activity;
+use crate::types::Activity;
 
 /// One peer's line. Times are nanoseconds since the data plane's epoch, plus one; 0 is "never".
 #[derive(Debug, Default)]
@@ -23,14 +23,14 @@ pub(crate) struct ActivityBlock {
 }
 
 /// Nanoseconds since the epoch, plus one; 0 is "never".
-pub(super) fn to_ns(epoch: Instant, at: Instant) -> u64 {
+pub(crate) fn to_ns(epoch: Instant, at: Instant) -> u64 {
     u64::try_from(at.saturating_duration_since(epoch).as_nanos())
         .unwrap_or(u64::MAX)
         .saturating_add(1)
 }
 
 /// The reverse of [`to_ns`].
-pub(super) fn from_ns(epoch: Instant, ns: u64) -> Option<Instant> {
+pub(crate) fn from_ns(epoch: Instant, ns: u64) -> Option<Instant> {
     epoch.checked_add(Duration::from_nanos(ns.checked_sub(1)?))
 }
 

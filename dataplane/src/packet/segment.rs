@@ -390,7 +390,7 @@ fn low_u32(value: usize) -> u32 {
 mod tests {
     use super::*;
     use crate::packet::build::{Builder, Tcp};
-    use crate::tun::vnet::{GSO_UDP, NEEDS_CSUM};
+    use crate::packet::vnet::{GSO_UDP, NEEDS_CSUM};
     use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
     use zerocopy::FromBytes;
 

@@ -15,7 +15,8 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::channel::{Hub, PeerShared};
+use crate::hub::Hub;
+use crate::peer::PeerShared;
 use crate::sys::netlink::{RouteNotices, RouteQuery};
 use crate::sys::now;
 use crate::sys::socket::wait_readable;

@@ -1,7 +1,12 @@
 //! Everything the threads of one data plane share: inboxes towards the shards and the handshake
-//! thread, the outbox towards the control thread, and the activity lines.
+//! thread, and the outbox towards the control thread. The rooms whose threads these are stand above it.
+//!
+//! Nobody waits for anybody. Settings, sockets and networks go through cells that hold the newest only,
+//! from which each reader finds out what has changed for it.
 
 #![forbid(unsafe_code)]
+
+pub(crate) mod strangers;
 
 use std::io;
 use std::net::SocketAddr;
@@ -15,20 +20,21 @@ use crossbeam::utils::CachePadded;
 
 use zeroize::Zeroizing;
 
-use super::activity::{from_ns, to_ns};
-use super::strangers::Strangers;
-use super::table::{Network, PeerTable};
-use super::{
-    Awaited, Datagrams, Event, Lane, Load, PathSlots, PeerId, PeerShared, RegionId, RelayOut, Wake,
-};
+use strangers::Strangers;
+
+use crate::channel::{Lane, Load, PathSlots, Wake};
 use crate::classify::owner_shard;
-use crate::config::share;
+use crate::config::{SHARDS_MAX, share};
 use crate::noise::PeekedInitiation;
 use crate::packet::header::Flow;
-use crate::peer::Report;
+use crate::peer::activity::{from_ns, to_ns};
+use crate::peer::table::{Network, PeerTable};
+use crate::peer::{PeerShared, Report};
 use crate::ring::{TunRx, UdpRx};
+use crate::session::Awaited;
 use crate::sys::EventFd;
 use crate::sys::socket::Local;
+use crate::types::{Datagrams, Event, PeerId, RegionId, RelayOut};
 use crate::udp::{Doors, Sockets};
 
 /// Batches that wait for the control thread at most, and their bytes.
@@ -143,7 +149,7 @@ impl HandshakeMessage {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ShardSet(u64);
 
-const _: () = assert!(crate::SHARDS_MAX <= u64::BITS as usize);
+const _: () = assert!(SHARDS_MAX <= u64::BITS as usize);
 
 impl ShardSet {
     /// Adds a shard, which is below `SHARDS_MAX`.
@@ -152,7 +158,7 @@ impl ShardSet {
     }
 
     pub(crate) fn contains(self, shard: u8) -> bool {
-        usize::from(shard) < crate::SHARDS_MAX && self.0 & (1 << shard) != 0
+        usize::from(shard) < SHARDS_MAX && self.0 & (1 << shard) != 0
     }
 
     /// Takes one out.
@@ -160,7 +166,7 @@ impl ShardSet {
         let shard = u8::try_from(self.0.trailing_zeros()).ok()?;
         // Of an empty set that is 64, and nothing to clear.
         self.0 &= self.0.wrapping_sub(1);
-        (usize::from(shard) < crate::SHARDS_MAX).then_some(shard)
+        (usize::from(shard) < SHARDS_MAX).then_some(shard)
     }
 }
 
@@ -489,12 +495,12 @@ mod tests {
 
     #[test]
     fn what_any_shard_has_done_with_waits_for_the_control_side() {
-        let outbox = Outbox::new(crate::SHARDS_MAX).unwrap();
+        let outbox = Outbox::new(SHARDS_MAX).unwrap();
         let done = Network::closed();
-        for _ in 0..5 * crate::SHARDS_MAX {
+        for _ in 0..5 * SHARDS_MAX {
             outbox.retire(done.clone());
         }
-        assert_eq!(Arc::strong_count(&done.table), 1 + 5 * crate::SHARDS_MAX);
+        assert_eq!(Arc::strong_count(&done.table), 1 + 5 * SHARDS_MAX);
         assert_eq!(outbox.poll_event(), None);
         assert_eq!(Arc::strong_count(&done.table), 1);
     }

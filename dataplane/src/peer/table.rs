@@ -9,9 +9,10 @@
 
 use std::sync::Arc;
 
-use super::{PEERS_MAX, PeerConfig, PeerId, PeerShared, Prefix};
+use super::PeerShared;
 use crate::filter::CompiledRules;
 use crate::route::{self, SharedMap};
+use crate::types::{PEERS_MAX, PeerConfig, PeerId, Prefix};
 
 /// One peer of the table.
 #[derive(Clone, Debug)]

@@ -4,10 +4,10 @@
 
 use std::time::Instant;
 
-use crate::channel::Event;
 use crate::session::Moment;
 use crate::stats::{Counters, Room};
 use crate::sys::{cycles, steady_wall};
+use crate::types::Event;
 
 /// Room for events of one turn before the vector grows.
 const EVENTS_ROOM: usize = 64;
