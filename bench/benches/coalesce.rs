@@ -1,5 +1,4 @@
-//! Merging opened packets for the TUN, per packet, with checksum verification: decrypting into the
-//! tail is stood for by copying the packet there.
+//! Merging opened packets for the TUN, per packet, with checksum verification.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ringtail_dataplane::coalesce::Coalescer;
@@ -52,10 +51,9 @@ fn bench(c: &mut Criterion) {
         group.bench_function(name, |b| {
             b.iter(|| {
                 for packet in &packets {
-                    let room = coalescer.tail(packet.len() + 16);
-                    room[..packet.len()].copy_from_slice(black_box(packet));
-                    if let Ok(headers) = Headers::parse(room) {
-                        let _ = coalescer.commit(&headers, 0);
+                    let packet = black_box(packet);
+                    if let Ok(headers) = Headers::parse(packet) {
+                        let _ = coalescer.push(&headers, packet, 0);
                     }
                 }
                 let batch = coalescer.take();

@@ -67,14 +67,12 @@ pub fn opened(now: Instant, mut bytes: &[u8]) {
     while let Ok(([units, tos], rest)) = <[u8; 2]>::read_from_prefix(bytes) {
         let (packet, rest) = rest.split_at(rest.len().min(usize::from(units) * 8));
         bytes = rest;
-        let room = coalescer.tail(packet.len());
-        room.copy_from_slice(packet);
-        let Ok(headers) = Headers::parse(room) else {
+        let Ok(headers) = Headers::parse(packet) else {
             continue;
         };
         let _ = filter.admit(now, &headers, packet);
         let _ = filter.remember(now, &headers, packet);
-        committed += usize::from(coalescer.commit(&headers, tos).is_ok());
+        committed += usize::from(coalescer.push(&headers, packet, tos).is_ok());
     }
     let batch = coalescer.take();
     let mut segments = 0;

@@ -1,18 +1,12 @@
 #![forbid(unsafe_code)]
 //! Merges opened packets of one flow into super-packets for the TUN: GRO in userspace.
 //!
-//! Life of a packet: the opener asks for room ([`Coalescer::tail`]), decrypts into it, looks at what
-//! came out (headers, filter), and either commits it ([`Coalescer::commit`]) or asks for room again,
-//! which undoes the reservation. At the end of a turn [`Coalescer::take`] gives the finished batch.
+//! A packet that was opened and passed the filter is copied in once ([`Coalescer::push`]): its payload
+//! to the end of the super-packet that it continues, or the whole of it to a place of its own. At the
+//! end of a turn [`Coalescer::take`] gives the finished batch.
 //!
-//! # Where packets lie
-//!
-//! Packets lie back to back in slabs, each behind 10 bytes for its virtio-net header. The room
-//! offered is placed so that, if the next packet continues the flow of the last one, its payload
-//! falls exactly behind what is there: the room starts one header length *before* the end of the
-//! super-packet, and the bytes overlapped are saved and put back. A packet that turns out to be
-//! something else is moved. A super-packet that is no longer last in its slab moves once, to a slab
-//! of its own, when it grows again.
+//! Packets lie back to back in slabs, each behind 10 bytes for its virtio-net header. A super-packet
+//! that is no longer last in its slab moves once, to a slab of its own, when it grows again.
 //!
 //! # What is merged
 //!
@@ -30,11 +24,10 @@ mod segment;
 
 #[cfg(test)]
 pub(crate) use output::SLAB_LEN;
-pub use output::{SUPER_PACKET_LEN_MAX, SuperPackets, TAIL_LEN_MAX};
+pub use output::{SUPER_PACKET_LEN_MAX, SuperPackets};
 
 use crate::packet::ecn;
 use crate::packet::header::{Headers, TCP_PSH};
-use crate::packet::vnet::VNET_HDR_LEN;
 use crate::stats::DropReason;
 use crate::tun::Kinds;
 use output::Item;
@@ -61,14 +54,10 @@ pub struct Coalescer {
     spares: Vec<SuperPackets>,
     /// Super-packets that may still grow, oldest first.
     open: Vec<Open>,
-    /// The item that grew last: the next packet is expected to continue it.
-    recent: Option<usize>,
     /// The slab in which packets start.
     nursery: Option<usize>,
     /// What is merged.
     kinds: Kinds,
-    reserved: Option<Reserved>,
-    saved: [u8; HEADERS_LEN_MAX],
 }
 
 /// A super-packet that may still grow.
@@ -79,16 +68,6 @@ struct Open {
     next_seq: u32,
     /// Headers of the first packet, as it came.
     header: [u8; HEADERS_LEN_MAX],
-}
-
-/// Room given to the opener.
-#[derive(Clone, Copy, Debug)]
-struct Reserved {
-    slab: usize,
-    at: usize,
-    len: usize,
-    /// Bytes from `at` that belong to a super-packet and are saved.
-    saved_len: usize,
 }
 
 impl Default for Coalescer {
@@ -105,11 +84,8 @@ impl Coalescer {
             batch: SuperPackets::default(),
             spares: Vec::with_capacity(SPARES_MAX),
             open: Vec::with_capacity(FLOWS_OPEN_MAX),
-            recent: None,
             nursery: None,
             kinds: Kinds::ALL,
-            reserved: None,
-            saved: [0; HEADERS_LEN_MAX],
         }
     }
 
@@ -119,81 +95,12 @@ impl Coalescer {
         self.kinds = kinds;
     }
 
-    /// Room of exactly `len` bytes for the next packet, with arbitrary content. A room that was not
-    /// committed is taken back.
-    ///
-    /// # Panics
-    /// If `len` is above [`TAIL_LEN_MAX`].
-    pub fn tail(&mut self, len: usize) -> &mut [u8] {
-        assert!(len <= TAIL_LEN_MAX, "no datagram is {len} bytes long");
-        self.abandon();
-        let reserved = match self.behind_recent(len) {
-            Some(reserved) => reserved,
-            None => {
-                let (slab, at) = self.next_start();
-                Reserved {
-                    slab,
-                    at: at + VNET_HDR_LEN,
-                    len,
-                    saved_len: 0,
-                }
-            }
-        };
-        self.reserved = Some(reserved);
-        let bytes = &mut self.batch.slabs[reserved.slab].bytes;
-        let overlapped = &bytes[reserved.at..reserved.at + reserved.saved_len];
-        self.saved[..reserved.saved_len].copy_from_slice(overlapped);
-        &mut bytes[reserved.at..reserved.at + len]
-    }
-
-    /// Takes the packet at the start of the room that [`Coalescer::tail`] gave. `headers` are its
-    /// headers; what lies behind `headers.total_len` is padding. `outer_tos` is the TOS byte it came
-    /// with, whose ECN bits are combined with the packet's (RFC 6040).
+    /// Takes a packet. `headers` are its headers; what lies behind `headers.total_len` is padding.
+    /// `outer_tos` is the TOS byte it came with, whose ECN bits are combined with the packet's (RFC
+    /// 6040).
     ///
     /// # Errors
     /// [`DropReason::EcnCongested`] by that rule; the packet is gone then.
-    ///
-    /// # Panics
-    /// If there is no room reserved, or the packet is longer than it.
-    pub fn commit(&mut self, headers: &Headers, outer_tos: u8) -> Result<(), DropReason> {
-        let reserved = self.reserved.expect("commit follows tail");
-        let len = headers.total_len;
-        assert!(
-            len <= reserved.len,
-            "the packet was parsed from the reserved room"
-        );
-        let bytes = &mut self.batch.slabs[reserved.slab].bytes;
-        let packet = &mut bytes[reserved.at..reserved.at + len];
-        if let Err(reason) = ecn::decapsulate(packet, outer_tos) {
-            self.abandon();
-            return Err(reason);
-        }
-        match segment::shape(headers, packet) {
-            Shape::Segment(next) if self.kinds.has(next.kind()) => {
-                self.merge(reserved, headers, next)
-            }
-            Shape::Barrier(flow) => {
-                if let Some(at) = self.find(headers, flow, reserved) {
-                    self.open.remove(at);
-                }
-                self.place(reserved, len, None);
-            }
-            Shape::Fragment => {
-                self.close_between(headers, reserved);
-                self.place(reserved, len, None);
-            }
-            Shape::Segment(_) | Shape::Alone => {
-                self.place(reserved, len, None);
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies a packet in: [`Coalescer::tail`] and [`Coalescer::commit`] for those who have it
-    /// elsewhere.
-    ///
-    /// # Errors
-    /// As [`Coalescer::commit`].
     ///
     /// # Panics
     /// If `packet` is shorter than its `headers` say.
@@ -204,8 +111,28 @@ impl Coalescer {
         outer_tos: u8,
     ) -> Result<(), DropReason> {
         let packet = &packet[..headers.total_len];
-        self.tail(packet.len()).copy_from_slice(packet);
-        self.commit(headers, outer_tos)
+        let tos = ecn::combine(headers.tos, outer_tos).ok_or(DropReason::EcnCongested)?;
+        match segment::shape(headers, packet) {
+            Shape::Segment(next) if self.kinds.has(next.kind()) => {
+                self.merge(headers, packet, tos, next);
+            }
+            Shape::Barrier(flow) => {
+                if let Some(at) = self.find(headers, packet, flow) {
+                    self.open.remove(at);
+                }
+                self.place(packet, tos, None);
+            }
+            Shape::Fragment => {
+                self.open.retain(|open| {
+                    !segment::same_addresses(open.first.version, &open.header, headers, packet)
+                });
+                self.place(packet, tos, None);
+            }
+            Shape::Segment(_) | Shape::Alone => {
+                self.place(packet, tos, None);
+            }
+        }
+        Ok(())
     }
 
     /// Whether there is nothing to take.
@@ -220,9 +147,7 @@ impl Coalescer {
 
     /// The finished batch; the coalescer starts a new one in recycled memory.
     pub fn take(&mut self) -> SuperPackets {
-        self.abandon();
         self.open.clear();
-        self.recent = None;
         self.nursery = None;
         let next = self.spares.pop().unwrap_or_default();
         let mut batch = std::mem::replace(&mut self.batch, next);
@@ -238,88 +163,32 @@ impl Coalescer {
         }
     }
 
-    /// Room that overlaps the end of the recent super-packet by its header length.
-    fn behind_recent(&self, len: usize) -> Option<Reserved> {
-        let recent = self.recent?;
-        let open = self.open.iter().find(|open| open.item == recent)?;
-        let item = &self.batch.items[recent];
-        let slab = &self.batch.slabs[item.slab];
-        let saved_len = open.first.header_len;
-        let at = item.end() - saved_len;
-        let fits = slab.end == item.end()
-            && at + len <= slab.bytes.len()
-            && saved_len <= len
-            && item.len + open.first.payload_len <= SUPER_PACKET_LEN_MAX;
-        fits.then_some(Reserved {
-            slab: item.slab,
-            at,
-            len,
-            saved_len,
-        })
-    }
-
-    /// Where a new packet's virtio-net header goes: slab and offset.
-    fn next_start(&mut self) -> (usize, usize) {
-        let slab = self.batch.slab_with_room(self.nursery);
-        self.nursery = Some(slab);
-        (slab, self.batch.slabs[slab].end)
-    }
-
-    /// Puts back what the reservation overlapped and ends it.
-    fn abandon(&mut self) {
-        if let Some(Reserved {
-            slab,
-            at,
-            saved_len,
-            ..
-        }) = self.reserved.take()
-        {
-            self.batch.slabs[slab].bytes[at..at + saved_len]
-                .copy_from_slice(&self.saved[..saved_len]);
-        }
-    }
-
-    /// The reserved packet.
-    fn packet(&self, reserved: Reserved, len: usize) -> &[u8] {
-        &self.batch.slabs[reserved.slab].bytes[reserved.at..reserved.at + len]
-    }
-
-    /// The open super-packet of the reserved packet's flow.
-    fn find(&self, headers: &Headers, flow: FlowId, reserved: Reserved) -> Option<usize> {
-        let packet = self.packet(reserved, headers.total_len);
+    /// The open super-packet of the packet's flow.
+    fn find(&self, headers: &Headers, packet: &[u8], flow: FlowId) -> Option<usize> {
         self.open.iter().position(|open| {
             open.first.flow == flow
                 && segment::same_flow(open.first.version, &open.header, headers, packet)
         })
     }
 
-    /// Closes every super-packet between the addresses of a fragment, in its direction.
-    fn close_between(&mut self, headers: &Headers, reserved: Reserved) {
-        let bytes = &self.batch.slabs[reserved.slab].bytes[reserved.at..];
-        self.open.retain(|open| {
-            !segment::same_addresses(open.first.version, &open.header, headers, bytes)
-        });
-    }
-
-    /// Appends the reserved packet to its flow's super-packet, or starts a new one with it.
-    fn merge(&mut self, reserved: Reserved, headers: &Headers, next: Segment) {
-        let packet = self.packet(reserved, headers.total_len);
+    /// Appends the packet to its flow's super-packet, or starts a new one with it.
+    fn merge(&mut self, headers: &Headers, packet: &[u8], tos: u8, next: Segment) {
         let right = segment::checksums_right(&next, packet);
-        if let Some(at) = self.find(headers, next.flow, reserved) {
-            if right && self.fits(&self.open[at], &next, packet) {
-                self.append(at, reserved, next);
+        if let Some(at) = self.find(headers, packet, next.flow) {
+            if right && self.fits(&self.open[at], &next, packet, tos) {
+                self.append(at, packet, next);
                 return;
             }
             self.open.remove(at);
         }
-        let item = self.place(reserved, headers.total_len, Some(next));
+        let item = self.place(packet, tos, Some(next));
         if right && !next.pushes() {
             self.open(item, next);
         }
     }
 
     /// Whether a packet with right checksums continues an open super-packet of its flow.
-    fn fits(&self, open: &Open, next: &Segment, packet: &[u8]) -> bool {
+    fn fits(&self, open: &Open, next: &Segment, packet: &[u8], tos: u8) -> bool {
         let item = &self.batch.items[open.item];
         next.ip_len == open.first.ip_len
             && next.header_len == open.first.header_len
@@ -329,73 +198,53 @@ impl Coalescer {
                 Transport::Tcp { seq, .. } => seq == open.next_seq,
                 Transport::Udp => item.segments < UDP_SEGMENTS_MAX,
             }
-            && segment::headers_fit(next, item.segments, &open.header, packet)
+            && segment::headers_fit(next, item.segments, &open.header, packet, tos)
     }
 
-    /// Adds the reserved packet's payload to the open super-packet `at`.
-    fn append(&mut self, at: usize, reserved: Reserved, next: Segment) {
+    /// Adds the packet's payload to the open super-packet `at`.
+    fn append(&mut self, at: usize, packet: &[u8], next: Segment) {
         let index = self.open[at].item;
-        let end = {
-            let item = &self.batch.items[index];
-            (item.slab, item.end())
-        };
-        let source = (reserved.slab, reserved.at + next.header_len);
-        if source == end {
-            // As predicted: the payload is where it belongs.
-            self.abandon();
-        } else if self.batch.slabs[end.0].end == end.1 {
-            self.batch.copy(source, end, next.payload_len);
-            self.abandon();
-        } else {
+        let mut item = self.batch.items[index];
+        if self.batch.slabs[item.slab].end != item.end() {
             // Other packets follow it in its slab: it moves, this once.
-            let slab = self.batch.fresh_slab();
-            let item = self.batch.items[index];
-            // The reserved room may overlap its end, so its bytes are put back in between.
-            self.batch
-                .copy(source, (slab, VNET_HDR_LEN + item.len), next.payload_len);
-            self.abandon();
-            self.batch.copy(
-                (item.slab, item.packet_at()),
-                (slab, VNET_HDR_LEN),
-                item.len,
-            );
-            self.batch.items[index].slab = slab;
-            self.batch.items[index].start = 0;
+            item = self.batch.moved(item);
         }
-        let item = &mut self.batch.items[index];
+        let end = item.end();
         item.len += next.payload_len;
         item.segments += 1;
-        self.batch.slabs[item.slab].end = item.end();
-        self.recent = Some(index);
+        self.batch.items[index] = item;
+        let slab = &mut self.batch.slabs[item.slab];
+        slab.bytes[end..item.end()].copy_from_slice(&packet[next.header_len..]);
+        slab.end = item.end();
 
         let open = &mut self.open[at];
         open.next_seq = open.next_seq.wrapping_add(next.payload_len_u32());
         if next.pushes() {
             let flags = item.packet_at() + next.ip_len + TCP_FLAGS_OFFSET;
-            self.batch.slabs[item.slab].bytes[flags] |= TCP_PSH;
+            slab.bytes[flags] |= TCP_PSH;
         }
         if next.pushes() || next.payload_len < open.first.payload_len {
             self.open.remove(at);
         }
     }
 
-    /// Makes the reserved packet an item of its own and returns its index.
-    fn place(&mut self, reserved: Reserved, len: usize, first: Option<Segment>) -> usize {
-        let (slab, start) = self.next_start();
-        let target = (slab, start + VNET_HDR_LEN);
-        if (reserved.slab, reserved.at) != target {
-            self.batch.copy((reserved.slab, reserved.at), target, len);
-        }
-        // The packet is out of the overlap now: it starts behind the end of every other.
-        self.abandon();
+    /// Makes the packet an item of its own, with this TOS byte, and returns its index.
+    fn place(&mut self, packet: &[u8], tos: u8, first: Option<Segment>) -> usize {
+        let at = self.batch.slab_with_room(self.nursery);
+        self.nursery = Some(at);
+        let slab = &mut self.batch.slabs[at];
         let item = Item {
-            slab,
-            start,
-            len,
+            slab: at,
+            start: slab.end,
+            len: packet.len(),
             segments: 1,
             first,
         };
-        self.batch.slabs[slab].end = item.end();
+        let bytes = &mut slab.bytes[item.packet_at()..item.end()];
+        bytes.copy_from_slice(packet);
+        // Combined already, which once more changes nothing.
+        ecn::decapsulate(bytes, tos).expect("its headers were parsed");
+        slab.end = item.end();
         self.batch.items.push(item);
         self.batch.items.len() - 1
     }
@@ -420,7 +269,6 @@ impl Coalescer {
             next_seq,
             header,
         });
-        self.recent = Some(index);
     }
 }
 

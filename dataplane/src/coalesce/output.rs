@@ -12,13 +12,11 @@ use crate::tun::Kind;
 
 /// Longest IP packet written to a TUN, in bytes.
 pub const SUPER_PACKET_LEN_MAX: usize = 65_535;
-/// Most that can be reserved at once, in bytes: a whole datagram and then some.
-pub const TAIL_LEN_MAX: usize = SUPER_PACKET_LEN_MAX + 64;
 /// A packet starts at most here in its slab, so that it can always grow to the full length.
 const START_MAX: usize = 65_536;
 /// Slabs are this long, in bytes.
 pub(crate) const SLAB_LEN: usize = 132 * 1024;
-const _: () = assert!(SLAB_LEN >= START_MAX + VNET_HDR_LEN + TAIL_LEN_MAX);
+const _: () = assert!(SLAB_LEN >= START_MAX + VNET_HDR_LEN + SUPER_PACKET_LEN_MAX);
 
 /// A batch of packets and super-packets ready to be written to a TUN queue, in order.
 ///
@@ -137,16 +135,18 @@ impl SuperPackets {
         slab
     }
 
-    /// Copies bytes between or within slabs.
-    pub(super) fn copy(&mut self, from: (usize, usize), to: (usize, usize), len: usize) {
-        if from.0 == to.0 {
-            self.slabs[from.0]
-                .bytes
-                .copy_within(from.1..from.1 + len, to.1);
-        } else if let Ok([source, target]) = self.slabs.get_disjoint_mut([from.0, to.0]) {
-            let source = &source.bytes[from.1..from.1 + len];
-            target.bytes[to.1..to.1 + len].copy_from_slice(source);
+    /// Copies a packet to the start of an empty slab and returns what it is there.
+    pub(super) fn moved(&mut self, from: Item) -> Item {
+        let to = Item {
+            slab: self.fresh_slab(),
+            start: 0,
+            ..from
+        };
+        if let Ok([source, target]) = self.slabs.get_disjoint_mut([from.slab, to.slab]) {
+            target.bytes[to.packet_at()..to.end()]
+                .copy_from_slice(&source.bytes[from.packet_at()..from.end()]);
         }
+        to
     }
 
     /// Writes the headers that only the whole of a super-packet determines.

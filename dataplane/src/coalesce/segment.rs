@@ -150,11 +150,18 @@ pub(super) fn same_addresses(version: IpVersion, a: &[u8], headers: &Headers, b:
 }
 
 /// Whether `next` can follow the `merged` packets that `first` began, as far as headers go: every
-/// field that a super-packet has only once must be the same. Both are of one flow and shape.
+/// field that a super-packet has only once must be the same. Both are of one flow and shape; `tos` is
+/// the TOS byte that `next` gets.
 ///
 /// IPv4 identifications must count up unless DF is set, where they mean nothing (RFC 6864).
 #[inline]
-pub(super) fn headers_fit(segment: &Segment, merged: usize, first: &[u8], next: &[u8]) -> bool {
+pub(super) fn headers_fit(
+    segment: &Segment,
+    merged: usize,
+    first: &[u8],
+    next: &[u8],
+    tos: u8,
+) -> bool {
     let ip_fits = match segment.version {
         IpVersion::V4 => {
             let id_fits = u16::from_be_bytes([first[6], first[7]]) & IPV4_DF != 0 || {
@@ -162,10 +169,13 @@ pub(super) fn headers_fit(segment: &Segment, merged: usize, first: &[u8], next: 
                 usize::from(id(next).wrapping_sub(id(first))) == merged
             };
             // Version, length, TOS; flags and offset; TTL and protocol.
-            first[..2] == next[..2] && first[6..10] == next[6..10] && id_fits
+            first[..2] == [next[0], tos] && first[6..10] == next[6..10] && id_fits
         }
         // Version, class, flow label; next header and hop limit.
-        IpVersion::V6 => first[..4] == next[..4] && first[6..8] == next[6..8],
+        IpVersion::V6 => {
+            let class = [(next[0] & 0xf0) | (tos >> 4), (tos << 4) | (next[1] & 0x0f)];
+            first[..2] == class && first[2..4] == next[2..4] && first[6..8] == next[6..8]
+        }
     };
     let a = &first[segment.ip_len..segment.header_len];
     let b = &next[segment.ip_len..segment.header_len];
