@@ -1,5 +1,6 @@
 //! Safe functions over the system calls the drivers need: sockets and control messages, TUN
-//! ioctls, event descriptors, CPU affinity, the clocks of processor time.
+//! ioctls, event descriptors, CPU affinity, the clocks of processor time; and over what a processor
+//! need not have.
 //!
 //! All unsafe code of the drivers except io_uring's shared memory is in this folder.
 
@@ -12,9 +13,13 @@ pub(crate) mod poll;
 #[cfg(test)]
 pub(crate) mod refuse;
 pub(crate) mod socket;
+mod sum;
 
 pub(crate) use clock::{cycles, thread_time};
 pub use clock::{now, slept, steady_wall, steady_wall_at_least};
 pub(crate) use cpu::{allowed_cpus, pin_to};
 pub(crate) use event::EventFd;
 pub(crate) use file::{has_failed, read, set_nonblocking, set_tun_offload, write};
+pub(crate) use sum::sum_of;
+#[cfg(test)]
+pub(crate) use sum::sum_words;
