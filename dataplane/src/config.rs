@@ -154,7 +154,8 @@ pub enum Engine {
     /// Our own: batches through a multi-packet AEAD, counters that many threads may take from.
     #[default]
     Ringtail,
-    /// boringtun 0.7's `Tunn`: one peer is one shard's work in both directions.
+    /// boringtun 0.7's `Tunn`: one peer is one shard's work in both directions. Only with the feature
+    /// `boringtun`.
     Boringtun,
 }
 

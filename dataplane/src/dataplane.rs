@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
-use crate::config::{Config, DriverChoice, DriverKind, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError};
+use crate::config::{
+    Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError,
+};
 use crate::filter::CompiledRules;
 use crate::hub::Hub;
 use crate::hub::{RelayIn, Settings};
@@ -689,6 +691,11 @@ fn check(config: &Config) -> Result<(), StartError> {
     }
     if !(MTU_MIN..=MTU_MAX).contains(&config.mtu) {
         return Err(StartError::Config("mtu must be 576 to 65475"));
+    }
+    if config.engine == Engine::Boringtun && cfg!(not(feature = "boringtun")) {
+        return Err(StartError::Config(
+            "boringtun's engine is not in this program: build it with --features boringtun",
+        ));
     }
     Ok(())
 }

@@ -24,28 +24,58 @@
 //! while let Some(event) = dataplane.poll_event() { /* … */ }
 //! # Ok(()) }
 //! ```
+//!
+//! The feature `internals` opens the rooms that benches, fuzz targets and tests look into; without it
+//! the compiler sees what nobody calls. The feature `boringtun` adds the engine that ours is compared with.
 
+#![cfg_attr(
+    not(feature = "internals"),
+    allow(unreachable_pub, reason = "open with `internals`")
+)]
+
+#[cfg(feature = "internals")]
 pub mod aead;
-#[doc(hidden)]
+#[cfg(not(feature = "internals"))]
+mod aead;
+#[cfg(feature = "internals")]
 pub mod bench_support;
 #[cfg(test)]
 mod bounds;
 mod channel;
+#[cfg(feature = "internals")]
 pub mod classify;
+#[cfg(not(feature = "internals"))]
+mod classify;
+#[cfg(feature = "internals")]
 pub mod coalesce;
+#[cfg(not(feature = "internals"))]
+mod coalesce;
 mod config;
 mod context;
 mod dataplane;
+#[cfg(feature = "internals")]
 pub mod filter;
+#[cfg(not(feature = "internals"))]
+mod filter;
+#[cfg(feature = "internals")]
 pub mod fuzzing;
 mod handshake;
 mod hub;
+#[cfg(feature = "internals")]
 pub mod noise;
+#[cfg(not(feature = "internals"))]
+mod noise;
 mod open;
+#[cfg(feature = "internals")]
 pub mod packet;
+#[cfg(not(feature = "internals"))]
+mod packet;
 mod peer;
 mod ring;
+#[cfg(feature = "internals")]
 pub mod route;
+#[cfg(not(feature = "internals"))]
+mod route;
 mod routes;
 mod seal;
 mod session;
@@ -53,7 +83,10 @@ mod shard;
 pub mod stats;
 mod sys;
 mod threads;
+#[cfg(feature = "internals")]
 pub mod tun;
+#[cfg(not(feature = "internals"))]
+mod tun;
 mod types;
 mod udp;
 
@@ -64,6 +97,7 @@ pub use config::{
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
 pub use routes::rest_after;
 pub use sys::{now, slept, steady_wall, steady_wall_at_least};
+pub use tun::{Kind as SuperPacketKind, Kinds as SuperPacketKinds};
 pub use types::{
     Activity, Datagrams, Event, NetworkChange, NetworkConfig, PEERS_MAX, PathDecision, PeerConfig,
     PeerId, Prefix, RegionId, RelayOut, Rule, Rules,

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use ringtail_dataplane::SuperPacketKind as Kind;
 use ringtail_dataplane::stats::DropReason;
-use ringtail_dataplane::tun::Kind;
 use ringtail_dataplane::{
     Config, Dataplane, DriverChoice, Engine, Event, MTU_MAX, NetworkChange, Offloads,
     OffloadsInUse, PeerId, Rules, Stats,

@@ -3,8 +3,8 @@
 use serde_json::{Map, Value, json};
 
 use ringtail_dataplane::stats::{DropReason, Meter, Room, Snapshot};
-use ringtail_dataplane::tun::{Kind, Kinds};
 use ringtail_dataplane::{OffloadsInUse, Stats};
+use ringtail_dataplane::{SuperPacketKind as Kind, SuperPacketKinds as Kinds};
 
 use super::device::offloads_by_name;
 use super::hostnet::Report;

@@ -258,6 +258,7 @@ impl Backend {
 
     /// Its name in flags and reports.
     #[must_use]
+    #[cfg(feature = "internals")]
     pub fn name(self) -> &'static str {
         match self {
             Backend::Avx512 => "avx512",
@@ -397,6 +398,7 @@ impl Aead {
 
     /// The same backend for batches of every shape, to test and to measure it.
     #[must_use]
+    #[cfg(feature = "internals")]
     pub fn for_every_shape(self) -> Aead {
         Aead {
             every_shape: true,
@@ -414,6 +416,7 @@ impl Aead {
 
     /// The backend in use.
     #[must_use]
+    #[cfg(feature = "internals")]
     pub fn backend(self) -> Backend {
         match self.engine {
             #[cfg(target_arch = "x86_64")]

@@ -103,6 +103,7 @@ impl SuperPackets {
     }
 
     /// All writes in order.
+    #[cfg(feature = "internals")]
     pub fn iter(&self) -> impl ExactSizeIterator<Item = &[u8]> {
         (0..self.len()).map(|i| self.get(i))
     }

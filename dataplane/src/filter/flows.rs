@@ -21,15 +21,15 @@ use crate::config::share;
 use crate::packet::header::{Flow, HashKey};
 
 /// Flows remembered at most, per shard.
-pub const FLOWS_MAX: usize = 262_144;
+pub(crate) const FLOWS_MAX: usize = 262_144;
 /// Flows remembered by all shards together, and by one of many at least.
 pub(crate) const NODE_FLOWS_MAX: usize = 1 << 20;
 pub(crate) const SHARD_FLOWS_MIN: usize = 32_768;
 /// A flow unused for this long is forgotten.
-pub const FLOW_TIMEOUT: Duration = Duration::from_secs(300);
+pub(crate) const FLOW_TIMEOUT: Duration = Duration::from_secs(300);
 /// A flow in use is reported as new again this often, so that the shard that filters its replies
 /// keeps it too.
-pub const FLOW_REPORT_INTERVAL: Duration = Duration::from_secs(60);
+pub(crate) const FLOW_REPORT_INTERVAL: Duration = Duration::from_secs(60);
 
 /// The unit of all times in the table; 2^32 of them are 13 years.
 const TICK: Duration = Duration::from_millis(TICK_MS);

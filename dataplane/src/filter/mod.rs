@@ -40,7 +40,9 @@ use crate::route::Cursor;
 use crate::stats::DropReason;
 use crate::types::PeerId;
 pub(crate) use flows::flows_max;
-pub use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory, Tell};
+#[cfg(test)]
+use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX};
+pub use flows::{FlowMemory, Tell};
 pub use rules::{Ask, CompiledRules};
 
 /// Tailscale's own message protocol between nodes.
@@ -92,6 +94,7 @@ pub enum Verdict {
 
 impl Filter {
     /// A filter that lets nothing in yet, and remembers nothing.
+    #[cfg(feature = "internals")]
     pub fn closed() -> Filter {
         Filter::of_one_shard(1)
     }
@@ -107,6 +110,7 @@ impl Filter {
     }
 
     /// A filter with these rules.
+    #[cfg(feature = "internals")]
     pub fn new(now: Instant, rules: Arc<CompiledRules>) -> Filter {
         let mut filter = Filter::closed();
         filter.set_rules(now, rules);

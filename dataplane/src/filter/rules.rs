@@ -49,6 +49,7 @@ pub enum Ask {
 
 impl CompiledRules {
     /// Every authenticated peer may send anything its allowed IPs cover.
+    #[cfg(feature = "internals")]
     pub fn allow_all() -> CompiledRules {
         CompiledRules::compile(&Rules::AllowAll, None)
     }

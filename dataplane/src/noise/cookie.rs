@@ -17,7 +17,7 @@ use super::{COOKIE_REPLY_LEN, Error, KEY_LEN, LocalKeys, MAC_LEN, Remote};
 
 /// Paper §5.4.7: a responder's secret changes this often, and an initiator forgets a cookie of this
 /// age (§5.4.4).
-pub const COOKIE_LIFE: Duration = Duration::from_secs(120);
+pub(super) const COOKIE_LIFE: Duration = Duration::from_secs(120);
 
 /// A cookie: 16 bytes that only the receiver at one address and port can know.
 #[derive(Clone, PartialEq, Eq)]

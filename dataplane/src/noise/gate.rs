@@ -46,22 +46,22 @@ use crate::stats::DropReason;
 /// Initiations with a right MAC1 taken in a second on average before senders must prove their
 /// addresses: about 1 % of a core here and 3 % in the shards. It is well below what the handshake
 /// thread's budget can pay for, so that a flood is seen as load before it eats the budget.
-pub const LOAD_PER_SECOND: u32 = 200;
+pub(crate) const LOAD_PER_SECOND: u32 = 200;
 /// Such messages taken at once: peers of a node that restarted all come together.
-pub const LOAD_BURST: u32 = 500;
+pub(crate) const LOAD_BURST: u32 = 500;
 /// How long load lasts after the last message that was too many.
-pub const LOAD_LASTS: Duration = Duration::from_secs(1);
+pub(super) const LOAD_LASTS: Duration = Duration::from_secs(1);
 /// Cookies given in a second to sources that were not seen lately. A reply costs more than all that
 /// leads to it: with what the network stack does for it, 6 us against 1. Beside a flood from ever new
 /// addresses reading is worth more: who is read twice has returned.
-pub const CHALLENGES_PER_SECOND: u32 = 5_000;
+pub(super) const CHALLENGES_PER_SECOND: u32 = 5_000;
 /// Such cookies given at once: when a flood begins, its sources are as new as anybody. These are what
 /// the handshake thread has saved up time for.
-pub const CHALLENGES_BURST: u32 = 60_000;
+pub(super) const CHALLENGES_BURST: u32 = 60_000;
 /// Cookies given in a second, and at once, to sources that were: several peers may share one.
-pub const CHALLENGES_AGAIN_PER_SECOND: u32 = 500;
+pub(super) const CHALLENGES_AGAIN_PER_SECOND: u32 = 500;
 /// Such cookies given at once.
-pub const CHALLENGES_AGAIN_BURST: u32 = 50;
+pub(super) const CHALLENGES_AGAIN_BURST: u32 = 50;
 /// Initiations taken in a second from sources that have returned: 3 % of a core here, as much in the
 /// shards if they are peers'.
 pub(super) const RETURNED_PER_SECOND: u32 = 500;
@@ -69,9 +69,9 @@ pub(super) const RETURNED_PER_SECOND: u32 = 500;
 pub(super) const RETURNED_BURST: u32 = 50;
 /// Initiations taken in a second, and at once, from an address that a peer is known by, and answers
 /// under one index. A peer sends one in five seconds.
-pub const KNOWN_PER_SECOND: u32 = 2;
+pub(super) const KNOWN_PER_SECOND: u32 = 2;
 /// Such messages taken at once.
-pub const KNOWN_BURST: u32 = 4;
+pub(super) const KNOWN_BURST: u32 = 4;
 
 /// What is known of a sender or its message beforehand.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

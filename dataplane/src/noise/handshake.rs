@@ -107,12 +107,6 @@ impl PeekedInitiation {
     pub fn peer(&self) -> &[u8; KEY_LEN] {
         &self.peer
     }
-
-    /// The initiator's index.
-    #[must_use]
-    pub fn sender_index(&self) -> u32 {
-        self.sender_index
-    }
 }
 
 impl Drop for PeekedInitiation {
@@ -143,6 +137,7 @@ impl ConsumedInitiation {
     }
 
     /// The initiator's index.
+    #[cfg(test)]
     #[must_use]
     pub fn sender_index(&self) -> u32 {
         self.sender_index

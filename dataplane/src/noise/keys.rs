@@ -53,6 +53,7 @@ impl LocalKeys {
     }
 
     /// Our public key.
+    #[cfg(feature = "internals")]
     #[must_use]
     pub fn public(&self) -> &[u8; KEY_LEN] {
         &self.public
@@ -101,6 +102,7 @@ impl Remote {
     }
 
     /// The peer's public key.
+    #[cfg(feature = "internals")]
     #[must_use]
     pub fn public(&self) -> &[u8; KEY_LEN] {
         &self.public
@@ -109,11 +111,6 @@ impl Remote {
     /// Changes the preshared key, for handshakes from now on.
     pub fn set_preshared(&mut self, preshared: Option<&[u8; KEY_LEN]>) {
         self.preshared = preshared.copied().unwrap_or_default();
-    }
-
-    /// Changes our own key, for handshakes from now on.
-    pub fn set_local(&mut self, local: &LocalKeys) {
-        self.shared = dh(&local.private, &self.public).ok();
     }
 
     /// What both static keys share.

@@ -61,23 +61,20 @@ mod transcript;
 
 use std::time::Duration;
 
-pub use cookie::{COOKIE_LIFE, Cookie, CookieStore, CookieStoreState, consume_cookie_reply};
-pub(crate) use gate::Bucket;
-pub use gate::{
-    CHALLENGES_AGAIN_BURST, CHALLENGES_AGAIN_PER_SECOND, CHALLENGES_BURST, CHALLENGES_PER_SECOND,
-    Gate, KNOWN_BURST, KNOWN_PER_SECOND, LOAD_BURST, LOAD_LASTS, LOAD_PER_SECOND, Novelty,
-    Standing, Verdict,
-};
+#[cfg(feature = "internals")]
+pub use cookie::consume_cookie_reply;
+pub use cookie::{Cookie, CookieStore, CookieStoreState};
+pub(crate) use gate::{Bucket, LOAD_BURST, LOAD_PER_SECOND};
+pub use gate::{Gate, Novelty, Standing, Verdict};
 pub use handshake::{
-    ConsumedInitiation, INITIATED_LEN, Initiated, PeekedInitiation, TransportKeys,
-    consume_initiation, consume_response, initiation, peek_initiation, response,
+    INITIATED_LEN, Initiated, PeekedInitiation, TransportKeys, consume_initiation,
+    consume_response, initiation, peek_initiation, response,
 };
 pub use keys::{LocalKeys, Remote};
-#[cfg(test)]
-pub(crate) use recent::RECENT_LEN;
 pub(crate) use sources::Sources;
-pub use sources::{PER_SOURCE_BURST, PER_SOURCE_PER_SECOND, SOURCES_MAX};
 pub use tai64n::Tai64n;
+#[cfg(test)]
+pub(crate) use {recent::RECENT_LEN, sources::SOURCES_MAX};
 
 pub use crate::classify::{COOKIE_LEN as COOKIE_REPLY_LEN, INITIATION_LEN, RESPONSE_LEN, TAG_LEN};
 use crate::stats::DropReason;
@@ -138,12 +135,14 @@ impl Error {
 
 /// Gives an initiation or response to `remote` a right MAC1 and no MAC2, as anybody can who knows the
 /// public key: for tests and floods.
+#[cfg(feature = "internals")]
 pub fn put_mac1(remote: &Remote, message: &mut [u8]) {
     remake_macs(remote, message);
 }
 
 /// Gives a damaged initiation or response to `remote` a right MAC1 again, as anybody can who knows
 /// the public key.
+#[cfg(feature = "internals")]
 pub(crate) fn remake_macs(remote: &Remote, message: &mut [u8]) {
     message::put_macs(&remote.labels.mac1, None, message);
 }

@@ -13,11 +13,12 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// Handshake messages one source may send a second.
-pub const PER_SOURCE_PER_SECOND: u32 = 20;
+pub(super) const PER_SOURCE_PER_SECOND: u32 = 20;
 /// Handshake messages one source may send at once.
-pub const PER_SOURCE_BURST: u32 = 5;
+pub(super) const PER_SOURCE_BURST: u32 = 5;
 /// Sources known at a time, at most; 16 bytes each.
-pub const SOURCES_MAX: usize = SETS * WAYS;
+#[cfg(test)]
+pub(crate) const SOURCES_MAX: usize = SETS * WAYS;
 
 const SETS: usize = 4096;
 const WAYS: usize = 4;

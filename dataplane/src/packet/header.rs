@@ -27,8 +27,6 @@ pub const SCTP: u8 = 132;
 pub const TCP_FIN: u8 = 0x01;
 /// TCP flag: opens a connection.
 pub const TCP_SYN: u8 = 0x02;
-/// TCP flag: resets a connection.
-pub const TCP_RST: u8 = 0x04;
 /// TCP flag: deliver without waiting for more.
 pub const TCP_PSH: u8 = 0x08;
 /// TCP flag: the acknowledgement number counts.

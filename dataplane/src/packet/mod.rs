@@ -1,6 +1,7 @@
 //! Packets: buffers, typed header views, checksums, ECN, super-packets
 //! and their segments.
 
+#[cfg(feature = "internals")]
 pub mod build;
 pub mod checksum;
 pub mod ecn;

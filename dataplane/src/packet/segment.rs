@@ -109,7 +109,10 @@ pub fn plan(vnet: &VnetHdr, packet: &[u8]) -> Result<Plan, DropReason> {
 impl Plan {
     /// Number of segments, at least 1. Small `gso_size` can make it tens of thousands: cut in
     /// turns, not into an array.
-    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    #[allow(
+        clippy::len_without_is_empty,
+        reason = "never empty; public with `internals` only"
+    )]
     pub fn len(&self) -> usize {
         self.count
     }
@@ -132,6 +135,7 @@ impl Plan {
     }
 
     /// Length of the longest segment in bytes.
+    #[cfg(feature = "internals")]
     pub fn segment_len_max(&self) -> usize {
         self.segment_len(0)
     }

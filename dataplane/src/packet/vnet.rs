@@ -29,6 +29,7 @@ pub const GSO_NONE: u8 = 0;
 /// `gso_type`: TCP over IPv4.
 pub const GSO_TCPV4: u8 = 1;
 /// `gso_type`: UDP fragmentation, which we never ask for.
+#[cfg(test)]
 pub const GSO_UDP: u8 = 3;
 /// `gso_type`: TCP over IPv6.
 pub const GSO_TCPV6: u8 = 4;
@@ -117,6 +118,7 @@ impl VnetHdr {
     }
 
     /// Headers of a segment in bytes; only a hint.
+    #[cfg(test)]
     pub fn hdr_len(&self) -> u16 {
         u16::from_ne_bytes(self.hdr_len)
     }

@@ -70,11 +70,13 @@ impl Table {
     }
 
     /// Number of prefixes.
+    #[cfg(feature = "internals")]
     pub fn len(&self) -> usize {
         self.owners.len()
     }
 
     /// Whether there are none.
+    #[cfg(feature = "internals")]
     pub fn is_empty(&self) -> bool {
         self.owners.is_empty()
     }
@@ -111,6 +113,7 @@ impl Cursor<'_> {
 }
 
 /// The peer of each destination of a batch, appended to `peers` in order; `None` has no route.
+#[cfg(feature = "internals")]
 pub fn assign(
     table: &Table,
     destinations: impl IntoIterator<Item = IpAddr>,

@@ -78,11 +78,13 @@ impl<V: Copy> PrefixMap<V> {
     }
 
     /// Number of prefixes.
+    #[cfg(feature = "internals")]
     pub fn len(&self) -> usize {
         self.v4.len() + self.v6.len()
     }
 
     /// Whether there are none.
+    #[cfg(feature = "internals")]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -134,6 +136,7 @@ impl<K, V> Default for Family<K, V> {
 }
 
 impl<K: Key, V: Copy> Family<K, V> {
+    #[cfg(feature = "internals")]
     fn len(&self) -> usize {
         self.0.iter().map(|(_, map)| map.len()).sum()
     }

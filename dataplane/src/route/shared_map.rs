@@ -48,6 +48,7 @@ impl<K, V> Default for SharedMap<K, V> {
 
 impl<K, V> SharedMap<K, V> {
     /// Number of entries.
+    #[cfg(feature = "internals")]
     pub(crate) fn len(&self) -> usize {
         self.len
     }

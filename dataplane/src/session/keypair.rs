@@ -57,6 +57,7 @@ impl Sealing {
     }
 
     /// Takes up to `n` counters that nothing is sealed under, as long as some are left.
+    #[cfg(feature = "internals")]
     pub(super) fn use_up(&self, n: u64) {
         let left = REJECT_AFTER_MESSAGES - self.counter.peek();
         let _first = self.counter.reserve(n.min(left));

@@ -131,6 +131,7 @@ impl Machine {
     }
 
     /// Takes counters of the current keys that nothing is sealed under.
+    #[cfg(feature = "internals")]
     pub(super) fn use_up(&mut self, counters: u64) {
         if let Some(sealing) = self.sealing() {
             sealing.use_up(counters);

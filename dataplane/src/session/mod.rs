@@ -76,17 +76,21 @@
 
 mod awaited;
 mod counter;
+#[cfg(feature = "internals")]
 mod end;
 mod indexes;
 mod keypair;
+#[cfg(feature = "internals")]
 mod known;
 mod machine;
 #[cfg(test)]
 mod model;
 mod opened;
+#[cfg(feature = "internals")]
 pub(crate) mod operations;
 mod state;
 mod timers;
+#[cfg(feature = "boringtun")]
 mod tunn;
 mod window;
 
@@ -105,10 +109,13 @@ use zeroize::Zeroizing;
 pub(crate) use awaited::Awaited;
 #[cfg(test)]
 pub(crate) use awaited::PLACES;
+#[cfg(feature = "internals")]
 pub use end::{End, Got};
+#[cfg(feature = "internals")]
 pub use known::Known;
 use machine::Machine;
 pub(crate) use opened::Opened;
+#[cfg(feature = "boringtun")]
 use tunn::Tunnel;
 #[cfg(test)]
 pub(crate) use {keypair::keypair_cost, opened::SPANS_ROOM};
@@ -129,6 +136,8 @@ pub(crate) const OVERHEAD: usize = 32;
 pub(crate) const MESSAGE_LEN_MAX: usize = 148;
 /// Messages sealed or opened at once at most: the kernel's `UDP_MAX_SEGMENTS`.
 pub(crate) const BATCH_MAX: usize = 128;
+/// Low bits of a receiver index that boringtun's `Tunn` counts up per handshake.
+const COUNTED_BITS: u32 = 8;
 /// Data messages are padded to a multiple of this (WireGuard paper §5.4.6).
 const PADDING: usize = 16;
 
@@ -185,6 +194,7 @@ pub(crate) struct Engine {
     mtu: usize,
     own: Own,
     /// Present if sessions are boringtun's.
+    #[cfg(feature = "boringtun")]
     tunn: Option<Box<tunn::Common>>,
 }
 
@@ -219,12 +229,9 @@ impl Engine {
         shard: u8,
         rng: StdRng,
     ) -> Engine {
-        let (tunn, counted_bits) = match kind {
-            config::Engine::Ringtail => (None, 0),
-            config::Engine::Boringtun => (
-                Some(Box::new(tunn::Common::new(private_key))),
-                tunn::COUNTED_BITS,
-            ),
+        let counted_bits = match kind {
+            config::Engine::Ringtail => 0,
+            config::Engine::Boringtun => COUNTED_BITS,
         };
         Engine {
             mtu,
@@ -234,7 +241,9 @@ impl Engine {
                 rng,
                 indexes: Indexes::new(shard, counted_bits),
             },
-            tunn,
+            #[cfg(feature = "boringtun")]
+            tunn: (kind == config::Engine::Boringtun)
+                .then(|| Box::new(tunn::Common::new(private_key))),
         }
     }
 
@@ -292,24 +301,22 @@ impl Engine {
     pub(crate) fn session(&mut self, now: Instant, config: &PeerConfig) -> Session {
         let preshared = config.preshared_key.as_deref();
         let keepalive = config.persistent_keepalive;
-        match &self.tunn {
-            None => {
-                let remote = Remote::new(&self.own.local, &config.public_key, preshared);
-                Session::Ours(Box::new(Machine::new(now, config.id, remote, keepalive)))
-            }
-            Some(common) => {
-                let index = self.own.indexes.claim(&mut self.own.rng, config.id);
-                let key = &config.public_key;
-                let tunnel = Tunnel::new(common, now, key, preshared.copied(), keepalive, index);
-                Session::Boringtun(Box::new(tunnel))
-            }
+        #[cfg(feature = "boringtun")]
+        if let Some(common) = &self.tunn {
+            let index = self.own.indexes.claim(&mut self.own.rng, config.id);
+            let key = &config.public_key;
+            let tunnel = Tunnel::new(common, now, key, preshared.copied(), keepalive, index);
+            return Session::Boringtun(Box::new(tunnel));
         }
+        let remote = Remote::new(&self.own.local, &config.public_key, preshared);
+        Session::Ours(Box::new(Machine::new(now, config.id, remote, keepalive)))
     }
 
     /// Ends a session.
     pub(crate) fn close(&mut self, session: Session) {
         match session {
             Session::Ours(mut machine) => machine.close(&mut self.own),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => self.own.indexes.release(tunnel.index),
         }
     }
@@ -325,6 +332,7 @@ impl Engine {
     pub(crate) fn export(&mut self, now: Instant, session: Session) -> Option<state::SessionState> {
         match session {
             Session::Ours(machine) => Some(machine.export(&mut self.own, now)),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(_) => {
                 self.close(session);
                 None
@@ -354,6 +362,7 @@ impl Engine {
     }
 
     /// What a session of boringtun's needs.
+    #[cfg(feature = "boringtun")]
     fn common(&mut self) -> &mut tunn::Common {
         let common = self.tunn.as_deref_mut();
         common.expect("sessions of this kind come from an engine that has it")
@@ -427,12 +436,17 @@ pub(crate) enum Session {
     /// Our own.
     Ours(Box<Machine>),
     /// boringtun's.
+    #[cfg(feature = "boringtun")]
     Boringtun(Box<Tunnel>),
 }
 
 impl Session {
     /// Takes over another preshared key, which counts from the next handshake, or keep-alive. False
     /// if it cannot: `Tunn` holds both for its life, so the session has to be made anew.
+    #[cfg_attr(
+        not(feature = "boringtun"),
+        expect(unused_variables, reason = "it is boringtun's")
+    )]
     pub(crate) fn reconfigure(&mut self, now: Instant, old: &PeerConfig, new: &PeerConfig) -> bool {
         match self {
             Session::Ours(machine) => {
@@ -440,6 +454,7 @@ impl Session {
                 machine.set_keepalive(now, new.persistent_keepalive);
                 true
             }
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(_) => {
                 old.preshared_key == new.preshared_key
                     && old.persistent_keepalive == new.persistent_keepalive
@@ -451,6 +466,7 @@ impl Session {
     pub(crate) fn stamps(&self) -> Stamps {
         match self {
             Session::Ours(machine) => machine.stamps(),
+            #[cfg(feature = "boringtun")]
             // boringtun does not tell.
             Session::Boringtun(_) => Stamps::default(),
         }
@@ -460,6 +476,7 @@ impl Session {
     pub(crate) fn set_stamps(&mut self, stamps: Stamps) {
         match self {
             Session::Ours(machine) => machine.set_stamps(stamps),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(_) => {}
         }
     }
@@ -468,6 +485,7 @@ impl Session {
     pub(crate) fn ready(&self, now: Instant) -> bool {
         match self {
             Session::Ours(machine) => machine.ready(now),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => tunnel.ready(),
         }
     }
@@ -478,6 +496,7 @@ impl Session {
     pub(crate) fn lend(&self, now: Instant) -> Option<&Arc<Sealing>> {
         match self {
             Session::Ours(machine) => machine.lend(now),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(_) => None,
         }
     }
@@ -493,6 +512,7 @@ impl Session {
     ) {
         match self {
             Session::Ours(machine) => machine.sealed_elsewhere(&mut engine.own, now, at, heard),
+            #[cfg(feature = "boringtun")]
             // Its keys are lent to nobody.
             Session::Boringtun(_) => {}
         }
@@ -502,6 +522,7 @@ impl Session {
     pub(crate) fn initiating(&self) -> bool {
         match self {
             Session::Ours(machine) => machine.initiating(),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => tunnel.initiating(),
         }
     }
@@ -512,6 +533,7 @@ impl Session {
     pub(crate) fn poll_timeout(&self) -> Option<Instant> {
         match self {
             Session::Ours(machine) => machine.poll_timeout(),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => tunnel.poll_timeout(),
         }
     }
@@ -533,6 +555,7 @@ impl Session {
         let mtu = engine.mtu;
         match self {
             Session::Ours(_) => stage(plan, packet, range, mtu, out),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => {
                 tunnel.seal(engine.common(), mtu, plan, packet, range, out)
             }
@@ -553,6 +576,7 @@ impl Session {
     ) -> Result<(), DropReason> {
         match self {
             Session::Ours(machine) => machine.seal(&mut engine.own, now, messages, stride),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(_) => Ok(()),
         }
     }
@@ -576,6 +600,7 @@ impl Session {
                 let own = &mut engine.own;
                 machine.open(own, now, index, datagrams, stride, opened, dropped)
             }
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => {
                 tunnel.open(index, datagrams.chunks(stride.max(1)), opened, dropped)
             }
@@ -599,6 +624,7 @@ impl Session {
             Session::Ours(machine) => {
                 machine.handle_handshake(&mut engine.own, at, message, peeked, out)
             }
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => tunnel.handle_handshake(message, out),
         }
     }
@@ -614,6 +640,7 @@ impl Session {
     ) -> Option<usize> {
         match self {
             Session::Ours(machine) => machine.initiate(&mut engine.own, at, again, out),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => tunnel.initiate(at.now, again, out),
         }
     }
@@ -628,6 +655,7 @@ impl Session {
     ) -> Option<usize> {
         match self {
             Session::Ours(machine) => machine.initiate_once(&mut engine.own, at, out),
+            #[cfg(feature = "boringtun")]
             // It repeats each of its initiations.
             Session::Boringtun(tunnel) => tunnel.initiate(at.now, false, out),
         }
@@ -637,6 +665,7 @@ impl Session {
     pub(crate) fn may_initiate(&self, now: Instant) -> bool {
         match self {
             Session::Ours(machine) => machine.may_initiate(now),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => !tunnel.initiating(),
         }
     }
@@ -644,6 +673,10 @@ impl Session {
     /// Lets time pass: retries, rekeying, keep-alives, expiry. To be called again while
     /// [`Session::poll_timeout`] is not in the future. `quiet_for` is how long data has been sent
     /// without an answer, which boringtun does not tell.
+    #[cfg_attr(
+        not(feature = "boringtun"),
+        expect(unused_variables, reason = "it is boringtun's")
+    )]
     pub(crate) fn handle_timeout(
         &mut self,
         engine: &mut Engine,
@@ -653,6 +686,7 @@ impl Session {
     ) -> Outcome {
         match self {
             Session::Ours(machine) => machine.handle_timeout(&mut engine.own, at, out),
+            #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => tunnel.tick(at.now, quiet_for, out),
         }
     }

@@ -9,6 +9,7 @@ use crate::config::Engine;
 pub(crate) struct Opened {
     spans: Vec<(u32, u32)>,
     arena: Box<[u8]>,
+    #[cfg(feature = "boringtun")]
     used: usize,
 }
 
@@ -27,13 +28,17 @@ impl Opened {
         Opened {
             spans: Vec::with_capacity(SPANS_ROOM),
             arena: vec![0; arena_len].into(),
+            #[cfg(feature = "boringtun")]
             used: 0,
         }
     }
 
     /// Forgets all packets.
     pub(crate) fn clear(&mut self) {
-        self.used = 0;
+        #[cfg(feature = "boringtun")]
+        {
+            self.used = 0;
+        }
         self.spans.clear();
     }
 
@@ -50,6 +55,7 @@ impl Opened {
     }
 
     /// Free space of at least `len` bytes in the arena, if there is that much.
+    #[cfg(feature = "boringtun")]
     pub(crate) fn room(&mut self, len: usize) -> Option<&mut [u8]> {
         self.arena
             .get_mut(self.used..)
@@ -57,6 +63,7 @@ impl Opened {
     }
 
     /// The first `len` bytes of the free space are a packet.
+    #[cfg(feature = "boringtun")]
     pub(crate) fn push(&mut self, len: usize) {
         self.push_in_place(self.used, len);
         self.used += len;

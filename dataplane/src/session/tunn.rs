@@ -32,16 +32,15 @@ use boringtun::x25519::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::{
-    Change, FRESH, INITIATION_INTERVAL_MIN, MESSAGE_LEN_MAX, OpenReport, Opened, Outcome, PADDING,
-    QUIET_LIMIT, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX, Staged, padded_len,
+    COUNTED_BITS, Change, FRESH, INITIATION_INTERVAL_MIN, MESSAGE_LEN_MAX, OpenReport, Opened,
+    Outcome, PADDING, QUIET_LIMIT, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX,
+    Staged, padded_len,
 };
 use crate::packet::segment::Plan;
 use crate::stats::DropReason;
 
 /// How often a session in use is ticked.
 const TICK: Duration = Duration::from_millis(250);
-/// Low bits of a receiver index that `Tunn` counts up per handshake.
-pub(super) const COUNTED_BITS: u32 = 8;
 /// Longest inner packet, in bytes.
 const PACKET_LEN_MAX: usize = 65_535;
 

@@ -3,6 +3,10 @@
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use super::super::cookie::COOKIE_LIFE;
+use super::super::gate::{
+    CHALLENGES_AGAIN_BURST, CHALLENGES_BURST, KNOWN_BURST, KNOWN_PER_SECOND, LOAD_LASTS,
+};
 use super::*;
 use crate::noise::message::put_macs;
 use crate::stats::DropReason;

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _, TryCryptoRng, TryRng};
 
+use super::handshake::ConsumedInitiation;
 use super::*;
 
 /// A moment to count from; virtual time goes on by addition.
@@ -160,7 +161,7 @@ fn a_changed_private_or_preshared_key_counts_from_the_next_handshake() {
     let mut rng = seeded();
     let (mut a, mut b) = ends(&mut rng, false);
     b.local = LocalKeys::new(&rng.random());
-    b.remote.set_local(&b.local);
+    b.remote = Remote::new(&b.local, a.local.public(), None);
     a.remote = Remote::new(&a.local, b.local.public(), Some(&[9; 32]));
     b.remote.set_preshared(Some(&[9; 32]));
     let (initiated, message) = a.initiate(&mut rng, None);
