@@ -6,7 +6,7 @@
 
 mod lane;
 mod loan;
-mod paths;
+mod slots;
 mod wake;
 
 /// The locks, atomics and references of [`loan`] and [`wake`].
@@ -17,5 +17,5 @@ mod sync {
 
 pub(crate) use lane::{Lane, Load};
 pub(crate) use loan::{Borrowed, Lent, Loan};
-pub(crate) use paths::PathSlots;
+pub(crate) use slots::PathSlots;
 pub(crate) use wake::Wake;
