@@ -100,7 +100,7 @@ impl Sessions {
     /// # Panics
     /// If a handshake fails.
     #[must_use]
-    pub fn new(kind: crate::Engine, now: Instant, peers: u32, mtu: usize) -> Sessions {
+    pub fn new(kind: crate::config::Engine, now: Instant, peers: u32, mtu: usize) -> Sessions {
         let keys = [[1; 32], [2; 32]];
         let engine = |own: usize| {
             let rng = StdRng::seed_from_u64(own as u64);

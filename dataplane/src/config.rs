@@ -6,9 +6,6 @@ use std::io;
 
 use zeroize::Zeroizing;
 
-use crate::session::OVERHEAD;
-use crate::udp::SEND_BYTES_MAX;
-
 /// Everything that is fixed for the life of a data plane.
 #[derive(Clone)]
 pub struct Config {
@@ -92,7 +89,6 @@ pub const MTU_MIN: u16 = 576;
 /// Inner MTU a data plane accepts at most: what a UDP datagram over IPv4 holds, less what sealing adds.
 /// A larger packet can never leave.
 pub const MTU_MAX: u16 = 65_507 - 32;
-const _: () = assert!(MTU_MAX as usize + OVERHEAD == SEND_BYTES_MAX);
 
 /// Which driver to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

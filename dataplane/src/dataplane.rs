@@ -21,6 +21,7 @@ use crate::hub::{RelayIn, Settings};
 use crate::peer::Whereabouts;
 use crate::peer::table::{Network, PeerEntry};
 use crate::routes::Routes;
+use crate::session::OVERHEAD;
 use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::{Device, Kinds, Merging, Queue};
@@ -28,7 +29,7 @@ use crate::types::{
     Activity, Datagrams, Event, NetworkChange, NetworkConfig, PathDecision, PeerConfig, PeerId,
     Prefix, RegionId, RelayOut, Rules,
 };
-use crate::udp::{Group, Wanted};
+use crate::udp::{Group, SEND_BYTES_MAX, Wanted};
 use crate::{handshake, sys, threads};
 
 /// A running data plane. Dropping it stops and joins its threads and removes the interface.
@@ -684,6 +685,8 @@ fn open_group(wanted: Wanted) -> Result<Group, StartError> {
         source,
     })
 }
+
+const _: () = assert!(MTU_MAX as usize + OVERHEAD == SEND_BYTES_MAX);
 
 fn check(config: &Config) -> Result<(), StartError> {
     if !(1..=SHARDS_MAX).contains(&config.shards) {

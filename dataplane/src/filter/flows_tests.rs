@@ -299,7 +299,7 @@ fn a_full_table_forgets_the_flow_longest_unused_and_no_other() {
 #[test]
 fn a_node_remembers_no_more_for_having_more_shards() {
     assert_eq!([1, 2, 4].map(flows_max), [FLOWS_MAX; 3]);
-    for shards in 1..=crate::SHARDS_MAX {
+    for shards in 1..=crate::config::SHARDS_MAX {
         let flows = flows_max(shards);
         assert!(flows.is_power_of_two() && flows >= SHARD_FLOWS_MIN);
         assert!(flows == SHARD_FLOWS_MIN || flows * shards <= NODE_FLOWS_MAX);

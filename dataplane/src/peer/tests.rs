@@ -30,7 +30,7 @@ fn config(id: u32, key: u8) -> PeerEntry {
 fn engine() -> Engine {
     let rng = rand::rngs::StdRng::seed_from_u64(1);
     Engine::new(
-        crate::Engine::Ringtail,
+        crate::config::Engine::Ringtail,
         &Zeroizing::new([1; 32]),
         1420,
         0,
@@ -198,7 +198,7 @@ impl Loan {
         let mut engine = engine();
         replace(&mut owner, now, Some(&mut engine), table.peers().cloned());
         let rng = rand::rngs::StdRng::seed_from_u64(2);
-        let kind = crate::Engine::Ringtail;
+        let kind = crate::config::Engine::Ringtail;
         let mut far_engine = Engine::new(kind, &Zeroizing::new([2; 32]), 1420, 0, rng);
         let far = far_engine.session(now, &config(1));
         Loan {

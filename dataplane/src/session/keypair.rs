@@ -12,8 +12,8 @@ use super::counter::Counter;
 use super::indexes::Indexes;
 use super::window::Window;
 use super::{BATCH_MAX, OVERHEAD, REJECT_AFTER_MESSAGES, REJECT_AFTER_TIME, REKEY_AFTER_MESSAGES};
-use crate::SHARDS_MAX;
 use crate::aead::{Aead, Key, Seal};
+use crate::config::SHARDS_MAX;
 use crate::stats::DropReason;
 
 // However many shards pass the limit at once, the counter does not wrap.

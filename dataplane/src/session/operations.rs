@@ -90,7 +90,7 @@ impl World {
             };
             let shard = u8::from(own == 1);
             End::new(
-                crate::Engine::Ringtail,
+                crate::config::Engine::Ringtail,
                 &key,
                 1420,
                 shard,

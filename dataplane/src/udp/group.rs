@@ -514,7 +514,7 @@ mod tests {
     #[test]
     fn few_shards_have_large_buffers_and_many_share_as_much() {
         assert_eq!([1, 2].map(data_buffer), [SOCKET_BUFFER; 2]);
-        for shards in 3..=crate::SHARDS_MAX {
+        for shards in 3..=crate::config::SHARDS_MAX {
             let size = data_buffer(shards);
             assert!(size == SOCKET_BUFFER_MIN || size * 2 * shards <= SOCKET_BUFFERS_MAX);
         }
