@@ -156,19 +156,23 @@ fn main() -> anyhow::Result<()> {
             .collect(),
         persistent_keepalive: None,
     }]);
-    dataplane.set_path(
-        PeerId(0),
-        PathDecision {
-            generation: 1,
-            udp: Some(args.endpoint),
-            local: None,
-            derp: None,
-            trust_until: Instant::now().checked_add(Duration::from_secs(1 << 30)),
-            silence_limit: Duration::from_secs(1),
-            path_mtu: 1500,
-            relayed_alone: false,
-        },
-    );
+    if args.roam {
+        dataplane.set_endpoint(PeerId(0), args.endpoint);
+    } else {
+        dataplane.set_path(
+            PeerId(0),
+            PathDecision {
+                generation: 1,
+                udp: Some(args.endpoint),
+                local: None,
+                derp: None,
+                trust_until: Instant::now().checked_add(Duration::from_secs(1 << 30)),
+                silence_limit: Duration::from_secs(1),
+                path_mtu: 1500,
+                relayed_alone: false,
+            },
+        );
+    }
     loop {
         std::thread::sleep(Duration::from_secs(1));
         while let Some(event) = dataplane.poll_event() {

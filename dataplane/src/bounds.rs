@@ -21,13 +21,15 @@ use crate::packet::BUF_LEN;
 use crate::packet::header::Flow;
 use crate::peer::PeerShared;
 use crate::peer::table::PeerEntry;
-use crate::peer::{Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, QUEUE_COST, Report, SHARD_BYTES_MIN};
+use crate::peer::{
+    Aim, Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, QUEUE_COST, Report, SHARD_BYTES_MIN,
+};
 use crate::ring::{TUN_BUFFERS, UDP_BUFFERS};
 use crate::seal::{RUN_LEN, RUNS_MAX};
 use crate::session::PLACES;
 use crate::session::{SPANS_ROOM, keypair_cost};
 use crate::shard::RELAY_JOIN_MAX;
-use crate::types::{Event, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix, RelayOut};
+use crate::types::{Event, PEERS_MAX, PeerConfig, PeerId, Prefix, RelayOut};
 use crate::udp::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
 
 /// A queue, a table, or memory that is reused.
@@ -108,7 +110,7 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
                 "the newest of each peer; {} places on every shard",
                 thousands(PEERS_MAX)
             ),
-            peers * (size_of::<PathDecision>() + HEAP_COST)
+            peers * (size_of::<Aim>() + HEAP_COST)
                 + shards * PEERS_MAX * (size_of::<usize>() + 2 * size_of::<usize>()),
         ),
         row(

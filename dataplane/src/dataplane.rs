@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use zeroize::Zeroizing;
 
@@ -18,8 +18,8 @@ use crate::config::{
 use crate::filter::CompiledRules;
 use crate::hub::Hub;
 use crate::hub::{RelayIn, Settings};
-use crate::peer::Whereabouts;
 use crate::peer::table::{Network, PeerEntry};
+use crate::peer::{Aim, Whereabouts};
 use crate::routes::Routes;
 use crate::session::OVERHEAD;
 use crate::shard::{self, Seat};
@@ -61,9 +61,6 @@ struct Underlay {
     /// Datagrams dropped by full sockets that have been replaced since.
     overflowed: u64,
 }
-
-/// The longest time for which a decision can be trusted: for ever, for all that matters.
-const FOR_EVER: Duration = Duration::from_secs(1 << 32);
 
 /// Offloads that the kernel agreed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -502,13 +499,11 @@ impl Dataplane {
         }
     }
 
-    /// Replaces a peer's path. The latest decision counts; none is lost. For a new peer call
-    /// [`Dataplane::set_network`] first.
+    /// Replaces a peer's path, but in device mode. The latest decision counts; none is lost. A peer that
+    /// [`Dataplane::set_network`] has not told of has none.
     pub fn set_path(&self, peer: PeerId, decision: PathDecision) {
-        for inbox in &self.hub.inboxes {
-            inbox.paths.set(peer, decision.clone());
-            inbox.wake.ring();
-        }
+        debug_assert!(!self.roam, "endpoints are all there is in device mode");
+        self.hub.aim(peer, Aim::Decided(decision));
     }
 
     /// Where a peer is, in device mode: its configured endpoint, or where it has roamed to since.
@@ -528,22 +523,12 @@ impl Dataplane {
             endpoint: Some(endpoint),
             local: None,
         });
-        let decision = PathDecision {
-            generation: 0,
-            udp: Some(endpoint),
-            local: None,
-            derp: None,
-            trust_until: sys::now().checked_add(FOR_EVER),
-            silence_limit: FOR_EVER,
-            path_mtu: u16::MAX,
-            relayed_alone: false,
-        };
-        self.set_path(peer, decision);
+        self.hub.aim(peer, Aim::Endpoint(endpoint));
     }
 
     /// Asks for a handshake with a peer, unless one is going on.
     pub fn initiate(&self, peer: PeerId) {
-        for inbox in &self.hub.inboxes {
+        if let Some(inbox) = self.hub.inbox_of(peer) {
             // A full queue means that many handshakes are asked for already: one more is lost.
             let _full = inbox.asks.push(peer);
             inbox.wake.ring();
@@ -554,8 +539,7 @@ impl Dataplane {
     /// it adds up to what an initiation sends, and nothing else was heard of the peer for a second, the
     /// owner shard sends one initiation, along the peer's path as it is: rate-limited, and not repeated.
     pub fn unopened(&self, peer: PeerId, bytes: usize) {
-        let owner = self.hub.table().owner(peer);
-        if let Some(inbox) = owner.and_then(|owner| self.hub.inboxes.get(usize::from(owner))) {
+        if let Some(inbox) = self.hub.inbox_of(peer) {
             // A full queue means that there is more than enough to do.
             let _full = inbox.unopened.push((peer, bytes));
             inbox.wake.ring();
@@ -614,8 +598,7 @@ impl Dataplane {
     /// dropped, and the caller counts them.
     #[must_use]
     pub fn relay_in(&self, peer: PeerId, region: RegionId, datagrams: Datagrams) -> bool {
-        let owner = self.hub.table().owner(peer);
-        let Some(inbox) = owner.and_then(|owner| self.hub.inboxes.get(usize::from(owner))) else {
+        let Some(inbox) = self.hub.inbox_of(peer) else {
             self.recycle(datagrams);
             return false;
         };

@@ -1,6 +1,6 @@
 //! What threads pass things through, whatever these are; [`hub`](crate::hub) puts it together.
 //!
-//! Nobody ever waits for anybody here. Path decisions go through one slot per peer and a queue of ids;
+//! Nobody ever waits for anybody here. What is newest of a peer goes through its slot and a queue of ids;
 //! packets through lanes bounded in entries and bytes that drop their oldest, counted; what is lent is
 //! the lender's until it lets go. A thread is woken through its event descriptor, and only if it sleeps.
 
@@ -17,5 +17,5 @@ mod sync {
 
 pub(crate) use lane::{Lane, Load};
 pub(crate) use loan::{Borrowed, Lent, Loan};
-pub(crate) use slots::PathSlots;
+pub(crate) use slots::Slots;
 pub(crate) use wake::Wake;

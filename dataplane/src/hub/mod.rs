@@ -22,14 +22,14 @@ use zeroize::Zeroizing;
 
 use strangers::Strangers;
 
-use crate::channel::{Lane, Load, PathSlots, Wake};
+use crate::channel::{Lane, Load, Slots, Wake};
 use crate::classify::owner_shard;
 use crate::config::{SHARDS_MAX, share};
 use crate::noise::PeekedInitiation;
 use crate::packet::header::Flow;
 use crate::peer::activity::{from_ns, to_ns};
 use crate::peer::table::{Network, PeerTable};
-use crate::peer::{PeerShared, Report};
+use crate::peer::{Aim, PeerShared, Report};
 use crate::ring::{TunRx, UdpRx};
 use crate::session::Awaited;
 use crate::sys::EventFd;
@@ -184,7 +184,7 @@ pub(crate) struct Inbox {
     pub(crate) settings: ArrayQueue<Arc<Settings>>,
     pub(crate) sockets: ArrayQueue<Arc<Sockets>>,
     pub(crate) network: ArrayQueue<Network>,
-    pub(crate) paths: PathSlots,
+    pub(crate) paths: Slots<Aim>,
     pub(crate) asks: ArrayQueue<PeerId>,
     /// Whom data came from that could not be opened, and its bytes.
     pub(crate) unopened: ArrayQueue<(PeerId, usize)>,
@@ -210,7 +210,7 @@ impl Inbox {
             settings: ArrayQueue::new(1),
             sockets: ArrayQueue::new(1),
             network: ArrayQueue::new(1),
-            paths: PathSlots::new(),
+            paths: Slots::new(),
             asks: ArrayQueue::new(ASKS_MAX),
             unopened: ArrayQueue::new(UNOPENED_MAX),
             handshakes: ArrayQueue::new(HANDSHAKES_MAX),
@@ -457,6 +457,21 @@ impl Hub {
         inbox.is_some_and(|inbox| inbox.awaited.contains(index))
     }
 
+    /// What waits for the owner of a peer, if there is one.
+    pub(crate) fn inbox_of(&self, peer: PeerId) -> Option<&Inbox> {
+        let owner = self.table().owner(peer)?;
+        self.inboxes.get(usize::from(owner))
+    }
+
+    /// Tells the owner of a peer where it is to be sent to, and nobody else: others send along what the
+    /// owner lends them.
+    pub(crate) fn aim(&self, peer: PeerId, aim: Aim) {
+        if let Some(inbox) = self.inbox_of(peer) {
+            inbox.paths.set(peer, aim);
+            inbox.wake.ring();
+        }
+    }
+
     /// Asks every thread to end.
     pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::SeqCst);
@@ -480,7 +495,11 @@ impl Hub {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::io::Read;
+
     use super::*;
+    use crate::types::PeerConfig;
 
     #[test]
     fn a_set_of_shards_gives_each_once() {
@@ -491,6 +510,40 @@ mod tests {
         assert!(set.contains(63) && !set.contains(1) && !set.contains(64) && !set.contains(255));
         let all: Vec<u8> = std::iter::from_fn(|| set.take()).collect();
         assert_eq!((all, set), (vec![0, 5, 63], ShardSet::default()));
+    }
+
+    #[test]
+    fn only_the_owner_of_a_peer_is_told_where_to_send() {
+        #[expect(clippy::disallowed_methods, reason = "any instant will do")]
+        let hub = Hub::new(Instant::now(), 4).unwrap();
+        let peers: Vec<PeerConfig> = (0..40u8)
+            .map(|n| PeerConfig {
+                id: PeerId(n.into()),
+                public_key: [n; 32],
+                preshared_key: None,
+                allowed_ips: Vec::new(),
+                persistent_keepalive: None,
+            })
+            .collect();
+        let table = Arc::new(PeerTable::default().replaced(peers, Vec::new(), 4));
+        hub.network.write().unwrap().table = Arc::clone(&table);
+        let rung = |inbox: &Inbox| {
+            let bell = inbox.wake.as_fd().try_clone_to_owned().unwrap();
+            File::from(bell).read(&mut [0; 8]).is_ok()
+        };
+        for peer in table.peers() {
+            hub.inboxes.iter().for_each(|i| i.wake.about_to_sleep());
+            let endpoint = SocketAddr::from(([192, 0, 2, 1], 1));
+            hub.aim(peer.config.id, Aim::Endpoint(endpoint));
+            for (shard, inbox) in hub.inboxes.iter().enumerate() {
+                let mine = shard == usize::from(peer.owner);
+                assert_eq!(rung(inbox), mine);
+                let told = inbox.paths.take().map(|(id, _)| id);
+                assert_eq!(told, mine.then_some(peer.config.id));
+            }
+        }
+        hub.aim(PeerId(40), Aim::Endpoint(([192, 0, 2, 1], 1).into()));
+        assert!(hub.inboxes.iter().all(|inbox| inbox.is_empty()));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use std::time::Instant;
 pub(crate) use activity::{ActivityBlock, Arrived};
 use deadlines::Deadlines;
 pub(crate) use guest::{Guest, Guests, Report, Terms};
-pub(crate) use path::{Kind, Path, Source, Way};
+pub(crate) use path::{Aim, Kind, Path, Source, Way};
 pub(crate) use shared::{PeerShared, Whereabouts};
 use table::PeerEntry;
 use unopened::Unopened;
@@ -36,7 +36,7 @@ use crate::packet::segment::Plan;
 use crate::session::{Engine, Session, Staged, Stamps};
 use crate::stats::DropReason;
 use crate::sys::socket::Local;
-use crate::types::{Event, PEERS_MAX, PathDecision, PeerConfig, PeerId};
+use crate::types::{Event, PEERS_MAX, PeerConfig, PeerId};
 
 /// Whom a run of sealed datagrams is for: a peer of this shard, or a guest.
 pub(crate) trait Addressee {
@@ -329,10 +329,12 @@ impl Peer {
             .take_if(|session| !session.reconfigure(now, &old, new))
     }
 
-    /// Takes a path decision over, in device mode an endpoint. True if the peer can be reached in a
-    /// way it could not before.
-    pub(crate) fn decide(&mut self, now: Instant, decision: PathDecision) -> bool {
-        let reachable = self.path.decide(now, decision);
+    /// Takes over where the peer is to be sent to. True if it can be reached in a way it could not before.
+    pub(crate) fn aim(&mut self, now: Instant, aim: Aim) -> bool {
+        let reachable = match aim {
+            Aim::Decided(decision) => self.path.decide(now, decision),
+            Aim::Endpoint(endpoint) => self.path.set_endpoint(endpoint),
+        };
         self.tell_whereabouts();
         reachable
     }

@@ -70,6 +70,14 @@ pub(crate) enum Kind {
     Keepalive,
 }
 
+/// Where datagrams to a peer are to go from now on.
+#[derive(Clone, Debug)]
+pub(crate) enum Aim {
+    Decided(PathDecision),
+    /// In device mode: the peer may move on from there.
+    Endpoint(SocketAddr),
+}
+
 /// The path state of one peer.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Path {
@@ -137,16 +145,20 @@ impl Path {
         }
     }
 
+    /// Takes an endpoint over, in device mode. True if it is another.
+    pub(crate) fn set_endpoint(&mut self, endpoint: SocketAddr) -> bool {
+        let Some(at) = self.follow else { return false };
+        self.move_to(Whereabouts {
+            endpoint: Some(endpoint),
+            local: None,
+        });
+        at.endpoint != Some(endpoint)
+    }
+
     /// Takes a decision over. True if the peer can now be reached in a way it could not before:
     /// what waits for a handshake deserves a new try.
     pub(crate) fn decide(&mut self, now: Instant, decision: PathDecision) -> bool {
-        if let Some(at) = self.follow {
-            self.move_to(Whereabouts {
-                endpoint: decision.udp,
-                local: None,
-            });
-            return decision.udp.is_some() && decision.udp != at.endpoint;
-        }
+        debug_assert!(self.follow.is_none(), "here the endpoint follows the peer");
         let old = self.decision.take();
         let (old_udp, old_derp, old_trust) = old.as_ref().map_or((None, None, None), |old| {
             (old.udp, old.derp, old.trust_until)
@@ -487,7 +499,7 @@ mod tests {
         assert_eq!(lent(&rig, 5001), None, "trusted no longer");
 
         rig.path = Path::following();
-        rig.decide(0, Some(1), None, None);
+        rig.path.set_endpoint(addr(1));
         assert_eq!(rig.path.lend(rig.at(0)).map(|lent| lent.1), Some(None));
     }
 
@@ -565,9 +577,9 @@ mod tests {
         };
         let at = |endpoint, local| Some(Whereabouts { endpoint, local });
         assert_eq!(rig.send(0), (None, None, vec![]));
-        assert!(rig.decide(0, Some(1), None, None), "reachable now");
+        assert!(rig.path.set_endpoint(addr(1)), "reachable now");
         assert_eq!(rig.path.take_move(), at(Some(addr(1)), None));
-        assert!(!rig.decide(0, Some(1), None, None), "nothing new");
+        assert!(!rig.path.set_endpoint(addr(1)), "nothing new");
         assert_eq!(rig.path.take_move(), None);
         assert_eq!(rig.send(9_000), (Some(addr(1)), None, vec![]));
 

@@ -244,18 +244,12 @@ impl Loan {
     }
 
     fn decide(&mut self, last: u8) {
-        let decision = PathDecision {
-            generation: 0,
-            udp: Some(SocketAddr::from(([192, 0, 2, last], 1))),
-            local: None,
-            derp: None,
-            trust_until: None,
-            silence_limit: Duration::from_secs(1),
-            path_mtu: 1500,
-            relayed_alone: false,
-        };
+        let endpoint = SocketAddr::from(([192, 0, 2, last], 1));
         let now = self.now;
-        self.owner.get(LENT).unwrap().decide(now, decision);
+        self.owner
+            .get(LENT)
+            .unwrap()
+            .aim(now, Aim::Endpoint(endpoint));
     }
 
     fn admits(&mut self, ms: u64) -> bool {

@@ -283,7 +283,7 @@ impl<'a> Shard<'a> {
             self.apply_network(network);
         }
         for _ in 0..DECISIONS_PER_TURN_MAX {
-            let Some((id, decision)) = self.inbox.paths.take() else {
+            let Some((id, aim)) = self.inbox.paths.take() else {
                 break;
             };
             // Made after a network that came while we were here: it is for a peer of that one.
@@ -295,7 +295,7 @@ impl<'a> Shard<'a> {
                 continue;
             };
             // What waits for an answer to an initiation that may have gone nowhere gets a new one.
-            let again = peer.decide(now, decision) && !peer.ready(now);
+            let again = peer.aim(now, aim) && !peer.ready(now);
             let wanted = peer.called || !peer.waiting.is_empty();
             if again && (wanted || peer.session().is_some_and(|s| s.initiating())) {
                 self.initiate(id, true);

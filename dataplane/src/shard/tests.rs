@@ -12,6 +12,7 @@ use crate::filter::{CompiledRules, source_allowed};
 use crate::hub::RelayIn;
 use crate::hub::strangers;
 use crate::packet::build::Builder;
+use crate::peer::Aim;
 use crate::session::{Moment, Session};
 use crate::tun::Kinds;
 use crate::types::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, Rules};
@@ -150,7 +151,7 @@ fn meet(shard: &mut Shard<'_>, far: &[Far]) {
             .peers
             .get(far.id)
             .unwrap()
-            .decide(shard.ctx.now, decision);
+            .aim(shard.ctx.now, Aim::Decided(decision));
     }
 }
 
@@ -450,8 +451,8 @@ fn unopenable(len: usize) -> Vec<u8> {
     message
 }
 
-fn path(udp: Option<SocketAddr>, relay: bool) -> PathDecision {
-    PathDecision {
+fn path(udp: Option<SocketAddr>, relay: bool) -> Aim {
+    Aim::Decided(PathDecision {
         generation: 1,
         udp,
         local: None,
@@ -460,7 +461,7 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> PathDecision {
         silence_limit: Duration::from_secs(1),
         path_mtu: 1500,
         relayed_alone: false,
-    }
+    })
 }
 
 /// Whatever the kernel refuses is dropped under a name, nothing waits for it, and what is sent after the fault
@@ -506,7 +507,7 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
                 meet(&mut shard, &far);
                 let (id, now) = (far[0].id, shard.ctx.now);
                 let peer = shard.peers.get(id).unwrap();
-                peer.decide(now, path(Some(to), false));
+                peer.aim(now, path(Some(to), false));
                 let bind = || Sockets {
                     v4: UdpSocket::bind("127.0.0.1:0").unwrap(),
                     v6: None,
@@ -603,7 +604,7 @@ fn initiations_for_what_cannot_be_opened_are_limited_and_go_where_the_peer_is() 
         .peers
         .get(id)
         .unwrap()
-        .decide(shard.ctx.now, path(Some(at), true));
+        .aim(shard.ctx.now, path(Some(at), true));
     shard.unopened(id, 200);
     assert_eq!(sent(&mut shard), []);
     shard.unopened(id, 96);
@@ -615,7 +616,7 @@ fn initiations_for_what_cannot_be_opened_are_limited_and_go_where_the_peer_is() 
         .peers
         .get(id)
         .unwrap()
-        .decide(shard.ctx.now, path(None, false));
+        .aim(shard.ctx.now, path(None, false));
     shard.unopened(id, 1400);
     assert_eq!(sent(&mut shard), []);
 }
@@ -652,11 +653,7 @@ fn a_handshake_asked_for_before_there_is_a_way_goes_out_with_the_first() {
     let far = Far::new(1);
     meet(&mut shard, std::slice::from_ref(&far));
     let now = shard.ctx.now;
-    shard
-        .peers
-        .get(far.id)
-        .unwrap()
-        .decide(now, path(None, false));
+    shard.peers.get(far.id).unwrap().aim(now, path(None, false));
     shard.initiate(far.id, false);
     assert_eq!(sent(&mut shard), []);
     seat.hub.inboxes[0].paths.set(far.id, path(None, true));
