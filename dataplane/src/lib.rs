@@ -41,6 +41,7 @@ mod aead;
 pub mod bench_support;
 #[cfg(test)]
 mod bounds;
+mod budget;
 mod channel;
 #[cfg(feature = "internals")]
 pub mod classify;
@@ -90,6 +91,7 @@ mod tun;
 mod types;
 mod udp;
 
+pub use budget::TimeBudget;
 pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, StartError,
     pinned_by_default, shards_by_default,

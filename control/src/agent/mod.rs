@@ -8,7 +8,6 @@
 //! then on the path machine decides per peer and the agent passes its decisions to the shards.
 
 mod allowed;
-pub mod budget;
 mod check;
 mod configuration;
 mod directory;

@@ -10,11 +10,13 @@
 
 use std::time::{Duration, Instant};
 
-/// One part in so many of a core, in the long run: what it takes to read 130,000 messages a second. What
-/// is not read may be a new peer's.
-const SHARE_BUSY: u32 = 8;
+use crate::budget::TimeBudget;
+
+/// Thousandths of a core, in the long run: what it takes to read 130,000 messages a second. What is not
+/// read may be a new peer's.
+const SHARE_BUSY: u16 = 125;
 /// The same while there is next to no data that the time would be taken from.
-const SHARE_IDLE: u32 = 2;
+const SHARE_IDLE: u16 = 500;
 /// Packets of data a second from which on there is some.
 const BUSY_PER_SECOND: u64 = 2000;
 /// How often that is looked at.
@@ -29,23 +31,16 @@ pub(super) const PAUSE: Duration = Duration::from_millis(2);
 /// The budget.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Budget {
-    /// Nanoseconds of processor time; below zero after the last piece of work was a large one.
-    level: i64,
-    at: Instant,
-    share: u32,
+    time: TimeBudget,
+    share: u16,
     /// Packets of data there had been, and when.
     seen: (u64, Instant),
-}
-
-fn nanos(duration: Duration) -> i64 {
-    i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX)
 }
 
 impl Budget {
     pub(super) fn new(now: Instant) -> Budget {
         Budget {
-            level: nanos(BURST),
-            at: now,
+            time: TimeBudget::new(now, BURST, Duration::MAX),
             share: SHARE_BUSY,
             seen: (0, now),
         }
@@ -53,13 +48,8 @@ impl Budget {
 
     /// Charges what was used, credits the time that has passed.
     pub(super) fn charge(&mut self, now: Instant, used: Duration) {
-        let passed = now.saturating_duration_since(self.at);
-        self.at = self.at.max(now);
-        self.level = self
-            .level
-            .saturating_add(nanos(passed / self.share))
-            .min(nanos(BURST))
-            .saturating_sub(nanos(used));
+        self.time.refill(now, self.share);
+        self.time.spend(used);
     }
 
     /// Looks, if it is time, at how many packets of data there have been, and sets the share.
@@ -82,7 +72,7 @@ impl Budget {
 
     /// True if the thread must pause.
     pub(super) fn spent(&self) -> bool {
-        self.level <= 0
+        self.time.is_spent()
     }
 }
 
@@ -116,7 +106,7 @@ mod tests {
 
     #[test]
     fn endless_work_gets_its_share_whatever_its_pieces() {
-        let expected = 1.0 / f64::from(SHARE_BUSY);
+        let expected = f64::from(SHARE_BUSY) / 1000.0;
         for piece in [20, 500, 3000] {
             let share = share(Duration::from_micros(piece), Duration::from_secs(100));
             assert!(

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use ringtail_dataplane::{Dataplane, DriverKind, Engine};
+use ringtail_dataplane::{Dataplane, DriverKind, Engine, TimeBudget};
 use tokio::sync::{mpsc, watch};
 
 use super::clock::{at, now, thread_time, wall};
@@ -41,7 +41,6 @@ use super::timestamps::Timestamps;
 use super::tls::roots;
 use super::uapi;
 use super::unix_socket::SocketFile;
-use crate::agent::budget::Budget;
 use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::NodeConfig;
 use crate::coord::{CoordEvent, SelfState};
@@ -56,11 +55,15 @@ const SAVE_PERIOD: Duration = Duration::from_secs(10);
 /// They are written so soon after a session with a peer began that they do not name.
 const SAVE_SOON: Duration = Duration::from_secs(1);
 
-/// Per cent of this thread's time for what comes to the discovery socket, while packets are relayed and
-/// while none are.
-const DISCOVERY_SHARES: (u8, u8) = (10, 50);
+/// Thousandths of this thread's time for what comes to the discovery socket, while packets are relayed
+/// and while none are.
+const DISCOVERY_SHARES: [u16; 2] = [100, 500];
 /// The same for questions of local programs.
-const CALL_SHARES: (u8, u8) = (5, 25);
+const CALL_SHARES: [u16; 2] = [50, 250];
+/// Time that is saved up for either at most: a few thousand datagrams.
+const SAVED_MAX: Duration = Duration::from_millis(20);
+/// And overdrawn.
+const OVERDRAWN_MAX: Duration = Duration::from_millis(50);
 /// Packets count as being relayed so long after the last.
 const RELAYING: Duration = Duration::from_millis(100);
 
@@ -115,8 +118,8 @@ struct Node {
     dataplane: Dataplane,
     discovery: Discovery,
     /// What the discovery socket may cost, and what local programs may.
-    discovery_budget: Budget,
-    call_budget: Budget,
+    discovery_budget: TimeBudget,
+    call_budget: TimeBudget,
     /// When packets were relayed last.
     relayed_at: Option<Instant>,
     names: Names,
@@ -182,8 +185,9 @@ impl Node {
             let due = self.agent.poll_timeout();
             let turn = now();
             let busy = self.relayed_at.is_some_and(|at| turn < at + RELAYING);
-            let discovery_opens = self.discovery_budget.opens(turn, busy);
-            let calls_open = self.call_budget.opens(turn, busy);
+            let share = |[relaying, otherwise]: [u16; 2]| if busy { relaying } else { otherwise };
+            let discovery_opens = self.discovery_budget.opens(turn, share(DISCOVERY_SHARES));
+            let calls_open = self.call_budget.opens(turn, share(CALL_SHARES));
             tokio::select! {
                 told = signals.next() => match told {
                     Ok(Told::End(_)) => break Ok(()),

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use ringtail_dataplane::{Config, Dataplane, Engine, Offloads};
+use ringtail_dataplane::{Config, Dataplane, Engine, Offloads, TimeBudget};
 use rustls::RootCertStore;
 use socket2::SockRef;
 use tokio::sync::{mpsc, watch};
@@ -14,8 +14,7 @@ use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
 use super::intake::Pace;
-use super::{CALL_SHARES, DISCOVERY_SHARES, Node, SAVE_PERIOD, now, wall};
-use crate::agent::budget::Budget;
+use super::{Node, OVERDRAWN_MAX, SAVE_PERIOD, SAVED_MAX, now, wall};
 use crate::agent::{Agent, Network, Setup, Surroundings};
 use crate::config::{NodeConfig, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
@@ -228,8 +227,8 @@ impl Node {
         let mut node = Self {
             agent,
             discovery: Discovery::new(v4, v6, config.fwmark.unwrap_or(0))?,
-            discovery_budget: Budget::new(now(), DISCOVERY_SHARES.0, DISCOVERY_SHARES.1),
-            call_budget: Budget::new(now(), CALL_SHARES.0, CALL_SHARES.1),
+            discovery_budget: TimeBudget::new(now(), SAVED_MAX, OVERDRAWN_MAX),
+            call_budget: TimeBudget::new(now(), SAVED_MAX, OVERDRAWN_MAX),
             relayed_at: None,
             names,
             relays,
