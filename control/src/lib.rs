@@ -24,5 +24,6 @@ pub mod netmap;
 pub mod noise;
 pub mod path;
 pub mod places;
+pub mod rate;
 pub mod stun;
 pub mod uapi;

@@ -10,7 +10,6 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use serde::Deserialize;
 
-use crate::derp::rate::Rate;
 use crate::driver::derp_server::{
     BURST_MIN, DerpHandle, DerpOptions, DerpServer, VerifyBy, VerifyOptions, identity,
 };
@@ -19,6 +18,7 @@ use crate::driver::signals::{Blocked, Signals, Told};
 use crate::driver::state::StateDir;
 use crate::driver::tls::verify::pin_of;
 use crate::netmap::{DerpMap, DerpNode, DerpRegion};
+use crate::rate::Rate;
 
 /// How long the relay's tasks get to end after a signal.
 const SHUTDOWN_LIMIT: Duration = Duration::from_millis(500);

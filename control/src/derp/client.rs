@@ -10,9 +10,9 @@ use std::time::{Duration, Instant};
 
 use super::frame::{self, Decoder, FrameError, FrameType, PeerGoneReason};
 use super::info::{self, ClientInfo, InfoError, NONCE_LEN, ServerInfo};
-use super::rate::{Bucket, Rate};
 use super::upgrade::{self, HeadError};
 use crate::key::{NodePrivate, NodePublic};
+use crate::rate::{Bucket, Rate};
 
 /// Silence after which the relay is asked by a Ping; KeepAlive comes every 60 to 65 s.
 pub const SILENT_LIMIT: Duration = Duration::from_secs(75);

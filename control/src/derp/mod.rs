@@ -19,7 +19,6 @@ pub mod frame;
 pub mod info;
 pub mod news;
 pub mod queue;
-pub mod rate;
 pub mod routes;
 pub mod server;
 pub mod upgrade;

@@ -1,8 +1,10 @@
 //! Rates and named counters.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ringtail_dataplane::named;
+
+use crate::rate::{Bucket, Rate};
 
 /// Pings sent to one peer per second.
 pub(super) const PEER_PINGS_PER_S: u32 = 50;
@@ -23,44 +25,29 @@ pub(super) const OPENS_RESERVE: u32 = 500;
 /// Pings sent by the node per second.
 pub(super) const NODE_PINGS_PER_S: u32 = 1000;
 
-/// A token bucket that holds one second's worth.
+/// Limits what is done to so many times per second, and so many at once.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Bucket {
-    per_s: u32,
-    /// In thousandths.
-    tokens: u64,
-    filled_at: Option<Instant>,
+pub(super) struct Limit {
+    rate: Rate,
+    /// Full until it is used first.
+    bucket: Option<Bucket>,
 }
 
-impl Bucket {
+impl Limit {
     pub(super) fn new(per_s: u32) -> Self {
-        Self {
-            per_s,
-            tokens: u64::from(per_s) * 1000,
-            filled_at: None,
-        }
+        let per_second = u64::from(per_s) * 1000;
+        let burst = per_second;
+        let rate = Rate { per_second, burst };
+        Self { rate, bucket: None }
     }
 
-    /// Takes one token unless that leaves fewer than `reserve`.
+    /// Takes one unless that leaves fewer than `reserve`.
     pub(super) fn take(&mut self, now: Instant, reserve: u32) -> bool {
-        let since = self
-            .filled_at
-            .map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-        let millis = u64::try_from(since.as_millis()).unwrap_or(u64::MAX);
-        if millis > 0 || self.filled_at.is_none() {
-            self.filled_at = Some(now);
-        }
-        let full = u64::from(self.per_s) * 1000;
-        self.tokens = millis
-            .saturating_mul(u64::from(self.per_s))
-            .saturating_add(self.tokens)
-            .min(full);
-        let wanted = u64::from(reserve + 1) * 1000;
-        let granted = self.tokens >= wanted;
-        if granted {
-            self.tokens -= 1000;
-        }
-        granted
+        let bucket = self
+            .bucket
+            .get_or_insert_with(|| Bucket::new(self.rate, now));
+        bucket.refill(now);
+        bucket.take_above(1000, u64::from(reserve) * 1000)
     }
 }
 
@@ -134,13 +121,15 @@ impl Counters {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
     fn a_bucket_gives_its_rate_and_keeps_its_reserve() {
         let start = crate::path::test_clock::start();
-        let mut bucket = Bucket::new(50);
-        let taken = |bucket: &mut Bucket, now, reserve| {
+        let mut bucket = Limit::new(50);
+        let taken = |bucket: &mut Limit, now, reserve| {
             (0..100).filter(|_| bucket.take(now, reserve)).count()
         };
         assert_eq!(taken(&mut bucket, start, 15), 35);

@@ -10,7 +10,7 @@ use rand::rngs::StdRng;
 use ringtail_dataplane::{Activity, PEERS_MAX, PathDecision, PeerId, RegionId};
 
 use super::candidate::candidates_max;
-use super::limit::{Bucket, KEY_OPENS_PER_S, OPENS_RESERVE};
+use super::limit::{KEY_OPENS_PER_S, Limit, OPENS_RESERVE};
 use super::peer::{At, Peer, PeerKey};
 use super::seen::Seen;
 use super::shared::Shared;
@@ -47,7 +47,7 @@ struct Sender {
     secret: Arc<SharedKey>,
     ids: Vec<PeerId>,
     /// Datagrams that may be opened.
-    opens: Bucket,
+    opens: Limit,
     seen: Seen,
 }
 
@@ -135,7 +135,7 @@ impl Manager {
                 place.insert(Sender {
                     secret: Arc::new(secret),
                     ids: Vec::new(),
-                    opens: Bucket::new(KEY_OPENS_PER_S),
+                    opens: Limit::new(KEY_OPENS_PER_S),
                     seen: Seen::default(),
                 })
             }

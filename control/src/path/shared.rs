@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use ringtail_dataplane::PeerId;
 
 use super::candidate::Admission;
-use super::limit::{Bucket, Counters, NODE_PINGS_PER_S};
+use super::limit::{Counters, Limit, NODE_PINGS_PER_S};
 use super::{
     Config, Drop, ENDPOINTS_FRESH_ENOUGH, EVENTS_MAX, Event, RestunReason, Story, TRANSMITS_MAX,
     Transmit,
@@ -32,7 +32,7 @@ pub(super) struct Shared {
     own_at: Option<Instant>,
     pub(super) admission: Admission,
     pub(super) counters: Counters,
-    pub(super) pings: Bucket,
+    pub(super) pings: Limit,
     pub(super) transmits: VecDeque<Transmit>,
     stories: VecDeque<Event>,
     /// What the driver must do; these are never lost.
@@ -62,7 +62,7 @@ impl Shared {
             own_at: None,
             admission,
             counters: Counters::new(),
-            pings: Bucket::new(NODE_PINGS_PER_S),
+            pings: Limit::new(NODE_PINGS_PER_S),
             transmits: VecDeque::new(),
             stories: VecDeque::new(),
             restun: None,

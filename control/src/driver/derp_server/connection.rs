@@ -22,11 +22,11 @@ use super::{
 use crate::derp::frame::{self, FrameType, HEADER_LEN, PeerGoneReason};
 use crate::derp::is_disco;
 use crate::derp::queue::{CHUNK_LEN, Chunk};
-use crate::derp::rate::Bucket;
 use crate::derp::server::{Event, ServerError, Session};
 use crate::derp::upgrade;
 use crate::driver::tls::ServerTls;
 use crate::key::{KEY_LEN, NodePublic};
+use crate::rate::Bucket;
 
 /// Ciphertext gathered for one write.
 const WRITE_LEN: usize = 128 << 10;

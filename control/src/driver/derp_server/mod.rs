@@ -37,12 +37,12 @@ use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 use crate::derp::frame::PACKET_LEN_MAX;
 use crate::derp::queue::{Chunk, Spares};
-use crate::derp::rate::{Bucket, Rate};
 use crate::driver::clock::now;
 use crate::driver::counters::{self, counters};
 use crate::driver::underlay::USER_TIMEOUT;
 use crate::driver::{descriptors, tls};
 use crate::key::{KEY_LEN, NodePrivate};
+use crate::rate::{Bucket, Rate};
 use door::{Doors, Place};
 use registry::Registry;
 use verify::Verifier;

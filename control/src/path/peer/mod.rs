@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ringtail_dataplane::{Activity, PathDecision, PeerId, RegionId};
 
 use super::candidate::Candidates;
-use super::limit::{Bucket, PEER_CALLS_PER_S, PEER_PINGS_PER_S, PEER_PONGS_PER_S};
+use super::limit::{Limit, PEER_CALLS_PER_S, PEER_PINGS_PER_S, PEER_PONGS_PER_S};
 use super::mtu::{Carries, MTU_UNPROVED, MtuSearch, wire_mtu};
 use super::pings::Pings;
 use super::quality::Quality;
@@ -187,9 +187,9 @@ pub(super) struct Peer {
     relay_rtt: Option<(Instant, Duration)>,
     relay_ping_at: Option<Instant>,
 
-    ping_rate: Bucket,
-    pong_rate: Bucket,
-    call_rate: Bucket,
+    ping_rate: Limit,
+    pong_rate: Limit,
+    call_rate: Limit,
     generation: u64,
     decided: Option<PathDecision>,
 }
@@ -228,9 +228,9 @@ impl Peer {
             last_good_next: None,
             relay_rtt: None,
             relay_ping_at: None,
-            ping_rate: Bucket::new(PEER_PINGS_PER_S),
-            pong_rate: Bucket::new(PEER_PONGS_PER_S),
-            call_rate: Bucket::new(PEER_CALLS_PER_S),
+            ping_rate: Limit::new(PEER_PINGS_PER_S),
+            pong_rate: Limit::new(PEER_PONGS_PER_S),
+            call_rate: Limit::new(PEER_CALLS_PER_S),
             generation: 0,
             decided: None,
         }

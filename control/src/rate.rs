@@ -49,8 +49,13 @@ impl Bucket {
 
     /// Lets `amount` pass, if there is so much.
     pub fn take(&mut self, amount: u64) -> bool {
+        self.take_above(amount, 0)
+    }
+
+    /// Lets `amount` pass, unless that leaves less than `reserve`.
+    pub fn take_above(&mut self, amount: u64, reserve: u64) -> bool {
         let amount = signed(amount);
-        let enough = self.left >= amount;
+        let enough = self.left >= amount.saturating_add(signed(reserve));
         if enough {
             self.left -= amount;
         }
