@@ -1,7 +1,31 @@
 //! The control side of ringtail: everything but moving packets.
 //!
-//! Cores decide and touch neither socket nor clock: `key`, `netmap`, `uapi`. The rim is
-//! `agent`, which wires the cores together, `driver`, which touches the outside, and `cli`.
+//! Imports point one way: `cli` -> `driver` -> `agent` -> cores, and a core takes only from those
+//! named before it.
+//!
+//! Cores decide, and touch neither socket nor clock:
+//! - `key`: node, machine and DISCO keys and their text forms.
+//! - `rate`: token buckets.
+//! - `places`: who may be connected to a server, counted by network and by owner.
+//! - `stun`: requests and answers of STUN.
+//! - `disco`: the messages by which peers find paths, and which of them a socket lets in.
+//! - `noise`: the encrypted channel to a coordination server.
+//! - `derp`: the relay protocol, both ends of a connection, and what waits to be sent.
+//! - `path`: per peer, which way packets take: candidates, Pings, scores.
+//! - `netmap`: peers, DERP map and rules as coordination tells them, and merging what changes.
+//! - `netcheck`: what the NAT is like, own endpoints, the home region.
+//! - `coord`: registration and the map stream, both ends.
+//! - `uapi`: the configuration protocol of userspace WireGuard.
+//! - `device`: the device it configures.
+//! - `hostnet`: the routes, rules and resolvers that the host should have.
+//! - `config`: what a person gives a node: options and the file of a static network.
+//!
+//! The rim:
+//! - `agent`: wires the cores of a node together and decides what the data plane is told.
+//! - `driver`: sockets, TLS, netlink, files, clocks; one file or folder for each outside thing.
+//! - `cli`: arguments and printing.
+//!
+//! `fuzzing` has what the fuzz targets run.
 #![forbid(unsafe_code)]
 
 pub mod agent;
