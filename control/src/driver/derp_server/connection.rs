@@ -4,7 +4,6 @@
 //! once the output before it is written, at most [`WRITE_LEN`] and a chunk at a time; one Pong waits
 //! for that, and while it does the client is not read; what others send it lies in its queues.
 
-use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -14,18 +13,18 @@ use tokio::net::TcpStream;
 
 use super::door::{self, Place};
 use super::head::{self, Conn, Ended, READ_LEN, within};
-use super::registry::{Client, Lane};
+use super::registry::Client;
+use super::router::Router;
 use super::{
     FRAME_LIMIT, HEAD_LIMIT, HELLO_LIMIT, KEEP_ALIVE, KEEP_ALIVE_JITTER, PROGRESS_MIN, Shared,
     TLS_LIMIT, WRITE_LIMIT, now,
 };
-use crate::derp::frame::{self, FrameType, HEADER_LEN, PeerGoneReason};
-use crate::derp::is_disco;
-use crate::derp::queue::{CHUNK_LEN, Chunk};
-use crate::derp::server::{Event, ServerError, Session};
+use crate::derp::frame::{self, FrameType};
+use crate::derp::queue::Chunk;
+use crate::derp::server::{ServerError, Session};
 use crate::derp::upgrade;
 use crate::driver::tls::ServerTls;
-use crate::key::{KEY_LEN, NodePublic};
+use crate::key::NodePublic;
 use crate::rate::Bucket;
 
 /// Ciphertext gathered for one write.
@@ -34,17 +33,8 @@ const WRITE_LEN: usize = 128 << 10;
 /// Writes in a row before the client is listened to again.
 const WRITES_MAX: u32 = 16;
 
-/// Memory kept for the next DISCO frame.
-const DISCO_KEPT: usize = 2 << 10;
-
-/// Receivers a connection remembers having told the registry of.
-const KNOWN_MAX: usize = 256;
-
 /// How often is looked whether a client that owes has still to wait.
 const RATE_LOOK: Duration = Duration::from_secs(1);
-
-/// PeerGone(not here) per sending connection: this many at once, and one more per second.
-const NOT_HERE_BURST: f64 = 3.0;
 
 /// Serves a connection to the TLS port until it ends.
 pub(super) async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr, place: Place) {
@@ -230,26 +220,6 @@ struct Relay<'a> {
     bucket: Option<Bucket>,
 }
 
-/// Where the frames of one client go.
-struct Router<'a> {
-    shared: &'a Shared,
-    me: &'a Arc<Client>,
-    /// Packets in a row for one destination, as RecvPacket frames.
-    run: Chunk,
-    run_frames: u64,
-    run_to: NodePublic,
-    /// A single DISCO frame on its way.
-    disco: Chunk,
-    /// Receivers that are remembered already.
-    known: HashSet<u64>,
-    /// What the Pong that waits will say: the client's last Ping.
-    pong: Option<[u8; 8]>,
-    not_here: f64,
-    not_here_at: Instant,
-    packets: u64,
-    bytes: u64,
-}
-
 /// How far writing got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Written {
@@ -267,20 +237,7 @@ impl<'a> Relay<'a> {
         Self {
             shared,
             session,
-            router: Router {
-                shared,
-                me,
-                run: Chunk::default(),
-                run_frames: 0,
-                run_to: NodePublic::default(),
-                disco: Chunk::default(),
-                known: HashSet::new(),
-                pong: None,
-                not_here: NOT_HERE_BURST,
-                not_here_at: now(),
-                packets: 0,
-                bytes: 0,
-            },
+            router: Router::new(shared, me),
             control: Vec::new(),
             keep_alive_every,
             keep_alive_at: now() + keep_alive_every,
@@ -406,7 +363,7 @@ impl<'a> Relay<'a> {
                 result = self.handle_plain(plain);
             }
         });
-        self.finish_input();
+        self.router.finish_read();
         if let Some(bucket) = &mut self.bucket {
             bucket.charge(len as u64);
             self.shared
@@ -434,7 +391,7 @@ impl<'a> Relay<'a> {
     /// Handles bytes that came before there was a bucket.
     fn take(&mut self, plain: &[u8]) -> Result<(), Ended> {
         self.handle_plain(plain)?;
-        self.finish_input();
+        self.router.finish_read();
         Ok(())
     }
 
@@ -455,31 +412,10 @@ impl<'a> Relay<'a> {
         Ok(())
     }
 
-    /// What follows from all the frames of one read.
-    fn finish_input(&mut self) {
-        let counters = &self.shared.counters;
-        let router = &mut self.router;
-        router.flush();
-        if router.packets > 0 {
-            counters.packets_received.add(router.packets);
-            counters.bytes_received.add(router.bytes);
-            (router.packets, router.bytes) = (0, 0);
-        }
-    }
-
     /// Keeps no more memory than what waits needs, and charges the client with that.
     fn settle(&mut self, conn: &mut Conn) -> Result<(), Ended> {
         conn.return_out();
-        let router = &mut self.router;
-        if let Some(run) = head::put_run(std::mem::take(&mut router.run)) {
-            self.shared.recycle(run);
-        }
-        if router.disco.held_bytes() > DISCO_KEPT {
-            router.disco = Chunk::default();
-        }
-        let held = self.control.capacity()
-            + router.disco.held_bytes()
-            + router.known.capacity() * size_of::<u64>();
+        let held = self.control.capacity() + self.router.settle();
         conn.charge(self.session.memory_bytes(), held)
     }
 
@@ -564,93 +500,5 @@ async fn ready(
     match interest {
         Some(interest) => stream.ready(interest).await,
         None => std::future::pending().await,
-    }
-}
-
-impl Router<'_> {
-    fn handle(&mut self, event: Event<'_>) {
-        let counters = &self.shared.counters;
-        match event {
-            // It was handled before there was a router.
-            Event::Hello { .. } => {}
-            Event::Send {
-                destination,
-                packet,
-            } => self.send(destination, packet),
-            Event::Preferred(true) => counters.home_moves_in.add(1),
-            Event::Preferred(false) => counters.home_moves_out.add(1),
-            Event::Ping(bytes) => {
-                counters.got_ping.add(1);
-                if self.pong.replace(bytes).is_some() {
-                    counters.pings_ignored.add(1);
-                }
-            }
-        }
-    }
-
-    fn send(&mut self, destination: NodePublic, packet: &[u8]) {
-        self.packets += 1;
-        self.bytes += packet.len() as u64;
-        let source = *self.me.slot.key();
-        if is_disco(packet) {
-            self.shared.counters.disco_received.add(1);
-            frame::put_recv_packet(self.disco.buffer(), &source, packet);
-            let mut disco = std::mem::take(&mut self.disco);
-            self.deliver(destination, Lane::Disco, &mut disco, 1);
-            self.disco = disco;
-            return;
-        }
-        let len = HEADER_LEN + KEY_LEN + packet.len();
-        if self.run_to != destination || self.run.len() + len > CHUNK_LEN {
-            self.flush();
-            self.run_to = destination;
-        }
-        if self.run.held_bytes() == 0 {
-            self.run = head::take_run().unwrap_or_else(|| self.shared.spare());
-        }
-        frame::put_recv_packet(self.run.buffer(), &source, packet);
-        self.run_frames += 1;
-    }
-
-    fn flush(&mut self) {
-        if self.run_frames > 0 {
-            let mut run = std::mem::take(&mut self.run);
-            let frames = std::mem::take(&mut self.run_frames);
-            self.deliver(self.run_to, Lane::Data, &mut run, frames);
-            self.run = run;
-        }
-    }
-
-    /// Puts a run into the destination's queue and leaves it empty.
-    fn deliver(&mut self, destination: NodePublic, lane: Lane, run: &mut Chunk, frames: u64) {
-        let shared = self.shared;
-        let Some(receiver) = shared.registry.find(&destination) else {
-            run.clear();
-            shared.counters.dropped_unknown_dest.add(frames);
-            if lane == Lane::Disco {
-                self.tell_not_here(&destination);
-            }
-            return;
-        };
-        if self.known.insert(receiver.id) {
-            if self.known.len() > KNOWN_MAX {
-                self.known.clear();
-            }
-            self.me.delivered_to(&receiver);
-        }
-        receiver.push(lane, run, frames, &shared.counters);
-    }
-
-    fn tell_not_here(&mut self, peer: &NodePublic) {
-        let at = now();
-        let earned = (at - self.not_here_at).as_secs_f64();
-        self.not_here_at = at;
-        self.not_here = (self.not_here + earned).min(NOT_HERE_BURST);
-        let counters = &self.shared.counters;
-        if self.not_here < 1.0 {
-            return counters.peer_gone_limited.add(1);
-        }
-        self.not_here -= 1.0;
-        self.me.tell_gone(peer, PeerGoneReason::NotHere, counters);
     }
 }

@@ -19,6 +19,7 @@ mod head;
 pub mod identity;
 pub(crate) mod operations;
 mod registry;
+mod router;
 mod stun;
 mod verify;
 
