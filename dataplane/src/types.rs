@@ -3,6 +3,9 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+
 /// Names a peer on both sides of the boundary: an index below [`PEERS_MAX`], given by the control
 /// side, kept for as long as the peer's node key stays the same, and then free for reuse.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -15,13 +18,30 @@ pub const PEERS_MAX: usize = 16_384;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegionId(pub u32);
 
-/// An IP prefix in masked form: host bits are zero.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// An IP prefix in masked form: host bits are zero. As text it is `ADDR/BITS`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(from = "IpNet", into = "IpNet")]
 pub struct Prefix {
     /// Network address.
     pub addr: IpAddr,
     /// Leading bits that count: 0 to 32 for IPv4, 0 to 128 for IPv6.
     pub bits: u8,
+}
+
+impl From<IpNet> for Prefix {
+    fn from(net: IpNet) -> Self {
+        Self {
+            addr: net.network(),
+            bits: net.prefix_len(),
+        }
+    }
+}
+
+impl From<Prefix> for IpNet {
+    /// The address alone where it has fewer bits than the prefix.
+    fn from(prefix: Prefix) -> Self {
+        Self::new(prefix.addr, prefix.bits).unwrap_or_else(|_| prefix.addr.into())
+    }
 }
 
 /// One peer as the data plane knows it.
@@ -104,8 +124,9 @@ pub struct PathDecision {
     pub relayed_alone: bool,
 }
 
-/// Whole-table and per-peer instructions for the shards. By default nobody may reach us.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Who may reach us; by default nobody. In a file, `null` or the list.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
 pub enum Rules {
     /// Every authenticated peer may send anything its allowed IPs cover to what is ours.
     AllowAll,
@@ -120,7 +141,7 @@ impl Default for Rules {
 }
 
 /// One packet filter rule: any source prefix, any destination, one of the protocols.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rule {
     /// Source prefixes.
     pub sources: Vec<Prefix>,

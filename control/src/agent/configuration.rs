@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::{Activity, PeerId};
 
-use super::{Agent, network};
+use super::Agent;
 use crate::uapi::{DeviceStatus, PeerStatus, Reply};
 
 impl Agent {
@@ -46,7 +46,7 @@ impl Agent {
                 keepalive: 0,
                 extras,
             };
-            reply.peer(&status, peer.allowed_ips.iter().map(network::prefix));
+            reply.peer(&status, peer.allowed_ips.iter().map(|net| (*net).into()));
         }
         reply.finish()
     }

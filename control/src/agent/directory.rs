@@ -11,7 +11,7 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use ringtail_dataplane::{PEERS_MAX, PeerConfig, PeerId};
 
-use super::network::{NetworkPeer, apart, prefix};
+use super::network::{NetworkPeer, apart};
 use crate::key::NodePublic;
 
 /// The peers of the current network. A node key keeps its index for as long as it is here; an
@@ -147,7 +147,7 @@ impl Directory {
                 id,
                 public_key: peer.node_key.0,
                 preshared_key: None,
-                allowed_ips: peer.allowed_ips.iter().map(prefix).collect(),
+                allowed_ips: peer.allowed_ips.iter().map(|net| (*net).into()).collect(),
                 persistent_keepalive: None,
             })
             .collect()

@@ -42,7 +42,7 @@ use sources::Sources;
 use twin::Twin;
 
 pub use directory::Directory;
-pub use network::{HeldBack, HoldReason, Network, NetworkPeer, NetworkRule, Standing};
+pub use network::{HeldBack, HoldReason, Network, NetworkPeer, Standing};
 pub use status::Surroundings;
 pub use story::millis;
 
@@ -340,10 +340,10 @@ impl Agent {
         let same_filter =
             |b: &Network| b.rules == network.rules && b.addresses == network.addresses;
         let rules = (!before.as_ref().is_some_and(same_filter))
-            .then(|| (network.rules(), Some(self.local(network))));
+            .then(|| (network.rules.clone(), Some(self.local(network))));
         let reserved = &self.allowed.reserved;
-        let reserved =
-            (*reserved != reserved_before).then(|| reserved.iter().map(network::prefix).collect());
+        let reserved = (*reserved != reserved_before)
+            .then(|| reserved.iter().map(|net| (*net).into()).collect());
         let change = NetworkChange {
             peers: self.directory.peer_configs(&changes.routed),
             gone: changes.gone.clone(),
@@ -392,7 +392,7 @@ impl Agent {
         let own = own.iter().map(|net| IpNet::from(net.addr()));
         let offered = self.setup.routes_offered.iter().copied();
         let all = own.chain(offered);
-        all.map(|net| network::prefix(&net)).collect()
+        all.map(Into::into).collect()
     }
 
     /// Says which prefixes do not count, each once.

@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ringtail_dataplane::{Prefix, Rule, Rules};
+use ringtail_dataplane::Rules;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
@@ -40,8 +40,8 @@ pub struct Network {
     /// How it stands with ourselves.
     #[serde(default)]
     pub own: Standing,
-    /// Who may reach us; without rules every peer may.
-    pub rules: Option<Vec<NetworkRule>>,
+    /// Who may reach us.
+    pub rules: Rules,
 }
 
 /// How the coordination server sees this node.
@@ -154,17 +154,6 @@ impl HoldReason {
     }
 }
 
-/// One filter rule, as [`Rule`].
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct NetworkRule {
-    /// Source prefixes.
-    pub sources: Vec<IpNet>,
-    /// Destination prefixes with first and last port.
-    pub destinations: Vec<(IpNet, u16, u16)>,
-    /// IP protocol numbers.
-    pub protocols: Vec<u8>,
-}
-
 impl From<StaticNetwork> for Network {
     fn from(file: StaticNetwork) -> Self {
         let known = |region: u32| (region != 0).then_some(region);
@@ -193,7 +182,7 @@ impl From<StaticNetwork> for Network {
             held_back: Vec::new(),
             reserved: Vec::new(),
             own: Standing::default(),
-            rules: None,
+            rules: Rules::AllowAll,
         }
     }
 }
@@ -246,27 +235,7 @@ impl From<&Netmap> for Network {
                 unapproved: !map.self_node.machine_authorized && !map.self_node.expired,
                 health: map.health.clone(),
             },
-            rules: match &map.rules {
-                Rules::AllowAll => None,
-                Rules::List(rules) => Some(rules.iter().map(NetworkRule::from).collect()),
-            },
-        }
-    }
-}
-
-impl From<&Rule> for NetworkRule {
-    fn from(rule: &Rule) -> Self {
-        let net = |prefix: &Prefix| {
-            IpNet::new(prefix.addr, prefix.bits).unwrap_or_else(|_| prefix.addr.into())
-        };
-        Self {
-            sources: rule.sources.iter().map(net).collect(),
-            destinations: rule
-                .destinations
-                .iter()
-                .map(|(p, a, b)| (net(p), *a, *b))
-                .collect(),
-            protocols: rule.protocols.clone(),
+            rules: map.rules.clone(),
         }
     }
 }
@@ -358,23 +327,6 @@ impl Network {
             .map(IpNet::addr)
             .collect()
     }
-
-    /// The rules in the data plane's form.
-    pub fn rules(&self) -> Rules {
-        let Some(rules) = &self.rules else {
-            return Rules::AllowAll;
-        };
-        let compile = |rule: &NetworkRule| Rule {
-            sources: rule.sources.iter().map(prefix).collect(),
-            destinations: rule
-                .destinations
-                .iter()
-                .map(|(n, a, b)| (prefix(n), *a, *b))
-                .collect(),
-            protocols: rule.protocols.clone(),
-        };
-        Rules::List(rules.iter().map(compile).collect())
-    }
 }
 
 /// Two lists of peers without what both begin and end with: little is left of them where one has
@@ -400,10 +352,23 @@ fn in_common(before: &[Arc<NetworkPeer>], after: &[Arc<NetworkPeer>]) -> (usize,
     (start, ends.take_while(same).count())
 }
 
-/// A prefix in the data plane's form.
-pub(super) fn prefix(net: &IpNet) -> Prefix {
-    Prefix {
-        addr: net.network(),
-        bits: net.prefix_len(),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As the cache of a run holds them, of any version: `null` is everybody, and rules are texts.
+    #[test]
+    fn the_rules_of_a_cached_network_are_read_and_written_as_ever() {
+        let text = |rules: &str| {
+            format!(
+                r#"{{"addresses":[],"fixed_home":null,"derp_map":{{}},"peers":[],"rules":{rules}}}"#
+            )
+        };
+        let list = r#"[{"sources":["100.64.0.0/10","::/0"],"destinations":[["10.1.2.3/32",22,80]],"protocols":[6,17]}]"#;
+        for rules in ["null", "[]", list] {
+            let network: Network = serde_json::from_str(&text(rules)).unwrap();
+            assert_eq!(serde_json::to_string(&network.rules).unwrap(), rules);
+            assert_eq!(network.rules == Rules::AllowAll, rules == "null");
+        }
     }
 }

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use ringtail_dataplane::Rules;
+
 use super::*;
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netmap::MapState;
@@ -48,7 +50,7 @@ fn network(peer: u8) -> Network {
             endpoints: vec!["203.0.113.2:41641".parse().unwrap()],
             ..NetworkPeer::default()
         })],
-        rules: None,
+        rules: Rules::AllowAll,
         ..Network::default()
     }
 }

@@ -11,7 +11,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 
 use ipnet::{IpNet, IpSubnets};
-use ringtail_dataplane::{Prefix, Rule, Rules};
+use ringtail_dataplane::{Rule, Rules};
 
 use super::wire::{FilterRule, Node};
 
@@ -50,10 +50,8 @@ pub fn compile<'a>(
     let barred = peers.filter(|peer| peer.unsigned_peer_api_only);
     let mut addresses = barred.flat_map(|peer| peer.addresses.iter());
     let admits = |address: &IpNet| {
-        let sources = compiled.iter().flat_map(|rule| &rule.sources);
-        sources
-            .into_iter()
-            .any(|source| covers(source, address.addr()))
+        let mut sources = compiled.iter().flat_map(|rule| &rule.sources);
+        sources.any(|source| IpNet::from(*source).contains(&address.addr()))
     };
     if addresses.any(admits) {
         return Rules::List(Vec::new());
@@ -100,14 +98,14 @@ fn compile_rule<'a>(
         for net in parse(&destination.ip) {
             let cut = local.iter().filter_map(|local| intersection(&net, local));
             let ports = destination.ports;
-            destinations.extend(cut.map(|net| (prefix(&net), ports.first, ports.last)));
+            destinations.extend(cut.map(|net| (net.into(), ports.first, ports.last)));
         }
     }
     if sources.is_empty() || destinations.is_empty() || protocols.is_empty() {
         return None;
     }
     Some(Rule {
-        sources: sources.iter().map(prefix).collect(),
+        sources: sources.into_iter().map(Into::into).collect(),
         destinations,
         protocols,
     })
@@ -154,17 +152,6 @@ fn intersection(a: &IpNet, b: &IpNet) -> Option<IpNet> {
     }
 }
 
-fn prefix(net: &IpNet) -> Prefix {
-    Prefix {
-        addr: net.network(),
-        bits: net.prefix_len(),
-    }
-}
-
-fn covers(prefix: &Prefix, address: IpAddr) -> bool {
-    IpNet::new(prefix.addr, prefix.bits).is_ok_and(|net| net.contains(&address))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,14 +190,17 @@ mod tests {
         let matches = |by_proto: bool, whole_range: bool| {
             list.iter().any(|rule| {
                 (!by_proto || rule.protocols.contains(&packet.proto))
-                    && rule.sources.iter().any(|source| covers(source, packet.src))
+                    && rule
+                        .sources
+                        .iter()
+                        .any(|net| IpNet::from(*net).contains(&packet.src))
                     && rule.destinations.iter().any(|(net, first, last)| {
                         let ports = if whole_range {
                             (*first, *last) == (0, u16::MAX)
                         } else {
                             !by_proto || (*first..=*last).contains(&packet.dport)
                         };
-                        covers(net, packet.dst) && ports
+                        IpNet::from(*net).contains(&packet.dst) && ports
                     })
             })
         };

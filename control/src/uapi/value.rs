@@ -36,10 +36,7 @@ pub(super) fn prefix(text: &str) -> Result<Prefix, Errno> {
     let addr: IpAddr = addr.parse().map_err(|_| Errno::INVALID)?;
     let bits = uint(bits)?;
     let net = ipnet::IpNet::new(addr, bits).map_err(|_| Errno::INVALID)?;
-    Ok(Prefix {
-        addr: net.trunc().addr(),
-        bits,
-    })
+    Ok(net.into())
 }
 
 /// `A.B.C.D:port`, `[v6]:port` or `[v6%scope]:port`, numeric; the scope is an interface's index or a
