@@ -75,8 +75,8 @@ pub(super) struct UpArgs {
     /// Mark on every underlay socket; 0 is none [default: 0x80000, 524288].
     #[arg(long, value_name = "MARK", value_parser = mark)]
     fwmark: Option<u32>,
-    /// Routing table of our own, 1 to 252, with rules from 100 times that number on [default: 52, or the next
-    /// that no other program uses].
+    /// Routing table of our own, 1 to 252, with rules from 100 times that number on, those of 53 to 59 among
+    /// those of 52 [default: 52, or the next that no other program uses].
     #[arg(long, value_name = "NUMBER")]
     table: Option<u8>,
     /// Prefixes this node offers to route for others, separated by commas.
