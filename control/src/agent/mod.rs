@@ -62,6 +62,8 @@ const CLOCK_STEP_MIN: time::Duration = time::Duration::MINUTE;
 const REFUSED_TOLD_MAX: usize = 64;
 /// User pings that wait for their answer at most.
 const PINGS_MAX: usize = 256;
+// The network map drops no endpoint of a peer that the path machine has room for.
+const _: () = assert!(crate::netmap::ENDPOINTS_MAX >= path::CANDIDATES_MAX);
 
 /// What does not change while a node runs.
 #[derive(Clone, Debug)]

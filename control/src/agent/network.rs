@@ -12,9 +12,9 @@ use time::OffsetDateTime;
 
 use super::allowed::Allowed;
 use crate::config::StaticNetwork;
-use crate::coord::address::{DNS_SERVICE_V4, DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
 use crate::hostnet::Overlay;
 use crate::key::{DiscoPublic, NodePublic};
+use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
 use crate::netmap::wire::WireTime;
 use crate::netmap::{DerpMap, Netmap, Peer};
 

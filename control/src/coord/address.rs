@@ -4,12 +4,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-/// The range clients have built in for IPv4.
-pub const V4_RANGE: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10);
-
-/// The range clients have built in for IPv6.
-pub const V6_RANGE: Ipv6Net =
-    Ipv6Net::new_assert(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0), 48);
+use crate::netmap::prefix::{DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
 
 /// Parts of the IPv4 range other things use: the DNS service's neighbourhood, and a prefix that
 /// does not count as a node's own address.
@@ -18,12 +13,6 @@ const V4_RESERVED: [Ipv4Net; 3] = [
     Ipv4Net::new_assert(Ipv4Addr::new(100, 100, 100, 0), 24),
     Ipv4Net::new_assert(Ipv4Addr::new(100, 115, 92, 0), 23),
 ];
-
-/// Where every node of a network asks for names.
-pub const DNS_SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
-
-/// The same for IPv6.
-pub const DNS_SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
 /// The prefixes nodes get their addresses from: host number n gives one address of each family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,8 +9,7 @@ use super::{
     Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, MAIN, Overlay, Places, Plan, Relation,
     Route, Rule, Settings, Way,
 };
-use crate::coord::address::{V4_RANGE, V6_RANGE};
-use crate::netmap::prefix::is_exit;
+use crate::netmap::prefix::{V4_RANGE, V6_RANGE, is_exit};
 
 /// Computes what is to be there, and tells where it meets what the host has.
 pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {

@@ -1,8 +1,22 @@
-//! What a prefix can stand for: a subnet, the internet, or nothing that a host could have.
+//! What a prefix can stand for: a network of nodes, a subnet, the internet, or nothing that a host could
+//! have.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+/// The range clients have built in for IPv4.
+pub const V4_RANGE: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 10);
+
+/// The range clients have built in for IPv6.
+pub const V6_RANGE: Ipv6Net =
+    Ipv6Net::new_assert(Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0), 48);
+
+/// Where every node of a network asks for names.
+pub const DNS_SERVICE_V4: Ipv4Addr = Ipv4Addr::new(100, 100, 100, 100);
+
+/// The same for IPv6.
+pub const DNS_SERVICE_V6: Ipv6Addr = Ipv6Addr::new(0xfd7a, 0x115c, 0xa1e0, 0, 0, 0, 0, 0x53);
 
 /// Shortest prefixes that can be a subnet: the widest private networks, 10.0.0.0/8 and fc00::/7.
 /// What is wider stands for the internet.

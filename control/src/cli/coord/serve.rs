@@ -15,7 +15,7 @@ use zeroize::Zeroizing;
 
 use super::keys::{Time, accept_key_file, new_key, parse_time};
 use super::{FOR_EVER, STATE_DIR, StateArg, open};
-use crate::coord::address::{AddressPlan, V4_RANGE, V6_RANGE};
+use crate::coord::address::AddressPlan;
 use crate::coord::routes::announced;
 use crate::coord::server::{NodeRecord, ServerConfig};
 use crate::driver::control_url::is_private;
@@ -27,6 +27,7 @@ use crate::driver::state::StateDir;
 use crate::driver::{coord_admin, files, tls};
 use crate::key::{MachinePrivate, MachinePublic};
 use crate::netmap::DerpMap;
+use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
 
 /// Turns of tasks after which a thread asks the sockets for news, at the latest: a turn may write a map
 /// of thousands of nodes, and whoever comes waits for so many of them.
