@@ -17,17 +17,17 @@ use time::OffsetDateTime;
 
 use super::derp_map::DerpMap;
 use super::filter;
-use super::wire::{CapMap, FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime};
+use super::wire::{FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime};
 use crate::key::{DiscoPublic, NodePublic};
 
 /// Peers kept at most; as many as the data plane holds. Further ones are left out and counted.
 pub const PEERS_MAX: usize = ringtail_dataplane::PEERS_MAX;
 
-/// Node attributes and tags of ourselves and peers are for display: this many at most are kept.
+/// Problems that the server wants to be shown, kept at most.
 pub const HEALTH_MAX: usize = 64;
 
 /// Endpoints kept of one peer, and of ourselves.
-pub const ENDPOINTS_MAX: usize = crate::path::CANDIDATES_MAX;
+pub const ENDPOINTS_MAX: usize = 128;
 
 /// Prefixes of all peers together, own addresses and routes. A peer with more than is left is refused.
 pub const PREFIXES_MAX: usize = 1 << 20;
@@ -57,8 +57,6 @@ pub enum MergeError {
 pub struct SelfNode {
     /// Our node id.
     pub id: i64,
-    /// Opaque stable id.
-    pub stable_id: String,
     /// The node key the server knows for us.
     pub key: NodePublic,
     /// FQDN with a trailing dot.
@@ -67,16 +65,12 @@ pub struct SelfNode {
     pub addresses: Vec<IpNet>,
     /// Where the server believes that we can be reached.
     pub endpoints: Vec<SocketAddr>,
-    /// Addresses and the routes approved for us.
-    pub allowed_ips: Vec<IpNet>,
     /// When our key stops being valid, if ever; by our wall clock.
     pub key_expiry: Option<OffsetDateTime>,
     /// The key has expired: peers refuse us.
     pub expired: bool,
     /// False while an administrator's approval is awaited.
     pub machine_authorized: bool,
-    /// Node attributes (`protocol/coordination-map.md` §11).
-    pub cap_map: CapMap,
 }
 
 /// A peer, ready for the data plane and the path machine.
@@ -106,8 +100,6 @@ pub struct Peer {
     pub expired: bool,
     /// When its key stops being valid, if ever; by our wall clock.
     pub key_expiry: Option<OffsetDateTime>,
-    /// Plain WireGuard: no disco, no relay, static endpoints.
-    pub wireguard_only: bool,
     /// It may not open connections to us: inbound rules do not apply to it.
     pub jailed: bool,
 }
@@ -130,8 +122,8 @@ pub struct Netmap {
     pub domain: String,
     /// DNS settings as received; nothing applies them yet.
     pub dns: Option<Arc<Value>>,
-    /// Owners of nodes by id.
-    pub users: BTreeMap<i64, UserProfile>,
+    /// Owners of nodes by id; nothing shows them yet.
+    pub users: Arc<BTreeMap<i64, UserProfile>>,
     /// Problems the server wants to be shown.
     pub health: Vec<String>,
 }
@@ -157,7 +149,7 @@ pub struct MapState {
     filter_chunks: BTreeMap<String, Vec<FilterRule>>,
     dns: Option<Arc<Value>>,
     domain: String,
-    users: BTreeMap<i64, UserProfile>,
+    users: Arc<BTreeMap<i64, UserProfile>>,
     health: Vec<String>,
     clock_offset: time::Duration,
     tailnet_lock: bool,
@@ -176,7 +168,7 @@ impl MapState {
             filter_chunks: BTreeMap::new(),
             dns: None,
             domain: String::new(),
-            users: BTreeMap::new(),
+            users: Arc::default(),
             health: Vec::new(),
             clock_offset: time::Duration::ZERO,
             tailnet_lock: false,
@@ -227,8 +219,10 @@ impl MapState {
             if self.users.len() >= USERS_MAX && !self.users.contains_key(&user.id) {
                 continue;
             }
-            changed |= self.users.get(&user.id) != Some(&user);
-            self.users.insert(user.id, user);
+            if self.users.get(&user.id) != Some(&user) {
+                Arc::make_mut(&mut self.users).insert(user.id, user);
+                changed = true;
+            }
         }
         if let Some(update) = response.derp_map {
             let old = Arc::clone(&self.derp_map);
@@ -397,11 +391,6 @@ impl MapState {
         self.filter_chunks.values().flatten()
     }
 
-    /// Name of the network.
-    pub fn domain(&self) -> &str {
-        &self.domain
-    }
-
     /// The relays.
     pub fn derp_map(&self) -> &DerpMap {
         &self.derp_map
@@ -418,7 +407,7 @@ impl MapState {
     }
 
     /// The server's time at our wall clock `now`.
-    pub fn server_time(&self, now: OffsetDateTime) -> OffsetDateTime {
+    fn server_time(&self, now: OffsetDateTime) -> OffsetDateTime {
         now.checked_add(self.clock_offset).unwrap_or(now)
     }
 
@@ -445,16 +434,13 @@ impl MapState {
         let server_now = self.server_time(now);
         let self_node = SelfNode {
             id: node.id,
-            stable_id: node.stable_id.clone(),
             key: node.key,
             name: node.name.clone(),
             addresses: node.addresses.clone(),
             endpoints: node.endpoints.clone(),
-            allowed_ips: node.allowed_ips.clone().unwrap_or_default(),
             key_expiry: self.own_time(node.key_expiry),
             expired: expired(node, server_now),
             machine_authorized: node.machine_authorized,
-            cap_map: node.cap_map.clone().unwrap_or_default(),
         };
         let (mut peers, mut held_back) = (Vec::new(), Vec::new());
         for node in self.peers.values() {
@@ -462,7 +448,7 @@ impl MapState {
                 continue;
             }
             let peer = peer(node, server_now, self.own_time(node.key_expiry));
-            let reachable = peer.disco.is_some() || peer.home.is_some() || peer.wireguard_only;
+            let reachable = peer.disco.is_some() || peer.home.is_some() || node.is_wireguard_only;
             let usable = reachable && !peer.expired && !node.unsigned_peer_api_only;
             let list = if usable { &mut peers } else { &mut held_back };
             list.push(Arc::new(peer));
@@ -477,7 +463,7 @@ impl MapState {
             rules: filter::compile(self.filter_rules(), &local, self.peers.values()),
             domain: self.domain.clone(),
             dns: self.dns.clone(),
-            users: self.users.clone(),
+            users: Arc::clone(&self.users),
             health: self.health.clone(),
         })
     }
@@ -507,7 +493,6 @@ fn peer(node: &Node, server_now: OffsetDateTime, key_expiry: Option<OffsetDateTi
         last_seen: node.last_seen.and_then(WireTime::get),
         expired: expired(node, server_now),
         key_expiry,
-        wireguard_only: node.is_wireguard_only,
         jailed: node.is_jailed,
     }
 }
@@ -752,7 +737,7 @@ mod tests {
                 "{}",
                 case.name
             );
-            assert_eq!(state.domain(), case.expect["domain"].as_str().unwrap());
+            assert_eq!(state.domain, case.expect["domain"].as_str().unwrap());
         }
     }
 

@@ -391,9 +391,6 @@ pub struct PingRequest {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct Debug {
-    /// Pause reading for so many seconds, at most 300.
-    #[serde(skip_serializing_if = "is_default")]
-    pub sleep_seconds: f64,
     /// No log upload; nothing to do for us.
     #[serde(skip_serializing_if = "is_default")]
     pub disable_log_tail: bool,
@@ -460,9 +457,6 @@ pub struct MapResponse {
     /// Switches for debugging.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub debug: Option<Debug>,
-    /// To be shown once.
-    #[serde(rename = "PopBrowserURL", skip_serializing_if = "Option::is_none")]
-    pub pop_browser_url: Option<String>,
     /// Tailnet lock, which is not supported: people are told.
     #[serde(rename = "TKAInfo", skip_serializing_if = "Option::is_none")]
     pub tka_info: Option<Value>,

@@ -62,7 +62,6 @@ impl Server {
             collect_services: Some(false),
             debug: Some(Debug {
                 disable_log_tail: true,
-                ..Debug::default()
             }),
             ..MapResponse::default()
         }
