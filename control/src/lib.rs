@@ -41,8 +41,6 @@ pub mod driver;
 pub mod fuzzing;
 pub mod hostnet;
 pub mod key;
-#[cfg(test)]
-mod lists;
 pub mod netcheck;
 pub mod netmap;
 pub mod noise;
@@ -50,4 +48,6 @@ pub mod path;
 pub mod places;
 pub mod rate;
 pub mod stun;
+#[cfg(test)]
+mod testing;
 pub mod uapi;

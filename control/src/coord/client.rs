@@ -419,7 +419,7 @@ mod tests {
 
     #[test]
     fn lite_updates_coalesce_never_overlap_and_repeat_after_a_change() {
-        let t0 = crate::coord::tests::start();
+        let t0 = crate::testing::start();
         let ms = |n| t0 + Duration::from_millis(n);
         let mut gate = LiteGate::default();
         assert_eq!(gate.poll_timeout(), None);
@@ -445,7 +445,7 @@ mod tests {
 
     #[test]
     fn with_nothing_to_report_the_server_is_asked_now_and_then_whether_it_knows_us() {
-        let t0 = crate::coord::tests::start();
+        let t0 = crate::testing::start();
         let mut gate = LiteGate::default();
         gate.handle_change(t0);
         assert!(gate.poll_send(t0 + LITE_COALESCE));

@@ -9,7 +9,6 @@ pub mod auth_key;
 mod backoff;
 pub mod client;
 pub mod frames;
-pub mod limit;
 pub(crate) mod operations;
 pub mod routes;
 pub mod server;
@@ -109,17 +108,3 @@ pub enum CoordEvent {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct NotAdmitted(pub String);
-
-#[cfg(test)]
-mod tests {
-    use std::time::Instant;
-
-    /// Some moment to count from.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "an Instant cannot be made otherwise"
-    )]
-    pub(super) fn start() -> Instant {
-        Instant::now()
-    }
-}

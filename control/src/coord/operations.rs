@@ -716,8 +716,7 @@ fn comparable(node: &Node) -> Node {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::coord::tests::start;
-    use crate::lists::random_lists;
+    use crate::testing::{random_lists, start};
 
     #[test]
     fn a_plain_list_gets_as_far_as_a_route() {

@@ -21,6 +21,7 @@
 //! ([`Places::leave`]): until then it counts as leaving, and while [`LEAVING_MAX`] of those from outside
 //! are, nobody enters from there; the same for those of this machine.
 
+pub mod limit;
 mod network;
 
 use std::collections::{BTreeMap, BTreeSet};

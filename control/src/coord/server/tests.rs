@@ -91,7 +91,7 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
-        let now = crate::coord::tests::start();
+        let now = crate::testing::start();
         Self {
             now,
             server: Server::new(now, config(), Vec::new(), 0, 0),

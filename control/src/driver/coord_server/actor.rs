@@ -13,7 +13,6 @@ use super::{Client, Shared};
 use crate::coord::admin::{Done, Order};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::frames::Codec;
-use crate::coord::limit::{FailureLimit, LogLimit};
 use crate::coord::server::{MapAnswer, MapRefusal, Registration, Server, SessionId, is_logout};
 use crate::coord::{admin, auth_key};
 use crate::driver::clock::{at, now, wall};
@@ -21,6 +20,7 @@ use crate::driver::coord_store::Store;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::DerpMap;
 use crate::netmap::wire::{MapRequest, MapResponse, RegisterRequest, RegisterResponse};
+use crate::places::limit::{FailureLimit, LogLimit};
 
 /// Messages a map stream may be behind; what comes later is folded into one difference.
 const STREAM_QUEUE_MAX: usize = 2;

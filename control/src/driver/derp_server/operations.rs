@@ -271,7 +271,7 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lists::random_lists;
+    use crate::testing::random_lists;
 
     #[test]
     fn a_plain_list_gets_as_far_as_a_packet_and_a_farewell() {

@@ -21,12 +21,12 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 
 use super::{Shared, now};
-use crate::coord::limit::LogLimit;
 use crate::derp::admission::{ANSWER_LEN_MAX, Answer, Answers, LIST_LEN_MAX, Question, parse_list};
 use crate::driver::control_url::ControlUrl;
 use crate::driver::names::Names;
 use crate::driver::tls::roots;
 use crate::key::NodePublic;
+use crate::places::limit::LogLimit;
 
 /// For an answer, connecting and waiting for others included.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);

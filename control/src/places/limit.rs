@@ -1,7 +1,7 @@
 //! How often one source may fail to show a good auth key.
 //!
 //! Failures count for the network of one host and for the wider one around it
-//! ([`crate::places::networks`]), so that addresses nobody has to pay for buy no attempts. The memory
+//! ([`networks`]), so that addresses nobody has to pay for buy no attempts. The memory
 //! is bounded, and nobody can be pushed out of it who has to wait: what is forgotten for a newcomer
 //! is who failed least. Whoever comes from more networks than it holds is not seen again by it, so
 //! newcomers to a full memory share one last count.
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
-use crate::places::networks;
+use super::networks;
 
 /// Failures per window: of one host's network, and of one customer's.
 const FAILURES_MAX: [u32; 2] = [10, 40];
@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn a_log_gets_so_many_lines_a_minute_and_the_number_of_those_left_out() {
-        let t0 = crate::coord::tests::start();
+        let t0 = crate::testing::start();
         let mut limit = LogLimit::default();
         let written = (0..100).filter(|_| limit.admit(t0).is_some()).count();
         assert_eq!(written, 20);
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn one_who_fails_behind_a_proxy_of_this_machine_keeps_nobody_else_there_out() {
-        let t0 = crate::coord::tests::start();
+        let t0 = crate::testing::start();
         for proxy in ["127.0.0.1", "::1", "::ffff:127.0.0.1"] {
             let mut limit = FailureLimit::default();
             fail(&mut limit, t0, proxy, 1000);
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn ten_failures_close_the_door_for_a_minute() {
-        let t0 = crate::coord::tests::start();
+        let t0 = crate::testing::start();
         let mut limit = FailureLimit::default();
         fail(&mut limit, t0, "10.0.0.1", 9);
         assert_eq!(wait(&limit, t0, "10.0.0.1"), None);
@@ -194,7 +194,7 @@ mod tests {
 
     #[test]
     fn addresses_of_one_host_and_hosts_of_one_customer_fail_together() {
-        let t0 = crate::coord::tests::start();
+        let t0 = crate::testing::start();
         let mut limit = FailureLimit::default();
         for n in 0..10 {
             fail(&mut limit, t0, &format!("2001:db8:0:1::{n}"), 1);
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn nobody_who_has_to_wait_is_forgotten_and_memory_is_bounded() {
-        let t0 = crate::coord::tests::start();
+        let t0 = crate::testing::start();
         let mut limit = FailureLimit::default();
         fail(&mut limit, t0, "192.0.2.1", 10);
         fail(&mut limit, t0, "192.0.3.1", 9);

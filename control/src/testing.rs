@@ -1,7 +1,19 @@
-//! For tests: random lists of operations, as the fuzz targets of the same names get them from the fuzzer.
+//! For tests: a moment to count from, and random lists of operations, as the fuzz targets of the same
+//! names get them from the fuzzer.
+
+use std::time::Instant;
 
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
+
+/// Some moment to count from.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "an Instant cannot be made otherwise"
+)]
+pub(crate) fn start() -> Instant {
+    Instant::now()
+}
 
 /// Calls `run` with so many lists of below `len_max` operations of three bytes, or as many as
 /// `RINGTAIL_OPERATION_LISTS` says; prints the seed they are made from.
