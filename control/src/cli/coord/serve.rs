@@ -29,8 +29,9 @@ use crate::key::{MachinePrivate, MachinePublic};
 use crate::netmap::DerpMap;
 use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
 
-/// Turns of tasks after which a thread asks the sockets for news, at the latest: a turn may write a map
-/// of thousands of nodes, and whoever comes waits for so many of them.
+/// Turns of tasks after which a thread asks the sockets for news, at the latest: a turn may seal and
+/// write much of a map, or look at what changed for thousands of streams, and whoever comes waits for so
+/// many of them.
 const TURNS_MAX: u32 = 4;
 
 /// A DERP map file at most, in bytes.

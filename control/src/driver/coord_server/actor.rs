@@ -13,7 +13,9 @@ use super::{Client, Shared};
 use crate::coord::admin::{Done, Order};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::frames::Codec;
-use crate::coord::server::{MapAnswer, MapRefusal, Registration, Server, SessionId, is_logout};
+use crate::coord::server::{
+    MapAnswer, MapRefusal, Registration, Server, SessionId, Write, is_logout,
+};
 use crate::coord::{admin, auth_key};
 use crate::driver::clock::{at, now, wall};
 use crate::driver::coord_store::Store;
@@ -354,7 +356,8 @@ impl Actor {
         if writes.is_empty() {
             return;
         }
-        let copy = writes.clone();
+        let writes: Arc<[Write]> = writes.into();
+        let copy = Arc::clone(&writes);
         if let Err(error) = self.store.call(move |database| database.write(&copy)).await {
             self.store_failed(&error);
             self.server.handle_write_failure(&writes);

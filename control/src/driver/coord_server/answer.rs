@@ -1,4 +1,4 @@
-//! Bodies: short answers, and reading a request within a limit and in time.
+//! Bodies: short answers, maps, and reading a request within a limit and in time.
 
 use std::future::Future;
 use std::time::Duration;
@@ -7,10 +7,13 @@ use bytes::Bytes;
 use http::{Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::Shared;
 use super::counters::count;
+use crate::coord::frames::{Codec, encode};
+use crate::netmap::wire::MapResponse;
 
 /// Time for a stranger's body to arrive.
 pub(super) const STRANGER_BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -60,6 +63,75 @@ pub(super) fn read_body(
                     StatusCode::REQUEST_TIMEOUT,
                     "the body came too slowly\n",
                 ))
+            }
+        }
+    }
+}
+
+/// Nodes from which on a message is large: a hundred of them are some 100 kB of JSON.
+const LARGE: usize = 100;
+
+/// Large messages that are written at a time.
+const LARGE_AT_ONCE: usize = 2;
+
+/// Writes map messages. Large ones are written apart from the threads that serve connections: whole maps
+/// that are asked for side by side keep nobody else waiting.
+#[derive(Debug)]
+pub(super) struct Encoder(Semaphore);
+
+impl Default for Encoder {
+    fn default() -> Self {
+        Self(Semaphore::new(LARGE_AT_ONCE))
+    }
+}
+
+impl Encoder {
+    /// The message as it travels.
+    ///
+    /// # Errors
+    /// When it cannot be written, or the server is stopping.
+    pub(super) async fn encode(
+        &self,
+        codec: Codec,
+        message: Box<MapResponse>,
+    ) -> anyhow::Result<Bytes> {
+        let nodes = message.peers.iter().chain(&message.peers_changed).flatten();
+        let bytes = if nodes.count() < LARGE {
+            encode(codec, &message)
+        } else {
+            let _turn = self.0.acquire().await?;
+            tokio::task::spawn_blocking(move || encode(codec, &message)).await?
+        };
+        Ok(Bytes::from(bytes?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn whole_maps_are_written_two_at_a_time_and_a_sign_of_life_at_once() {
+        let encoder = Encoder::default();
+        let message = |nodes| {
+            Box::new(MapResponse {
+                peers: Some(vec![Arc::default(); nodes]),
+                ..MapResponse::default()
+            })
+        };
+        for codec in [Codec::Plain, Codec::Zstd] {
+            for nodes in [0, LARGE - 1, LARGE] {
+                let (first, second) = (message(nodes), message(nodes));
+                let expected = encode(codec, &first).unwrap();
+                let others = encoder.0.try_acquire_many(2).unwrap();
+                let at_once = encoder.encode(codec, first).now_or_never();
+                assert_eq!(at_once.is_some(), nodes < LARGE, "{nodes}");
+                drop(others);
+                assert_eq!(encoder.encode(codec, second).await.unwrap(), expected);
             }
         }
     }

@@ -2,16 +2,15 @@
 
 use std::convert::Infallible;
 use std::net::IpAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context as TaskContext, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use futures_util::stream;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full};
-use hyper::body::{Body, Frame, Incoming};
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
@@ -23,7 +22,7 @@ use super::actor::{Ask, Mapped, Registered};
 use super::answer::{Answer, STRANGER_BODY_TIMEOUT, json, read_body, text};
 use super::counters::count;
 use super::{Client, HANDSHAKE_TIMEOUT, HEADER_LEN_MAX, Shared};
-use crate::coord::frames::{Codec, encode};
+use crate::coord::frames::Codec;
 use crate::coord::server::{CAPABILITY_VERSION_MIN, MapRefusal, SessionId, is_logout};
 use crate::driver::clock::wall;
 use crate::driver::noise_stream::NoiseStream;
@@ -259,16 +258,17 @@ impl Inner {
         match mapped {
             Mapped::Taken => Response::new(Full::default().boxed_unsync()),
             Mapped::Once(message) => {
-                let bytes = encode(codec, &message).unwrap_or_default();
-                Response::new(Full::new(Bytes::from(bytes)).boxed_unsync())
+                let bytes = self.shared.encoder.encode(codec, message).await;
+                Response::new(Full::new(bytes.unwrap_or_default()).boxed_unsync())
             }
             Mapped::Stream(id, codec, messages) => {
-                let body = MapBody {
+                let stream = MapStream {
                     id,
                     codec,
                     messages,
-                    ended: self.shared.ended.clone(),
+                    shared: Arc::clone(&self.shared),
                 };
+                let body = StreamBody::new(stream::unfold(stream, MapStream::next));
                 Response::new(body.boxed_unsync())
             }
         }
@@ -299,37 +299,29 @@ impl Inner {
 }
 
 /// The never-ending body of a map stream; when it is dropped, the session ends.
-struct MapBody {
+struct MapStream {
     id: SessionId,
     codec: Codec,
     messages: mpsc::Receiver<MapResponse>,
-    ended: mpsc::UnboundedSender<SessionId>,
+    shared: Arc<Shared>,
 }
 
-impl Body for MapBody {
-    type Data = Bytes;
-    type Error = Infallible;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        let Some(message) = ready!(self.messages.poll_recv(cx)) else {
-            return Poll::Ready(None);
-        };
-        match encode(self.codec, &message) {
-            Ok(bytes) => Poll::Ready(Some(Ok(Frame::data(Bytes::from(bytes))))),
+impl MapStream {
+    async fn next(mut self) -> Option<(Result<Frame<Bytes>, Infallible>, Self)> {
+        let message = Box::new(self.messages.recv().await?);
+        match self.shared.encoder.encode(self.codec, message).await {
+            Ok(bytes) => Some((Ok(Frame::data(bytes)), self)),
             Err(error) => {
                 tracing::error!(%error, "a map cannot be sent");
-                Poll::Ready(None)
+                None
             }
         }
     }
 }
 
-impl Drop for MapBody {
+impl Drop for MapStream {
     fn drop(&mut self) {
         // The actor is gone when the server stops.
-        let _ = self.ended.send(self.id);
+        let _ = self.shared.ended.send(self.id);
     }
 }

@@ -31,6 +31,7 @@ use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use self::actor::{Actor, Ask};
+use self::answer::Encoder;
 use self::outer::accept;
 use crate::coord::admin::{Done, Order};
 use crate::coord::server::{Server, ServerConfig, SessionId};
@@ -105,6 +106,7 @@ struct Shared {
     counters: Counters,
     door: Arc<Door<MachinePublic>>,
     stranger_asks: Semaphore,
+    encoder: Encoder,
     /// Every connection's task ends when this closes.
     alive: tokio::sync::watch::Sender<()>,
 }
@@ -173,6 +175,7 @@ impl CoordServer {
             counters: Counters::default(),
             door: Door::new(limits),
             stranger_asks: Semaphore::new(STRANGER_ASKS_MAX),
+            encoder: Encoder::default(),
             alive: tokio::sync::watch::Sender::new(()),
         });
         let store = Store::start(config.database)?;
