@@ -24,8 +24,7 @@
 //! - `agent`: wires the cores of a node together and decides what the data plane is told.
 //! - `driver`: sockets, TLS, netlink, files, clocks; one file or folder for each outside thing.
 //! - `cli`: arguments and printing.
-//!
-//! `fuzzing` has what the fuzz targets run.
+//! - `fuzzing`: what the fuzz targets run.
 #![forbid(unsafe_code)]
 
 pub mod agent;

@@ -25,6 +25,38 @@
 //! # Ok(()) }
 //! ```
 //!
+//! Each room takes only from those named before it (a test of `rooms` holds this against the sources,
+//! and draws it):
+//! - `sys`: the system calls, wrapped so that they are safe.
+//! - `stats`: counters, drop reasons, cycles of each room.
+//! - `types`: what the control side says and is told.
+//! - `config`: what a data plane is started with.
+//! - `budget`: a share of a thread's time.
+//! - `aead`: ChaCha20-Poly1305, many packets at once.
+//! - `classify`: what a datagram is, and whose.
+//! - `packet`: buffers, headers, checksums, super-packets and their segments.
+//! - `channel`: lanes, loans, slots and bells between threads.
+//! - `noise`: the messages of handshakes, and who may have one.
+//! - `route`: which peer an address belongs to.
+//! - `udp`: sockets, steering, sending.
+//! - `open`: receive batches, taken apart by session.
+//! - `tun`: the device.
+//! - `coalesce`: opened packets become super-packets.
+//! - `filter`: what may come in.
+//! - `ring`: io_uring and epoll.
+//! - `session`: keys, timers, replay windows; sealing and opening.
+//! - `peer`: a peer's path, what waits for it, what is lent of it; the table of all.
+//! - `context`: what every room of a turn is handed.
+//! - `seal`: packets become runs of sealed datagrams.
+//! - `hub`: what the threads share, and what waits for each.
+//! - `handshake`: the thread that reads handshake messages.
+//! - `shard`: the thread that moves packets, and the order of rooms in a turn.
+//! - `routes`: the thread that watches routes in device mode.
+//! - `threads`: how all of them start and end.
+//! - `dataplane`: the handle.
+//! - `bench_support`: what benches run.
+//! - `fuzzing`: what fuzz targets run.
+//!
 //! The feature `internals` opens the rooms that benches, fuzz targets and tests look into; without it
 //! the compiler sees what nobody calls. The feature `boringtun` adds the engine that ours is compared with.
 
@@ -73,6 +105,8 @@ pub mod packet;
 mod packet;
 mod peer;
 mod ring;
+#[cfg(test)]
+mod rooms;
 #[cfg(feature = "internals")]
 pub mod route;
 #[cfg(not(feature = "internals"))]
