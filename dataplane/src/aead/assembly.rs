@@ -12,8 +12,11 @@ use std::arch::asm;
 use std::arch::x86_64::__m256i;
 use std::mem::MaybeUninit;
 
-use super::avx2::Words;
 use super::poly1305::{Factor, Sum};
+
+/// A word of eight blocks.
+#[derive(Clone, Copy)]
+pub(super) struct Words(pub(super) __m256i);
 
 /// Shuffles of bytes that rotate words left by 16 and by 8.
 #[repr(align(32))]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::assembly;
+use super::assembly::{self, Words};
 use super::interleaved::{self, AMID, Steps};
 use super::lanes::Lanes;
 use super::packet::Packet;
@@ -30,10 +30,6 @@ impl Avx2 {
 fn run<P: Packet>(cpu: Avx2, batch: &mut [P]) {
     interleaved::run::<Words, P, 8>(cpu, batch);
 }
-
-/// A word of eight blocks.
-#[derive(Clone, Copy)]
-pub(super) struct Words(pub(super) __m256i);
 
 impl Steps<8> for Words {
     #[inline(always)]
