@@ -10,7 +10,10 @@ use super::sync::{AtomicU64, Ordering};
 /// A batch takes its numbers with one addition, and the limit is looked at before it. So after the
 /// limit every thread may add one batch more, and none twice: its own addition has shown it that
 /// the limit is passed. The room between the limit and 2^64 is for these (see [`Counter::new`]).
+///
+/// It fills a cache line, so that what threads write here is not beside what they only read.
 #[derive(Debug)]
+#[repr(align(64))]
 pub(super) struct Counter {
     next: AtomicU64,
     limit: u64,
