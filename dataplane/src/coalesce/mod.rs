@@ -112,24 +112,25 @@ impl Coalescer {
     ) -> Result<(), DropReason> {
         let packet = &packet[..headers.total_len];
         let tos = ecn::combine(headers.tos, outer_tos).ok_or(DropReason::EcnCongested)?;
-        match segment::shape(headers, packet) {
+        let flow = FlowId(headers.flow(packet).hash());
+        match segment::shape(headers, packet, flow) {
             Shape::Segment(next) if self.kinds.has(next.kind()) => {
                 self.merge(headers, packet, tos, next);
             }
-            Shape::Barrier(flow) => {
+            Shape::Barrier => {
                 if let Some(at) = self.find(headers, packet, flow) {
                     self.open.remove(at);
                 }
-                self.place(packet, tos, None);
+                self.place(packet, tos, flow, None);
             }
             Shape::Fragment => {
                 self.open.retain(|open| {
                     !segment::same_addresses(open.first.version, &open.header, headers, packet)
                 });
-                self.place(packet, tos, None);
+                self.place(packet, tos, flow, None);
             }
             Shape::Segment(_) | Shape::Alone => {
-                self.place(packet, tos, None);
+                self.place(packet, tos, flow, None);
             }
         }
         Ok(())
@@ -181,7 +182,7 @@ impl Coalescer {
             }
             self.open.remove(at);
         }
-        let item = self.place(packet, tos, Some(next));
+        let item = self.place(packet, tos, next.flow, Some(next));
         if right && !next.pushes() {
             self.open(item, next);
         }
@@ -229,7 +230,7 @@ impl Coalescer {
     }
 
     /// Makes the packet an item of its own, with this TOS byte, and returns its index.
-    fn place(&mut self, packet: &[u8], tos: u8, first: Option<Segment>) -> usize {
+    fn place(&mut self, packet: &[u8], tos: u8, flow: FlowId, first: Option<Segment>) -> usize {
         let at = self.batch.slab_with_room(self.nursery);
         self.nursery = Some(at);
         let slab = &mut self.batch.slabs[at];
@@ -238,6 +239,7 @@ impl Coalescer {
             start: slab.end,
             len: packet.len(),
             segments: 1,
+            flow,
             first,
         };
         let bytes = &mut slab.bytes[item.packet_at()..item.end()];

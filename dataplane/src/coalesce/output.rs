@@ -4,7 +4,7 @@
 
 use zerocopy::IntoBytes;
 
-use super::segment::{Segment, Transport};
+use super::segment::{FlowId, Segment, Transport};
 use crate::packet::checksum;
 use crate::packet::header::{IpVersion, TCP, TCP_CHECKSUM_OFFSET, UDP, UDP_CHECKSUM_OFFSET};
 use crate::packet::vnet::{GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, VNET_HDR_LEN, VnetHdr};
@@ -47,6 +47,7 @@ pub(super) struct Item {
     /// Length of the IP packet, virtio-net header not counted.
     pub(super) len: usize,
     pub(super) segments: usize,
+    pub(super) flow: FlowId,
     /// What the first packet was, if it may be merged.
     pub(super) first: Option<Segment>,
 }
@@ -92,6 +93,11 @@ impl SuperPackets {
     /// What write `i` is, if it is of a kind that may be merged.
     pub(crate) fn kind(&self, i: usize) -> Option<Kind> {
         self.items[i].first.map(|first| first.kind())
+    }
+
+    /// The hash of the [flow](crate::packet::header::Flow::hash) of write `i`.
+    pub(crate) fn flow_hash(&self, i: usize) -> u64 {
+        self.items[i].flow.0
     }
 
     /// Number of packets merged into write `i`.

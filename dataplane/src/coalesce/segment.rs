@@ -4,7 +4,7 @@
 
 use crate::packet::checksum;
 use crate::packet::header::{
-    Fragment, Headers, IPV4_DF, IpVersion, TCP, TCP_ACK, TCP_PSH, TcpHeader, UDP, UdpHeader, mix,
+    Fragment, Headers, IPV4_DF, IpVersion, TCP, TCP_ACK, TCP_PSH, TcpHeader, UDP, UdpHeader,
 };
 use crate::tun::Kind;
 
@@ -17,7 +17,7 @@ pub(super) enum Shape {
     /// It may be merged with others of its flow.
     Segment(Segment),
     /// It stays alone, and later packets of its flow must not be merged in front of it.
-    Barrier(FlowId),
+    Barrier,
     /// A fragment: it may belong to any flow between its two addresses.
     Fragment,
     /// It stays alone and belongs to no flow that is ever merged.
@@ -68,35 +68,32 @@ pub(super) enum Transport {
 
 /// A hash of the five-tuple: equal for equal flows, and [`same_flow`] tells the rest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct FlowId(u64);
+pub(super) struct FlowId(pub(super) u64);
 
-/// What a packet is to the coalescer. `headers` are those of `packet`.
+/// What a packet of a flow is to the coalescer. `headers` are those of `packet`.
 #[inline]
-pub(super) fn shape(headers: &Headers, packet: &[u8]) -> Shape {
+pub(super) fn shape(headers: &Headers, packet: &[u8], flow: FlowId) -> Shape {
     if headers.fragment != Fragment::Whole {
         return Shape::Fragment;
     }
-    if !matches!(headers.protocol, TCP | UDP) {
+    if !matches!(headers.protocol, TCP | UDP) || headers.ports(packet).is_none() {
         return Shape::Alone;
     }
-    let Some(flow) = flow_id(headers, packet) else {
-        return Shape::Alone;
-    };
     let ip_len = match headers.version {
         IpVersion::V4 => 20,
         IpVersion::V6 => 40,
     };
     if headers.l4_offset != ip_len {
-        return Shape::Barrier(flow);
+        return Shape::Barrier;
     }
     let transport_len = headers.total_len - headers.l4_offset;
     let (l4_len, transport) = if headers.protocol == TCP {
         let Some(tcp) = headers.tcp(packet) else {
-            return Shape::Barrier(flow);
+            return Shape::Barrier;
         };
         let l4_len = usize::from(tcp.data_offset >> 4) * 4;
         if l4_len < size_of::<TcpHeader>() || tcp.flags & !TCP_PSH != TCP_ACK {
-            return Shape::Barrier(flow);
+            return Shape::Barrier;
         }
         (
             l4_len,
@@ -107,15 +104,15 @@ pub(super) fn shape(headers: &Headers, packet: &[u8]) -> Shape {
         )
     } else {
         let Some(udp) = headers.udp(packet) else {
-            return Shape::Barrier(flow);
+            return Shape::Barrier;
         };
         if usize::from(udp.len.get()) != transport_len || udp.checksum.get() == 0 {
-            return Shape::Barrier(flow);
+            return Shape::Barrier;
         }
         (size_of::<UdpHeader>(), Transport::Udp)
     };
     if transport_len <= l4_len {
-        return Shape::Barrier(flow);
+        return Shape::Barrier;
     }
     Shape::Segment(Segment {
         flow,
@@ -213,19 +210,4 @@ pub(super) fn checksums_right(segment: &Segment, packet: &[u8]) -> bool {
             .add_bytes(transport)
             .finish()
             == 0
-}
-
-/// Hashes the addresses and ports as they lie in the packet.
-#[inline]
-fn flow_id(headers: &Headers, packet: &[u8]) -> Option<FlowId> {
-    let ports = packet
-        .get(headers.l4_offset..headers.total_len)?
-        .first_chunk::<4>()?;
-    let ports = u64::from(u32::from_ne_bytes(*ports)) | (u64::from(headers.protocol) << 32);
-    let addresses = checksum::addresses(headers.version, packet)?;
-    let mut hash = 0x9e37_79b9_7f4a_7c15 ^ ports;
-    for word in addresses.as_chunks::<8>().0 {
-        hash = mix(hash ^ u64::from_ne_bytes(*word), 0xbf58_476d_1ce4_e5b9);
-    }
-    Some(FlowId(hash))
 }

@@ -429,6 +429,26 @@ fn a_congestion_mark_outside_gets_in_and_starts_a_super_packet_of_its_own() {
 }
 
 #[test]
+fn a_write_knows_the_hash_of_its_flow() {
+    let mut coalescer = Coalescer::new();
+    let packets = [
+        tcp(v4(1), 0, 100),
+        v6(2).udp(&[1; 100]),
+        v4(3).icmp(8, 0, &[0; 20]),
+        tcp(v4(1), 100, 100),
+    ];
+    packets
+        .iter()
+        .for_each(|packet| feed(&mut coalescer, packet));
+    let batch = coalescer.take();
+    assert_eq!(batch.len(), 3);
+    for (i, packet) in packets[..3].iter().enumerate() {
+        let flow = Headers::parse(packet).unwrap().flow(packet);
+        assert_eq!(batch.flow_hash(i), flow.hash());
+    }
+}
+
+#[test]
 fn memory_is_recycled() {
     let mut coalescer = Coalescer::new();
     let mut addresses = Vec::new();

@@ -18,7 +18,6 @@ use crate::noise::{Bucket, PeekedInitiation};
 use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
-use crate::packet::vnet::VNET_HDR_LEN;
 use crate::peer::{Kind, Source};
 use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
@@ -331,7 +330,7 @@ impl Shard<'_> {
         let mut batch = self.coalescer.take();
         for i in 0..batch.len() {
             let (packets, kind) = (batch.segments(i), batch.kind(i));
-            let queue = &self.queues[self.queue_for(batch.get(i))];
+            let queue = &self.queues[self.queue_for(batch.flow_hash(i))];
             let written = tun::write(batch.get_mut(i), packets, |bytes| queue.write(bytes));
             let counters = &mut self.ctx.counters;
             counters.add(Meter::TunWrites, written.writes as u64);
@@ -357,16 +356,12 @@ impl Shard<'_> {
 
     /// The queue for a write: by the flow, so that sealing spreads over the shards; our own where only
     /// the owner may seal.
-    fn queue_for(&self, bytes: &[u8]) -> usize {
+    fn queue_for(&self, flow_hash: u64) -> usize {
         let own = usize::from(self.id);
         if self.queues.len() == 1 || self.kind == config::Engine::Boringtun {
             return own;
         }
-        let packet = &bytes[VNET_HDR_LEN..];
-        Headers::parse(packet).map_or(own, |headers| {
-            let hash = headers.flow(packet).hash() >> 32;
-            usize::try_from(hash).map_or(own, |hash| hash % self.queues.len())
-        })
+        usize::try_from(flow_hash >> 32).map_or(own, |hash| hash % self.queues.len())
     }
 
     /// Handles handshake messages that passed the handshake thread.
