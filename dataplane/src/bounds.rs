@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use crate::coalesce::{SLAB_LEN, SLABS_FULL, SPARES_MAX};
 use crate::config::share;
-use crate::filter::flows_max;
+use crate::filter::{FLOW_COST, SHARD_FLOWS_MIN, flows_max};
 use crate::handshake::{KEY_COST, KNOWN_COST};
 use crate::hub::{
     ASKS_MAX, EVENTS_MAX, FLOWS_TOLD_MAX, HANDED_MAX, HANDSHAKES_MAX, Handed, HandshakeMessage,
@@ -125,10 +125,12 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
         row(
             "remembered flows",
             format!(
-                "{} of the node, 17 MiB of a shard at most",
-                human(4 * flows_max(4) * 68)
+                "{} of the node; of a shard {} at most, {} at least",
+                human(4 * flows_max(4) * FLOW_COST),
+                human(flows_max(1) * FLOW_COST),
+                human(SHARD_FLOWS_MIN * FLOW_COST)
             ),
-            shards * flows_max(shards) * 68,
+            shards * flows_max(shards) * FLOW_COST,
         ),
         row(
             "receive buffers",

@@ -4,10 +4,12 @@
 //! A hash table with chains over a store of fixed size, whose entries also stand in one list, the
 //! one longest unused first. A new flow that finds the store full takes the place of that one, which
 //! is counted: so a flow is forgotten only when as many others as fit have been used since. Expiry is
-//! checked at look-up, so nothing has to sweep. The memory is reserved at creation and touched as
-//! flows come. The hash has a key: peers choose addresses and ports, and may not choose a chain.
+//! checked at look-up, so nothing has to sweep. The hash has a key: peers choose addresses and ports,
+//! and may not choose a chain.
 //!
-//! Use is noted to a [`TICK`], so that a busy flow moves in the list ten times a second at most.
+//! A look-up reads one cache line of chains and one for each flow of the chain. Moving to the end of the
+//! list writes up to three others; use is noted to a [`TICK`], so that a busy flow moves ten times a
+//! second at most.
 //!
 //! *Two shards.* The shard that seals tells the owner of a flow when it begins, and again every
 //! [`FLOW_REPORT_INTERVAL`], which keeps it there; and to a new owner. An owner that is short of room forgets sooner, and
@@ -68,7 +70,7 @@ pub struct FlowMemory {
     forgotten: Option<u32>,
 }
 
-/// One flow and its neighbours. Times are ticks since the epoch of the table. A cache line.
+/// One flow and its neighbours, in a cache line. Times are ticks since the epoch of the table.
 #[derive(Clone, Copy, Debug)]
 #[repr(align(64))]
 struct Entry {
@@ -81,7 +83,11 @@ struct Entry {
     older: u32,
     newer: u32,
 }
-const _: () = assert!(size_of::<Entry>() == 64);
+const _: () = assert!(size_of::<Entry>() == 64 && align_of::<Entry>() == 64);
+
+/// Bytes for one flow: its entry, and the start of a chain.
+pub(crate) const FLOW_COST: usize = size_of::<Entry>() + size_of::<u32>();
+const _: () = assert!(FLOWS_MAX * FLOW_COST == 17 << 20);
 
 /// Flows remembered at most by one shard of so many: a power of two.
 pub(crate) fn flows_max(shards: usize) -> usize {
@@ -91,7 +97,8 @@ pub(crate) fn flows_max(shards: usize) -> usize {
 
 impl FlowMemory {
     /// An empty table for `flows_max` flows, a power of two; times before `epoch` count as `epoch`.
-    /// Reserves 68 bytes per flow (17 MiB for [`FLOWS_MAX`]), and touches 64 of them when it comes.
+    /// Reserves [`FLOW_COST`] bytes for each (17 MiB for [`FLOWS_MAX`]): the starts of chains are
+    /// touched now, a cache line for each flow when it comes.
     pub fn new(epoch: Instant, key: HashKey, flows_max: usize) -> FlowMemory {
         debug_assert!(flows_max.is_power_of_two() && flows_max <= FLOWS_MAX);
         FlowMemory {

@@ -41,6 +41,8 @@ use crate::stats::DropReason;
 use crate::types::PeerId;
 pub(crate) use flows::flows_max;
 #[cfg(test)]
+pub(crate) use flows::{FLOW_COST, SHARD_FLOWS_MIN};
+#[cfg(test)]
 use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX};
 pub use flows::{FlowMemory, Tell};
 pub use rules::{Ask, CompiledRules};
