@@ -4,7 +4,8 @@
 //! Outbound, the destination's owner gets the packet; inbound, the source's owner must be the
 //! sender. One prefix belongs to one peer: giving it to another takes it from the first.
 //!
-//! Which prefixes a peer was given, its configuration says; the table knows only whose each is now.
+//! Which prefixes a peer was given, its configuration says; the table knows only whose each is now. Who
+//! changes it changes a copy: what the shards read stays as it is.
 
 mod prefix_map;
 mod shared_map;
@@ -110,17 +111,6 @@ impl Cursor<'_> {
         self.last = Some((addr, peer));
         peer
     }
-}
-
-/// The peer of each destination of a batch, appended to `peers` in order; `None` has no route.
-#[cfg(feature = "internals")]
-pub fn assign(
-    table: &Table,
-    destinations: impl IntoIterator<Item = IpAddr>,
-    peers: &mut Vec<Option<PeerId>>,
-) {
-    let mut cursor = table.cursor();
-    peers.extend(destinations.into_iter().map(|addr| cursor.lookup(addr)));
 }
 
 #[cfg(test)]
@@ -293,15 +283,15 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_is_assigned_in_order() {
+    fn a_cursor_answers_in_order_and_again_for_a_repeated_address() {
         let table = Table::from_peers([
             (PeerId(1), &[prefix("10.1.0.0/16")][..]),
             (PeerId(2), &[prefix("10.2.0.0/16")][..]),
         ]);
         let batch = ["10.1.0.1", "10.1.0.1", "10.3.0.1", "10.2.0.1", "10.1.0.1"].map(addr);
-        let mut peers = vec![None];
-        assign(&table, batch, &mut peers);
-        let want = [None, Some(1), Some(1), None, Some(2), Some(1)];
+        let mut cursor = table.cursor();
+        let peers = batch.map(|addr| cursor.lookup(addr));
+        let want = [Some(1), Some(1), None, Some(2), Some(1)];
         assert_eq!(peers, want.map(|peer| peer.map(PeerId)));
     }
 }
