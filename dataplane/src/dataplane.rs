@@ -16,9 +16,8 @@ use crate::config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError,
 };
 use crate::filter::CompiledRules;
-use crate::hub::Hub;
-use crate::hub::{RelayIn, Settings};
-use crate::peer::table::{Network, PeerEntry};
+use crate::hub::{Hub, Network, RelayIn, Settings};
+use crate::peer::table::PeerEntry;
 use crate::peer::{Aim, Whereabouts};
 use crate::routes::Routes;
 use crate::session::OVERHEAD;

@@ -6,47 +6,44 @@
 
 #![forbid(unsafe_code)]
 
+mod outbox;
 pub(crate) mod strangers;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
 use crossbeam::queue::ArrayQueue;
 use crossbeam::utils::CachePadded;
-
-use zeroize::Zeroizing;
-
+use outbox::Outbox;
+#[cfg(test)]
+pub(crate) use outbox::{EVENTS_MAX, RELAY_OUT_BYTES_MAX, RELAY_OUT_ENTRIES_MAX, SPARE_MAX};
 use strangers::Strangers;
+use zeroize::Zeroizing;
 
 use crate::channel::{Lane, Load, Slots, Wake};
 use crate::classify::owner_shard;
 use crate::config::{SHARDS_MAX, share};
+use crate::filter::CompiledRules;
 use crate::noise::PeekedInitiation;
 use crate::packet::header::Flow;
 use crate::peer::activity::{from_ns, to_ns};
-use crate::peer::table::{Network, PeerTable};
+use crate::peer::table::PeerTable;
 use crate::peer::{Aim, PeerShared, Report};
 use crate::ring::{TunRx, UdpRx};
 use crate::session::Awaited;
 use crate::sys::EventFd;
 use crate::sys::socket::Local;
-use crate::types::{Datagrams, Event, PeerId, RegionId, RelayOut};
+use crate::types::{Datagrams, PeerId, RegionId};
 use crate::udp::{Doors, Sockets};
 
-/// Batches that wait for the control thread at most, and their bytes.
-pub(crate) const RELAY_OUT_ENTRIES_MAX: usize = 1024;
-pub(crate) const RELAY_OUT_BYTES_MAX: usize = 4 << 20;
 /// Batches from relays that wait for a shard at most, and the bytes of those that wait for all shards,
 /// of which each has some at least.
 pub(crate) const RELAY_IN_ENTRIES_MAX: usize = 1024;
 pub(crate) const RELAY_IN_BYTES_MAX: usize = 8 << 20;
 pub(crate) const RELAY_IN_BYTES_MIN: usize = 512 << 10;
-/// Events that wait for the control thread at most.
-pub(crate) const EVENTS_MAX: usize = 4096;
 /// Handshake messages that wait for a shard at most.
 pub(crate) const HANDSHAKES_MAX: usize = 256;
 /// Receive batches and TUN packets that wait for another shard at most.
@@ -61,10 +58,6 @@ pub(crate) const ASKS_MAX: usize = 256;
 pub(crate) const UNOPENED_MAX: usize = 256;
 /// Datagrams for the control or handshake thread that reached a shard, waiting at most.
 pub(crate) const STRAYS_MAX: usize = 64;
-/// Emptied relay buffers kept for reuse.
-pub(crate) const SPARE_MAX: usize = 64;
-/// Networks that a shard has done with, waiting to be freed at most.
-const RETIRED_MAX: usize = 64;
 
 /// What may change at run time and concerns every session.
 #[derive(Clone)]
@@ -73,6 +66,23 @@ pub(crate) struct Settings {
     pub(crate) private_key: Option<Zeroizing<[u8; 32]>>,
     /// Packets are padded up to this many bytes at most.
     pub(crate) mtu: usize,
+}
+
+/// What a shard takes over in one step, so that nobody's packet is judged by one half of it.
+#[derive(Clone)]
+pub(crate) struct Network {
+    pub(crate) table: Arc<PeerTable>,
+    pub(crate) rules: Arc<CompiledRules>,
+}
+
+impl Network {
+    /// Nobody, and nothing may come in: what holds until the first is given.
+    pub(crate) fn closed() -> Network {
+        Network {
+            table: Arc::default(),
+            rules: Arc::new(CompiledRules::closed()),
+        }
+    }
 }
 
 /// Sealed datagrams that came by relay.
@@ -84,15 +94,6 @@ pub(crate) struct RelayIn {
 }
 
 impl Load for RelayIn {
-    fn bytes(&self) -> usize {
-        self.datagrams.bytes.len()
-    }
-    fn packets(&self) -> usize {
-        self.datagrams.lens.len()
-    }
-}
-
-impl Load for RelayOut {
     fn bytes(&self) -> usize {
         self.datagrams.bytes.len()
     }
@@ -239,142 +240,6 @@ impl Inbox {
     }
 }
 
-/// What waits for the control thread. Its descriptor is readable when something does.
-pub(crate) struct Outbox {
-    /// The first thread that failed.
-    failed: ArrayQueue<String>,
-    events: ArrayQueue<Event>,
-    events_lost: AtomicU64,
-    relay: Lane<RelayOut>,
-    spare: ArrayQueue<Datagrams>,
-    strays: ArrayQueue<(SocketAddr, Vec<u8>)>,
-    retired: ArrayQueue<Network>,
-    event: EventFd,
-    signalled: AtomicBool,
-}
-
-impl Outbox {
-    /// What waits from so many shards.
-    fn new(shards: usize) -> io::Result<Outbox> {
-        Ok(Outbox {
-            failed: ArrayQueue::new(1),
-            events: ArrayQueue::new(EVENTS_MAX),
-            events_lost: AtomicU64::new(0),
-            relay: Lane::new(RELAY_OUT_ENTRIES_MAX, RELAY_OUT_BYTES_MAX),
-            spare: ArrayQueue::new(SPARE_MAX),
-            strays: ArrayQueue::new(STRAYS_MAX),
-            retired: ArrayQueue::new(RETIRED_MAX * shards.max(1)),
-            event: EventFd::new()?,
-            signalled: AtomicBool::new(false),
-        })
-    }
-
-    pub(crate) fn event(&self, event: Event) {
-        if self.events.push(event).is_err() {
-            self.events_lost.fetch_add(1, Ordering::Relaxed);
-        }
-        self.signal();
-    }
-
-    /// Tells that a thread failed. The others will soon be at odds with what is left: the first counts.
-    pub(crate) fn failed(&self, why: String) {
-        // The log has every one.
-        drop(self.failed.push(why));
-        self.signal();
-    }
-
-    pub(crate) fn relay(&self, out: RelayOut) {
-        self.relay.push(out);
-        self.signal();
-    }
-
-    /// Passes on a datagram for the control thread that reached a shard; false if there is no room.
-    pub(crate) fn stray(&self, from: SocketAddr, datagram: &[u8]) -> bool {
-        let pushed = self.strays.push((from, datagram.to_vec())).is_ok();
-        self.signal();
-        pushed
-    }
-
-    /// Gives back a network that another has followed: whoever lets the last copy go frees what nobody
-    /// uses any more, perhaps thousands of peers, and that shall not be a shard.
-    pub(crate) fn retire(&self, network: Network) {
-        // There is room, or the control side is not there any more.
-        drop(self.retired.push(network));
-        self.signal();
-    }
-
-    /// Frees what shards have done with. Not for a shard.
-    pub(crate) fn free_retired(&self) {
-        while self.retired.pop().is_some() {}
-    }
-
-    /// An empty buffer for [`Outbox::relay`], a used one if there is any.
-    pub(crate) fn buffer(&self) -> Datagrams {
-        self.spare.pop().unwrap_or_default()
-    }
-
-    /// Takes a buffer back.
-    pub(crate) fn recycle(&self, mut datagrams: Datagrams) {
-        datagrams.bytes.clear();
-        datagrams.lens.clear();
-        // A full store means enough are at hand: this one is freed.
-        drop(self.spare.push(datagrams));
-    }
-
-    fn signal(&self) {
-        if !self.signalled.swap(true, Ordering::SeqCst) {
-            self.event.signal();
-        }
-    }
-
-    /// Pops from either queue; when it is empty, makes the descriptor unreadable and looks again,
-    /// so that what came in between is not left behind a silent descriptor.
-    fn poll<T>(&self, pop: impl Fn() -> Option<T>) -> Option<T> {
-        if let Some(found) = pop() {
-            return Some(found);
-        }
-        if self.signalled.load(Ordering::Relaxed) {
-            self.event.clear();
-            self.signalled.store(false, Ordering::SeqCst);
-            self.free_retired();
-            let events = self.events.len() + self.failed.len();
-            if events > 0 || !self.relay.is_empty() || !self.strays.is_empty() {
-                self.signal();
-            }
-        }
-        pop()
-    }
-
-    pub(crate) fn poll_event(&self) -> Option<Event> {
-        self.poll(|| {
-            let failed = self.failed.pop().map(Event::Failed);
-            failed.or_else(|| self.events.pop())
-        })
-    }
-
-    pub(crate) fn poll_relay(&self) -> Option<RelayOut> {
-        self.poll(|| self.relay.pop())
-    }
-
-    pub(crate) fn poll_stray(&self) -> Option<(SocketAddr, Vec<u8>)> {
-        self.poll(|| self.strays.pop())
-    }
-
-    pub(crate) fn events_lost(&self) -> u64 {
-        self.events_lost.load(Ordering::Relaxed)
-    }
-
-    pub(crate) fn relay_dropped(&self) -> u64 {
-        self.relay.dropped()
-    }
-}
-
-impl AsFd for Outbox {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.event.as_fd()
-    }
-}
-
 /// What all threads share.
 pub(crate) struct Hub {
     pub(crate) epoch: Instant,
@@ -497,6 +362,7 @@ impl Hub {
 mod tests {
     use std::fs::File;
     use std::io::Read;
+    use std::os::fd::AsFd;
 
     use super::*;
     use crate::types::PeerConfig;
@@ -544,40 +410,5 @@ mod tests {
         }
         hub.aim(PeerId(40), Aim::Endpoint(([192, 0, 2, 1], 1).into()));
         assert!(hub.inboxes.iter().all(|inbox| inbox.is_empty()));
-    }
-
-    #[test]
-    fn what_any_shard_has_done_with_waits_for_the_control_side() {
-        let outbox = Outbox::new(SHARDS_MAX).unwrap();
-        let done = Network::closed();
-        for _ in 0..5 * SHARDS_MAX {
-            outbox.retire(done.clone());
-        }
-        assert_eq!(Arc::strong_count(&done.table), 1 + 5 * SHARDS_MAX);
-        assert_eq!(outbox.poll_event(), None);
-        assert_eq!(Arc::strong_count(&done.table), 1);
-    }
-
-    #[test]
-    fn the_outbox_stays_readable_until_both_queues_are_empty() {
-        let outbox = Outbox::new(1).unwrap();
-        outbox.event(Event::TunGone);
-        outbox.relay(RelayOut {
-            peer: PeerId(1),
-            region: RegionId(2),
-            datagrams: Datagrams {
-                bytes: vec![1, 2],
-                lens: vec![2],
-            },
-        });
-        assert_eq!(outbox.poll_event(), Some(Event::TunGone));
-        assert_eq!(outbox.poll_event(), None);
-        assert!(
-            outbox.signalled.load(Ordering::SeqCst),
-            "the relay lane has one"
-        );
-        assert!(outbox.poll_relay().is_some());
-        assert!(outbox.poll_relay().is_none());
-        assert!(!outbox.signalled.load(Ordering::SeqCst));
     }
 }

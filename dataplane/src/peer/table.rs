@@ -10,7 +10,6 @@
 use std::sync::Arc;
 
 use super::PeerShared;
-use crate::filter::CompiledRules;
 use crate::route::{self, SharedMap};
 use crate::types::{PEERS_MAX, PeerConfig, PeerId, Prefix};
 
@@ -28,23 +27,6 @@ impl PeerEntry {
     /// Whether nothing about the peer is another.
     fn is(&self, other: &PeerEntry) -> bool {
         Arc::ptr_eq(&self.config, &other.config) && Arc::ptr_eq(&self.shared, &other.shared)
-    }
-}
-
-/// What a shard takes over in one step, so that nobody's packet is judged by one half of it.
-#[derive(Clone)]
-pub(crate) struct Network {
-    pub(crate) table: Arc<PeerTable>,
-    pub(crate) rules: Arc<CompiledRules>,
-}
-
-impl Network {
-    /// Nobody, and nothing may come in: what holds until the first is given.
-    pub(crate) fn closed() -> Network {
-        Network {
-            table: Arc::default(),
-            rules: Arc::new(CompiledRules::closed()),
-        }
     }
 }
 
