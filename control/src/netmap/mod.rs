@@ -7,7 +7,9 @@ mod derp_map;
 pub mod filter;
 mod merge;
 pub mod prefix;
+mod snapshot;
 pub mod wire;
 
 pub use derp_map::*;
 pub use merge::*;
+pub use snapshot::*;
