@@ -150,8 +150,8 @@ handshakes() {
     line="$line; in $live s silent at most: $(silence "$dir/live.c" "$(date +%s)") where the peer rekeys,"
     line="$line $(silence "$dir/live.w" "$(date +%s)") where the flooded end does"
   fi
-  # It says how much it was only at its end.
-  kill -INT "$flood" 2>/dev/null || true
+  # Of the signals a background process of a script takes this one.
+  kill "$flood" 2>/dev/null || true
   wait "$flood" 2>/dev/null || true
   printf '%-13s %s, %s/s: %s\n' "$program" "$kind" "$rate" "$line"
 }
