@@ -5,7 +5,7 @@
 #   perf/rooms.sh STATE_DIR -- COMMAND...      while COMMAND runs, a load such as iperf3
 #
 # Sampling by the CPU clock lands where interrupts are enabled and misleads; these counters do not.
-# "ring" holds the system calls, and waiting inside of them too.
+# "ring" holds the receiving, without the waiting for it; writes to the TUN are "tun", sends "udp".
 set -euo pipefail
 
 if [ $# = 0 ] || [ "$1" = --help ]; then

@@ -16,6 +16,9 @@ pub(crate) struct Args {
     after: PathBuf,
 }
 
+/// What is no work of any room.
+const WAIT: &str = "wait";
+
 /// What one shard did between the snapshots.
 #[derive(Debug, Default, PartialEq)]
 struct Shard {
@@ -94,20 +97,22 @@ fn difference(before: &Value, after: &Value) -> Shard {
 
 fn table(number: usize, shard: &Shard) -> anyhow::Result<String> {
     use std::fmt::Write as _;
-    let total: u64 = shard.cycles.values().sum();
+    let waited = shard.cycles.get(WAIT).copied().unwrap_or(0);
+    let total = shard.cycles.values().sum::<u64>() - waited;
     let mut text = String::new();
     writeln!(
         text,
-        "shard {number}: {} packets, {} Mcycles",
+        "shard {number}: {} packets, {} Mcycles, and {} of waiting",
         shard.packets,
-        total / 1_000_000
+        total / 1_000_000,
+        waited / 1_000_000
     )?;
     writeln!(
         text,
         "  {:<10} {:>12} {:>7} {:>14}",
         "room", "Mcycles", "%", "cycles/packet"
     )?;
-    let mut rooms: Vec<_> = shard.cycles.iter().collect();
+    let mut rooms: Vec<_> = shard.cycles.iter().filter(|room| room.0 != WAIT).collect();
     rooms.sort_by_key(|(_, cycles)| std::cmp::Reverse(**cycles));
     for (room, cycles) in rooms {
         let per_mille = cycles.saturating_mul(1000) / total.max(1);
@@ -135,7 +140,7 @@ mod tests {
     fn cycles_are_the_difference_and_split_by_packets() -> anyhow::Result<()> {
         let status = |open: u64, packets: u64| {
             json!({"x": 1, "dataplane": {"shards": [
-                {"cycles": {"open": open, "seal": 5_000_000}, "counters": {"tun_packets_in": packets}}]}})
+                {"cycles": {"open": open, "seal": 5_000_000, "wait": open}, "counters": {"tun_packets_in": packets}}]}})
         };
         let got = between(&status(1_000_000, 10), &status(4_000_000, 110))?;
         assert_eq!(got[0].cycles["open"], 3_000_000);

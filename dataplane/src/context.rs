@@ -2,11 +2,11 @@
 
 #![forbid(unsafe_code)]
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::session::Moment;
 use crate::stats::{Counters, Room};
-use crate::sys::{cycles, steady_wall};
+use crate::sys::{self, cycles, steady_wall, thread_time};
 use crate::types::Event;
 
 /// Room for events of one turn before the vector grows.
@@ -19,6 +19,15 @@ pub(crate) struct Context {
     /// Events of this turn, sent at its end.
     pub(crate) events: Vec<Event>,
     lap: u64,
+    rested: Rested,
+}
+
+/// How things stood when waiting was last told from work.
+struct Rested {
+    at: Instant,
+    used: Duration,
+    cycles: u64,
+    ring: u64,
 }
 
 impl Context {
@@ -28,6 +37,12 @@ impl Context {
             counters: Counters::default(),
             events: Vec::with_capacity(EVENTS_ROOM),
             lap: cycles(),
+            rested: Rested {
+                at: sys::now(),
+                used: thread_time(),
+                cycles: cycles(),
+                ring: 0,
+            },
         }
     }
 
@@ -45,5 +60,25 @@ impl Context {
         let now = cycles();
         self.counters.charge(room, now.wrapping_sub(self.lap));
         self.lap = now;
+    }
+
+    /// Charges what the thread was off its core since the last call to nobody's work: a shard waits in the
+    /// ring, whose cycles they were. The thread's own time is a system call, so this is for now and then.
+    pub(crate) fn tell_waiting(&mut self) {
+        let (at, used, cycles) = (sys::now(), thread_time(), cycles());
+        let last = &self.rested;
+        let passed = at.saturating_duration_since(last.at);
+        let off = passed.saturating_sub(used.saturating_sub(last.used));
+        let waited = u128::from(cycles.wrapping_sub(last.cycles)) * off.as_nanos();
+        let waited = u64::try_from(waited / passed.as_nanos().max(1)).unwrap_or(0);
+        let ring = self
+            .counters
+            .recharge(Room::Ring, Room::Wait, last.ring, waited);
+        self.rested = Rested {
+            at,
+            used,
+            cycles,
+            ring,
+        };
     }
 }

@@ -547,6 +547,7 @@ impl<'a> Shard<'a> {
             if let Some(at) = self.filter.forgotten() {
                 self.hub.has_forgotten(self.id, at);
             }
+            self.ctx.tell_waiting();
             self.published.publish(&self.ctx.counters);
             if !idle {
                 self.publish_at = self.ctx.now + PUBLISH_INTERVAL;

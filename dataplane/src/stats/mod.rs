@@ -29,11 +29,11 @@ named! {
     /// Where a shard's cycles go.
     #[repr(u8)]
     pub enum Room {
-        /// Waiting for and reaping completions, submitting work.
+        /// Receiving, which the kernel does while a shard waits for it, the reads of the TUN among it.
         Ring = "ring",
         /// Commands, lanes, timers: everything between the rooms.
         Shard = "shard",
-        /// Reading the TUN and cutting super-packets.
+        /// Looking at what was read from the TUN, and writes to it.
         Tun = "tun",
         /// Destination to peer.
         Route = "route",
@@ -47,8 +47,10 @@ named! {
         Open = "open",
         /// Sender's allowed IPs and rules.
         Filter = "filter",
-        /// Merging and TUN writes.
+        /// Merging.
         Coalesce = "coalesce",
+        /// Off the core: asleep in the ring most of all.
+        Wait = "wait",
     }
 }
 
@@ -150,6 +152,16 @@ impl Counters {
     pub fn charge(&mut self, room: Room, cycles: u64) {
         let slot = &mut self.words[CYCLES_AT + room as usize];
         *slot = slot.wrapping_add(cycles);
+    }
+
+    /// Charges cycles that were a room's to another, but not more than it has had since it had `since`.
+    /// Returns what it has now.
+    pub(crate) fn recharge(&mut self, from: Room, to: Room, since: u64, cycles: u64) -> u64 {
+        let had = self.words[CYCLES_AT + from as usize];
+        let moved = cycles.min(had.wrapping_sub(since));
+        self.charge(to, moved);
+        self.charge(from, moved.wrapping_neg());
+        had.wrapping_sub(moved)
     }
 
     /// Counts one batch from the TUN (outbound) of `len` packets; an empty one does not count.
@@ -300,6 +312,20 @@ mod tests {
         let sum = Snapshot::sum([&snapshot, &snapshot, &Snapshot::default()]);
         assert_eq!(sum.get(Meter::TunReads), 6);
         assert_eq!(sum.drops_total(), 12);
+    }
+
+    #[test]
+    fn waiting_is_taken_from_what_was_charged_since() {
+        let mut counters = Counters::default();
+        counters.charge(Room::Ring, 100);
+        let left = counters.recharge(Room::Ring, Room::Wait, 0, 70);
+        assert_eq!(left, 30);
+        counters.charge(Room::Ring, 10);
+        assert_eq!(counters.recharge(Room::Ring, Room::Wait, left, 25), 30);
+        let published = Published::default();
+        published.publish(&counters);
+        let cycles = |room| published.read().cycles(room);
+        assert_eq!((cycles(Room::Ring), cycles(Room::Wait)), (30, 80));
     }
 
     #[test]
