@@ -131,6 +131,7 @@ pub use config::{
     pinned_by_default, shards_by_default,
 };
 pub use dataplane::{Dataplane, OffloadsInUse, Stats};
+pub use noise::{SymmetricState, dh};
 pub use routes::rest_after;
 pub use sys::{now, slept, steady_wall, steady_wall_at_least};
 pub use tun::{Kind as SuperPacketKind, Kinds as SuperPacketKinds};

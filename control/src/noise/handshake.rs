@@ -1,10 +1,7 @@
 //! Both roles of the handshake.
 
-use blake2::{Blake2s256, Digest as _};
-use chacha20poly1305::aead::{AeadInOut as _, KeyInit as _};
-use chacha20poly1305::{ChaCha20Poly1305, Key, Nonce, Tag};
-use hkdf::SimpleHkdf;
-use x25519_dalek::{PublicKey, StaticSecret};
+use ringtail_dataplane::SymmetricState;
+use x25519_dalek::StaticSecret;
 use zeroize::Zeroizing;
 
 use super::{
@@ -62,7 +59,7 @@ impl Initiator {
         control: &MachinePublic,
         ephemeral: MachinePrivate,
     ) -> Result<(Self, [u8; INITIATION_LEN]), Error> {
-        let mut state = SymmetricState::new(version, control);
+        let mut state = start(version, control);
         let mut message = [0; INITIATION_LEN];
         message[..2].copy_from_slice(&version.to_be_bytes());
         message[2] = TYPE_INITIATION;
@@ -102,16 +99,17 @@ impl Initiator {
         e.copy_from_slice(&body[..KEY_LEN]);
         self.state.mix_hash(&e);
         let e = MachinePublic(e);
-        self.state.mix_key(&*dh(&self.ephemeral, &e)?);
+        self.state.mix_secret(&*dh(&self.ephemeral, &e)?);
         let key = self.state.mix_key(&*dh(&self.machine, &e)?);
         let mut tag = [0; TAG_LEN];
         tag.copy_from_slice(&body[KEY_LEN..]);
-        self.state.open(&key, &mut tag)?;
-        let (ours, theirs) = self.state.split();
+        open(&mut self.state, &key, &mut tag)?;
+        let (handshake_hash, _) = self.state.to_parts();
+        let [ours, theirs] = self.state.split();
         Ok(Session {
             sealer: Sealer::new(&ours),
             opener: Opener::new(&theirs),
-            handshake_hash: self.state.hash,
+            handshake_hash,
         })
     }
 }
@@ -166,7 +164,7 @@ pub fn respond(
         let len = u16::from_be_bytes([message[3], message[4]]);
         return Err(Error::Length(usize::from(len)));
     }
-    let mut state = SymmetricState::new(version, &control.public());
+    let mut state = start(version, &control.public());
     let (e, rest) = message[INITIATION_HEADER_LEN..].split_at(KEY_LEN);
     let (s, tag) = rest.split_at(KEY_LEN + TAG_LEN);
     state.mix_hash(e);
@@ -174,12 +172,12 @@ pub fn respond(
     let key = state.mix_key(&*dh(control, &e)?);
     let mut sealed = [0; KEY_LEN + TAG_LEN];
     sealed.copy_from_slice(s);
-    state.open(&key, &mut sealed)?;
+    open(&mut state, &key, &mut sealed)?;
     let machine = public(&sealed[..KEY_LEN]);
     let key = state.mix_key(&*dh(control, &machine)?);
     let mut empty = [0; TAG_LEN];
     empty.copy_from_slice(tag);
-    state.open(&key, &mut empty)?;
+    open(&mut state, &key, &mut empty)?;
 
     let mut answer = [0; RESPONSE_LEN];
     answer[0] = TYPE_RESPONSE;
@@ -187,114 +185,39 @@ pub fn respond(
     let (e_out, tag_out) = answer[HEADER_LEN..].split_at_mut(KEY_LEN);
     e_out.copy_from_slice(&ephemeral.public().0);
     state.mix_hash(e_out);
-    state.mix_key(&*dh(ephemeral, &e)?);
+    state.mix_secret(&*dh(ephemeral, &e)?);
     let key = state.mix_key(&*dh(ephemeral, &machine)?);
     state.seal(&key, tag_out);
-    let (theirs, ours) = state.split();
+    let (handshake_hash, _) = state.to_parts();
+    let [theirs, ours] = state.split();
     let accepted = Accepted {
         version,
         machine,
         session: Session {
             sealer: Sealer::new(&ours),
             opener: Opener::new(&theirs),
-            handshake_hash: state.hash,
+            handshake_hash,
         },
     };
     Ok((accepted, answer))
 }
 
-/// Hash and chaining key of a running handshake.
-struct SymmetricState {
-    hash: [u8; KEY_LEN],
-    chain: Zeroizing<[u8; KEY_LEN]>,
+/// Name, prologue and the responder's static key, which the initiator knows beforehand.
+fn start(version: u16, control: &MachinePublic) -> SymmetricState {
+    let mut state = SymmetricState::new(PROTOCOL_NAME);
+    state.mix_hash(format!("{PROLOGUE}{version}").as_bytes());
+    state.mix_hash(&control.0);
+    state
 }
 
-impl std::fmt::Debug for SymmetricState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("SymmetricState(secret)")
-    }
-}
-
-impl SymmetricState {
-    /// Name, prologue and the responder's static key, which the initiator knows beforehand.
-    fn new(version: u16, control: &MachinePublic) -> Self {
-        // The name is longer than a hash, so it is hashed and not padded.
-        let hash: [u8; KEY_LEN] = Blake2s256::digest(PROTOCOL_NAME).into();
-        let mut state = Self {
-            hash,
-            chain: Zeroizing::new(hash),
-        };
-        state.mix_hash(format!("{PROLOGUE}{version}").as_bytes());
-        state.mix_hash(&control.0);
-        state
-    }
-
-    fn mix_hash(&mut self, data: &[u8]) {
-        let mut hasher = Blake2s256::new_with_prefix(self.hash);
-        hasher.update(data);
-        self.hash = hasher.finalize().into();
-    }
-
-    /// Mixes a secret into the chain and gives the key that follows from it.
-    fn mix_key(&mut self, secret: &[u8]) -> Zeroizing<[u8; KEY_LEN]> {
-        let (chain, key) = hkdf2(&self.chain, secret);
-        self.chain = chain;
-        key
-    }
-
-    /// Seals all but the last 16 bytes in place and puts the tag there. Every handshake key seals
-    /// once, so the nonce is always zero.
-    fn seal(&mut self, key: &[u8; KEY_LEN], buffer: &mut [u8]) {
-        let (text, tag) = buffer.split_at_mut(buffer.len() - TAG_LEN);
-        let sealed = ChaCha20Poly1305::new(&Key::from(*key))
-            .encrypt_inout_detached(&Nonce::default(), &self.hash, (&mut *text).into())
-            .expect("a handshake payload is far below the cipher's limit");
-        tag.copy_from_slice(&sealed);
-        self.mix_hash(buffer);
-    }
-
-    /// Opens in place; the last 16 bytes are the tag.
-    fn open(&mut self, key: &[u8; KEY_LEN], buffer: &mut [u8]) -> Result<(), Error> {
-        let mut hasher = Blake2s256::new_with_prefix(self.hash);
-        hasher.update(&*buffer);
-        let (text, tag) = buffer.split_at_mut(buffer.len() - TAG_LEN);
-        let mut want = Tag::default();
-        want.copy_from_slice(tag);
-        ChaCha20Poly1305::new(&Key::from(*key))
-            .decrypt_inout_detached(&Nonce::default(), &self.hash, text.into(), &want)
-            .map_err(|_| Error::Authentication)?;
-        self.hash = hasher.finalize().into();
-        Ok(())
-    }
-
-    /// Keys initiator to responder, and back.
-    fn split(&self) -> (Zeroizing<[u8; KEY_LEN]>, Zeroizing<[u8; KEY_LEN]>) {
-        hkdf2(&self.chain, &[])
-    }
-}
-
-/// Noise's HKDF with two outputs; HMAC over BLAKE2s.
-fn hkdf2(
-    chain: &[u8; KEY_LEN],
-    input: &[u8],
-) -> (Zeroizing<[u8; KEY_LEN]>, Zeroizing<[u8; KEY_LEN]>) {
-    let mut okm = Zeroizing::new([0; 2 * KEY_LEN]);
-    SimpleHkdf::<Blake2s256>::new(Some(chain), input)
-        .expand(&[], &mut *okm)
-        .expect("two hashes are within HKDF's limit");
-    let (mut first, mut second) = (Zeroizing::new([0; KEY_LEN]), Zeroizing::new([0; KEY_LEN]));
-    first.copy_from_slice(&okm[..KEY_LEN]);
-    second.copy_from_slice(&okm[KEY_LEN..]);
-    (first, second)
+fn open(state: &mut SymmetricState, key: &[u8; KEY_LEN], buffer: &mut [u8]) -> Result<(), Error> {
+    let opened = state.open(key, buffer);
+    opened.map_err(|_| Error::Authentication)
 }
 
 fn dh(private: &MachinePrivate, public: &MachinePublic) -> Result<Zeroizing<[u8; KEY_LEN]>, Error> {
     let secret = StaticSecret::from(*private.as_bytes());
-    let shared = secret.diffie_hellman(&PublicKey::from(public.0));
-    if !shared.was_contributory() {
-        return Err(Error::LowOrder);
-    }
-    Ok(Zeroizing::new(shared.to_bytes()))
+    ringtail_dataplane::dh(&secret, &public.0).map_err(|_| Error::LowOrder)
 }
 
 /// The first 32 bytes as a key.
@@ -350,20 +273,18 @@ mod tests {
             v.private("client_ephemeral"),
             v.private("control_ephemeral"),
         );
-        let mut state = SymmetricState {
-            hash: Blake2s256::digest(PROTOCOL_NAME).into(),
-            chain: Zeroizing::new(Blake2s256::digest(PROTOCOL_NAME).into()),
-        };
+        let mut state = SymmetricState::new(PROTOCOL_NAME);
         let mut step = 0;
         let mut check = |state: &SymmetricState| {
             let expected = &v.json["steps"][step];
+            let (hash, chain) = state.to_parts();
             assert_eq!(
-                hex::encode(state.hash),
+                hex::encode(hash),
                 expected["h"].as_str().unwrap(),
                 "step {step}"
             );
             assert_eq!(
-                hex::encode(*state.chain),
+                hex::encode(*chain),
                 expected["ck"].as_str().unwrap(),
                 "step {step}"
             );
@@ -381,21 +302,21 @@ mod tests {
         check(&state);
         state.mix_hash(&e_c.public().0);
         check(&state);
-        let key = state.mix_key(&*shared("dh_es", &e_c, control.public()));
+        let key = state.mix_key(&shared("dh_es", &e_c, control.public()));
         check(&state);
         let mut s = [0; 48];
         s[..32].copy_from_slice(&client.public().0);
         state.seal(&key, &mut s);
         check(&state);
-        let key = state.mix_key(&*shared("dh_ss", &client, control.public()));
+        let key = state.mix_key(&shared("dh_ss", &client, control.public()));
         check(&state);
         state.seal(&key, &mut [0; 16]);
         check(&state);
         state.mix_hash(&e_s.public().0);
         check(&state);
-        state.mix_key(&*shared("dh_ee", &e_s, e_c.public()));
+        state.mix_secret(&shared("dh_ee", &e_s, e_c.public()));
         check(&state);
-        let key = state.mix_key(&*shared("dh_se", &e_s, client.public()));
+        let key = state.mix_key(&shared("dh_se", &e_s, client.public()));
         check(&state);
         state.seal(&key, &mut [0; 16]);
         check(&state);

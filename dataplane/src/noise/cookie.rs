@@ -12,7 +12,7 @@ use zerocopy::{FromZeros as _, IntoBytes as _};
 use zeroize::{Zeroize as _, Zeroizing};
 
 use super::message::{CookieReply, KIND_COOKIE_REPLY, check_mac2, view};
-use super::transcript::mac;
+use super::symmetric::mac;
 use super::{COOKIE_REPLY_LEN, Error, KEY_LEN, LocalKeys, MAC_LEN, Remote};
 
 /// Paper §5.4.7: a responder's secret changes this often, and an initiator forgets a cookie of this

@@ -9,7 +9,7 @@ use zeroize::{Zeroize as _, ZeroizeOnDrop, Zeroizing};
 use super::message::{
     Initiation, KIND_INITIATION, KIND_RESPONSE, Response, check_mac1, put_macs, view,
 };
-use super::transcript::{Transcript, dh};
+use super::symmetric::{SymmetricState, dh};
 use super::{
     Cookie, Error, INITIATION_LEN, KEY_LEN, LocalKeys, MAC_LEN, RESPONSE_LEN, Remote, TAG_LEN,
     Tai64n,
@@ -20,7 +20,7 @@ pub struct Initiated {
     index: u32,
     mac1: [u8; MAC_LEN],
     ephemeral: StaticSecret,
-    transcript: Transcript,
+    transcript: SymmetricState,
 }
 
 /// Length of [`Initiated::export`] in bytes.
@@ -78,7 +78,7 @@ impl Initiated {
             index,
             mac1,
             ephemeral,
-            transcript: Transcript::from_parts(hash, chain),
+            transcript: SymmetricState::from_parts(hash, chain),
         }
     }
 }
@@ -98,7 +98,7 @@ pub struct PeekedInitiation {
     sender_index: u32,
     ephemeral: [u8; KEY_LEN],
     sealed_timestamp: [u8; Tai64n::LEN + TAG_LEN],
-    transcript: Transcript,
+    transcript: SymmetricState,
 }
 
 impl PeekedInitiation {
@@ -126,7 +126,7 @@ pub struct ConsumedInitiation {
     timestamp: Tai64n,
     sender_index: u32,
     ephemeral: [u8; KEY_LEN],
-    transcript: Transcript,
+    transcript: SymmetricState,
 }
 
 impl ConsumedInitiation {
@@ -196,7 +196,7 @@ pub fn initiation(
     message.kind = U32::new(KIND_INITIATION);
     message.sender = U32::new(index);
     message.ephemeral = public;
-    let mut transcript = Transcript::start(&remote.labels.start, &public);
+    let mut transcript = SymmetricState::start(&remote.labels.start, &public);
     let key = transcript.mix_key(&*dh(&secret, &remote.public)?);
     message.sealed_static[..KEY_LEN].copy_from_slice(&local.public);
     transcript.seal(&key, &mut message.sealed_static);
@@ -229,7 +229,7 @@ pub(super) fn peek_checked(
     local: &LocalKeys,
     message: &Initiation,
 ) -> Result<PeekedInitiation, Error> {
-    let mut transcript = Transcript::start(&local.labels.start, &message.ephemeral);
+    let mut transcript = SymmetricState::start(&local.labels.start, &message.ephemeral);
     let key = transcript.mix_key(&*dh(&local.private, &message.ephemeral)?);
     let mut sealed_static = message.sealed_static;
     transcript.open(&key, &mut sealed_static)?;

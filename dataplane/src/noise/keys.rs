@@ -3,7 +3,7 @@
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize as _, ZeroizeOnDrop, Zeroizing};
 
-use super::transcript::{dh, hash, start_hash};
+use super::symmetric::{dh, hash, start_hash};
 use super::{Error, KEY_LEN};
 
 /// Paper §5.4.4.

@@ -5,7 +5,7 @@
 use zerocopy::byteorder::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::transcript::mac;
+use super::symmetric::mac;
 use super::{
     COOKIE_REPLY_LEN, Cookie, Error, INITIATION_LEN, KEY_LEN, MAC_LEN, RESPONSE_LEN, TAG_LEN,
     Tai64n,

@@ -56,8 +56,8 @@ mod keys;
 mod message;
 mod recent;
 mod sources;
+mod symmetric;
 mod tai64n;
-mod transcript;
 
 use std::time::Duration;
 
@@ -72,6 +72,7 @@ pub use handshake::{
 };
 pub use keys::{LocalKeys, Remote};
 pub(crate) use sources::Sources;
+pub use symmetric::{SymmetricState, dh};
 pub use tai64n::Tai64n;
 #[cfg(test)]
 pub(crate) use {recent::RECENT_LEN, sources::SOURCES_MAX};

@@ -1,4 +1,5 @@
-//! The primitives, and the hash and chaining key of a running handshake (WireGuard paper §5.4).
+//! The primitives, and the hash and chaining key of a running handshake (WireGuard paper §5.4; Noise
+//! specification §5.2, where it is called so). The control side's channel to coordination stands on it too.
 //!
 //! What is kept is overwritten when it is dropped: keys and shared secrets by their types, the
 //! states of BLAKE2s and ChaCha20-Poly1305 by the `zeroize` features of their crates. Not so what
@@ -42,7 +43,7 @@ pub(super) fn mac(key: &[u8], a: &[u8], b: &[u8]) -> [u8; MAC_LEN] {
 ///
 /// # Errors
 /// [`Error::LowOrder`] if the public key is of low order: the secret would be known to everybody.
-pub(super) fn dh(
+pub fn dh(
     private: &StaticSecret,
     public: &[u8; KEY_LEN],
 ) -> Result<Zeroizing<[u8; KEY_LEN]>, Error> {
@@ -54,13 +55,19 @@ pub(super) fn dh(
     }
 }
 
-/// Hash `H` and chaining key `C`.
-pub(super) struct Transcript {
+/// Hash `H` and chaining key `C` of a Noise handshake over X25519, ChaCha20-Poly1305 and BLAKE2s.
+pub struct SymmetricState {
     hash: [u8; KEY_LEN],
     chain: Zeroizing<[u8; KEY_LEN]>,
 }
 
-impl Drop for Transcript {
+impl std::fmt::Debug for SymmetricState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SymmetricState(secret)")
+    }
+}
+
+impl Drop for SymmetricState {
     fn drop(&mut self) {
         self.hash.zeroize();
     }
@@ -73,38 +80,53 @@ pub(super) fn start_hash(responder: &[u8; KEY_LEN]) -> [u8; KEY_LEN] {
     hash(&hash(&construction, IDENTIFIER), responder)
 }
 
-impl Transcript {
+impl SymmetricState {
+    /// A handshake of this name, which is longer than a hash and so is hashed and not padded. The caller
+    /// mixes in the prologue and the keys known beforehand.
+    #[must_use]
+    pub fn new(name: &[u8]) -> SymmetricState {
+        let hash = hash(name, &[]);
+        SymmetricState {
+            hash,
+            chain: Zeroizing::new(hash),
+        }
+    }
+
     /// Starts a handshake from the responder's [`start_hash`] with the initiator's ephemeral key,
     /// which is the first thing of every handshake.
-    pub(super) fn start(start_hash: &[u8; KEY_LEN], ephemeral: &[u8; KEY_LEN]) -> Transcript {
-        let mut transcript = Transcript {
-            hash: *start_hash,
-            chain: Zeroizing::new(hash(CONSTRUCTION, &[])),
-        };
+    pub(super) fn start(start_hash: &[u8; KEY_LEN], ephemeral: &[u8; KEY_LEN]) -> SymmetricState {
+        let mut transcript = SymmetricState::new(CONSTRUCTION);
+        transcript.hash = *start_hash;
         transcript.mix_public(ephemeral);
         transcript
     }
 
     /// A copy to go on from: a bad message must not touch the state of the handshake it claims to
     /// belong to.
-    pub(super) fn fork(&self) -> Transcript {
-        Transcript {
+    pub(super) fn fork(&self) -> SymmetricState {
+        SymmetricState {
             hash: self.hash,
             chain: self.chain.clone(),
         }
     }
 
-    /// Hash and chaining key, to be kept elsewhere.
-    pub(super) fn to_parts(&self) -> ([u8; KEY_LEN], Zeroizing<[u8; KEY_LEN]>) {
+    /// Hash and chaining key, to be kept elsewhere. The hash is that of all that was said: the same at both
+    /// ends, and of no other handshake.
+    #[must_use]
+    pub fn to_parts(&self) -> ([u8; KEY_LEN], Zeroizing<[u8; KEY_LEN]>) {
         (self.hash, self.chain.clone())
     }
 
-    /// The opposite of [`Transcript::to_parts`].
-    pub(super) fn from_parts(hash: [u8; KEY_LEN], chain: Zeroizing<[u8; KEY_LEN]>) -> Transcript {
-        Transcript { hash, chain }
+    /// The opposite of [`SymmetricState::to_parts`].
+    pub(super) fn from_parts(
+        hash: [u8; KEY_LEN],
+        chain: Zeroizing<[u8; KEY_LEN]>,
+    ) -> SymmetricState {
+        SymmetricState { hash, chain }
     }
 
-    fn mix_hash(&mut self, data: &[u8]) {
+    /// What both ends know: a prologue, a public key, what was sealed.
+    pub fn mix_hash(&mut self, data: &[u8]) {
         self.hash = hash(&self.hash, data);
     }
 
@@ -126,12 +148,13 @@ impl Transcript {
     }
 
     /// A shared secret after which nothing is sealed.
-    pub(super) fn mix_secret(&mut self, secret: &[u8; KEY_LEN]) {
+    pub fn mix_secret(&mut self, secret: &[u8; KEY_LEN]) {
         self.kdf::<32>(secret);
     }
 
     /// A shared secret; gives the key for what follows.
-    pub(super) fn mix_key(&mut self, secret: &[u8; KEY_LEN]) -> Zeroizing<[u8; KEY_LEN]> {
+    #[must_use]
+    pub fn mix_key(&mut self, secret: &[u8; KEY_LEN]) -> Zeroizing<[u8; KEY_LEN]> {
         let out = self.kdf::<64>(secret);
         let mut key = Zeroizing::new([0; KEY_LEN]);
         key.copy_from_slice(&out[KEY_LEN..]);
@@ -149,7 +172,10 @@ impl Transcript {
 
     /// Seals all but the last 16 bytes of `buffer` in place and puts the tag there. Every
     /// handshake key seals once, so the counter is always 0.
-    pub(super) fn seal(&mut self, key: &[u8; KEY_LEN], buffer: &mut [u8]) {
+    ///
+    /// # Panics
+    /// If the buffer is shorter than a tag.
+    pub fn seal(&mut self, key: &[u8; KEY_LEN], buffer: &mut [u8]) {
         let (text, tag) = buffer.split_at_mut(buffer.len() - TAG_LEN);
         let sealed = ChaCha20Poly1305::new(&Key::from(*key))
             .encrypt_inout_detached(&Nonce::default(), &self.hash, (&mut *text).into())
@@ -162,7 +188,10 @@ impl Transcript {
     ///
     /// # Errors
     /// [`Error::Authentication`]; the plaintext is not written then.
-    pub(super) fn open(&mut self, key: &[u8; KEY_LEN], buffer: &mut [u8]) -> Result<(), Error> {
+    ///
+    /// # Panics
+    /// If the buffer is shorter than a tag.
+    pub fn open(&mut self, key: &[u8; KEY_LEN], buffer: &mut [u8]) -> Result<(), Error> {
         let mixed = hash(&self.hash, buffer);
         let (text, tag) = buffer.split_at_mut(buffer.len() - TAG_LEN);
         let tag = Tag::try_from(&*tag).map_err(|_| Error::Length)?;
@@ -175,7 +204,8 @@ impl Transcript {
 
     /// The keys of both directions: of what the initiator sends, of what the responder sends
     /// (paper §5.4.5).
-    pub(super) fn split(mut self) -> [Zeroizing<[u8; KEY_LEN]>; 2] {
+    #[must_use]
+    pub fn split(mut self) -> [Zeroizing<[u8; KEY_LEN]>; 2] {
         let out = self.kdf::<64>(&[]);
         let half = |at: usize| {
             let mut key = Zeroizing::new([0; KEY_LEN]);
