@@ -79,6 +79,7 @@ impl SuperPackets {
     ///
     /// # Panics
     /// If `i` is not below [`SuperPackets::len`].
+    #[cfg(feature = "internals")]
     pub fn get(&self, i: usize) -> &[u8] {
         let item = &self.items[i];
         &self.slabs[item.slab].bytes[item.start..item.end()]
