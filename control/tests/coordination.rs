@@ -23,10 +23,10 @@ use ringtail::driver::underlay::Underlay;
 use ringtail::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 use ringtail::netmap::wire::EndpointKind;
 use ringtail::netmap::{DerpMap, Netmap};
+use tempfile::TempDir;
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{mpsc, watch};
-use tokio::task::LocalSet;
 use tokio::time::Instant;
 
 const CONTROL: [u8; 32] = [0x42; 32];
@@ -41,6 +41,10 @@ fn derp_map() -> DerpMap {
             "Nodes":[{"Name":"900a","RegionID":900,"HostName":"127.0.0.1"}]}}}"#,
     )
     .unwrap()
+}
+
+fn database(dir: &Path) -> Database {
+    Database::open(&dir.join("coord.db")).unwrap()
 }
 
 fn put_key(dir: &Path, text: &str, reusable: bool) {
@@ -58,10 +62,7 @@ fn put_key_of_kind(dir: &Path, text: &str, reusable: bool, ephemeral: bool) {
         expires: None,
         created: OffsetDateTime::now_utc(),
     };
-    Database::open(&dir.join("coord.db"))
-        .unwrap()
-        .put_key(&key)
-        .unwrap();
+    database(dir).put_key(&key).unwrap();
 }
 
 fn listen(port: u16) -> std::io::Result<TcpListener> {
@@ -73,8 +74,16 @@ fn listen(port: u16) -> std::io::Result<TcpListener> {
 }
 
 /// A server with its state in `dir`, on any port.
-fn serve(dir: &Path, control: [u8; 32]) -> (CoordServer, SocketAddr) {
-    serve_on(listen(0).unwrap(), dir, control)
+fn serve(dir: &Path) -> (CoordServer, SocketAddr) {
+    serve_on(listen(0).unwrap(), dir, CONTROL)
+}
+
+/// A server with a key that lets anybody in: its directory, and where it is.
+fn serve_anybody() -> (TempDir, CoordServer, SocketAddr) {
+    let dir = tempfile::tempdir().unwrap();
+    put_key(dir.path(), "the key", true);
+    let (server, address) = serve(dir.path());
+    (dir, server, address)
 }
 
 /// Another one at the address of one that was dropped, once that has let go of it; the noise key
@@ -104,7 +113,7 @@ fn serve_on(listener: TcpListener, dir: &Path, control: [u8; 32]) -> (CoordServe
         listeners: vec![listener],
         tls: None,
         control: MachinePrivate::from_random(control),
-        database: Database::open(&dir.join("coord.db")).unwrap(),
+        database: database(dir),
         server: ServerConfig {
             base_domain: "tail.test".to_owned(),
             user: "ringtail".to_owned(),
@@ -192,12 +201,27 @@ impl Node {
         .await
     }
 
+    /// Why it ended, which it did without joining again.
+    async fn removed(&mut self) -> String {
+        self.event(|event| match event {
+            CoordEvent::Fatal(text) => Some(text),
+            CoordEvent::Registered { .. } => panic!("it joined again by itself"),
+            _ => None,
+        })
+        .await
+    }
+
     fn report(&self, endpoint: &str, home: u32) {
         self.state.send_modify(|state| {
             state.endpoints = vec![(endpoint.parse().unwrap(), EndpointKind::Local)];
             state.home_derp = Some(home);
         });
     }
+}
+
+fn count(server: &CoordServer, name: &str) -> u64 {
+    let all = server.counters().list();
+    all.iter().find(|(of, _)| *of == name).unwrap().1
 }
 
 fn all(netmap: &Netmap) -> Vec<i64> {
@@ -207,306 +231,247 @@ fn all(netmap: &Netmap) -> Vec<i64> {
     ids
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn nodes_join_see_each_other_and_hear_of_changes_soon() {
-    let dir = tempfile::tempdir().unwrap();
-    put_key(dir.path(), "the key", true);
-    let (server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let mut first = Node::join(address, 1, "the key");
-            let key = first.event(|event| match event {
-                CoordEvent::ControlKey(key) => Some(key),
-                _ => None,
-            });
-            assert_eq!(key.await, MachinePrivate::from_random(CONTROL).public());
-            let user = first.event(|event| match event {
-                CoordEvent::Registered { user } => Some(user),
-                _ => None,
-            });
-            assert_eq!(user.await, "ringtail");
-            let alone = first.netmap(|_| true).await;
-            assert_eq!(all(&alone), [0; 0]);
-            assert_eq!(alone.self_node.name, "node1.tail.test.");
-            assert_eq!(alone.self_node.addresses[0].to_string(), "100.64.0.1/32");
-            assert_eq!(
-                alone.self_node.addresses[1].to_string(),
-                "fd7a:115c:a1e0::1/128"
-            );
-            assert_eq!(*alone.derp_map, derp_map());
-            assert!(alone.self_node.machine_authorized);
-            assert!(matches!(alone.rules, ringtail_dataplane::Rules::AllowAll));
+    let (_dir, server, address) = serve_anybody();
+    let mut first = Node::join(address, 1, "the key");
+    let key = first.event(|event| match event {
+        CoordEvent::ControlKey(key) => Some(key),
+        _ => None,
+    });
+    assert_eq!(key.await, MachinePrivate::from_random(CONTROL).public());
+    let user = first.event(|event| match event {
+        CoordEvent::Registered { user } => Some(user),
+        _ => None,
+    });
+    assert_eq!(user.await, "ringtail");
+    let alone = first.netmap(|_| true).await;
+    assert_eq!(all(&alone), [0; 0]);
+    assert_eq!(alone.self_node.name, "node1.tail.test.");
+    assert_eq!(alone.self_node.addresses[0].to_string(), "100.64.0.1/32");
+    assert_eq!(
+        alone.self_node.addresses[1].to_string(),
+        "fd7a:115c:a1e0::1/128"
+    );
+    assert_eq!(*alone.derp_map, derp_map());
+    assert!(alone.self_node.machine_authorized);
+    assert!(matches!(alone.rules, ringtail_dataplane::Rules::AllowAll));
 
-            let begun = Instant::now();
-            let mut second = Node::join(address, 2, "the key");
-            let disco = second.config.disco;
-            let both = first.netmap(|netmap| netmap.peers.iter().any(|p| p.disco == Some(disco)));
-            let both = both.await;
-            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-            assert_eq!(both.peers[0].key, second.config.node);
-            assert_eq!(both.peers[0].name, "node2.tail.test.");
-            assert_eq!(both.peers[0].online, Some(true));
-            let seen = second.netmap(|_| true).await;
-            assert_eq!(all(&seen), [1]);
+    let begun = Instant::now();
+    let mut second = Node::join(address, 2, "the key");
+    let disco = second.config.disco;
+    let both = first.netmap(|netmap| netmap.peers.iter().any(|p| p.disco == Some(disco)));
+    let both = both.await;
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert_eq!(both.peers[0].key, second.config.node);
+    assert_eq!(both.peers[0].name, "node2.tail.test.");
+    assert_eq!(both.peers[0].online, Some(true));
+    let seen = second.netmap(|_| true).await;
+    assert_eq!(all(&seen), [1]);
 
-            let begun = Instant::now();
-            second.report("192.0.2.7:41641", 900);
-            let seen = first
-                .netmap(|netmap| netmap.peers[0].home == Some(900))
-                .await;
-            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-            assert_eq!(
-                seen.peers[0].endpoints,
-                ["192.0.2.7:41641".parse().unwrap()]
-            );
-
-            second
-                .state
-                .send_modify(|state| state.routes = vec!["10.20.0.0/16".parse().unwrap()]);
-            let approve = Order::Approve {
-                node: "node2".to_owned(),
-                routes: vec!["10.20.0.0/16".parse().unwrap()],
-            };
-            server.orders().give(approve).await.unwrap();
-            let routed = first
-                .netmap(|netmap| netmap.peers[0].allowed_ips.len() == 3)
-                .await;
-            assert_eq!(routed.peers[0].allowed_ips[2].to_string(), "10.20.0.0/16");
-        })
+    let begun = Instant::now();
+    second.report("192.0.2.7:41641", 900);
+    let seen = first
+        .netmap(|netmap| netmap.peers[0].home == Some(900))
         .await;
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert_eq!(
+        seen.peers[0].endpoints,
+        ["192.0.2.7:41641".parse().unwrap()]
+    );
+
+    second
+        .state
+        .send_modify(|state| state.routes = vec!["10.20.0.0/16".parse().unwrap()]);
+    let approve = Order::Approve {
+        node: "node2".to_owned(),
+        routes: vec!["10.20.0.0/16".parse().unwrap()],
+    };
+    server.orders().give(approve).await.unwrap();
+    let routed = first
+        .netmap(|netmap| netmap.peers[0].allowed_ips.len() == 3)
+        .await;
+    assert_eq!(routed.peers[0].allowed_ips[2].to_string(), "10.20.0.0/16");
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn a_killed_server_comes_back_with_everything_and_so_do_its_nodes() {
-    let dir = tempfile::tempdir().unwrap();
-    put_key(dir.path(), "the key", true);
-    let (server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let mut first = Node::join(address, 1, "the key");
-            let second = Node::join(address, 2, "the key");
-            second.report("192.0.2.7:41641", 900);
-            let before = first
-                .netmap(|netmap| {
-                    netmap
-                        .peers
-                        .first()
-                        .is_some_and(|peer| peer.home == Some(900) && !peer.endpoints.is_empty())
-                })
-                .await;
-            // What is reported is written behind.
-            soon(async || {
-                let stored = Database::open(&dir.path().join("coord.db")).unwrap();
-                let nodes = stored.load().unwrap().nodes;
-                nodes
-                    .iter()
-                    .any(|node| {
-                        !node.endpoints.is_empty() && node.hostinfo.to_string().contains("900")
-                    })
-                    .then_some(())
-            })
-            .await;
-            drop(server);
-            let lost = first.event(|event| match event {
-                CoordEvent::Lost { error, .. } => Some(error),
-                _ => None,
-            });
-            assert!(!lost.await.is_empty());
-            // The second node stays away, so what is told of it comes from the store.
-            drop(second);
-            tokio::time::sleep(Duration::from_millis(500)).await;
-            let _server = serve_again(dir.path(), address, CONTROL).await;
-            let after = first.netmap(|netmap| !netmap.peers.is_empty()).await;
-            assert_eq!(after.self_node.id, before.self_node.id);
-            assert_eq!(after.self_node.addresses, before.self_node.addresses);
-            assert_eq!(after.self_node.name, before.self_node.name);
-            let (old, new) = (&before.peers[0], &after.peers[0]);
-            assert_eq!(
-                (old.id, &old.addresses, old.key),
-                (new.id, &new.addresses, new.key)
-            );
-            assert_eq!(
-                (&old.endpoints, old.disco, old.home),
-                (&new.endpoints, new.disco, new.home)
-            );
-            assert_eq!(new.online, None, "not known so soon after a start");
-            // A new node gets a new id and address.
-            let mut third = Node::join(address, 3, "the key");
-            let netmap = third.netmap(|_| true).await;
-            assert_eq!(netmap.self_node.id, 3);
-            assert_eq!(all(&netmap), [1, 2]);
+    let (dir, server, address) = serve_anybody();
+    let mut first = Node::join(address, 1, "the key");
+    let second = Node::join(address, 2, "the key");
+    second.report("192.0.2.7:41641", 900);
+    let before = first
+        .netmap(|netmap| {
+            netmap
+                .peers
+                .first()
+                .is_some_and(|peer| peer.home == Some(900) && !peer.endpoints.is_empty())
         })
         .await;
+    // What is reported is written behind.
+    soon(async || {
+        let stored = database(dir.path());
+        let nodes = stored.load().unwrap().nodes;
+        nodes
+            .iter()
+            .any(|node| !node.endpoints.is_empty() && node.hostinfo.to_string().contains("900"))
+            .then_some(())
+    })
+    .await;
+    drop(server);
+    let lost = first.event(|event| match event {
+        CoordEvent::Lost { error, .. } => Some(error),
+        _ => None,
+    });
+    assert!(!lost.await.is_empty());
+    // The second node stays away, so what is told of it comes from the store.
+    drop(second);
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let _server = serve_again(dir.path(), address, CONTROL).await;
+    let after = first.netmap(|netmap| !netmap.peers.is_empty()).await;
+    assert_eq!(after.self_node.id, before.self_node.id);
+    assert_eq!(after.self_node.addresses, before.self_node.addresses);
+    assert_eq!(after.self_node.name, before.self_node.name);
+    let (old, new) = (&before.peers[0], &after.peers[0]);
+    assert_eq!(
+        (old.id, &old.addresses, old.key),
+        (new.id, &new.addresses, new.key)
+    );
+    assert_eq!(
+        (&old.endpoints, old.disco, old.home),
+        (&new.endpoints, new.disco, new.home)
+    );
+    assert_eq!(new.online, None, "not known so soon after a start");
+    // A new node gets a new id and address.
+    let mut third = Node::join(address, 3, "the key");
+    let netmap = third.netmap(|_| true).await;
+    assert_eq!(netmap.self_node.id, 3);
+    assert_eq!(all(&netmap), [1, 2]);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn a_node_restarts_without_its_key_and_keeps_its_address_with_a_new_node_key() {
     let dir = tempfile::tempdir().unwrap();
     put_key(dir.path(), "once", false);
     put_key(dir.path(), "again", false);
-    let (_server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let mut node = Node::join(address, 1, "once");
-            let first = node.netmap(|_| true).await;
-            drop(node);
-            let mut node = Node::start(Node::config(address, 1, None));
-            assert_eq!(node.netmap(|_| true).await.self_node, first.self_node);
-            drop(node);
-            // The used key does no harm to a node that is known.
-            let mut node = Node::join(address, 1, "once");
-            node.netmap(|_| true).await;
-            drop(node);
-            let mut config = Node::config(address, 1, Some("again"));
-            config.node = NodePrivate::from_random([9; 32]).public();
-            let mut node = Node::start(config);
-            let renewed = node.netmap(|_| true).await;
-            assert_eq!(renewed.self_node.id, first.self_node.id);
-            assert_eq!(renewed.self_node.addresses, first.self_node.addresses);
-            assert_ne!(renewed.self_node.key, first.self_node.key);
-        })
-        .await;
+    let (_server, address) = serve(dir.path());
+    let mut node = Node::join(address, 1, "once");
+    let first = node.netmap(|_| true).await;
+    drop(node);
+    let mut node = Node::start(Node::config(address, 1, None));
+    assert_eq!(node.netmap(|_| true).await.self_node, first.self_node);
+    drop(node);
+    // The used key does no harm to a node that is known.
+    let mut node = Node::join(address, 1, "once");
+    node.netmap(|_| true).await;
+    drop(node);
+    let mut config = Node::config(address, 1, Some("again"));
+    config.node = NodePrivate::from_random([9; 32]).public();
+    let mut node = Node::start(config);
+    let renewed = node.netmap(|_| true).await;
+    assert_eq!(renewed.self_node.id, first.self_node.id);
+    assert_eq!(renewed.self_node.addresses, first.self_node.addresses);
+    assert_ne!(renewed.self_node.key, first.self_node.key);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn bad_credentials_and_a_wrong_server_are_final_and_say_what_to_do() {
-    let dir = tempfile::tempdir().unwrap();
-    put_key(dir.path(), "the key", true);
-    let (server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let text = Node::join(address, 1, "another key").fatal().await;
-            assert!(
-                text.contains("keys create") && text.contains("invalid pre auth key"),
-                "{text}"
-            );
-            assert!(!text.contains("another key"), "{text}");
-            let text = Node::start(Node::config(address, 1, None)).fatal().await;
-            assert!(text.contains("by auth key only"), "{text}");
-            let mut config = Node::config(address, 1, Some("the key"));
-            config.control_key = Some(MachinePublic([7; 32]));
-            let text = Node::start(config).fatal().await;
-            assert!(text.contains("--control-key"), "{text}");
-        })
-        .await;
-    let refused: u64 = server
-        .counters()
-        .list()
-        .iter()
-        .map(|(name, n)| match *name {
-            "refused_registration" | "bad_noise" => *n,
-            _ => 0,
-        })
-        .sum();
+    let (_dir, server, address) = serve_anybody();
+    let text = Node::join(address, 1, "another key").fatal().await;
+    assert!(
+        text.contains("keys create") && text.contains("invalid pre auth key"),
+        "{text}"
+    );
+    assert!(!text.contains("another key"), "{text}");
+    let text = Node::start(Node::config(address, 1, None)).fatal().await;
+    assert!(text.contains("by auth key only"), "{text}");
+    let mut config = Node::config(address, 1, Some("the key"));
+    config.control_key = Some(MachinePublic([7; 32]));
+    let text = Node::start(config).fatal().await;
+    assert!(text.contains("--control-key"), "{text}");
+    let refused = count(&server, "refused_registration") + count(&server, "bad_noise");
     assert_eq!(refused, 3);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn who_was_in_and_is_known_no_more_ends_instead_of_joining_again_by_its_key() {
     let (dir, empty) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     put_key(dir.path(), "the key", true);
     put_key(empty.path(), "the key", true);
-    let (server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let mut node = Node::join(address, 1, "the key");
-            node.netmap(|_| true).await;
-            drop(server);
-            // As after an administrator has removed the node.
-            let _server = serve_again(empty.path(), address, CONTROL).await;
-            let fatal = node.event(|event| match event {
-                CoordEvent::Fatal(text) => Some(text),
-                CoordEvent::Registered { .. } => panic!("it joined again by itself"),
-                _ => None,
-            });
-            let text = fatal.await;
-            assert!(
-                text.contains("removed") && text.contains("--auth-key-file"),
-                "{text}"
-            );
-            let nodes = Database::open(&empty.path().join("coord.db")).unwrap();
-            assert!(nodes.load().unwrap().nodes.is_empty());
-            // A person starts it anew.
-            Node::start(node.config.clone()).netmap(|_| true).await;
-        })
-        .await;
+    let (server, address) = serve(dir.path());
+    let mut node = Node::join(address, 1, "the key");
+    node.netmap(|_| true).await;
+    drop(server);
+    // As after an administrator has removed the node.
+    let _server = serve_again(empty.path(), address, CONTROL).await;
+    let text = node.removed().await;
+    assert!(
+        text.contains("removed") && text.contains("--auth-key-file"),
+        "{text}"
+    );
+    let nodes = database(empty.path());
+    assert!(nodes.load().unwrap().nodes.is_empty());
+    // A person starts it anew.
+    Node::start(node.config.clone()).netmap(|_| true).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn a_deleted_node_ends_at_once_and_an_expired_one_has_nobody_until_it_comes_with_a_key() {
-    let dir = tempfile::tempdir().unwrap();
-    put_key(dir.path(), "the key", true);
-    let (server, address) = serve(dir.path(), CONTROL);
+    let (dir, server, address) = serve_anybody();
     let orders = server.orders();
-    LocalSet::new()
-        .run_until(async {
-            let mut first = Node::join(address, 1, "the key");
-            first.netmap(|_| true).await;
-            let mut second = Node::join(address, 2, "the key");
-            second.netmap(|netmap| all(netmap) == [1]).await;
-            first.netmap(|netmap| all(netmap) == [2]).await;
+    let mut first = Node::join(address, 1, "the key");
+    first.netmap(|_| true).await;
+    let mut second = Node::join(address, 2, "the key");
+    second.netmap(|netmap| all(netmap) == [1]).await;
+    first.netmap(|netmap| all(netmap) == [2]).await;
 
-            let node = "node2".to_owned();
-            let begun = Instant::now();
-            orders.give(Order::Expire { node }).await.unwrap();
-            let own = second.netmap(|netmap| netmap.self_node.expired).await;
-            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-            assert_eq!(all(&own), [0; 0]);
-            let held = first.netmap(|netmap| netmap.peers.is_empty()).await;
-            assert!(held.held_back[0].expired);
-            // It goes on reporting; nobody hears of it, and it does not come again and again.
-            second.report("192.0.2.66:66", 901);
-            tokio::time::sleep(Duration::from_secs(2)).await;
-            let counted = |name: &str| {
-                let all = server.counters().list();
-                all.iter().find(|(of, _)| *of == name).unwrap().1
-            };
-            assert!(
-                (1..50).contains(&counted("expired_node")),
-                "{}",
-                counted("expired_node")
-            );
-            assert!(counted("map_requests") < 20, "{}", counted("map_requests"));
-            let stored = Database::open(&dir.path().join("coord.db")).unwrap();
-            assert!(stored.load().unwrap().nodes[1].endpoints.is_empty());
-            // A person starts it anew.
-            let config = second.config.clone();
-            drop(second);
-            let mut second = Node::start(config);
-            let back = second.netmap(|netmap| all(netmap) == [1]).await;
-            assert_eq!(
-                (
-                    back.self_node.id,
-                    back.self_node.expired,
-                    &back.self_node.addresses
-                ),
-                (2, false, &own.self_node.addresses)
-            );
-            first.netmap(|netmap| netmap.peers.len() == 1).await;
+    let node = "node2".to_owned();
+    let begun = Instant::now();
+    orders.give(Order::Expire { node }).await.unwrap();
+    let own = second.netmap(|netmap| netmap.self_node.expired).await;
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert_eq!(all(&own), [0; 0]);
+    let held = first.netmap(|netmap| netmap.peers.is_empty()).await;
+    assert!(held.held_back[0].expired);
+    // It goes on reporting; nobody hears of it, and it does not come again and again.
+    second.report("192.0.2.66:66", 901);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let expired = count(&server, "expired_node");
+    assert!((1..50).contains(&expired), "{expired}");
+    let requests = count(&server, "map_requests");
+    assert!(requests < 20, "{requests}");
+    let stored = database(dir.path());
+    assert!(stored.load().unwrap().nodes[1].endpoints.is_empty());
+    // A person starts it anew.
+    let config = second.config.clone();
+    drop(second);
+    let mut second = Node::start(config);
+    let back = second.netmap(|netmap| all(netmap) == [1]).await;
+    assert_eq!(
+        (
+            back.self_node.id,
+            back.self_node.expired,
+            &back.self_node.addresses
+        ),
+        (2, false, &own.self_node.addresses)
+    );
+    first.netmap(|netmap| netmap.peers.len() == 1).await;
 
-            let node = back.self_node.addresses[0].addr().to_string();
-            let begun = Instant::now();
-            orders.give(Order::Delete { node }).await.unwrap();
-            let gone = first.netmap(|netmap| all(netmap).is_empty());
-            gone.await;
-            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-            let text = second
-                .event(|event| match event {
-                    CoordEvent::Fatal(text) => Some(text),
-                    CoordEvent::Registered { .. } => panic!("it joined again by itself"),
-                    _ => None,
-                })
-                .await;
-            assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-            assert!(text.contains("removed"), "{text}");
-            assert_eq!(stored.load().unwrap().nodes.len(), 1);
-            // Its key is good for anybody, so it can come again, as somebody else.
-            let mut again = Node::start(second.config.clone());
-            let again = again.netmap(|_| true).await;
-            assert_eq!(again.self_node.id, 3);
-            assert_ne!(again.self_node.addresses, own.self_node.addresses);
-        })
-        .await;
+    let node = back.self_node.addresses[0].addr().to_string();
+    let begun = Instant::now();
+    orders.give(Order::Delete { node }).await.unwrap();
+    let gone = first.netmap(|netmap| all(netmap).is_empty());
+    gone.await;
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    let text = second.removed().await;
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+    assert!(text.contains("removed"), "{text}");
+    assert_eq!(stored.load().unwrap().nodes.len(), 1);
+    // Its key is good for anybody, so it can come again, as somebody else.
+    let mut again = Node::start(second.config.clone());
+    let again = again.netmap(|_| true).await;
+    assert_eq!(again.self_node.id, 3);
+    assert_ne!(again.self_node.addresses, own.self_node.addresses);
 }
 
 /// A way to the server that can be cut.
@@ -523,80 +488,66 @@ async fn way(listener: TcpListener, address: SocketAddr) {
     }
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn an_ephemeral_node_that_was_cut_off_for_long_joins_again_by_itself() {
     let dir = tempfile::tempdir().unwrap();
     put_key_of_kind(dir.path(), "the key", true, true);
-    let (_server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let listener = listen(0).unwrap();
-            let front = listener.local_addr().unwrap();
-            let standing = tokio::task::spawn_local(way(listener, address));
-            let mut node = Node::join(front, 1, "the key");
-            let before = node.netmap(|_| true).await;
-            standing.abort();
-            let stored = Database::open(&dir.path().join("coord.db")).unwrap();
-            soon(async || stored.load().unwrap().nodes.is_empty().then_some(())).await;
-            let listener = soon(async || listen(front.port()).ok()).await;
-            tokio::task::spawn_local(way(listener, address));
-            let after = node.netmap(|map| map.self_node.id != before.self_node.id);
-            assert_eq!(after.await.self_node.key, before.self_node.key);
-        })
-        .await;
+    let (_server, address) = serve(dir.path());
+    let listener = listen(0).unwrap();
+    let front = listener.local_addr().unwrap();
+    let standing = tokio::task::spawn_local(way(listener, address));
+    let mut node = Node::join(front, 1, "the key");
+    let before = node.netmap(|_| true).await;
+    standing.abort();
+    let stored = database(dir.path());
+    soon(async || stored.load().unwrap().nodes.is_empty().then_some(())).await;
+    let listener = soon(async || listen(front.port()).ok()).await;
+    tokio::task::spawn_local(way(listener, address));
+    let after = node.netmap(|map| map.self_node.id != before.self_node.id);
+    assert_eq!(after.await.self_node.key, before.self_node.key);
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn a_server_that_shows_another_key_later_is_outwaited() {
-    let dir = tempfile::tempdir().unwrap();
-    put_key(dir.path(), "the key", true);
-    let (server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let mut node = Node::join(address, 1, "the key");
-            node.netmap(|_| true).await;
-            drop(server);
-            let server = serve_again(dir.path(), address, [0x43; 32]).await;
-            let shown = node.event(|event| match event {
-                CoordEvent::Lost { error, .. } => error.contains("shows the key").then_some(()),
-                CoordEvent::Fatal(text) => panic!("{text}"),
-                _ => None,
-            });
-            shown.await;
-            drop(server);
-            let _server = serve_again(dir.path(), address, CONTROL).await;
-            node.netmap(|_| true).await;
-        })
-        .await;
+    let (dir, server, address) = serve_anybody();
+    let mut node = Node::join(address, 1, "the key");
+    node.netmap(|_| true).await;
+    drop(server);
+    let server = serve_again(dir.path(), address, [0x43; 32]).await;
+    let shown = node.event(|event| match event {
+        CoordEvent::Lost { error, .. } => error.contains("shows the key").then_some(()),
+        CoordEvent::Fatal(text) => panic!("{text}"),
+        _ => None,
+    });
+    shown.await;
+    drop(server);
+    let _server = serve_again(dir.path(), address, CONTROL).await;
+    node.netmap(|_| true).await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn a_single_use_key_raced_by_two_machines_lets_exactly_one_in() {
     for round in 0..5 {
         let dir = tempfile::tempdir().unwrap();
         put_key(dir.path(), "once", false);
-        let (_server, address) = serve(dir.path(), CONTROL);
-        LocalSet::new()
-            .run_until(async {
-                let mut nodes = [1, 2].map(|seed| Node::join(address, seed, "once"));
-                let mut outcomes = Vec::new();
-                for node in &mut nodes {
-                    outcomes.push(
-                        node.event(|event| match event {
-                            CoordEvent::Netmap(_) => Some(true),
-                            CoordEvent::Fatal(text) => {
-                                assert!(text.contains("used"), "{text}");
-                                Some(false)
-                            }
-                            _ => None,
-                        })
-                        .await,
-                    );
-                }
-                outcomes.sort_unstable();
-                assert_eq!(outcomes, [false, true], "round {round}");
-            })
-            .await;
+        let (_server, address) = serve(dir.path());
+        let mut nodes = [1, 2].map(|seed| Node::join(address, seed, "once"));
+        let mut outcomes = Vec::new();
+        for node in &mut nodes {
+            outcomes.push(
+                node.event(|event| match event {
+                    CoordEvent::Netmap(_) => Some(true),
+                    CoordEvent::Fatal(text) => {
+                        assert!(text.contains("used"), "{text}");
+                        Some(false)
+                    }
+                    _ => None,
+                })
+                .await,
+            );
+        }
+        outcomes.sort_unstable();
+        assert_eq!(outcomes, [false, true], "round {round}");
     }
 }
 
@@ -611,95 +562,88 @@ async fn exchange(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     answer
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "local")]
 async fn malformed_input_is_counted_and_disturbs_nobody() {
-    let dir = tempfile::tempdir().unwrap();
-    put_key(dir.path(), "the key", true);
-    let (server, address) = serve(dir.path(), CONTROL);
-    LocalSet::new()
-        .run_until(async {
-            let mut node = Node::join(address, 1, "the key");
-            node.netmap(|_| true).await;
-            let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
-            let mut random = move |len: usize| -> Vec<u8> {
-                (0..len)
-                    .map(|_| {
-                        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-                        seed.to_be_bytes()[0]
-                    })
-                    .collect()
-            };
-            for len in [0, 1, 20, 1000, 40_000] {
-                exchange(address, &random(len)).await;
-            }
-            for path in ["/", "/key", "/key?v=x", "/machine/map", "/%00", "/verify"] {
-                for method in ["GET", "POST", "PUT"] {
-                    let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\n");
-                    let mut request = format!("{head}Content-Length: 100\r\n\r\n").into_bytes();
-                    request.extend(random(100));
-                    exchange(address, &request).await;
-                }
-            }
-            let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(100_000));
-            exchange(address, long.as_bytes()).await;
-            let large = "POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n";
-            let answer =
-                exchange(address, format!("{large}{}", "x".repeat(99_999)).as_bytes()).await;
-            assert!(
-                answer.starts_with(b"HTTP/1.1 413"),
-                "{}",
-                String::from_utf8_lossy(&answer)
-            );
-            let upgrade = |handshake: &str, more: &[u8]| -> Vec<u8> {
-                let head = format!(
-                    "POST /ts2021 HTTP/1.1\r\nHost: x\r\nUpgrade: tailscale-control-protocol\r\n\
+    let (_dir, server, address) = serve_anybody();
+    let mut node = Node::join(address, 1, "the key");
+    node.netmap(|_| true).await;
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = move |len: usize| -> Vec<u8> {
+        (0..len)
+            .map(|_| {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                seed.to_be_bytes()[0]
+            })
+            .collect()
+    };
+    for len in [0, 1, 20, 1000, 40_000] {
+        exchange(address, &random(len)).await;
+    }
+    for path in ["/", "/key", "/key?v=x", "/machine/map", "/%00", "/verify"] {
+        for method in ["GET", "POST", "PUT"] {
+            let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\n");
+            let mut request = format!("{head}Content-Length: 100\r\n\r\n").into_bytes();
+            request.extend(random(100));
+            exchange(address, &request).await;
+        }
+    }
+    let long = format!("GET /{} HTTP/1.1\r\n\r\n", "x".repeat(100_000));
+    exchange(address, long.as_bytes()).await;
+    let large = "POST /verify HTTP/1.1\r\nHost: x\r\nContent-Length: 99999\r\n\r\n";
+    let answer = exchange(address, format!("{large}{}", "x".repeat(99_999)).as_bytes()).await;
+    assert!(
+        answer.starts_with(b"HTTP/1.1 413"),
+        "{}",
+        String::from_utf8_lossy(&answer)
+    );
+    let upgrade = |handshake: &str, more: &[u8]| -> Vec<u8> {
+        let head = format!(
+            "POST /ts2021 HTTP/1.1\r\nHost: x\r\nUpgrade: tailscale-control-protocol\r\n\
                      Connection: upgrade\r\n{handshake}Content-Length: 0\r\n\r\n"
-                );
-                [head.as_bytes(), more].concat()
-            };
-            for (handshake, answer) in [
-                (String::new(), "missing Tailscale handshake header"),
-                (
-                    "X-Tailscale-Handshake: !\r\n".to_owned(),
-                    "invalid tailscale handshake header",
-                ),
-                (
-                    "X-Tailscale-Handshake: AAAA\r\n".to_owned(),
-                    "invalid tailscale handshake header",
-                ),
-            ] {
-                let got = exchange(address, &upgrade(&handshake, b"")).await;
-                let got = String::from_utf8_lossy(&got).into_owned();
-                assert!(got.contains(answer), "{got}");
-            }
-            // A good handshake of a stranger, then noise instead of Noise.
-            use base64::Engine as _;
-            let control = MachinePrivate::from_random(CONTROL).public();
-            for (version, garbage) in [
-                (130, random(5000)),
-                (130, vec![4, 0xff, 0xff]),
-                (112, Vec::new()),
-            ] {
-                let stranger = MachinePrivate::from_random([0x77; 32]);
-                let e = MachinePrivate::generate();
-                let (_, message) =
-                    ringtail::noise::Initiator::new(version, &stranger, &control, e).unwrap();
-                let message = base64::engine::general_purpose::STANDARD.encode(message);
-                let handshake = format!("X-Tailscale-Handshake: {message}\r\n");
-                let answer = exchange(address, &upgrade(&handshake, &garbage)).await;
-                assert!(answer.starts_with(b"HTTP/1.1 101"));
-            }
-            let random_handshake = base64::engine::general_purpose::STANDARD.encode(random(101));
-            let handshake = format!("X-Tailscale-Handshake: {random_handshake}\r\n");
-            exchange(address, &upgrade(&handshake, b"")).await;
+        );
+        [head.as_bytes(), more].concat()
+    };
+    for (handshake, answer) in [
+        (String::new(), "missing Tailscale handshake header"),
+        (
+            "X-Tailscale-Handshake: !\r\n".to_owned(),
+            "invalid tailscale handshake header",
+        ),
+        (
+            "X-Tailscale-Handshake: AAAA\r\n".to_owned(),
+            "invalid tailscale handshake header",
+        ),
+    ] {
+        let got = exchange(address, &upgrade(&handshake, b"")).await;
+        let got = String::from_utf8_lossy(&got).into_owned();
+        assert!(got.contains(answer), "{got}");
+    }
+    // A good handshake of a stranger, then noise instead of Noise.
+    use base64::Engine as _;
+    let control = MachinePrivate::from_random(CONTROL).public();
+    for (version, garbage) in [
+        (130, random(5000)),
+        (130, vec![4, 0xff, 0xff]),
+        (112, Vec::new()),
+    ] {
+        let stranger = MachinePrivate::from_random([0x77; 32]);
+        let e = MachinePrivate::generate();
+        let (_, message) =
+            ringtail::noise::Initiator::new(version, &stranger, &control, e).unwrap();
+        let message = base64::engine::general_purpose::STANDARD.encode(message);
+        let handshake = format!("X-Tailscale-Handshake: {message}\r\n");
+        let answer = exchange(address, &upgrade(&handshake, &garbage)).await;
+        assert!(answer.starts_with(b"HTTP/1.1 101"));
+    }
+    let random_handshake = base64::engine::general_purpose::STANDARD.encode(random(101));
+    let handshake = format!("X-Tailscale-Handshake: {random_handshake}\r\n");
+    exchange(address, &upgrade(&handshake, b"")).await;
 
-            // Nobody else noticed.
-            node.report("192.0.2.9:1", 900);
-            let mut other = Node::join(address, 2, "the key");
-            other
-                .netmap(|netmap| netmap.peers.iter().any(|p| p.home == Some(900)))
-                .await;
-        })
+    // Nobody else noticed.
+    node.report("192.0.2.9:1", 900);
+    let mut other = Node::join(address, 2, "the key");
+    other
+        .netmap(|netmap| netmap.peers.iter().any(|p| p.home == Some(900)))
         .await;
     let counted: std::collections::BTreeMap<_, _> = server.counters().list().into_iter().collect();
     for name in [
