@@ -704,7 +704,7 @@ fn peers(map: &MapState) -> BTreeMap<i64, Node> {
 }
 
 /// Without what may stay behind: when an online node was last seen.
-fn comparable(node: &Node) -> Node {
+pub(super) fn comparable(node: &Node) -> Node {
     let mut node = node.clone();
     node.normalise();
     if node.online != Some(false) {

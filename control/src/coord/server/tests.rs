@@ -11,6 +11,7 @@ use super::*;
 use crate::coord::admin::{Order, Refusal, plan};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::frames::{Codec, FrameReader, encode};
+use crate::coord::operations::comparable;
 use crate::key::DiscoPublic;
 use crate::netmap::wire::{
     MapRequest, Node, RegisterAuth, RegisterRequest, RegisterResponse, WireTime,
@@ -41,6 +42,11 @@ fn node_key(n: u8) -> NodePublic {
 const VALID: KeyCheck = KeyCheck::Valid {
     id: 1,
     ephemeral: false,
+};
+
+const EPHEMERAL: KeyCheck = KeyCheck::Valid {
+    id: 2,
+    ephemeral: true,
 };
 
 fn registration(n: u8) -> RegisterRequest {
@@ -100,22 +106,40 @@ impl Lab {
         }
     }
 
+    fn plan(&self, n: u8, request: &RegisterRequest, key: &KeyCheck) -> Registration {
+        self.server.plan_register(WALL, machine(n), request, key)
+    }
+
+    fn ask(&mut self, n: u8, request: &MapRequest) -> Result<MapAnswer, MapRefusal> {
+        let machine = machine(n);
+        self.server
+            .handle_map(self.now, WALL, machine, request, 0.0)
+    }
+
     fn register(&mut self, n: u8, key: &KeyCheck) -> RegisterResponse {
-        let plan = self
-            .server
-            .plan_register(WALL, machine(n), &registration(n), key);
+        let plan = self.plan(n, &registration(n), key);
         self.server.apply(self.now, plan)
     }
 
     fn open(&mut self, n: u8) -> SessionId {
-        let answer = self
-            .server
-            .handle_map(self.now, WALL, machine(n), &poll(n), 0.0);
+        self.open_by(n, &poll(n))
+    }
+
+    fn open_by(&mut self, n: u8, request: &MapRequest) -> SessionId {
+        let answer = self.ask(n, request);
         let Ok(MapAnswer::Stream(id)) = answer else {
             panic!("{answer:?}");
         };
         self.streams.insert(id, (n, MapState::new(node_key(n))));
         id
+    }
+
+    fn of(nodes: &[u8]) -> Self {
+        let mut lab = Self::new();
+        for n in nodes {
+            lab.join(*n);
+        }
+        lab
     }
 
     fn join(&mut self, n: u8) -> SessionId {
@@ -172,9 +196,7 @@ impl Lab {
     }
 
     fn report(&mut self, n: u8, request: &MapRequest) {
-        let answer = self
-            .server
-            .handle_map(self.now, WALL, machine(n), request, 0.0);
+        let answer = self.ask(n, request);
         assert_eq!(answer, Ok(MapAnswer::Taken));
     }
 
@@ -250,18 +272,15 @@ impl Lab {
     }
 }
 
-fn nets(texts: &[&str]) -> Vec<IpNet> {
-    texts.iter().map(|text| text.parse().unwrap()).collect()
+fn answered(plan: Registration) -> RegisterResponse {
+    let Registration::Answer(answer) = plan else {
+        panic!("{plan:?}");
+    };
+    answer
 }
 
-/// Without what may stay behind: when an online node was last seen.
-fn comparable(node: &Node) -> Node {
-    let mut node = node.clone();
-    node.normalise();
-    if node.online != Some(false) {
-        node.last_seen = None;
-    }
-    node
+fn nets(texts: &[&str]) -> Vec<IpNet> {
+    texts.iter().map(|text| text.parse().unwrap()).collect()
 }
 
 #[test]
@@ -290,32 +309,20 @@ fn registrations_are_decided_as_the_page_says() {
     assert!(lab.server.needs_no_key(WALL, machine(1), &registration(1)));
     // Somebody else with that node key, which is confirmed only to whom we would let in.
     for key in [KeyCheck::Absent, KeyCheck::Unknown, KeyCheck::Used] {
-        let plan = lab
-            .server
-            .plan_register(WALL, machine(2), &registration(1), &key);
-        let Registration::Answer(answer) = plan else {
-            panic!("{plan:?}");
-        };
+        let answer = answered(lab.plan(2, &registration(1), &key));
         assert_eq!(answer.error, key.error().unwrap());
     }
-    let plan = lab
-        .server
-        .plan_register(WALL, machine(2), &registration(1), &VALID);
-    let Registration::Answer(answer) = plan else {
-        panic!("{plan:?}");
-    };
+    let answer = answered(lab.plan(2, &registration(1), &VALID));
     assert!(answer.error.contains("another machine"));
     // The same machine with a new node key keeps id, name and addresses.
     let before = lab.server.nodes[&1].record.clone();
     let mut request = registration(1);
     request.node_key = node_key(9);
-    let plan = lab
-        .server
-        .plan_register(WALL, machine(1), &request, &KeyCheck::Absent);
+    let plan = lab.plan(1, &request, &KeyCheck::Absent);
     assert!(
         matches!(plan, Registration::Answer(answer) if answer.error.contains("auth key needed"))
     );
-    let plan = lab.server.plan_register(WALL, machine(1), &request, &VALID);
+    let plan = lab.plan(1, &request, &VALID);
     assert!(matches!(plan, Registration::Rekey(..)));
     lab.server.apply(lab.now, plan);
     let after = lab.server.nodes[&1].record.clone();
@@ -328,7 +335,7 @@ fn registrations_are_decided_as_the_page_says() {
     // A name already taken is numbered; ids and addresses go up.
     let mut request = registration(3);
     request.hostinfo = Some(json!({"Hostname": "host1"}));
-    let plan = lab.server.plan_register(WALL, machine(3), &request, &VALID);
+    let plan = lab.plan(3, &request, &VALID);
     let Registration::Insert(record, _) = &plan else {
         panic!("{plan:?}");
     };
@@ -336,23 +343,19 @@ fn registrations_are_decided_as_the_page_says() {
     assert_eq!(record.v4.to_string(), "100.64.0.2");
     let mut zero = registration(4);
     zero.node_key = NodePublic::default();
-    let plan = lab.server.plan_register(WALL, machine(4), &zero, &VALID);
+    let plan = lab.plan(4, &zero, &VALID);
     assert!(matches!(plan, Registration::Answer(answer) if !answer.error.is_empty()));
 }
 
 #[test]
 fn a_log_out_expires_the_key_and_forgets_an_ephemeral_node() {
-    let mut lab = Lab::new();
-    lab.join(1);
-    lab.join(2);
+    let mut lab = Lab::of(&[1, 2]);
     lab.pump();
     let mut request = registration(1);
     request.expiry = Some(WireTime(time::macros::datetime!(1970-01-01 00:02:03 UTC)));
     // A used key in the same request does no harm.
     request.auth = Some(RegisterAuth::default());
-    let plan = lab
-        .server
-        .plan_register(WALL, machine(1), &request, &KeyCheck::Used);
+    let plan = lab.plan(1, &request, &KeyCheck::Used);
     let answer = lab.server.apply(lab.now, plan);
     assert!(answer.node_key_expired && answer.error.is_empty());
     let messages = lab.wait(TICK);
@@ -365,17 +368,11 @@ fn a_log_out_expires_the_key_and_forgets_an_ephemeral_node() {
     lab.wait(TICK);
     lab.check("after coming back");
 
-    let ephemeral = KeyCheck::Valid {
-        id: 2,
-        ephemeral: true,
-    };
-    lab.register(3, &ephemeral);
+    lab.register(3, &EPHEMERAL);
     let stream = lab.open(3);
     lab.wait(TICK);
     request.node_key = node_key(3);
-    let plan = lab
-        .server
-        .plan_register(WALL, machine(3), &request, &KeyCheck::Absent);
+    let plan = lab.plan(3, &request, &KeyCheck::Absent);
     assert!(lab.server.apply(lab.now, plan).node_key_expired);
     lab.wait(TICK);
     assert!(!lab.streams.contains_key(&stream), "its stream ends");
@@ -394,9 +391,7 @@ fn standing(lab: &Lab) -> String {
 
 #[test]
 fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
-    let mut lab = Lab::new();
-    lab.join(1);
-    lab.join(2);
+    let mut lab = Lab::of(&[1, 2]);
     lab.pump();
     let before = standing(&lab);
     let past = Some(WireTime(time::macros::datetime!(1970-01-01 00:02:03 UTC)));
@@ -410,11 +405,7 @@ fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
                         old_node_key: old,
                         ..registration(named)
                     };
-                    let server = &lab.server;
-                    let plan = server.plan_register(WALL, machine(asker), &request, &key);
-                    let Registration::Answer(answer) = plan else {
-                        panic!("{plan:?}");
-                    };
+                    let answer = answered(lab.plan(asker, &request, &key));
                     let error = match (expiry, key.error()) {
                         (Some(_), _) => "node not found",
                         (None, Some(error)) => error,
@@ -434,9 +425,7 @@ fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
                 stream,
                 ..poll(named)
             };
-            let answer = lab
-                .server
-                .handle_map(lab.now, WALL, machine(asker), &request, 0.0);
+            let answer = lab.ask(asker, &request);
             assert_eq!(answer, Err(MapRefusal::NotFound), "{asker} {named}");
         }
     }
@@ -448,7 +437,7 @@ fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
         old_node_key: Some(node_key(1)),
         ..registration(9)
     };
-    let plan = lab.server.plan_register(WALL, machine(9), &request, &VALID);
+    let plan = lab.plan(9, &request, &VALID);
     assert!(matches!(&plan, Registration::Insert(record, _) if record.id == 3));
     lab.server.apply(lab.now, plan);
     assert_eq!(lab.server.nodes[&1].record.node_key, node_key(1));
@@ -458,11 +447,7 @@ fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
 #[test]
 fn a_forgotten_node_s_machine_is_a_stranger_and_named_to_the_driver() {
     let mut lab = Lab::new();
-    let ephemeral = KeyCheck::Valid {
-        id: 2,
-        ephemeral: true,
-    };
-    lab.register(3, &ephemeral);
+    lab.register(3, &EPHEMERAL);
     assert!(lab.server.knows(machine(3)) && lab.server.take_forgotten().is_empty());
     lab.wait(OFFLINE_DELAY);
     lab.wait(Duration::from_secs(300));
@@ -472,8 +457,7 @@ fn a_forgotten_node_s_machine_is_a_stranger_and_named_to_the_driver() {
 
 #[test]
 fn requests_of_unknown_nodes_and_old_clients_are_refused() {
-    let mut lab = Lab::new();
-    lab.join(1);
+    let mut lab = Lab::of(&[1]);
     let mut ask =
         |machine, request: &MapRequest| lab.server.handle_map(lab.now, WALL, machine, request, 0.0);
     assert_eq!(
@@ -501,9 +485,7 @@ fn requests_of_unknown_nodes_and_old_clients_are_refused() {
 
 #[test]
 fn identical_requests_cause_no_message_and_changes_travel_as_patches() {
-    let mut lab = Lab::new();
-    lab.join(1);
-    lab.join(2);
+    let mut lab = Lab::of(&[1, 2]);
     lab.wait(TICK);
     lab.report(2, &lite(2, "192.0.2.2:1"));
     let first = lab.wait(TICK);
@@ -579,8 +561,7 @@ fn a_burst_of_changes_is_one_message_and_a_late_reader_gets_one_difference() {
 
 #[test]
 fn a_short_interruption_disturbs_nobody_and_a_long_one_means_offline() {
-    let mut lab = Lab::new();
-    lab.join(1);
+    let mut lab = Lab::of(&[1]);
     let stream = lab.join(2);
     lab.wait(TICK);
     lab.end(stream);
@@ -613,8 +594,7 @@ fn a_short_interruption_disturbs_nobody_and_a_long_one_means_offline() {
 
 #[test]
 fn the_newest_stream_of_a_node_ends_the_older_one_and_keeps_it_online() {
-    let mut lab = Lab::new();
-    lab.join(1);
+    let mut lab = Lab::of(&[1]);
     let old = lab.join(2);
     lab.wait(TICK);
     let new = lab.open(2);
@@ -631,22 +611,14 @@ fn open_from(lab: &mut Lab, last: u8) -> MapResponse {
         endpoints: Some(vec![here]),
         ..poll(2)
     };
-    let answer = lab
-        .server
-        .handle_map(lab.now, WALL, machine(2), &request, 0.0);
-    let Ok(MapAnswer::Stream(id)) = answer else {
-        panic!("{answer:?}");
-    };
-    lab.streams.insert(id, (2, MapState::new(node_key(2))));
+    lab.open_by(2, &request);
     let messages = lab.pump();
     messages.into_iter().find(|(n, _)| *n == 2).unwrap().1
 }
 
 #[test]
 fn two_machines_that_take_a_node_s_place_in_turns_are_told() {
-    let mut lab = Lab::new();
-    lab.join(1);
-    lab.join(2);
+    let mut lab = Lab::of(&[1, 2]);
     lab.wait(TICK);
     let mut health = Vec::new();
     let mut open = |lab: &mut Lab, last: u8| {
@@ -668,8 +640,7 @@ fn two_machines_that_take_a_node_s_place_in_turns_are_told() {
 
 #[test]
 fn one_machine_that_goes_to_and_fro_is_not_two_and_who_is_left_of_two_is_told() {
-    let mut lab = Lab::new();
-    lab.join(2);
+    let mut lab = Lab::of(&[2]);
     lab.wait(TICK);
     for last in [4, 5, 4, 5, 4, 5] {
         // What stood in the network before still stands at the server.
@@ -694,8 +665,7 @@ fn one_machine_that_goes_to_and_fro_is_not_two_and_who_is_left_of_two_is_told() 
 
 #[test]
 fn streams_get_signs_of_life_between_50_and_59_seconds() {
-    let mut lab = Lab::new();
-    lab.join(1);
+    let mut lab = Lab::of(&[1]);
     lab.wait(TICK);
     lab.messages = 0;
     lab.wait(Duration::from_secs(49));
@@ -710,24 +680,14 @@ fn streams_get_signs_of_life_between_50_and_59_seconds() {
 
 #[test]
 fn an_ephemeral_node_is_forgotten_five_minutes_after_it_left_also_over_a_restart() {
-    let mut lab = Lab::new();
-    lab.join(1);
-    let ephemeral = KeyCheck::Valid {
-        id: 2,
-        ephemeral: true,
-    };
-    lab.register(2, &ephemeral);
+    let mut lab = Lab::of(&[1]);
+    lab.register(2, &EPHEMERAL);
     let stream = lab.open(2);
     lab.wait(TICK);
     lab.end(stream);
     lab.wait(OFFLINE_DELAY);
     lab.wait(TICK);
-    let records: Vec<NodeRecord> = lab
-        .server
-        .nodes
-        .values()
-        .map(|entry| entry.record.clone())
-        .collect();
+    let records = lab.server.records().cloned().collect();
     lab.wait(Duration::from_secs(299));
     assert_eq!(lab.server.counts().0, 2);
     lab.wait(Duration::from_secs(2));
@@ -736,21 +696,16 @@ fn an_ephemeral_node_is_forgotten_five_minutes_after_it_left_also_over_a_restart
     lab.check("after it was forgotten");
     assert!(lab.server.take_writes().contains(&Write::Delete(2)));
     // It is told why, and only it; and what somebody removes does not come back by itself.
-    let ask = |lab: &mut Lab, on: u8| {
-        lab.server
-            .handle_map(lab.now, WALL, machine(on), &poll(2), 0.0)
-    };
+    let ask = |lab: &mut Lab, on: u8| lab.ask(on, &poll(2));
     assert_eq!(ask(&mut lab, 2), Err(MapRefusal::StayedAway));
     assert_eq!(ask(&mut lab, 3), Err(MapRefusal::NotFound));
-    assert_eq!(lab.register(2, &ephemeral).error, "");
+    assert_eq!(lab.register(2, &EPHEMERAL).error, "");
     lab.open(2);
     let log_out = RegisterRequest {
         expiry: Some(WireTime(WALL - Duration::from_secs(1))),
         ..registration(2)
     };
-    let plan = lab
-        .server
-        .plan_register(WALL, machine(2), &log_out, &KeyCheck::Absent);
+    let plan = lab.plan(2, &log_out, &KeyCheck::Absent);
     lab.server.apply(lab.now, plan);
     assert_eq!(ask(&mut lab, 2), Err(MapRefusal::NotFound));
 
@@ -769,12 +724,7 @@ fn after_a_restart_nodes_are_not_called_offline_before_they_could_come_back() {
     for n in 1..=3 {
         lab.join(n);
     }
-    let records: Vec<NodeRecord> = lab
-        .server
-        .nodes
-        .values()
-        .map(|entry| entry.record.clone())
-        .collect();
+    let records = lab.server.records().cloned().collect();
     lab.server = Server::new(lab.now, config(), records, 3, 3);
     lab.streams.clear();
     lab.open(1);
@@ -877,11 +827,8 @@ fn a_route_counts_for_the_nodes_it_is_approved_for_and_for_no_other() {
 
 #[test]
 fn an_approval_goes_with_the_node_and_is_not_inherited_by_its_name() {
-    let mut lab = Lab::new();
+    let mut lab = Lab::of(&[1, 2, 9]);
     let (lan, exit) = ("10.1.0.0/16", "0.0.0.0/0");
-    for n in [1, 2, 9] {
-        lab.join(n);
-    }
     lab.approve(1, &[lan, exit]);
     for n in [1, 2] {
         lab.announce(n, &[lan, exit]);
@@ -920,16 +867,13 @@ fn an_approval_goes_with_the_node_and_is_not_inherited_by_its_name() {
 
 #[test]
 fn approvals_survive_a_restart_and_so_do_the_addresses_of_who_was_deleted() {
-    let mut lab = Lab::new();
-    for n in [1, 2, 9] {
-        lab.join(n);
-    }
+    let mut lab = Lab::of(&[1, 2, 9]);
     lab.approve(1, &["10.1.0.0/16"]);
     lab.announce(1, &["10.1.0.0/16"]);
     lab.announce(2, &["10.1.0.0/16"]);
     lab.delete(3);
     lab.wait(TICK);
-    let records: Vec<NodeRecord> = lab.server.records().cloned().collect();
+    let records = lab.server.records().cloned().collect();
     lab.server = Server::new(lab.now, config(), records, 3, 3);
     lab.streams.clear();
     lab.open(1);
@@ -947,8 +891,7 @@ fn approvals_survive_a_restart_and_so_do_the_addresses_of_who_was_deleted() {
 
 #[test]
 fn routes_that_are_announced_past_the_bound_are_counted_and_approvals_end_at_theirs() {
-    let mut lab = Lab::new();
-    lab.join(1);
+    let mut lab = Lab::of(&[1]);
     let nets_of = |count: u32| -> Vec<String> {
         let nets = (0..count).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256));
         nets.collect()
@@ -1064,10 +1007,7 @@ fn a_network_that_is_full_lets_nobody_in_until_one_is_deleted() {
 
 #[test]
 fn a_deleted_node_is_told_once_loses_its_streams_and_is_refused_from_then_on() {
-    let mut lab = Lab::new();
-    for n in [1, 2, 3] {
-        lab.join(n);
-    }
+    let mut lab = Lab::of(&[1, 2, 3]);
     lab.wait(TICK);
     // Also a stream that has had nothing yet.
     let young = lab.open(2);
@@ -1092,9 +1032,7 @@ fn a_deleted_node_is_told_once_loses_its_streams_and_is_refused_from_then_on() {
         ..poll(2)
     };
     for request in [poll(2), lite(2, "192.0.2.9:9"), once] {
-        let answer = lab
-            .server
-            .handle_map(lab.now, WALL, machine(2), &request, 0.0);
+        let answer = lab.ask(2, &request);
         assert_eq!(answer, Err(MapRefusal::NotFound));
     }
     assert!(!lab.server.is_member(node_key(2)));
@@ -1114,10 +1052,7 @@ fn a_deleted_node_is_told_once_loses_its_streams_and_is_refused_from_then_on() {
 
 #[test]
 fn an_expired_node_is_told_of_itself_alone_and_changes_nothing_until_it_registers_anew() {
-    let mut lab = Lab::new();
-    for n in [1, 2, 3] {
-        lab.join(n);
-    }
+    let mut lab = Lab::of(&[1, 2, 3]);
     lab.wait(TICK);
     lab.report(2, &lite(2, "192.0.2.2:1"));
     lab.wait(TICK);
@@ -1143,19 +1078,11 @@ fn an_expired_node_is_told_of_itself_alone_and_changes_nothing_until_it_register
     request.endpoints = Some(vec!["192.0.2.66:66".parse().unwrap()]);
     request.disco_key = DiscoPublic([66; 32]);
     request.hostinfo = Some(json!({"Hostname": "other", "RoutableIPs": ["10.0.0.0/8"]}));
-    let answer = lab
-        .server
-        .handle_map(lab.now, WALL, machine(2), &request, 0.0);
-    let Ok(MapAnswer::Stream(other)) = answer else {
-        panic!("{answer:?}");
-    };
-    lab.streams.insert(other, (2, MapState::new(node_key(2))));
+    lab.open_by(2, &request);
     request.stream = false;
     for omit_peers in [true, false] {
         request.omit_peers = omit_peers;
-        let answer = lab
-            .server
-            .handle_map(lab.now, WALL, machine(2), &request, 0.0);
+        let answer = lab.ask(2, &request);
         assert_eq!(answer, Err(MapRefusal::Expired));
     }
     let messages = lab.wait(TICK);
@@ -1218,8 +1145,7 @@ fn endpoints_that_cannot_be_are_left_out() {
     ] {
         assert_eq!(is_endpoint(&text.parse().unwrap()), good, "{text}");
     }
-    let mut lab = Lab::new();
-    lab.join(1);
+    let mut lab = Lab::of(&[1]);
     let mut many = lite(1, "192.0.2.1:1");
     many.endpoints = Some((1..200).map(|port| ([192, 0, 2, 1], port).into()).collect());
     lab.report(1, &many);
@@ -1228,8 +1154,7 @@ fn endpoints_that_cannot_be_are_left_out() {
 
 #[test]
 fn new_relays_reach_every_stream() {
-    let mut lab = Lab::new();
-    lab.join(1);
+    let mut lab = Lab::of(&[1]);
     lab.wait(TICK);
     let map: DerpMap = serde_json::from_str(r#"{"Regions":{"901":{"RegionID":901}}}"#).unwrap();
     lab.server.set_derp_map(lab.now, map.clone());
@@ -1299,9 +1224,7 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
                 6 if known && random(4) == 0 => {
                     let mut request = registration(n);
                     request.expiry = Some(WireTime(WALL - time::Duration::HOUR));
-                    let plan =
-                        lab.server
-                            .plan_register(WALL, machine(n), &request, &KeyCheck::Absent);
+                    let plan = lab.plan(n, &request, &KeyCheck::Absent);
                     lab.server.apply(lab.now, plan);
                 }
                 7 => {
