@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::matrix::pair;
+use super::recovery::comes_back;
 use super::world::{MS, SECOND, World};
 use crate::path::{Config, FailedTest, Phase, StateName, Story, Validate};
 
@@ -42,17 +43,7 @@ fn block_and_open(seed: u64, blocked: [bool; 2], for_how_long: Duration) {
     // After the first two seconds nothing is lost, neither then nor on the way back.
     let opened = world.now;
     world.weather.blocked = [false; 2];
-    let took = world.run_until(10 * SECOND, World::both_direct);
-    assert!(
-        took.is_some_and(|took| took <= 2 * SECOND),
-        "back after {took:?}: {name}"
-    );
-    world.run(10 * SECOND);
-    assert!(world.both_direct(), "stays direct: {name}");
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
-    assert_eq!(world.lost(0, began + 2 * SECOND..end), 0, "{name}");
+    comes_back(&mut world, began, 2 * SECOND, &name);
     assert!(world.longest_gap(0, opened) <= SECOND + 100 * MS, "{name}");
 }
 

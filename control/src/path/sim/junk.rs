@@ -84,14 +84,18 @@ fn a_relayed_message_must_come_from_the_node_that_owns_the_key() {
     assert_eq!(result, Err(Drop::WrongRelaySource));
 }
 
-#[test]
-fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
-    let mut script = Script::new(Config::default(), &[]);
-    let twin = PeerSetup {
+fn twin(script: &Script) -> PeerSetup {
+    PeerSetup {
         id: PeerId(1),
         node_key: NodePrivate::from_random([8; 32]).public(),
         ..script.setup.clone()
-    };
+    }
+}
+
+#[test]
+fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
+    let mut script = Script::new(Config::default(), &[]);
+    let twin = twin(&script);
     script
         .paths
         .set_peers(script.now, &[script.setup.clone(), twin.clone()], &[]);
@@ -120,11 +124,7 @@ fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
 #[test]
 fn who_goes_takes_nothing_from_another_with_the_same_disco_key() {
     let mut script = Script::new(Config::default(), &[C1]);
-    let twin = PeerSetup {
-        id: PeerId(1),
-        node_key: NodePrivate::from_random([8; 32]).public(),
-        ..script.setup.clone()
-    };
+    let twin = twin(&script);
     script
         .paths
         .set_peers(script.now, std::slice::from_ref(&twin), &[]);

@@ -2,7 +2,7 @@
 //! once.
 
 use std::net::IpAddr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::matrix::{pair, site};
 use super::script::{Out, Script, addr, ms};
@@ -25,6 +25,22 @@ fn tailscale_like() -> Config {
     }
 }
 
+/// What was blocked at `began` is open: both are direct again within `limit`, and stay so. What was sent from two
+/// seconds after `began` on, and until the end, has arrived.
+pub(super) fn comes_back(world: &mut World, began: Instant, limit: Duration, name: &str) {
+    let took = world.run_until(60 * SECOND, World::both_direct);
+    assert!(
+        took.is_some_and(|took| took <= limit),
+        "back after {took:?}: {name}"
+    );
+    world.run(10 * SECOND);
+    assert!(world.both_direct(), "stays direct: {name}");
+    let end = world.now;
+    world.stop_pings();
+    world.run(SECOND);
+    assert_eq!(world.lost(0, began + 2 * SECOND..end), 0, "{name}");
+}
+
 /// Direct, then down for so long with traffic, then open: when are both direct again?
 fn down_for(world: &mut World, time: Duration, stun_too: bool, name: &str) {
     world.ping_from(0, Duration::ZERO, 200 * MS);
@@ -38,17 +54,7 @@ fn down_for(world: &mut World, time: Duration, stun_too: bool, name: &str) {
     assert!(!world.both_direct(), "noticed: {name}");
     world.weather.blocked = [false; 2];
     world.weather.no_stun = false;
-    let took = world.run_until(60 * SECOND, World::both_direct);
-    assert!(
-        took.is_some_and(|took| took <= BACK_AFTER),
-        "back after {took:?}: {name}"
-    );
-    world.run(10 * SECOND);
-    assert!(world.both_direct(), "stays direct: {name}");
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
-    assert_eq!(world.lost(0, began + 2 * SECOND..end), 0, "{name}");
+    comes_back(world, began, BACK_AFTER, name);
 }
 
 #[test]

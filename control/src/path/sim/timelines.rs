@@ -48,18 +48,19 @@ fn direct(rtt: Duration, endpoints: &[&str]) -> Script {
     script
 }
 
+fn story(event: &Event) -> Option<&Story> {
+    let Event::Story { what, .. } = event else {
+        return None;
+    };
+    Some(what)
+}
+
 fn states(script: &Script) -> Vec<(u128, StateName, Reason)> {
-    let state = |(at, event): &(Duration, Event)| match event {
-        Event::Story {
-            what: Story::Path { state, reason, .. },
-            ..
-        } => Some((at.as_millis(), *state, *reason)),
-        Event::Story { .. }
-        | Event::RestunWanted(_)
-        | Event::RebindWanted
-        | Event::Reported { .. }
-        | Event::PingReply { .. }
-        | Event::PingTimeout { .. } => None,
+    let state = |(at, event): &(Duration, Event)| {
+        let Story::Path { state, reason, .. } = story(event)? else {
+            return None;
+        };
+        Some((at.as_millis(), *state, *reason))
     };
     script.events.iter().filter_map(state).collect()
 }
@@ -399,21 +400,14 @@ fn t12_five_of_ten_block_the_candidate_for_thirty_seconds() {
     script.answer_some(C1, ms(10), |count, _| count % 2 == 0);
     script.run_with_data(ms(20_000), ms(100));
     let failed = |script: &Script| -> Vec<(u128, FailedTest)> {
-        let fail = |(at, event): &(Duration, Event)| match event {
-            Event::Story {
-                what:
-                    Story::Validate {
-                        phase: Phase::Fail { test, .. },
-                        ..
-                    },
-                ..
-            } => Some((at.as_millis(), *test)),
-            Event::Story { .. }
-            | Event::RestunWanted(_)
-            | Event::RebindWanted
-            | Event::Reported { .. }
-            | Event::PingReply { .. }
-            | Event::PingTimeout { .. } => None,
+        let fail = |(at, event): &(Duration, Event)| {
+            let Story::Validate { phase, .. } = story(event)? else {
+                return None;
+            };
+            let Phase::Fail { test, .. } = phase else {
+                return None;
+            };
+            Some((at.as_millis(), *test))
         };
         script.events.iter().filter_map(fail).collect()
     };
