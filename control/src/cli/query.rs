@@ -309,23 +309,12 @@ fn write_netcheck(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
         let names = joined(&report["unresolved"]);
         writeln!(out, "names of relays that do not resolve: {names}")?;
     }
-    writeln!(
-        out,
-        "IPv4: {}  public address {}",
-        text(&report["ipv4"]),
-        text(&report["global_v4"])
-    )?;
-    writeln!(
-        out,
-        "IPv6: {}  public address {}",
-        text(&report["ipv6"]),
-        text(&report["global_v6"])
-    )?;
-    writeln!(
-        out,
-        "NAT mapping varies by destination: {}",
-        text(&report["mapping_varies_by_dest_ip"])
-    )?;
+    for (name, works, address) in [("IPv4", "ipv4", "global_v4"), ("IPv6", "ipv6", "global_v6")] {
+        let (works, address) = (text(&report[works]), text(&report[address]));
+        writeln!(out, "{name}: {works}  public address {address}")?;
+    }
+    let varies = text(&report["mapping_varies_by_dest_ip"]);
+    writeln!(out, "NAT mapping varies by destination: {varies}")?;
     writeln!(out, "nearest relay: {}", text(&report["preferred_region"]))?;
     for region in list(&report["regions"]) {
         match region["latency_ms"].as_f64() {
