@@ -13,11 +13,9 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, NetworkConfig, Offloads, PathDecision, PeerConfig,
-    PeerId, Prefix, Rules,
+    Config, Dataplane, NetworkConfig, PathDecision, PeerConfig, PeerId, Prefix, Rules,
 };
 use support::{End, Lab, can_run};
-use zeroize::Zeroizing;
 
 const SHARDS: usize = 2;
 /// What the scan brings at least; without a budget it would all be kept.
@@ -105,17 +103,9 @@ fn a_scan_of_all_peers_stays_below_the_documents_sum() {
         let before = resident();
         let dataplane = lab.inside(End::A, || {
             Dataplane::start(Config {
-                tun_name: "rt0".to_owned(),
                 mtu: MTU,
                 shards: SHARDS,
-                pin: false,
-                driver: DriverChoice::Auto,
-                offloads: Offloads::default(),
-                listen_port: 0,
-                fwmark: 0,
-                private_key: Some(Zeroizing::new([1; 32])),
-                roam: false,
-                engine: Engine::default(),
+                ..support::config([1; 32])
             })
             .unwrap()
         });

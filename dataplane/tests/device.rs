@@ -8,13 +8,13 @@
 
 mod support;
 
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use ringtail_dataplane::stats::{DropReason, Meter};
-use ringtail_dataplane::{DriverChoice, PeerConfig, StartError};
+use ringtail_dataplane::{DriverChoice, Event, PeerConfig, StartError};
 use support::{End, PEER, Pair, Setup, can_run, peer, run, soon};
 use zeroize::Zeroizing;
 
@@ -27,12 +27,20 @@ fn device(setup: Setup) -> Pair {
     })
 }
 
+/// In device mode, with keys: A was told where B is, and was answered.
+#[track_caller]
+fn joined(setup: Setup) -> Pair {
+    let pair = device(setup);
+    endpoint(&pair, End::A, End::B.outer4());
+    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    pair
+}
+
 /// Both drivers, with two shards.
 fn drivers() -> [Setup; 2] {
     [DriverChoice::IoUring, DriverChoice::Epoll].map(|driver| Setup {
         driver,
-        shards: 2,
-        ..Setup::default()
+        ..Setup::with_shards(2)
     })
 }
 
@@ -47,6 +55,28 @@ fn endpoint(pair: &Pair, end: End, ip: IpAddr) {
     assert_eq!(pair.of(end).endpoint(PEER), Some(to), "seen at once");
     // Its owner takes it in its next turn: what another shard has to send before goes the old way.
     thread::sleep(Duration::from_millis(100));
+}
+
+/// `end` has the other one at `ip`.
+#[track_caller]
+fn sees(pair: &Pair, end: End, ip: IpAddr) {
+    let seen = Some(at(pair, end.other(), ip));
+    assert_eq!(pair.of(end).endpoint(PEER), seen);
+}
+
+/// Moves A to another port.
+fn listen(pair: &Pair, port: u16) -> Result<u16, StartError> {
+    pair.lab.inside(End::A, || pair.a.set_listen_port(port))
+}
+
+/// A hardly wakes.
+#[track_caller]
+fn idles(pair: &Pair) {
+    let turns = || pair.a.stats().total().get(Meter::Turns);
+    let before = turns();
+    thread::sleep(Duration::from_millis(300));
+    let woken = turns() - before;
+    assert!(woken < 200, "{woken} turns");
 }
 
 fn addr(text: &str) -> IpAddr {
@@ -64,29 +94,20 @@ fn the_endpoint_follows_the_peer_and_nobody_else() {
         assert_eq!(pair.b.endpoint(PEER), None);
         endpoint(&pair, End::A, End::B.outer4());
         assert!(pair.ping(End::A, End::B.inner4(), 1));
-        assert_eq!(
-            pair.b.endpoint(PEER),
-            Some(at(&pair, End::A, End::A.outer4()))
-        );
+        sees(&pair, End::B, End::A.outer4());
 
         // Another address.
         run(&format!("ip -n {a} addr del 192.0.2.1/24 dev v0"));
         run(&format!("ip -n {a} addr add 192.0.2.11/24 dev v0"));
         assert!(pair.ping(End::A, End::B.inner4(), 1));
-        assert_eq!(
-            pair.b.endpoint(PEER),
-            Some(at(&pair, End::A, addr("192.0.2.11")))
-        );
+        sees(&pair, End::B, addr("192.0.2.11"));
         pair.transfer(End::B, End::A.inner4(), MIB);
 
         // Another family, chosen by the other end; nothing of the old one is on its way.
         thread::sleep(Duration::from_millis(200));
         endpoint(&pair, End::B, End::A.outer6());
         assert!(pair.ping(End::B, End::A.inner6(), 1));
-        assert_eq!(
-            pair.a.endpoint(PEER),
-            Some(at(&pair, End::B, End::B.outer6()))
-        );
+        sees(&pair, End::A, End::B.outer6());
 
         // What does not authenticate moves nothing.
         let to = at(&pair, End::B, End::B.outer4());
@@ -101,10 +122,7 @@ fn the_endpoint_follows_the_peer_and_nobody_else() {
             }
         });
         thread::sleep(Duration::from_millis(50));
-        assert_eq!(
-            pair.b.endpoint(PEER),
-            Some(at(&pair, End::A, End::A.outer6()))
-        );
+        sees(&pair, End::B, End::A.outer6());
     }
 }
 
@@ -116,9 +134,10 @@ fn answers_leave_from_the_address_that_was_asked() {
     for setup in drivers() {
         let pair = device(setup);
         let b = pair.lab.name(End::B);
-        for (second, bits, first, inner) in [
-            ("192.0.2.22", 24, End::B.outer4(), End::B.inner4()),
-            ("2001:db8::22", 64, End::B.outer6(), End::B.inner6()),
+        let (a4, a6) = (End::A.inner4(), End::A.inner6());
+        for (second, bits, first, inner, back) in [
+            ("192.0.2.22", 24, End::B.outer4(), End::B.inner4(), a4),
+            ("2001:db8::22", 64, End::B.outer6(), End::B.inner6(), a6),
         ] {
             let nodad = if bits == 64 { "nodad" } else { "" };
             run(&format!(
@@ -135,16 +154,8 @@ fn answers_leave_from_the_address_that_was_asked() {
                 run(&format!("ip -n {b} addr del {first}/{bits} dev v0"));
                 run(&format!("ip -n {b} addr add {first}/{bits} dev v0 nodad"));
             }
-            assert!(pair.ping(
-                End::B,
-                if first.is_ipv4() {
-                    End::A.inner4()
-                } else {
-                    End::A.inner6()
-                },
-                2
-            ));
-            assert_eq!(pair.a.endpoint(PEER), Some(at(&pair, End::B, first)));
+            assert!(pair.ping(End::B, back, 2));
+            sees(&pair, End::A, first);
         }
     }
 }
@@ -206,9 +217,7 @@ fn the_port_changes_while_packets_flow() {
         return;
     }
     for setup in drivers() {
-        let pair = device(setup);
-        endpoint(&pair, End::A, End::B.outer4());
-        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        let pair = joined(setup);
         let old = pair.a.local_port();
         let before = sockets(&pair, End::A);
         assert!(before > 0);
@@ -222,9 +231,7 @@ fn the_port_changes_while_packets_flow() {
             });
             let mut last = old;
             for _ in 0..20 {
-                let port = pair
-                    .lab
-                    .inside(End::A, || pair.a.set_listen_port(0).unwrap());
+                let port = listen(&pair, 0).unwrap();
                 assert_ne!(port, last);
                 assert_eq!(pair.a.local_port(), port);
                 soon("the other end follows", || {
@@ -242,15 +249,8 @@ fn the_port_changes_while_packets_flow() {
 
         // A port that is taken: nothing changes.
         let port = pair.a.local_port();
-        let taken = pair
-            .lab
-            .inside(End::A, || UdpSocket::bind("0.0.0.0:0").unwrap());
-        let error = pair
-            .lab
-            .inside(End::A, || {
-                pair.a.set_listen_port(taken.local_addr().unwrap().port())
-            })
-            .unwrap_err();
+        let taken = pair.bind(End::A, Ipv4Addr::UNSPECIFIED.into());
+        let error = listen(&pair, taken.local_addr().unwrap().port()).unwrap_err();
         let StartError::Udp { source, .. } = &error else {
             panic!("{error}");
         };
@@ -258,11 +258,7 @@ fn the_port_changes_while_packets_flow() {
         assert_eq!(pair.a.local_port(), port);
         assert!(pair.ping(End::A, End::B.inner4(), 2));
         // The first one is free again.
-        let again = pair
-            .lab
-            .inside(End::A, || pair.a.set_listen_port(old))
-            .unwrap();
-        assert_eq!(again, old);
+        assert_eq!(listen(&pair, old).unwrap(), old);
         assert!(pair.ping(End::A, End::B.inner4(), 2));
         assert_eq!(pair.b.endpoint(PEER).unwrap().port(), old);
     }
@@ -273,12 +269,7 @@ fn the_mark_changes_on_every_socket_and_on_later_ones() {
     if !can_run("the_mark_changes_on_every_socket_and_on_later_ones") {
         return;
     }
-    let pair = device(Setup {
-        shards: 2,
-        ..Setup::default()
-    });
-    endpoint(&pair, End::A, End::B.outer4());
-    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let pair = joined(Setup::with_shards(2));
     let a = pair.lab.name(End::A);
     for family in ["-4", "-6"] {
         run(&format!("ip {family} -n {a} rule add fwmark 0x77 prohibit"));
@@ -288,8 +279,7 @@ fn the_mark_changes_on_every_socket_and_on_later_ones() {
     pair.a.set_fwmark(0x77).unwrap();
     assert!(!pair.quiet_ping(End::A, End::B.inner4()));
     soon("the rule caught it", || lost() > 0);
-    pair.lab
-        .inside(End::A, || pair.a.set_listen_port(0).unwrap());
+    listen(&pair, 0).unwrap();
     let before = lost();
     assert!(!pair.quiet_ping(End::A, End::B.inner4()));
     soon("and the new port's", || lost() > before);
@@ -302,9 +292,7 @@ fn our_key_changes_with_sessions_up() {
     if !can_run("our_key_changes_with_sessions_up") {
         return;
     }
-    let pair = device(Setup::default());
-    endpoint(&pair, End::A, End::B.outer4());
-    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let pair = joined(Setup::default());
     pair.a.set_private_key(None);
     assert!(!pair.quiet_ping(End::A, End::B.inner4()));
     assert!(!pair.quiet_ping(End::B, End::A.inner4()));
@@ -332,9 +320,7 @@ fn peers_come_and_go_with_traffic_flowing() {
         return;
     }
     for setup in drivers() {
-        let pair = device(setup);
-        endpoint(&pair, End::A, End::B.outer4());
-        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        let pair = joined(setup);
         let stop = AtomicBool::new(false);
         thread::scope(|scope| {
             let _stopper = Stop(&stop);
@@ -378,9 +364,7 @@ fn prefixes_move_between_peers() {
     if !can_run("prefixes_move_between_peers") {
         return;
     }
-    let pair = device(Setup::default());
-    endpoint(&pair, End::A, End::B.outer4());
-    assert!(pair.ping(End::A, End::B.inner4(), 1));
+    let pair = joined(Setup::default());
     let other = PeerConfig {
         id: ringtail_dataplane::PeerId(6),
         public_key: [9; 32],
@@ -481,10 +465,7 @@ fn answers_do_not_stick_when_the_route_moves_to_another_interface() {
         ));
         endpoint(&pair, End::A, End::B.outer4());
         assert!(pair.ping(End::A, End::B.inner4(), 1));
-        assert_eq!(
-            pair.b.endpoint(PEER),
-            Some(at(&pair, End::A, End::A.outer4()))
-        );
+        sees(&pair, End::B, End::A.outer4());
         run(&format!(
             "ip -n {a} route add 192.0.2.0/24 dev v1 src 192.0.2.3 metric 1"
         ));
@@ -559,16 +540,11 @@ fn batches(pair: &Pair, inner: IpAddr) -> Batches {
 
 /// Sends 20 UDP super-packets of 40 datagrams of 1000 bytes and returns how many datagrams arrive.
 fn udp_segments(pair: &Pair, to: IpAddr) -> usize {
-    let receiver = pair.lab.inside(End::B, || {
-        let socket = UdpSocket::bind((to, 0)).unwrap();
-        socket2::SockRef::from(&socket)
-            .set_recv_buffer_size(4 * MIB)
-            .unwrap();
-        socket
-            .set_read_timeout(Some(Duration::from_millis(500)))
-            .unwrap();
-        socket
-    });
+    let receiver = pair.bind(End::B, to);
+    let options = socket2::SockRef::from(&receiver);
+    options.set_recv_buffer_size(4 * MIB).unwrap();
+    let patience = Some(Duration::from_millis(500));
+    receiver.set_read_timeout(patience).unwrap();
     let to = receiver.local_addr().unwrap();
     pair.lab.inside(End::A, || {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
@@ -599,14 +575,7 @@ fn the_interface_goes_down_and_up() {
             run(&format!("ip -n {a} link set rt0 down"));
             // What arrives meanwhile cannot be written.
             assert!(!pair.quiet_ping(End::B, End::A.inner4()));
-            let turns = || pair.a.stats().total().get(Meter::Turns);
-            let before = turns();
-            thread::sleep(Duration::from_millis(300));
-            assert!(
-                turns() - before < 200,
-                "{} turns while down",
-                turns() - before
-            );
+            idles(&pair);
             run(&format!("ip -n {a} link set rt0 up"));
             run(&format!(
                 "ip -n {a} addr replace {}/64 dev rt0 nodad",
@@ -617,8 +586,7 @@ fn the_interface_goes_down_and_up() {
             pair.transfer(End::A, End::B.inner4(), 2 * MIB);
         }
         assert!(
-            pair.wait_event(End::A, Duration::ZERO, |e| *e
-                == ringtail_dataplane::Event::TunGone)
+            pair.wait_event(End::A, Duration::ZERO, |e| *e == Event::TunGone)
                 .is_none(),
             "it was never gone"
         );
@@ -633,33 +601,23 @@ fn the_removal_of_the_interface_is_told_and_costs_nothing() {
     let mut told = 0;
     for setup in drivers() {
         for up in [true, false] {
-            let pair = device(setup);
-            endpoint(&pair, End::A, End::B.outer4());
-            assert!(pair.ping(End::A, End::B.inner4(), 1));
+            let pair = joined(setup);
             assert!(pair.a.tun_is_there());
             let a = pair.lab.name(End::A);
             if !up {
                 run(&format!("ip -n {a} link set rt0 down"));
             }
             run(&format!("ip -n {a} link del rt0"));
-            let event = pair.wait_event(End::A, Duration::from_secs(5), |e| {
-                *e == ringtail_dataplane::Event::TunGone
-            });
+            let limit = Duration::from_secs(5);
+            let event = pair.wait_event(End::A, limit, |e| *e == Event::TunGone);
             // Once in hundreds of times the kernel does not wake any shard.
             told += usize::from(event.is_some());
             assert!(!pair.a.tun_is_there(), "{setup:?} up {up}");
-            let turns = || pair.a.stats().total().get(Meter::Turns);
-            let before = turns();
-            thread::sleep(Duration::from_millis(300));
-            assert!(
-                turns() - before < 200,
-                "{} turns without TUN",
-                turns() - before
-            );
+            idles(&pair);
             // And only once by each shard.
             let mut more = 0;
             while let Some(event) = pair.a.poll_event() {
-                more += usize::from(event == ringtail_dataplane::Event::TunGone);
+                more += usize::from(event == Event::TunGone);
             }
             assert!(more < setup.shards, "{more} more");
         }

@@ -293,9 +293,8 @@ fn mutate(rng: &mut StdRng, real: &[u8]) -> Vec<u8> {
 fn lab(driver: DriverChoice) -> Pair {
     let pair = Pair::new(Setup {
         driver,
-        shards: 2,
         roam: true,
-        ..Setup::default()
+        ..Setup::with_shards(2)
     });
     let to = SocketAddr::new(End::B.outer4(), pair.b.local_port());
     pair.a.set_endpoint(PEER, to);

@@ -16,26 +16,31 @@ use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::packet::header::{Flow, TCP, UDP};
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, Rules, StartError};
-use support::{End, PEER, Pair, Setup, can_run, run, soon, start_another};
+use support::{End, HOUR, PEER, Pair, Setup, can_run, run, soon, start_another};
 
-const HOUR: Duration = Duration::from_secs(3600);
 /// An event is there at once, on a machine that does not stand still.
 const TOLD: Duration = Duration::from_secs(10);
 const MIB: usize = 1 << 20;
 
+#[track_caller]
+fn told(pair: &Pair, end: End, event: Event) {
+    let heard = pair.wait_event(end, TOLD, |heard| *heard == event);
+    assert!(heard.is_some(), "{event:?}");
+}
+
 /// Pings and transfers in both directions and both inner families, over both outer families.
-fn all_families(setup: Setup, kind: DriverKind) {
-    let pair = Pair::new(setup);
-    let shards = setup.shards;
+fn all_families(driver: DriverChoice, shards: usize, kind: DriverKind) {
+    let pair = Pair::new(Setup {
+        driver,
+        ..Setup::with_shards(shards)
+    });
     assert_eq!(pair.a.driver(), kind);
     pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 5));
     assert!(pair.ping(End::B, End::A.inner6(), 5));
     pair.transfer(End::A, End::B.inner4(), 8 * MIB);
     pair.transfer(End::B, End::A.inner6(), 8 * MIB);
-    for end in [End::A, End::B] {
-        pair.path(end, Some(end.other().outer6()), false, HOUR);
-    }
+    pair.paths(Some(End::outer6), false, HOUR);
     pair.transfer(End::A, End::B.inner6(), 4 * MIB);
     pair.transfer(End::B, End::A.inner4(), 4 * MIB);
     let total = pair.a.stats().total();
@@ -65,46 +70,28 @@ fn all_families(setup: Setup, kind: DriverKind) {
 #[test]
 fn one_shard_with_io_uring() {
     if can_run("one_shard_with_io_uring") {
-        let setup = Setup {
-            driver: DriverChoice::IoUring,
-            ..Setup::default()
-        };
-        all_families(setup, DriverKind::IoUring);
+        all_families(DriverChoice::IoUring, 1, DriverKind::IoUring);
     }
 }
 
 #[test]
 fn two_shards_with_io_uring() {
     if can_run("two_shards_with_io_uring") {
-        let setup = Setup {
-            driver: DriverChoice::IoUring,
-            shards: 2,
-            ..Setup::default()
-        };
-        all_families(setup, DriverKind::IoUring);
+        all_families(DriverChoice::IoUring, 2, DriverKind::IoUring);
     }
 }
 
 #[test]
 fn one_shard_with_epoll() {
     if can_run("one_shard_with_epoll") {
-        let setup = Setup {
-            driver: DriverChoice::Epoll,
-            ..Setup::default()
-        };
-        all_families(setup, DriverKind::Epoll);
+        all_families(DriverChoice::Epoll, 1, DriverKind::Epoll);
     }
 }
 
 #[test]
 fn two_shards_with_epoll() {
     if can_run("two_shards_with_epoll") {
-        let setup = Setup {
-            driver: DriverChoice::Epoll,
-            shards: 2,
-            ..Setup::default()
-        };
-        all_families(setup, DriverKind::Epoll);
+        all_families(DriverChoice::Epoll, 2, DriverKind::Epoll);
     }
 }
 
@@ -138,26 +125,16 @@ fn traffic_moves_from_relay_to_direct_and_back_when_the_path_dies_silently() {
 }
 
 fn from_relay_to_direct_and_back(shards: usize) {
-    let pair = Pair::new(Setup {
-        shards,
-        ..Setup::default()
-    });
-    for end in [End::A, End::B] {
-        pair.path(end, None, true, Duration::ZERO);
-    }
+    let pair = Pair::new(Setup::with_shards(shards));
+    pair.paths(None, true, Duration::ZERO);
     assert!(pair.ping(End::A, End::B.inner4(), 3), "by relay");
     pair.transfer(End::A, End::B.inner4(), MIB);
     assert_eq!(pair.a.stats().total().get(Meter::UdpPacketsOut), 0);
-    assert!(
-        pair.wait_event(End::A, TOLD, |e| *e == Event::Kick(PEER))
-            .is_some()
-    );
+    told(&pair, End::A, Event::Kick(PEER));
     assert!(pair.a.activity(PEER).rx_relay_bytes > 0);
     assert!(pair.a.activity(PEER).last_handshake.is_some());
 
-    for end in [End::A, End::B] {
-        pair.path(end, Some(end.other().outer4()), true, HOUR);
-    }
+    pair.paths(Some(End::outer4), true, HOUR);
     assert!(pair.ping(End::A, End::B.inner4(), 3), "direct");
     let by_relay = nothing_goes_by_relay(&pair);
     assert!(pair.a.activity(PEER).last_received_direct.is_some());
@@ -172,10 +149,7 @@ fn from_relay_to_direct_and_back(shards: usize) {
         "over the relay again after {blackout:?}"
     );
     assert!(pair.a.activity(PEER).tx_relay_bytes > by_relay);
-    assert!(
-        pair.wait_event(End::A, TOLD, |e| *e == Event::Silent(PEER))
-            .is_some()
-    );
+    told(&pair, End::A, Event::Silent(PEER));
 
     pair.lab.mend();
     pair.transfer(End::B, End::A.inner4(), MIB);
@@ -203,9 +177,7 @@ fn an_untrusted_path_means_both_ways_and_doubles_are_dropped() {
         return;
     }
     let pair = Pair::new(Setup::default());
-    for end in [End::A, End::B] {
-        pair.path(end, Some(end.other().outer4()), true, Duration::ZERO);
-    }
+    pair.paths(Some(End::outer4), true, Duration::ZERO);
     assert!(pair.ping(End::A, End::B.inner4(), 10));
     pair.transfer(End::A, End::B.inner4(), MIB);
     soon("the second copies", || {
@@ -229,9 +201,7 @@ fn an_underlay_with_a_small_mtu_is_crossed_in_fragments() {
     }
     pair.direct();
     pair.transfer(End::A, End::B.inner4(), 2 * MIB);
-    for end in [End::A, End::B] {
-        pair.path(end, Some(end.other().outer6()), false, HOUR);
-    }
+    pair.paths(Some(End::outer6), false, HOUR);
     pair.transfer(End::B, End::A.inner4(), 2 * MIB);
 }
 
@@ -286,14 +256,8 @@ fn both_ends_may_start_at_once() {
             "not only after the 5 s of a repeated initiation: {:?}",
             start.elapsed()
         );
-        assert!(
-            pair.wait_event(End::A, TOLD, |e| *e == Event::SessionUp(PEER))
-                .is_some()
-        );
-        assert!(
-            pair.wait_event(End::B, TOLD, |e| *e == Event::SessionUp(PEER))
-                .is_some()
-        );
+        told(&pair, End::A, Event::SessionUp(PEER));
+        told(&pair, End::B, Event::SessionUp(PEER));
     }
 }
 
@@ -310,8 +274,7 @@ fn either_engine_talks_to_the_other_on_several_shards() {
     ] {
         let pair = Pair::new(Setup {
             engines,
-            shards: 2,
-            ..Setup::default()
+            ..Setup::with_shards(2)
         });
         pair.direct();
         for (from, to) in [(End::A, End::B), (End::B, End::A)] {
@@ -328,10 +291,7 @@ fn with_two_shards_either_seals_for_the_peer() {
     if !can_run("with_two_shards_either_seals_for_the_peer") {
         return;
     }
-    let pair = Pair::new(Setup {
-        shards: 2,
-        ..Setup::default()
-    });
+    let pair = Pair::new(Setup::with_shards(2));
     pair.direct();
     // The queue for a flow is that which its replies were written to, and replies are written by their
     // hash: half of these flows are sealed by one shard, half by the other.
@@ -392,16 +352,11 @@ fn replies_to_flows_of_any_shard_pass_the_filter() {
     if !can_run("replies_to_flows_of_any_shard_pass_the_filter") {
         return;
     }
-    let pair = Pair::new(Setup {
-        shards: 2,
-        ..Setup::default()
-    });
+    let pair = Pair::new(Setup::with_shards(2));
     // Nobody may begin to speak to A.
     pair.a.set_rules(&Rules::List(Vec::new()), None);
     pair.direct();
-    let echo = pair
-        .lab
-        .inside(End::B, || UdpSocket::bind((End::B.inner4(), 0)).unwrap());
+    let echo = pair.bind(End::B, End::B.inner4());
     echo.set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
     let to = echo.local_addr().unwrap();
@@ -443,10 +398,7 @@ fn quiet_flows_are_answered_beside_160000_others() {
     const QUIET: usize = 200;
     const PER_MS: u32 = 8;
     const ROUND: Duration = Duration::from_secs(10);
-    let pair = Pair::new(Setup {
-        shards: 2,
-        ..Setup::default()
-    });
+    let pair = Pair::new(Setup::with_shards(2));
     pair.a.set_rules(&Rules::List(Vec::new()), None);
     pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 1));
@@ -519,17 +471,11 @@ fn no_flow_is_reordered_while_sealing_moves_to_its_shard() {
     const WINDOW: u64 = 96;
     // Pinned: the kernel itself reorders what a thread sends while it moves from one CPU to another.
     let pair = Pair::new(Setup {
-        shards: 2,
         pin: true,
-        ..Setup::default()
+        ..Setup::with_shards(2)
     });
     pair.direct();
-    let receiver = pair
-        .lab
-        .inside(End::B, || UdpSocket::bind((End::B.inner4(), 0)).unwrap());
-    receiver
-        .set_read_timeout(Some(Duration::from_secs(20)))
-        .unwrap();
+    let receiver = pair.bind(End::B, End::B.inner4());
     let to = receiver.local_addr().unwrap();
     let arrived = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -584,17 +530,10 @@ fn ipv6_with_more_extension_headers_than_are_walked_is_carried() {
         return;
     }
     for shards in [1, 2] {
-        let pair = Pair::new(Setup {
-            shards,
-            ..Setup::default()
-        });
+        let pair = Pair::new(Setup::with_shards(shards));
         pair.direct();
         assert!(pair.ping(End::A, End::B.inner6(), 1));
-        let receiver = pair
-            .lab
-            .inside(End::B, || UdpSocket::bind((End::B.inner6(), 0)).unwrap());
-        let limit = Some(Duration::from_secs(20));
-        receiver.set_read_timeout(limit).unwrap();
+        let receiver = pair.bind(End::B, End::B.inner6());
         let to = receiver.local_addr().unwrap();
         let raw = pair.lab.inside(End::A, || {
             socket2::Socket::new(
@@ -631,10 +570,7 @@ fn garbage_is_counted_and_nothing_else_happens() {
     if !can_run("garbage_is_counted_and_nothing_else_happens") {
         return;
     }
-    let pair = Pair::new(Setup {
-        shards: 2,
-        ..Setup::default()
-    });
+    let pair = Pair::new(Setup::with_shards(2));
     pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 1));
     let to = SocketAddr::new(End::B.outer4(), pair.b.local_port());

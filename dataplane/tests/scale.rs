@@ -13,11 +13,8 @@ mod support;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Offloads, PeerConfig, PeerId, Prefix,
-};
+use ringtail_dataplane::{Config, Dataplane, PeerConfig, PeerId, Prefix};
 use support::{End, Lab, can_run};
-use zeroize::Zeroizing;
 
 /// Peers and prefixes of the large configuration.
 const PEERS: u32 = 2_000;
@@ -113,17 +110,8 @@ fn many_peers_are_set_quickly_and_cost_little() {
     let before = resident();
     let dataplane = lab.inside(End::A, || {
         Dataplane::start(Config {
-            tun_name: "rt0".to_owned(),
-            mtu: 1420,
-            shards: 2,
-            pin: false,
-            driver: DriverChoice::Auto,
-            offloads: Offloads::default(),
-            listen_port: 0,
-            fwmark: 0,
-            private_key: Some(Zeroizing::new([1; 32])),
             roam: true,
-            engine: Engine::default(),
+            ..support::config([1; 32])
         })
         .unwrap()
     });

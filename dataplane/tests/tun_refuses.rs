@@ -9,7 +9,6 @@ mod refuse;
 mod support;
 
 use std::net::{IpAddr, UdpSocket};
-use std::time::Duration;
 
 use refuse::refuse;
 use ringtail_dataplane::stats::{DropReason, Meter};
@@ -33,11 +32,7 @@ fn refuse_super_packets() {
 fn trains(pair: &Pair, to: IpAddr) {
     const TRAINS: u32 = 40;
     const TRAIN: u32 = 30;
-    let receiver = pair
-        .lab
-        .inside(End::B, || UdpSocket::bind((to, 0)).unwrap());
-    let limit = Some(Duration::from_secs(20));
-    receiver.set_read_timeout(limit).unwrap();
+    let receiver = pair.bind(End::B, to);
     let sender = pair.lab.inside(End::A, || {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = UdpSocket::bind(any).unwrap();
@@ -67,8 +62,7 @@ fn what_the_kernel_refuses_is_written_singly_and_soon_not_merged_any_more() {
     for (driver, shards) in [(DriverChoice::Auto, 1), (DriverChoice::Epoll, 2)] {
         let pair = Pair::new(Setup {
             driver,
-            shards,
-            ..Setup::default()
+            ..Setup::with_shards(shards)
         });
         pair.direct();
         assert!(pair.ping(End::A, End::B.inner4(), 3));

@@ -202,57 +202,31 @@ fn differing_headers_end_a_super_packet() {
     check(&train_with(6, 2, pure_ack), &[2, 1, 3]);
     let gap = |b: Builder, seq: u32| tcp(b, seq + 1, 1000);
     check(&train_with(6, 2, gap), &[2, 1, 3]);
-    let header = Tcp {
+    let same = Tcp {
         seq: 0,
         ack: 77,
         flags: TCP_ACK,
         window: 500,
         options: &[1; 12],
     };
-    let ack = |b: Builder, seq| {
-        b.tcp(
-            &Tcp {
-                seq,
-                ack: 78,
-                ..header
-            },
-            &[1; 1000],
-        )
-    };
-    check(&train_with(6, 2, ack), &[2, 1, 3]);
-    let window = |b: Builder, seq| {
-        b.tcp(
-            &Tcp {
-                seq,
-                window: 501,
-                ..header
-            },
-            &[1; 1000],
-        )
-    };
-    check(&train_with(6, 2, window), &[2, 1, 3]);
-    let options = |b: Builder, seq| {
-        b.tcp(
-            &Tcp {
-                seq,
-                options: &[0; 12],
-                ..header
-            },
-            &[1; 1000],
-        )
-    };
-    check(&train_with(6, 2, options), &[2, 1, 3]);
-    let more = |b: Builder, seq| {
-        b.tcp(
-            &Tcp {
-                seq,
-                options: &[1; 16],
-                ..header
-            },
-            &[1; 1000],
-        )
-    };
-    check(&train_with(6, 2, more), &[2, 1, 3]);
+    for other in [
+        Tcp { ack: 78, ..same },
+        Tcp {
+            window: 501,
+            ..same
+        },
+        Tcp {
+            options: &[0; 12],
+            ..same
+        },
+        Tcp {
+            options: &[1; 16],
+            ..same
+        },
+    ] {
+        let other = |b: Builder, seq| b.tcp(&Tcp { seq, ..other }, &[1; 1000]);
+        check(&train_with(6, 2, other), &[2, 1, 3]);
+    }
     let urgent = |b: Builder, seq| tcp_with(b, seq, TCP_ACK | 0x20, 1000);
     check(&train_with(6, 2, urgent), &[2, 1, 3]);
     let fragment = |b: Builder, seq| {

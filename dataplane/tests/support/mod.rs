@@ -34,6 +34,8 @@ use zeroize::Zeroizing;
 /// The other end, in both data planes.
 pub(crate) const PEER: PeerId = PeerId(5);
 
+pub(crate) const HOUR: Duration = Duration::from_secs(3600);
+
 /// True if namespaces can be made; says so otherwise, and fails under `RINGTAIL_NO_SKIP=1`.
 pub(crate) fn can_run(test: &str) -> bool {
     // SAFETY: no arguments, no memory.
@@ -177,23 +179,18 @@ impl Lab {
 
     /// Drops everything between the ends silently: each has a wrong neighbour.
     pub(crate) fn cut(&self) {
-        self.neighbours("lladdr 02:00:00:00:00:99 nud permanent");
+        self.neighbours("replace", "lladdr 02:00:00:00:00:99 nud permanent");
     }
 
     pub(crate) fn mend(&self) {
-        for end in [End::A, End::B] {
-            let name = self.name(end);
-            for addr in [end.other().outer4(), end.other().outer6()] {
-                run(&format!("ip -n {name} neigh del {addr} dev v0"));
-            }
-        }
+        self.neighbours("del", "");
     }
 
-    fn neighbours(&self, what: &str) {
+    fn neighbours(&self, act: &str, what: &str) {
         for end in [End::A, End::B] {
             let name = self.name(end);
             for addr in [end.other().outer4(), end.other().outer6()] {
-                run(&format!("ip -n {name} neigh replace {addr} dev v0 {what}"));
+                run(&format!("ip -n {name} neigh {act} {addr} dev v0 {what}"));
             }
         }
     }
@@ -208,20 +205,30 @@ impl Drop for Lab {
     }
 }
 
+/// A data plane `rt0` of two shards, at any port.
+pub(crate) fn config(key: [u8; 32]) -> Config {
+    Config {
+        tun_name: "rt0".to_owned(),
+        mtu: 1420,
+        shards: 2,
+        pin: false,
+        driver: DriverChoice::Auto,
+        offloads: Offloads::default(),
+        listen_port: 0,
+        fwmark: 0,
+        private_key: Some(Zeroizing::new(key)),
+        roam: false,
+        engine: Engine::Ringtail,
+    }
+}
+
 /// A data plane `rt1` of its own, in the namespace of the thread that calls.
 pub(crate) fn start_another(driver: DriverChoice, port: u16) -> Result<Dataplane, StartError> {
     Dataplane::start(Config {
         tun_name: "rt1".to_owned(),
-        mtu: 1420,
-        shards: 2,
-        pin: false,
         driver,
-        offloads: Offloads::default(),
         listen_port: port,
-        fwmark: 0,
-        private_key: Some(Zeroizing::new([9; 32])),
-        roam: false,
-        engine: Engine::Ringtail,
+        ..config([9; 32])
     })
 }
 
@@ -258,6 +265,15 @@ impl Default for Setup {
     }
 }
 
+impl Setup {
+    pub(crate) fn with_shards(shards: usize) -> Setup {
+        Setup {
+            shards,
+            ..Setup::default()
+        }
+    }
+}
+
 /// Two data planes in a lab, and a relay between them: a thread that carries batches across.
 pub(crate) struct Pair {
     pub(crate) a: Arc<Dataplane>,
@@ -277,20 +293,18 @@ impl Pair {
         let start = |end: End| {
             let dataplane = lab.inside(end, || {
                 Dataplane::start(Config {
-                    tun_name: "rt0".to_owned(),
                     mtu: setup.mtu,
                     shards: setup.shards,
                     pin: setup.pin,
                     driver: setup.driver,
                     offloads: setup.offloads,
-                    listen_port: 0,
                     fwmark: setup.fwmark,
-                    private_key: Some(Zeroizing::new(end.key())),
                     roam: setup.roam,
                     engine: match end {
                         End::A => setup.engines[0],
                         End::B => setup.engines[1],
                     },
+                    ..config(end.key())
                 })
                 .unwrap()
             });
@@ -335,36 +349,38 @@ impl Pair {
         }
     }
 
-    /// Sets the path of one end: over IPv4 or IPv6 or not at all, by relay or not, trusted for so
+    /// A socket of an end's own, where nobody waits for longer than [`SOON`].
+    pub(crate) fn bind(&self, end: End, ip: IpAddr) -> UdpSocket {
+        let socket = self.lab.inside(end, || UdpSocket::bind((ip, 0)).unwrap());
+        socket.set_read_timeout(Some(SOON)).unwrap();
+        socket
+    }
+
+    /// Sets the paths of both ends: over IPv4 or IPv6 or not at all, by relay or not, trusted for so
     /// long.
-    pub(crate) fn path(&self, end: End, udp: Option<IpAddr>, relay: bool, trust: Duration) {
+    pub(crate) fn paths(&self, outer: Option<fn(End) -> IpAddr>, relay: bool, trust: Duration) {
         let generation = u64::from(self.generation.fetch_add(1, Ordering::Relaxed)) + 1;
-        let port = self.of(end.other()).local_port();
-        self.of(end).set_path(
-            PEER,
-            PathDecision {
-                generation,
-                udp: udp.map(|ip| SocketAddr::new(ip, port)),
-                local: None,
-                derp: relay.then_some(RegionId(7)),
-                trust_until: Some(Instant::now() + trust),
-                silence_limit: Duration::from_secs(1),
-                path_mtu: 1500,
-                relayed_alone: false,
-            },
-        );
+        for end in [End::A, End::B] {
+            let port = self.of(end.other()).local_port();
+            self.of(end).set_path(
+                PEER,
+                PathDecision {
+                    generation,
+                    udp: outer.map(|outer| SocketAddr::new(outer(end.other()), port)),
+                    local: None,
+                    derp: relay.then_some(RegionId(7)),
+                    trust_until: Some(Instant::now() + trust),
+                    silence_limit: Duration::from_secs(1),
+                    path_mtu: 1500,
+                    relayed_alone: false,
+                },
+            );
+        }
     }
 
     /// Direct in both directions over IPv4, trusted for an hour.
     pub(crate) fn direct(&self) {
-        for end in [End::A, End::B] {
-            self.path(
-                end,
-                Some(end.other().outer4()),
-                false,
-                Duration::from_secs(3600),
-            );
-        }
+        self.paths(Some(End::outer4), false, HOUR);
     }
 
     /// So many pings, all answered, the first of them perhaps by a repeated handshake. Each is a program of
@@ -550,16 +566,9 @@ pub(crate) fn peer(end: End) -> PeerConfig {
         id: PEER,
         public_key: *public.as_bytes(),
         preshared_key: None,
-        allowed_ips: vec![
-            Prefix {
-                addr: end.inner4(),
-                bits: 32,
-            },
-            Prefix {
-                addr: end.inner6(),
-                bits: 128,
-            },
-        ],
+        allowed_ips: [(end.inner4(), 32), (end.inner6(), 128)]
+            .map(|(addr, bits)| Prefix { addr, bits })
+            .into(),
         persistent_keepalive: None,
     }
 }
