@@ -15,7 +15,7 @@ use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{
     Config, Dataplane, NetworkConfig, PathDecision, PeerConfig, PeerId, Prefix, Rules,
 };
-use support::{End, Lab, can_run};
+use support::{End, Lab, can_run, resident, stranger};
 
 const SHARDS: usize = 2;
 /// What the scan brings at least; without a budget it would all be kept.
@@ -27,14 +27,6 @@ const DATAGRAM: usize = MTU as usize - 28;
 /// Beyond so many, peers have no path: sessions are made, but no handshakes begun, each of which costs a
 /// build without optimisation more than a millisecond.
 const PATHS_MAX: u32 = 1_000;
-
-/// A number of `/proc/self/status`, in bytes.
-fn resident() -> u64 {
-    let text = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = text.lines().find(|line| line.starts_with("VmRSS")).unwrap();
-    let kilobytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    kilobytes * 1024
-}
 
 /// The sum of the process's memory that the document promises for so many peers.
 fn promised(peers: u32) -> u64 {
@@ -60,18 +52,8 @@ fn address(peer: u32) -> Ipv4Addr {
 }
 
 fn peer(id: u32) -> PeerConfig {
-    let mut public_key = [0x5a; 32];
-    public_key[..4].copy_from_slice(&id.to_le_bytes());
-    PeerConfig {
-        id: PeerId(id),
-        public_key,
-        preshared_key: None,
-        allowed_ips: vec![Prefix {
-            addr: IpAddr::V4(address(id)),
-            bits: 32,
-        }],
-        persistent_keepalive: None,
-    }
+    let addr = IpAddr::V4(address(id));
+    stranger(id, vec![Prefix { addr, bits: 32 }])
 }
 
 /// Nobody is there.

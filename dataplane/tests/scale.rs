@@ -13,8 +13,8 @@ mod support;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-use ringtail_dataplane::{Config, Dataplane, PeerConfig, PeerId, Prefix};
-use support::{End, Lab, can_run};
+use ringtail_dataplane::{Config, Dataplane, PeerConfig, Prefix};
+use support::{End, Lab, can_run, resident, stranger};
 
 /// Peers and prefixes of the large configuration.
 const PEERS: u32 = 2_000;
@@ -30,23 +30,9 @@ const BYTES_PER_PEER: u64 = 2048;
 /// A build without optimisation on a busy machine is much slower than what is asked for.
 const CHANGE_MAX: Duration = Duration::from_secs(if cfg!(debug_assertions) { 10 } else { 1 });
 
-fn key(n: u32) -> [u8; 32] {
-    let mut key = [0x5a; 32];
-    key[..4].copy_from_slice(&n.to_le_bytes());
-    key
-}
-
 /// Peers that share so many prefixes of both families evenly.
 fn peers(count: u32, prefixes: u32) -> Vec<PeerConfig> {
-    let mut peers: Vec<PeerConfig> = (0..count)
-        .map(|id| PeerConfig {
-            id: PeerId(id),
-            public_key: key(id),
-            preshared_key: None,
-            allowed_ips: Vec::new(),
-            persistent_keepalive: None,
-        })
-        .collect();
+    let mut peers: Vec<PeerConfig> = (0..count).map(|id| stranger(id, Vec::new())).collect();
     for i in 0..prefixes {
         let prefix = if i % 2 == 0 {
             Prefix {
@@ -63,14 +49,6 @@ fn peers(count: u32, prefixes: u32) -> Vec<PeerConfig> {
         peers[((i / 2) % count) as usize].allowed_ips.push(prefix);
     }
     peers
-}
-
-/// A number in kilobytes of `/proc/self/status`.
-fn resident() -> u64 {
-    let text = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = text.lines().find(|line| line.starts_with("VmRSS")).unwrap();
-    let kilobytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    kilobytes * 1024
 }
 
 /// Processor time of the process so far.

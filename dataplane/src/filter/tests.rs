@@ -14,6 +14,9 @@ use crate::packet::build::{Builder, Tcp};
 use crate::route::{Table, covers, masked};
 use crate::types::{Prefix, Rule, Rules};
 
+const DENIED: Result<(), DropReason> = Err(DropReason::FilterDenied);
+const NOT_LOCAL: Result<(), DropReason> = Err(DropReason::FilterNotLocal);
+
 #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
 fn start() -> Instant {
     Instant::now()
@@ -196,10 +199,7 @@ fn allow_all_admits_everything_and_remembers_nothing() {
     );
     let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
     let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
-    assert_eq!(
-        admit(&mut filter, now, &reply),
-        Err(DropReason::FilterDenied)
-    );
+    assert_eq!(admit(&mut filter, now, &reply), DENIED);
     assert!(remember(&mut filter, now, &out).is_some());
     filter.set_rules(
         now,
@@ -230,8 +230,7 @@ fn until_rules_are_given_nothing_passes() {
         tcp(TCP_ACK),
         answer_to_a_ping,
     ] {
-        let refused = admit(&mut filter, now, &packet);
-        assert_eq!(refused, Err(DropReason::FilterNotLocal));
+        assert_eq!(admit(&mut filter, now, &packet), NOT_LOCAL);
     }
     assert_eq!(remember(&mut filter, now, &v4(us, them).udp(b"x")), None);
     assert!(filter.flows.is_none(), "no memory before it is of use");
@@ -256,16 +255,12 @@ fn allow_all_makes_no_router_of_us_for_what_we_do_not_offer() {
     for _ in 0..2 {
         assert_eq!(admit(&mut filter, now, &to("10.0.0.1:2")), Ok(()));
         assert_eq!(admit(&mut filter, now, &to("10.9.1.1:2")), Ok(()));
-        let refused = admit(&mut filter, now, &to("172.17.0.1:2"));
-        assert_eq!(refused, Err(DropReason::FilterNotLocal));
+        assert_eq!(admit(&mut filter, now, &to("172.17.0.1:2")), NOT_LOCAL);
     }
     // What was local under the old rules is asked for anew.
     assert_eq!(admit(&mut filter, now, &to("10.9.1.1:2")), Ok(()));
     filter.set_rules(now, rules(&local[..1]));
-    assert_eq!(
-        admit(&mut filter, now, &to("10.9.1.1:2")),
-        Err(DropReason::FilterNotLocal)
-    );
+    assert_eq!(admit(&mut filter, now, &to("10.9.1.1:2")), NOT_LOCAL);
 }
 
 #[test]
@@ -281,10 +276,7 @@ fn a_flow_is_forgotten_after_its_timeout_unless_it_is_used() {
     let later = later + FLOW_TIMEOUT - second;
     assert_eq!(admit(&mut filter, later, &reply), Ok(()));
     let later = later + FLOW_TIMEOUT;
-    assert_eq!(
-        admit(&mut filter, later, &reply),
-        Err(DropReason::FilterDenied)
-    );
+    assert_eq!(admit(&mut filter, later, &reply), DENIED);
 }
 
 #[test]
@@ -310,10 +302,7 @@ fn a_flow_is_reported_when_new_and_then_once_a_minute() {
         None
     );
     // The shard that was told admits the replies.
-    assert_eq!(
-        admit(&mut owner, now, &reply),
-        Err(DropReason::FilterDenied)
-    );
+    assert_eq!(admit(&mut owner, now, &reply), DENIED);
     owner.learn(now, flow);
     assert_eq!(admit(&mut owner, now, &reply), Ok(()));
 }
@@ -328,16 +317,13 @@ fn a_flow_that_another_shard_tells_of_before_the_first_list_is_kept() {
     owner.learn(now, flow);
     assert_eq!(
         admit(&mut owner, now, &reply),
-        Err(DropReason::FilterNotLocal),
+        NOT_LOCAL,
         "as everything is"
     );
     owner.set_rules(now, Arc::clone(&first.rules));
     assert_eq!(admit(&mut owner, now, &reply), Ok(()));
     let other = v4("10.0.0.2:2", "10.0.0.1:3").udp(b"x");
-    assert_eq!(
-        admit(&mut owner, now, &other),
-        Err(DropReason::FilterDenied)
-    );
+    assert_eq!(admit(&mut owner, now, &other), DENIED);
 }
 
 #[test]
@@ -452,13 +438,12 @@ fn ipv6_fragments_and_extension_headers_are_seen_through() {
     };
     let tcp = builder.tcp(&syn, b"")[40..].to_vec();
     let with = |kind: u8, extension: &[u8]| builder.ip(kind, &[extension, &tcp].concat());
-    let denied = Err(DropReason::FilterDenied);
     let destination_options = with(60, &[TCP, 0, 1, 4, 0, 0, 0, 0]);
-    assert_eq!(admit(&mut filter, now, &destination_options), denied);
+    assert_eq!(admit(&mut filter, now, &destination_options), DENIED);
     let atomic = with(44, &[TCP, 0, 0, 0, 0, 0, 0, 1]);
-    assert_eq!(admit(&mut filter, now, &atomic), denied);
+    assert_eq!(admit(&mut filter, now, &atomic), DENIED);
     let first = with(44, &[TCP, 0, 0, 1, 0, 0, 0, 1]);
-    assert_eq!(admit(&mut filter, now, &first), denied);
+    assert_eq!(admit(&mut filter, now, &first), DENIED);
     let early = with(44, &[TCP, 0, 0, 8, 0, 0, 0, 1]);
     assert_eq!(
         admit(&mut filter, now, &early),
@@ -503,8 +488,7 @@ fn a_transport_that_extension_headers_hide_passes_no_rule_but_allow_all() {
     ] {
         assert_eq!(admit(&mut all, now, &packet), Ok(()));
         assert_eq!(admit(&mut rules, now, &packet), Err(reason));
-        let refused = Err(DropReason::FilterNotLocal);
-        assert_eq!(admit(&mut no_router, now, &packet), refused);
+        assert_eq!(admit(&mut no_router, now, &packet), NOT_LOCAL);
         assert_eq!(remember(&mut rules, now, &packet), None);
     }
 }

@@ -573,6 +573,27 @@ pub(crate) fn peer(end: End) -> PeerConfig {
     }
 }
 
+/// A peer with a key of its own, that nobody holds.
+pub(crate) fn stranger(id: u32, allowed_ips: Vec<Prefix>) -> PeerConfig {
+    let mut public_key = [0x5a; 32];
+    public_key[..4].copy_from_slice(&id.to_le_bytes());
+    PeerConfig {
+        id: PeerId(id),
+        public_key,
+        preshared_key: None,
+        allowed_ips,
+        persistent_keepalive: None,
+    }
+}
+
+/// The process's memory, in bytes.
+pub(crate) fn resident() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find(|line| line.starts_with("VmRSS")).unwrap();
+    let kilobytes: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kilobytes * 1024
+}
+
 fn carry(
     a: &Arc<Dataplane>,
     b: &Arc<Dataplane>,
