@@ -2,7 +2,7 @@
 //! how many packets are on their way to it.
 //!
 //! *What is lent* is the owner's, who ends it by letting go ([`Lent`]). Whoever borrows it holds on to it
-//! while they fill a run, and otherwise only by a weak reference ([`Borrowed`]); who opens a run asks
+//! while they fill runs, and otherwise only by a weak reference ([`Borrowed`]); who opens the first asks
 //! whether it has ended, because another's run may keep it alive.
 //!
 //! *Packets.* The owner sends what was handed to it before it counts that as arrived, and whoever hands
@@ -104,7 +104,7 @@ impl<T> Loan<T> {
 #[derive(Debug)]
 pub(crate) struct Borrowed<T> {
     known: Weak<Grant<T>>,
-    /// Held while a run is open.
+    /// Held while runs are open.
     held: Option<Arc<Grant<T>>>,
 }
 

@@ -160,8 +160,6 @@ impl Addressee for Guest {
 #[derive(Default)]
 pub(crate) struct Guests {
     by_id: Vec<Option<Box<Guest>>>,
-    /// Who was admitted last, and may come to nothing.
-    admitted: Option<PeerId>,
     /// Those with something to report, each once.
     unreported: Vec<PeerId>,
     /// When owners were last told, and are to be told next.
@@ -171,26 +169,17 @@ pub(crate) struct Guests {
 
 impl Guests {
     /// Whether this shard may seal for a peer of another one now; `None` for nobody's peer. If so, it
-    /// may until the last run for it is [closed](Guests::closed); where nothing was put into one, until
-    /// [`Guests::release`], or until it asks for another peer.
+    /// may until the last run for it is [closed](Guests::closed), or where nothing was put into one, until
+    /// [`Guests::settle`], which follows at once.
     #[inline]
     pub(crate) fn admit(&mut self, now: Instant, table: &PeerTable, id: PeerId) -> Option<bool> {
-        if self.admitted.is_some_and(|before| before != id) {
-            self.release();
+        if let Some(guest) = self.get(id) {
+            return Some(guest.admit(now));
         }
-        let admitted = match self.get(id) {
-            Some(guest) => guest.admit(now),
-            None => {
-                let mut guest = Guest::new(table.get(id)?);
-                let admitted = guest.admit(now);
-                if admitted {
-                    self.keep(guest);
-                }
-                admitted
-            }
-        };
+        let mut guest = Guest::new(table.get(id)?);
+        let admitted = guest.admit(now);
         if admitted {
-            self.admitted = Some(id);
+            self.keep(guest);
         }
         Some(admitted)
     }
@@ -210,12 +199,10 @@ impl Guests {
         self.by_id.get_mut(id.0 as usize)?.as_deref_mut()
     }
 
-    /// Lets go of the grant of who was admitted last, if nothing has come into a run for it.
+    /// Lets go of a grant if nothing has come into a run for its peer.
     #[inline]
-    pub(crate) fn release(&mut self) {
-        if let Some(id) = self.admitted.take()
-            && self.get(id).is_some_and(|guest| !guest.filling)
-        {
+    pub(crate) fn settle(&mut self, id: PeerId) {
+        if self.get(id).is_some_and(|guest| !guest.filling) {
             self.closed(id);
         }
     }

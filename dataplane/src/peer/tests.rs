@@ -315,7 +315,7 @@ fn another_shard_is_admitted_once_there_are_keys_and_a_way_and_nothing_waits() {
     assert!(loan.owner.next_waiting(now, LENT).is_some());
     loan.owner.touch(now, LENT);
     assert!(loan.admits(0));
-    loan.guests.release();
+    loan.guests.settle(LENT);
 
     let shared = Arc::clone(&loan.owner.get(LENT).unwrap().shared);
     shared.loan.hand(|| true);
@@ -336,10 +336,10 @@ fn a_change_of_keys_or_way_reaches_guests_with_their_next_run_and_old_keys_are_g
     loan.decide(2);
     loan.owner.touch(loan.now, LENT);
     assert_eq!(loan.way(), "192.0.2.1", "the open run");
-    loan.guests.release();
+    loan.guests.settle(LENT);
     assert!(loan.admits(0));
     assert_eq!(loan.way(), "192.0.2.2");
-    loan.guests.release();
+    loan.guests.settle(LENT);
 
     let session = loan.owner.get(LENT).unwrap().session().unwrap();
     let old = Arc::downgrade(session.lend(loan.now).unwrap());
@@ -350,7 +350,7 @@ fn a_change_of_keys_or_way_reaches_guests_with_their_next_run_and_old_keys_are_g
     }
     assert!(old.upgrade().is_none(), "no guest keeps them alive");
     assert!(loan.admits(800));
-    loan.guests.release();
+    loan.guests.settle(LENT);
     assert!(!loan.admits(180_800), "too old");
     loan.owner.end_sessions();
     assert!(!loan.admits(800), "our own key has changed");
@@ -367,12 +367,12 @@ fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
     let first = open(&loan);
     assert!(loan.admits(0));
     assert_eq!(loan.way(), "192.0.2.1");
-    loan.guests.release();
+    loan.guests.settle(LENT);
     loan.decide(2);
     loan.owner.touch(loan.now, LENT);
     assert!(loan.admits(0));
     assert_eq!(loan.way(), "192.0.2.2", "the way has moved");
-    loan.guests.release();
+    loan.guests.settle(LENT);
     let second = open(&loan);
     loan.owner.end_sessions();
     assert!(!loan.admits(0), "our own key has changed");
@@ -380,7 +380,7 @@ fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
     loan.shake(200);
     loan.owner.touch(loan.at(200), LENT);
     assert!(loan.admits(200));
-    loan.guests.release();
+    loan.guests.settle(LENT);
     let third = open(&loan);
     replace(&mut loan.owner, loan.now, None, []);
     assert!(!loan.admits(200), "the peer is gone");
@@ -388,7 +388,7 @@ fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
 }
 
 #[test]
-fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
+fn a_grant_nothing_was_sealed_with_is_let_go() {
     let mut loan = Loan::new();
     loan.shake(0);
     let now = loan.now;
@@ -412,10 +412,11 @@ fn a_grant_nothing_was_sealed_with_is_let_go_when_another_peer_is_admitted() {
     for id in ids {
         assert_eq!(loan.guests.admit(now, &table, id), Some(true));
     }
+    loan.guests.settle(LENT);
     drop(lent);
     assert!(grants[0].upgrade().is_none(), "its packet came to nothing");
-    assert!(grants[1].upgrade().is_some(), "its run is open");
-    loan.guests.release();
+    assert!(grants[1].upgrade().is_some(), "its packet is being sealed");
+    loan.guests.settle(PeerId(4));
     assert!(grants[1].upgrade().is_none());
 }
 
@@ -447,7 +448,8 @@ fn guests_whose_runs_are_open_together_hold_on_until_each_is_closed() {
         assert_eq!(staged.segments, 1);
     }
     drop(lent);
-    loan.guests.release();
+    loan.guests.settle(other);
+    loan.guests.settle(LENT);
     assert!(grant.upgrade().is_some());
     loan.guests.closed(other);
     assert!(grant.upgrade().is_none());
@@ -463,7 +465,7 @@ fn the_owner_hears_of_what_was_sent_at_once_and_then_now_and_then() {
         assert!(loan.admits(ms));
         let now = loan.at(ms);
         loan.guests.get(LENT).unwrap().sent(now, trouble);
-        loan.guests.release();
+        loan.guests.settle(LENT);
         loan.guests.report_due()
     };
     let start = loan.now;

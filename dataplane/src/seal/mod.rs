@@ -24,7 +24,7 @@ use crate::stats::DropReason;
 use crate::types::PeerId;
 use crate::udp::SEND_BYTES_MAX;
 
-/// Runs open at once. Who needs one more sends that longest open.
+/// Runs open at once. Who needs one more sends that whose place was taken first.
 pub(crate) const RUNS_MAX: usize = 8;
 /// Memory of a run: a full send, and room behind it for the engine's largest message.
 pub(crate) const RUN_LEN: usize = SEND_BYTES_MAX + MESSAGE_LEN_MAX;
@@ -163,7 +163,7 @@ impl Run {
 
 /// The runs of a shard.
 pub(crate) struct Runs {
-    /// Those that are being filled, longest open first; never two of one peer and TOS byte.
+    /// Those that are being filled, by when their places were taken; never two of one peer and TOS byte.
     open: ArrayVec<Run, RUNS_MAX>,
     /// The others; that used last is last, and the next to be opened.
     spare: ArrayVec<Run, RUNS_MAX>,
@@ -185,7 +185,7 @@ impl Runs {
         self.open.is_full() && !self.open.iter().any(joins)
     }
 
-    /// Where a run of a peer is among the open ones, the longest open first.
+    /// Where the first run of a peer is among the open ones.
     pub(crate) fn first_of(&self, peer: PeerId) -> Option<usize> {
         self.open.iter().position(|run| run.peer == peer)
     }

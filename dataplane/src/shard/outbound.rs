@@ -59,6 +59,7 @@ impl Shard<'_> {
             // Nobody's, or the two shards' tables are of different ages for a moment.
             Some(_) | None => self.ctx.counters.drop_many(DropReason::NoRoute, packets),
         }
+        self.guests.settle(id);
     }
 
     /// Hands a packet to the shard that owns its peer.
@@ -120,15 +121,14 @@ impl Shard<'_> {
     }
 
     fn seal_planned(&mut self, id: PeerId, plan: &Plan, bytes: &mut [u8]) {
-        self.make_room(id, plan);
-        let Some(peer) = self.peers.get(id) else {
-            return;
-        };
-        if !peer.ready(self.ctx.now) {
+        let now = self.ctx.now;
+        if !self.peers.get(id).is_some_and(|peer| peer.ready(now)) {
             self.wait_for_session(id, bytes, plan.len() as u64);
             return;
         }
-        let (ctx, Some(engine)) = (&mut self.ctx, &mut self.engine) else {
+        self.make_room(id, plan);
+        let (ctx, Some(engine), Some(peer)) = (&mut self.ctx, &mut self.engine, self.peers.get(id))
+        else {
             return;
         };
         let Ok((_, packet)) = VnetHdr::split_mut(bytes) else {
@@ -176,7 +176,6 @@ impl Shard<'_> {
     /// Sends what is in the runs.
     pub(super) fn flush_runs(&mut self) {
         while self.flush_run(0) {}
-        self.guests.release();
     }
 
     /// Sends what is in the runs of a peer.
