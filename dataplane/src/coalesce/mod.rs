@@ -113,24 +113,24 @@ impl Coalescer {
         let packet = &packet[..headers.total_len];
         let tos = ecn::combine(headers.tos, outer_tos).ok_or(DropReason::EcnCongested)?;
         let flow = FlowId(headers.flow(packet).hash());
-        match segment::shape(headers, packet, flow) {
+        match segment::shape(headers, packet) {
             Shape::Segment(next) if self.kinds.has(next.kind()) => {
-                self.merge(headers, packet, tos, next);
+                self.merge(headers, packet, tos, flow, next);
             }
             Shape::Barrier => {
                 if let Some(at) = self.find(headers, packet, flow) {
                     self.open.remove(at);
                 }
-                self.place(packet, tos, flow, None);
+                self.place(headers, packet, tos, flow, None);
             }
             Shape::Fragment => {
                 self.open.retain(|open| {
                     !segment::same_addresses(open.first.version, &open.header, headers, packet)
                 });
-                self.place(packet, tos, flow, None);
+                self.place(headers, packet, tos, flow, None);
             }
             Shape::Segment(_) | Shape::Alone => {
-                self.place(packet, tos, flow, None);
+                self.place(headers, packet, tos, flow, None);
             }
         }
         Ok(())
@@ -167,22 +167,22 @@ impl Coalescer {
     /// The open super-packet of the packet's flow.
     fn find(&self, headers: &Headers, packet: &[u8], flow: FlowId) -> Option<usize> {
         self.open.iter().position(|open| {
-            open.first.flow == flow
+            self.batch.items[open.item].flow == flow
                 && segment::same_flow(open.first.version, &open.header, headers, packet)
         })
     }
 
     /// Appends the packet to its flow's super-packet, or starts a new one with it.
-    fn merge(&mut self, headers: &Headers, packet: &[u8], tos: u8, next: Segment) {
+    fn merge(&mut self, headers: &Headers, packet: &[u8], tos: u8, flow: FlowId, next: Segment) {
         let right = segment::checksums_right(&next, packet);
-        if let Some(at) = self.find(headers, packet, next.flow) {
+        if let Some(at) = self.find(headers, packet, flow) {
             if right && self.fits(&self.open[at], &next, packet, tos) {
                 self.append(at, packet, next);
                 return;
             }
             self.open.remove(at);
         }
-        let item = self.place(packet, tos, next.flow, Some(next));
+        let item = self.place(headers, packet, tos, flow, Some(next));
         if right && !next.pushes() {
             self.open(item, next);
         }
@@ -230,7 +230,14 @@ impl Coalescer {
     }
 
     /// Makes the packet an item of its own, with this TOS byte, and returns its index.
-    fn place(&mut self, packet: &[u8], tos: u8, flow: FlowId, first: Option<Segment>) -> usize {
+    fn place(
+        &mut self,
+        headers: &Headers,
+        packet: &[u8],
+        tos: u8,
+        flow: FlowId,
+        first: Option<Segment>,
+    ) -> usize {
         let at = self.batch.slab_with_room(self.nursery);
         self.nursery = Some(at);
         let slab = &mut self.batch.slabs[at];
@@ -244,8 +251,7 @@ impl Coalescer {
         };
         let bytes = &mut slab.bytes[item.packet_at()..item.end()];
         bytes.copy_from_slice(packet);
-        // Combined already, which once more changes nothing.
-        ecn::decapsulate(bytes, tos).expect("its headers were parsed");
+        ecn::set_tos(bytes, headers.version, tos);
         slab.end = item.end();
         self.batch.items.push(item);
         self.batch.items.len() - 1

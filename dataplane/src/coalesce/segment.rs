@@ -28,7 +28,6 @@ pub(super) enum Shape {
 /// and checksum; no IP options or extension headers, not a fragment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Segment {
-    pub(super) flow: FlowId,
     pub(super) version: IpVersion,
     pub(super) transport: Transport,
     /// IP header in bytes: 20 or 40.
@@ -72,7 +71,7 @@ pub(super) struct FlowId(pub(super) u64);
 
 /// What a packet of a flow is to the coalescer. `headers` are those of `packet`.
 #[inline]
-pub(super) fn shape(headers: &Headers, packet: &[u8], flow: FlowId) -> Shape {
+pub(super) fn shape(headers: &Headers, packet: &[u8]) -> Shape {
     if headers.fragment != Fragment::Whole {
         return Shape::Fragment;
     }
@@ -115,7 +114,6 @@ pub(super) fn shape(headers: &Headers, packet: &[u8], flow: FlowId) -> Shape {
         return Shape::Barrier;
     }
     Shape::Segment(Segment {
-        flow,
         version: headers.version,
         transport,
         ip_len,

@@ -7,7 +7,6 @@
 
 use super::checksum;
 use super::header::{IpVersion, TOS_V4_OFFSET};
-use crate::stats::DropReason;
 
 /// The ECN bits of a TOS or traffic class byte.
 pub const ECN_MASK: u8 = 0b11;
@@ -38,38 +37,26 @@ pub fn combine(inner_tos: u8, outer_tos: u8) -> Option<u8> {
     Some((inner_tos & !ECN_MASK) | ecn)
 }
 
-/// Rewrites the ECN field of an opened IP packet by the outer TOS byte it came with. The IPv4
-/// header checksum is updated (RFC 1624), so a wrong one stays wrong.
+/// Writes the TOS or traffic class byte of an IP packet whose headers were parsed. The IPv4 header
+/// checksum is updated (RFC 1624), so a wrong one stays wrong.
 ///
-/// # Errors
-/// [`DropReason::EcnCongested`] by the rule of [`combine`]; [`DropReason::InnerMalformed`] if this
-/// is not the start of an IP header.
-pub fn decapsulate(packet: &mut [u8], outer_tos: u8) -> Result<(), DropReason> {
-    match IpVersion::of(packet)? {
+/// # Panics
+/// If this is shorter than an IP header.
+pub fn set_tos(packet: &mut [u8], version: IpVersion, tos: u8) {
+    match version {
         IpVersion::V4 => {
-            let Some(header) = packet.first_chunk_mut::<20>() else {
-                return Err(DropReason::InnerMalformed);
-            };
-            let old = header[TOS_V4_OFFSET];
-            let new = combine(old, outer_tos).ok_or(DropReason::EcnCongested)?;
-            if new != old {
-                let before = u16::from_be_bytes([header[0], old]);
-                let after = u16::from_be_bytes([header[0], new]);
-                let sum = u16::from_be_bytes([header[10], header[11]]);
-                header[10..12].copy_from_slice(&checksum::update(sum, before, after).to_be_bytes());
-                header[TOS_V4_OFFSET] = new;
+            let old = std::mem::replace(&mut packet[TOS_V4_OFFSET], tos);
+            if old != tos {
+                let [before, after] = [old, tos].map(|tos| u16::from_be_bytes([packet[0], tos]));
+                let sum = u16::from_be_bytes([packet[10], packet[11]]);
+                packet[10..12].copy_from_slice(&checksum::update(sum, before, after).to_be_bytes());
             }
         }
         IpVersion::V6 => {
-            let Some(header) = packet.first_chunk_mut::<2>() else {
-                return Err(DropReason::InnerMalformed);
-            };
-            let old = (header[0] << 4) | (header[1] >> 4);
-            let new = combine(old, outer_tos).ok_or(DropReason::EcnCongested)?;
-            header[1] = (header[1] & 0x0f) | (new << 4);
+            packet[0] = (packet[0] & 0xf0) | (tos >> 4);
+            packet[1] = (packet[1] & 0x0f) | (tos << 4);
         }
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -117,7 +104,7 @@ mod tests {
         let sum = checksum::of(&packet);
         packet[10..12].copy_from_slice(&sum.to_be_bytes());
         assert_eq!(checksum::of(&packet), 0);
-        decapsulate(&mut packet, CE).unwrap();
+        set_tos(&mut packet, IpVersion::V4, CE);
         assert_eq!(packet[1], CE);
         assert_eq!(checksum::of(&packet), 0);
     }
@@ -126,19 +113,7 @@ mod tests {
     fn a_ce_mark_reaches_an_ipv6_packet_and_the_flow_label_stays() {
         let mut packet = [0u8; 40];
         packet[..4].copy_from_slice(&[0x6b, 0xa1, 0x23, 0x45]);
-        decapsulate(&mut packet, CE).unwrap();
+        set_tos(&mut packet, IpVersion::V6, 0xbb);
         assert_eq!(packet[..4], [0x6b, 0xb1, 0x23, 0x45]);
-    }
-
-    #[test]
-    fn short_or_foreign_bytes_are_malformed() {
-        for bytes in [
-            &mut [][..],
-            &mut [0x45; 19][..],
-            &mut [0x60][..],
-            &mut [0x15; 40][..],
-        ] {
-            assert_eq!(decapsulate(bytes, CE), Err(DropReason::InnerMalformed));
-        }
     }
 }
