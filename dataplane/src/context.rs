@@ -63,8 +63,12 @@ impl Context {
     }
 
     /// Charges what the thread was off its core since the last call to nobody's work: a shard waits in the
-    /// ring, whose cycles they were. The thread's own time is a system call, so this is for now and then.
-    pub(crate) fn tell_waiting(&mut self) {
+    /// ring, whose cycles they were. (So is what others took of the core meanwhile.) The thread's own time is
+    /// a system call: it is asked for once in `interval` at most.
+    pub(crate) fn tell_waiting(&mut self, interval: Duration) {
+        if self.now.saturating_duration_since(self.rested.at) < interval {
+            return;
+        }
         let (at, used, cycles) = (sys::now(), thread_time(), cycles());
         let last = &self.rested;
         let passed = at.saturating_duration_since(last.at);

@@ -547,7 +547,7 @@ impl<'a> Shard<'a> {
             if let Some(at) = self.filter.forgotten() {
                 self.hub.has_forgotten(self.id, at);
             }
-            self.ctx.tell_waiting();
+            self.ctx.tell_waiting(PUBLISH_INTERVAL);
             self.published.publish(&self.ctx.counters);
             if !idle {
                 self.publish_at = self.ctx.now + PUBLISH_INTERVAL;
