@@ -5,9 +5,6 @@ use std::time::Duration;
 /// Longest wait before the random factor.
 const WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// What lasts for less is no success.
-const STOOD_MIN: Duration = Duration::from_secs(10);
-
 /// Counts failures in a row: after number n the wait is `min(n*n*10 ms, 30 s)` times a random
 /// factor from 0.5 to 1.5 (`protocol/coordination-register.md` §4).
 #[derive(Clone, Copy, Debug, Default)]
@@ -22,14 +19,6 @@ impl Backoff {
         let n = u64::from(self.failures.min(1000));
         let wait = Duration::from_millis(n * n * 10).min(WAIT_MAX);
         wait.mul_f64(0.5 + random.clamp(0.0, 1.0))
-    }
-
-    /// Notes that what succeeded lasted for so long. What ended soon counts with the failures before
-    /// it: a server that gives everybody a map and loses them is not to be asked again at once for ever.
-    pub fn handle_stood(&mut self, lasted: Duration) {
-        if lasted >= STOOD_MIN {
-            self.reset();
-        }
     }
 
     /// Notes a success.
@@ -52,10 +41,6 @@ mod tests {
         }
         assert_eq!(backoff.fail(0.0), Duration::from_secs(15));
         assert_eq!(backoff.fail(1.0), Duration::from_secs(45));
-        backoff.handle_stood(Duration::from_secs(9));
-        assert_eq!(backoff.fail(0.0), Duration::from_secs(15));
-        backoff.handle_stood(STOOD_MIN);
-        assert_eq!(backoff.fail(0.5), Duration::from_millis(10));
         backoff.reset();
         assert_eq!(backoff.fail(0.5), Duration::from_millis(10));
     }

@@ -118,7 +118,6 @@ impl CoordClient {
             redial: Arc::clone(&redial),
             registered: false,
             had_map: false,
-            map_since: None,
             backoff: Backoff::default(),
         };
         let task = tokio::task::spawn_local(client.run());
@@ -169,8 +168,6 @@ struct Client {
     registered: bool,
     /// Whether it had a network map since: who knew us then and does not now has removed us.
     had_map: bool,
-    /// Since when the connection has had its map, or the last one that had.
-    map_since: Option<Instant>,
     backoff: Backoff,
 }
 
@@ -196,9 +193,6 @@ impl Client {
                 }
                 Failure::Retry(error, wait) => (error, wait),
             };
-            if let Some(since) = self.map_since.take() {
-                self.backoff.handle_stood(now() - since);
-            }
             let retry_in = self.backoff.fail(rand::random());
             let retry_in = wait.unwrap_or(retry_in);
             let lost = CoordEvent::Lost {
@@ -585,7 +579,7 @@ impl Client {
             .map_err(|error| anyhow!("the map stream is useless: {error}"))?;
         if applied.first {
             self.had_map = true;
-            self.map_since = Some(now());
+            self.backoff.reset();
         }
         if map.tailnet_lock() && !lock {
             tracing::warn!("this network uses tailnet lock, which ringtail does not check");
