@@ -105,8 +105,14 @@ need_packages perf=linux-perf || true
 command -v cargo >/dev/null || { echo "no cargo: install Rust from https://rustup.rs first" >&2; exit 1; }
 if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then
   echo "building ringtail (release) ..."
-  cargo build --release --locked --quiet -p ringtail -p ringtail-bench
   RINGTAIL_BIN_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/release
+  if [[ $ONLY = *,ringtail-boringtun,* ]]; then
+    cargo build --release --locked --quiet -p ringtail --features boringtun
+    cp "$RINGTAIL_BIN_DIR/ringtail" "$RINGTAIL_BIN_DIR/ringtail-boringtun"
+  fi
+  # Each by itself: together, the one would get the features that the other asks for.
+  cargo build --release --locked --quiet -p ringtail-bench
+  cargo build --release --locked --quiet -p ringtail
 fi
 RINGTAIL=$RINGTAIL_BIN_DIR/ringtail
 BENCH=$RINGTAIL_BIN_DIR/ringtail-bench
@@ -406,7 +412,7 @@ start_program() {
     ringtail | tailscaled) start_$1 direct ;;
     ringtail-relay | ringtail-derper | tailscaled-relay | tailscaled-derper) "start_${1%-*}" "${1#*-}" ;;
     ringtail-device) start_device ;;
-    ringtail-boringtun) start_device --engine boringtun ;;
+    ringtail-boringtun) RINGTAIL=$RINGTAIL-boringtun start_device --engine boringtun ;;
     # In the foreground, so that its process is the one we started.
     wireguard-go)
       peer_command wireguard-go || peer_command wireguard-go-debian

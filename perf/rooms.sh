@@ -17,7 +17,7 @@ shift
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/release}
 if [ ! -x "$BIN/ringtail-bench" ]; then
-  (cd "$ROOT" && cargo build --release --locked --quiet -p ringtail -p ringtail-bench)
+  (cd "$ROOT" && for package in ringtail-bench ringtail; do cargo build --release --locked --quiet -p $package; done)
 fi
 TMP=$(mktemp -d)
 trap 'rm -rf "$TMP"' EXIT

@@ -52,7 +52,7 @@ pub(super) struct DeviceArgs {
     /// I/O driver of the shards.
     #[arg(long, value_enum, default_value_t = DriverName::Auto)]
     driver: DriverName,
-    /// Transport engine: our own, or boringtun's for comparison.
+    /// Transport engine: our own, or boringtun's for comparison where that was built in.
     #[arg(long, value_enum, default_value_t = EngineName::Ringtail)]
     engine: EngineName,
     /// Inner MTU in bytes at first; `ip link set` changes it later.

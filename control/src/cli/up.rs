@@ -60,7 +60,7 @@ pub(super) struct UpArgs {
     /// I/O driver of the shards [default: auto].
     #[arg(long, value_enum)]
     driver: Option<DriverName>,
-    /// Transport engine: our own, or boringtun's for comparison [default: ringtail].
+    /// Transport engine: our own, or boringtun's for comparison where that was built in [default: ringtail].
     #[arg(long, value_enum)]
     engine: Option<EngineName>,
     /// Super-packets from the TUN, and merging for writes to it: true or false [default: true].

@@ -37,7 +37,7 @@ pub enum EngineName {
     /// Our own transport engine.
     #[default]
     Ringtail,
-    /// boringtun's, for comparison.
+    /// boringtun's, for comparison: in programs built with the feature of that name.
     Boringtun,
 }
 
