@@ -2,7 +2,6 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Instant;
 
 use super::registry::{Client, Lane};
 use super::{Shared, head, now};
@@ -11,6 +10,7 @@ use crate::derp::is_disco;
 use crate::derp::queue::{CHUNK_LEN, Chunk};
 use crate::derp::server::Event;
 use crate::key::{KEY_LEN, NodePublic};
+use crate::rate::{Bucket, Rate};
 
 /// Memory kept for the next DISCO frame.
 const DISCO_KEPT: usize = 2 << 10;
@@ -18,8 +18,11 @@ const DISCO_KEPT: usize = 2 << 10;
 /// Receivers a connection remembers having told the registry of.
 const KNOWN_MAX: usize = 256;
 
-/// PeerGone(not here) per sending connection: this many at once, and one more per second.
-const NOT_HERE_BURST: f64 = 3.0;
+/// PeerGone(not here) per sending connection, in thousandths.
+const NOT_HERE: Rate = Rate {
+    per_second: 1000,
+    burst: 3000,
+};
 
 /// Where the frames of one client go.
 pub(super) struct Router<'a> {
@@ -35,8 +38,7 @@ pub(super) struct Router<'a> {
     known: HashSet<u64>,
     /// What the Pong that waits will say: the client's last Ping.
     pub(super) pong: Option<[u8; 8]>,
-    not_here: f64,
-    not_here_at: Instant,
+    not_here: Bucket,
     packets: u64,
     bytes: u64,
 }
@@ -52,8 +54,7 @@ impl<'a> Router<'a> {
             disco: Chunk::default(),
             known: HashSet::new(),
             pong: None,
-            not_here: NOT_HERE_BURST,
-            not_here_at: now(),
+            not_here: Bucket::new(NOT_HERE, now()),
             packets: 0,
             bytes: 0,
         }
@@ -155,15 +156,11 @@ impl<'a> Router<'a> {
     }
 
     fn tell_not_here(&mut self, peer: &NodePublic) {
-        let at = now();
-        let earned = (at - self.not_here_at).as_secs_f64();
-        self.not_here_at = at;
-        self.not_here = (self.not_here + earned).min(NOT_HERE_BURST);
         let counters = &self.shared.counters;
-        if self.not_here < 1.0 {
+        self.not_here.refill(now());
+        if !self.not_here.take(1000) {
             return counters.peer_gone_limited.add(1);
         }
-        self.not_here -= 1.0;
         self.me.tell_gone(peer, PeerGoneReason::NotHere, counters);
     }
 }
