@@ -220,7 +220,7 @@ impl Node {
 }
 
 fn count(server: &CoordServer, name: &str) -> u64 {
-    let all = server.counters().list();
+    let all = server.counters();
     all.iter().find(|(of, _)| *of == name).unwrap().1
 }
 
@@ -645,7 +645,7 @@ async fn malformed_input_is_counted_and_disturbs_nobody() {
     other
         .netmap(|netmap| netmap.peers.iter().any(|p| p.home == Some(900)))
         .await;
-    let counted: std::collections::BTreeMap<_, _> = server.counters().list().into_iter().collect();
+    let counted: std::collections::BTreeMap<_, _> = server.counters().into_iter().collect();
     for name in [
         "bad_http",
         "bad_upgrade",

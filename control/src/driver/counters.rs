@@ -35,8 +35,8 @@ impl Shared {
     }
 }
 
-/// Declares a struct of counters of one kind, as visible as their struct. Its `snapshot` gives them
-/// by name.
+/// Declares a struct of counters of one kind, as visible as their struct. Its `snapshot` gives names and
+/// values, as declared.
 macro_rules! counters {
     (
         $(#[$of_all:meta])*
@@ -51,9 +51,9 @@ macro_rules! counters {
         }
 
         impl $all {
-            /// All of them by name.
-            $vis fn snapshot(&self) -> std::collections::BTreeMap<&'static str, u64> {
-                [$((stringify!($name), self.$name.get()),)*].into()
+            /// Names and values.
+            $vis fn snapshot(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name.get()),)*]
             }
         }
     };

@@ -1,4 +1,4 @@
-//! How often one source may fail to show a good auth key.
+//! How often one source may fail to show a good auth key, and how often one thing may be logged.
 //!
 //! Failures count for the network of one host and for the wider one around it
 //! ([`networks`]), so that addresses nobody has to pay for buy no attempts. The memory

@@ -185,7 +185,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
                 }
             }
         }
-        tracing::info!(counters = ?server.counters().list(), "stopping");
+        tracing::info!(counters = ?server.counters(), "stopping");
         server.stop().await;
         Ok(())
     })

@@ -199,11 +199,6 @@ impl Server {
         server
     }
 
-    /// What clients are told of the relays.
-    pub fn derp_map(&self) -> &DerpMap {
-        &self.config.derp_map
-    }
-
     /// Replaces the relays; every open stream is told by a full message.
     pub fn set_derp_map(&mut self, now: Instant, derp_map: DerpMap) {
         if self.config.derp_map == derp_map {

@@ -121,6 +121,7 @@ impl Server {
         let stream = self.stream_alarms.first().map(|(at, _)| *at);
         [node, stream, self.tick].into_iter().flatten().min()
     }
+
     /// A node's presence or its rivals changed: so does its alarm.
     pub(super) fn set_alarm(&mut self, id: i64) {
         let Some(entry) = self.nodes.get_mut(&id) else {

@@ -9,7 +9,6 @@ use time::OffsetDateTime;
 use super::presence::{Presence, Rivals, TWO_MACHINES};
 use super::view::{View, difference_of, own_node};
 use super::{OFFLINE_DELAY, Server, TICK};
-use crate::coord::frames::Codec;
 use crate::netmap::wire::{MapRequest, MapResponse, Node, WireTime};
 
 /// Shortest and longest time between signs of life on a stream.
@@ -25,7 +24,6 @@ pub struct SessionId(pub u64);
 #[derive(Debug)]
 pub(super) struct Session {
     pub(super) node: i64,
-    pub(super) codec: Codec,
     pub(super) keep_alive: bool,
     pub(super) started: bool,
     /// Nodes that may differ from what was sent, beside [`Server::changed`].
@@ -51,10 +49,8 @@ impl Server {
         self.next_session += 1;
         let [shortest, longest] = KEEP_ALIVE;
         let period = shortest + (longest - shortest).mul_f64(random.clamp(0.0, 1.0));
-        let zstd = request.compress == "zstd";
         let session = Session {
             node,
-            codec: if zstd { Codec::Zstd } else { Codec::Plain },
             keep_alive: request.keep_alive,
             started: false,
             dirty: BTreeSet::new(),
@@ -109,13 +105,6 @@ impl Server {
             self.presence_unsaved = true;
             self.set_alarm(session.node);
         }
-    }
-
-    /// How a stream's messages are compressed.
-    pub fn codec(&self, id: SessionId) -> Codec {
-        self.sessions
-            .get(&id)
-            .map_or(Codec::Plain, |session| session.codec)
     }
 
     /// Streams the driver has to end now, some with a last message.

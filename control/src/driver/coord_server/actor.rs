@@ -2,17 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
-use super::counters::count;
 use super::{Client, Shared};
 use crate::coord::admin::{Done, Order};
 use crate::coord::auth_key::KeyCheck;
-use crate::coord::frames::Codec;
 use crate::coord::server::{
     MapAnswer, MapRefusal, Registration, Server, SessionId, Write, is_logout,
 };
@@ -63,7 +60,7 @@ pub(super) enum Registered {
 pub(super) enum Mapped {
     Taken,
     Once(Box<MapResponse>),
-    Stream(SessionId, Codec, mpsc::Receiver<MapResponse>),
+    Stream(SessionId, mpsc::Receiver<MapResponse>),
 }
 
 /// Owns the state; every question passes through here, one at a time.
@@ -161,7 +158,7 @@ impl Actor {
                         // One more for the last message.
                         let (sender, receiver) = mpsc::channel(STREAM_QUEUE_MAX + 1);
                         self.streams.insert(id, sender);
-                        Mapped::Stream(id, self.server.codec(id), receiver)
+                        Mapped::Stream(id, receiver)
                     }
                 });
                 // The asker may be gone; then its stream ends with the receiver.
@@ -295,7 +292,7 @@ impl Actor {
             self.server.put(now(), write);
         }
         if let Some(shared) = self.shared.upgrade() {
-            count(&shared.counters.orders);
+            shared.counters.orders.add(1);
         }
         tracing::info!(
             node = done.id,
@@ -314,8 +311,7 @@ impl Actor {
         }
         if let Some(shared) = self.shared.upgrade() {
             let more = u64::try_from(left_out).unwrap_or(u64::MAX);
-            let counter = &shared.counters.routes_left_out;
-            counter.fetch_add(more, Ordering::Relaxed);
+            shared.counters.routes_left_out.add(more);
         }
     }
 
@@ -344,7 +340,7 @@ impl Actor {
             "the state file cannot be used"
         );
         if let Some(shared) = self.shared.upgrade() {
-            count(&shared.counters.store_errors);
+            shared.counters.store_errors.add(1);
         }
         Registered::StoreFailed
     }
@@ -388,7 +384,7 @@ impl Actor {
             };
             if let Some(message) = self.server.poll_session(now, wall, id) {
                 if let Some(shared) = self.shared.upgrade() {
-                    count(&shared.counters.messages);
+                    shared.counters.messages.add(1);
                 }
                 permit.send(message);
             }

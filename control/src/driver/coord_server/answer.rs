@@ -1,6 +1,7 @@
 //! Bodies: short answers, maps, and reading a request within a limit and in time.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,7 +12,6 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::Shared;
-use super::counters::count;
 use crate::coord::frames::{Codec, encode};
 use crate::netmap::wire::MapResponse;
 
@@ -47,18 +47,18 @@ pub(super) fn read_body(
         match timeout(time, Limited::new(body, len_max).collect()).await {
             Ok(Ok(body)) => Ok(body.to_bytes()),
             Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                count(&counters.too_large);
+                counters.too_large.add(1);
                 Err(text(
                     StatusCode::PAYLOAD_TOO_LARGE,
                     "the body is too large\n",
                 ))
             }
             Ok(Err(_)) => {
-                count(&counters.bad_request);
+                counters.bad_request.add(1);
                 Err(text(StatusCode::BAD_REQUEST, "the body was cut off\n"))
             }
             Err(_) => {
-                count(&counters.timed_out);
+                counters.timed_out.add(1);
                 Err(text(
                     StatusCode::REQUEST_TIMEOUT,
                     "the body came too slowly\n",
@@ -77,11 +77,11 @@ const LARGE_AT_ONCE: usize = 2;
 /// Writes map messages. Large ones are written apart from the threads that serve connections: whole maps
 /// that are asked for side by side keep nobody else waiting.
 #[derive(Debug)]
-pub(super) struct Encoder(Semaphore);
+pub(super) struct Encoder(Arc<Semaphore>);
 
 impl Default for Encoder {
     fn default() -> Self {
-        Self(Semaphore::new(LARGE_AT_ONCE))
+        Self(Arc::new(Semaphore::new(LARGE_AT_ONCE)))
     }
 }
 
@@ -96,33 +96,37 @@ impl Encoder {
         message: Box<MapResponse>,
     ) -> anyhow::Result<Bytes> {
         let nodes = message.peers.iter().chain(&message.peers_changed).flatten();
-        let bytes = if nodes.count() < LARGE {
+        let patches = message.peers_changed_patch.as_ref().map_or(0, Vec::len);
+        let removed = message.peers_removed.as_ref().map_or(0, Vec::len);
+        if nodes.count() + patches + removed < LARGE {
+            return Ok(Bytes::from(encode(codec, &message)?));
+        }
+        let turn = Arc::clone(&self.0).acquire_owned().await?;
+        let written = tokio::task::spawn_blocking(move || {
+            // Its turn ends with the work, which goes on where nobody waits for it any more.
+            let _turn = turn;
             encode(codec, &message)
-        } else {
-            let _turn = self.0.acquire().await?;
-            tokio::task::spawn_blocking(move || encode(codec, &message)).await?
-        };
-        Ok(Bytes::from(bytes?))
+        });
+        Ok(Bytes::from(written.await??))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use futures_util::FutureExt as _;
 
     use super::*;
 
+    fn message(nodes: usize) -> Box<MapResponse> {
+        Box::new(MapResponse {
+            peers: Some(vec![Arc::default(); nodes]),
+            ..MapResponse::default()
+        })
+    }
+
     #[tokio::test]
     async fn whole_maps_are_written_two_at_a_time_and_a_sign_of_life_at_once() {
         let encoder = Encoder::default();
-        let message = |nodes| {
-            Box::new(MapResponse {
-                peers: Some(vec![Arc::default(); nodes]),
-                ..MapResponse::default()
-            })
-        };
         for codec in [Codec::Plain, Codec::Zstd] {
             for nodes in [0, LARGE - 1, LARGE] {
                 let (first, second) = (message(nodes), message(nodes));
@@ -134,5 +138,26 @@ mod tests {
                 assert_eq!(encoder.encode(codec, second).await.unwrap(), expected);
             }
         }
+    }
+
+    #[test]
+    fn who_asks_and_goes_away_keeps_its_turn_until_the_work_is_done() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .max_blocking_threads(1)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let (go, wait) = std::sync::mpsc::channel::<()>();
+            let busy = tokio::task::spawn_blocking(move || wait.recv().unwrap_err());
+            let encoder = Encoder::default();
+            for _ in 0..LARGE_AT_ONCE {
+                let asked = encoder.encode(Codec::Plain, message(LARGE));
+                assert!(asked.now_or_never().is_none());
+            }
+            assert_eq!(encoder.0.available_permits(), 0);
+            drop(go);
+            busy.await.unwrap();
+            drop(encoder.0.acquire_many(2).await.unwrap());
+        });
     }
 }

@@ -20,7 +20,6 @@ use tokio::time::timeout;
 
 use super::actor::{Ask, Mapped, Registered};
 use super::answer::{Answer, STRANGER_BODY_TIMEOUT, json, read_body, text};
-use super::counters::count;
 use super::{Client, HANDSHAKE_TIMEOUT, HEADER_LEN_MAX, Shared};
 use crate::coord::frames::Codec;
 use crate::coord::server::{CAPABILITY_VERSION_MIN, MapRefusal, SessionId, is_logout};
@@ -80,32 +79,32 @@ pub(super) async fn inner(
     let counters = &shared.counters;
     let ephemeral = MachinePrivate::generate();
     let Ok((accepted, answer)) = respond(&shared.control, &upgrade.initiation, &ephemeral) else {
-        return count(&counters.bad_noise);
+        return counters.bad_noise.add(1);
     };
     let Ok(Ok(io)) = timeout(HANDSHAKE_TIMEOUT, upgrade.on).await else {
-        return count(&counters.bad_http);
+        return counters.bad_http.add(1);
     };
     if i64::from(accepted.version) < CAPABILITY_VERSION_MIN {
-        return count(&counters.bad_version);
+        return counters.bad_version.add(1);
     }
     let mut session = accepted.session;
     let challenge = MachinePrivate::generate().public().to_hex();
     let early = encode_early(format!(r#"{{"nodeKeyChallenge":"chalpub:{challenge}"}}"#).as_bytes());
     let mut first = BytesMut::from(&answer[..]);
     if session.sealer.seal(&early, &mut first).is_err() {
-        return count(&counters.bad_stream);
+        return counters.bad_stream.add(1);
     }
     let mut io = TokioIo::new(io);
     match timeout(HANDSHAKE_TIMEOUT, io.write_all(&first)).await {
         Ok(Ok(())) => {}
-        Ok(Err(_)) => return count(&counters.bad_stream),
-        Err(_) => return count(&counters.timed_out),
+        Ok(Err(_)) => return counters.bad_stream.add(1),
+        Err(_) => return counters.timed_out.add(1),
     }
     let mut stream = NoiseStream::server(io, session);
     match timeout(HANDSHAKE_TIMEOUT, stream.proven()).await {
         Ok(Ok(true)) => {}
-        Ok(Ok(false) | Err(_)) => return count(&counters.bad_stream),
-        Err(_) => return count(&counters.timed_out),
+        Ok(Ok(false) | Err(_)) => return counters.bad_stream.add(1),
+        Err(_) => return counters.timed_out.add(1),
     }
     let client = Client {
         machine: accepted.machine,
@@ -144,7 +143,7 @@ pub(super) async fn inner(
     let served = http.serve_connection(TokioIo::new(stream), service);
     if let Err(error) = served.await {
         tracing::debug!(%source, %error, "a connection broke");
-        count(&counters.bad_stream);
+        counters.bad_stream.add(1);
     }
 }
 
@@ -165,7 +164,7 @@ impl Inner {
             (&Method::POST, "/machine/register") => self.register(request).await,
             (&Method::POST, "/machine/map") => return self.map(request).await,
             _ => {
-                count(&self.shared.counters.not_found);
+                self.shared.counters.not_found.add(1);
                 text(StatusCode::NOT_IMPLEMENTED, "not implemented\n")
             }
         };
@@ -179,7 +178,7 @@ impl Inner {
             Err(answer) => return answer,
         };
         if request.version < CAPABILITY_VERSION_MIN {
-            count(&counters.bad_version);
+            counters.bad_version.add(1);
             let why = format!("unsupported client version: ({})\n", request.version);
             return text(StatusCode::BAD_REQUEST, &why);
         }
@@ -188,15 +187,16 @@ impl Inner {
             |answer| Ask::Register(self.client.clone(), self.source, Box::new(request), answer);
         match self.ask(ask).await {
             Some(Registered::Answer(answer)) => {
-                count(match (answer.error.is_empty(), answer.node_key_expired) {
+                let counter = match (answer.error.is_empty(), answer.node_key_expired) {
                     (true, false) => &counters.registrations,
                     (true, true) if is_logout => &counters.log_outs,
                     (true, true) | (false, _) => &counters.refused_registration,
-                });
+                };
+                counter.add(1);
                 json(serde_json::to_string(&answer).unwrap_or_default())
             }
             Some(Registered::TooMany(wait)) => {
-                count(&counters.rate_limited);
+                counters.rate_limited.add(1);
                 let why = "too many bad auth keys from this address\n";
                 let mut answer = text(StatusCode::TOO_MANY_REQUESTS, why);
                 let seconds = http::HeaderValue::from(wait.as_secs() + 1);
@@ -227,20 +227,20 @@ impl Inner {
             Some(Err(refusal)) => {
                 let status = match refusal {
                     MapRefusal::NotFound | MapRefusal::StayedAway => {
-                        count(&counters.unknown_node);
+                        counters.unknown_node.add(1);
                         StatusCode::NOT_FOUND
                     }
                     MapRefusal::Version(_) => {
-                        count(&counters.bad_version);
+                        counters.bad_version.add(1);
                         StatusCode::BAD_REQUEST
                     }
                     MapRefusal::Hostinfo => {
-                        count(&counters.too_large);
+                        counters.too_large.add(1);
                         StatusCode::BAD_REQUEST
                     }
                     // To 401, 403 and 404 clients answer by a new registration.
                     MapRefusal::Expired => {
-                        count(&counters.expired_node);
+                        counters.expired_node.add(1);
                         StatusCode::BAD_REQUEST
                     }
                 };
@@ -254,14 +254,14 @@ impl Inner {
                 return answer.map(BodyExt::boxed_unsync);
             }
         };
-        count(&counters.map_requests);
+        counters.map_requests.add(1);
         match mapped {
             Mapped::Taken => Response::new(Full::default().boxed_unsync()),
             Mapped::Once(message) => {
                 let bytes = self.shared.encoder.encode(codec, message).await;
                 Response::new(Full::new(bytes.unwrap_or_default()).boxed_unsync())
             }
-            Mapped::Stream(id, codec, messages) => {
+            Mapped::Stream(id, messages) => {
                 let stream = MapStream {
                     id,
                     codec,
@@ -289,7 +289,7 @@ impl Inner {
         };
         let body = read_body(request.into_body(), len_max, time, &self.shared).await?;
         serde_json::from_slice(&body).map_err(|error| {
-            count(&self.shared.counters.bad_request);
+            self.shared.counters.bad_request.add(1);
             text(
                 StatusCode::BAD_REQUEST,
                 &format!("cannot read the request: {error}\n"),

@@ -20,7 +20,7 @@ mod counters;
 mod inner;
 mod outer;
 
-pub use self::counters::Counters;
+use self::counters::Counters;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,7 +131,7 @@ impl Shared {
 
     /// Names and values, as `/metrics` shows them.
     fn list(&self) -> Vec<(&'static str, u64)> {
-        let mut list = self.counters.list();
+        let mut list = self.counters.snapshot();
         list.extend(self.door.list());
         list
     }
@@ -201,9 +201,9 @@ impl CoordServer {
         })
     }
 
-    /// What was served and refused.
-    pub fn counters(&self) -> &Counters {
-        &self.shared.counters
+    /// What was served and refused, by name.
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.shared.counters.snapshot()
     }
 
     /// Replaces the relays; all nodes are told.

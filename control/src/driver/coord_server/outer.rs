@@ -19,7 +19,6 @@ use tokio::time::timeout;
 
 use super::actor::Ask;
 use super::answer::{Answer, STRANGER_BODY_TIMEOUT, json, read_body, text};
-use super::counters::count;
 use super::inner::{Upgrade, inner};
 use super::{HANDSHAKE_TIMEOUT, HEADER_LEN_MAX, Shared};
 use crate::driver::control_url::ByteStream;
@@ -52,7 +51,7 @@ pub(super) async fn accept(
         let (stream, source) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
-                count(&shared.counters.accept_errors);
+                shared.counters.accept_errors.add(1);
                 if !std::mem::replace(&mut failing, true) {
                     tracing::warn!(%error, "cannot accept a connection");
                 }
@@ -64,7 +63,7 @@ pub(super) async fn accept(
             }
         };
         failing = false;
-        count(&shared.counters.connections);
+        shared.counters.connections.add(1);
         let Some(place) = shared.door.enter(source.ip()) else {
             // Those who lost their place have to be gone first: let them.
             tokio::task::yield_now().await;
@@ -77,7 +76,7 @@ pub(super) async fn accept(
             tokio::select! {
                 () = connection(stream, source, tls, Arc::clone(&shared), Arc::clone(&place)) => {}
                 () = place.displaced() => {}
-                () = place.outstayed(STRANGER_TIMEOUT) => count(&shared.counters.timed_out),
+                () = place.outstayed(STRANGER_TIMEOUT) => shared.counters.timed_out.add(1),
                 _ = alive.changed() => {}
             }
         });
@@ -98,8 +97,8 @@ async fn connection(
         None => Box::new(stream),
         Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
             Ok(Ok(stream)) => Box::new(stream),
-            Ok(Err(_)) => return count(&shared.counters.bad_http),
-            Err(_) => return count(&shared.counters.timed_out),
+            Ok(Err(_)) => return shared.counters.bad_http.add(1),
+            Err(_) => return shared.counters.timed_out.add(1),
         },
     };
     let (upgrades, mut upgraded) = mpsc::channel(1);
@@ -120,11 +119,9 @@ async fn connection(
         .with_upgrades();
     if let Err(error) = http.await {
         tracing::debug!(%source, %error, "broken HTTP");
-        return count(if error.is_timeout() {
-            &shared.counters.timed_out
-        } else {
-            &shared.counters.bad_http
-        });
+        let counters = &shared.counters;
+        let (late, bad) = (&counters.timed_out, &counters.bad_http);
+        return if error.is_timeout() { late } else { bad }.add(1);
     }
     if let Ok(upgrade) = upgraded.try_recv() {
         inner(upgrade, source.ip(), shared, place).await;
@@ -154,7 +151,7 @@ impl Outer {
                 text(StatusCode::OK, &lines.collect::<String>())
             }
             _ => {
-                count(&counters.not_found);
+                counters.not_found.add(1);
                 text(StatusCode::NOT_FOUND, "not found\n")
             }
         }
@@ -166,7 +163,7 @@ impl Outer {
             .and_then(|version| version.parse::<u32>().ok())
             .is_none()
         {
-            count(&self.shared.counters.bad_request);
+            self.shared.counters.bad_request.add(1);
             return text(
                 StatusCode::BAD_REQUEST,
                 "the parameter v must be a number\n",
@@ -181,7 +178,7 @@ impl Outer {
 
     fn upgrade(&self, mut request: Request<Incoming>) -> Answer {
         let refuse = |why: &str| {
-            count(&self.shared.counters.bad_upgrade);
+            self.shared.counters.bad_upgrade.add(1);
             text(StatusCode::BAD_REQUEST, why)
         };
         let headers = request.headers();
@@ -238,7 +235,7 @@ impl Outer {
             Err(answer) => return answer,
         };
         let Ok(verify) = serde_json::from_slice::<Verify>(&body) else {
-            count(&self.shared.counters.bad_request);
+            self.shared.counters.bad_request.add(1);
             return text(StatusCode::BAD_REQUEST, "not a verify request\n");
         };
         let ask = |answer| Ask::Verify(verify.node_public, answer);

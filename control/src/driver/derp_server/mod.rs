@@ -406,7 +406,8 @@ impl Shared {
     }
 
     fn vars(&self) -> String {
-        let mut vars = self.counters.snapshot();
+        let mut vars: std::collections::BTreeMap<_, _> =
+            self.counters.snapshot().into_iter().collect();
         let (taken, held) = self.doors.count();
         let strangers = taken.strangers + taken.local;
         vars.insert("gauge_connections", (strangers + taken.known) as u64);

@@ -398,7 +398,7 @@ impl RelayPool {
             home: inner.home.get().map(|region| region.0),
             regions: links.values().map(|link| link.status(now())).collect(),
             routes: inner.routes.borrow().len(),
-            counters: inner.counters.snapshot(),
+            counters: inner.counters.snapshot().into_iter().collect(),
         }
     }
 }
