@@ -6,7 +6,7 @@
 //! ```text
 //! outbound   tun -> route -> seal -> udp
 //! inbound    udp -> classify -> open -> filter -> coalesce -> tun
-//! control    Command in, at the start of a turn;  Event out, at its end
+//! control    settings, networks, paths in, at the start of a turn;  Event out, at its end
 //! ```
 //!
 //! [`Dataplane::start`] opens a multi-queue TUN device and one reuse-port group of UDP sockets per

@@ -339,7 +339,7 @@ impl Worker {
         }
     }
 
-    /// Draws lots and writes the replies.
+    /// Draws from the reservoirs and writes the replies.
     fn draw(&mut self, now: Instant) {
         for novelty in [Novelty::New, Novelty::Again] {
             while let Some(drawn) = self.reservoirs[novelty as usize].draw(&mut self.rng) {

@@ -1,7 +1,7 @@
 //! Everything the threads of one data plane share: inboxes towards the shards and the handshake
 //! thread, and the outbox towards the control thread. The rooms whose threads these are stand above it.
 //!
-//! Nobody waits for anybody. Settings, sockets and networks go through cells that hold the newest only,
+//! No shard waits for anybody. Settings, sockets and networks go through cells that hold the newest only,
 //! from which each reader finds out what has changed for it.
 
 #![forbid(unsafe_code)]

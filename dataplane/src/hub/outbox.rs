@@ -32,6 +32,7 @@ impl Load for RelayOut {
         self.datagrams.lens.len()
     }
 }
+
 /// What waits for the control thread. Its descriptor is readable when something does.
 pub(crate) struct Outbox {
     /// The first thread that failed.

@@ -20,7 +20,7 @@
 //!    otherwise.
 //! 6. What is left needs a cookie, and more may need one than can be given. Those whose source was not
 //!    seen in the last seconds ([`Recent`]) and the others are two classes ([`Verdict::Unproven`]), of
-//!    each of which the caller draws lots; [`Gate::challenge`] writes the reply to one that is drawn,
+//!    each of which the caller draws at random; [`Gate::challenge`] writes the reply to one that is drawn,
 //!    at the class's rate. A flood from a thousand or a hundred thousand addresses is in the second
 //!    class soon, and leaves the first to who is new.
 //! 7. For an initiation one Diffie-Hellman computation, which says who made it.

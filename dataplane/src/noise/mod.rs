@@ -10,12 +10,12 @@
 //!                                            (the timestamp is new, 20 ms have passed)
 //! consume_response()         <--92 bytes---  response() -> TransportKeys
 //!   -> TransportKeys
-//! CookieStore::receive()             <--64 bytes---  Gate::challenge(), under load
+//! CookieStore::receive()     <--64 bytes---  Gate::challenge(), under load
 //! ```
 //!
-//! [`PeekedInitiation`] is an initiation of which we know who made it, and no more. It can be sent to another
-//! thread, so that the Diffie-Hellman computation behind it is done once. Nothing that fails here
-//! changes the state of a handshake that goes on: every step works on a copy of the transcript.
+//! [`PeekedInitiation`] is an initiation of which we know who made it, and no more. It can be sent to
+//! another thread, so that the Diffie-Hellman computation behind it is done once. Nothing that fails
+//! here changes the state of a handshake that goes on: every step works on a copy of the transcript.
 //!
 //! The caller (`session/`) keeps per peer the last [`Tai64n`] it consumed and the time of that, the
 //! last one it sent, and a [`CookieStore`]; the handshake thread keeps a [`Gate`].
