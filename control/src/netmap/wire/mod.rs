@@ -17,7 +17,7 @@ use serde_json::Value;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
-use super::derp_map::{DerpMap, DerpRegion, HomeParams, null_is_default};
+use crate::netmap::derp_map::{DerpMap, DerpRegion, HomeParams, null_is_default};
 use crate::key::{DiscoPublic, MachinePublic, NodePublic};
 
 /// The capability version ringtail speaks: 130, which is Tailscale 1.90. It stands in the Noise
@@ -198,7 +198,7 @@ impl Node {
                 .entry(capability)
                 .or_insert(None);
         }
-        self.endpoints.truncate(super::ENDPOINTS_MAX);
+        self.endpoints.truncate(crate::netmap::ENDPOINTS_MAX);
         self.disco_key = self.disco_key.filter(|key| !key.is_zero());
         self.machine = self.machine.filter(|key| !key.is_zero());
     }
@@ -661,7 +661,7 @@ mod tests {
 
     #[test]
     fn every_recorded_request_of_tailscaled_parses() {
-        let text = include_str!("../../tests/vectors/coordination/tailscaled-requests.json");
+        let text = include_str!("../../../tests/vectors/coordination/tailscaled-requests.json");
         let recorded: Value = serde_json::from_str(text).unwrap();
         let (mut registers, mut maps) = (0, 0);
         for list in ["join", "reconnect"] {
@@ -689,7 +689,7 @@ mod tests {
 
     #[test]
     fn every_recorded_answer_of_headscale_parses() {
-        let text = include_str!("../../tests/vectors/coordination/headscale-register.json");
+        let text = include_str!("../../../tests/vectors/coordination/headscale-register.json");
         let recorded: Value = serde_json::from_str(text).unwrap();
         let mut answers = 0;
         for exchange in recorded["exchanges"].as_array().unwrap() {
