@@ -17,7 +17,8 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+/// Whether a field need not be written.
+pub(super) fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
