@@ -1,0 +1,210 @@
+//! What counts of the network as told, put into force: at once, and again whenever a key expires or
+//! the wall clock is set.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use ipnet::IpNet;
+use ringtail_dataplane::{NetworkChange, PeerId, Prefix, RegionId};
+use serde_json::json;
+use time::OffsetDateTime;
+
+use super::allowed::Allowed;
+use super::{Agent, Network, NetworkPeer, Output, short_name};
+use crate::path::PeerSetup;
+
+/// An expiry is waited for so long at most before the wall clock is looked at again.
+const EXPIRY_CHECK_PERIOD_MAX: Duration = Duration::from_secs(3600);
+/// The wall clock was set, and did not just drift, if it is off by more: as coordination's clock counts
+/// as another than ours.
+const CLOCK_STEP_MIN: time::Duration = time::Duration::MINUTE;
+/// Prefixes of peers that do not count and are told of at most.
+const REFUSED_TOLD_MAX: usize = 64;
+
+impl Agent {
+    /// Takes a new view of the network, whole.
+    pub fn handle_network(&mut self, now: Instant, mut network: Network) {
+        if let Some(told) = &self.told {
+            network.share(told);
+            if *told == network {
+                return;
+            }
+        }
+        self.told = Some(network);
+        self.enforce(now);
+    }
+
+    /// Takes a new view of the network that coordination gives, with times by our wall clock.
+    pub fn handle_map(&mut self, now: Instant, network: Network) {
+        self.times_are_right = true;
+        self.handle_network(now, network);
+    }
+
+    /// Whether there is a network to take part in.
+    pub fn has_network(&self) -> bool {
+        self.told.is_some()
+    }
+
+    /// Takes what the wall clock says. Keys expire by it, so it has to be told before a network is,
+    /// whenever [`Self::poll_timeout`] says, and now and then besides, since clocks are set.
+    pub fn handle_wall_clock(&mut self, now: Instant, wall: OffsetDateTime) {
+        let set_back = wall < self.wall;
+        let step = self.clock_step(now, wall);
+        self.wall = wall;
+        self.wall_told = Some(now);
+        if step.abs() > CLOCK_STEP_MIN && self.times_are_right {
+            // It was wrong before or is now. The network's times stay the moments they were.
+            if let Some(told) = &mut self.told {
+                told.move_times(step);
+            }
+            self.enforce(now);
+            self.out.push_back(Output::AskForMap);
+        } else if set_back || self.next_expiry.is_some_and(|at| at <= wall) {
+            self.enforce(now);
+        }
+        self.await_expiry(now);
+    }
+
+    /// By how much the wall clock was set since it was told last.
+    fn clock_step(&self, now: Instant, wall: OffsetDateTime) -> time::Duration {
+        let elapsed = self.wall_told.map(|at| now.saturating_duration_since(at));
+        let elapsed = elapsed.and_then(|elapsed| time::Duration::try_from(elapsed).ok());
+        elapsed.map_or(time::Duration::ZERO, |elapsed| wall - self.wall - elapsed)
+    }
+
+    fn await_expiry(&mut self, now: Instant) {
+        let wait = self.next_expiry.map(|at| at - self.wall);
+        let wait = wait.map(|wait| Duration::try_from(wait).unwrap_or_default());
+        self.expiry_check = wait.map(|wait| now + wait.min(EXPIRY_CHECK_PERIOD_MAX));
+    }
+
+    /// Puts into force what counts of the network by now.
+    fn enforce(&mut self, now: Instant) {
+        let Some(told) = &self.told else { return };
+        self.next_expiry = told.next_expiry(self.wall);
+        let (mut network, allowed) = told.in_force(self.wall);
+        self.await_expiry(now);
+        if let Some(before) = &self.network {
+            network.share(before);
+            if *before == network && self.allowed == allowed {
+                return;
+            }
+        }
+        self.tell_standing(&network);
+        self.tell_refused(&network, &allowed);
+        let reserved_before = std::mem::replace(&mut self.allowed, allowed).reserved;
+        let changes = self.directory.update(&network.peers);
+        self.tell_peers(&network, &changes.told);
+        let before = self.network.replace(network);
+        let network = self.network.as_ref().expect("it was just put there");
+        let overlay = network.overlay();
+        let inner = network.inner_addresses();
+        let map = network.derp_map.clone();
+        let fixed_home = network.fixed_home;
+
+        if before.as_ref().is_none_or(|b| b.derp_map != map) {
+            self.map_changed(now, &map);
+        }
+        if let Some(home) = fixed_home {
+            self.set_home(RegionId(home), None);
+        }
+        let network = self.network.as_ref().expect("it was just put there");
+        let same_filter =
+            |b: &Network| b.rules == network.rules && b.addresses == network.addresses;
+        let rules = (!before.as_ref().is_some_and(same_filter))
+            .then(|| (network.rules.clone(), Some(self.local(network))));
+        let reserved = &self.allowed.reserved;
+        let reserved = (*reserved != reserved_before)
+            .then(|| reserved.iter().map(|net| (*net).into()).collect());
+        let change = NetworkChange {
+            peers: self.directory.peer_configs(&changes.routed),
+            gone: changes.gone.clone(),
+            reserved,
+            rules,
+        };
+        if !change.is_empty() {
+            self.out.push_back(Output::ChangeNetwork(change));
+        }
+        let mut told: BTreeSet<PeerId> = changes.told.into_iter().collect();
+        // An endpoint that is an inner address does not count, and one that no longer is does.
+        let moved = self.paths.set_inner_addresses(inner);
+        if !moved.is_empty() {
+            let there =
+                |peer: &NetworkPeer| peer.endpoints.iter().any(|at| moved.contains(&at.ip()));
+            let theirs = self.directory.iter().filter(|(_, peer)| there(peer));
+            told.extend(theirs.map(|(id, _)| id));
+        }
+        let setups: Vec<PeerSetup> = told
+            .into_iter()
+            .filter_map(|id| Some(self.peer_setup(id, self.directory.peer(id)?)))
+            .collect();
+        let same_keys = changes.gone.is_empty() && setups.iter().all(|peer| self.paths.has(peer));
+        self.paths.set_peers(now, &setups, &changes.gone);
+        if !same_keys {
+            let peers = || self.directory.iter().map(|(_, peer)| peer);
+            let disco = peers().filter_map(|peer| peer.disco_key);
+            self.out.push_back(Output::SetPeers {
+                nodes: peers().map(|peer| peer.node_key).collect(),
+                disco: disco.filter(|_| !self.setup.relay_only).collect(),
+            });
+        }
+        for id in changes.gone {
+            self.relay_told.remove(&(id, false));
+            self.relay_told.remove(&(id, true));
+        }
+        self.revival.restarted(now, changes.restarted);
+        self.revival.meet(now, |key| self.directory.id(key));
+        self.out.push_back(Output::Configure(overlay));
+        self.settle(now);
+    }
+
+    /// What is ours: own addresses and the routes we offer.
+    fn local(&self, network: &Network) -> Vec<Prefix> {
+        let own: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
+        let own = own.iter().map(|net| IpNet::from(net.addr()));
+        let offered = self.setup.routes_offered.iter().copied();
+        let all = own.chain(offered);
+        all.map(Into::into).collect()
+    }
+
+    /// Says which prefixes do not count, each once.
+    fn tell_refused(&mut self, network: &Network, allowed: &Allowed) {
+        let before = std::mem::take(&mut self.refused);
+        for refused in allowed.refused.iter().take(REFUSED_TOLD_MAX) {
+            let sentence = refused.sentence(network);
+            if !before.contains(&sentence) {
+                tracing::warn!("{sentence}");
+            }
+            self.refused.insert(sentence);
+        }
+    }
+
+    fn peer_setup(&self, id: PeerId, peer: &NetworkPeer) -> PeerSetup {
+        PeerSetup {
+            id,
+            node_key: peer.node_key,
+            disco_key: peer.disco_key,
+            home: peer.home.map(RegionId),
+            endpoints: if self.setup.relay_only {
+                Vec::new()
+            } else {
+                peer.endpoints.clone()
+            },
+        }
+    }
+
+    /// Tells of those who are new or another.
+    fn tell_peers(&mut self, network: &Network, news: &[PeerId]) {
+        self.story("netmap", json!({"peers": network.peers.len()}));
+        for id in news {
+            let Some(peer) = self.directory.peer(*id) else {
+                continue;
+            };
+            let home = peer.home.and_then(|id| network.derp_map.regions.get(&id));
+            let home = home.map(|region| region.region_code.clone());
+            let fields = json!({"peer": short_name(&peer.name), "home": home,
+                                "endpoints": peer.endpoints, "online": peer.online});
+            self.story("peer", fields);
+        }
+    }
+}
