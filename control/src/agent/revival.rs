@@ -132,15 +132,11 @@ pub(crate) fn heard_lately(activity: &Activity, until: Instant) -> Option<Instan
 mod tests {
     use super::*;
     use crate::key::NodePrivate;
+    use crate::testing::start;
 
     fn keys(count: usize) -> Vec<NodePublic> {
         let key = |_| NodePrivate::generate().public();
         (0..count).map(key).collect()
-    }
-
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-    fn start() -> Instant {
-        Instant::now()
     }
 
     fn quiet(_: PeerId) -> Activity {

@@ -72,7 +72,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     fn ours(last: u8) -> IpAddr {
         IpAddr::from([198, 51, 100, last])

@@ -8,6 +8,7 @@ use super::*;
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netmap::MapState;
 use crate::netmap::wire::{self, WireTime};
+use crate::testing::start;
 
 fn node(seed: u8) -> (NodePublic, DiscoPrivate) {
     (
@@ -59,18 +60,41 @@ fn outputs(agent: &mut Agent) -> Vec<Output> {
     std::iter::from_fn(|| agent.poll_output()).collect()
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "any instant will do as the start"
-)]
-fn start() -> Instant {
-    Instant::now()
+/// An agent that has taken this network, and what it wanted done for that.
+fn taken(network: Network) -> (Instant, Agent, Vec<Output>) {
+    let (now, mut agent) = (start(), agent(1, false));
+    agent.handle_network(now, network);
+    let out = outputs(&mut agent);
+    (now, agent, out)
+}
+
+/// The one change of the network that the data plane is told.
+fn change(out: &[Output]) -> Option<&NetworkChange> {
+    let mut changes = out.iter().filter_map(|o| {
+        let Output::ChangeNetwork(change) = o else {
+            return None;
+        };
+        Some(change)
+    });
+    let change = changes.next();
+    assert!(changes.next().is_none());
+    change
+}
+
+/// How many addresses, peers and routes the host is given.
+fn configured(out: &[Output]) -> Option<[usize; 3]> {
+    out.iter().find_map(|o| {
+        let Output::Configure(overlay) = o else {
+            return None;
+        };
+        let [addresses, peers] = [&overlay.addresses, &overlay.peers].map(BTreeSet::len);
+        Some([addresses, peers, overlay.routes.len()])
+    })
 }
 
 #[test]
 fn the_configuration_socket_shows_peers_and_what_they_are_allowed() {
-    let (now, mut agent) = (start(), agent(1, false));
-    agent.handle_network(now, network(2));
+    let (now, agent, _) = taken(network(2));
     let device = crate::uapi::DeviceStatus {
         listen_port: 41641,
         ..Default::default()
@@ -107,20 +131,13 @@ fn the_configuration_socket_shows_peers_and_what_they_are_allowed() {
 
 #[test]
 fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed() {
-    let (now, mut agent) = (start(), agent(1, false));
-    agent.handle_network(now, network(2));
-    let out = outputs(&mut agent);
-    let given = out.iter().find_map(|o| {
-        let Output::ChangeNetwork(network) = o else {
-            return None;
-        };
-        let (_, local) = network.rules.as_ref()?;
-        let local = local.as_ref().map(Vec::len);
-        Some((network.peers.len(), local))
-    });
+    let (now, mut agent, out) = taken(network(2));
+    let given = change(&out).unwrap();
+    let (_, local) = given.rules.as_ref().unwrap();
+    let local = local.as_ref().map(Vec::len);
     assert_eq!(
-        given,
-        Some((1, Some(2))),
+        (given.peers.len(), local),
+        (1, Some(2)),
         "own address and the route we offer"
     );
     assert!(
@@ -128,17 +145,7 @@ fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed(
             .any(|o| matches!(o, Output::SetHome(RegionId(900))))
     );
     assert!(out.iter().any(|o| matches!(o, Output::SetDerpMap(_))));
-    let configure = out.iter().find_map(|o| {
-        let Output::Configure(overlay) = o else {
-            return None;
-        };
-        Some((
-            overlay.addresses.len(),
-            overlay.peers.len(),
-            overlay.routes.len(),
-        ))
-    });
-    assert_eq!(configure, Some((1, 1, 0)));
+    assert_eq!(configured(&out), Some([1, 1, 0]));
     agent.handle_network(now, network(2));
     assert!(outputs(&mut agent).is_empty());
 }
@@ -179,24 +186,17 @@ fn one_of_many(number: u32) -> Arc<NetworkPeer> {
 
 #[test]
 fn a_change_of_one_peer_among_thousands_is_told_of_that_peer_alone() {
-    let (now, mut agent) = (start(), agent(1, false));
     let many = |count, first: u32| Network {
         peers: (first..count).map(one_of_many).collect(),
         ..network(2)
     };
-    agent.handle_network(now, many(10_000, 0));
-    let first = outputs(&mut agent);
+    let (now, mut agent, first) = taken(many(10_000, 0));
     assert_eq!(peers_given(&first), Some(10_000));
     // Everything is made anew, as a map that comes is.
     let mut told = |network: Network| {
         agent.handle_network(now, network);
         let out = outputs(&mut agent);
-        let change = out.iter().find_map(|o| {
-            let Output::ChangeNetwork(change) = o else {
-                return None;
-            };
-            Some(change.clone())
-        });
+        let change = change(&out).cloned();
         let named = |o: &&Output| matches!(o, Output::Story("peer", _));
         let named = out.iter().filter(named).count();
         let paths = out.iter().filter(|o| matches!(o, Output::SetPath(..)));
@@ -227,12 +227,7 @@ fn a_change_of_one_peer_among_thousands_is_told_of_that_peer_alone() {
 }
 
 fn peers_given(out: &[Output]) -> Option<usize> {
-    out.iter().rev().find_map(|o| {
-        let Output::ChangeNetwork(network) = o else {
-            return None;
-        };
-        Some(network.peers.len())
-    })
+    change(out).map(|change| change.peers.len())
 }
 
 const NOON: OffsetDateTime = time::macros::datetime!(2026-11-29 12:00 UTC);
@@ -404,7 +399,6 @@ fn our_own_expiry_is_noticed_by_our_own_clock_and_told_once() {
 
 #[test]
 fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
-    let (now, mut agent) = (start(), agent(1, false));
     let mut told = network(2);
     let offers = ["10.7.0.2/32", "10.7.0.0/16", "0.0.0.0/0", "10.7.0.1/32"];
     Arc::make_mut(&mut told.peers[0]).allowed_ips =
@@ -414,32 +408,19 @@ fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
         addresses: vec!["10.7.0.3/32".parse().unwrap()],
         ..HeldBack::default()
     }];
-    agent.handle_network(now, told);
-    let out = outputs(&mut agent);
-    let given = out.iter().find_map(|o| {
-        let Output::ChangeNetwork(network) = o else {
-            return None;
-        };
-        Some(network)
-    });
+    let (_, _, out) = taken(told);
     let text = |prefixes: &[ringtail_dataplane::Prefix]| -> Vec<String> {
         let text = |prefix: &ringtail_dataplane::Prefix| format!("{}/{}", prefix.addr, prefix.bits);
         prefixes.iter().map(text).collect()
     };
-    let given = given.unwrap();
+    let given = change(&out).unwrap();
     let theirs = text(&given.peers[0].allowed_ips);
     assert_eq!(theirs, ["10.7.0.2/32", "10.7.0.0/16"]);
     assert_eq!(
         text(given.reserved.as_ref().unwrap()),
         ["10.7.0.1/32", "10.7.0.3/32"]
     );
-    let routed = out.iter().find_map(|o| {
-        let Output::Configure(overlay) = o else {
-            return None;
-        };
-        Some((overlay.peers.len(), overlay.routes.len()))
-    });
-    assert_eq!(routed, Some((1, 1)));
+    assert!(matches!(configured(&out), Some([_, 1, 1])));
 }
 
 #[test]
@@ -448,34 +429,19 @@ fn a_kick_pings_the_peer_directly_but_not_in_relay_only_mode() {
         let (now, mut agent) = (start(), agent(1, relay_only));
         agent.handle_network(now, network(2));
         outputs(&mut agent);
-        agent.handle_dataplane(
-            now,
-            &ringtail_dataplane::Event::Kick(PeerId(0)),
-            &Activity::default(),
-        );
+        agent.handle_dataplane(now, &Event::Kick(PeerId(0)), &Activity::default());
         let to: SocketAddr = "203.0.113.2:41641".parse().unwrap();
         let out = outputs(&mut agent);
-        let pinged = out
-            .iter()
-            .any(|o| matches!(o, Output::Datagram { to: t, .. } if *t == to));
-        assert_eq!(pinged, !relay_only);
-        let decided = out.iter().find_map(|o| {
-            let Output::SetPath(_, decision) = o else {
-                return None;
-            };
-            Some(decision.clone())
-        });
-        assert!(
-            decided.is_none_or(|d| d.udp.is_none()),
-            "nothing has answered yet"
-        );
+        let is_there = |o: &Output| matches!(o, Output::Datagram { to: t, .. } if *t == to);
+        assert_eq!(out.iter().any(is_there), !relay_only);
+        let decided = |o: &Output| matches!(o, Output::SetPath(_, to) if to.udp.is_some());
+        assert!(!out.iter().any(decided), "nothing has answered yet");
     }
 }
 
 #[test]
 fn strangers_are_counted_wherever_they_come_from() {
-    let (now, mut agent) = (start(), agent(1, false));
-    agent.handle_network(now, network(2));
+    let (now, mut agent, _) = taken(network(2));
     let stranger = node(9).0;
     assert_eq!(
         agent.handle_relayed_data(now, RegionId(900), stranger, 3),
@@ -490,19 +456,7 @@ fn strangers_are_counted_wherever_they_come_from() {
     let mut disco = disco::MAGIC.to_vec();
     disco.resize(120, 7);
     agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), None, &disco);
-    let around = Surroundings {
-        hostname: "a".into(),
-        node_key: node(1).0,
-        disco_key: node(1).1.public(),
-        tun: "tun0".into(),
-        mtu: 1280,
-        shards: 1,
-        driver: "io_uring",
-        listen_port: 41641,
-        coordination: None,
-        coordination_state: "static".into(),
-    };
-    let status = agent.status(now, &around, &|_| Activity::default());
+    let status = status(&agent, now);
     assert_eq!(status["drops"]["relay_unknown_source"], 3);
     assert_eq!(status["drops"]["discovery_junk"], 1);
     let unknown = status["drops"].as_object().unwrap().iter();
@@ -514,9 +468,7 @@ fn strangers_are_counted_wherever_they_come_from() {
 
 #[test]
 fn a_ping_ends_with_one_answer_also_for_nobody_and_for_silence() {
-    let (now, mut agent) = (start(), agent(1, false));
-    agent.handle_network(now, network(2));
-    outputs(&mut agent);
+    let (now, mut agent, _) = taken(network(2));
     agent.handle_ping(now, 7, "nobody");
     let out = outputs(&mut agent);
     assert!(
@@ -593,9 +545,7 @@ fn a_peer_with_another_disco_key_that_was_heard_lately_is_greeted() {
 
 #[test]
 fn after_a_sleep_those_heard_shortly_before_it_are_greeted() {
-    let (now, mut agent) = (start(), agent(1, false));
-    agent.handle_network(now, network(2));
-    outputs(&mut agent);
+    let (now, mut agent, _) = taken(network(2));
     let slept = Duration::from_secs(7200);
     let woken = now + slept + Duration::from_secs(300);
     for (heard_secs, greeted) in [(100, 0), (290, 1)] {
@@ -613,11 +563,9 @@ fn after_a_sleep_those_heard_shortly_before_it_are_greeted() {
 
 #[test]
 fn what_cannot_be_opened_is_told_of_a_peer_only_from_where_it_is_known_to_be() {
-    let (now, mut agent) = (start(), agent(1, false));
-    agent.handle_network(now, network(2));
-    outputs(&mut agent);
+    let (now, mut agent, _) = taken(network(2));
     for (from, known) in [("203.0.113.2:41641", true), ("203.0.113.2:41642", false)] {
-        let event = ringtail_dataplane::Event::Unopened(from.parse().unwrap(), 200);
+        let event = Event::Unopened(from.parse().unwrap(), 200);
         agent.handle_dataplane(now, &event, &Activity::default());
         let out = outputs(&mut agent);
         let told = |o: &Output| matches!(o, Output::Unopened(PeerId(0), 200));
@@ -650,7 +598,6 @@ fn what_others_route_hides_no_address_of_a_peer() {
         &["203.0.0.0/8"],
         &["203.0.113.2/32"],
     ] {
-        let (now, mut agent) = (start(), agent(1, false));
         let mut network = network(2);
         network.peers.push(Arc::new(NetworkPeer {
             name: "exit.tail.test.".into(),
@@ -658,21 +605,12 @@ fn what_others_route_hides_no_address_of_a_peer() {
             allowed_ips: routes.iter().map(|net| net.parse().unwrap()).collect(),
             ..NetworkPeer::default()
         }));
-        agent.handle_network(now, network);
-        outputs(&mut agent);
-        agent.handle_dataplane(
-            now,
-            &ringtail_dataplane::Event::Kick(PeerId(0)),
-            &Activity::default(),
-        );
+        let (now, mut agent, _) = taken(network);
+        agent.handle_dataplane(now, &Event::Kick(PeerId(0)), &Activity::default());
         let to: SocketAddr = "203.0.113.2:41641".parse().unwrap();
-        let sent = |agent: &mut Agent| {
-            let is_there = |o: &Output| matches!(o, Output::Datagram { to: t, .. } if *t == to);
-            outputs(agent).iter().filter(|o| is_there(o)).count()
-        };
-        assert!(sent(&mut agent) > 0, "{routes:?}");
+        assert!(!sent(&mut agent, to).is_empty(), "{routes:?}");
         agent.handle_datagram(now, now, to, None, &disco_ping(2, 1));
-        assert!(sent(&mut agent) > 0, "{routes:?}: a Pong");
+        assert!(!sent(&mut agent, to).is_empty(), "{routes:?}: a Pong");
         // A node's own address inside the tunnel is no address outside of it.
         let inner = "10.7.0.2:41641".parse().unwrap();
         agent.handle_datagram(now, now, inner, None, &disco_ping(2, 2));
@@ -682,7 +620,7 @@ fn what_others_route_hides_no_address_of_a_peer() {
             .filter(|(name, _)| name.contains("bad_source"))
             .map(|(_, n)| n)
             .sum();
-        assert_eq!((sent(&mut agent), bad), (0, 1));
+        assert_eq!((sent(&mut agent, to).len(), bad), (0, 1));
     }
 }
 
@@ -690,22 +628,19 @@ fn what_others_route_hides_no_address_of_a_peer() {
 fn sent(agent: &mut Agent, to: SocketAddr) -> Vec<Option<IpAddr>> {
     let outputs = outputs(agent).into_iter();
     let datagrams = outputs.filter_map(|output| {
-        if let Output::Datagram { to: t, local, .. } = output {
-            (t == to).then_some(local)
-        } else {
-            None
-        }
+        let Output::Datagram { to: t, local, .. } = output else {
+            return None;
+        };
+        (t == to).then_some(local)
     });
     datagrams.collect()
 }
 
 #[test]
 fn a_peer_is_answered_from_the_address_it_came_to_and_asked_from_there() {
-    let (now, mut agent) = (start(), agent(1, false));
-    agent.handle_network(now, network(2));
+    let (now, mut agent, _) = taken(network(2));
     let peer: SocketAddr = "203.0.113.2:41641".parse().unwrap();
     let ping = |n| disco_ping(2, n);
-    outputs(&mut agent);
     let [first, second] = ["198.51.100.2", "192.0.2.2"].map(|ip| ip.parse::<IpAddr>().unwrap());
     agent.handle_datagram(now, now, peer, Some(first), &ping(1));
     let answers = sent(&mut agent, peer);

@@ -242,7 +242,7 @@ impl Seen {
 mod tests {
     use super::*;
     use crate::key::NodePrivate;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     const HOME: RegionId = RegionId(3);
     const OURS: RegionId = RegionId(1);
