@@ -6,6 +6,7 @@ use serde::Deserialize;
 
 use super::{ConfigError, read_toml};
 use crate::hostnet::TABLE_MAX;
+use crate::netmap::prefix::parse_route;
 
 /// Which driver moves packets in the shards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -61,60 +62,97 @@ pub enum ValidateMode {
     Fast,
 }
 
-/// Settings of `ringtail up`. Every field may be left out.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+/// Settings of `ringtail up`, as options and as keys of its file. Every one may be left out.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct NodeConfig {
-    /// Name shown to others; the host's name by default.
-    pub hostname: Option<String>,
-    /// Where keys, caches and the status socket live.
-    pub state_dir: Option<PathBuf>,
-    /// Name of the TUN interface; `ringtail0` by default.
-    pub tun: Option<String>,
-    /// UDP port of the tunnel; 41641 by default, 0 takes any free one.
-    pub listen_port: Option<u16>,
-    /// Inner MTU in bytes, 1280 to 65475; 1280 by default.
-    pub mtu: Option<u16>,
-    /// Data plane threads; one per usable core by default.
-    pub shards: Option<usize>,
-    /// Whether each shard stays on one core; by default where there are more than two.
-    pub pin: Option<bool>,
-    /// The shards' I/O driver.
-    pub driver: Option<DriverName>,
-    /// The transport engine.
-    pub engine: Option<EngineName>,
-    /// Super-packets from the TUN, and merging for writes to it; on by default.
-    pub tun_offload: Option<bool>,
-    /// UDP GSO on sends; on by default.
-    pub udp_gso: Option<bool>,
-    /// UDP GRO on receives; on by default.
-    pub udp_gro: Option<bool>,
-    /// Mark on every underlay socket; 0 is none, 0x80000 by default.
-    pub fwmark: Option<u32>,
-    /// Routing table of our own, 1 to 252; the first free one from 52 on by default.
-    pub table: Option<u8>,
-    /// URL of the coordination server.
+    /// URL of the coordination server, such as https://coord.example or http://10.0.0.1:8080.
+    #[arg(long, value_name = "URL")]
     pub coord: Option<String>,
-    /// File with the pre-auth key for the first registration.
+    /// File with a pre-auth key, needed the first time.
+    #[arg(long, value_name = "FILE")]
     pub auth_key_file: Option<PathBuf>,
-    /// The coordination server's Noise key (`mkey:…`), to be sure of it from the first contact.
+    /// Accept only this key (mkey:…) from the coordination server.
+    #[arg(long, value_name = "KEY")]
     pub control_key: Option<String>,
-    /// PEM file of certificates that may vouch for relays and the coordination server, besides the
-    /// web's roots and the host's.
+    /// Certificates (PEM) that may vouch for relays and the coordination server, besides the web's roots
+    /// and the host's (SSL_CERT_FILE and SSL_CERT_DIR count in its place).
+    #[arg(long, value_name = "FILE")]
     pub ca_file: Option<PathBuf>,
     /// Static network file, instead of a coordination server.
+    #[arg(long, value_name = "FILE")]
     pub network: Option<PathBuf>,
-    /// Prefixes this node offers to route for others; none has host bits set.
+    /// Where keys, caches and the status socket live [default: /var/lib/ringtail].
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Name shown to others [default: the host's].
+    #[arg(long, value_name = "NAME")]
+    pub hostname: Option<String>,
+    /// Name of the TUN interface [default: ringtail0].
+    #[arg(long, value_name = "NAME")]
+    pub tun: Option<String>,
+    /// UDP port of the tunnel; 0 takes any free one [default: 41641].
+    #[arg(long, value_name = "PORT")]
+    pub listen_port: Option<u16>,
+    /// Inner MTU in bytes [default: 1280].
+    #[arg(long, value_name = "BYTES")]
+    pub mtu: Option<u16>,
+    /// Data plane threads [default: one per usable core].
+    #[arg(long, value_name = "COUNT")]
+    pub shards: Option<usize>,
+    /// Keep each shard on one core: true or false [default: true with more than two cores].
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub pin: Option<bool>,
+    /// Let the scheduler place shards; the same as --pin false.
+    #[arg(long, conflicts_with = "pin")]
+    #[serde(skip)]
+    pub no_pin: bool,
+    /// I/O driver of the shards [default: auto].
+    #[arg(long, value_enum)]
+    pub driver: Option<DriverName>,
+    /// Transport engine: our own, or boringtun's for comparison where that was built in [default: ringtail].
+    #[arg(long, value_enum)]
+    pub engine: Option<EngineName>,
+    /// Super-packets from the TUN, and merging for writes to it: true or false [default: true].
+    #[arg(long, value_name = "BOOL")]
+    pub tun_offload: Option<bool>,
+    /// UDP GSO on sends: true or false [default: true].
+    #[arg(long, value_name = "BOOL")]
+    pub udp_gso: Option<bool>,
+    /// UDP GRO on receives: true or false [default: true].
+    #[arg(long, value_name = "BOOL")]
+    pub udp_gro: Option<bool>,
+    /// Mark on every underlay socket; 0 is none [default: 0x80000, 524288].
+    #[arg(long, value_name = "MARK", value_parser = mark)]
+    pub fwmark: Option<u32>,
+    /// Routing table of our own, 1 to 252, with rules from 100 times that number on, those of 53 to 59 among
+    /// those of 52 [default: 52, or the next that no other program uses].
+    #[arg(long, value_name = "NUMBER")]
+    pub table: Option<u8>,
+    /// Prefixes this node offers to route for others, separated by commas.
+    #[arg(long, value_name = "PREFIXES", value_delimiter = ',', value_parser = parse_route)]
     #[serde(deserialize_with = "super::routes")]
     pub advertise_routes: Vec<ipnet::IpNet>,
-    /// Stay on relays: no DISCO pings, no direct paths.
+    /// Stay on relays: no direct paths.
+    #[arg(long)]
     pub relay_only: bool,
-    /// How direct paths are tested.
+    /// How direct paths are tested [default: full].
+    #[arg(long, value_enum)]
     pub validate: Option<ValidateMode>,
-    /// Discovery rounds without any answer before a peer stays on the relay; 0 is no limit.
+    /// Unanswered discovery rounds before a peer that never was direct stays on the relay; 0 is no limit [default: 8].
+    #[arg(long, value_name = "ROUNDS")]
     pub retry_limit: Option<u32>,
-    /// Where to append what happens on the paths, as JSON lines.
+    /// Append what happens on the paths to this file, as JSON lines.
+    #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
+}
+
+/// A mark in decimal, or in hexadecimal behind `0x` as other tools print it.
+fn mark(text: &str) -> Result<u32, std::num::ParseIntError> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16),
+        None => text.parse(),
+    }
 }
 
 impl NodeConfig {
@@ -159,7 +197,8 @@ impl NodeConfig {
             listen_port: flags.listen_port.or(self.listen_port),
             mtu: flags.mtu.or(self.mtu),
             shards: flags.shards.or(self.shards),
-            pin: flags.pin.or(self.pin),
+            pin: flags.no_pin.then_some(false).or(flags.pin).or(self.pin),
+            no_pin: false,
             driver: flags.driver.or(self.driver),
             engine: flags.engine.or(self.engine),
             tun_offload: flags.tun_offload.or(self.tun_offload),
