@@ -1,8 +1,8 @@
 //! The whole way from bytes to a device, for fuzzers and for the ordinary tests that replay what
 //! they found.
 
-use super::{Device, Status, Traffic};
-use crate::uapi::{Parser, READ_LEN_MAX, Reply, Request};
+use super::Device;
+use crate::uapi::{DeviceStatus, Parser, PeerStatus, READ_LEN_MAX, Reply, Request};
 
 /// Feeds a connection's bytes to a fresh device, cut into pieces as the first byte says, and reads
 /// the device back at the end. Panics where a rule is broken.
@@ -35,7 +35,7 @@ fn requests(parser: &mut Parser, device: &mut Device) {
     while let Some(request) = parser.poll_request() {
         match request {
             Request::Get => {
-                let reply = device.reply(&Status::default(), &|_| Traffic::default());
+                let reply = device.reply(DeviceStatus::default(), &|_| PeerStatus::default());
                 assert!(reply.as_bytes().ends_with(b"errno=0\n\n"));
             }
             Request::BadGet(errno) => drop(Reply::to_bad_get(errno)),

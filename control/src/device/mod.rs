@@ -21,8 +21,6 @@ mod status;
 #[cfg(test)]
 mod tests;
 
-pub use status::{Status, Traffic};
-
 /// Allowed IPs of all peers together at most.
 pub const ALLOWED_IPS_MAX: usize = 1 << 20;
 

@@ -341,7 +341,7 @@ fn a_full_list_of_prefixes_can_be_set_again() {
 /// `protocol/uapi.md` §6: the sizes the kernel's own tests use.
 #[test]
 fn a_large_device_is_set_and_read_back_whole() {
-    use crate::uapi::{Parser, READ_LEN_MAX, Request};
+    use crate::uapi::{DeviceStatus, Parser, PeerStatus, READ_LEN_MAX, Request};
     for (peers, prefixes) in [(1, 130_560), (2_000, 130_560), (40, 40 * 52), (30, 1)] {
         let mut text = "set=1\nreplace_peers=true\n".to_owned();
         let mut next = 0;
@@ -370,7 +370,7 @@ fn a_large_device_is_set_and_read_back_whole() {
                 device.apply(transaction);
             }
         }
-        let reply = device.reply(&Status::default(), &|_| Traffic::default());
+        let reply = device.reply(DeviceStatus::default(), &|_| PeerStatus::default());
         let reply = std::str::from_utf8(reply.as_bytes()).unwrap();
         let count = |what: &str| reply.lines().filter(|l| l.starts_with(what)).count();
         assert_eq!(count("public_key="), peers as usize);

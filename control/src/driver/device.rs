@@ -34,9 +34,9 @@ use super::state::{StateDir, TIMESTAMP_FILE};
 use super::timestamps::Timestamps;
 use super::uapi::{self, Call, SOCKET_DIR, Socket};
 use crate::agent::heard_lately;
-use crate::device::{Device, Status, Traffic};
+use crate::device::Device;
 use crate::key::NodePrivate;
-use crate::uapi::{Errno, Reply, Request, Transaction};
+use crate::uapi::{DeviceStatus, Errno, PeerStatus, Reply, Request, Transaction};
 
 /// The socket's file and the interface are looked for this often: so long a device outlives the
 /// deletion of the file, or of the interface where the shards have missed it.
@@ -374,22 +374,24 @@ impl Running {
 
     fn status(&self) -> Reply {
         let stats = self.dataplane.stats();
-        let status = Status {
+        let status = DeviceStatus {
             listen_port: self.dataplane.local_port(),
             extras: extras(&self.dataplane, self.options.engine, &stats, self.link.mtu),
+            ..DeviceStatus::default()
         };
-        self.device.reply(&status, &|id| self.traffic(id))
+        self.device.reply(status, &|id| self.traffic(id))
     }
 
-    fn traffic(&self, id: PeerId) -> Traffic {
+    fn traffic(&self, id: PeerId) -> PeerStatus<'static> {
         let activity = self.dataplane.activity(id);
         let endpoint = self.dataplane.endpoint(id);
-        Traffic {
+        PeerStatus {
             endpoint,
             last_handshake: self.last_handshake(id),
             tx_bytes: activity.tx_bytes,
             rx_bytes: activity.rx_bytes,
             extras: vec![("path", endpoint.map_or("none", |_| "direct").to_owned())],
+            ..PeerStatus::default()
         }
     }
 

@@ -7,7 +7,7 @@ use rand::{RngExt as _, SeedableRng as _};
 use ringtail_dataplane::PeerId;
 
 use super::*;
-use crate::device::{Device, Status, Traffic};
+use crate::device::Device;
 use crate::key::NodePublic;
 
 const A_PRIVATE: &str = "9032268c98d013ff4bf9c957e688f4754d74bc3c059fd67b30874db6c8167574";
@@ -42,23 +42,23 @@ impl Daemon {
     }
 
     fn get(&self) -> Reply {
-        let status = Status {
+        let status = DeviceStatus {
             listen_port: self.port,
-            extras: Vec::new(),
+            ..DeviceStatus::default()
         };
         let b: Option<PeerId> = self
             .device
             .peers()
             .find_map(|(id, peer)| (peer.key().to_hex() == B_PUBLIC).then_some(id));
-        self.device.reply(&status, &|id| {
+        self.device.reply(status, &|id| {
             if Some(id) != b {
-                return Traffic::default();
+                return PeerStatus::default();
             }
-            Traffic {
+            PeerStatus {
                 last_handshake: Some(Duration::new(1_795_284_000, 125_000_000)),
                 tx_bytes: 1428,
                 rx_bytes: 1372,
-                ..Traffic::default()
+                ..PeerStatus::default()
             }
         })
     }
@@ -453,13 +453,14 @@ fn extras_go_before_the_first_peer_and_behind_each() {
     daemon.ask(&format!(
         "set=1\npublic_key={C_PUBLIC}\nallowed_ip=10.0.0.0/8\n\n"
     ));
-    let status = Status {
+    let status = DeviceStatus {
         listen_port: 1,
         extras: vec![("shards".to_owned(), "2".to_owned())],
+        ..DeviceStatus::default()
     };
-    let reply = daemon.device.reply(&status, &|_| Traffic {
+    let reply = daemon.device.reply(status, &|_| PeerStatus {
         extras: vec![("path", "direct\nerrno=1".to_owned())],
-        ..Traffic::default()
+        ..PeerStatus::default()
     });
     let text = std::str::from_utf8(reply.as_bytes()).unwrap();
     assert!(
