@@ -6,7 +6,7 @@
 
 use crypto_box::aead::Aead as _;
 use crypto_box::{PublicKey, SalsaBox, SecretKey};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use super::PROTOCOL_VERSION;
@@ -33,17 +33,24 @@ pub enum InfoError {
     Json,
 }
 
-/// What a client says of itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// What a client says of itself; fields in the order of derp_client.go.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ClientInfo {
     /// Proves that the client is a relay of the same region. Left out when there is none: relays
     /// refuse an empty one.
+    #[serde(
+        rename = "meshKey",
+        serialize_with = "hex",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub mesh_key: Option<[u8; 32]>,
     /// The protocol version; relays ignore it.
     pub version: i64,
     /// The client answers Pings.
+    #[serde(rename = "CanAckPings")]
     pub can_ack_pings: bool,
     /// The client is a monitoring probe.
+    #[serde(rename = "IsProber", skip_serializing_if = "std::ops::Not::not")]
     pub is_prober: bool,
 }
 
@@ -55,27 +62,6 @@ impl ClientInfo {
             can_ack_pings: true,
             ..Self::default()
         }
-    }
-
-    /// The JSON text, keys in the order of derp_client.go.
-    pub fn to_json(&self) -> Vec<u8> {
-        #[derive(Serialize)]
-        struct Wire {
-            #[serde(rename = "meshKey", skip_serializing_if = "Option::is_none")]
-            mesh_key: Option<String>,
-            version: i64,
-            #[serde(rename = "CanAckPings")]
-            can_ack_pings: bool,
-            #[serde(rename = "IsProber", skip_serializing_if = "std::ops::Not::not")]
-            is_prober: bool,
-        }
-        let wire = Wire {
-            mesh_key: self.mesh_key.map(|key| NodePublic(key).to_hex()),
-            version: self.version,
-            can_ack_pings: self.can_ack_pings,
-            is_prober: self.is_prober,
-        };
-        serde_json::to_vec(&wire).expect("plain fields always serialise")
     }
 
     /// Reads the JSON text as derper does: keys in any case, unknown ones ignored, `null` for
@@ -103,13 +89,15 @@ impl ClientInfo {
 }
 
 /// What a relay says of itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ServerInfo {
     /// The protocol version; clients ignore it.
     pub version: i64,
     /// SendPacket bytes per second the relay wants at most; 0 is no limit.
+    #[serde(rename = "TokenBucketBytesPerSecond", skip_serializing_if = "is_zero")]
     pub bytes_per_second: u64,
     /// The burst that goes with it, in bytes.
+    #[serde(rename = "TokenBucketBytesBurst", skip_serializing_if = "is_zero")]
     pub bytes_burst: u64,
 }
 
@@ -120,24 +108,6 @@ impl ServerInfo {
             version: i64::from(PROTOCOL_VERSION),
             ..Self::default()
         }
-    }
-
-    /// The JSON text.
-    pub fn to_json(&self) -> Vec<u8> {
-        #[derive(Serialize)]
-        struct Wire {
-            version: i64,
-            #[serde(rename = "TokenBucketBytesPerSecond", skip_serializing_if = "is_zero")]
-            bytes_per_second: u64,
-            #[serde(rename = "TokenBucketBytesBurst", skip_serializing_if = "is_zero")]
-            bytes_burst: u64,
-        }
-        let wire = Wire {
-            version: self.version,
-            bytes_per_second: self.bytes_per_second,
-            bytes_burst: self.bytes_burst,
-        };
-        serde_json::to_vec(&wire).expect("plain fields always serialise")
     }
 
     /// Reads the JSON text leniently: a member of another type than expected is ignored, because
@@ -157,6 +127,16 @@ impl ServerInfo {
         }
         Ok(info)
     }
+}
+
+/// The JSON text of either.
+pub fn to_json(info: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(info).expect("plain fields always serialise")
+}
+
+fn hex<S: Serializer>(key: &Option<[u8; 32]>, serializer: S) -> Result<S::Ok, S::Error> {
+    let text = key.map(|key| NodePublic(key).to_hex());
+    text.serialize(serializer)
 }
 
 fn is_zero(value: &u64) -> bool {
@@ -214,7 +194,7 @@ pub fn put_client_info(
     nonce: [u8; NONCE_LEN],
     info: &ClientInfo,
 ) {
-    let sealed = seal(private, server, nonce, &info.to_json());
+    let sealed = seal(private, server, nonce, &to_json(info));
     let key = private.public();
     frame::put(out, FrameType::CLIENT_INFO, &[&key.0, &nonce, &sealed]);
 }
@@ -243,7 +223,7 @@ pub fn put_server_info(
     nonce: [u8; NONCE_LEN],
     info: &ServerInfo,
 ) {
-    let sealed = seal(private, client, nonce, &info.to_json());
+    let sealed = seal(private, client, nonce, &to_json(info));
     frame::put(out, FrameType::SERVER_INFO, &[&nonce, &sealed]);
 }
 
@@ -322,7 +302,7 @@ mod tests {
             for frame in session.frames("ServerInfo") {
                 let plain = open(&client, &server, &frame[HEADER_LEN..]).unwrap();
                 assert_eq!(plain, session.text("server_info_plain").as_bytes());
-                assert_eq!(plain, ServerInfo::relay().to_json());
+                assert_eq!(plain, to_json(&ServerInfo::relay()));
                 opened += 1;
             }
         }
@@ -401,7 +381,7 @@ mod tests {
             bytes_per_second: 50_000,
             bytes_burst: 70_000,
         };
-        assert_eq!(ServerInfo::from_json(&asked.to_json()), Ok(asked));
+        assert_eq!(ServerInfo::from_json(&to_json(&asked)), Ok(asked));
         let odd = br#"{"version":77,"zzz":[1,2]}"#;
         assert_eq!(ServerInfo::from_json(odd).unwrap().version, 77);
     }
