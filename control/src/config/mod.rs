@@ -28,20 +28,12 @@ pub enum ConfigError {
         /// The system's reason.
         source: std::io::Error,
     },
-    /// The text is not TOML of the wanted shape.
-    #[error("{path}: {message}")]
-    Parse {
-        /// The file.
-        path: PathBuf,
-        /// Line, column and reason.
-        message: String,
-    },
-    /// The text parses but contradicts itself.
+    /// The text is not of the wanted shape, or contradicts itself.
     #[error("{path}: {message}")]
     Invalid {
         /// The file.
         path: PathBuf,
-        /// What is wrong and what would be right.
+        /// What is wrong, and where or what would be right.
         message: String,
     },
 }
@@ -68,7 +60,7 @@ fn read_toml<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ConfigErr
         path: path.to_owned(),
         source,
     })?;
-    toml::from_str(&text).map_err(|error| ConfigError::Parse {
+    toml::from_str(&text).map_err(|error| ConfigError::Invalid {
         path: path.to_owned(),
         message: error.to_string().trim_end().to_owned(),
     })

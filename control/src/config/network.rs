@@ -97,7 +97,7 @@ impl StaticNetwork {
                 })?;
                 let value = serde_json::from_str(&text).map_err(|error| error.to_string());
                 let read = value.and_then(DerpMap::from_file);
-                read.map_err(|error| ConfigError::Parse {
+                read.map_err(|error| ConfigError::Invalid {
                     path: map.clone(),
                     message: format!("not a DERP map: {error}"),
                 })?
