@@ -24,8 +24,27 @@ pub struct Session {
     pub sealer: Sealer,
     /// Opens what we receive.
     pub opener: Opener,
-    /// The final hash: the same on both sides, and unique to the session.
-    pub handshake_hash: [u8; KEY_LEN],
+    /// The final hash, for the tests: the same on both sides.
+    #[cfg(test)]
+    handshake_hash: [u8; KEY_LEN],
+}
+
+impl Session {
+    /// What a whole handshake comes to, for the client or for the server.
+    fn new(state: SymmetricState, client: bool) -> Self {
+        #[cfg(test)]
+        let (handshake_hash, _) = state.to_parts();
+        let [mut ours, mut theirs] = state.split();
+        if !client {
+            std::mem::swap(&mut ours, &mut theirs);
+        }
+        Self {
+            sealer: Sealer::new(&ours),
+            opener: Opener::new(&theirs),
+            #[cfg(test)]
+            handshake_hash,
+        }
+    }
 }
 
 /// What a server learns from message 1.
@@ -86,59 +105,40 @@ impl Initiator {
     /// # Errors
     /// Whatever makes the session impossible; [`Error::Refused`] carries the server's text.
     pub fn finish(mut self, message: &[u8]) -> Result<Session, Error> {
-        let body_len = response_body_len(message)?;
-        let body = message.get(HEADER_LEN..).unwrap_or_default();
+        let (header, body) = message
+            .split_first_chunk()
+            .ok_or(Error::Length(message.len()))?;
+        let body_len = Self::answer_body_len(*header)?;
         if body.len() != body_len {
             return Err(Error::Length(body.len()));
         }
-        if message[0] == TYPE_ERROR {
+        if header[0] == TYPE_ERROR {
             let text = &body[..body.len().min(REFUSAL_LEN_MAX)];
             return Err(Error::Refused(String::from_utf8_lossy(text).into_owned()));
         }
-        let mut e = [0; KEY_LEN];
-        e.copy_from_slice(&body[..KEY_LEN]);
-        self.state.mix_hash(&e);
-        let e = MachinePublic(e);
+        let e = public(body);
+        self.state.mix_hash(&e.0);
         self.state.mix_secret(&*dh(&self.ephemeral, &e)?);
         let key = self.state.mix_key(&*dh(&self.machine, &e)?);
         let mut tag = [0; TAG_LEN];
         tag.copy_from_slice(&body[KEY_LEN..]);
         open(&mut self.state, &key, &mut tag)?;
-        let (handshake_hash, _) = self.state.to_parts();
-        let [ours, theirs] = self.state.split();
-        Ok(Session {
-            sealer: Sealer::new(&ours),
-            opener: Opener::new(&theirs),
-            handshake_hash,
-        })
+        Ok(Session::new(self.state, true))
     }
-}
 
-/// From the first three bytes of message 2, the length of what follows them: 48, or that of the
-/// text when the server refuses.
-///
-/// # Errors
-/// Another type, or a length no such message has.
-pub(super) fn response_body_len(header: &[u8]) -> Result<usize, Error> {
-    let &[kind, high, low, ..] = header else {
-        return Err(Error::Length(header.len()));
-    };
-    let len = usize::from(u16::from_be_bytes([high, low]));
-    match kind {
-        TYPE_RESPONSE if len == RESPONSE_LEN - HEADER_LEN => Ok(len),
-        TYPE_RESPONSE => Err(Error::Length(len)),
-        TYPE_ERROR => Ok(len),
-        kind => Err(Error::Type(kind)),
-    }
-}
-
-impl Initiator {
-    /// From the first three bytes of the server's answer, how many bytes follow them.
+    /// From the first three bytes of the server's answer, how many bytes follow them: 48, or those of
+    /// the text when it refuses.
     ///
     /// # Errors
     /// Another type, or a length no such message has.
-    pub fn answer_body_len(header: [u8; HEADER_LEN]) -> Result<usize, Error> {
-        response_body_len(&header)
+    pub fn answer_body_len([kind, high, low]: [u8; HEADER_LEN]) -> Result<usize, Error> {
+        let len = usize::from(u16::from_be_bytes([high, low]));
+        match kind {
+            TYPE_RESPONSE if len == RESPONSE_LEN - HEADER_LEN => Ok(len),
+            TYPE_RESPONSE => Err(Error::Length(len)),
+            TYPE_ERROR => Ok(len),
+            kind => Err(Error::Type(kind)),
+        }
     }
 }
 
@@ -188,16 +188,10 @@ pub fn respond(
     state.mix_secret(&*dh(ephemeral, &e)?);
     let key = state.mix_key(&*dh(ephemeral, &machine)?);
     state.seal(&key, tag_out);
-    let (handshake_hash, _) = state.to_parts();
-    let [theirs, ours] = state.split();
     let accepted = Accepted {
         version,
         machine,
-        session: Session {
-            sealer: Sealer::new(&ours),
-            opener: Opener::new(&theirs),
-            handshake_hash,
-        },
+        session: Session::new(state, false),
     };
     Ok((accepted, answer))
 }
