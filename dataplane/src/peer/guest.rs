@@ -110,8 +110,11 @@ impl Guest {
     /// Takes up what is lent, if there is something and nothing is to be waited for.
     #[inline]
     fn admit(&mut self, now: Instant) -> bool {
-        self.terms
-            .take_up(&self.shared.loan, |terms| terms.count(now))
+        let shared = &self.shared;
+        // A way that routes have moved away from is the owner's to leave, with what is handed over to it.
+        self.terms.take_up(&shared.loan, |terms| {
+            terms.count(now) && !shared.is_to_unstick()
+        })
     }
 
     /// Where to send.

@@ -359,15 +359,15 @@ impl Peer {
     }
 
     /// The kernel refuses the local address, or routes have changed: routing chooses again.
-    pub(crate) fn unstick(&mut self) {
-        self.path.unstick();
+    pub(crate) fn unstick(&mut self, now: Instant) {
+        self.path.unstick(now);
         self.tell_whereabouts();
     }
 
     /// Draws the consequences of what the kernel found fault with.
     pub(crate) fn troubled(&mut self, now: Instant, trouble: Trouble, events: &mut Vec<Event>) {
         if trouble.source || self.shared.take_unstick() {
-            self.unstick();
+            self.unstick(now);
         }
         if trouble.gso {
             self.path.rest_gso(now);

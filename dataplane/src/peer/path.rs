@@ -18,14 +18,15 @@
 //!
 //! *In device mode* there is no control side that knows better: the endpoint follows the peer. It is
 //! the source of the newest authentic datagram, whatever was configured, and answers leave from the
-//! local address which that datagram was sent to.
+//! local address which that datagram was sent to. An address that was given up because routes have
+//! moved, or the kernel refuses it, is not taken up again by what was under way to it.
 //!
 //! A renewal gives a stream that gets no answers by its nature (one-way UDP) a third of the limit
 //! more than the limit, so that heartbeats one limit apart keep it on one path.
 
 #![forbid(unsafe_code)]
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::{Arrived, Whereabouts};
@@ -42,6 +43,8 @@ const NEW_SOURCE_INTERVAL: Duration = Duration::from_secs(1);
 const SEND_ERROR_INTERVAL: Duration = Duration::from_millis(100);
 /// After the kernel refused a GSO batch whose datagrams it took singly, none is tried for so long.
 const GSO_REST: Duration = Duration::from_secs(10);
+/// What arrives so soon at a local address that was given up may have been under way before.
+const UNDER_WAY: Duration = Duration::from_secs(1);
 
 /// Where a datagram came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,6 +102,8 @@ pub(crate) struct Path {
     /// Device mode: the endpoint, which follows the peer, and whether it has moved.
     follow: Option<Whereabouts>,
     moved: bool,
+    /// Device mode: the local address that was given up last, and when.
+    left: Option<(IpAddr, Instant)>,
 }
 
 fn within(now: Instant, at: Option<Instant>, limit: Duration) -> bool {
@@ -136,11 +141,12 @@ impl Path {
     }
 
     /// Lets routing choose the local address, until the peer is heard again or the next decision.
-    pub(crate) fn unstick(&mut self) {
+    pub(crate) fn unstick(&mut self, now: Instant) {
         if let Some(decision) = &mut self.decision {
             decision.local = None;
         }
         if let Some(at) = self.follow {
+            self.left = at.local.map(|local| (local.addr, now)).or(self.left);
             self.move_to(Whereabouts { local: None, ..at });
         }
     }
@@ -329,9 +335,12 @@ impl Path {
         self.quiet_since = None;
         self.heard_at = Some(now);
         if let (true, Source::Udp(from)) = (self.follow.is_some(), source) {
+            let left = self
+                .left
+                .filter(|left| within(now, Some(left.1), UNDER_WAY));
             self.move_to(Whereabouts {
                 endpoint: Some(from),
-                local,
+                local: local.filter(|local| left.is_none_or(|(addr, _)| addr != local.addr)),
             });
             return Arrived::Direct;
         }
@@ -561,7 +570,7 @@ mod tests {
             way,
             "guests do the same"
         );
-        rig.path.unstick();
+        rig.path.unstick(rig.at(2));
         assert_eq!(rig.path.way(rig.at(2)).local, None);
         rig.path.decide(rig.at(3), decision);
         assert_eq!(rig.path.way(rig.at(3)), way);
@@ -584,20 +593,29 @@ mod tests {
         assert_eq!(rig.send(9_000), (Some(addr(1)), None, vec![]));
 
         let mut events = Vec::new();
-        let mut arrive = |path: &mut Path, from, here| {
-            let source = Source::Udp(addr(from));
-            path.arrived(rig.start, PEER, source, Some(local(here)), &mut events)
+        let start = rig.start;
+        let mut arrive = |path: &mut Path, ms, from, here| {
+            let (now, source) = (start + Duration::from_millis(ms), Source::Udp(addr(from)));
+            path.arrived(now, PEER, source, Some(local(here)), &mut events)
         };
-        assert_eq!(arrive(&mut rig.path, 2, 7), Arrived::Direct);
+        assert_eq!(arrive(&mut rig.path, 0, 2, 7), Arrived::Direct);
         assert_eq!(rig.path.way(rig.start).udp, Some(addr(2)));
         assert_eq!(rig.path.way(rig.start).local, Some(local(7)));
         assert_eq!(rig.path.take_move(), at(Some(addr(2)), Some(local(7))));
-        arrive(&mut rig.path, 2, 7);
+        arrive(&mut rig.path, 0, 2, 7);
         assert_eq!(rig.path.take_move(), None, "told only when it moves");
-        arrive(&mut rig.path, 2, 8);
+        arrive(&mut rig.path, 0, 2, 8);
         assert_eq!(rig.path.take_move(), at(Some(addr(2)), Some(local(8))));
-        rig.path.unstick();
+        rig.path.unstick(start);
         assert_eq!(rig.path.take_move(), at(Some(addr(2)), None));
+        arrive(&mut rig.path, 900, 2, 8);
+        assert_eq!(rig.path.take_move(), None, "it was under way");
+        arrive(&mut rig.path, 950, 2, 7);
+        assert_eq!(rig.path.take_move(), at(Some(addr(2)), Some(local(7))));
+        arrive(&mut rig.path, 990, 3, 8);
+        assert_eq!(rig.path.take_move(), at(Some(addr(3)), None), "still so");
+        arrive(&mut rig.path, 1000, 3, 8);
+        assert_eq!(rig.path.take_move(), at(Some(addr(3)), Some(local(8))));
         assert!(events.is_empty(), "the control side has nothing to decide");
     }
 

@@ -71,8 +71,14 @@ impl PeerShared {
         self.unstick.store(true, Ordering::Relaxed);
     }
 
+    /// True from [`PeerShared::unstick`] until the owner obeys.
+    #[inline]
+    pub(crate) fn is_to_unstick(&self) -> bool {
+        self.unstick.load(Ordering::Relaxed)
+    }
+
     /// True once after [`PeerShared::unstick`]; one load where nothing was asked.
     pub(crate) fn take_unstick(&self) -> bool {
-        self.unstick.load(Ordering::Relaxed) && self.unstick.swap(false, Ordering::Relaxed)
+        self.is_to_unstick() && self.unstick.swap(false, Ordering::Relaxed)
     }
 }

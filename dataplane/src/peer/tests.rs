@@ -387,6 +387,41 @@ fn a_grant_that_has_ended_is_given_up_although_runs_of_others_keep_it_alive() {
     drop([first, second, third]);
 }
 
+/// A guest would go on with the old way until the owner has its report, and the answer to what it sent
+/// would bring the owner back to it.
+#[test]
+fn nobody_goes_back_to_the_local_address_that_routes_have_moved_away_from() {
+    let mut loan = Loan::lending();
+    let local = |last: u8| Local {
+        addr: [192, 0, 2, last].into(),
+        interface: 2,
+    };
+    let arrives = |loan: &mut Loan, ms, at| {
+        let (now, from) = (loan.at(ms), SocketAddr::from(([192, 0, 2, 1], 1)));
+        let peer = loan.owner.get(LENT).unwrap();
+        peer.arrived(now, Source::Udp(from), Some(at), &mut vec![]);
+        loan.owner.touch(now, LENT);
+    };
+    let lent = |loan: &mut Loan, ms| {
+        let admitted = loan.admits(ms);
+        let way = loan.guests.get(LENT).unwrap().way();
+        loan.guests.settle(LENT);
+        admitted.then_some(way.local)
+    };
+    arrives(&mut loan, 0, local(7));
+    assert_eq!(lent(&mut loan, 0), Some(Some(local(7))));
+    loan.table.get(LENT).unwrap().shared.unstick();
+    assert_eq!(lent(&mut loan, 10), None, "the owner is to send it");
+    let (now, peer) = (loan.at(20), loan.owner.get(LENT).unwrap());
+    peer.troubled(now, Trouble::default(), &mut vec![]);
+    loan.owner.touch(now, LENT);
+    assert_eq!(lent(&mut loan, 20), Some(None));
+    arrives(&mut loan, 30, local(7));
+    assert_eq!(lent(&mut loan, 30), Some(None), "it was under way");
+    arrives(&mut loan, 40, local(8));
+    assert_eq!(lent(&mut loan, 40), Some(Some(local(8))));
+}
+
 #[test]
 fn a_grant_nothing_was_sealed_with_is_let_go() {
     let mut loan = Loan::new();

@@ -131,7 +131,7 @@ impl Outlet<Peer> for Transmit {
         peer.path
             .sending(ctx.now, peer.id, batch.kind, &mut ctx.events);
         if peer.shared.take_unstick() {
-            peer.unstick();
+            peer.unstick(ctx.now);
         }
         let way = peer.path.way(ctx.now);
         let (udp_bytes, trouble) = self.by_udp(ctx, way, &batch);
