@@ -7,6 +7,7 @@
 )]
 
 use std::collections::BTreeMap;
+use std::io::{BufRead as _, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -50,25 +51,30 @@ impl Server {
     async fn start(files: Option<u32>) -> Self {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("auth-key"), "the key").unwrap();
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = port.local_addr().unwrap();
-        drop(port);
         let limit = files.map_or_else(String::new, |files| format!("ulimit -n {files};"));
         let quoted = |path: &Path| format!("'{}'", path.display());
         let command = format!(
-            "{limit} exec {} coord --addr {address} --state-dir {} --auth-key-file {}",
+            "{limit} exec {} coord --addr 127.0.0.1:0 --state-dir {} --auth-key-file {}",
             quoted(Path::new(env!("CARGO_BIN_EXE_ringtail"))),
             quoted(&dir.path().join("state")),
             quoted(&dir.path().join("auth-key")),
         );
-        let child = Command::new("sh")
+        let mut child = Command::new("sh")
             // A huge page counts for 2 MiB, whatever is held of it.
             .env("MIMALLOC_ALLOW_THP", "0")
             .args(["-c", &command])
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
+        let mut said = String::new();
+        let mut lines = BufReader::new(child.stdout.as_mut().unwrap());
+        lines.read_line(&mut said).unwrap();
+        let address = said
+            .trim_end()
+            .strip_prefix("coordination server at http://")
+            .unwrap_or_else(|| panic!("it begins with its address: {said}"));
+        let address: SocketAddr = address.parse().unwrap();
         let begun = Instant::now();
         let answer = loop {
             assert!(begun.elapsed() < PATIENCE, "the server starts");
