@@ -125,6 +125,14 @@ mod tun;
 mod types;
 mod udp;
 
+/// A generator of a new seed, which is printed.
+#[cfg(test)]
+fn seeded() -> rand::rngs::StdRng {
+    let seed = rand::random();
+    println!("seed {seed:#x}");
+    rand::SeedableRng::seed_from_u64(seed)
+}
+
 pub use budget::TimeBudget;
 pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, StartError,

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use rand::rngs::StdRng;
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{Rng, RngExt};
 
 use super::*;
 use crate::packet::build::{Builder, Tcp};
@@ -13,6 +13,7 @@ use crate::packet::segment::plan;
 use crate::packet::vnet::{
     GSO_NONE, GSO_TCPV4, GSO_TCPV6, GSO_UDP_L4, NEEDS_CSUM, VNET_HDR_LEN, VnetHdr,
 };
+use crate::seeded;
 
 fn v4(port: u16) -> Builder {
     Builder::new(
@@ -548,10 +549,8 @@ fn by_flow(packets: &[Vec<u8>]) -> HashMap<Flow, Vec<Vec<u8>>> {
 
 #[test]
 fn random_traffic_comes_out_as_it_went_in_and_in_order_within_every_flow() {
-    let seed = rand::random::<u64>();
-    println!("seed {seed:#x}");
     let mut traffic = Traffic {
-        rng: StdRng::seed_from_u64(seed),
+        rng: seeded(),
         seq: HashMap::new(),
         id: 0,
     };
@@ -576,12 +575,12 @@ fn random_traffic_comes_out_as_it_went_in_and_in_order_within_every_flow() {
         // First packets leave in order of arrival.
         let mut arrivals = packets.iter();
         for group in cut(&batch) {
-            assert!(arrivals.any(|packet| *packet == group[0]), "seed {seed:#x}");
+            assert!(arrivals.any(|packet| *packet == group[0]));
         }
         let got = cut(&batch).concat();
-        assert_eq!(got.len(), packets.len(), "seed {seed:#x}");
-        assert_eq!(by_flow(&got), by_flow(&packets), "seed {seed:#x}");
+        assert_eq!(got.len(), packets.len());
+        assert_eq!(by_flow(&got), by_flow(&packets));
         coalescer.recycle(batch);
     }
-    assert!(merged > 500, "only {merged} merged, seed {seed:#x}");
+    assert!(merged > 500, "only {merged} merged");
 }

@@ -4,19 +4,15 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
-use rand::rngs::StdRng;
-use rand::{RngExt, SeedableRng};
+use rand::RngExt;
 
 use super::flows::{
     FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX, FlowMemory, NODE_FLOWS_MAX, SHARD_FLOWS_MIN,
     Tell, flows_max,
 };
 use crate::packet::header::{Flow, HashKey, UDP};
-
-#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-fn start() -> Instant {
-    Instant::now()
-}
+use crate::seeded;
+use crate::sys::now as start;
 
 fn memory(now: Instant) -> FlowMemory {
     FlowMemory::new(now, HashKey::random(), FLOWS_MAX)
@@ -240,9 +236,7 @@ impl Plain {
 
 #[test]
 fn a_full_table_forgets_the_flow_longest_unused_and_no_other() {
-    let seed = rand::random::<u64>();
-    println!("seed {seed:#x}");
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = seeded();
     for _ in 0..20 {
         let mut now = start();
         let mut memory = FlowMemory::new(now, HashKey(rng.random()), 16);

@@ -6,21 +6,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{Rng, RngExt};
 use serde_json::Value;
 
 use super::*;
 use crate::packet::build::{Builder, Tcp};
 use crate::route::{Table, covers, masked};
+use crate::seeded;
+use crate::sys::now as start;
 use crate::types::{Prefix, Rule, Rules};
 
 const DENIED: Result<(), DropReason> = Err(DropReason::FilterDenied);
 const NOT_LOCAL: Result<(), DropReason> = Err(DropReason::FilterNotLocal);
-
-#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-fn start() -> Instant {
-    Instant::now()
-}
 
 fn prefix(text: &str) -> Prefix {
     let (addr, bits) = match text.split_once('/') {
@@ -607,9 +604,7 @@ fn random_prefix(rng: &mut StdRng) -> Prefix {
 
 #[test]
 fn compiled_rules_agree_with_rules_read_literally() {
-    let seed = rand::random::<u64>();
-    println!("seed {seed:#x}");
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = seeded();
     for _ in 0..200 {
         let rules: Vec<Rule> = (0..rng.random_range(0..8))
             .map(|_| Rule {
@@ -648,9 +643,7 @@ fn compiled_rules_agree_with_rules_read_literally() {
 
 #[test]
 fn random_packets_never_panic() {
-    let seed = rand::random::<u64>();
-    println!("seed {seed:#x}");
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = seeded();
     let now = start();
     let mut filter = deny_all(now);
     for _ in 0..100_000 {

@@ -131,11 +131,7 @@ mod tests {
     use rand::{SeedableRng, rngs::StdRng};
 
     use super::*;
-
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-    fn start() -> Instant {
-        Instant::now()
-    }
+    use crate::sys::now as start;
 
     #[test]
     fn a_source_that_repeats_itself_as_wireguard_does_has_returned() {

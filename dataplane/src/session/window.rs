@@ -106,7 +106,7 @@ impl Window {
 mod tests {
     use std::collections::HashSet;
 
-    use rand::{RngExt, SeedableRng, rngs::StdRng};
+    use rand::RngExt;
 
     use super::*;
 
@@ -279,9 +279,7 @@ mod tests {
 
     #[test]
     fn random_sequences_match_a_set() {
-        let seed: u64 = rand::random();
-        println!("seed {seed:#x}");
-        let mut rng = StdRng::seed_from_u64(seed);
+        let mut rng = crate::seeded();
         for _ in 0..60 {
             let mut newest: u64 = if rng.random_bool(0.3) {
                 REJECT_AFTER_MESSAGES - rng.random_range(0..20_000)
