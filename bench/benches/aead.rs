@@ -177,7 +177,7 @@ fn bench(c: &mut Criterion) {
 }
 
 fn backends() -> impl Iterator<Item = Aead> {
-    Backend::ALL.into_iter().filter_map(Aead::force)
+    Backend::ALL.iter().copied().filter_map(Aead::force)
 }
 
 #[expect(clippy::disallowed_methods, reason = "a bench reads the clock")]

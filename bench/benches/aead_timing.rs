@@ -100,7 +100,7 @@ fn report(what: &str, t: f64) {
 }
 
 fn main() {
-    for aead in Backend::ALL.into_iter().filter_map(Aead::force) {
+    for aead in Backend::ALL.iter().copied().filter_map(Aead::force) {
         let name = aead.backend().name();
         let fixed_key = Key::new(&[7; 32]);
 

@@ -6,6 +6,8 @@ use std::io;
 
 use zeroize::Zeroizing;
 
+use crate::named;
+
 /// Everything that is fixed for the life of a data plane.
 #[derive(Clone)]
 pub struct Config {
@@ -102,23 +104,13 @@ pub enum DriverChoice {
     Epoll,
 }
 
-/// Which driver is in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DriverKind {
-    /// Multishot receives into provided buffers.
-    IoUring,
-    /// Readiness, then reads until nothing is left.
-    Epoll,
-}
-
-impl DriverKind {
-    /// Returns the name people write: `io_uring` or `epoll`.
-    #[must_use]
-    pub fn as_str(self) -> &'static str {
-        match self {
-            DriverKind::IoUring => "io_uring",
-            DriverKind::Epoll => "epoll",
-        }
+named! {
+    /// Which driver is in use.
+    pub enum DriverKind {
+        /// Multishot receives into provided buffers.
+        IoUring = "io_uring",
+        /// Readiness, then reads until nothing is left.
+        Epoll = "epoll",
     }
 }
 

@@ -182,7 +182,7 @@ impl Dataplane {
             tun = dataplane.tun_name,
             port = dataplane.local_port(),
             shards = config.shards,
-            driver = dataplane.driver.as_str(),
+            driver = dataplane.driver.name(),
             offloads = ?dataplane.offloads,
             "data plane started"
         );

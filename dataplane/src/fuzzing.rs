@@ -231,7 +231,7 @@ pub fn aead(bytes: &[u8]) {
     for (ok, [_, _, _, high]) in opened.1.iter().zip(packets) {
         assert_eq!(*ok, high & 0x80 == 0);
     }
-    for aead in Backend::ALL.into_iter().filter_map(Aead::force) {
+    for aead in Backend::ALL.iter().copied().filter_map(Aead::force) {
         for aead in [aead, aead.for_every_shape()] {
             assert!(seal(aead) == sealed, "{aead:?} seals");
             assert!(open(aead, &sealed) == opened, "{aead:?} opens");

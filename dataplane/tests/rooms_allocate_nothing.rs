@@ -144,7 +144,7 @@ fn a_warm_pass_through_the_rooms_allocates_nothing() {
 #[test]
 fn sealing_and_opening_allocate_nothing() {
     let key = Key::new(&[7; 32]);
-    for aead in Backend::ALL.into_iter().filter_map(Aead::force) {
+    for aead in Backend::ALL.iter().copied().filter_map(Aead::force) {
         let mut messages = [[0; MESSAGE_LEN_MIN + 1420]; 9];
         let pass = || {
             let mut counter = 0..;

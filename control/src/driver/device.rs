@@ -187,7 +187,7 @@ impl Running {
         tracing::info!(
             interface = self.dataplane.tun_name(),
             shards = self.options.shards,
-            driver = self.dataplane.driver().as_str(),
+            driver = self.dataplane.driver().name(),
             "device is there"
         );
         let mut sleep = sleep::Watch::new();
@@ -412,7 +412,7 @@ pub(super) fn extras(
     let mut extras: Vec<(String, String)> = [
         ("version", env!("CARGO_PKG_VERSION").to_owned()),
         ("shards", stats.shards.len().to_string()),
-        ("driver", dataplane.driver().as_str().to_owned()),
+        ("driver", dataplane.driver().name().to_owned()),
         ("engine", format!("{engine:?}").to_lowercase()),
         ("offloads", listed(offloads_by_name(offloads))),
         (

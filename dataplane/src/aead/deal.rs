@@ -85,7 +85,8 @@ impl<const N: usize> Group<N> {
     }
 }
 
-/// Where the dealing stands.
+/// Where the dealing stands: at first at the beginning of the batch.
+#[derive(Default)]
 pub(super) struct Dealer {
     /// The next packet to take.
     next: usize,
@@ -98,17 +99,6 @@ pub(super) struct Dealer {
 }
 
 impl Dealer {
-    #[inline(always)]
-    pub(super) fn new() -> Self {
-        Dealer {
-            next: 0,
-            packet: 0,
-            text_len: 0,
-            block: 0,
-            left: 0,
-        }
-    }
-
     /// Deals the next group; an empty one at the end of the batch.
     #[inline(always)]
     pub(super) fn deal<P: Packet, const N: usize>(&mut self, batch: &[P], group: &mut Group<N>) {

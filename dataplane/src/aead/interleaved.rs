@@ -59,7 +59,7 @@ pub(super) trait Steps<const N: usize>: Lanes<N> {
 pub(super) fn run<L: Steps<N>, P: Packet, const N: usize>(cpu: L::Cpu, batch: &mut [P]) {
     let mut keystream = [[0; BLOCK_LEN]; N];
     let mut mac = Poly1305::default();
-    let mut dealer = Dealer::new();
+    let mut dealer = Dealer::default();
     let (mut one, mut other) = (Group::<N>::empty(), Group::empty());
     let (mut before, mut group) = (&mut one, &mut other);
     dealer.deal(batch, group);

@@ -122,6 +122,8 @@ use std::sync::OnceLock;
 use ::ring::aead::{CHACHA20_POLY1305, LessSafeKey, UnboundKey};
 use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
+use crate::named;
+
 /// Bytes before the text: type, three zero bytes, receiver index, counter.
 pub const HEADER_LEN: usize = 16;
 /// Bytes of the Poly1305 tag behind the text.
@@ -241,30 +243,15 @@ impl Open<'_> {
     }
 }
 
-/// An implementation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Backend {
-    /// 16 blocks of ChaCha20 and 8 MACs at a time (AVX-512F and IFMA).
-    Avx512,
-    /// 8 blocks of ChaCha20 at a time (AVX2).
-    Avx2,
-    /// One packet at a time, by the ring crate. Runs everywhere.
-    Ring,
-}
-
-impl Backend {
-    /// Every backend, fastest first.
-    pub const ALL: [Backend; 3] = [Backend::Avx512, Backend::Avx2, Backend::Ring];
-
-    /// Its name in flags and reports.
-    #[must_use]
-    #[cfg(feature = "internals")]
-    pub fn name(self) -> &'static str {
-        match self {
-            Backend::Avx512 => "avx512",
-            Backend::Avx2 => "avx2",
-            Backend::Ring => "ring",
-        }
+named! {
+    /// An implementation; the fastest first.
+    pub enum Backend {
+        /// 16 blocks of ChaCha20 and 8 MACs at a time (AVX-512F and IFMA).
+        Avx512 = "avx512",
+        /// 8 blocks of ChaCha20 at a time (AVX2).
+        Avx2 = "avx2",
+        /// One packet at a time, by the ring crate. Runs everywhere.
+        Ring = "ring",
     }
 }
 
@@ -379,7 +366,7 @@ impl Aead {
     pub fn detect() -> Aead {
         static FASTEST: OnceLock<Aead> = OnceLock::new();
         *FASTEST.get_or_init(|| {
-            let fastest = Backend::ALL.into_iter().find_map(Aead::force);
+            let fastest = Backend::ALL.iter().copied().find_map(Aead::force);
             fastest.expect("ring runs everywhere and answers its question")
         })
     }

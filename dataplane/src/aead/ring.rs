@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! The fallback: ring's one-packet ChaCha20-Poly1305, packet after packet.
 
-use ring::aead::{Aad, LessSafeKey, Nonce};
+use ring::aead::{Aad, Nonce};
 
 use super::{HEADER_LEN, Open, Seal, TAG_LEN, well_formed};
 
@@ -10,8 +10,13 @@ pub(super) fn seal(batch: &mut [Seal<'_>]) {
     for packet in batch {
         let text_end = packet.message.len() - TAG_LEN;
         let (text, tag) = packet.message[HEADER_LEN..].split_at_mut(text_end - HEADER_LEN);
-        let sealed = seal_text(packet.key.ring(), packet.counter, text);
-        tag.copy_from_slice(&sealed);
+        let sealed =
+            packet
+                .key
+                .ring()
+                .seal_in_place_separate_tag(nonce(packet.counter), Aad::empty(), text);
+        let sealed = sealed.expect("a message is far shorter than ring's limit of 256 GiB");
+        tag.copy_from_slice(sealed.as_ref());
     }
 }
 
@@ -28,15 +33,6 @@ pub(super) fn open(batch: &mut [Open<'_>]) {
             packet.wipe();
         }
     }
-}
-
-fn seal_text(key: &LessSafeKey, counter: u64, text: &mut [u8]) -> [u8; TAG_LEN] {
-    let tag = key
-        .seal_in_place_separate_tag(nonce(counter), Aad::empty(), text)
-        .expect("a message is far shorter than ring's limit of 256 GiB");
-    let mut bytes = [0; TAG_LEN];
-    bytes.copy_from_slice(tag.as_ref());
-    bytes
 }
 
 /// Four zero bytes and the counter, little-endian (WireGuard paper §5.4.6).

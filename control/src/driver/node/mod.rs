@@ -169,7 +169,7 @@ impl Node {
         tracing::info!(
             tun = self.dataplane.tun_name(),
             port = self.dataplane.local_port(),
-            driver = self.dataplane.driver().as_str(),
+            driver = self.dataplane.driver().name(),
             node_key = %self.keys.node.public(),
             "node has started"
         );

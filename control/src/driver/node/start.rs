@@ -219,7 +219,7 @@ impl Node {
             tun: dataplane.tun_name().to_owned(),
             mtu,
             shards: dataplane.stats().shards.len(),
-            driver: dataplane.driver().as_str(),
+            driver: dataplane.driver().name(),
             listen_port: dataplane.local_port(),
             coordination: None,
             coordination_state: "static network file".into(),

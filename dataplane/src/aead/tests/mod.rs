@@ -6,13 +6,14 @@ mod portable;
 mod vectors;
 
 use rand::rngs::StdRng;
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{Rng, RngExt};
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 
 use super::{
     Aead, Backend, Engine, HEADER_LEN, Key, MESSAGE_LEN_MAX, MESSAGE_LEN_MIN, Open, Seal, TAG_LEN,
     known,
 };
+use crate::seeded;
 
 fn hex(text: &str) -> Vec<u8> {
     let digits: Vec<u32> = text.chars().filter_map(|c| c.to_digit(16)).collect();
@@ -24,12 +25,6 @@ fn long() -> bool {
     std::env::var_os("RINGTAIL_LONG_TESTS").is_some()
 }
 
-fn seeded() -> StdRng {
-    let seed = rand::random::<u64>();
-    println!("seed {seed:#x}");
-    StdRng::seed_from_u64(seed)
-}
-
 /// An emulated processor is there for one backend; RINGTAIL_AEAD_BACKENDS says so, and then that
 /// backend must not be left out in silence (`scripts/avx512.sh`).
 #[test]
@@ -38,11 +33,9 @@ fn the_backends_asked_for_are_there() {
     println!("this machine runs {names:?}");
     let asked = std::env::var("RINGTAIL_AEAD_BACKENDS").unwrap_or_else(|_| "ring".to_owned());
     for name in asked.split(',') {
-        let backend = Backend::ALL
-            .into_iter()
-            .find(|backend| backend.name() == name);
+        let backend = Backend::ALL.iter().find(|backend| backend.name() == name);
         let backend = backend.unwrap_or_else(|| panic!("no backend is named {name}"));
-        assert!(Aead::force(backend).is_some(), "{name}");
+        assert!(Aead::force(*backend).is_some(), "{name}");
     }
 }
 
@@ -96,7 +89,7 @@ fn ways() -> Vec<Way> {
 
 /// Every backend that this machine can run.
 fn backends() -> impl Iterator<Item = Aead> {
-    Backend::ALL.into_iter().filter_map(Aead::force)
+    Backend::ALL.iter().copied().filter_map(Aead::force)
 }
 
 /// What a test knows of a packet.

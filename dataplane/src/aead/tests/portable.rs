@@ -152,7 +152,7 @@ pub(super) fn lockstep_tag(key: &[u8; 32], blocks: &[[u8; 16]]) -> [u8; 16] {
 /// Where carries and reductions are longest: bytes that are all ones, all zeros, or nearly so.
 #[test]
 fn macs_in_lockstep_are_the_scalar_ones() {
-    let mut rng = super::seeded();
+    let mut rng = crate::seeded();
     for _ in 0..2000 {
         let mut fill = |bytes: &mut [u8]| match rng.random_range(0..4) {
             0 => bytes.fill(0xff),
