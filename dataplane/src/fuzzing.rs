@@ -137,8 +137,8 @@ pub fn handshake(now: Instant, bytes: &[u8]) {
         *byte ^= change;
     }
     match mode {
-        1 if message.len() == base.len() => noise::remake_macs(to_b, &mut message),
-        2 if message.len() == base.len() => noise::remake_macs(to_a, &mut message),
+        1 if message.len() == base.len() => noise::put_mac1(to_b, &mut message),
+        2 if message.len() == base.len() => noise::put_mac1(to_a, &mut message),
         _ => {}
     }
     let same = |base: &[u8]| {

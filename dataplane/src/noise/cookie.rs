@@ -29,12 +29,6 @@ impl Drop for Cookie {
     }
 }
 
-impl std::fmt::Debug for Cookie {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Cookie(secret)")
-    }
-}
-
 /// Opens a cookie reply to the message that carried `mac1_sent`.
 ///
 /// # Errors
@@ -132,12 +126,6 @@ pub struct CookieStoreState {
     pub last_mac1: Option<[u8; MAC_LEN]>,
     /// The cookie and its age.
     pub cookie: Option<(Zeroizing<[u8; MAC_LEN]>, Duration)>,
-}
-
-impl std::fmt::Debug for CookieStoreState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("CookieStoreState(secret)")
-    }
 }
 
 /// The responder's side: makes and checks cookies from a secret that changes.

@@ -60,12 +60,6 @@ impl LocalKeys {
     }
 }
 
-impl std::fmt::Debug for LocalKeys {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("LocalKeys(secret)")
-    }
-}
-
 /// A peer's static public key, the preshared key, and what follows from them and our own key.
 pub struct Remote {
     pub(super) public: [u8; KEY_LEN],
@@ -119,11 +113,5 @@ impl Remote {
     /// [`Error::LowOrder`].
     pub(super) fn shared(&self) -> Result<Zeroizing<[u8; KEY_LEN]>, Error> {
         self.shared.clone().ok_or(Error::LowOrder)
-    }
-}
-
-impl std::fmt::Debug for Remote {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Remote(secret)")
     }
 }

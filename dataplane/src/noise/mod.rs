@@ -88,6 +88,19 @@ pub const MAC_LEN: usize = 16;
 /// (paper §5.1; the kernel and wireguard-go take fifty a second as well).
 pub const ANSWER_INTERVAL_MIN: Duration = Duration::from_millis(20);
 
+/// `Debug` that says what a value is, and nothing of what is in it.
+macro_rules! secret {
+    ($($name:ident),*) => {$(
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str(concat!(stringify!($name), "(secret)"))
+            }
+        }
+    )*};
+}
+
+secret!(Cookie, CookieStoreState, LocalKeys, Remote, SymmetricState);
+
 /// Why a message is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -138,13 +151,6 @@ impl Error {
 /// public key: for tests and floods.
 #[cfg(feature = "internals")]
 pub fn put_mac1(remote: &Remote, message: &mut [u8]) {
-    remake_macs(remote, message);
-}
-
-/// Gives a damaged initiation or response to `remote` a right MAC1 again, as anybody can who knows
-/// the public key.
-#[cfg(feature = "internals")]
-pub(crate) fn remake_macs(remote: &Remote, message: &mut [u8]) {
     message::put_macs(&remote.labels.mac1, None, message);
 }
 

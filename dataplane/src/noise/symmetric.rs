@@ -61,12 +61,6 @@ pub struct SymmetricState {
     chain: Zeroizing<[u8; KEY_LEN]>,
 }
 
-impl std::fmt::Debug for SymmetricState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("SymmetricState(secret)")
-    }
-}
-
 impl Drop for SymmetricState {
     fn drop(&mut self) {
         self.hash.zeroize();
@@ -155,19 +149,14 @@ impl SymmetricState {
     /// A shared secret; gives the key for what follows.
     #[must_use]
     pub fn mix_key(&mut self, secret: &[u8; KEY_LEN]) -> Zeroizing<[u8; KEY_LEN]> {
-        let out = self.kdf::<64>(secret);
-        let mut key = Zeroizing::new([0; KEY_LEN]);
-        key.copy_from_slice(&out[KEY_LEN..]);
-        key
+        output(1, &*self.kdf::<64>(secret))
     }
 
     /// The pre-shared key (all zero where there is none); gives the key for what follows.
     pub(super) fn mix_preshared(&mut self, key: &[u8; KEY_LEN]) -> Zeroizing<[u8; KEY_LEN]> {
         let out = self.kdf::<96>(key);
-        self.mix_hash(&out[KEY_LEN..2 * KEY_LEN]);
-        let mut key = Zeroizing::new([0; KEY_LEN]);
-        key.copy_from_slice(&out[2 * KEY_LEN..]);
-        key
+        self.mix_hash(&*output(1, &*out));
+        output(2, &*out)
     }
 
     /// Seals all but the last 16 bytes of `buffer` in place and puts the tag there. Every
@@ -207,11 +196,13 @@ impl SymmetricState {
     #[must_use]
     pub fn split(mut self) -> [Zeroizing<[u8; KEY_LEN]>; 2] {
         let out = self.kdf::<64>(&[]);
-        let half = |at: usize| {
-            let mut key = Zeroizing::new([0; KEY_LEN]);
-            key.copy_from_slice(&out[at..at + KEY_LEN]);
-            key
-        };
-        [half(0), half(KEY_LEN)]
+        [0, 1].map(|n| output(n, &*out))
     }
+}
+
+/// Output `n` of a KDF, from 0.
+fn output(n: usize, of: &[u8]) -> Zeroizing<[u8; KEY_LEN]> {
+    let mut key = Zeroizing::new([0; KEY_LEN]);
+    key.copy_from_slice(&of[n * KEY_LEN..][..KEY_LEN]);
+    key
 }

@@ -11,22 +11,13 @@ use std::convert::Infallible;
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
-use rand::{RngExt as _, SeedableRng as _, TryCryptoRng, TryRng};
+use rand::{RngExt as _, TryCryptoRng, TryRng};
 
 use super::handshake::ConsumedInitiation;
 use super::*;
-
-/// A moment to count from; virtual time goes on by addition.
-#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-fn start() -> Instant {
-    Instant::now()
-}
-
-fn seeded() -> StdRng {
-    let seed = rand::random::<u64>();
-    println!("seed {seed:#x}");
-    StdRng::seed_from_u64(seed)
-}
+use crate::seeded;
+/// Any moment to count from; virtual time goes on by addition.
+use crate::sys::now as start;
 
 /// A source of randomness that says what it is told to.
 struct Dictated(Vec<u8>);

@@ -1,7 +1,6 @@
 //! What must not pass: every damaged byte, every wrong length, every useless key.
 
 use super::*;
-use crate::noise::message::put_macs;
 
 /// Every u-coordinate of low order (the seven that fit 255 bits; the top bit of a coordinate is
 /// ignored, so each counts twice).
@@ -55,7 +54,7 @@ fn every_damaged_byte_of_an_initiation_is_refused() {
         assert_eq!(error, expected, "byte {at}");
         // Somebody who knows the responder's public key can make MAC1 right. The index is what the
         // sender wants to be called, and is not part of what is authenticated.
-        put_macs(&a.remote.labels.mac1, None, &mut damaged);
+        put_mac1(&a.remote, &mut damaged);
         if !(4..8).contains(&at) && at < 116 {
             let error = b.receive(&damaged).unwrap_err();
             let expected = if at < 4 {
@@ -84,7 +83,7 @@ fn every_damaged_byte_of_a_response_is_refused_and_the_true_one_is_still_good() 
             _ => Error::Mac1,
         };
         assert_eq!(a.finish(&initiated, &damaged).unwrap_err(), expected);
-        put_macs(&b.remote.labels.mac1, None, &mut damaged);
+        put_mac1(&b.remote, &mut damaged);
         if (12..60).contains(&at) {
             let error = a.finish(&initiated, &damaged).unwrap_err();
             assert_eq!(error, Error::Authentication, "byte {at}");
@@ -145,12 +144,12 @@ fn an_ephemeral_key_of_low_order_is_refused_in_both_messages() {
     for point in low_order() {
         let mut forged = message;
         forged[8..40].copy_from_slice(&point);
-        put_macs(&a.remote.labels.mac1, None, &mut forged);
+        put_mac1(&a.remote, &mut forged);
         let error = peek_initiation(&b.local, &forged).unwrap_err();
         assert_eq!(error, Error::LowOrder);
         let mut forged = answer;
         forged[12..44].copy_from_slice(&point);
-        put_macs(&b.remote.labels.mac1, None, &mut forged);
+        put_mac1(&b.remote, &mut forged);
         let error = a.finish(&initiated, &forged).unwrap_err();
         assert_eq!(error, Error::LowOrder);
     }
@@ -201,7 +200,7 @@ fn messages_of_strangers_and_for_strangers_are_refused() {
     let received = b.receive(&message).unwrap();
     response(&stranger, received, 5, None, &mut rng, &mut forged).unwrap();
     forged[44..60].fill(7);
-    put_macs(&b.remote.labels.mac1, None, &mut forged);
+    put_mac1(&b.remote, &mut forged);
     let error = a.finish(&initiated, &forged).unwrap_err();
     assert_eq!(error, Error::Authentication);
     assert!(a.finish(&initiated, &answer).is_ok());
@@ -227,7 +226,7 @@ fn a_response_to_another_initiation_is_refused() {
     let (_, mut answer) = b.respond(&mut rng, &message);
     assert_eq!(a.finish(&second, &answer).unwrap_err(), Error::WrongIndex);
     answer[8..12].copy_from_slice(&second.index().to_le_bytes());
-    put_macs(&b.remote.labels.mac1, None, &mut answer);
+    put_mac1(&b.remote, &mut answer);
     let error = a.finish(&second, &answer).unwrap_err();
     assert_eq!(error, Error::Authentication);
 }
