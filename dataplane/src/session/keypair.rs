@@ -34,7 +34,7 @@ pub(crate) struct Sealing {
     /// On a line of its own: every batch of every shard writes it, and all read what is beside it.
     counter: Counter,
     born: Instant,
-    initiator: bool,
+    pub(super) initiator: bool,
 }
 
 const _: () = assert!(
@@ -136,7 +136,6 @@ pub(crate) struct Keypair {
     /// The index the peer writes into what it sends us.
     pub(super) local_index: u32,
     pub(super) born: Instant,
-    pub(super) initiator: bool,
 }
 
 /// Bytes of a keypair with both halves.
@@ -160,22 +159,18 @@ pub(super) struct Material<'a> {
 
 impl Keypair {
     pub(super) fn new(material: Material<'_>) -> Box<Keypair> {
-        let Material {
-            born, initiator, ..
-        } = material;
         Box::new(Keypair {
             sealing: Arc::new(Sealing {
                 key: Key::new(material.send),
                 remote_index: material.remote_index,
                 counter: Counter::new(material.next_counter, REJECT_AFTER_MESSAGES),
-                born,
-                initiator,
+                born: material.born,
+                initiator: material.initiator,
             }),
             opening: Key::new(material.receive),
             window: material.window,
             local_index: material.local_index,
-            born,
-            initiator,
+            born: material.born,
         })
     }
 
@@ -276,11 +271,7 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-    fn now() -> Instant {
-        Instant::now()
-    }
+    use crate::sys::now;
 
     fn sealing(next: u64) -> Arc<Sealing> {
         let keypair = Keypair::new(Material {

@@ -14,7 +14,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
-use rand::RngExt;
 
 use super::keypair::{Keypair, Keypairs, Material, Sealing};
 use super::timers::{Alarm, Alarms};
@@ -22,8 +21,7 @@ use super::window::Window;
 use super::{
     BATCH_MAX, Change, FRESH, INITIATION_INTERVAL_MIN, KEEPALIVE_TIMEOUT, MESSAGE_LEN_MAX, Moment,
     OpenReport, Opened, Outcome, Own, QUIET_LIMIT, RECEIVE_REKEY_AFTER_TIME, REJECT_AFTER_TIME,
-    REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, REKEY_TIMEOUT_JITTER_MAX, Stamps,
-    ZERO_AFTER_TIME,
+    REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, Stamps, ZERO_AFTER_TIME,
 };
 use crate::aead::{Aead, Open};
 use crate::classify::{
@@ -263,11 +261,8 @@ impl Machine {
         self.stamped = Some(stamp);
         self.handshake_sent = Some(at.now);
         self.attempt.get_or_insert(at.now);
-        let jitter = own
-            .rng
-            .random_range(Duration::ZERO..=REKEY_TIMEOUT_JITTER_MAX);
         self.alarms
-            .set(Alarm::Retransmit, at.now + REKEY_TIMEOUT + jitter);
+            .set(Alarm::Retransmit, at.now + REKEY_TIMEOUT + own.jitter());
         self.authentic_sent(at.now);
         Some(INITIATION_LEN)
     }
@@ -402,12 +397,14 @@ impl Machine {
         self.attempt = None;
         self.late_rekey = false;
         self.up = true;
-        let born = self
-            .keys
-            .current
-            .as_ref()
-            .map_or(now, |current| current.born);
-        self.alarms.set(Alarm::Expire, born + REJECT_AFTER_TIME);
+        self.alarms
+            .set(Alarm::Expire, self.born(now) + REJECT_AFTER_TIME);
+    }
+
+    /// When the current keys were made; now if there are none.
+    fn born(&self, now: Instant) -> Instant {
+        let current = self.keys.current.as_ref();
+        current.map_or(now, |current| current.born)
     }
 
     /// Something authentic arrived.
@@ -500,18 +497,9 @@ impl Machine {
     /// Data was sealed: unless something comes back, there is a new handshake.
     fn expect_answer(&mut self, own: &mut Own, now: Instant) {
         if self.alarms.get(Alarm::NewHandshake).is_none() {
-            let born = self
-                .keys
-                .current
-                .as_ref()
-                .map_or(now, |current| current.born);
-            let jitter = own
-                .rng
-                .random_range(Duration::ZERO..=REKEY_TIMEOUT_JITTER_MAX);
-            self.alarms.set(
-                Alarm::NewHandshake,
-                (now + QUIET_LIMIT).max(born + FRESH + jitter),
-            );
+            let fresh_until = self.born(now) + FRESH + own.jitter();
+            self.alarms
+                .set(Alarm::NewHandshake, (now + QUIET_LIMIT).max(fresh_until));
         }
     }
 

@@ -102,8 +102,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use zeroize::Zeroizing;
 
 pub(crate) use awaited::Awaited;
@@ -213,6 +213,12 @@ impl Own {
     fn renew_rng(&mut self) {
         self.rng = StdRng::from_rng(&mut self.rng);
     }
+
+    /// What is added to a time so that two ends do not keep step (§6.1).
+    fn jitter(&mut self) -> Duration {
+        self.rng
+            .random_range(Duration::ZERO..=REKEY_TIMEOUT_JITTER_MAX)
+    }
 }
 
 fn padded_len(len: usize, mtu: usize) -> usize {
@@ -263,7 +269,8 @@ impl Engine {
         padded_len(len, self.mtu) + OVERHEAD
     }
 
-    /// Puts segments `range` of a planned packet into a send buffer, for [`Engine::seal_lent`].
+    /// Puts segments `range` of a planned packet into a send buffer, each with the room that
+    /// [`Sealing::seal`] wants: header, plaintext padded with zeros, tag.
     ///
     /// # Panics
     /// If `out` is shorter than the sealed lengths together.
@@ -274,7 +281,18 @@ impl Engine {
         range: Range<usize>,
         out: &mut [u8],
     ) -> Staged {
-        stage(plan, packet, range, self.mtu, out)
+        let mut staged = Staged::default();
+        for i in range {
+            let len = plan.segment_len(i);
+            let padded = padded_len(len, self.mtu);
+            let message = &mut out[staged.bytes..][..padded + OVERHEAD];
+            let plain = &mut message[DATA_HEADER_LEN..][..padded];
+            plan.write(i, packet, plain);
+            plain[len..].fill(0);
+            staged.bytes += message.len();
+            staged.segments += 1;
+        }
+        staged
     }
 
     /// Seals staged messages, as [`Session::seal`] does, under keys that another shard has lent.
@@ -321,14 +339,23 @@ impl Engine {
         }
     }
 
+    /// What a session of boringtun's needs.
+    #[cfg(feature = "boringtun")]
+    fn common(&mut self) -> &mut tunn::Common {
+        let common = self.tunn.as_deref_mut();
+        common.expect("sessions of this kind come from an engine that has it")
+    }
+}
+
+#[cfg_attr(
+    not(test),
+    expect(
+        dead_code,
+        reason = "for the hand-over to a new process, design decision 16"
+    )
+)]
+impl Engine {
     /// Ends a session and returns what another process goes on with; boringtun's cannot.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "for the hand-over to a new process, design decision 16"
-        )
-    )]
     pub(crate) fn export(&mut self, now: Instant, session: Session) -> Option<state::SessionState> {
         match session {
             Session::Ours(machine) => Some(machine.export(&mut self.own, now)),
@@ -341,13 +368,6 @@ impl Engine {
     }
 
     /// Takes up a session that was exported; `None` if it cannot be.
-    #[cfg_attr(
-        not(test),
-        expect(
-            dead_code,
-            reason = "for the hand-over to a new process, design decision 16"
-        )
-    )]
     pub(crate) fn import(
         &mut self,
         now: Instant,
@@ -359,13 +379,6 @@ impl Engine {
         let mut machine = Machine::import(&mut self.own, now, config.id, remote, state)?;
         machine.set_keepalive(now, config.persistent_keepalive);
         Some(Session::Ours(Box::new(machine)))
-    }
-
-    /// What a session of boringtun's needs.
-    #[cfg(feature = "boringtun")]
-    fn common(&mut self) -> &mut tunn::Common {
-        let common = self.tunn.as_deref_mut();
-        common.expect("sessions of this kind come from an engine that has it")
     }
 }
 
@@ -552,11 +565,11 @@ impl Session {
         range: Range<usize>,
         out: &mut [u8],
     ) -> Staged {
-        let mtu = engine.mtu;
         match self {
-            Session::Ours(_) => stage(plan, packet, range, mtu, out),
+            Session::Ours(_) => engine.stage(plan, packet, range, out),
             #[cfg(feature = "boringtun")]
             Session::Boringtun(tunnel) => {
+                let mtu = engine.mtu;
                 tunnel.seal(engine.common(), mtu, plan, packet, range, out)
             }
         }
@@ -690,23 +703,6 @@ impl Session {
             Session::Boringtun(tunnel) => tunnel.tick(at.now, quiet_for, out),
         }
     }
-}
-
-/// Writes segments with the room that [`Sealing::seal`] wants: header, plaintext padded with zeros,
-/// tag.
-fn stage(plan: &Plan, packet: &[u8], range: Range<usize>, mtu: usize, out: &mut [u8]) -> Staged {
-    let mut staged = Staged::default();
-    for i in range {
-        let len = plan.segment_len(i);
-        let padded = padded_len(len, mtu);
-        let message = &mut out[staged.bytes..][..padded + OVERHEAD];
-        let plain = &mut message[DATA_HEADER_LEN..][..padded];
-        plan.write(i, packet, plain);
-        plain[len..].fill(0);
-        staged.bytes += message.len();
-        staged.segments += 1;
-    }
-    staged
 }
 
 #[cfg(test)]

@@ -89,7 +89,7 @@ impl Machine {
                     local_index: keypair.local_index,
                     remote_index,
                     age: now.saturating_duration_since(keypair.born),
-                    initiator: keypair.initiator,
+                    initiator: keypair.sealing.initiator,
                     next_counter,
                     received,
                     window: window.to_vec(),

@@ -288,15 +288,21 @@ impl Tunnel {
         self.wake_clock();
         match self.tunn.format_handshake_initiation(out, true) {
             TunnResult::WriteToNetwork(message) => {
-                let started = self.attempt.map_or(now, |attempt| attempt.started);
-                self.attempt = Some(Attempt { started, last: now });
-                Some(message.len())
+                let len = message.len();
+                self.went_out(now);
+                Some(len)
             }
             TunnResult::Done
             | TunnResult::Err(_)
             | TunnResult::WriteToTunnelV4(..)
             | TunnResult::WriteToTunnelV6(..) => None,
         }
+    }
+
+    /// An initiation leaves now.
+    fn went_out(&mut self, now: Instant) {
+        let started = self.attempt.map_or(now, |attempt| attempt.started);
+        self.attempt = Some(Attempt { started, last: now });
     }
 
     /// Lets time pass: retries, rekeying, keep-alives, expiry. `quiet_for` is how long data has been
@@ -310,8 +316,7 @@ impl Tunnel {
                 outcome.message = Some(message.len());
                 outcome.handshake = message.first() == Some(&1);
                 if outcome.handshake {
-                    let started = self.attempt.map_or(now, |attempt| attempt.started);
-                    self.attempt = Some(Attempt { started, last: now });
+                    self.went_out(now);
                 }
             }
             TunnResult::Err(_) => {
@@ -334,8 +339,7 @@ impl Tunnel {
         let fresh_since = *self.fresh_since.get_or_insert(now);
         let stale = now.saturating_duration_since(fresh_since) >= FRESH;
         if outcome.message.is_none() && self.ready && stale && quiet_for >= QUIET_LIMIT {
-            outcome.message = self.initiate(now, false, out);
-            outcome.handshake = true;
+            outcome.handshake(self.initiate(now, false, out));
         }
         outcome
     }
@@ -356,12 +360,10 @@ impl Tunnel {
                 if now.saturating_duration_since(attempt.last)
                     >= REKEY_TIMEOUT + REKEY_TIMEOUT_JITTER_MAX =>
             {
-                outcome.message = self.initiate(now, true, out);
-                outcome.handshake = true;
+                outcome.handshake(self.initiate(now, true, out));
             }
             None if self.keepalive && !self.ready => {
-                outcome.message = self.initiate(now, false, out);
-                outcome.handshake = true;
+                outcome.handshake(self.initiate(now, false, out));
             }
             Some(_) | None => {}
         }

@@ -2,7 +2,7 @@
 
 use super::*;
 
-const BOTH: [config::Engine; 2] = [config::Engine::Ringtail, config::Engine::Boringtun];
+const BOTH: [config::Engine; 2] = [OURS, config::Engine::Boringtun];
 
 #[test]
 fn packets_of_every_length_pass_padded_to_sixteen_but_not_past_the_mtu() {
@@ -55,7 +55,7 @@ fn counters_begin_at_zero_and_every_message_of_a_key_has_the_next() {
 
 #[test]
 fn padding_is_zeros() {
-    let (mut a, mut b) = pair(config::Engine::Ringtail);
+    let (mut a, mut b) = pair(OURS);
     let now = secs(0.0);
     shake(now, &mut a, &mut b);
     let mut datagram = a.seal(now, &ipv4(33));
@@ -126,7 +126,7 @@ fn a_message_with_a_wrong_mac_or_from_a_stranger_is_dropped() {
 
 #[test]
 fn messages_of_wrong_lengths_are_dropped() {
-    let (mut a, mut b) = pair(config::Engine::Ringtail);
+    let (mut a, mut b) = pair(OURS);
     let now = secs(0.0);
     let initiation = a.initiate(now);
     let longer = [&initiation[..], &[0]].concat();
@@ -232,7 +232,7 @@ fn a_second_handshake_replaces_the_keys_while_data_flows() {
 
 #[test]
 fn a_run_of_many_datagrams_is_opened_whole_and_in_order() {
-    let (mut a, mut b) = pair(config::Engine::Ringtail);
+    let (mut a, mut b) = pair(OURS);
     let now = secs(0.0);
     shake(now, &mut a, &mut b);
     // More than one batch of the AEAD, the last datagram shorter.

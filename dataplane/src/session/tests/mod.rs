@@ -11,12 +11,12 @@ use x25519_dalek::{PublicKey, StaticSecret};
 
 use super::*;
 
+const OURS: config::Engine = config::Engine::Ringtail;
 const MTU: usize = 1420;
 /// What a keep-alive is long.
 const KEEPALIVE_LEN: usize = 32;
 
-#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+static START: LazyLock<Instant> = LazyLock::new(crate::sys::now);
 
 /// So long after the tests' beginning.
 fn at(offset: Duration) -> Moment {

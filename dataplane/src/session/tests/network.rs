@@ -7,8 +7,8 @@ use std::collections::{BinaryHeap, HashMap, HashSet, VecDeque};
 use rand::RngExt;
 
 use super::*;
+use crate::seeded;
 
-const OURS: config::Engine = config::Engine::Ringtail;
 /// What waits for keys at an end at most, as in `peer::waiting`.
 const WAITING_MAX: usize = 128;
 
@@ -236,17 +236,11 @@ impl Network {
     }
 }
 
-fn seed() -> u64 {
-    let seed = rand::random();
-    println!("seed {seed:#x}");
-    seed
-}
-
 /// The paper's bound is the next retry; here nobody waits at all: whichever initiation comes first
 /// is answered, and that answer counts.
 #[test]
 fn simultaneous_starts_never_stall() {
-    let mut rng = StdRng::seed_from_u64(seed());
+    let mut rng = seeded();
     let mut crossed = 0;
     for _ in 0..500 {
         let mut network = Network::new(rng.random(), CALM);
@@ -267,17 +261,18 @@ fn simultaneous_starts_never_stall() {
 
 /// Days of traffic that comes and goes at both ends. Nothing is lost but by the network, nothing
 /// arrives twice, and whoever has data is heard soon.
-fn days(seed: u64, weather: Weather, days: u64, packets: u32) -> Network {
-    let mut network = Network::new(seed, weather);
+fn days(weather: Weather) -> Network {
+    const DAYS: u64 = 3;
+    let mut network = Network::new(seeded().random(), weather);
     let mut clock = [Duration::ZERO; 2];
-    let end_of_time = Duration::from_secs(days * 86_400);
-    for number in 0..packets {
+    let end_of_time = Duration::from_secs(DAYS * 86_400);
+    for number in 0..6_000 {
         let from = network.rng.random_range(0..2);
         let gap_ms = match network.rng.random_range(0..100) {
             0..80 => network.rng.random_range(0..50),
             80..90 => network.rng.random_range(0..20_000),
             90..98 => network.rng.random_range(0..300_000),
-            _ => network.rng.random_range(0..days * 4_000_000),
+            _ => network.rng.random_range(0..DAYS * 4_000_000),
         };
         // Now and then both begin at once.
         let start = if gap_ms > 100_000 {
@@ -301,7 +296,7 @@ fn days(seed: u64, weather: Weather, days: u64, packets: u32) -> Network {
 
 #[test]
 fn days_of_calm_lose_nothing_but_what_is_too_old_and_never_stall() {
-    let network = days(seed(), CALM, 3, 6_000);
+    let network = days(CALM);
     let sent = network.sealed.len();
     assert!(sent > 1_000, "{sent} packets");
     network.assert_only_old_ones_are_lost();
@@ -324,7 +319,7 @@ fn days_of_reordering_and_doubles_lose_nothing_but_what_is_too_old() {
         loss: 0.0,
         doubled: 0.2,
     };
-    let network = days(seed(), weather, 3, 6_000);
+    let network = days(weather);
     network.assert_only_old_ones_are_lost();
     // A late response can belong to an initiation that has been repeated for a new attempt.
     assert!(
@@ -341,7 +336,7 @@ fn days_of_storm_deliver_what_the_network_does() {
         loss: 0.3,
         doubled: 0.1,
     };
-    let network = days(seed(), weather, 3, 6_000);
+    let network = days(weather);
     let (sent, arrived) = (network.sealed.len(), network.arrived.len());
     assert!(arrived * 100 >= sent * 60, "{arrived} of {sent}");
     // A handshake fails with a probability of one half; ninety seconds are seventeen of them.

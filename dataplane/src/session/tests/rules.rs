@@ -10,8 +10,6 @@ use super::state::SessionState;
 use super::*;
 use crate::noise::{self, Gate, Standing, Verdict};
 
-const OURS: config::Engine = config::Engine::Ringtail;
-
 /// What a session said by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Said {
@@ -56,6 +54,19 @@ fn times(said: &[(f64, Said)], what: Said) -> Vec<f64> {
     of_kind.map(|(at, _)| *at).collect()
 }
 
+/// Nothing of that kind is said between these moments.
+#[track_caller]
+fn assert_silent(what: Said, end: &mut End, from: f64, until: f64) {
+    assert_eq!(times(&pass(end, from, until), what), [0.0; 0]);
+}
+
+/// There are no keys to seal with any more, or yet.
+#[track_caller]
+fn assert_expired(end: &mut End, seconds: f64) {
+    let refused = end.try_seal(secs(seconds), &ipv4(50)).unwrap_err();
+    assert_eq!(refused, DropReason::SessionExpired);
+}
+
 #[track_caller]
 fn assert_near(got: f64, from: f64, to: f64) {
     assert!(
@@ -69,6 +80,12 @@ fn joined() -> (End, End) {
     let (mut a, mut b) = pair(OURS);
     shake(secs(0.0), &mut a, &mut b);
     (a, b)
+}
+
+/// The answer of `b` to an initiation of `a`.
+fn answered(at: Moment, a: &mut End, b: &mut End) -> Vec<u8> {
+    let initiation = a.initiate(at);
+    b.handshake(at, &initiation).unwrap().1
 }
 
 /// Carries one packet from `a` to `b`.
@@ -113,7 +130,7 @@ fn an_initiation_is_repeated_after_five_seconds_and_jitter_for_ninety_seconds() 
 fn new_data_begins_the_ninety_seconds_anew() {
     let (mut a, _) = pair(OURS);
     a.initiate(secs(0.0));
-    assert_eq!(times(&pass(&mut a, 0.0, 60.0), Said::Down), [0.0; 0]);
+    assert_silent(Said::Down, &mut a, 0.0, 60.0);
     // A packet that waits asks again; none is sent sooner for it.
     assert_eq!(a.try_initiate(secs(60.0), false), None);
     let said = pass(&mut a, 60.0, 1000.0);
@@ -173,20 +190,14 @@ fn the_initiator_that_sends_rekeys_after_two_minutes_and_the_responder_does_not(
         carry(seconds, &mut a, &mut b);
         carry(seconds, &mut b, &mut a);
     }
-    assert_eq!(
-        times(&pass(&mut a, 119.9, 119.99), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut a, 119.9, 119.99);
     carry(120.0, &mut b, &mut a);
     carry(120.0, &mut a, &mut b);
     carry(121.0, &mut b, &mut a);
     let said = pass(&mut a, 120.0, 124.9);
     assert_near(times(&said, Said::Initiation)[0], 120.0, 120.0);
     assert_eq!(said.len(), 1, "{said:?}");
-    assert_eq!(
-        times(&pass(&mut b, 120.0, 123.9), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut b, 120.0, 123.9);
     // Unanswered it is repeated; an initiator that is idle would not have begun.
     assert_near(
         times(&pass(&mut a, 124.9, 131.0), Said::Initiation)[0],
@@ -215,10 +226,7 @@ fn the_initiator_that_receives_rekeys_after_165_seconds_once() {
     let (mut a, mut b) = joined();
     // Nothing was sent for two minutes: that would ask for new keys as well.
     carry(164.9, &mut b, &mut a);
-    assert_eq!(
-        times(&pass(&mut a, 0.0, 164.95), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut a, 0.0, 164.95);
     carry(165.0, &mut b, &mut a);
     let said = pass(&mut a, 165.0, 165.0);
     assert_eq!(times(&said, Said::Initiation), [165.0]);
@@ -227,10 +235,7 @@ fn the_initiator_that_receives_rekeys_after_165_seconds_once() {
     assert_eq!(pass(&mut a, 166.0, 169.9), []);
     let (mut c, mut d) = joined();
     carry(170.0, &mut c, &mut d);
-    assert_eq!(
-        times(&pass(&mut d, 170.0, 170.0), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut d, 170.0, 170.0);
 }
 
 #[test]
@@ -239,10 +244,7 @@ fn keys_are_not_used_after_three_minutes() {
     carry(179.9, &mut a, &mut b);
     let late = a.seal(secs(179.9), &ipv4(50));
     assert!(a.ready(secs(179.9)) && !a.ready(secs(180.0)));
-    assert_eq!(
-        a.try_seal(secs(180.0), &ipv4(50)).unwrap_err(),
-        DropReason::SessionExpired
-    );
+    assert_expired(&mut a, 180.0);
     let got = b.open(secs(180.0), &[&late]);
     assert_eq!(got.dropped, [DropReason::SessionExpired]);
     assert_eq!(times(&pass(&mut b, 179.9, 200.0), Said::Down), [180.0]);
@@ -278,10 +280,7 @@ fn the_last_counter_is_below_reject_after_messages() {
     set_counter(&mut a, REJECT_AFTER_MESSAGES - 1);
     carry(10.0, &mut a, &mut b);
     assert!(!a.ready(secs(10.0)));
-    assert_eq!(
-        a.try_seal(secs(10.0), &ipv4(50)).unwrap_err(),
-        DropReason::SessionExpired
-    );
+    assert_expired(&mut a, 10.0);
     assert_eq!(pass(&mut a, 10.0, 11.0), [(10.0, Said::Initiation)]);
 }
 
@@ -344,7 +343,7 @@ fn a_persistent_keepalive_is_sent_when_nothing_else_was() {
     );
     kept.persistent_keepalive = Some(0);
     assert!(a.session.reconfigure(secs(81.0).now, &plain, &kept));
-    assert_eq!(times(&pass(&mut a, 81.0, 115.0), Said::Keepalive), [0.0; 0]);
+    assert_silent(Said::Keepalive, &mut a, 81.0, 115.0);
 }
 
 #[test]
@@ -365,17 +364,14 @@ fn data_that_gets_no_answer_makes_a_handshake() {
     let (mut a2, mut b2) = joined();
     carry(30.0, &mut a2, &mut b2);
     carry(32.0, &mut b2, &mut a2);
-    assert_eq!(
-        times(&pass(&mut a2, 32.0, 100.0), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut a2, 32.0, 100.0);
     // A handshake too.
     carry(40.0, &mut a, &mut b);
     let initiation = b.initiate(secs(41.0));
     a.handshake(secs(41.0), &initiation).unwrap();
     a.machine().initiated.take();
     a.machine().alarms.clear(timers::Alarm::Retransmit);
-    assert_eq!(times(&pass(&mut a, 41.0, 60.0), Said::Initiation), [0.0; 0]);
+    assert_silent(Said::Initiation, &mut a, 41.0, 60.0);
 }
 
 #[test]
@@ -401,18 +397,13 @@ fn keys_are_erased_after_nine_minutes_without_new_ones() {
 #[test]
 fn the_responder_does_not_seal_before_the_initiator_has() {
     let (mut a, mut b) = pair(OURS);
-    let initiation = a.initiate(secs(0.0));
-    let (_, response) = b.handshake(secs(0.0), &initiation).unwrap();
+    let response = answered(secs(0.0), &mut a, &mut b);
     assert!(!b.ready(secs(0.0)));
-    assert_eq!(
-        b.try_seal(secs(0.0), &ipv4(40)).unwrap_err(),
-        DropReason::SessionExpired
-    );
+    assert_expired(&mut b, 0.0);
     let (_, keepalive) = a.handshake(secs(0.0), &response).unwrap();
     b.open(secs(0.0), &[&keepalive]);
     // With keys from before it goes on with those.
-    let initiation = a.initiate(secs(20.0));
-    let (_, response) = b.handshake(secs(20.0), &initiation).unwrap();
+    let response = answered(secs(20.0), &mut a, &mut b);
     let old = b.seal(secs(20.0), &ipv4(40));
     let (_, keepalive) = a.handshake(secs(20.0), &response).unwrap();
     assert_eq!(a.open(secs(20.0), &[&old]).packets.len(), 1);
@@ -424,8 +415,7 @@ fn the_responder_does_not_seal_before_the_initiator_has() {
 #[test]
 fn a_bad_message_does_not_confirm_the_next_keys() {
     let (mut a, mut b) = pair(OURS);
-    let initiation = a.initiate(secs(0.0));
-    let (_, response) = b.handshake(secs(0.0), &initiation).unwrap();
+    let response = answered(secs(0.0), &mut a, &mut b);
     let (_, mut keepalive) = a.handshake(secs(0.0), &response).unwrap();
     keepalive[31] ^= 1;
     let got = b.open(secs(0.0), &[&keepalive]);
@@ -526,6 +516,12 @@ fn from() -> SocketAddr {
     SocketAddr::from(([192, 0, 2, 1], 7))
 }
 
+/// The gate of the end with the private key 2.
+fn gate() -> Gate {
+    let local = Arc::new(LocalKeys::new(&private(2)));
+    Gate::new(secs(0.0).now, Some(local), &mut rng(4))
+}
+
 /// The cookie reply that a gate makes once a message has come too often.
 fn challenge(gate: &mut Gate, at: Moment, message: &[u8]) -> [u8; 64] {
     let (mut rng, mut reply) = (rng(5), [0; 64]);
@@ -546,8 +542,7 @@ fn challenge(gate: &mut Gate, at: Moment, message: &[u8]) -> [u8; 64] {
 #[test]
 fn a_cookie_goes_into_the_next_message_for_two_minutes() {
     let (mut a, b) = pair(OURS);
-    let local = Arc::new(LocalKeys::new(&private(2)));
-    let mut gate = Gate::new(secs(0.0).now, Some(local), &mut rng(4));
+    let mut gate = gate();
     let initiation = a.initiate(secs(0.0));
     assert_eq!(initiation[132..], [0; 16], "no cookie yet");
     let reply = challenge(&mut gate, secs(0.0), &initiation);
@@ -595,8 +590,7 @@ fn without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_
     new.preshared_key = Some(Zeroizing::new([8; 32]));
     assert!(a.session.reconfigure(secs(1.0).now, &old, &new));
     carry(1.0, &mut a, &mut b);
-    let initiation = a.initiate(secs(6.0));
-    let (_, response) = b.handshake(secs(6.0), &initiation).unwrap();
+    let response = answered(secs(6.0), &mut a, &mut b);
     assert_eq!(
         a.handshake(secs(6.0), &response).unwrap_err(),
         DropReason::HandshakeInvalid
@@ -697,8 +691,7 @@ fn an_exported_session_goes_on_elsewhere() {
     let seen = b.seal(secs(2.0), &ipv4(61));
     assert_eq!(a.open(secs(2.0), &[&seen]).packets.len(), 1);
     // An initiation is outstanding too.
-    let initiation = a.initiate(secs(2.0));
-    let (_, response) = b.handshake(secs(2.0), &initiation).unwrap();
+    let response = answered(secs(2.0), &mut a, &mut b);
     let deadlines = a.session.poll_timeout();
 
     let now = secs(3.0);
@@ -730,8 +723,7 @@ fn all_keys_of_an_exported_session_keep_their_parts() {
         shake(secs(seconds), &mut a, &mut b);
         [(); 2].map(|()| a.seal(secs(seconds), &ipv4(50)))
     });
-    let initiation = a.initiate(secs(80.0));
-    let (_, response) = b.handshake(secs(80.0), &initiation).unwrap();
+    let response = answered(secs(80.0), &mut a, &mut b);
     let (_, keepalive) = a.handshake(secs(80.0), &response).unwrap();
     move_on(&mut b, 2, &peer_config(1, None), secs(80.0));
     assert_eq!(b.engine.own.indexes.len(), 5);
@@ -764,8 +756,7 @@ fn an_exported_session_knows_replays_and_takes_and_gives_cookies() {
     assert_eq!(refusal(3.0199, &second), Some(DropReason::HandshakeTooSoon));
     assert_eq!(refusal(4.0, &first), Some(DropReason::HandshakeReplayed));
     // The reply to a message that was sent before, and the cookie from before.
-    let local = Arc::new(LocalKeys::new(&private(2)));
-    let mut gate = Gate::new(secs(0.0).now, Some(local), &mut rng(4));
+    let mut gate = gate();
     let reply = challenge(&mut gate, secs(4.0), &second);
     move_on(&mut a, 1, &of_a, secs(4.0));
     a.handshake(secs(4.0), &reply).unwrap();
@@ -810,8 +801,7 @@ fn what_is_exported_is_imported_to_the_last_bit() {
     let initiation = b.initiate(secs(40.0));
     a.handshake(secs(40.0), &initiation).unwrap();
     let initiation = a.initiate(secs(41.0));
-    let local = Arc::new(LocalKeys::new(&private(2)));
-    let mut gate = Gate::new(secs(0.0).now, Some(local), &mut rng(4));
+    let mut gate = gate();
     let reply = challenge(&mut gate, secs(41.0), &initiation);
     a.handshake(secs(42.0), &reply).unwrap();
     a.initiate(secs(43.0));
@@ -905,10 +895,7 @@ fn data_sealed_elsewhere_that_gets_no_answer_makes_a_handshake() {
     // Answered before the report: nothing is missing.
     let (mut a, _) = joined();
     tell(&mut a, 30.05, 30.0, Some(30.02));
-    assert_eq!(
-        times(&pass(&mut a, 30.05, 100.0), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut a, 30.05, 100.0);
 }
 
 #[test]
@@ -916,7 +903,7 @@ fn data_sealed_elsewhere_stands_for_a_keepalive_and_asks_for_new_keys_in_time() 
     let (mut a, mut b) = joined();
     carry(10.0, &mut b, &mut a);
     tell(&mut a, 10.55, 10.5, None);
-    assert_eq!(times(&pass(&mut a, 10.55, 25.0), Said::Keepalive), [0.0; 0]);
+    assert_silent(Said::Keepalive, &mut a, 10.55, 25.0);
     // What came after it is still to be answered, ten seconds after it.
     let (mut a, mut b) = joined();
     carry(30.0, &mut b, &mut a);
@@ -929,19 +916,13 @@ fn data_sealed_elsewhere_stands_for_a_keepalive_and_asks_for_new_keys_in_time() 
     let (mut a, mut b) = joined();
     tell(&mut a, 119.9, 119.9, Some(119.95));
     tell(&mut b, 120.1, 120.1, Some(120.15));
-    assert_eq!(
-        times(&pass(&mut a, 119.9, 120.0), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut a, 119.9, 120.0);
     tell(&mut a, 120.1, 120.05, Some(120.07));
     assert_eq!(
         times(&pass(&mut a, 120.1, 120.2), Said::Initiation).len(),
         1
     );
-    assert_eq!(
-        times(&pass(&mut b, 120.1, 129.0), Said::Initiation),
-        [0.0; 0]
-    );
+    assert_silent(Said::Initiation, &mut b, 120.1, 129.0);
 }
 
 #[test]
