@@ -1,37 +1,33 @@
 //! Event descriptors: how one thread wakes another out of its driver.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd};
+
+use super::called;
 
 /// A non-blocking eventfd used as a flag: readable once signalled, until cleared.
 #[derive(Debug)]
-pub(crate) struct EventFd(OwnedFd);
+pub(crate) struct EventFd(File);
 
 impl EventFd {
     /// Makes one, not signalled.
     pub(crate) fn new() -> io::Result<EventFd> {
         // SAFETY: no pointers are passed.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let fd = called(unsafe { libc::eventfd(0, libc::EFD_CLOEXEC | libc::EFD_NONBLOCK) })?;
         // SAFETY: the call returned a new descriptor that nobody else owns.
-        Ok(EventFd(unsafe { OwnedFd::from_raw_fd(fd) }))
+        Ok(EventFd(unsafe { File::from_raw_fd(fd) }))
     }
 
     /// Makes it readable. Nothing can go wrong that the other side would not notice itself: the
     /// only error is a counter at its limit, which is readable too.
     pub(crate) fn signal(&self) {
-        let one = 1u64;
-        // SAFETY: `one` is 8 readable bytes for the length of the call.
-        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+        let _at_its_limit = (&self.0).write(&1u64.to_ne_bytes());
     }
 
     /// Makes it not readable.
     pub(crate) fn clear(&self) {
-        let mut count = 0u64;
-        // SAFETY: `count` is 8 writable bytes for the length of the call.
-        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
+        let _not_readable = (&self.0).read(&mut [0; 8]);
     }
 }
 
@@ -43,6 +39,8 @@ impl AsFd for EventFd {
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsRawFd;
+
     use super::*;
 
     fn readable(event: &EventFd) -> bool {

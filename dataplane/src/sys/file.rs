@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use super::called;
 use super::socket::errno;
 
 /// `TUNSETOFFLOAD`: `_IOW('T', 208, unsigned int)`.
@@ -34,29 +35,9 @@ pub(crate) fn has_failed(fd: BorrowedFd<'_>) -> bool {
     found == 1 && poll.revents & libc::POLLERR != 0
 }
 
-/// Makes reads and writes of the descriptor return instead of waiting.
-pub(crate) fn set_nonblocking(fd: BorrowedFd<'_>) -> io::Result<()> {
-    // SAFETY: no pointers are passed.
-    let flags = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) };
-    if flags < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: no pointers are passed.
-    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
 /// Tells the kernel which unfinished packets it may give us through a TUN device (`TUN_F_*`).
 pub(crate) fn set_tun_offload(fd: BorrowedFd<'_>, flags: u32) -> io::Result<()> {
     // SAFETY: the ioctl takes its argument by value.
     let result = unsafe { libc::ioctl(fd.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    called(result).map(drop)
 }

@@ -15,11 +15,22 @@ pub(crate) mod refuse;
 pub(crate) mod socket;
 mod sum;
 
+use std::io;
+
 pub(crate) use clock::{cycles, thread_time};
 pub use clock::{now, slept, steady_wall, steady_wall_at_least};
 pub(crate) use cpu::{allowed_cpus, pin_to};
 pub(crate) use event::EventFd;
-pub(crate) use file::{has_failed, read, set_nonblocking, set_tun_offload, write};
+pub(crate) use file::{has_failed, read, set_tun_offload, write};
 pub(crate) use sum::sum_of;
 #[cfg(test)]
 pub(crate) use sum::sum_words;
+
+/// What a system call gave; the error it has left if that is -1.
+fn called(result: i32) -> io::Result<i32> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}

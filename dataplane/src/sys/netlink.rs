@@ -4,11 +4,14 @@
 //! a 12-byte `rtmsg`, then attributes of a 4-byte header (length, type) and a value, each padded to
 //! 4 bytes. Numbers are in native order, addresses as on the wire.
 
-use std::io;
+use std::io::{self, Read as _};
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::Duration;
 
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::called;
 use super::socket::socklen;
 
 /// `RTMGRP_IPV4_ROUTE`, `RTMGRP_IPV4_RULE`, `RTMGRP_IPV6_ROUTE`, `RTNLGRP_IPV6_RULE`.
@@ -27,29 +30,18 @@ const ANSWER_TIMEOUT: Duration = Duration::from_millis(200);
 
 /// Tells of changed routes and rules.
 #[derive(Debug)]
-pub(crate) struct RouteNotices(OwnedFd);
+pub(crate) struct RouteNotices(Socket);
 
 /// Asks for routes.
 #[derive(Debug)]
 pub(crate) struct RouteQuery {
-    fd: OwnedFd,
+    socket: Socket,
     sequence: u32,
 }
 
-fn open(groups: u32) -> io::Result<OwnedFd> {
-    // SAFETY: no pointers are passed.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_NETLINK,
-            libc::SOCK_RAW | libc::SOCK_CLOEXEC,
-            libc::NETLINK_ROUTE,
-        )
-    };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the call returned a new descriptor that nobody else owns.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+fn open(groups: u32) -> io::Result<Socket> {
+    let routing = Some(Protocol::from(libc::NETLINK_ROUTE));
+    let socket = Socket::new(Domain::from(libc::AF_NETLINK), Type::RAW, routing)?;
     // SAFETY: all-zero is a valid `sockaddr_nl`.
     let mut name: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
     name.nl_family = libc::sa_family_t::try_from(libc::AF_NETLINK).map_err(io::Error::other)?;
@@ -57,33 +49,19 @@ fn open(groups: u32) -> io::Result<OwnedFd> {
     // SAFETY: `name` is readable for its length during the call.
     let result = unsafe {
         libc::bind(
-            fd.as_raw_fd(),
+            socket.as_raw_fd(),
             (&raw const name).cast(),
             socklen(size_of_val(&name)),
         )
     };
-    if result < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(fd)
-}
-
-fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8], flags: i32) -> io::Result<usize> {
-    // SAFETY: `bytes` is writable for its length during the call.
-    let len = unsafe {
-        libc::recv(
-            fd.as_raw_fd(),
-            bytes.as_mut_ptr().cast(),
-            bytes.len(),
-            flags,
-        )
-    };
-    usize::try_from(len).map_err(|_| io::Error::last_os_error())
+    called(result).map(|_| socket)
 }
 
 impl RouteNotices {
     pub(crate) fn new() -> io::Result<RouteNotices> {
-        open(GROUPS).map(RouteNotices)
+        let socket = open(GROUPS)?;
+        socket.set_nonblocking(true)?;
+        Ok(RouteNotices(socket))
     }
 
     /// Takes what has come. True if there was something, or more than the kernel could hold.
@@ -91,7 +69,7 @@ impl RouteNotices {
         let mut bytes = [0; BUFFER_LEN];
         let mut any = false;
         loop {
-            match receive(self.0.as_fd(), &mut bytes, libc::MSG_DONTWAIT) {
+            match (&self.0).read(&mut bytes) {
                 Ok(_) => any = true,
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => any = true,
                 Err(_) => return any,
@@ -109,26 +87,10 @@ impl AsFd for RouteNotices {
 
 impl RouteQuery {
     pub(crate) fn new() -> io::Result<RouteQuery> {
-        let fd = open(0)?;
-        let timeout = libc::timeval {
-            tv_sec: 0,
-            tv_usec: libc::suseconds_t::try_from(ANSWER_TIMEOUT.as_micros())
-                .map_err(io::Error::other)?,
-        };
-        // SAFETY: the value is readable for its length during the call.
-        let result = unsafe {
-            libc::setsockopt(
-                fd.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_RCVTIMEO,
-                (&raw const timeout).cast(),
-                socklen(size_of_val(&timeout)),
-            )
-        };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(RouteQuery { fd, sequence: 0 })
+        let socket = open(0)?;
+        socket.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        let sequence = 0;
+        Ok(RouteQuery { socket, sequence })
     }
 
     /// The interface by which a packet with this mark would leave from `from` to `to`.
@@ -138,21 +100,10 @@ impl RouteQuery {
     pub(crate) fn interface(&mut self, from: IpAddr, to: IpAddr, mark: u32) -> io::Result<u32> {
         self.sequence = self.sequence.wrapping_add(1);
         let question = question(self.sequence, from, to, mark)?;
-        // SAFETY: `question` is readable for its length during the call.
-        let sent = unsafe {
-            libc::send(
-                self.fd.as_raw_fd(),
-                question.as_ptr().cast(),
-                question.len(),
-                0,
-            )
-        };
-        if sent < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        self.socket.send(&question)?;
         let mut bytes = [0; BUFFER_LEN];
         loop {
-            let len = receive(self.fd.as_fd(), &mut bytes, 0)?;
+            let len = self.socket.read(&mut bytes)?;
             // An answer to an older question, which came too late, is passed over.
             if let Some(answer) = answer(&bytes[..len], self.sequence) {
                 return answer;

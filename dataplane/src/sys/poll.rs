@@ -4,6 +4,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::Duration;
 
+use super::called;
+
 /// Events one wait reports at most.
 const EVENTS_MAX: usize = 8;
 
@@ -14,10 +16,7 @@ pub(crate) struct Poll(OwnedFd);
 impl Poll {
     pub(crate) fn new() -> io::Result<Poll> {
         // SAFETY: no pointers are passed.
-        let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
-        if fd < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let fd = called(unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) })?;
         // SAFETY: the call returned a new descriptor that nobody else owns.
         Ok(Poll(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
@@ -37,11 +36,7 @@ impl Poll {
                 &raw mut event,
             )
         };
-        if result < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        called(result).map(drop)
     }
 
     /// Watches `fd` no more.
@@ -55,11 +50,7 @@ impl Poll {
                 std::ptr::null_mut(),
             )
         };
-        if result < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(())
-        }
+        called(result).map(drop)
     }
 
     /// Waits for readers, up to `timeout` (rounded up to a millisecond; `None`: no limit), and

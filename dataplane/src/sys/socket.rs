@@ -1,9 +1,13 @@
 //! Socket options, and sending and receiving with control messages.
 
 use std::io;
-use std::mem::{MaybeUninit, size_of};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::mem::size_of;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+
+use arrayvec::ArrayVec;
+
+use super::called;
 
 /// Space for control messages in bytes: GRO size (24), TOS or traffic class (24), packet info (32
 /// or 40), and room to spare; 32 is known to be too little.
@@ -27,21 +31,14 @@ fn family(family: i32) -> libc::sa_family_t {
 
 /// Sets an option whose value is an `int`.
 pub(crate) fn set_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
-    // SAFETY: the value is 4 readable bytes for the length of the call.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            level,
-            name,
-            (&raw const value).cast(),
-            socklen(size_of::<i32>()),
-        )
-    };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    set(fd, level, name, &value)
+}
+
+fn set<T>(fd: BorrowedFd<'_>, level: i32, name: i32, value: &T) -> io::Result<()> {
+    let (bytes, len) = (std::ptr::from_ref(value).cast(), socklen(size_of::<T>()));
+    // SAFETY: the value is readable for its length during the call.
+    let result = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, bytes, len) };
+    called(result).map(drop)
 }
 
 /// Datagrams that a socket has dropped because its buffer was full; wraps at 2^32.
@@ -73,21 +70,9 @@ pub(crate) fn attach_reuseport_filter(
         len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
         filter: program.as_ptr().cast_mut(),
     };
-    // SAFETY: `fprog` points to `program`, both valid for the call, which copies them.
-    let result = unsafe {
-        libc::setsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_ATTACH_REUSEPORT_CBPF,
-            (&raw const fprog).cast(),
-            socklen(size_of::<libc::sock_fprog>()),
-        )
-    };
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
+    // It points to `program`, which the call copies.
+    let (level, name) = (libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_CBPF);
+    set(fd, level, name, &fprog)
 }
 
 /// A socket address in the kernel's form.
@@ -139,6 +124,15 @@ impl Name {
             },
         }
     }
+
+    fn parts(&mut self) -> (*mut libc::c_void, libc::socklen_t) {
+        ((&raw mut self.storage).cast(), self.len)
+    }
+}
+
+/// Room for a name that the kernel writes.
+fn name_room(name: &mut [u8; NAME_LEN]) -> (*mut libc::c_void, libc::socklen_t) {
+    (name.as_mut_ptr().cast(), socklen(NAME_LEN))
 }
 
 /// Reads a socket address as the kernel wrote it; `None` for other families or short ones.
@@ -148,10 +142,7 @@ pub(crate) fn parse_name(bytes: &[u8]) -> Option<SocketAddr> {
     match family {
         libc::AF_INET => {
             let octets = *bytes.get(4..)?.first_chunk::<4>()?;
-            Some(SocketAddr::V4(SocketAddrV4::new(
-                Ipv4Addr::from(octets),
-                port,
-            )))
+            Some(SocketAddr::from((octets, port)))
         }
         libc::AF_INET6 => {
             let octets = *bytes.get(8..)?.first_chunk::<16>()?;
@@ -303,13 +294,8 @@ fn send_control(leave: &Leave, stride: Option<u16>) -> (Control, usize) {
             IpAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_TOS),
             IpAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS),
         };
-        used = push_control(
-            &mut control,
-            used,
-            level,
-            kind,
-            &i32::from(tos).to_ne_bytes(),
-        );
+        let data = i32::from(tos).to_ne_bytes();
+        used = push_control(&mut control, used, level, kind, &data);
     }
     if let Some(local) = local {
         let interface = local.forced_interface().to_ne_bytes();
@@ -345,11 +331,8 @@ pub(crate) fn send(
 ) -> Result<(), i32> {
     let mut name = Name::new(leave.to);
     let (mut control, used) = send_control(leave, stride);
-    let mut iov = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
-    let message = message(&mut name, &mut iov, &mut control, used);
+    let mut iov = vector(bytes);
+    let message = message(name.parts(), &mut iov, &mut control, used);
     loop {
         // SAFETY: name, vector and control outlive the call, which only reads them.
         let sent = unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT) };
@@ -377,46 +360,48 @@ pub(crate) fn send_each(
     let mut name = Name::new(leave.to);
     let (mut control, used) = send_control(leave, None);
     let mut sent = 0;
-    let mut rest = bytes.chunks(usize::from(stride.max(1)));
-    loop {
-        let mut iovs = [const {
-            libc::iovec {
-                iov_base: std::ptr::null_mut(),
-                iov_len: 0,
-            }
-        }; EACH_MAX];
-        let mut messages: [MaybeUninit<libc::mmsghdr>; EACH_MAX] =
-            [const { MaybeUninit::uninit() }; EACH_MAX];
-        let mut count = 0;
-        for ((iov, slot), datagram) in iovs.iter_mut().zip(&mut messages).zip(rest.by_ref()) {
-            iov.iov_base = datagram.as_ptr().cast_mut().cast();
-            iov.iov_len = datagram.len();
-            slot.write(libc::mmsghdr {
-                msg_hdr: message(&mut name, iov, &mut control, used),
-                msg_len: 0,
-            });
-            count += 1;
-        }
-        let mut done = 0;
-        while done < count {
-            let todo = libc::c_uint::try_from(count - done).expect("at most EACH_MAX");
-            let first = messages[done..].as_mut_ptr().cast::<libc::mmsghdr>();
-            // SAFETY: entries `done..count` are initialised, and what they point to outlives the
-            // call, which only writes `msg_len`.
-            let n = unsafe { libc::sendmmsg(fd.as_raw_fd(), first, todo, libc::MSG_DONTWAIT) };
-            match usize::try_from(n) {
-                Ok(n) => done += n,
-                Err(_) => match errno() {
-                    libc::EINTR => {}
-                    error => return (sent + done, Some(error)),
-                },
-            }
-        }
-        sent += done;
-        if count < EACH_MAX {
-            return (sent, None);
+    let stride = usize::from(stride.max(1));
+    for chunk in bytes.chunks(stride * EACH_MAX) {
+        let mut iovs: ArrayVec<libc::iovec, EACH_MAX> = chunk.chunks(stride).map(vector).collect();
+        let mut messages: ArrayVec<libc::mmsghdr, EACH_MAX> = iovs
+            .iter_mut()
+            .map(|iov| one_of_many(message(name.parts(), iov, &mut control, used)))
+            .collect();
+        // SAFETY: name, vectors and control outlive the call.
+        let (left, error) = unsafe { send_messages(fd, &mut messages) };
+        sent += left;
+        if error.is_some() {
+            return (sent, error);
         }
     }
+    (sent, None)
+}
+
+/// Sends messages without waiting, as many per system call as the kernel takes. Returns how many left,
+/// and the errno of the first that did not.
+///
+/// # Safety
+/// What the messages point to is there.
+unsafe fn send_messages(
+    fd: BorrowedFd<'_>,
+    messages: &mut [libc::mmsghdr],
+) -> (usize, Option<i32>) {
+    let mut done = 0;
+    while done < messages.len() {
+        let todo = libc::c_uint::try_from(messages.len() - done).expect("at most EACH_MAX");
+        let first = messages[done..].as_mut_ptr();
+        // SAFETY: so many messages are there, of which the call only writes `msg_len`; the rest is
+        // the caller's promise.
+        let n = unsafe { libc::sendmmsg(fd.as_raw_fd(), first, todo, libc::MSG_DONTWAIT) };
+        match usize::try_from(n) {
+            Ok(n) => done += n,
+            Err(_) => match errno() {
+                libc::EINTR => {}
+                error => return (done, Some(error)),
+            },
+        }
+    }
+    (done, None)
 }
 
 /// Sends single datagrams of equal lengths to many addresses, many per system call and without waiting.
@@ -427,56 +412,69 @@ pub(crate) fn send_many<const LEN: usize>(
 ) -> usize {
     let mut sent = 0;
     for chunk in datagrams.chunks(EACH_MAX) {
-        let mut parts: [MaybeUninit<(Name, libc::iovec, Control, usize)>; EACH_MAX] =
-            [const { MaybeUninit::uninit() }; EACH_MAX];
-        let mut messages: [MaybeUninit<libc::mmsghdr>; EACH_MAX] =
-            [const { MaybeUninit::uninit() }; EACH_MAX];
-        let places = parts.iter_mut().zip(&mut messages);
-        for ((part, slot), (leave, datagram)) in places.zip(chunk) {
-            let iov = libc::iovec {
-                iov_base: datagram.as_ptr().cast_mut().cast(),
-                iov_len: LEN,
+        let mut parts: ArrayVec<_, EACH_MAX> = chunk
+            .iter()
+            .map(|(leave, datagram)| {
+                let (control, used) = send_control(leave, None);
+                (Name::new(leave.to), vector(datagram), control, used)
+            })
+            .collect();
+        let mut messages: ArrayVec<libc::mmsghdr, EACH_MAX> = parts
+            .iter_mut()
+            .map(|(name, iov, control, used)| {
+                one_of_many(message(name.parts(), iov, control, *used))
+            })
+            .collect();
+        let mut rest = messages.as_mut_slice();
+        while !rest.is_empty() {
+            // SAFETY: the parts outlive the call.
+            let (left, error) = unsafe { send_messages(fd, rest) };
+            sent += left;
+            let passed_over = match error {
+                Some(libc::EAGAIN | libc::ENOBUFS) => return sent,
+                Some(_) => 1,
+                None => 0,
             };
-            let (control, used) = send_control(leave, None);
-            let (name, iov, control, used) = part.write((Name::new(leave.to), iov, control, used));
-            slot.write(libc::mmsghdr {
-                msg_hdr: message(name, iov, control, *used),
-                msg_len: 0,
-            });
-        }
-        let mut done = 0;
-        while done < chunk.len() {
-            let todo = libc::c_uint::try_from(chunk.len() - done).expect("at most EACH_MAX");
-            let first = messages[done..].as_mut_ptr().cast::<libc::mmsghdr>();
-            // SAFETY: entries `done..chunk.len()` are initialised, and what they point to outlives
-            // the call, which only writes `msg_len`.
-            let n = unsafe { libc::sendmmsg(fd.as_raw_fd(), first, todo, libc::MSG_DONTWAIT) };
-            match usize::try_from(n) {
-                Ok(n) => {
-                    done += n;
-                    sent += n;
-                }
-                Err(_) => match errno() {
-                    libc::EINTR => {}
-                    libc::EAGAIN | libc::ENOBUFS => return sent,
-                    _ => done += 1,
-                },
-            }
+            rest = &mut rest[left + passed_over..];
         }
     }
     sent
 }
 
+/// What a message is to hold.
+fn vector(bytes: &[u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    }
+}
+
+/// Where one is to be received.
+fn vector_mut(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    }
+}
+
+fn one_of_many(message: libc::msghdr) -> libc::mmsghdr {
+    libc::mmsghdr {
+        msg_hdr: message,
+        msg_len: 0,
+    }
+}
+
+/// A message to send, or room for one that is received, with so much of the control messages' space.
 fn message(
-    name: &mut Name,
+    (name, name_len): (*mut libc::c_void, libc::socklen_t),
     iov: &mut libc::iovec,
     control: &mut Control,
     used: usize,
 ) -> libc::msghdr {
     // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
     let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_name = (&raw mut name.storage).cast();
-    message.msg_namelen = name.len;
+    message.msg_name = name;
+    message.msg_namelen = name_len;
     message.msg_iov = iov;
     message.msg_iovlen = 1;
     if used > 0 {
@@ -503,18 +501,8 @@ pub(crate) struct Received {
 pub(crate) fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Option<Received>> {
     let mut name = [0u8; NAME_LEN];
     let mut control = Control([0; CONTROL_LEN]);
-    let mut iov = libc::iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: bytes.len(),
-    };
-    // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_name = name.as_mut_ptr().cast();
-    message.msg_namelen = socklen(NAME_LEN);
-    message.msg_iov = &raw mut iov;
-    message.msg_iovlen = 1;
-    message.msg_control = control.0.as_mut_ptr().cast();
-    message.msg_controllen = CONTROL_LEN as _;
+    let mut iov = vector_mut(bytes);
+    let mut message = message(name_room(&mut name), &mut iov, &mut control, CONTROL_LEN);
     // SAFETY: name, vector, payload and control are writable and outlive the call.
     let len = unsafe { libc::recvmsg(fd.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
     let Ok(len) = usize::try_from(len) else {
@@ -523,7 +511,7 @@ pub(crate) fn receive(fd: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<Option
         return if nothing { Ok(None) } else { Err(error) };
     };
     let from = parse_name(&name).ok_or(io::ErrorKind::InvalidData)?;
-    let filled = (message.msg_controllen as usize).min(CONTROL_LEN);
+    let filled = message.msg_controllen.min(CONTROL_LEN);
     Ok(Some(Received {
         len,
         from,
@@ -593,9 +581,6 @@ pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
     fd: BorrowedFd<'_>,
     many: &mut Many<COUNT, LEN>,
 ) -> io::Result<usize> {
-    let mut iovs: [MaybeUninit<libc::iovec>; COUNT] = [const { MaybeUninit::uninit() }; COUNT];
-    let mut messages: [MaybeUninit<libc::mmsghdr>; COUNT] =
-        [const { MaybeUninit::uninit() }; COUNT];
     let Many {
         names,
         bytes,
@@ -603,38 +588,22 @@ pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
         lens,
         count,
     } = many;
-    let buffers = bytes.iter_mut().zip(names).zip(controls);
-    for ((slot, iov), ((bytes, name), control)) in messages.iter_mut().zip(&mut iovs).zip(buffers) {
-        let iov = iov.write(libc::iovec {
-            iov_base: bytes.as_mut_ptr().cast(),
-            iov_len: LEN,
-        });
-        // SAFETY: all-zero is a valid `msghdr`: null pointers with zero lengths.
-        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
-        header.msg_name = name.as_mut_ptr().cast();
-        header.msg_namelen = socklen(NAME_LEN);
-        header.msg_iov = iov;
-        header.msg_iovlen = 1;
-        header.msg_control = control.0.as_mut_ptr().cast();
-        header.msg_controllen = CONTROL_LEN as _;
-        slot.write(libc::mmsghdr {
-            msg_hdr: header,
-            msg_len: 0,
-        });
-    }
+    let mut iovs: ArrayVec<libc::iovec, COUNT> =
+        bytes.iter_mut().map(|bytes| vector_mut(bytes)).collect();
+    let mut messages: ArrayVec<libc::mmsghdr, COUNT> = iovs
+        .iter_mut()
+        .zip(names)
+        .zip(controls)
+        .map(|((iov, name), control)| {
+            one_of_many(message(name_room(name), iov, control, CONTROL_LEN))
+        })
+        .collect();
     let room = libc::c_uint::try_from(COUNT).map_err(io::Error::other)?;
-    let first = messages.as_mut_ptr().cast::<libc::mmsghdr>();
-    // SAFETY: all `COUNT` entries are initialised; names, vectors, buffers and controls are
-    // writable and outlive the call. No timeout is passed.
-    let received = unsafe {
-        libc::recvmmsg(
-            fd.as_raw_fd(),
-            first,
-            room,
-            libc::MSG_DONTWAIT,
-            std::ptr::null_mut(),
-        )
-    };
+    let (first, flags) = (messages.as_mut_ptr(), libc::MSG_DONTWAIT);
+    let no_timeout = std::ptr::null_mut();
+    // SAFETY: there are `COUNT` messages; names, vectors, buffers and controls are writable and
+    // outlive the call.
+    let received = unsafe { libc::recvmmsg(fd.as_raw_fd(), first, room, flags, no_timeout) };
     if received < 0 && is_final(errno()) {
         *count = 0;
         return Err(io::Error::last_os_error());
@@ -642,8 +611,6 @@ pub(crate) fn receive_many<const COUNT: usize, const LEN: usize>(
     // Another error is one the socket has kept for us, or there is nothing.
     *count = usize::try_from(received).unwrap_or(0);
     for (lens, message) in lens.iter_mut().zip(&messages).take(*count) {
-        // SAFETY: every entry was initialised above, and the call wrote this one's lengths.
-        let message = unsafe { message.assume_init_ref() };
         let len = usize::try_from(message.msg_len).unwrap_or(LEN);
         let control = message.msg_hdr.msg_controllen;
         *lens = (len.min(LEN), control.min(CONTROL_LEN));

@@ -87,7 +87,7 @@ impl Device {
         }
         let queues: Vec<Queue> = devices.into_iter().map(Queue).collect();
         for queue in &queues {
-            sys::set_nonblocking(queue.as_fd())?;
+            queue.0.set_nonblocking(true)?;
         }
         // The mask belongs to the device, so setting it through one queue is enough.
         let offloads = probe(queues[0].as_fd(), offloads)?;
