@@ -83,17 +83,6 @@ pub struct Filter {
     local_before: Option<IpAddr>,
 }
 
-/// What becomes of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It goes on to the kernel.
-    Accept,
-    /// It was for the node itself.
-    Consume,
-    /// It is dropped.
-    Drop(DropReason),
-}
-
 impl Filter {
     /// A filter that lets nothing in yet, and remembers nothing.
     #[cfg(feature = "internals")]
@@ -131,8 +120,8 @@ impl Filter {
     /// Lets an opened packet in or says why not. `headers` are those of `packet`.
     ///
     /// # Errors
-    /// One of the `Filter*` reasons, or [`DropReason::InnerMalformed`] for a truncated transport
-    /// header.
+    /// One of the `Filter*` reasons, [`DropReason::FilterConsumed`] for what was for the node itself, or
+    /// [`DropReason::InnerMalformed`] for a truncated transport header.
     #[inline]
     pub fn admit(
         &mut self,
@@ -143,11 +132,7 @@ impl Filter {
         if self.rules.is_allow_all() {
             return self.admit_local(headers.dst);
         }
-        match self.decide(now, headers, packet) {
-            Verdict::Accept => Ok(()),
-            Verdict::Consume => Err(DropReason::FilterConsumed),
-            Verdict::Drop(reason) => Err(reason),
-        }
+        self.decide(now, headers, packet)
     }
 
     /// Notes an outbound packet (a super-packet counts as one) to a peer of this shard. Gives back the
@@ -229,25 +214,25 @@ impl Filter {
     }
 
     /// The verdict of the rules.
-    fn decide(&mut self, now: Instant, headers: &Headers, packet: &[u8]) -> Verdict {
+    fn decide(&mut self, now: Instant, headers: &Headers, packet: &[u8]) -> Result<(), DropReason> {
         if !destination_allowed(headers.dst) {
-            return Verdict::Drop(DropReason::FilterDestination);
+            return Err(DropReason::FilterDestination);
         }
         if let Fragment::Later(offset) = headers.fragment {
             return if offset < FRAGMENT_OFFSET_MIN {
-                Verdict::Drop(DropReason::FilterFragment)
+                Err(DropReason::FilterFragment)
             } else {
-                Verdict::Accept
+                Ok(())
             };
         }
         if !self.rules.is_local(headers.dst) {
-            return Verdict::Drop(DropReason::FilterNotLocal);
+            return Err(DropReason::FilterNotLocal);
         }
         match headers.protocol {
             ICMP | ICMPV6 => self.decide_icmp(headers, packet),
             TCP => match headers.tcp(packet) {
                 None => truncated(headers),
-                Some(tcp) if tcp.flags & (TCP_SYN | TCP_ACK) != TCP_SYN => Verdict::Accept,
+                Some(tcp) if tcp.flags & (TCP_SYN | TCP_ACK) != TCP_SYN => Ok(()),
                 Some(tcp) => self.ask(headers, Ask::Port(TCP, tcp.dst_port.get())),
             },
             UDP | SCTP => {
@@ -261,13 +246,13 @@ impl Filter {
                     .as_mut()
                     .is_some_and(|flows| flows.admits(now, &flow));
                 if known {
-                    return Verdict::Accept;
+                    return Ok(());
                 }
                 self.ask(headers, Ask::Port(headers.protocol, flow.dst_port))
             }
-            TSMP => Verdict::Consume,
+            TSMP => Err(DropReason::FilterConsumed),
             // Rules ask for protocols and ports; nobody gets past them by hiding these.
-            _ if headers.is_hidden() => Verdict::Drop(match headers.fragment {
+            _ if headers.is_hidden() => Err(match headers.fragment {
                 Fragment::Whole => DropReason::FilterDenied,
                 Fragment::First | Fragment::Later(_) => DropReason::FilterFragment,
             }),
@@ -275,7 +260,7 @@ impl Filter {
         }
     }
 
-    fn decide_icmp(&self, headers: &Headers, packet: &[u8]) -> Verdict {
+    fn decide_icmp(&self, headers: &Headers, packet: &[u8]) -> Result<(), DropReason> {
         let Some((kind, _)) = headers.icmp(packet) else {
             return truncated(headers);
         };
@@ -286,25 +271,25 @@ impl Filter {
             IpVersion::V6 => matches!(kind, 129 | 1..=4),
         };
         if answer {
-            Verdict::Accept
+            Ok(())
         } else {
             self.ask(headers, Ask::Any)
         }
     }
 
-    fn ask(&self, headers: &Headers, ask: Ask) -> Verdict {
+    fn ask(&self, headers: &Headers, ask: Ask) -> Result<(), DropReason> {
         if self.rules.matches(ask, headers.src, headers.dst) {
-            Verdict::Accept
+            Ok(())
         } else {
-            Verdict::Drop(DropReason::FilterDenied)
+            Err(DropReason::FilterDenied)
         }
     }
 }
 
 /// A packet that ends inside its transport header; as a first fragment it is an attempt to hide the
 /// header from the filter.
-fn truncated(headers: &Headers) -> Verdict {
-    Verdict::Drop(match headers.fragment {
+fn truncated(headers: &Headers) -> Result<(), DropReason> {
+    Err(match headers.fragment {
         Fragment::Whole => DropReason::InnerMalformed,
         Fragment::First | Fragment::Later(_) => DropReason::FilterFragment,
     })

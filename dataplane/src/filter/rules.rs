@@ -63,7 +63,7 @@ impl CompiledRules {
     /// packets to others are refused, whatever the rules.
     pub fn compile(rules: &Rules, local: Option<&[Prefix]>) -> CompiledRules {
         let mut compiled = CompiledRules {
-            allow_all: false,
+            allow_all: *rules == Rules::AllowAll,
             local: local.map(|prefixes| {
                 let mut map = PrefixMap::default();
                 for prefix in prefixes {
@@ -75,12 +75,8 @@ impl CompiledRules {
             nodes: Vec::new(),
             rules: Vec::new(),
         };
-        let list = match rules {
-            Rules::AllowAll => {
-                compiled.allow_all = true;
-                return compiled;
-            }
-            Rules::List(list) => list,
+        let Rules::List(list) = rules else {
+            return compiled;
         };
         let mut named: Vec<(Prefix, u32)> = Vec::new();
         for rule in list {

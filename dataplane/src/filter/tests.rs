@@ -88,6 +88,17 @@ fn rule(json: &Value, packet: &Value) -> Rule {
     }
 }
 
+/// A TCP header with these flags.
+fn segment(flags: u8) -> Tcp<'static> {
+    Tcp {
+        seq: 1,
+        ack: 1,
+        flags,
+        window: 1,
+        options: &[],
+    }
+}
+
 /// The packet of a row, with ports of a row of either direction.
 fn build(row: &Value, protocol: u8) -> Vec<u8> {
     let socket = |ip: &str, port: &str| {
@@ -104,16 +115,7 @@ fn build(row: &Value, protocol: u8) -> Vec<u8> {
                 .fold(0, |flags, flag| {
                     flags | if flag == b'S' { TCP_SYN } else { TCP_ACK }
                 });
-            builder.tcp(
-                &Tcp {
-                    seq: 1,
-                    ack: 1,
-                    flags,
-                    window: 1,
-                    options: &[],
-                },
-                b"",
-            )
+            builder.tcp(&segment(flags), b"")
         }
         UDP => builder.udp(b"x"),
         ICMP | ICMPV6 => {
@@ -157,20 +159,27 @@ fn decisions_are_those_of_the_reference() {
         let packet = build(row, protocol);
         let headers = Headers::parse(&packet).unwrap();
         let verdict = filter.decide(now, &headers, &packet);
-        let accept = matches!(verdict, Verdict::Accept | Verdict::Consume);
+        let accept = matches!(verdict, Ok(()) | Err(DropReason::FilterConsumed));
         assert_eq!(accept, row["accept"] == true, "{}: {verdict:?}", row["why"]);
     }
 }
 
-fn v4(src: &str, dst: &str) -> Builder {
+fn between(src: &str, dst: &str) -> Builder {
     Builder::new(src.parse().unwrap(), dst.parse().unwrap())
 }
 
 fn deny_all(now: Instant) -> Filter {
-    Filter::new(
-        now,
-        Arc::new(CompiledRules::compile(&Rules::List(vec![]), None)),
-    )
+    Filter::new(now, compiled(Rules::default()))
+}
+
+fn compiled(rules: Rules) -> Arc<CompiledRules> {
+    Arc::new(CompiledRules::compile(&rules, None))
+}
+
+/// A UDP packet and its answer.
+fn question_and_answer() -> [Vec<u8>; 2] {
+    let (ours, theirs) = ("10.0.0.1:1", "10.0.0.2:2");
+    [(ours, theirs), (theirs, ours)].map(|(src, dst)| between(src, dst).udp(b"x"))
 }
 
 fn admit(filter: &mut Filter, now: Instant, packet: &[u8]) -> Result<(), DropReason> {
@@ -185,23 +194,16 @@ fn remember(filter: &mut Filter, now: Instant, packet: &[u8]) -> Option<Flow> {
 fn allow_all_admits_everything_and_remembers_nothing() {
     let now = start();
     let mut filter = Filter::new(now, Arc::new(CompiledRules::allow_all()));
-    let packet = v4("10.0.0.1:1", "224.0.0.1:2").udp(b"x");
+    let packet = between("10.0.0.1:1", "224.0.0.1:2").udp(b"x");
     assert_eq!(admit(&mut filter, now, &packet), Ok(()));
     assert_eq!(remember(&mut filter, now, &packet), None);
     assert!(filter.flows.is_none());
     // Memory starts with the first list and outlives later rules.
-    filter.set_rules(
-        now,
-        Arc::new(CompiledRules::compile(&Rules::List(vec![]), None)),
-    );
-    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
-    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    filter.set_rules(now, compiled(Rules::default()));
+    let [out, reply] = question_and_answer();
     assert_eq!(admit(&mut filter, now, &reply), DENIED);
     assert!(remember(&mut filter, now, &out).is_some());
-    filter.set_rules(
-        now,
-        Arc::new(CompiledRules::compile(&Rules::List(vec![]), None)),
-    );
+    filter.set_rules(now, compiled(Rules::default()));
     assert_eq!(admit(&mut filter, now, &reply), Ok(()));
 }
 
@@ -210,45 +212,30 @@ fn until_rules_are_given_nothing_passes() {
     let now = start();
     let mut filter = Filter::closed();
     let (us, them) = ("10.0.0.1:1", "10.0.0.2:2");
-    let tcp = |flags| {
-        let tcp = Tcp {
-            seq: 1,
-            ack: 1,
-            flags,
-            window: 1,
-            options: &[],
-        };
-        v4(them, us).tcp(&tcp, b"x")
-    };
-    let answer_to_a_ping = v4(them, us).icmp(0, 0, b"x");
+    let tcp = |flags| between(them, us).tcp(&segment(flags), b"x");
+    let answer_to_a_ping = between(them, us).icmp(0, 0, b"x");
     for packet in [
-        v4(them, us).udp(b"x"),
+        between(them, us).udp(b"x"),
         tcp(TCP_SYN),
         tcp(TCP_ACK),
         answer_to_a_ping,
     ] {
         assert_eq!(admit(&mut filter, now, &packet), NOT_LOCAL);
     }
-    assert_eq!(remember(&mut filter, now, &v4(us, them).udp(b"x")), None);
+    assert_eq!(
+        remember(&mut filter, now, &between(us, them).udp(b"x")),
+        None
+    );
     assert!(filter.flows.is_none(), "no memory before it is of use");
 }
 
 #[test]
 fn allow_all_makes_no_router_of_us_for_what_we_do_not_offer() {
     let now = start();
-    let local = [
-        Prefix {
-            addr: "10.0.0.1".parse().unwrap(),
-            bits: 32,
-        },
-        Prefix {
-            addr: "10.9.0.0".parse().unwrap(),
-            bits: 16,
-        },
-    ];
+    let local = ["10.0.0.1", "10.9.0.0/16"].map(prefix);
     let rules = |local: &[Prefix]| Arc::new(CompiledRules::compile(&Rules::AllowAll, Some(local)));
     let mut filter = Filter::new(now, rules(&local));
-    let to = |dst: &str| v4("10.0.0.2:1", dst).udp(b"x");
+    let to = |dst: &str| between("10.0.0.2:1", dst).udp(b"x");
     for _ in 0..2 {
         assert_eq!(admit(&mut filter, now, &to("10.0.0.1:2")), Ok(()));
         assert_eq!(admit(&mut filter, now, &to("10.9.1.1:2")), Ok(()));
@@ -264,8 +251,7 @@ fn allow_all_makes_no_router_of_us_for_what_we_do_not_offer() {
 fn a_flow_is_forgotten_after_its_timeout_unless_it_is_used() {
     let now = start();
     let mut filter = deny_all(now);
-    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
-    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    let [out, reply] = question_and_answer();
     let second = Duration::from_secs(1);
     assert!(remember(&mut filter, now, &out).is_some());
     let later = now + FLOW_TIMEOUT - second;
@@ -281,8 +267,7 @@ fn a_flow_is_reported_when_new_and_then_once_a_minute() {
     let now = start();
     let mut filter = deny_all(now);
     let mut owner = deny_all(now);
-    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
-    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    let [out, reply] = question_and_answer();
     let flow = remember(&mut filter, now, &out).unwrap();
     assert_eq!(flow, Headers::parse(&reply).unwrap().flow(&reply));
     assert_eq!(remember(&mut filter, now, &out), None);
@@ -308,8 +293,7 @@ fn a_flow_is_reported_when_new_and_then_once_a_minute() {
 fn a_flow_that_another_shard_tells_of_before_the_first_list_is_kept() {
     let now = start();
     let (mut first, mut owner) = (deny_all(now), Filter::closed());
-    let out = v4("10.0.0.1:1", "10.0.0.2:2").udp(b"x");
-    let reply = v4("10.0.0.2:2", "10.0.0.1:1").udp(b"x");
+    let [out, reply] = question_and_answer();
     let flow = remember(&mut first, now, &out).unwrap();
     owner.learn(now, flow);
     assert_eq!(
@@ -319,7 +303,7 @@ fn a_flow_that_another_shard_tells_of_before_the_first_list_is_kept() {
     );
     owner.set_rules(now, Arc::clone(&first.rules));
     assert_eq!(admit(&mut owner, now, &reply), Ok(()));
-    let other = v4("10.0.0.2:2", "10.0.0.1:3").udp(b"x");
+    let other = between("10.0.0.2:2", "10.0.0.1:3").udp(b"x");
     assert_eq!(admit(&mut owner, now, &other), DENIED);
 }
 
@@ -328,13 +312,10 @@ fn memory_of_flows_is_bounded_and_evictions_are_counted() {
     let now = start();
     let mut filter = deny_all(now);
     let flows = u32::try_from(2 * FLOWS_MAX).unwrap();
+    let us = "10.0.0.1:1".parse().unwrap();
     let out = |i: u32| {
-        let dst = (IpAddr::V4((0x0a00_0000 + i).into()), 53).into();
-        Builder {
-            dst,
-            ..v4("10.0.0.1:1", "10.0.0.2:2")
-        }
-        .udp(b"")
+        let to = IpAddr::from((0x0a00_0000 + i).to_be_bytes());
+        Builder::new(us, (to, 53).into()).udp(b"")
     };
     for i in 0..flows {
         let later = now + Duration::from_millis(u64::from(i) / 100);
@@ -355,21 +336,11 @@ fn memory_of_flows_is_bounded_and_evictions_are_counted() {
 fn tcp_connections_are_guarded_by_their_first_packet() {
     let now = start();
     let mut filter = deny_all(now);
-    let tcp = |flags| {
-        let tcp = Tcp {
-            seq: 1,
-            ack: 1,
-            flags,
-            window: 1,
-            options: &[],
-        };
-        v4("10.0.0.2:2", "10.0.0.1:1").tcp(&tcp, b"data")
-    };
-    let denied = Err(DropReason::FilterDenied);
+    let tcp = |flags| between("10.0.0.2:2", "10.0.0.1:1").tcp(&segment(flags), b"data");
     for (flags, want) in [
-        (TCP_SYN, denied),
-        (TCP_SYN | 0x01, denied),
-        (TCP_SYN | 0xc0, denied),
+        (TCP_SYN, DENIED),
+        (TCP_SYN | 0x01, DENIED),
+        (TCP_SYN | 0xc0, DENIED),
         (TCP_SYN | TCP_ACK, Ok(())),
         (TCP_ACK, Ok(())),
         (0x04, Ok(())),
@@ -390,7 +361,7 @@ fn fragments_cannot_hide_a_transport_header() {
     let at = |fragment, len| {
         Builder {
             fragment,
-            ..v4("10.0.0.2:2", "10.0.0.1:1")
+            ..between("10.0.0.2:2", "10.0.0.1:1")
         }
         .ip(TCP, &vec![0; len])
     };
@@ -411,7 +382,7 @@ fn fragments_cannot_hide_a_transport_header() {
     assert_eq!(admit(&mut filter, now, &at(0x1fff, 0)), Ok(()));
     // Whole packets without a whole header.
     for (protocol, len) in [(TCP, 19), (UDP, 7), (SCTP, 11), (ICMP, 1)] {
-        let packet = v4("10.0.0.2:2", "10.0.0.1:1").ip(protocol, &vec![0; len]);
+        let packet = between("10.0.0.2:2", "10.0.0.1:1").ip(protocol, &vec![0; len]);
         let want = Err(DropReason::InnerMalformed);
         assert_eq!(
             admit(&mut filter, now, &packet),
@@ -425,15 +396,8 @@ fn fragments_cannot_hide_a_transport_header() {
 fn ipv6_fragments_and_extension_headers_are_seen_through() {
     let now = start();
     let mut filter = deny_all(now);
-    let builder = v4("[fd7a::2]:2", "[fd7a::1]:1");
-    let syn = Tcp {
-        seq: 1,
-        ack: 0,
-        flags: TCP_SYN,
-        window: 1,
-        options: &[],
-    };
-    let tcp = builder.tcp(&syn, b"")[40..].to_vec();
+    let builder = between("[fd7a::2]:2", "[fd7a::1]:1");
+    let tcp = builder.tcp(&segment(TCP_SYN), b"")[40..].to_vec();
     let with = |kind: u8, extension: &[u8]| builder.ip(kind, &[extension, &tcp].concat());
     let destination_options = with(60, &[TCP, 0, 1, 4, 0, 0, 0, 0]);
     assert_eq!(admit(&mut filter, now, &destination_options), DENIED);
@@ -453,10 +417,7 @@ fn ipv6_fragments_and_extension_headers_are_seen_through() {
 #[test]
 fn a_transport_that_extension_headers_hide_passes_no_rule_but_allow_all() {
     let now = start();
-    let builder = Builder::new(
-        "[fd7a::9]:1000".parse().unwrap(),
-        "[fd7a::1]:2000".parse().unwrap(),
-    );
+    let builder = between("[fd7a::9]:1000", "[fd7a::1]:2000");
     // Nine and a hundred headers in front of UDP, and one that runs past the end.
     let chain = |count: usize| {
         let mut body = [60, 0, 0, 0, 0, 0, 0, 0].repeat(count);
@@ -472,8 +433,8 @@ fn a_transport_that_extension_headers_hide_passes_no_rule_but_allow_all() {
         protocols: (0..=255).collect(),
         destinations: vec![(prefix("::/0"), 0, u16::MAX)],
     }]);
-    let mut rules = Filter::new(now, Arc::new(CompiledRules::compile(&every, None)));
-    let mut all = Filter::new(now, Arc::new(CompiledRules::allow_all()));
+    let mut rules = Filter::new(now, compiled(every));
+    let mut all = Filter::new(now, compiled(Rules::AllowAll));
     let local = CompiledRules::compile(&Rules::AllowAll, Some(&any("fd7a::2/128")));
     let mut no_router = Filter::new(now, Arc::new(local));
     assert_eq!(admit(&mut rules, now, &chain(8)), Ok(()));
@@ -494,9 +455,9 @@ fn a_transport_that_extension_headers_hide_passes_no_rule_but_allow_all() {
 fn icmp_of_the_other_family_is_no_icmp() {
     let now = start();
     let mut filter = deny_all(now);
-    let packet = v4("10.0.0.2:2", "10.0.0.1:1").ip(ICMPV6, &[1, 0, 0, 0]);
+    let packet = between("10.0.0.2:2", "10.0.0.1:1").ip(ICMPV6, &[1, 0, 0, 0]);
     assert!(admit(&mut filter, now, &packet).is_err());
-    let packet = v4("[fd7a::2]:2", "[fd7a::1]:1").ip(ICMP, &[3, 3, 0, 0]);
+    let packet = between("[fd7a::2]:2", "[fd7a::1]:1").ip(ICMP, &[3, 3, 0, 0]);
     assert!(admit(&mut filter, now, &packet).is_err());
 }
 
@@ -509,8 +470,7 @@ fn link_local_and_multicast_are_refused_whatever_the_rules() {
         destinations: every.iter().map(|p| (*p, 0, u16::MAX)).collect(),
         protocols: vec![UDP],
     };
-    let compiled = Arc::new(CompiledRules::compile(&Rules::List(vec![rule]), None));
-    let mut filter = Filter::new(now, compiled);
+    let mut filter = Filter::new(now, compiled(Rules::List(vec![rule])));
     let refused = Err(DropReason::FilterDestination);
     for (src, dst, want) in [
         ("10.0.0.2:2", "10.0.0.1:1", Ok(())),
@@ -522,7 +482,7 @@ fn link_local_and_multicast_are_refused_whatever_the_rules() {
         ("[fd7a::2]:2", "[fe80::1]:1", refused),
     ] {
         assert_eq!(
-            admit(&mut filter, now, &v4(src, dst).udp(b"x")),
+            admit(&mut filter, now, &between(src, dst).udp(b"x")),
             want,
             "{dst}"
         );
@@ -552,7 +512,7 @@ fn a_source_must_be_the_senders_own() {
         (2, "10.1.5.4:1", Ok(())),
         (2, "192.0.2.1:1", refused),
     ] {
-        let packet = v4(src, "10.0.0.9:9").udp(b"x");
+        let packet = between(src, "10.0.0.9:9").udp(b"x");
         let headers = Headers::parse(&packet).unwrap();
         assert_eq!(
             source_allowed(&mut cursor, PeerId(peer), &headers),
