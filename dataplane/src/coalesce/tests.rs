@@ -15,6 +15,15 @@ use crate::packet::vnet::{
 };
 use crate::seeded;
 
+/// What the packets of a connection have in common.
+const HEADER: Tcp<'static> = Tcp {
+    seq: 0,
+    ack: 77,
+    flags: TCP_ACK,
+    window: 500,
+    options: &[1; 12],
+};
+
 fn v4(port: u16) -> Builder {
     Builder::new(
         format!("100.64.0.1:{port}").parse().unwrap(),
@@ -29,6 +38,10 @@ fn v6(port: u16) -> Builder {
     )
 }
 
+fn with_id(builder: Builder, id: u16) -> Builder {
+    Builder { id, ..builder }
+}
+
 fn tcp(builder: Builder, seq: u32, len: usize) -> Vec<u8> {
     tcp_with(builder, seq, TCP_ACK, len)
 }
@@ -36,10 +49,8 @@ fn tcp(builder: Builder, seq: u32, len: usize) -> Vec<u8> {
 fn tcp_with(builder: Builder, seq: u32, flags: u8, len: usize) -> Vec<u8> {
     let header = Tcp {
         seq,
-        ack: 77,
         flags,
-        window: 500,
-        options: &[1; 12],
+        ..HEADER
     };
     let payload: Vec<u8> = (0..len).map(|i| seq.to_le_bytes()[i % 4]).collect();
     builder.tcp(&header, &payload)
@@ -50,6 +61,15 @@ fn feed(coalescer: &mut Coalescer, packet: &[u8]) {
     let opened = [packet, &[0xdd; 32]].concat();
     let headers = Headers::parse(&opened).unwrap();
     coalescer.push(&headers, &opened, 0).unwrap();
+}
+
+/// What comes out where these go in.
+fn batch_of(packets: &[Vec<u8>]) -> SuperPackets {
+    let mut coalescer = Coalescer::new();
+    for packet in packets {
+        feed(&mut coalescer, packet);
+    }
+    coalescer.take()
 }
 
 /// Cuts every write of a batch into the packets it stands for.
@@ -75,12 +95,7 @@ fn cut(batch: &SuperPackets) -> Vec<Vec<Vec<u8>>> {
 
 /// What goes in comes out, in groups of these sizes.
 fn check(packets: &[Vec<u8>], sizes: &[usize]) {
-    let mut coalescer = Coalescer::new();
-    for packet in packets {
-        feed(&mut coalescer, packet);
-    }
-    let batch = coalescer.take();
-    let groups = cut(&batch);
+    let groups = cut(&batch_of(packets));
     let got: Vec<usize> = groups.iter().map(Vec::len).collect();
     assert_eq!(got, sizes);
     assert_eq!(groups.concat(), packets);
@@ -89,15 +104,8 @@ fn check(packets: &[Vec<u8>], sizes: &[usize]) {
 #[test]
 fn a_train_becomes_one_super_packet_with_the_header_the_kernel_wants() {
     for (builder, gso_type, ip_len) in [(v4(1), GSO_TCPV4, 20), (v6(1), GSO_TCPV6, 40)] {
-        let mut coalescer = Coalescer::new();
-        for i in 0..10u16 {
-            let builder = Builder {
-                id: 100 + i,
-                ..builder
-            };
-            feed(&mut coalescer, &tcp(builder, u32::from(i) * 1000, 1000));
-        }
-        let batch = coalescer.take();
+        let packets = (0..10).map(|i| tcp(with_id(builder, 100 + i), u32::from(i) * 1000, 1000));
+        let batch = batch_of(&packets.collect::<Vec<_>>());
         assert_eq!(batch.len(), 1);
         let (vnet, packet) = VnetHdr::split(batch.get(0)).unwrap();
         assert_eq!(vnet.flags, NEEDS_CSUM);
@@ -121,20 +129,10 @@ fn a_train_becomes_one_super_packet_with_the_header_the_kernel_wants() {
 fn a_udp_train_becomes_one_super_packet() {
     for builder in [v4(1), v6(1)] {
         let packets: Vec<_> = (0..20u16)
-            .map(|i| {
-                Builder {
-                    id: 7 + i,
-                    ..builder
-                }
-                .udp(&[u8::try_from(i).unwrap(); 1200])
-            })
+            .map(|i| with_id(builder, 7 + i).udp(&[u8::try_from(i).unwrap(); 1200]))
             .collect();
         check(&packets, &[20]);
-        let mut coalescer = Coalescer::new();
-        packets
-            .iter()
-            .for_each(|packet| feed(&mut coalescer, packet));
-        let batch = coalescer.take();
+        let batch = batch_of(&packets);
         let (vnet, packet) = VnetHdr::split(batch.get(0)).unwrap();
         assert_eq!(
             (vnet.gso_type, vnet.gso_size(), vnet.csum_offset()),
@@ -149,7 +147,7 @@ fn a_udp_train_becomes_one_super_packet() {
 #[test]
 fn a_long_udp_train_becomes_several_super_packets() {
     let packets: Vec<_> = (0..150u16)
-        .map(|id| Builder { id, ..v4(1) }.udp(&[7; 200]))
+        .map(|id| with_id(v4(1), id).udp(&[7; 200]))
         .collect();
     check(&packets, &[64, 64, 22]);
 }
@@ -159,10 +157,7 @@ fn train_with(n: usize, changed: usize, change: impl Fn(Builder, u32) -> Vec<u8>
     (0..n)
         .map(|i| {
             let seq = u32::try_from(i).unwrap() * 1000;
-            let builder = Builder {
-                id: u16::try_from(i).unwrap(),
-                ..v4(1)
-            };
+            let builder = with_id(v4(1), u16::try_from(i).unwrap());
             if i == changed {
                 change(builder, seq)
             } else {
@@ -189,58 +184,38 @@ fn push_and_short_packets_end_a_super_packet() {
     check(&train_with(6, 2, |b, seq| tcp(b, seq, 1001)), &[2, 1, 3]);
 }
 
+/// The third of six packets of a connection goes alone if it is changed so.
+fn goes_alone(change: impl Fn(Builder, u32) -> Vec<u8>) {
+    check(&train_with(6, 2, change), &[2, 1, 3]);
+}
+
 #[test]
 fn differing_headers_end_a_super_packet() {
-    let tos = |b: Builder, seq| tcp(Builder { tos: 1, ..b }, seq, 1000);
-    check(&train_with(6, 2, tos), &[2, 1, 3]);
-    let ttl = |b: Builder, seq| tcp(Builder { ttl: 63, ..b }, seq, 1000);
-    check(&train_with(6, 2, ttl), &[2, 1, 3]);
-    let ecn_echo = |b: Builder, seq| tcp_with(b, seq, TCP_ACK | 0x40, 1000);
-    check(&train_with(6, 2, ecn_echo), &[2, 1, 3]);
-    let fin = |b: Builder, seq| tcp_with(b, seq, TCP_ACK | 1, 1000);
-    check(&train_with(6, 2, fin), &[2, 1, 3]);
-    let pure_ack = |b: Builder, seq| tcp(b, seq, 0);
-    check(&train_with(6, 2, pure_ack), &[2, 1, 3]);
-    let gap = |b: Builder, seq: u32| tcp(b, seq + 1, 1000);
-    check(&train_with(6, 2, gap), &[2, 1, 3]);
-    let same = Tcp {
-        seq: 0,
-        ack: 77,
-        flags: TCP_ACK,
-        window: 500,
-        options: &[1; 12],
-    };
-    for other in [
-        Tcp { ack: 78, ..same },
-        Tcp {
-            window: 501,
-            ..same
-        },
-        Tcp {
-            options: &[0; 12],
-            ..same
-        },
-        Tcp {
-            options: &[1; 16],
-            ..same
-        },
-    ] {
-        let other = |b: Builder, seq| b.tcp(&Tcp { seq, ..other }, &[1; 1000]);
-        check(&train_with(6, 2, other), &[2, 1, 3]);
+    goes_alone(|b, seq| tcp(Builder { tos: 1, ..b }, seq, 1000));
+    goes_alone(|b, seq| tcp(Builder { ttl: 63, ..b }, seq, 1000));
+    // FIN, URG, ECN-echo.
+    for flag in [1, 0x20, 0x40] {
+        goes_alone(|b, seq| tcp_with(b, seq, TCP_ACK | flag, 1000));
     }
-    let urgent = |b: Builder, seq| tcp_with(b, seq, TCP_ACK | 0x20, 1000);
-    check(&train_with(6, 2, urgent), &[2, 1, 3]);
-    let fragment = |b: Builder, seq| {
-        tcp(
-            Builder {
-                fragment: 0x2000,
-                ..b
-            },
-            seq,
-            1000,
-        )
-    };
-    check(&train_with(6, 2, fragment), &[2, 1, 3]);
+    // A pure ACK, and a gap.
+    goes_alone(|b, seq| tcp(b, seq, 0));
+    goes_alone(|b, seq| tcp(b, seq + 1, 1000));
+    for (ack, window, options) in [
+        (78, 500, &[1; 12][..]),
+        (77, 501, &[1; 12]),
+        (77, 500, &[0; 12]),
+        (77, 500, &[1; 16]),
+    ] {
+        let other = Tcp {
+            ack,
+            window,
+            options,
+            ..HEADER
+        };
+        goes_alone(|b, seq| b.tcp(&Tcp { seq, ..other }, &[1; 1000]));
+    }
+    let fragment = 0x2000;
+    goes_alone(|b, seq| tcp(Builder { fragment, ..b }, seq, 1000));
 }
 
 #[test]
@@ -274,11 +249,7 @@ fn identifications_count_only_without_df() {
     check(&packets(0, 0), &[1, 1, 1, 1]);
     check(&packets(0x4000, 1), &[4]);
     // With DF the identification means nothing; cutting writes its own.
-    let mut coalescer = Coalescer::new();
-    packets(0x4000, 0)
-        .iter()
-        .for_each(|packet| feed(&mut coalescer, packet));
-    assert_eq!(coalescer.take().len(), 1);
+    assert_eq!(batch_of(&packets(0x4000, 0)).len(), 1);
 }
 
 #[test]
@@ -287,11 +258,7 @@ fn a_wrong_checksum_is_never_laundered() {
         for wrong in 0..4 {
             let mut packets = train_with(4, 9, |_, _| unreachable!());
             packets[wrong][at] ^= 0x10;
-            let mut coalescer = Coalescer::new();
-            packets
-                .iter()
-                .for_each(|packet| feed(&mut coalescer, packet));
-            let batch = coalescer.take();
+            let batch = batch_of(&packets);
             let alone = batch
                 .iter()
                 .position(|bytes| bytes[VNET_HDR_LEN..] == packets[wrong]);
@@ -301,9 +268,7 @@ fn a_wrong_checksum_is_never_laundered() {
         }
     }
     // UDP without a checksum has none to verify, so it stays alone.
-    let mut packets: Vec<_> = (0..3)
-        .map(|id| Builder { id, ..v4(1) }.udp(&[1; 100]))
-        .collect();
+    let mut packets: Vec<_> = (0..3).map(|id| with_id(v4(1), id).udp(&[1; 100])).collect();
     for packet in &mut packets {
         packet[26..28].fill(0);
     }
@@ -315,11 +280,8 @@ fn interleaved_flows_are_merged_apart_and_leave_in_order_of_their_first_packets(
     let mut coalescer = Coalescer::new();
     for round in 0..10u16 {
         for port in 0..8 {
-            let builder = Builder {
-                id: round,
-                ..v4(port)
-            };
-            feed(&mut coalescer, &tcp(builder, u32::from(round) * 500, 500));
+            let packet = tcp(with_id(v4(port), round), u32::from(round) * 500, 500);
+            feed(&mut coalescer, &packet);
         }
         feed(&mut coalescer, &v4(1).icmp(8, 0, b"ping"));
     }
@@ -339,21 +301,11 @@ fn more_flows_than_places_still_lose_nothing() {
     let mut packets = Vec::new();
     for round in 0..3 {
         for port in 0..flows {
-            packets.push(tcp(
-                Builder {
-                    id: round,
-                    ..v4(port)
-                },
-                u32::from(round) * 500,
-                500,
-            ));
+            let builder = with_id(v4(port), round);
+            packets.push(tcp(builder, u32::from(round) * 500, 500));
         }
     }
-    let mut coalescer = Coalescer::new();
-    packets
-        .iter()
-        .for_each(|packet| feed(&mut coalescer, packet));
-    let mut got = cut(&coalescer.take()).concat();
+    let mut got = cut(&batch_of(&packets)).concat();
     got.sort();
     packets.sort();
     assert_eq!(got, packets);
@@ -362,7 +314,7 @@ fn more_flows_than_places_still_lose_nothing() {
 #[test]
 fn a_super_packet_stops_below_64_kib() {
     let packets: Vec<_> = (0..60u16)
-        .map(|i| tcp(Builder { id: i, ..v4(1) }, u32::from(i) * 1368, 1368))
+        .map(|i| tcp(with_id(v4(1), i), u32::from(i) * 1368, 1368))
         .collect();
     check(&packets, &[47, 13]);
     // The longest packet there is.
@@ -405,17 +357,13 @@ fn a_congestion_mark_outside_gets_in_and_starts_a_super_packet_of_its_own() {
 
 #[test]
 fn a_write_knows_the_hash_of_its_flow() {
-    let mut coalescer = Coalescer::new();
     let packets = [
         tcp(v4(1), 0, 100),
         v6(2).udp(&[1; 100]),
         v4(3).icmp(8, 0, &[0; 20]),
         tcp(v4(1), 100, 100),
     ];
-    packets
-        .iter()
-        .for_each(|packet| feed(&mut coalescer, packet));
-    let batch = coalescer.take();
+    let batch = batch_of(&packets);
     assert_eq!(batch.len(), 3);
     for (i, packet) in packets[..3].iter().enumerate() {
         let flow = Headers::parse(packet).unwrap().flow(packet);
@@ -429,10 +377,8 @@ fn memory_is_recycled() {
     let mut addresses = Vec::new();
     for _ in 0..10 {
         for i in 0..100u16 {
-            feed(
-                &mut coalescer,
-                &tcp(Builder { id: i, ..v4(1) }, u32::from(i) * 1368, 1368),
-            );
+            let packet = tcp(with_id(v4(1), i), u32::from(i) * 1368, 1368);
+            feed(&mut coalescer, &packet);
         }
         assert!(!coalescer.is_empty());
         let batch = coalescer.take();
