@@ -152,9 +152,7 @@ fn drain_udp(
                 udp.push(UdpRx {
                     buf,
                     from: received.from,
-                    stride: received.ancillary.stride,
-                    tos: received.ancillary.tos,
-                    local: received.ancillary.local,
+                    ancillary: received.ancillary,
                 });
             }
             Ok(None) => return Ok(false),

@@ -65,24 +65,58 @@ impl Lab {
     }
 }
 
-/// What has come, and what was counted.
-#[derive(Default)]
-struct Seen {
+/// A driver, what has come by it, and what was counted.
+struct Rig<'a> {
+    lab: &'a Lab,
+    driver: Driver<'a>,
     tun: Vec<TunRx>,
     udp: Vec<UdpRx>,
     rings: u8,
     counters: Counters,
 }
 
-impl Seen {
-    fn turn(&mut self, driver: &mut Driver<'_>, bell: &EventFd) -> Found {
-        let turn = driver.turn(Some(WAIT), &mut self.tun, &mut self.udp, &mut self.counters);
+impl<'a> Rig<'a> {
+    fn new(lab: &'a Lab, kind: DriverKind) -> Rig<'a> {
+        Rig {
+            lab,
+            driver: Driver::new(kind, lab.sources()).expect("both drivers are there"),
+            tun: Vec::new(),
+            udp: Vec::new(),
+            rings: 0,
+            counters: Counters::default(),
+        }
+    }
+
+    fn uring(&mut self) -> &mut Uring<'a> {
+        match &mut self.driver {
+            Driver::IoUring(uring) => uring,
+            Driver::Epoll(_) => panic!("io_uring is asked for"),
+        }
+    }
+
+    /// Ends a request with an error.
+    fn end(&mut self, of: Request, errno: i32) {
+        let Uring { lender, states, .. } = self.uring();
+        lender.faults.end = Some(errno);
+        let tag = states[of as usize].tag(of);
+        lender.cancel(of.source(), tag).expect("it is armed");
+    }
+
+    fn turn(&mut self, wait: Duration) -> Found {
+        let (tun, udp) = (&mut self.tun, &mut self.udp);
+        let turn = self.driver.turn(Some(wait), tun, udp, &mut self.counters);
         let found = turn.expect("no fault of these ends a driver");
         if found.woken {
-            bell.clear();
+            self.lab.bell.clear();
             self.rings += 1;
         }
         found
+    }
+
+    /// What has come is done with.
+    fn forget(&mut self) {
+        self.tun.clear();
+        self.udp.clear();
     }
 
     fn counted(&self) -> Snapshot {
@@ -99,19 +133,13 @@ impl Seen {
         }
     }
 
-    /// Until so many have come; the number of turns.
-    fn until(
-        &mut self,
-        of: Request,
-        count: usize,
-        driver: &mut Driver<'_>,
-        bell: &EventFd,
-    ) -> usize {
-        for turn in 0..=TURNS_MAX {
+    /// Until so many have come.
+    fn until(&mut self, of: Request, count: usize) {
+        for _ in 0..=TURNS_MAX {
             if self.count(of) >= count {
-                return turn;
+                return;
             }
-            self.turn(driver, bell);
+            self.turn(WAIT);
         }
         panic!(
             "{of:?}: {} of {count} after {TURNS_MAX} turns",
@@ -126,16 +154,18 @@ impl Seen {
             self.udp.iter().map(|rx| last(rx.buf.bytes())).collect(),
         ]
     }
-}
 
-fn driver(lab: &Lab, kind: DriverKind) -> Driver<'_> {
-    Driver::new(kind, lab.sources()).expect("both drivers are there")
-}
-
-fn uring<'a, 'b>(driver: &'a mut Driver<'b>) -> &'a mut Uring<'b> {
-    match driver {
-        Driver::IoUring(uring) => uring,
-        Driver::Epoll(_) => panic!("io_uring is asked for"),
+    /// Every buffer is at home, or lent: as many as there are can be filled at once.
+    fn all_buffers_are_there(&mut self) {
+        self.forget();
+        for (of, count) in [(Request::Tun, TUN_BUFFERS), (Request::Udp4, UDP_BUFFERS)] {
+            for number in 0..count {
+                // A Unix socket holds fewer than there are buffers.
+                self.lab.send(of, number.to_le_bytes()[0]);
+                self.until(of, usize::from(number) + 1);
+            }
+        }
+        self.forget();
     }
 }
 
@@ -143,32 +173,21 @@ const KINDS: [DriverKind; 2] = [DriverKind::IoUring, DriverKind::Epoll];
 /// There is no IPv6 socket here; its request is as the other's.
 const REQUESTS: [Request; 3] = [Request::Tun, Request::Udp4, Request::Wake];
 
-/// Every buffer is at home, or lent: as many as there are can be filled at once.
-fn all_buffers_are_there(lab: &Lab, driver: &mut Driver<'_>) {
-    let mut seen = Seen::default();
-    for (of, count) in [(Request::Tun, TUN_BUFFERS), (Request::Udp4, UDP_BUFFERS)] {
-        for number in 0..count {
-            // A Unix socket holds fewer than there are buffers.
-            lab.send(of, number.to_le_bytes()[0]);
-            seen.until(of, usize::from(number) + 1, driver, &lab.bell);
-        }
-    }
-}
-
 #[test]
 fn without_buffers_nothing_is_lost_and_reading_goes_on_when_one_comes_home() {
     for kind in KINDS {
         let lab = Lab::new();
-        let mut driver = driver(&lab, kind);
+        let mut rig = Rig::new(&lab, kind);
         for (of, buffers) in [(Request::Tun, TUN_BUFFERS), (Request::Udp4, UDP_BUFFERS)] {
             for round in 0..3 {
-                let mut seen = Seen::default();
+                rig.forget();
+                rig.counters = Counters::default();
                 let buffers = usize::from(buffers);
                 let (mut sent, mut came) = (0u8, Vec::<u8>::new());
-                while seen.count(of) < buffers {
+                while rig.count(of) < buffers {
                     lab.send(of, sent);
                     sent += 1;
-                    seen.until(of, usize::from(sent), &mut driver, &lab.bell);
+                    rig.until(of, usize::from(sent));
                 }
                 // All are away; three more wait where they are.
                 for _ in 0..3 {
@@ -176,27 +195,27 @@ fn without_buffers_nothing_is_lost_and_reading_goes_on_when_one_comes_home() {
                     sent += 1;
                 }
                 for _ in 0..3 {
-                    let found = seen.turn(&mut driver, &lab.bell);
-                    let says = found.more || seen.counted().get(Meter::NoBuffers) > 0;
+                    let found = rig.turn(WAIT);
+                    let says = found.more || rig.counted().get(Meter::NoBuffers) > 0;
                     assert!(says, "{kind:?}, {of:?}, round {round}");
                 }
-                assert_eq!(seen.count(of), buffers, "{kind:?}");
+                assert_eq!(rig.count(of), buffers, "{kind:?}");
                 // One comes home, and one more is read; then all do.
                 for (home, then) in [(1, buffers), (buffers, 2)] {
-                    let [tun, udp] = seen.numbers();
+                    let [tun, udp] = rig.numbers();
                     let numbers = if of == Request::Tun { tun } else { udp };
                     came.extend(&numbers[..home]);
-                    seen.tun.drain(..home.min(seen.tun.len()));
-                    seen.udp.drain(..home.min(seen.udp.len()));
-                    seen.until(of, then, &mut driver, &lab.bell);
+                    rig.tun.drain(..home.min(rig.tun.len()));
+                    rig.udp.drain(..home.min(rig.udp.len()));
+                    rig.until(of, then);
                 }
-                let [tun, udp] = seen.numbers();
+                let [tun, udp] = rig.numbers();
                 came.extend(tun.iter().chain(&udp));
                 assert!(came.iter().copied().eq(0..sent), "{kind:?}: {came:?}");
-                assert_eq!(seen.counted().drops_total(), 0);
+                assert_eq!(rig.counted().drops_total(), 0);
             }
         }
-        all_buffers_are_there(&lab, &mut driver);
+        rig.all_buffers_are_there();
     }
 }
 
@@ -210,27 +229,25 @@ fn a_call_that_is_refused_for_now_loses_and_doubles_nothing() {
     ];
     for fault in faults {
         let lab = Lab::new();
-        let mut driver = driver(&lab, DriverKind::IoUring);
-        let mut seen = Seen::default();
+        let mut rig = Rig::new(&lab, DriverKind::IoUring);
         // At the first call, with every request still to be submitted; then while they are armed.
         for round in 1..=3u8 {
-            uring(&mut driver).lender.faults.calls = VecDeque::from([fault; 3]);
+            rig.uring().lender.faults.calls = VecDeque::from([fault; 3]);
             for of in REQUESTS {
                 lab.send(of, round);
             }
             for _ in 0..3 {
-                seen.turn(&mut driver, &lab.bell);
+                rig.turn(WAIT);
             }
             for of in REQUESTS {
-                seen.until(of, usize::from(round), &mut driver, &lab.bell);
+                rig.until(of, usize::from(round));
             }
         }
-        seen.turn(&mut driver, &lab.bell);
-        assert_eq!(seen.numbers(), [[1, 2, 3]; 2], "{fault:?}");
-        drop(seen);
-        all_buffers_are_there(&lab, &mut driver);
+        rig.turn(WAIT);
+        assert_eq!(rig.numbers(), [[1, 2, 3]; 2], "{fault:?}");
+        rig.all_buffers_are_there();
         // And at the end, where what was lent has to come back.
-        uring(&mut driver).lender.faults.calls = VecDeque::from([fault; 3]);
+        rig.uring().lender.faults.calls = VecDeque::from([fault; 3]);
     }
 }
 
@@ -250,26 +267,19 @@ fn a_request_that_ends_with_an_error_is_armed_again_within_a_few_turns() {
         .flat_map(|of| errnos.map(|errno| (of, errno)))
     {
         let lab = Lab::new();
-        let mut driver = driver(&lab, DriverKind::IoUring);
-        let mut seen = Seen::default();
+        let mut rig = Rig::new(&lab, DriverKind::IoUring);
         lab.send(of, 1);
-        seen.until(of, 1, &mut driver, &lab.bell);
-        let Uring { lender, states, .. } = uring(&mut driver);
-        lender.faults.end = Some(errno);
-        let tag = states[of as usize].tag(of);
-        lender.cancel(of.source(), tag).expect("it is armed");
-        seen.turn(&mut driver, &lab.bell);
-        assert!(
-            !uring(&mut driver).states[of as usize].armed,
-            "{of:?}, {errno}"
-        );
+        rig.until(of, 1);
+        rig.end(of, errno);
+        rig.turn(WAIT);
+        assert!(!rig.uring().states[of as usize].armed, "{of:?}, {errno}");
         lab.send(of, 2);
-        seen.until(of, 2, &mut driver, &lab.bell);
-        let drops = |reason| seen.counted().drops(reason);
+        rig.until(of, 2);
+        let drops = |reason| rig.counted().drops(reason);
         let counted = (
             drops(DropReason::TunReadFailed),
             drops(DropReason::UdpReadFailed),
-            seen.counted().get(Meter::NoBuffers),
+            rig.counted().get(Meter::NoBuffers),
         );
         let want = match of {
             Request::Wake => (0, 0, u64::from(errno == libc::ENOBUFS)),
@@ -278,8 +288,7 @@ fn a_request_that_ends_with_an_error_is_armed_again_within_a_few_turns() {
             Request::Udp4 | Request::Udp6 => (0, 1, 0),
         };
         assert_eq!(counted, want, "{of:?}, {errno}");
-        drop(seen);
-        all_buffers_are_there(&lab, &mut driver);
+        rig.all_buffers_are_there();
     }
 }
 
@@ -287,25 +296,23 @@ fn a_request_that_ends_with_an_error_is_armed_again_within_a_few_turns() {
 fn a_buffer_that_comes_with_an_error_comes_home_and_traffic_goes_on() {
     for of in [Request::Tun, Request::Udp4] {
         let lab = Lab::new();
-        let mut driver = driver(&lab, DriverKind::IoUring);
-        let mut seen = Seen::default();
+        let mut rig = Rig::new(&lab, DriverKind::IoUring);
         // As often as there are buffers, and once more.
         for round in 0..=TUN_BUFFERS {
-            uring(&mut driver).lender.faults.spoilt = Some(libc::EIO);
+            rig.uring().lender.faults.spoilt = Some(libc::EIO);
             lab.send(of, 1);
-            while uring(&mut driver).lender.faults.spoilt.is_some() {
-                seen.turn(&mut driver, &lab.bell);
+            while rig.uring().lender.faults.spoilt.is_some() {
+                rig.turn(WAIT);
             }
             lab.send(of, 2);
-            seen.until(of, 1, &mut driver, &lab.bell);
-            seen.tun.clear();
-            seen.udp.clear();
-            let counted = seen.counted();
+            rig.until(of, 1);
+            rig.forget();
+            let counted = rig.counted();
             let read_failed =
                 counted.drops(DropReason::TunReadFailed) + counted.drops(DropReason::UdpReadFailed);
             assert_eq!(read_failed, u64::from(round) + 1, "{of:?}");
         }
-        all_buffers_are_there(&lab, &mut driver);
+        rig.all_buffers_are_there();
     }
 }
 
@@ -318,34 +325,23 @@ fn an_error_that_repeats_makes_the_request_rest_for_longer_and_longer() {
         .flat_map(|of| [libc::EIO, libc::ENOBUFS].map(|errno| (of, errno)))
     {
         let lab = Lab::new();
-        let mut driver = driver(&lab, DriverKind::IoUring);
-        let mut seen = Seen::default();
+        let mut rig = Rig::new(&lab, DriverKind::IoUring);
         lab.send(of, 0);
-        seen.until(of, 1, &mut driver, &lab.bell);
-        uring(&mut driver).lender.faults.end = Some(errno);
+        rig.until(of, 1);
         let mut rests = Vec::new();
         for _ in 0..8 {
-            let Uring { lender, states, .. } = uring(&mut driver);
-            let tag = states[of as usize].tag(of);
-            lender.cancel(of.source(), tag).expect("it is armed");
+            rig.end(of, errno);
             let mut turns = 0;
-            while turns == 0 || !uring(&mut driver).states[of as usize].armed {
+            while turns == 0 || !rig.uring().states[of as usize].armed {
                 turns += 1;
-                driver
-                    .turn(
-                        Some(Duration::ZERO),
-                        &mut seen.tun,
-                        &mut seen.udp,
-                        &mut seen.counters,
-                    )
-                    .unwrap();
+                rig.turn(Duration::ZERO);
             }
             rests.push(turns - 2);
         }
         assert_eq!(rests, [1, 2, 4, 8, 16, 32, 64, 64], "{of:?}, {errno}");
         lab.send(of, 1);
-        seen.until(of, 2, &mut driver, &lab.bell);
-        assert_eq!(uring(&mut driver).states[of as usize].rested, 0);
+        rig.until(of, 2);
+        assert_eq!(rig.uring().states[of as usize].rested, 0);
     }
 }
 
@@ -353,23 +349,22 @@ fn an_error_that_repeats_makes_the_request_rest_for_longer_and_longer() {
 #[test]
 fn a_request_that_ends_with_a_packet_is_armed_again() {
     let lab = Lab::new();
-    let mut driver = driver(&lab, DriverKind::IoUring);
-    uring(&mut driver).lender.faults.single = true;
-    let mut seen = Seen::default();
+    let mut rig = Rig::new(&lab, DriverKind::IoUring);
+    rig.uring().lender.faults.single = true;
     for number in 1..=100 {
         for of in [Request::Tun, Request::Wake] {
             lab.send(of, number);
-            let before = seen.count(of);
-            seen.until(of, before + 1, &mut driver, &lab.bell);
+            let before = rig.count(of);
+            rig.until(of, before + 1);
         }
         if number % 10 == 0 {
-            let [tun, _] = seen.numbers();
+            let [tun, _] = rig.numbers();
             assert!(tun.iter().copied().eq(number - 9..=number), "{tun:?}");
-            seen.tun.clear();
+            rig.tun.clear();
         }
     }
-    uring(&mut driver).lender.faults.single = false;
-    all_buffers_are_there(&lab, &mut driver);
+    rig.uring().lender.faults.single = false;
+    rig.all_buffers_are_there();
 }
 
 /// A real one: what a datagram of ours has brought back by ICMP.
@@ -377,10 +372,9 @@ fn a_request_that_ends_with_a_packet_is_armed_again() {
 fn an_error_that_the_socket_has_kept_is_counted_and_traffic_goes_on() {
     for kind in KINDS {
         let lab = Lab::new();
-        let mut driver = driver(&lab, kind);
-        let mut seen = Seen::default();
+        let mut rig = Rig::new(&lab, kind);
         lab.send(Request::Udp4, 1);
-        seen.until(Request::Udp4, 1, &mut driver, &lab.bell);
+        rig.until(Request::Udp4, 1);
         let nobody = UdpSocket::bind("127.0.0.1:0").unwrap();
         let closed = nobody.local_addr().unwrap();
         drop(nobody);
@@ -388,24 +382,16 @@ fn an_error_that_the_socket_has_kept_is_counted_and_traffic_goes_on() {
         lab.udp.v4.connect(closed).unwrap();
         lab.udp.v4.send(&[0]).unwrap();
         for _ in 0..3 {
-            driver
-                .turn(
-                    Some(Duration::from_millis(20)),
-                    &mut seen.tun,
-                    &mut seen.udp,
-                    &mut seen.counters,
-                )
-                .unwrap();
+            rig.turn(Duration::from_millis(20));
         }
         assert_eq!(
-            seen.counted().drops(DropReason::UdpReadFailed),
+            rig.counted().drops(DropReason::UdpReadFailed),
             1,
             "{kind:?}"
         );
         lab.udp.v4.connect(lab.far.local_addr().unwrap()).unwrap();
         lab.send(Request::Udp4, 2);
-        seen.until(Request::Udp4, 2, &mut driver, &lab.bell);
-        drop(seen);
-        all_buffers_are_there(&lab, &mut driver);
+        rig.until(Request::Udp4, 2);
+        rig.all_buffers_are_there();
     }
 }

@@ -25,7 +25,7 @@ use std::time::Duration;
 use crate::config::DriverKind;
 use crate::packet::PacketBuf;
 use crate::stats::Counters;
-use crate::sys::socket::Local;
+use crate::sys::socket::Ancillary;
 use crate::udp::Sockets;
 
 /// Buffers for TUN reads. Rings of provided buffers are first in, first out, so each buffer is
@@ -45,12 +45,7 @@ pub(crate) struct TunRx {
 pub(crate) struct UdpRx {
     pub(crate) buf: PacketBuf,
     pub(crate) from: SocketAddr,
-    /// Bytes of every datagram but the last; 0 if there is only one.
-    pub(crate) stride: u16,
-    /// Outer TOS or traffic class byte, the same for all.
-    pub(crate) tos: u8,
-    /// Where it arrived, in device mode.
-    pub(crate) local: Option<Local>,
+    pub(crate) ancillary: Ancillary,
 }
 
 /// What a driver receives from. The first and the last belong to the shard and outlive the driver.

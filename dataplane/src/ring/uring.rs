@@ -257,9 +257,7 @@ fn datagrams(mut buf: PacketBuf) -> Option<UdpRx> {
     Some(UdpRx {
         buf,
         from,
-        stride: ancillary.stride,
-        tos: ancillary.tos,
-        local: ancillary.local,
+        ancillary,
     })
 }
 

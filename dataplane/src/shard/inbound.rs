@@ -22,7 +22,7 @@ use crate::peer::{Kind, Source};
 use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
 use crate::stats::{DropReason, Meter, Room};
-use crate::sys::socket::Local;
+use crate::sys::socket::{Ancillary, Local};
 use crate::tun;
 use crate::types::{Event, PeerId};
 
@@ -36,8 +36,9 @@ impl Shard<'_> {
     /// counts: the first shard has seen to the rest. `crossed` then says which shards are to see it
     /// after us.
     pub(super) fn inbound(&mut self, mut batch: UdpRx, crossed: Option<ShardSet>) {
-        let stride = usize::from(batch.stride);
-        let (from, local, tos) = (batch.from, batch.local, batch.tos);
+        let from = batch.from;
+        let Ancillary { stride, tos, local } = batch.ancillary;
+        let stride = usize::from(stride);
         let bytes = batch.buf.bytes_mut();
         let mut others = crossed.unwrap_or_default();
         let mut foreign = 0;

@@ -34,6 +34,22 @@ pub(crate) fn set_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> 
     set(fd, level, name, &value)
 }
 
+/// Has receives tell the TOS or traffic class byte ([`Ancillary::tos`]), of the family of this address.
+pub(crate) fn tell_tos(fd: BorrowedFd<'_>, family_of: SocketAddr) -> io::Result<()> {
+    match family_of {
+        SocketAddr::V4(_) => set_int(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1),
+        SocketAddr::V6(_) => set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1),
+    }
+}
+
+/// Has receives tell where datagrams arrived ([`Ancillary::local`]).
+pub(crate) fn tell_local(fd: BorrowedFd<'_>, family_of: SocketAddr) -> io::Result<()> {
+    match family_of {
+        SocketAddr::V4(_) => set_int(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1),
+        SocketAddr::V6(_) => set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1),
+    }
+}
+
 fn set<T>(fd: BorrowedFd<'_>, level: i32, name: i32, value: &T) -> io::Result<()> {
     let (bytes, len) = (std::ptr::from_ref(value).cast(), socklen(size_of::<T>()));
     // SAFETY: the value is readable for its length during the call.
@@ -696,15 +712,11 @@ mod tests {
     fn tos_and_source_travel_in_both_families() {
         for ip in ["127.0.0.1", "::1"] {
             let (a, b) = pair(ip);
-            let v6 = ip == "::1";
-            if v6 {
-                set_int(b.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1).unwrap();
-            } else {
-                set_int(b.as_fd(), libc::IPPROTO_IP, libc::IP_RECVTOS, 1).unwrap();
-            }
+            let to = b.local_addr().unwrap();
+            tell_tos(b.as_fd(), to).unwrap();
             let leave = Leave {
                 tos: 2,
-                ..Leave::to(b.local_addr().unwrap())
+                ..Leave::to(to)
             };
             send(a.as_fd(), &leave, b"hello", None).unwrap();
             let mut bytes = [0; 100];
@@ -754,12 +766,7 @@ mod tests {
             let (a, b) = pair(ip);
             let c = UdpSocket::bind((ip, 0)).unwrap();
             let to = b.local_addr().unwrap();
-            let (level, name) = if to.is_ipv4() {
-                (libc::IPPROTO_IP, libc::IP_PKTINFO)
-            } else {
-                (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)
-            };
-            set_int(b.as_fd(), level, name, 1).unwrap();
+            tell_local(b.as_fd(), to).unwrap();
             let mut many = Many::<4, 10>::new();
             assert_eq!(receive_many(b.as_fd(), &mut many).unwrap(), 0);
             let sent: [(&UdpSocket, &[u8]); 6] = [
@@ -812,14 +819,10 @@ mod tests {
             ("[::]:0", "::1", "[::1]:0"),
         ] {
             let server = UdpSocket::bind(any).unwrap();
-            let (level, option) = if server.local_addr().unwrap().is_ipv4() {
-                (libc::IPPROTO_IP, libc::IP_PKTINFO)
-            } else {
-                (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO)
-            };
-            set_int(server.as_fd(), level, option, 1).unwrap();
+            let at = server.local_addr().unwrap();
+            tell_local(server.as_fd(), at).unwrap();
             let client = UdpSocket::bind(other).unwrap();
-            let port = server.local_addr().unwrap().port();
+            let port = at.port();
             let local: IpAddr = local.parse().unwrap();
             client.send_to(b"?", (local, port)).unwrap();
             let mut bytes = [0; 10];

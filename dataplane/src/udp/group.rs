@@ -17,7 +17,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
 use super::steer::{self, Door};
 use crate::config::share;
-use crate::sys::socket::{attach_reuseport_filter, drops, set_int};
+use crate::sys::socket::{attach_reuseport_filter, drops, set_int, tell_local, tell_tos};
 
 /// A data socket's buffer in each direction in bytes, and what each has at least where there are so many
 /// that together they would have more than the second. (The kernel takes twice as much, for what it
@@ -211,26 +211,21 @@ fn dropped<'a>(sockets: impl Iterator<Item = &'a Arc<Sockets>>) -> u64 {
 
 /// Sets an offload on every data socket; false, with one log line, if the kernel refuses.
 fn probe(data: &[Arc<Sockets>], what: &str, option: i32, value: i32) -> bool {
-    for sockets in data {
-        for socket in sockets.both() {
-            if let Err(error) = set_int(socket.as_fd(), libc::SOL_UDP, option, value) {
-                tracing::warn!(%error, "the kernel refuses {what}: going on without");
-                return false;
-            }
-        }
+    let mut sockets = data.iter().flat_map(|sockets| sockets.both());
+    let set = sockets.try_for_each(|s| set_int(s.as_fd(), libc::SOL_UDP, option, value));
+    if let Err(error) = &set {
+        tracing::warn!(%error, "the kernel refuses {what}: going on without");
     }
-    true
+    set.is_ok()
 }
 
 fn pair_up(v4: Vec<UdpSocket>, v6: Option<Vec<UdpSocket>>) -> Vec<Arc<Sockets>> {
-    let v6: Vec<Option<UdpSocket>> = match v6 {
-        Some(v6) => v6.into_iter().map(Some).collect(),
-        None => v4.iter().map(|_| None).collect(),
+    let mut v6 = v6.into_iter().flatten();
+    let pair = |v4| {
+        let v6 = v6.next();
+        Arc::new(Sockets { v4, v6 })
     };
-    v4.into_iter()
-        .zip(v6)
-        .map(|(v4, v6)| Arc::new(Sockets { v4, v6 }))
-        .collect()
+    v4.into_iter().map(pair).collect()
 }
 
 /// Opens all members of one family's group, in order.
@@ -328,7 +323,6 @@ enum Role {
 
 fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, role: Role) -> io::Result<()> {
     let fd = socket.as_fd();
-    let data = role == Role::Data;
     let size = match role {
         Role::Data => data_buffer(wanted.shards),
         Role::Door => DOOR_SOCKET_BUFFER,
@@ -352,16 +346,9 @@ fn set_up(socket: &UdpSocket, at: SocketAddr, wanted: Wanted, role: Role) -> io:
     } else {
         set_dont_fragment(fd, at.is_ipv6(), false)?;
     }
-    if at.is_ipv4() {
-        set_int(fd, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
-        if wanted.device || !data {
-            set_int(fd, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?;
-        }
-    } else {
-        set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
-        if wanted.device || !data {
-            set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
-        }
+    tell_tos(fd, at)?;
+    if wanted.device || role != Role::Data {
+        tell_local(fd, at)?;
     }
     debug_assert!(wanted.shards > 0, "checked by the configuration");
     Ok(())
