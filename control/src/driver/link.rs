@@ -248,7 +248,7 @@ fn route_concerns(route: &RouteMessage, own_tun: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     const OWN: u32 = 7;
 

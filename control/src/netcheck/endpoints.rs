@@ -238,7 +238,7 @@ fn is_tailscale(ip: IpAddr) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     fn interface(name: &str, addrs: &[&str]) -> Interface {
         Interface {

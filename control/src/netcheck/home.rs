@@ -147,7 +147,7 @@ impl HomeChoice {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     fn report(entries: &[(u32, u64)]) -> Latencies {
         let entry = |(id, ms): &(u32, u64)| (RegionId(*id), Duration::from_millis(*ms));

@@ -136,7 +136,7 @@ impl Entry {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     const NAME: &str = "relay.example";
 

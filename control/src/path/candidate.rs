@@ -279,7 +279,7 @@ impl Admission {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     fn addr(n: u8) -> SocketAddr {
         SocketAddr::from(([203, 0, 113, n], 41641))

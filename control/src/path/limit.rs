@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn a_bucket_gives_its_rate_and_keeps_its_reserve() {
-        let start = crate::path::test_clock::start();
+        let start = crate::testing::start();
         let mut bucket = Limit::new(50);
         let taken = |bucket: &mut Limit, now, reserve| {
             (0..100).filter(|_| bucket.take(now, reserve)).count()

@@ -601,17 +601,3 @@ pub(crate) fn pings_max() -> usize {
     let a_second = usize::try_from(limit::NODE_PINGS_PER_S).unwrap();
     a_second * (1 + usize::try_from(PING_TIMEOUT.as_secs()).unwrap())
 }
-
-/// A first moment for tests, which then only add to it.
-#[cfg(test)]
-pub(crate) mod test_clock {
-    use std::time::Instant;
-
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "there is no other way to make an Instant"
-    )]
-    pub(crate) fn start() -> Instant {
-        Instant::now()
-    }
-}

@@ -193,7 +193,7 @@ impl MtuSearch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     const NEEDED: u16 = 1340;
 

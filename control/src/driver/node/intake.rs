@@ -440,7 +440,7 @@ const FAR_AWAY: [SocketAddr; 2] = [
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::path::test_clock::start;
+    use crate::testing::start;
 
     #[test]
     fn what_comes_too_early_happens_later() {

@@ -1,7 +1,7 @@
 use rand::SeedableRng as _;
 
 use super::*;
-use crate::path::test_clock::start;
+use crate::testing::start;
 
 /// A network in which region `n` answers after `latency[n - 1]`, with a NAT whose port is `port`.
 struct Lab {

@@ -12,7 +12,8 @@ use ringtail_dataplane::{Activity, PathDecision, RegionId};
 use super::shard::PEER;
 use crate::disco::{self, Message, SharedKey, TxId};
 use crate::key::{DiscoPrivate, NodePrivate, NodePublic};
-use crate::path::{Config, Drop, Event, Manager, PeerSetup, Status, Via, test_clock};
+use crate::path::{Config, Drop, Event, Manager, PeerSetup, Status, Via};
+use crate::testing;
 
 pub(super) const REGION: RegionId = RegionId(7);
 
@@ -69,7 +70,7 @@ pub(super) fn ms(ms: u64) -> Duration {
 impl Script {
     /// A peer with these endpoints in the network map, none of which answers yet, and a home.
     pub(super) fn new(config: Config, endpoints: &[&str]) -> Self {
-        let start = test_clock::start();
+        let start = testing::start();
         let ours = NodePrivate::from_random([1; 32]).public();
         let our_disco = DiscoPrivate::from_random([2; 32]);
         let their_disco = DiscoPrivate::from_random([4; 32]);

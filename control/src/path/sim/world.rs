@@ -14,10 +14,8 @@ use crate::disco::{self, Class};
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netcheck::{self, Interface, Netcheck};
 use crate::netmap::DerpMap;
-use crate::path::{
-    Config, Event, Manager, PeerSetup, StateName, Status, Story, Transmit, Via, test_clock,
-};
-use crate::stun;
+use crate::path::{Config, Event, Manager, PeerSetup, StateName, Status, Story, Transmit, Via};
+use crate::{stun, testing};
 
 pub(super) const MS: Duration = Duration::from_millis(1);
 pub(super) const SECOND: Duration = Duration::from_secs(1);
@@ -148,7 +146,7 @@ impl World {
         boxes: Vec<Middlebox>,
         places: [(Zone, Vec<IpAddr>, Vec<SocketAddr>); 2],
     ) -> Self {
-        let start = test_clock::start();
+        let start = testing::start();
         let mut rng = StdRng::seed_from_u64(seed);
         let keys = [0, 1].map(|_: u8| {
             let node = NodePrivate::from_random(rng.random()).public();
