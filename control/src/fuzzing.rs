@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use bytes::BytesMut;
 use ipnet::IpNet;
+use ringtail_dataplane::{Class, classify};
 use time::OffsetDateTime;
 
 use crate::coord::frames::{Codec, FrameReader, encode};
@@ -20,7 +21,7 @@ use crate::derp::frame::{CLIENT_FRAME_LEN_MAX, Decoder, HEADER_LEN, client_verdi
 use crate::derp::info::{ClientInfo, ServerInfo, put_client_info, to_json};
 use crate::derp::upgrade::{Port, parse_request, parse_response};
 use crate::derp::{cert, server};
-use crate::disco::{self, Class, Message, SharedKey};
+use crate::disco::{self, Message, SharedKey};
 use crate::key::{DiscoPrivate, KEY_LEN, MachinePrivate, NodePrivate, NodePublic};
 use crate::netmap::MapState;
 use crate::noise::{EarlyPayload, Initiator, RECORD_LEN_MAX, RESPONSE_LEN, respond};
@@ -119,11 +120,9 @@ pub fn derp_parts(input: &[u8]) {
 
 /// A DISCO datagram, and a plain text as if a datagram had opened to it.
 pub fn disco(input: &[u8]) {
-    match disco::classify(input) {
-        Class::Disco => assert!(disco::sender(input).is_some()),
-        Class::Stun => assert!(stun::is_stun(input)),
-        Class::RelayedDisco | Class::RelayedWireGuard | Class::WireGuard => {}
-    }
+    let class = classify(input);
+    assert_eq!(class == Class::Disco, disco::sender(input).is_some());
+    assert!(class != Class::Stun || stun::is_stun(input));
     static SHARED: OnceLock<SharedKey> = OnceLock::new();
     let ours = DiscoPrivate::from_bytes([1; 32]);
     let shared = SHARED.get_or_init(|| {
@@ -135,7 +134,7 @@ pub fn disco(input: &[u8]) {
         return;
     };
     let datagram = shared.seal(&ours.public(), [3; 24], &message);
-    assert_eq!(disco::classify(&datagram), Class::Disco);
+    assert_eq!(classify(&datagram), Class::Disco);
     let plain = shared.open(&datagram).expect("we have sealed this");
     assert_eq!(plain.len(), message.encoded_len());
     assert_eq!(Message::parse(&plain), Ok(message));

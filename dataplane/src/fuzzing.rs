@@ -53,7 +53,7 @@ pub fn datagram(bytes: &[u8]) {
         Class::Data(_) => assert!(bytes.len() >= DATA_LEN_MIN),
         Class::Handshake => assert!(matches!(bytes.len(), 148 | 92 | 64)),
         Class::Disco | Class::Stun => assert!(bytes.len() >= 20),
-        Class::Invalid(_) => {}
+        Class::PeerRelay | Class::Invalid(_) => {}
     }
 }
 

@@ -134,6 +134,7 @@ fn seeded() -> rand::rngs::StdRng {
 }
 
 pub use budget::TimeBudget;
+pub use classify::{Class, DISCO_MAGIC, STUN_COOKIE, STUN_HEADER_LEN, classify};
 pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, StartError,
     pinned_by_default, shards_by_default,

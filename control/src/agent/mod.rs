@@ -27,11 +27,12 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::{Activity, Event, NetworkChange, PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{
+    Activity, Class, Event, NetworkChange, PathDecision, PeerId, RegionId, classify,
+};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
-use crate::disco::{self, Class};
 use crate::hostnet::Overlay;
 use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
 use crate::netcheck::{Netcheck, OwnEndpoint};
@@ -255,7 +256,7 @@ impl Agent {
         local: Option<IpAddr>,
         bytes: &[u8],
     ) {
-        match disco::classify(bytes) {
+        match classify(bytes) {
             Class::Stun => {
                 // Netcheck has counted what it refuses.
                 let _ = self.netcheck.handle_datagram(at, bytes);
@@ -270,9 +271,11 @@ impl Agent {
                     self.answering = Some((from, local));
                 }
             }
-            Class::RelayedDisco | Class::RelayedWireGuard => self.drop_one("peer_relay"),
+            Class::PeerRelay => self.drop_one("peer_relay"),
             // Steering sends WireGuard elsewhere: what is left is junk.
-            Class::WireGuard => self.drop_one("discovery_junk"),
+            Class::Data(_) | Class::Handshake | Class::Invalid(_) => {
+                self.drop_one("discovery_junk");
+            }
         }
         self.settle(now);
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use ringtail_dataplane::Rules;
 
 use super::*;
+use crate::disco;
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netmap::MapState;
 use crate::netmap::wire::{self, WireTime};
@@ -453,7 +454,7 @@ fn strangers_are_counted_wherever_they_come_from() {
             .is_some()
     );
     agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), None, b"junk");
-    let mut disco = disco::MAGIC.to_vec();
+    let mut disco = ringtail_dataplane::DISCO_MAGIC.to_vec();
     disco.resize(120, 7);
     agent.handle_datagram(now, now, "203.0.113.9:1".parse().unwrap(), None, &disco);
     let status = status(&agent, now);

@@ -26,14 +26,13 @@ pub mod upgrade;
 #[cfg(test)]
 pub(crate) mod testing;
 
+use ringtail_dataplane::DISCO_MAGIC;
+
 /// The protocol version both sides speak: RecvPacket carries its source key.
 pub const PROTOCOL_VERSION: u8 = 2;
 
 /// The first eight bytes of a ServerKey body: "DERP" and a key emoji.
 pub const MAGIC: [u8; 8] = *b"DERP\xf0\x9f\x94\x91";
-
-/// The first six bytes of every DISCO packet: "TS" and a speech balloon emoji.
-pub const DISCO_MAGIC: [u8; 6] = *b"TS\xf0\x9f\x92\xac";
 
 /// The shortest DISCO packet: magic, sender key, nonce.
 pub const DISCO_LEN_MIN: usize = 6 + 32 + 24;

@@ -10,9 +10,10 @@
 //! drops the datagram.
 
 use nix::libc;
+use ringtail_dataplane::{DISCO_MAGIC, STUN_COOKIE};
 use socket2::SockFilter;
 
-use super::{MAGIC, TAG_AT, TAG_LEN};
+use super::{TAG_AT, TAG_LEN};
 use crate::key::DiscoPublic;
 
 /// Keys looked for at most: for more, every DISCO datagram passes. The program for so many has three
@@ -25,9 +26,8 @@ const LEAF_LEN_MAX: usize = 4;
 const UDP_HEADER_LEN: u32 = 8;
 /// Header, tag, type and version of the shortest DISCO datagram.
 const DISCO_LEN_MIN: usize = TAG_AT + TAG_LEN + 2;
-/// Type of a STUN answer, "Binding success", and the cookie behind it.
+/// Type of a STUN answer, "Binding success"; the cookie is behind it.
 const STUN_ANSWER: u32 = 0x0101;
-const STUN_COOKIE: u32 = 0x2112_a442;
 
 /// What the program says: the whole datagram, or nothing of it.
 const PASS: u32 = u32::MAX;
@@ -48,8 +48,8 @@ pub fn any_sender() -> Vec<SockFilter> {
 }
 
 fn program_for(words: Option<&Vec<u32>>) -> Vec<SockFilter> {
-    let magic = u32::from_be_bytes([MAGIC[0], MAGIC[1], MAGIC[2], MAGIC[3]]);
-    let magic_rest = u32::from(u16::from_be_bytes([MAGIC[4], MAGIC[5]]));
+    let [a, b, c, d, e, f] = DISCO_MAGIC;
+    let (magic, magic_rest) = (u32::from_be_bytes([a, b, c, d]), u16::from_be_bytes([e, f]));
     let len_min = UDP_HEADER_LEN + u32::try_from(DISCO_LEN_MIN).expect("small");
     let mut program = vec![
         load_word(0),
@@ -57,11 +57,11 @@ fn program_for(words: Option<&Vec<u32>>) -> Vec<SockFilter> {
         load_half(0),
         equal(STUN_ANSWER, 0, 3),
         load_word(4),
-        equal(STUN_COOKIE, 0, 1),
+        equal(u32::from_be_bytes(STUN_COOKIE), 0, 1),
         verdict(PASS),
         verdict(DROP),
         load_half(4),
-        equal(magic_rest, 0, 2),
+        equal(magic_rest.into(), 0, 2),
         op(libc::BPF_LD | libc::BPF_W | libc::BPF_LEN, 0, 0, 0),
         at_least(len_min, 1, 0),
         verdict(DROP),
@@ -144,7 +144,7 @@ mod tests {
     }
 
     fn disco(key: &DiscoPublic, len: usize) -> Vec<u8> {
-        let mut datagram = [&MAGIC[..], &key.0].concat();
+        let mut datagram = [&DISCO_MAGIC[..], &key.0].concat();
         datagram.resize(len, 0);
         datagram
     }
@@ -183,7 +183,7 @@ mod tests {
         let refused = [
             disco(&key(3), 124),
             disco(&key(1), DISCO_LEN_MIN - 1),
-            MAGIC.to_vec(),
+            DISCO_MAGIC.to_vec(),
             cut_magic,
             no_cookie,
             request.to_vec(),

@@ -2,8 +2,8 @@
 //!
 //! A message is a [`Message`]; [`SharedKey::seal`] makes it a datagram and [`SharedKey::open`] reads
 //! it back. A datagram names its sender's DISCO key in clear, so the receiver looks the key up first
-//! ([`sender`]) and spends no cryptography on strangers. [`classify`] tells DISCO from the other
-//! protocols on the one UDP port. Who sends what, when and to whom is the `path` machine's.
+//! ([`sender`]) and spends no cryptography on strangers. What else comes by the one UDP port, the data
+//! plane's `classify` tells apart. Who sends what, when and to whom is the `path` machine's.
 //!
 //! Datagram: magic (6) | sender's DISCO key (32) | nonce (24) | Poly1305 tag (16) | ciphertext.
 //! The box is NaCl's `crypto_box` (X25519, HSalsa20, XSalsa20-Poly1305, tag first). Plain text:
@@ -14,13 +14,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crypto_box::aead::AeadInPlace as _;
 use crypto_box::{Nonce, PublicKey, SalsaBox, SecretKey, Tag};
+use ringtail_dataplane::DISCO_MAGIC;
 
 use crate::key::{DiscoPrivate, DiscoPublic, KEY_LEN, NodePublic};
 
 pub mod filter;
-
-/// The first bytes of every DISCO datagram: "TS💬".
-pub const MAGIC: [u8; 6] = [0x54, 0x53, 0xf0, 0x9f, 0x92, 0xac];
 
 /// Length of a nonce in bytes; a new random one for every datagram.
 pub const NONCE_LEN: usize = 24;
@@ -34,7 +32,7 @@ pub const CALL_ME_MAYBE_ENDPOINTS_MAX: usize = 64;
 /// The address that stands for "by relay" inside a Pong, its port being the region.
 pub const DERP_FAKE_IP: Ipv4Addr = Ipv4Addr::new(127, 3, 3, 40);
 
-const KEY_AT: usize = MAGIC.len();
+const KEY_AT: usize = DISCO_MAGIC.len();
 const NONCE_AT: usize = KEY_AT + KEY_LEN;
 const TAG_AT: usize = NONCE_AT + NONCE_LEN;
 const TAG_LEN: usize = 16;
@@ -47,56 +45,13 @@ const PONG: u8 = 0x02;
 const CALL_ME_MAYBE: u8 = 0x03;
 const PEER_RELAY: std::ops::RangeInclusive<u8> = 0x04..=0x09;
 
-const GENEVE_LEN: usize = 8;
-const GENEVE_DISCO: [u8; 2] = [0x7a, 0x11];
-const GENEVE_WIREGUARD: [u8; 2] = [0x7a, 0x12];
-
 /// Names a Ping and its Pong: 96 random bits.
 pub type TxId = [u8; 12];
-
-/// What a datagram on the underlay port is, by its first bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// A STUN message of the Binding method, for `netcheck`.
-    Stun,
-    /// DISCO between two nodes, for `path`.
-    Disco,
-    /// DISCO through a peer relay (Geneve); not spoken.
-    RelayedDisco,
-    /// WireGuard through a peer relay (Geneve); not spoken.
-    RelayedWireGuard,
-    /// Everything else belongs to the data plane.
-    WireGuard,
-}
-
-/// Tells the protocols on the underlay port apart (`protocol/disco.md` §8).
-pub fn classify(datagram: &[u8]) -> Class {
-    if crate::stun::is_stun(datagram) && datagram[1] == 0x01 {
-        return Class::Stun;
-    }
-    let geneve = datagram.len() >= GENEVE_LEN
-        && datagram[0] & 0xc0 == 0
-        && datagram[1] & 0x3f == 0
-        && datagram[7] == 0;
-    if geneve && datagram[2..4] == GENEVE_DISCO {
-        return match sender(&datagram[GENEVE_LEN..]) {
-            Some(_) => Class::RelayedDisco,
-            None => Class::WireGuard,
-        };
-    }
-    if geneve && datagram[2..4] == GENEVE_WIREGUARD {
-        return Class::RelayedWireGuard;
-    }
-    match sender(datagram) {
-        Some(_) => Class::Disco,
-        None => Class::WireGuard,
-    }
-}
 
 /// The DISCO key a datagram says it is from, or `None` if it is no DISCO datagram.
 pub fn sender(datagram: &[u8]) -> Option<DiscoPublic> {
     let mut key = [0; KEY_LEN];
-    key.copy_from_slice(datagram.strip_prefix(&MAGIC)?.get(..KEY_LEN)?);
+    key.copy_from_slice(datagram.strip_prefix(&DISCO_MAGIC)?.get(..KEY_LEN)?);
     Some(DiscoPublic(key))
 }
 
@@ -132,7 +87,7 @@ impl SharedKey {
     /// The datagram that carries `message`: 78 bytes longer than its plain text.
     pub fn seal(&self, from: &DiscoPublic, nonce: [u8; NONCE_LEN], message: &Message) -> Vec<u8> {
         let mut datagram = Vec::with_capacity(BODY_AT + message.encoded_len());
-        datagram.extend_from_slice(&MAGIC);
+        datagram.extend_from_slice(&DISCO_MAGIC);
         datagram.extend_from_slice(&from.0);
         datagram.extend_from_slice(&nonce);
         datagram.extend_from_slice(&[0; TAG_LEN]);

@@ -1,5 +1,7 @@
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
+use ringtail_dataplane::stats::DropReason;
+use ringtail_dataplane::{Class, classify};
 use serde_json::Value;
 
 use super::*;
@@ -118,22 +120,19 @@ fn peer_relay_messages_open_and_are_told_apart() {
 fn datagrams_are_classified_by_their_first_bytes() {
     let vectors = vectors();
     for (name, datagram) in vectors["geneve"].as_object().unwrap() {
-        let wanted = if name.starts_with("wireguard") {
-            Class::RelayedWireGuard
-        } else {
-            Class::RelayedDisco
-        };
-        assert_eq!(classify(&bytes(datagram)), wanted, "{name}");
+        assert_eq!(classify(&bytes(datagram)), Class::PeerRelay, "{name}");
     }
     assert_eq!(classify(&bytes(&vectors["stun"]["request"])), Class::Stun);
     let mut other_method = bytes(&vectors["stun"]["request"]);
     other_method[1] = 3;
-    assert_eq!(classify(&other_method), Class::WireGuard);
+    let unknown = Class::Invalid(DropReason::UnknownMessage);
+    assert_eq!(classify(&other_method), unknown);
     for first in 1..=4 {
-        assert_eq!(classify(&[first, 0, 0, 0, 9, 9, 9, 9, 9]), Class::WireGuard);
+        let short = Class::Invalid(DropReason::MessageLength);
+        assert_eq!(classify(&[first, 0, 0, 0, 9, 9, 9, 9, 9]), short);
     }
-    assert_eq!(classify(&MAGIC), Class::WireGuard);
-    assert_eq!(classify(b""), Class::WireGuard);
+    assert_eq!(classify(&DISCO_MAGIC), unknown);
+    assert_eq!(classify(b""), unknown);
 }
 
 #[test]

@@ -407,7 +407,7 @@ mod tests {
 
     /// What the kernel lets through once [`PEER`] is one.
     fn datagram(len: usize) -> Vec<u8> {
-        let mut bytes = [&crate::disco::MAGIC[..], &PEER.0].concat();
+        let mut bytes = [&ringtail_dataplane::DISCO_MAGIC[..], &PEER.0].concat();
         bytes.resize(len, 0);
         bytes
     }

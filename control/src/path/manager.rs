@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rand::rngs::StdRng;
-use ringtail_dataplane::{Activity, PEERS_MAX, PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{Activity, Class, PEERS_MAX, PathDecision, PeerId, RegionId, classify};
 
 use super::candidate::candidates_max;
 use super::limit::{KEY_OPENS_PER_S, Limit, OPENS_RESERVE};
@@ -18,7 +18,7 @@ use super::{
     CACHED_PATH_AGE_MAX, CACHED_PATHS_MAX, CachedPath, Config, Drop, Event, Heard, LinkChange,
     PeerSetup, PingId, Purpose, Route, Status, Transmit,
 };
-use crate::disco::{self, Class, Message, OpenError, ParseError, SharedKey};
+use crate::disco::{self, Message, OpenError, ParseError, SharedKey};
 use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
 
 /// The path machines of all peers.
@@ -409,10 +409,8 @@ impl Manager {
 
     /// The DISCO key that a datagram bears, if it is a peer's: strangers cost no cryptography.
     fn sender(&self, bytes: &[u8]) -> Result<DiscoPublic, Drop> {
-        match disco::classify(bytes) {
-            Class::Disco => {}
-            Class::RelayedDisco | Class::RelayedWireGuard => return Err(Drop::PeerRelay),
-            Class::Stun | Class::WireGuard => return Err(Drop::NotDisco),
+        if classify(bytes) == Class::PeerRelay {
+            return Err(Drop::PeerRelay);
         }
         let sender = disco::sender(bytes).ok_or(Drop::NotDisco)?;
         let known = self.by_disco.contains_key(&sender);

@@ -11,6 +11,8 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use ringtail_dataplane::{STUN_COOKIE as COOKIE, STUN_HEADER_LEN as HEADER_LEN};
+
 /// Names one request and its answer: 96 random bits.
 pub type TxId = [u8; 12];
 
@@ -20,8 +22,6 @@ pub const REQUEST_LEN: usize = 40;
 /// Longest answer in bytes: the header and one IPv6 XOR-MAPPED-ADDRESS.
 pub const ANSWER_LEN_MAX: usize = 44;
 
-const HEADER_LEN: usize = 20;
-const COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 const COOKIE_PORT: u16 = 0x2112;
 const FINGERPRINT_XOR: u32 = 0x5354_554e;
 const FINGERPRINT_LEN: usize = 8;

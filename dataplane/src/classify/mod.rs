@@ -2,8 +2,9 @@
 //! What a datagram is, by its first bytes, and which shard it belongs to.
 //!
 //! WireGuard messages start with their type and three zero bytes, a pattern that neither STUN nor
-//! DISCO matches, so it is tested first (Tailscale tests STUN, Geneve, DISCO in this order and
-//! takes the rest as WireGuard; the outcome is the same for everything that is valid).
+//! Geneve nor DISCO matches, so it is tested first (Tailscale tests STUN, Geneve, DISCO in this order
+//! and takes the rest as WireGuard; the outcome is the same for everything that is valid). The control
+//! side asks the same function about what its own socket gets.
 
 use crate::stats::DropReason;
 
@@ -27,6 +28,10 @@ pub const DISCO_LEN_MIN: usize = 38;
 pub const STUN_COOKIE: [u8; 4] = [0x21, 0x12, 0xa4, 0x42];
 /// STUN's header in bytes.
 pub const STUN_HEADER_LEN: usize = 20;
+/// What a Geneve header names as its payload (RFC 8926 §3.4): DISCO or WireGuard, as Tailscale's peer
+/// relays send them (net/packet/geneve.go).
+const GENEVE_DISCO: [u8; 2] = [0x7a, 0x11];
+const GENEVE_WIREGUARD: [u8; 2] = [0x7a, 0x12];
 
 /// What a datagram is. Only the form is checked, nothing is authenticated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +44,8 @@ pub enum Class {
     Disco,
     /// A STUN message with a Binding method.
     Stun,
+    /// DISCO or WireGuard behind the Geneve header of a peer relay; not spoken.
+    PeerRelay,
     /// To be dropped and counted under this reason.
     Invalid(DropReason),
 }
@@ -97,10 +104,22 @@ fn classify_other(datagram: &[u8]) -> Class {
     {
         return Class::Stun;
     }
-    if datagram.len() >= DISCO_LEN_MIN && datagram.starts_with(&DISCO_MAGIC) {
+    if is_disco(datagram) {
         return Class::Disco;
     }
+    if let Some(([version, flags, protocol @ .., _, _, _, 0], inner)) =
+        datagram.split_first_chunk::<8>()
+        && version & 0xc0 == 0
+        && flags & 0x3f == 0
+        && (*protocol == GENEVE_WIREGUARD || *protocol == GENEVE_DISCO && is_disco(inner))
+    {
+        return Class::PeerRelay;
+    }
     Class::Invalid(DropReason::UnknownMessage)
+}
+
+fn is_disco(datagram: &[u8]) -> bool {
+    datagram.len() >= DISCO_LEN_MIN && datagram.starts_with(&DISCO_MAGIC)
 }
 
 #[cfg(test)]

@@ -87,10 +87,17 @@ fn recorded_disco_and_stun_datagrams_are_told_apart() {
     assert_eq!(classify(&high), Class::Invalid(DropReason::UnknownMessage));
     // Relayed by a peer relay (Geneve): we speak none of it.
     let geneve = unhex("00007a1200abcd00 04000000 78563412 0000000000000000");
-    assert_eq!(
-        classify(&geneve),
-        Class::Invalid(DropReason::UnknownMessage)
-    );
+    assert_eq!(classify(&geneve), Class::PeerRelay);
+    let relayed = [unhex("00007a1100abcd00"), pong].concat();
+    assert_eq!(classify(&relayed), Class::PeerRelay);
+    assert_eq!(classify(&relayed[..46]), Class::PeerRelay);
+    let unknown = Class::Invalid(DropReason::UnknownMessage);
+    assert_eq!(classify(&relayed[..45]), unknown);
+    for (at, value) in [(0, 0x40), (1, 1), (3, 0x13), (7, 1)] {
+        let mut other = relayed.clone();
+        other[at] = value;
+        assert_eq!(classify(&other), unknown, "byte {at}");
+    }
 }
 
 #[test]
@@ -114,6 +121,12 @@ fn reference(b: &[u8]) -> &'static str {
     let n = b.len();
     if n >= 20 && b[0] & 0xc0 == 0 && b[4..8] == [0x21, 0x12, 0xa4, 0x42] && b[1] == 1 {
         "stun"
+    } else if n >= 8 && b[0] & 0xc0 == 0 && b[1] & 0x3f == 0 && b[7] == 0 && b[2] == 0x7a {
+        match b[3] {
+            0x11 if n >= 46 && b[8..14] == [0x54, 0x53, 0xf0, 0x9f, 0x92, 0xac] => "relayed",
+            0x12 => "relayed",
+            _ => "wireguard",
+        }
     } else if n >= 38 && b[..6] == [0x54, 0x53, 0xf0, 0x9f, 0x92, 0xac] {
         "disco"
     } else {
@@ -133,6 +146,9 @@ fn random_datagrams_agree_with_the_order_of_the_specification() {
             (0, &[1, 1][..]),
             (0, &DISCO_MAGIC),
             (4, &STUN_COOKIE),
+            (0, &[0, 0x80, 0x7a, 0x11, 0, 0xab, 0xcd, 0]),
+            (3, &[0x12]),
+            (8, &DISCO_MAGIC),
             (1, &[0, 0, 0]),
         ] {
             if rng.random_bool(0.4) && bytes.len() >= at + part.len() {
@@ -142,6 +158,7 @@ fn random_datagrams_agree_with_the_order_of_the_specification() {
         let want = match classify(&bytes) {
             Class::Stun => "stun",
             Class::Disco => "disco",
+            Class::PeerRelay => "relayed",
             Class::Data(_) | Class::Handshake | Class::Invalid(_) => "wireguard",
         };
         assert_eq!(reference(&bytes), want, "{bytes:02x?}");

@@ -47,6 +47,7 @@ pub(crate) fn runs(bytes: &mut [u8], stride: usize, shard: u8, mut each: impl Fn
             Class::Data(index) => each(Run::Foreign(owner_shard(index), end - at)),
             Class::Handshake => each(Run::Handshake(&bytes[at..end])),
             Class::Disco | Class::Stun => each(Run::Control(&bytes[at..end])),
+            Class::PeerRelay => each(Run::Invalid(DropReason::UnknownMessage)),
             Class::Invalid(reason) => each(Run::Invalid(reason)),
         }
         at = end;
@@ -125,6 +126,10 @@ mod tests {
             collect(&bytes, 40),
             [("data", 40), ("foreign", 3), ("data", 40), ("control", 1)]
         );
+        let mut relayed = vec![0, 0, 0x7a, 0x12, 0, 0xab, 0xcd, 0];
+        runs(&mut relayed, 0, 1, |run| {
+            assert_eq!(run, Run::Invalid(DropReason::UnknownMessage));
+        });
         let mut initiation = vec![1, 0, 0, 0];
         initiation.resize(148, 0);
         assert_eq!(collect(&initiation, 0), [("handshake", 1)]);

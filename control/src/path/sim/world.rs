@@ -6,11 +6,10 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
-use ringtail_dataplane::RegionId;
+use ringtail_dataplane::{Class, RegionId, classify};
 
 use super::net::{INTERNET, Middlebox, Zone};
 use super::shard::{PEER, Shard};
-use crate::disco::{self, Class};
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netcheck::{self, Interface, Netcheck};
 use crate::netmap::DerpMap;
@@ -539,16 +538,10 @@ impl World {
         match payload {
             Payload::Disco(bytes) => {
                 let target = &mut self.nodes[node];
-                match disco::classify(&bytes) {
-                    Class::Stun => {
-                        let _ = target.netcheck.handle_datagram(now, &bytes);
-                    }
-                    Class::Disco
-                    | Class::RelayedDisco
-                    | Class::RelayedWireGuard
-                    | Class::WireGuard => {
-                        let _ = target.paths.handle_datagram(now, from, &bytes);
-                    }
+                if classify(&bytes) == Class::Stun {
+                    let _ = target.netcheck.handle_datagram(now, &bytes);
+                } else {
+                    let _ = target.paths.handle_datagram(now, from, &bytes);
                 }
                 self.pump(node);
             }
