@@ -107,6 +107,8 @@ pub enum Output {
     /// Send a DISCO datagram from the discovery socket; a failure goes to
     /// [`Agent::handle_send_error`].
     Datagram {
+        /// To whom.
+        peer: PeerId,
         /// Where to.
         to: SocketAddr,
         /// Which of our addresses to send it from; without one routing chooses.
@@ -394,14 +396,21 @@ impl Agent {
         self.settle(now);
     }
 
-    /// A datagram of ours, of `len` bytes, could not be sent.
-    pub fn handle_send_error(&mut self, now: Instant, to: SocketAddr, errno: i32, len: usize) {
+    /// A datagram of ours for a peer, of `len` bytes, could not be sent.
+    pub fn handle_send_error(
+        &mut self,
+        now: Instant,
+        peer: PeerId,
+        to: SocketAddr,
+        errno: i32,
+        len: usize,
+    ) {
         if errno == nix::libc::EMSGSIZE {
             // A probe of the path's MTU, larger than the device's: an answer, and no fault.
-            self.paths.handle_too_big(now, to, len);
+            self.paths.handle_too_big(now, peer, to, len);
         } else {
             self.drop_one("disco_send_error");
-            self.paths.handle_send_error(now, to, errno);
+            self.paths.handle_send_error(now, peer, to, errno);
         }
         self.settle(now);
     }
@@ -574,6 +583,7 @@ impl Agent {
             match transmit.via {
                 Via::Udp(_) if self.setup.relay_only => {}
                 Via::Udp(to) => self.out.push_back(Output::Datagram {
+                    peer: transmit.peer,
                     to,
                     local: match answering {
                         Some((from, local)) if from == to => Some(local),

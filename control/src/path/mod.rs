@@ -241,6 +241,8 @@ pub enum Via {
 /// One sealed DISCO datagram to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Transmit {
+    /// To whom.
+    pub peer: PeerId,
     /// Where.
     pub via: Via,
     /// Set the don't-fragment bit and ignore the cached route MTU (`IP_MTU_DISCOVER` = PROBE).

@@ -283,6 +283,7 @@ impl Node {
                     self.hostnet.set_overlay(overlay);
                 }
                 Output::Datagram {
+                    peer,
                     to,
                     local,
                     bytes,
@@ -291,7 +292,8 @@ impl Node {
                     let local = self.discovery.named_source(to, local);
                     if let Err(error) = self.discovery.send(to, local, &bytes, dont_fragment) {
                         let errno = error.raw_os_error().unwrap_or_default();
-                        self.agent.handle_send_error(now(), to, errno, bytes.len());
+                        self.agent
+                            .handle_send_error(now(), peer, to, errno, bytes.len());
                     }
                 }
                 Output::Stun { to, bytes } => {

@@ -260,6 +260,7 @@ impl Peer {
             },
         };
         sh.transmit(Transmit {
+            peer: self.id,
             via,
             dont_fragment,
             bytes,

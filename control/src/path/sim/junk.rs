@@ -84,7 +84,8 @@ fn a_relayed_message_must_come_from_the_node_that_owns_the_key() {
     assert_eq!(result, Err(Drop::WrongRelaySource));
 }
 
-fn twin(script: &Script) -> PeerSetup {
+/// Another node with the same DISCO key and endpoints.
+pub(super) fn twin(script: &Script) -> PeerSetup {
     PeerSetup {
         id: PeerId(1),
         node_key: NodePrivate::from_random([8; 32]).public(),
@@ -344,7 +345,7 @@ fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
                     };
                 }
             }
-            let node = script.setup.node_key;
+            let (node, node_id) = (script.setup.node_key, script.setup.id);
             match rng.random_range(0..8) {
                 0 | 1 => drop(script.paths.handle_datagram(script.now, from, &bytes)),
                 2 | 3 => drop(
@@ -356,7 +357,9 @@ fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
                 5 => script.refresh(),
                 6 => {
                     let errno = [1, 90, 101, 113, 5][rng.random_range(0..5)];
-                    script.paths.handle_send_error(script.now, addr(C1), errno);
+                    script
+                        .paths
+                        .handle_send_error(script.now, node_id, addr(C1), errno);
                 }
                 _ => {
                     script.setup.home = rng.random::<bool>().then_some(REGION);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::matrix::pair;
 use super::net::INTERNET;
 use super::script::{Out, Script, addr, ms};
+use super::shard::PEER;
 use super::world::{MS, SECOND, World};
 use crate::path::{Config, FailedTest, Phase, StateName, Story};
 
@@ -152,7 +153,9 @@ fn what_the_device_refuses_is_taken_for_an_answer_at_once() {
     refused.answer_some(C1, ms(10), |_, large| !large);
     refused.data();
     refused.run_to(ms(10));
-    refused.paths.handle_too_big(refused.now, addr(C1), FULL);
+    refused
+        .paths
+        .handle_too_big(refused.now, PEER, addr(C1), FULL);
     refused.answer(C1, ms(10));
     refused.run_to(ms(400));
     let sent = refused.sent(10, 11);
@@ -160,5 +163,7 @@ fn what_the_device_refuses_is_taken_for_an_answer_at_once() {
     assert_eq!(refused.status().state, StateName::Direct);
     assert!(refused.status().best.unwrap().fragments);
     // A size that nothing on its way has is nobody's.
-    refused.paths.handle_too_big(refused.now, addr(C1), 9999);
+    refused
+        .paths
+        .handle_too_big(refused.now, PEER, addr(C1), 9999);
 }

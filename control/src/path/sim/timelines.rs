@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use ringtail_dataplane::PeerId;
 
+use super::junk::twin;
 use super::script::{Out, REGION, Script, addr, ms};
 use super::shard::PEER;
 use crate::disco::Message;
@@ -572,6 +573,20 @@ fn send_errors_take_a_path_away_or_ask_for_new_sockets() {
             .count()
     };
     assert_eq!(wanted(&forbidden), 1);
+    // What fails on the way to another peer says nothing of this one, although it is at the same
+    // address.
+    let mut shared = direct(ms(10), &[C1]);
+    let other = twin(&shared);
+    shared
+        .paths
+        .set_peers(shared.now, std::slice::from_ref(&other), &[]);
+    for (id, best) in [(other.id, Some(addr(C1))), (PEER, None)] {
+        let now = shared.now;
+        shared
+            .paths
+            .handle_send_error(now, id, addr(C1), ENETUNREACH);
+        assert_eq!(shared.best(), best);
+    }
 }
 
 #[test]

@@ -574,6 +574,7 @@ impl World {
                     via,
                     dont_fragment,
                     bytes,
+                    ..
                 } = transmit;
                 idle = false;
                 let len = bytes.len();
