@@ -29,7 +29,7 @@ impl Agent {
             let best = path.as_ref().and_then(|path| path.best);
             let mut extras = vec![("name", super::short_name(&peer.name))];
             if let Some(path) = &path {
-                extras.push(("path", path.state.as_str().to_owned()));
+                extras.push(("path", path.state.name().to_owned()));
                 extras.extend(path.region.map(|id| ("relay", self.region_code(id))));
             }
             let mtu = best.and_then(|best| best.mtu);

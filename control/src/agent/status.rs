@@ -105,7 +105,7 @@ impl Agent {
         let path = self.paths.status(now, id).map(|status| {
             let best = status.best;
             json!({
-                "state": status.state.as_str(),
+                "state": status.state.name(),
                 "since_s": status.since.as_secs_f64(),
                 "address": best.map(|best| best.addr),
                 "latency_ms": best.map(|best| millis(best.rtt)),

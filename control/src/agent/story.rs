@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::path::{FailedTest, Phase, Purpose, Route, Story};
+use crate::path::{Phase, Purpose, Route, Story};
 
 /// A duration in milliseconds with microsecond grain.
 pub fn millis(duration: std::time::Duration) -> f64 {
@@ -51,7 +51,7 @@ pub(super) fn describe(
             reason,
         } => (
             "path",
-            json!({"peer": peer, "state": state.as_str(), "addr": addr, "reason": reason.as_str()}),
+            json!({"peer": peer, "state": state.name(), "addr": addr, "reason": reason.name()}),
         ),
         Story::Heartbeat {
             addr,
@@ -83,12 +83,7 @@ fn validation(peer: &str, addr: &std::net::SocketAddr, phase: &Phase) -> Value {
             rtt,
             loss_pct,
         } => {
-            let test = match test {
-                FailedTest::Loss => "loss",
-                FailedTest::Latency => "latency",
-                FailedTest::Mtu => "mtu",
-            };
-            json!({"peer": peer, "addr": addr, "phase": "fail", "test": test,
+            json!({"peer": peer, "addr": addr, "phase": "fail", "test": test.name(),
                    "rtt_ms": rtt.map(millis), "loss_pct": loss_pct})
         }
     }

@@ -125,12 +125,7 @@ impl Check {
                     sent,
                 };
                 self.probes.insert(id, probe);
-                let can_send = if server.is_ipv6() {
-                    &mut self.report.ipv6_can_send
-                } else {
-                    &mut self.report.ipv4_can_send
-                };
-                *can_send = true;
+                self.can_send(server, true);
                 return Some((server, id));
             }
         }
@@ -273,13 +268,12 @@ impl Check {
         }
     }
 
-    /// A request could not be sent.
-    pub(super) fn cannot_send(&mut self, to: SocketAddr) {
-        let report = &mut self.report;
+    /// A request leaves for this address, or could not be sent.
+    pub(super) fn can_send(&mut self, to: SocketAddr, can: bool) {
         if to.is_ipv6() {
-            report.ipv6_can_send = false;
+            self.report.ipv6_can_send = can;
         } else {
-            report.ipv4_can_send = false;
+            self.report.ipv4_can_send = can;
         }
     }
 

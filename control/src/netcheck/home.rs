@@ -1,4 +1,4 @@
-//! Which relay is home (`protocol/netcheck.md` §6).
+//! Which relay is home (`protocol/netcheck.md` §6, without its forced region).
 //!
 //! The nearest by the best latency of the last five minutes wins, but against the present home only
 //! if it is a third and ten milliseconds faster than that is now. A home that was heard lately is
@@ -31,7 +31,6 @@ pub(super) struct HomeChoice {
     heard: BTreeMap<RegionId, Instant>,
     down: BTreeMap<RegionId, Instant>,
     pub(super) scores: BTreeMap<RegionId, f64>,
-    pub(super) forced: Option<RegionId>,
 }
 
 impl HomeChoice {
@@ -95,11 +94,6 @@ impl HomeChoice {
             let at: Option<&Instant> = self.heard.get(&region);
             at.is_some_and(|at| *at > started || age(*at) <= window)
         };
-        if let Some(forced) = self.forced
-            && (current.contains_key(&forced) || heard_within(forced, HEARD_WINDOW))
-        {
-            return Some(forced);
-        }
         let best = |region: RegionId| {
             let past = self
                 .reports
@@ -251,16 +245,6 @@ mod tests {
         };
         let home = run(&mut choice, &[(0, &[(1, 30), (2, 24), (3, 16)])], &[]);
         assert_eq!(home, 1);
-    }
-
-    #[test]
-    fn a_forced_region_is_home_while_it_is_there() {
-        let mut choice = HomeChoice {
-            forced: Some(RegionId(2)),
-            ..HomeChoice::default()
-        };
-        assert_eq!(run(&mut choice, &[(0, &[(1, 10), (2, 90)])], &[]), 2);
-        assert_eq!(run(&mut choice, &[(0, &[(1, 10)])], &[]), 1);
     }
 
     #[test]

@@ -184,11 +184,6 @@ impl Netcheck {
         self.start(now, false);
     }
 
-    /// A region that is home whenever it can be.
-    pub fn set_forced_home(&mut self, region: Option<RegionId>) {
-        self.homes.forced = region;
-    }
-
     /// Whether the node is in use: tunnel activity in the last 45 s, and peers to talk to. Only then
     /// checks repeat.
     pub fn set_active(&mut self, now: Instant, active: bool) {
@@ -215,11 +210,6 @@ impl Netcheck {
     /// The home that peers know of, for the next run.
     pub fn told_home(&self) -> Option<RegionId> {
         self.told
-    }
-
-    /// The present home region.
-    pub fn home(&self) -> Option<RegionId> {
-        self.home
     }
 
     /// The last finished report.
@@ -296,7 +286,7 @@ impl Netcheck {
     /// and need not be told.
     pub fn handle_send_error(&mut self, to: SocketAddr) {
         if let Some(check) = &mut self.check {
-            check.cannot_send(to);
+            check.can_send(to, false);
         }
     }
 

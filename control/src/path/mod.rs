@@ -39,7 +39,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ringtail_dataplane::{PathDecision, PeerId, RegionId};
+use ringtail_dataplane::{PathDecision, PeerId, RegionId, named};
 
 use crate::key::{DiscoPublic, NodePublic};
 
@@ -62,7 +62,6 @@ mod sim;
 pub(crate) use candidate::candidates_max;
 pub use limit::Drop;
 pub use manager::Manager;
-pub use score::{Rank, better};
 
 /// A Ping without Pong is forgotten after this.
 pub const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -425,112 +424,75 @@ pub enum Phase {
     },
 }
 
-/// What a candidate failed at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FailedTest {
-    /// Too many Pings unanswered.
-    Loss,
-    /// Far slower than the relay.
-    Latency,
-    /// Full packets do not pass, not even in fragments.
-    Mtu,
-}
-
-/// The states of a peer by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum StateName {
-    /// By relay; nothing is being tried.
-    Relay,
-    /// By relay, and to the candidate under validation; candidates are being tried.
-    Probing,
-    /// By the best address alone.
-    Direct,
-    /// By the best address and by relay.
-    Fallback,
-    /// By relay; trying has been given up for a while.
-    Held,
-}
-
-impl StateName {
-    /// The name in the event log.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Relay => "relay",
-            Self::Probing => "probing",
-            Self::Direct => "direct",
-            Self::Fallback => "fallback",
-            Self::Held => "held",
-        }
+named! {
+    /// What a candidate failed at.
+    pub enum FailedTest {
+        /// Too many Pings unanswered.
+        Loss = "loss",
+        /// Far slower than the relay.
+        Latency = "latency",
+        /// Full packets do not pass, not even in fragments.
+        Mtu = "mtu",
     }
 }
 
-/// Why a state changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// Data was sent.
-    Data,
-    /// The peer asked to be pinged.
-    CallMeMaybe,
-    /// The peer pinged us.
-    PingReceived,
-    /// A candidate passed validation.
-    Validated,
-    /// A better one did.
-    Better,
-    /// The best address answered again.
-    PongAgain,
-    /// No Pong for [`TRUST_UDP_ADDR_DURATION`].
-    TrustExpired,
-    /// The same with no data to keep heartbeats going.
-    Idle,
-    /// Data or a heartbeat stayed unanswered.
-    Silent,
-    /// The peer's packets come from another address, and the best one is quiet.
-    NewSource,
-    /// A Ping to the best address timed out.
-    PingTimeout,
-    /// Nothing answered, and no more data.
-    NoAnswer,
-    /// The kernel refused to send there.
-    SendError,
-    /// The network changed.
-    LinkChange,
-    /// The best address failed its test.
-    Quality,
-    /// The peer no longer names the best address.
-    Withdrawn,
-    /// [`Config::retry_limit`] rounds without any Pong.
-    RetryLimit,
-    /// The time of holding is over.
-    HoldOver,
-    /// Something changed that makes another try worth it.
-    Wake,
+named! {
+    /// The states of a peer, by their names in the event log.
+    pub enum StateName {
+        /// By relay; nothing is being tried.
+        Relay = "relay",
+        /// By relay, and to the candidate under validation; candidates are being tried.
+        Probing = "probing",
+        /// By the best address alone.
+        Direct = "direct",
+        /// By the best address and by relay.
+        Fallback = "fallback",
+        /// By relay; trying has been given up for a while.
+        Held = "held",
+    }
 }
 
-impl Reason {
-    /// The name in the event log.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Data => "data",
-            Self::CallMeMaybe => "call_me_maybe",
-            Self::PingReceived => "ping_received",
-            Self::Validated => "validated",
-            Self::Better => "better",
-            Self::PongAgain => "pong_again",
-            Self::TrustExpired => "trust_expired",
-            Self::Idle => "idle",
-            Self::Silent => "silent",
-            Self::NewSource => "new_source",
-            Self::PingTimeout => "ping_timeout",
-            Self::NoAnswer => "no_answer",
-            Self::SendError => "send_error",
-            Self::LinkChange => "link_change",
-            Self::Quality => "quality",
-            Self::Withdrawn => "withdrawn",
-            Self::RetryLimit => "retry_limit",
-            Self::HoldOver => "hold_over",
-            Self::Wake => "wake",
-        }
+named! {
+    /// Why a state changed, by its name in the event log.
+    pub enum Reason {
+        /// Data was sent.
+        Data = "data",
+        /// The peer asked to be pinged.
+        CallMeMaybe = "call_me_maybe",
+        /// The peer pinged us.
+        PingReceived = "ping_received",
+        /// A candidate passed validation.
+        Validated = "validated",
+        /// A better one did.
+        Better = "better",
+        /// The best address answered again.
+        PongAgain = "pong_again",
+        /// No Pong for [`TRUST_UDP_ADDR_DURATION`].
+        TrustExpired = "trust_expired",
+        /// The same with no data to keep heartbeats going.
+        Idle = "idle",
+        /// Data or a heartbeat stayed unanswered.
+        Silent = "silent",
+        /// The peer's packets come from another address, and the best one is quiet.
+        NewSource = "new_source",
+        /// A Ping to the best address timed out.
+        PingTimeout = "ping_timeout",
+        /// Nothing answered, and no more data.
+        NoAnswer = "no_answer",
+        /// The kernel refused to send there.
+        SendError = "send_error",
+        /// The network changed.
+        LinkChange = "link_change",
+        /// The best address failed its test.
+        Quality = "quality",
+        /// The peer no longer names the best address.
+        Withdrawn = "withdrawn",
+        /// [`Config::retry_limit`] rounds without any Pong.
+        RetryLimit = "retry_limit",
+        /// The time of holding is over.
+        HoldOver = "hold_over",
+        /// Something changed that makes another try worth it.
+        Wake = "wake",
     }
 }
 

@@ -5,21 +5,21 @@ use std::time::Duration;
 
 /// What an address is ranked by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Rank {
+pub(super) struct Rank {
     /// The address.
-    pub addr: SocketAddr,
+    pub(super) addr: SocketAddr,
     /// Round trip.
-    pub latency: Duration,
+    pub(super) latency: Duration,
     /// Largest wire packet known to pass, in bytes.
-    pub mtu: u16,
+    pub(super) mtu: u16,
     /// Full packets are known to pass only in fragments.
-    pub fragments: bool,
+    pub(super) fragments: bool,
 }
 
 /// Whether `a` should replace `b`: it carries full packets whole and `b` does not, or it is clearly
 /// faster, or about as fast and nearer by the kind of its address. One point of a hundred is no
 /// reason to switch.
-pub fn better(a: &Rank, b: &Rank) -> bool {
+pub(super) fn better(a: &Rank, b: &Rank) -> bool {
     if a.addr == b.addr {
         return a.mtu > b.mtu;
     }

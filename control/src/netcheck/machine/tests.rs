@@ -216,7 +216,7 @@ fn https_is_waited_for_until_the_report_is_five_seconds_old_and_the_home_is_then
     let (at, report) = lab.reports().remove(0);
     assert_eq!(at - began, 5 * SECOND);
     assert!(report.latency.is_empty() && report.home.is_some());
-    assert_eq!(lab.check.home(), report.home);
+    assert_eq!(lab.check.home, report.home);
 }
 
 #[test]
@@ -269,14 +269,14 @@ fn the_home_of_an_earlier_run_is_home_until_coordination_can_be_told_of_another(
     lab.check.remember_home(RegionId(2));
     lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
     // At once, and not only when something has been measured.
-    assert_eq!(lab.check.home(), Some(RegionId(2)));
+    assert_eq!(lab.check.home, Some(RegionId(2)));
     lab.run(120 * SECOND);
-    assert_eq!(lab.check.home(), Some(RegionId(2)));
+    assert_eq!(lab.check.home, Some(RegionId(2)));
     lab.check.set_control_up(true);
     assert_eq!(lab.check.told_home(), Some(RegionId(2)));
     lab.check.set_active(lab.now, true);
     lab.run(120 * SECOND);
-    assert_eq!(lab.check.home(), Some(RegionId(1)));
+    assert_eq!(lab.check.home, Some(RegionId(1)));
     assert_eq!(lab.check.told_home(), Some(RegionId(1)));
     // A region that is gone is nobody's home.
     let mut gone = Lab::new(&[Some(10)], |_| 5555);
@@ -293,13 +293,13 @@ fn a_home_that_is_down_is_left_at_once_unless_nobody_could_be_told() {
     let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
     lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
     lab.run(SECOND);
-    assert_eq!(lab.check.home(), Some(RegionId(1)));
+    assert_eq!(lab.check.home, Some(RegionId(1)));
     lab.check.set_control_up(false);
     lab.check.handle_region_down(lab.now, RegionId(1));
-    assert_eq!(lab.check.home(), Some(RegionId(1)));
+    assert_eq!(lab.check.home, Some(RegionId(1)));
     lab.check.set_control_up(true);
     lab.check.handle_region_down(lab.now, RegionId(1));
-    assert_eq!(lab.check.home(), Some(RegionId(2)));
+    assert_eq!(lab.check.home, Some(RegionId(2)));
 }
 
 #[test]
