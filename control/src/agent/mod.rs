@@ -205,9 +205,10 @@ pub struct Agent {
 
 impl Agent {
     /// An agent that knows nobody yet. `seed` comes from the operating system.
-    pub fn new(setup: Setup, seed: [u8; 32]) -> Self {
+    pub fn new(now: Instant, setup: Setup, seed: [u8; 32]) -> Self {
         let mut rng = StdRng::from_seed(seed);
         let paths = Manager::new(
+            now,
             setup.paths.clone(),
             setup.node_key,
             setup.disco_key.clone(),

@@ -94,7 +94,7 @@ fn purpose_name(purpose: Purpose) -> &'static str {
         Purpose::Discovery => "discovery",
         Purpose::PingBack => "ping_back",
         Purpose::Heartbeat => "heartbeat",
-        Purpose::Validate => "validate",
+        Purpose::Validate(_) => "validate",
         Purpose::Mtu(_) => "mtu",
         Purpose::Fragments(_) => "fragments",
         Purpose::RelayLatency => "relay_latency",

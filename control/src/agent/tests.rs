@@ -31,7 +31,7 @@ fn agent(seed: u8, relay_only: bool) -> Agent {
         tun: "tun0".into(),
         routes_offered: vec!["10.9.0.0/16".parse().unwrap()],
     };
-    Agent::new(setup, [seed; 32])
+    Agent::new(start(), setup, [seed; 32])
 }
 
 fn network(peer: u8) -> Network {

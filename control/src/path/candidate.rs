@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use super::limit::rested;
 use super::{
     CANDIDATES_ALL_MAX, CANDIDATES_MAX, CANDIDATES_MIN, DISCO_PING_INTERVAL, QUICK_PINGS,
     SESSION_ACTIVE_TIMEOUT,
@@ -61,10 +62,7 @@ impl Candidate {
 
     /// Whether a round may ping it now.
     pub(super) fn due(&self, now: Instant) -> bool {
-        let rested = self
-            .last_round
-            .is_none_or(|at| now.saturating_duration_since(at) >= DISCO_PING_INTERVAL);
-        rested && !self.blocked(now)
+        rested(now, self.last_round, DISCO_PING_INTERVAL) && !self.blocked(now)
     }
 
     /// Whether it failed validation a short time ago.
@@ -108,10 +106,6 @@ impl Default for Candidates {
     }
 }
 
-/// The candidate could not be added: the table is full of candidates that are still named.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Full;
-
 /// How many candidates each of so many peers may have.
 pub(crate) fn candidates_max(peers: usize) -> usize {
     let share = CANDIDATES_ALL_MAX / peers.max(1);
@@ -141,8 +135,8 @@ impl Candidates {
     }
 
     /// The candidate at `addr`, made if need be. When the table is full, deletable ones go, and then
-    /// the one known from its packets alone that was quiet for longest.
-    pub(super) fn entry(&mut self, now: Instant, addr: SocketAddr) -> Result<&mut Candidate, Full> {
+    /// the one known from its packets alone that was quiet for longest; none if all are still named.
+    pub(super) fn entry(&mut self, now: Instant, addr: SocketAddr) -> Option<&mut Candidate> {
         if !self.by_addr.contains_key(&addr) && self.by_addr.len() >= self.max {
             self.by_addr
                 .retain(|_, candidate| !candidate.deletable(now));
@@ -152,30 +146,26 @@ impl Candidates {
                 !candidate.in_map && candidate.called_at.is_none() && candidate.cached.is_none()
             });
             let quietest = only_heard.min_by_key(|(_, candidate)| candidate.heard_at);
-            let quietest = *quietest.ok_or(Full)?.0;
+            let quietest = *quietest?.0;
             self.by_addr.remove(&quietest);
         }
-        Ok(self.by_addr.entry(addr).or_default())
+        Some(self.by_addr.entry(addr).or_default())
     }
 
-    /// Takes the network map's endpoints. Returns whether one is new; those that it no longer names
-    /// become deletable, and remembered ones that it does not name are forgotten.
-    pub(super) fn set_map(
-        &mut self,
-        now: Instant,
-        endpoints: &[SocketAddr],
-    ) -> (bool, Option<Full>) {
+    /// Takes the network map's endpoints. Returns whether one is new, and whether there was no room for
+    /// one; those that it no longer names become deletable, and remembered ones that it does not name
+    /// are forgotten.
+    pub(super) fn set_map(&mut self, now: Instant, endpoints: &[SocketAddr]) -> (bool, bool) {
         for (addr, candidate) in &mut self.by_addr {
             candidate.in_map = endpoints.contains(addr);
         }
-        let (mut new, mut full) = (false, None);
+        let (mut new, mut full) = (false, false);
         for addr in endpoints {
-            let known = self.by_addr.contains_key(addr);
+            new |= !self.by_addr.contains_key(addr);
             match self.entry(now, *addr) {
-                Ok(candidate) => candidate.in_map = true,
-                Err(error) => full = Some(error),
+                Some(candidate) => candidate.in_map = true,
+                None => full = true,
             }
-            new |= !known;
         }
         (new, full)
     }
@@ -183,8 +173,7 @@ impl Candidates {
     /// All may be pinged by a round now, but those that have just been.
     pub(super) fn end_rest(&mut self, now: Instant) {
         for candidate in self.by_addr.values_mut() {
-            let just = |at: Instant| now.saturating_duration_since(at) < DOUBT_REST;
-            if !candidate.last_ping.is_some_and(just) {
+            if rested(now, candidate.last_ping, DOUBT_REST) {
                 candidate.last_round = None;
             }
         }
@@ -197,14 +186,14 @@ impl Candidates {
         }
     }
 
-    /// Takes the endpoints of a CallMeMaybe and removes what only an earlier one named, but `keep`;
-    /// what is removed is returned.
+    /// Takes the endpoints of a CallMeMaybe and removes what only an earlier one named, but `keep`.
+    /// Returns what is removed, and whether there was no room for one.
     pub(super) fn set_called(
         &mut self,
         now: Instant,
         endpoints: &[SocketAddr],
         keep: Option<SocketAddr>,
-    ) -> (Vec<SocketAddr>, Option<Full>) {
+    ) -> (Vec<SocketAddr>, bool) {
         let mut removed = Vec::new();
         self.by_addr.retain(|addr, candidate| {
             let named = candidate.called_at.is_none() || endpoints.contains(addr);
@@ -214,11 +203,11 @@ impl Candidates {
             }
             keep
         });
-        let mut full = None;
+        let mut full = false;
         for addr in endpoints {
             match self.entry(now, *addr) {
-                Ok(candidate) => candidate.called_at = Some(now),
-                Err(error) => full = Some(error),
+                Some(candidate) => candidate.called_at = Some(now),
+                None => full = true,
             }
         }
         (removed, full)
@@ -328,7 +317,7 @@ mod tests {
         assert!(named.iter().all(|addr| all.get(addr).is_some()));
         assert!(all.get(&addr(200)).is_none() && all.get(&addr(219)).is_some());
         let (_, full) = all.set_map(now, &(1..=129).map(addr).collect::<Vec<_>>());
-        assert_eq!(full, Some(Full));
+        assert!(full);
     }
 
     #[test]
@@ -343,7 +332,7 @@ mod tests {
         let _ = all.set_map(now, &(1..=20).map(addr).collect::<Vec<_>>());
         all.set_max(candidates_max(10_000));
         let (_, full) = all.set_called(now, &(100..=164).map(addr).collect::<Vec<_>>(), None);
-        assert_eq!((all.iter().count(), full), (26, Some(Full)));
+        assert_eq!((all.iter().count(), full), (26, true));
     }
 
     #[test]

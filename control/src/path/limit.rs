@@ -1,6 +1,6 @@
-//! Rates and named counters.
+//! Rates, rests and named counters.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ringtail_dataplane::named;
 
@@ -25,30 +25,28 @@ pub(super) const OPENS_RESERVE: u32 = 500;
 /// Pings sent by the node per second.
 pub(super) const NODE_PINGS_PER_S: u32 = 1000;
 
-/// Limits what is done to so many times per second, and so many at once.
+/// Limits what is done to so many times per second, and so many at once: a bucket of thousandths, so
+/// that no part of one is lost between two that are close to each other.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limit {
-    rate: Rate,
-    /// Full until it is used first.
-    bucket: Option<Bucket>,
-}
+pub(super) struct Limit(Bucket);
 
 impl Limit {
-    pub(super) fn new(per_s: u32) -> Self {
+    pub(super) fn new(now: Instant, per_s: u32) -> Self {
         let per_second = u64::from(per_s) * 1000;
         let burst = per_second;
-        let rate = Rate { per_second, burst };
-        Self { rate, bucket: None }
+        Self(Bucket::new(Rate { per_second, burst }, now))
     }
 
     /// Takes one unless that leaves fewer than `reserve`.
     pub(super) fn take(&mut self, now: Instant, reserve: u32) -> bool {
-        let bucket = self
-            .bucket
-            .get_or_insert_with(|| Bucket::new(self.rate, now));
-        bucket.refill(now);
-        bucket.take_above(1000, u64::from(reserve) * 1000)
+        self.0.refill(now);
+        self.0.take_above(1000, u64::from(reserve) * 1000)
     }
+}
+
+/// Whether what was done `last` then, or never, was done so long ago.
+pub(super) fn rested(now: Instant, last: Option<Instant>, time: Duration) -> bool {
+    last.is_none_or(|at| now.saturating_duration_since(at) >= time)
 }
 
 named! {
@@ -121,14 +119,12 @@ impl Counters {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     #[test]
     fn a_bucket_gives_its_rate_and_keeps_its_reserve() {
         let start = crate::testing::start();
-        let mut bucket = Limit::new(50);
+        let mut bucket = Limit::new(start, 50);
         let taken = |bucket: &mut Limit, now, reserve| {
             (0..100).filter(|_| bucket.take(now, reserve)).count()
         };

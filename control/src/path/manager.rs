@@ -54,9 +54,15 @@ struct Sender {
 impl Manager {
     /// A manager without peers, for the node with these keys. `rng` makes transaction ids and
     /// nonces: seed it from the operating system.
-    pub fn new(config: Config, node_key: NodePublic, disco: DiscoPrivate, rng: StdRng) -> Self {
+    pub fn new(
+        now: Instant,
+        config: Config,
+        node_key: NodePublic,
+        disco: DiscoPrivate,
+        rng: StdRng,
+    ) -> Self {
         Self {
-            shared: Shared::new(config, node_key, disco.public(), rng),
+            shared: Shared::new(now, config, node_key, disco.public(), rng),
             disco,
             peers: BTreeMap::new(),
             candidates_max: candidates_max(0),
@@ -95,16 +101,16 @@ impl Manager {
             if known.is_none() && self.peers.len() >= PEERS_MAX {
                 continue;
             }
-            let before = known.and_then(Peer::key).map(|key| key.public);
+            let before = known.and_then(Peer::disco_key);
             let secret = setup
                 .disco_key
-                .and_then(|public| self.know(public, setup.id));
+                .and_then(|public| self.know(now, public, setup.id));
             let peer = self
                 .peers
                 .entry(setup.id)
                 .or_insert_with(|| Peer::new(now, setup, secret.clone()));
             let after = secret.as_ref().map(|key| key.public);
-            if peer.key().map(|key| key.public) != after {
+            if peer.disco_key() != after {
                 peer.set_key(now, &mut self.shared, secret);
             }
             peer.set_candidates_max(max);
@@ -121,13 +127,12 @@ impl Manager {
     pub fn has(&self, setup: &PeerSetup) -> bool {
         let known = self.peers.get(&setup.id);
         known.is_some_and(|known| {
-            let key = known.key().map(|key| key.public);
-            known.node_key == setup.node_key && key == setup.disco_key
+            known.node_key == setup.node_key && known.disco_key() == setup.disco_key
         })
     }
 
     /// The DISCO key as this peer's, among others; none for one that is no key.
-    fn know(&mut self, public: DiscoPublic, id: PeerId) -> Option<PeerKey> {
+    fn know(&mut self, now: Instant, public: DiscoPublic, id: PeerId) -> Option<PeerKey> {
         let sender = match self.by_disco.entry(public) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
@@ -135,7 +140,7 @@ impl Manager {
                 place.insert(Sender {
                     secret: Arc::new(secret),
                     ids: Vec::new(),
-                    opens: Limit::new(KEY_OPENS_PER_S),
+                    opens: Limit::new(now, KEY_OPENS_PER_S),
                     seen: Seen::default(),
                 })
             }
@@ -165,7 +170,7 @@ impl Manager {
         };
         self.undelivered.remove(&id);
         self.unschedule(id);
-        self.disown(peer.key().map(|key| key.public), id);
+        self.disown(peer.disco_key(), id);
         if self.by_node.get(&peer.node_key) == Some(&id) {
             self.by_node.remove(&peer.node_key);
         }
@@ -204,8 +209,7 @@ impl Manager {
         from: SocketAddr,
         bytes: &[u8],
     ) -> Result<Heard, Drop> {
-        let from = SocketAddr::new(from.ip().to_canonical(), from.port());
-        let result = self.datagram(now, from, bytes);
+        let result = self.datagram(now, canonical(from), bytes);
         self.counted(result)
     }
 
@@ -255,7 +259,7 @@ impl Manager {
                 self.with(now, id, |peer, shared| peer.silent(now, shared, activity));
             }
             ringtail_dataplane::Event::NewSource(id, from) => {
-                let from = SocketAddr::new(from.ip().to_canonical(), from.port());
+                let from = canonical(from);
                 self.with(now, id, |peer, shared| peer.new_source(now, shared, from));
             }
             ringtail_dataplane::Event::SendError(id, to, errno) => {
@@ -349,7 +353,7 @@ impl Manager {
     /// are asked, 3 ms of 10,000; the data plane lets twenty such questions a second through, and an
     /// index by address would be some 20 MiB for that many peers.
     pub fn peer_at(&self, addr: SocketAddr) -> Option<PeerId> {
-        let addr = SocketAddr::new(addr.ip().to_canonical(), addr.port());
+        let addr = canonical(addr);
         let mut candidate_of = None;
         for (id, peer) in &self.peers {
             match peer.is_at(&addr) {
@@ -433,10 +437,8 @@ impl Manager {
         if sender.seen.contains(nonce) {
             return Err(Drop::Replayed);
         }
-        if !sender
-            .opens
-            .take(now, if expected { 0 } else { OPENS_RESERVE })
-        {
+        let reserve = if expected { 0 } else { OPENS_RESERVE };
+        if !sender.opens.take(now, reserve) {
             return Err(Drop::OpenRate);
         }
         let plain = sender.secret.open(bytes).map_err(|error| match error {
@@ -452,10 +454,8 @@ impl Manager {
     }
 
     fn ids_of(&self, sender: &DiscoPublic) -> Vec<PeerId> {
-        self.by_disco
-            .get(sender)
-            .map(|sender| sender.ids.clone())
-            .unwrap_or_default()
+        let sender = self.by_disco.get(sender);
+        sender.map_or_else(Vec::new, |sender| sender.ids.clone())
     }
 
     fn datagram(&mut self, now: Instant, from: SocketAddr, bytes: &[u8]) -> Result<Heard, Drop> {
@@ -586,4 +586,9 @@ impl Manager {
             self.due.remove(&(at, id));
         }
     }
+}
+
+/// An IPv4 address as such, also where a dual-stack socket saw it.
+fn canonical(addr: SocketAddr) -> SocketAddr {
+    SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }

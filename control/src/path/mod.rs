@@ -272,8 +272,8 @@ pub enum Purpose {
     PingBack,
     /// Is the best address still good?
     Heartbeat,
-    /// One of the burst that tests a candidate.
-    Validate,
+    /// One of the burst of this number, which tests a candidate.
+    Validate(u32),
     /// A large one with the don't-fragment bit: does the path carry wire packets of so many bytes?
     Mtu(u16),
     /// As large a one without: does it carry them in fragments?

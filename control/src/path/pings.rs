@@ -17,8 +17,6 @@ pub(super) struct Sent {
     pub(super) to: Route,
     pub(super) at: Instant,
     pub(super) purpose: Purpose,
-    /// Which burst of a validation it belongs to.
-    pub(super) burst: u32,
 }
 
 /// The Pings of one peer, oldest first.

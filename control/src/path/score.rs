@@ -3,6 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use super::mtu::MTU_UNPROVED;
+
 /// What an address is ranked by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Rank {
@@ -14,6 +16,18 @@ pub(super) struct Rank {
     pub(super) mtu: u16,
     /// Full packets are known to pass only in fragments.
     pub(super) fragments: bool,
+}
+
+impl Rank {
+    /// Of an address whose largest packets are not known.
+    pub(super) fn unproved(addr: SocketAddr, latency: Duration, fragments: bool) -> Self {
+        Self {
+            addr,
+            latency,
+            mtu: MTU_UNPROVED,
+            fragments,
+        }
+    }
 }
 
 /// Whether `a` should replace `b`: it carries full packets whole and `b` does not, or it is clearly

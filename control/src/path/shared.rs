@@ -4,17 +4,15 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use rand::RngExt as _;
 use rand::rngs::StdRng;
 use ringtail_dataplane::PeerId;
 
 use super::candidate::Admission;
-use super::limit::{Counters, Limit, NODE_PINGS_PER_S};
+use super::limit::{Counters, Limit, NODE_PINGS_PER_S, rested};
 use super::{
     Config, Drop, ENDPOINTS_FRESH_ENOUGH, EVENTS_MAX, Event, RestunReason, Story, TRANSMITS_MAX,
     Transmit,
 };
-use crate::disco::{NONCE_LEN, TxId};
 use crate::key::{DiscoPublic, NodePublic};
 
 /// A rebind is asked for this often at most.
@@ -44,6 +42,7 @@ pub(super) struct Shared {
 
 impl Shared {
     pub(super) fn new(
+        now: Instant,
         config: Config,
         node_key: NodePublic,
         disco_key: DiscoPublic,
@@ -62,7 +61,7 @@ impl Shared {
             own_at: None,
             admission,
             counters: Counters::new(),
-            pings: Limit::new(NODE_PINGS_PER_S),
+            pings: Limit::new(now, NODE_PINGS_PER_S),
             transmits: VecDeque::new(),
             stories: VecDeque::new(),
             restun: None,
@@ -70,14 +69,6 @@ impl Shared {
             rebind: false,
             rebind_at: None,
         }
-    }
-
-    pub(super) fn tx_id(&mut self) -> TxId {
-        self.rng.random()
-    }
-
-    pub(super) fn nonce(&mut self) -> [u8; NONCE_LEN] {
-        self.rng.random()
     }
 
     /// Takes a new set of own endpoints; returns whether it differs from the last, order ignored.
@@ -119,16 +110,14 @@ impl Shared {
     }
 
     pub(super) fn want_restun(&mut self, now: Instant, reason: RestunReason) {
-        let rested = |at: Instant| now.saturating_duration_since(at) >= RESTUN_INTERVAL;
-        if reason == RestunReason::LinkChange || self.restun_at.is_none_or(rested) {
+        if reason == RestunReason::LinkChange || rested(now, self.restun_at, RESTUN_INTERVAL) {
             self.restun = Some(reason);
             self.restun_at = Some(now);
         }
     }
 
     pub(super) fn want_rebind(&mut self, now: Instant) {
-        let rested = |at: Instant| now.saturating_duration_since(at) >= REBIND_INTERVAL;
-        if self.rebind_at.is_none_or(rested) {
+        if rested(now, self.rebind_at, REBIND_INTERVAL) {
             self.rebind = true;
             self.rebind_at = Some(now);
         }

@@ -9,8 +9,8 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::FailedTest;
 use super::mtu::Carries;
+use super::{FailedTest, Purpose};
 
 const BURST: u32 = 10;
 const BURST_SPACING: Duration = Duration::from_millis(20);
@@ -27,17 +27,6 @@ const LATENCY_MAX_RELAYS: u32 = 3;
 const MTU_TRIES: u32 = 2;
 const MTU_RETRY: Duration = Duration::from_millis(250);
 const MTU_WAIT: Duration = Duration::from_secs(1);
-
-/// What a running test wants sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Probe {
-    /// A Ping of ordinary size, belonging to the burst of this number.
-    Small(u32),
-    /// A don't-fragment Ping for a wire packet of so many bytes.
-    Whole(u16),
-    /// As large a one, which may be fragmented.
-    Split(u16),
-}
 
 /// How a test ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +66,7 @@ pub(super) struct Validation {
     /// Data goes there while it runs.
     pub(super) data: bool,
     /// It began with a Pong of some time ago, and nothing has been answered since.
-    on_trust: bool,
+    pub(super) on_trust: bool,
     /// Number of the burst, unique per peer.
     burst: u32,
     second: bool,
@@ -138,47 +127,52 @@ impl Validation {
     }
 
     /// The next probe that is due.
-    pub(super) fn poll_probe(&mut self, now: Instant) -> Option<Probe> {
+    pub(super) fn poll_probe(&mut self, now: Instant) -> Option<Purpose> {
         if let Some(at) = self.whole_next.filter(|at| *at <= now) {
             self.whole_sent += 1;
             self.whole_last = now;
             self.whole_next = (self.whole_sent < MTU_TRIES).then_some(at + MTU_RETRY);
-            return Some(Probe::Whole(self.mtu));
+            return Some(Purpose::Mtu(self.mtu));
         }
         if let Some(at) = self.split_next.filter(|at| *at <= now) {
             self.split_sent += 1;
             self.split_next = (self.split_sent < MTU_TRIES).then_some(at + MTU_RETRY);
-            return Some(Probe::Split(self.mtu));
+            return Some(Purpose::Fragments(self.mtu));
         }
         let at = self.next.filter(|at| *at <= now)?;
         self.sent += 1;
         self.last_sent = now;
         let next = (at + BURST_SPACING).max(now + BURST_SPACING_MIN);
         self.next = (self.sent < BURST).then_some(next);
-        Some(Probe::Small(self.burst))
+        Some(Purpose::Validate(self.burst))
     }
 
-    /// A Pong to one of its probes.
-    pub(super) fn pong(&mut self, now: Instant, rtt: Duration, probe: Probe) {
-        self.last_pong = now;
-        self.on_trust = false;
-        match probe {
-            Probe::Small(burst) if burst == self.burst => {
+    /// A Pong from its address; those to its probes count.
+    pub(super) fn pong(&mut self, now: Instant, rtt: Duration, purpose: Purpose) {
+        match purpose {
+            Purpose::Validate(burst) if burst == self.burst => {
                 self.answered += 1;
                 self.rtts.push(rtt);
             }
-            Probe::Small(_) => {}
-            Probe::Whole(_) => {
+            Purpose::Validate(_) => {}
+            Purpose::Mtu(_) => {
                 self.carries = Carries::Whole;
                 (self.whole_next, self.split_next) = (None, None);
             }
-            Probe::Split(_) => {
+            Purpose::Fragments(_) => {
                 if self.carries == Carries::Unknown {
                     self.carries = Carries::Fragments;
                 }
                 self.split_next = None;
             }
+            Purpose::Discovery
+            | Purpose::PingBack
+            | Purpose::Heartbeat
+            | Purpose::RelayLatency
+            | Purpose::User(_) => return,
         }
+        self.last_pong = now;
+        self.on_trust = false;
     }
 
     /// The kernel refused the don't-fragment Ping: it is larger than the device's MTU.
@@ -188,11 +182,6 @@ impl Validation {
         if self.split_sent == 0 {
             self.split_next = Some(now);
         }
-    }
-
-    /// Whether it began with a Pong of some time ago, and nothing has been answered since.
-    pub(super) fn on_trust(&self) -> bool {
-        self.on_trust
     }
 
     /// The verdict, once it is certain. Begins the second burst, numbered `burst`, where one is due.

@@ -191,6 +191,7 @@ impl Node {
             roots: roots.clone(),
         });
         let agent = Agent::new(
+            now(),
             Setup {
                 node_key: keys.node.public(),
                 disco_key: keys.disco.clone(),

@@ -283,7 +283,7 @@ fn the_home_of_an_earlier_run_is_home_until_coordination_can_be_told_of_another(
     gone.check.remember_home(RegionId(9));
     gone.check.set_derp_map(gone.now, &DerpMap::of_regions(1));
     gone.run(SECOND);
-    assert_eq!(gone.check.home(), Some(RegionId(1)));
+    assert_eq!(gone.check.home, Some(RegionId(1)));
     // Which nobody knows of yet.
     assert_eq!(gone.check.told_home(), Some(RegionId(9)));
 }

@@ -228,9 +228,9 @@ impl Peer {
             last_good_next: None,
             relay_rtt: None,
             relay_ping_at: None,
-            ping_rate: Limit::new(PEER_PINGS_PER_S),
-            pong_rate: Limit::new(PEER_PONGS_PER_S),
-            call_rate: Limit::new(PEER_CALLS_PER_S),
+            ping_rate: Limit::new(now, PEER_PINGS_PER_S),
+            pong_rate: Limit::new(now, PEER_PONGS_PER_S),
+            call_rate: Limit::new(now, PEER_CALLS_PER_S),
             generation: 0,
             decided: None,
         }
@@ -250,7 +250,7 @@ impl Peer {
         endpoints.truncate(super::CANDIDATES_MAX);
         let changed = endpoints != self.endpoints;
         let (new, full) = self.candidates.set_map(now, &endpoints);
-        if full.is_some() {
+        if full {
             sh.counters.count(super::Drop::CandidatesFull);
         }
         if (moved || changed) && self.decided.is_some() {
@@ -286,21 +286,21 @@ impl Peer {
         }
     }
 
-    pub(super) fn key(&self) -> Option<&PeerKey> {
-        self.key.as_ref()
+    pub(super) fn disco_key(&self) -> Option<DiscoPublic> {
+        self.key.as_ref().map(|key| key.public)
     }
 
     /// An address that worked in an earlier run.
     pub(super) fn remember(&mut self, now: Instant, addr: SocketAddr) {
         self.was_direct = true;
-        if let Ok(candidate) = self.candidates.entry(now, addr) {
+        if let Some(candidate) = self.candidates.entry(now, addr) {
             candidate.cached.get_or_insert(0);
         }
     }
 
     /// The addresses that answered, best first, with the time since and the round trip.
     pub(super) fn worked(&self, now: Instant) -> Vec<(SocketAddr, Duration, Duration)> {
-        let best = self.best().map(|best| best.addr);
+        let best = self.best_addr();
         let answered = self.candidates.iter().filter_map(|(addr, candidate)| {
             let (at, rtt) = candidate.pong?;
             Some((*addr, now.saturating_duration_since(at), rtt))
@@ -317,7 +317,7 @@ impl Peer {
 
     /// Whether the peer is known to be at this address.
     pub(super) fn is_at(&self, addr: &SocketAddr) -> Option<At> {
-        if self.best().is_some_and(|best| best.addr == *addr) {
+        if self.best_addr() == Some(*addr) {
             return Some(At::Best);
         }
         self.candidates.get(addr).map(|_| At::Candidate)
@@ -328,6 +328,10 @@ impl Peer {
             State::Direct(best) | State::Fallback(best) => Some(best),
             State::Relay | State::Probing { .. } | State::Held { .. } => None,
         }
+    }
+
+    fn best_addr(&self) -> Option<SocketAddr> {
+        self.best().map(|best| best.addr)
     }
 
     fn best_mut(&mut self) -> Option<&mut Best> {
@@ -383,7 +387,7 @@ impl Peer {
         }
     }
 
-    /// The decision as it is now, without a generation.
+    /// The decision as it is now, with the generation of the last one given.
     fn decision(&self, sh: &Shared) -> PathDecision {
         let test = self.validation.as_ref().filter(|test| test.data);
         let tested = test.map(|test| test.addr);
@@ -395,7 +399,7 @@ impl Peer {
             State::Fallback(best) => (Some(best.addr), None, best.mtu.known()),
         };
         PathDecision {
-            generation: 0,
+            generation: self.generation,
             udp,
             local: None,
             derp: self.region(),
@@ -409,7 +413,6 @@ impl Peer {
     /// The decision, if it is another than the last one given.
     pub(super) fn poll_decision(&mut self, sh: &Shared) -> Option<PathDecision> {
         let mut decision = self.decision(sh);
-        decision.generation = self.generation;
         if self.decided.as_ref() == Some(&decision) {
             return None;
         }
@@ -430,12 +433,10 @@ impl Peer {
     }
 
     pub(super) fn status(&self, now: Instant, sh: &Shared) -> Status {
-        let mut decision = self.decision(sh);
-        decision.generation = self.generation;
         Status {
             state: self.state_name(),
             since: now.saturating_duration_since(self.state_since),
-            decision,
+            decision: self.decision(sh),
             region: self.region(),
             relay_rtt: self.relay_rtt.map(|(_, rtt)| rtt),
             best: self.best().map(|best| BestStatus {

@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use ringtail_dataplane::{Activity, RegionId};
 
-use super::super::limit::PONG_RESERVE;
+use super::super::limit::{PONG_RESERVE, rested};
 use super::super::pings::Sent;
 use super::super::shared::Shared;
-use super::super::validation::Probe;
 use super::super::{
     CALL_ME_MAYBE_ROUND_INTERVAL, Drop, Event, HEARTBEAT_INTERVAL, JUDGING_INTERVAL,
     PING_BACK_INTERVAL, PING_TIMEOUT, Purpose, Reason, RestunReason, Route, Story,
@@ -41,7 +40,7 @@ impl Peer {
 
     /// An authenticated packet of the data plane came from another address than the decided one.
     pub(in super::super) fn new_source(&mut self, now: Instant, sh: &mut Shared, from: SocketAddr) {
-        if sh.admission.admits(from) && self.best().is_none_or(|best| best.addr != from) {
+        if sh.admission.admits(from) && self.best_addr() != Some(from) {
             self.heard_at(now, sh, from, None);
         }
     }
@@ -53,7 +52,7 @@ impl Peer {
             self.wake(now, sh);
         }
         let untrusted = !self.trusted(now);
-        let is_best = self.best().is_some_and(|best| best.addr == from);
+        let is_best = self.best_addr() == Some(from);
         let known = self.candidates.get(&from);
         let answers = known.is_some_and(|known| known.answered_within(now, PING_TIMEOUT));
         let new =
@@ -63,7 +62,7 @@ impl Peer {
         let over = |at: Instant| now.saturating_duration_since(at) >= JUDGING_INTERVAL;
         let best_quiet = self.best().is_none_or(|best| over(best.last_pong));
         let back = ping.is_none() && answers && best_quiet;
-        let Ok(candidate) = self.candidates.entry(now, from) else {
+        let Some(candidate) = self.candidates.entry(now, from) else {
             sh.counters.count(Drop::CandidatesFull);
             return;
         };
@@ -72,9 +71,7 @@ impl Peer {
         if new && !is_best {
             candidate.new_source_at = Some(now);
         }
-        let rested = candidate
-            .last_ping
-            .is_none_or(|at| now.saturating_duration_since(at) >= PING_BACK_INTERVAL);
+        let rested = rested(now, candidate.last_ping, PING_BACK_INTERVAL);
         let asked = new || back || untrusted && !answers;
         if !rested || candidate.blocked(now) || !asked || is_best && !untrusted {
             return;
@@ -121,10 +118,8 @@ impl Peer {
             Route::Direct(addr) => self.answers(&addr),
             Route::Relay(_) => true,
         };
-        if !self
-            .pong_rate
-            .take(now, if answers { 0 } else { PONG_RESERVE })
-        {
+        let reserve = if answers { 0 } else { PONG_RESERVE };
+        if !self.pong_rate.take(now, reserve) {
             return Err(Drop::PongRate);
         }
         let source = match to {
@@ -150,10 +145,9 @@ impl Peer {
     ) -> Result<(), Drop> {
         let sent = self.pings.take(tx_id).ok_or(Drop::UnknownPong)?;
         let rtt = now.saturating_duration_since(sent.at);
-        let (id, peer) = (sent.to, self.id);
-        sh.tell(peer, Story::PongRx { route: id, rtt });
+        let (route, peer) = (sent.to, self.id);
+        sh.tell(peer, Story::PongRx { route, rtt });
         if let Purpose::User(id) = sent.purpose {
-            let route = sent.to;
             sh.event(Event::PingReply {
                 id,
                 peer,
@@ -161,7 +155,7 @@ impl Peer {
                 rtt,
             });
         }
-        match sent.to {
+        match route {
             Route::Relay(_) => self.relay_rtt = Some((now, rtt)),
             Route::Direct(addr) if direct => {
                 if sh.admission.admits(reported) && !sh.own.contains(&reported) {
@@ -191,41 +185,27 @@ impl Peer {
             *held_until = None;
         }
         if let Some(test) = self.validation.as_mut().filter(|test| test.addr == addr) {
-            match sent.purpose {
-                Purpose::Validate => test.pong(now, rtt, Probe::Small(sent.burst)),
-                Purpose::Mtu(wire) => test.pong(now, rtt, Probe::Whole(wire)),
-                Purpose::Fragments(wire) => test.pong(now, rtt, Probe::Split(wire)),
-                Purpose::Discovery
-                | Purpose::PingBack
-                | Purpose::Heartbeat
-                | Purpose::RelayLatency
-                | Purpose::User(_) => {}
-            }
+            test.pong(now, rtt, sent.purpose);
             self.judge_validation(now, sh);
         }
-        if self.best().is_some_and(|best| best.addr == addr) {
+        if self.best_addr() == Some(addr) {
             self.best_answered(now, sh, rtt);
-            if let Some(best) = self.best_mut() {
-                match sent.purpose {
-                    Purpose::Mtu(wire) => best.mtu.pong(now, wire),
-                    Purpose::Heartbeat => best.quality.heartbeat(true),
-                    Purpose::Discovery
-                    | Purpose::PingBack
-                    | Purpose::Validate
-                    | Purpose::Fragments(_)
-                    | Purpose::RelayLatency
-                    | Purpose::User(_) => {}
-                }
-                let (loss_pct, jitter) = (best.quality.loss_pct(), best.quality.jitter());
-                if sent.purpose == Purpose::Heartbeat {
-                    let what = Story::Heartbeat {
-                        addr,
-                        rtt,
-                        loss_pct,
-                        jitter,
-                    };
-                    sh.tell(self.id, what);
-                }
+            let id = self.id;
+            let Some(best) = self.best_mut() else {
+                return;
+            };
+            if let Purpose::Mtu(wire) = sent.purpose {
+                best.mtu.pong(now, wire);
+            }
+            if sent.purpose == Purpose::Heartbeat {
+                best.quality.heartbeat(true);
+                let what = Story::Heartbeat {
+                    addr,
+                    rtt,
+                    loss_pct: best.quality.loss_pct(),
+                    jitter: best.quality.jitter(),
+                };
+                sh.tell(id, what);
             }
         } else {
             self.consider(now, sh, addr);
@@ -262,7 +242,7 @@ impl Peer {
         // The address that was lost may come back before the peer knows of it again.
         let keep = self.last_good.map(|(addr, _)| addr);
         let (removed, full) = self.candidates.set_called(now, &wanted, keep);
-        if full.is_some() {
+        if full {
             sh.counters.count(Drop::CandidatesFull);
         }
         let what = Story::CallMeMaybeRx {
@@ -276,7 +256,7 @@ impl Peer {
         {
             self.validation = None;
         }
-        if self.best().is_some_and(|best| removed.contains(&best.addr)) {
+        if self.best_addr().is_some_and(|addr| removed.contains(&addr)) {
             self.clear_best(now, sh, Reason::Withdrawn);
         }
         // It calls because it has no path it trusts: ours may be good in one direction only.
@@ -360,7 +340,7 @@ impl Peer {
         to: SocketAddr,
         errno: i32,
     ) {
-        let is_best = self.best().is_some_and(|best| best.addr == to);
+        let is_best = self.best_addr() == Some(to);
         match errno {
             EHOSTUNREACH | ENETUNREACH => {
                 if let Some(candidate) = self.candidates.get_mut(&to) {

@@ -3,11 +3,12 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::super::limit::ROUND_RESERVE;
+use rand::RngExt as _;
+
+use super::super::limit::{ROUND_RESERVE, rested};
 use super::super::mtu::{payload_len, wire_len};
 use super::super::pings::Sent;
 use super::super::shared::Shared;
-use super::super::validation::Probe;
 use super::super::{
     ANNOUNCE_CHANGED_INTERVAL, ANNOUNCE_INTERVAL, ANNOUNCE_WAIT, CANDIDATES_PINGED_MAX,
     DISCO_PING_INTERVAL, Drop, Purpose, RELAY_RTT_FRESH, Reason, RestunReason, Route,
@@ -33,8 +34,7 @@ impl Peer {
         if self.key.is_none() || announce && self.passive() {
             return;
         }
-        let lately = |at: Instant| now.saturating_duration_since(at) < SLOW_ROUND_INTERVAL;
-        if announce && self.slow(sh) && self.last_full.is_some_and(lately) {
+        if announce && self.slow(sh) && !rested(now, self.last_full, SLOW_ROUND_INTERVAL) {
             return;
         }
         if announce && self.count_round(now, sh) {
@@ -42,8 +42,9 @@ impl Peer {
         }
         self.probe(now, sh, reason);
         self.last_full = Some(now);
-        let best = self.best().map(|best| best.addr);
-        let keep = best.or_else(|| self.last_good.map(|(addr, _)| addr));
+        let keep = self
+            .best_addr()
+            .or_else(|| self.last_good.map(|(addr, _)| addr));
         self.candidates.sweep(now, keep);
         self.measure_relay(now, sh);
         self.ping_due(now, sh);
@@ -80,7 +81,7 @@ impl Peer {
     /// Pings the candidates that have rested: those that worked first, IPv6 before IPv4.
     pub(super) fn ping_due(&mut self, now: Instant, sh: &mut Shared) {
         let last_good = self.last_good.map(|(addr, _)| addr);
-        let best = self.best().map(|best| best.addr);
+        let best = self.best_addr();
         let due = self
             .candidates
             .iter()
@@ -108,8 +109,7 @@ impl Peer {
 
     /// One Ping over the relay tells how long the detour is.
     fn measure_relay(&mut self, now: Instant, sh: &mut Shared) {
-        let fresh = |at: Instant| now.saturating_duration_since(at) < RELAY_RTT_FRESH;
-        if self.relay_ping_at.is_some_and(fresh) {
+        if !rested(now, self.relay_ping_at, RELAY_RTT_FRESH) {
             return;
         }
         if let Some(region) = self.region() {
@@ -123,26 +123,15 @@ impl Peer {
         &mut self,
         now: Instant,
         sh: &mut Shared,
-        route: Route,
-        purpose: Purpose,
-    ) -> bool {
-        self.ping_burst(now, sh, route, purpose, 0)
-    }
-
-    fn ping_burst(
-        &mut self,
-        now: Instant,
-        sh: &mut Shared,
         to: Route,
         purpose: Purpose,
-        burst: u32,
     ) -> bool {
         let (reserve, limited) = match purpose {
             Purpose::Discovery => (ROUND_RESERVE, true),
             Purpose::User(_) => (0, false),
             Purpose::PingBack
             | Purpose::Heartbeat
-            | Purpose::Validate
+            | Purpose::Validate(_)
             | Purpose::Mtu(_)
             | Purpose::Fragments(_)
             | Purpose::RelayLatency => (0, true),
@@ -158,7 +147,7 @@ impl Peer {
             _ => 0,
         };
         let dont_fragment = matches!(purpose, Purpose::Mtu(_));
-        let tx_id = sh.tx_id();
+        let tx_id = sh.rng.random();
         let message = Message::Ping {
             tx_id,
             node_key: Some(sh.node_key),
@@ -172,7 +161,6 @@ impl Peer {
             to,
             at: now,
             purpose,
-            burst,
         };
         if self.pings.push(sent).is_some() {
             sh.counters.count(Drop::PingsFull);
@@ -189,7 +177,7 @@ impl Peer {
 
     /// A heartbeat to the best address; an `urgent` one if something speaks against it.
     pub(super) fn ping_best(&mut self, now: Instant, sh: &mut Shared, urgent: bool) {
-        let Some(addr) = self.best().map(|best| best.addr) else {
+        let Some(addr) = self.best_addr() else {
             return;
         };
         if self.ping(now, sh, Route::Direct(addr), Purpose::Heartbeat) {
@@ -199,20 +187,11 @@ impl Peer {
 
     /// Sends the probes of the running validation that are due.
     pub(super) fn run_validation(&mut self, now: Instant, sh: &mut Shared) {
-        while let Some(test) = &mut self.validation {
-            let route = Route::Direct(test.addr);
-            match test.poll_probe(now) {
-                Some(Probe::Small(burst)) => {
-                    self.ping_burst(now, sh, route, Purpose::Validate, burst);
-                }
-                Some(Probe::Whole(wire)) => {
-                    self.ping(now, sh, route, Purpose::Mtu(wire));
-                }
-                Some(Probe::Split(wire)) => {
-                    self.ping(now, sh, route, Purpose::Fragments(wire));
-                }
-                None => return,
-            }
+        while let Some(test) = &mut self.validation
+            && let Some(probe) = test.poll_probe(now)
+        {
+            let to = Route::Direct(test.addr);
+            self.ping(now, sh, to, probe);
         }
     }
 
@@ -250,7 +229,7 @@ impl Peer {
         let Some(key) = &self.key else {
             return false;
         };
-        let nonce = sh.nonce();
+        let nonce = sh.rng.random();
         let bytes = key.secret.seal(&sh.disco_key, nonce, message);
         let via = match to {
             Route::Direct(addr) => Via::Udp(addr),
@@ -334,11 +313,7 @@ impl Peer {
         purpose: Purpose,
     ) -> bool {
         self.wake(now, sh);
-        if let Some(addr) = self
-            .best()
-            .map(|best| best.addr)
-            .filter(|_| self.trusted(now))
-        {
+        if let Some(addr) = self.best_addr().filter(|_| self.trusted(now)) {
             return self.ping(now, sh, Route::Direct(addr), purpose);
         }
         let all: Vec<SocketAddr> = self.candidates.iter().map(|(addr, _)| *addr).collect();

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt as _;
 
-use super::super::mtu::{Carries, MTU_UNPROVED, MtuSearch, wire_mtu};
+use super::super::mtu::{Carries, MtuSearch, wire_mtu};
 use super::super::quality::{Alarm, Quality};
 use super::super::score::{Rank, better};
 use super::super::shared::Shared;
-use super::super::validation::{Figures, Terms, Validation, Verdict};
+use super::super::validation::{Terms, Validation, Verdict};
 use super::super::{
     BLOCKED_DURATION, FailedTest, HEARTBEAT_INTERVAL, HOLD_MAX, HOLD_MIN, LAST_GOOD_INTERVAL,
     LinkChange, PING_TIMEOUT, Phase, Reason, Story, TRUST_UDP_ADDR_DURATION, Validate,
@@ -19,9 +19,9 @@ use super::{Best, Peer, State, Suspect};
 impl Peer {
     /// Makes a transition: the only place where the state changes.
     fn enter(&mut self, now: Instant, sh: &mut Shared, state: State, reason: Reason) {
-        let (name, addr) = (self.state_name(), self.best().map(|best| best.addr));
+        let (name, addr) = (self.state_name(), self.best_addr());
         self.state = state;
-        let now_best = self.best().map(|best| best.addr);
+        let now_best = self.best_addr();
         if addr != now_best || !matches!(self.state, State::Direct(_)) {
             self.relayed = None;
         }
@@ -129,10 +129,10 @@ impl Peer {
 
     /// The best address is given up.
     pub(super) fn clear_best(&mut self, now: Instant, sh: &mut Shared, reason: Reason) {
-        let Some(best) = self.best() else {
+        let Some(addr) = self.best_addr() else {
             return;
         };
-        self.last_good = Some((best.addr, now));
+        self.last_good = Some((addr, now));
         self.last_good_next = Some(now + LAST_GOOD_INTERVAL);
         let state = if self.active(now) || !self.pings.is_empty() {
             State::Probing { held_until: None }
@@ -173,18 +173,15 @@ impl Peer {
     /// The best address answered.
     pub(super) fn best_answered(&mut self, now: Instant, sh: &mut Shared, rtt: Duration) {
         self.suspect = None;
-        let Some(best) = self.best_mut() else {
-            return;
-        };
-        best.latency = rtt;
-        best.last_pong = now;
-        best.quality.pong(rtt);
         if let Some(relayed) = &mut self.relayed {
             relayed.pongs += 1;
         }
         let Some(best) = self.best_mut() else {
             return;
         };
+        best.latency = rtt;
+        best.last_pong = now;
+        best.quality.pong(rtt);
         let (addr, retest) = (best.addr, best.retest);
         if retest {
             if self.validation.is_none() {
@@ -208,7 +205,7 @@ impl Peer {
         let early = pong_at < now;
         if let Some(test) = &self.validation {
             // What answers now goes before what only answered once.
-            if early || !test.on_trust() || test.addr == addr {
+            if early || !test.on_trust || test.addr == addr {
                 return;
             }
             self.validation = None;
@@ -221,19 +218,14 @@ impl Peer {
             let moved = new_source.is_some_and(|at| at > best.last_pong);
             replaces = moved || best.retest;
             let trusted = self.trusted(now);
-            let rank = Rank {
-                addr,
-                latency: rtt,
-                mtu: MTU_UNPROVED,
-                fragments: candidate.fragments,
-            };
+            let rank = Rank::unproved(addr, rtt, candidate.fragments);
             if trusted && !replaces && !better(&rank, &best.rank()) {
                 return;
             }
             left = trusted && moved;
         }
         self.start_validation(now, sh, addr, rtt, replaces, early);
-        if left && self.best().is_some_and(|best| best.addr != addr) {
+        if left && self.best_addr().is_some_and(|best| best != addr) {
             self.fall_back(now, sh, Reason::NewSource);
         }
     }
@@ -308,18 +300,15 @@ impl Peer {
                 self.promote(now, sh, addr, rtt, test.last_pong, carries, test.replaces);
             }
             Verdict::Fail(failed, figures) => {
-                let Figures {
-                    median, loss_pct, ..
-                } = figures;
                 let phase = Phase::Fail {
                     test: failed,
-                    rtt: median,
-                    loss_pct,
+                    rtt: figures.median,
+                    loss_pct: figures.loss_pct,
                 };
                 sh.tell(self.id, Story::Validate { addr, phase });
                 match self.candidates.get_mut(&addr) {
                     // Its old Pong promised too much; a new one is as good as any.
-                    Some(candidate) if test.on_trust() => candidate.pong = None,
+                    Some(candidate) if test.on_trust => candidate.pong = None,
                     Some(candidate) => {
                         candidate.blocked_until = Some(now + BLOCKED_DURATION);
                         candidate.quick = None;
@@ -327,7 +316,7 @@ impl Peer {
                     }
                     None => {}
                 }
-                if self.best().is_some_and(|best| best.addr == addr) {
+                if self.best_addr() == Some(addr) {
                     self.clear_best(now, sh, Reason::Quality);
                     self.last_good = None;
                 }
@@ -339,16 +328,11 @@ impl Peer {
 
     /// The best of the candidates that answered lately, if it is worth a test.
     fn consider_others(&mut self, now: Instant, sh: &mut Shared) {
-        let best = self.best().map(|best| best.addr);
+        let best = self.best_addr();
         let ranks = self.candidates.iter().filter_map(|(addr, candidate)| {
             let usable = candidate.answered_within(now, PING_TIMEOUT) && !candidate.blocked(now);
             let (_, latency) = candidate.pong.filter(|_| usable && Some(*addr) != best)?;
-            Some(Rank {
-                addr: *addr,
-                latency,
-                mtu: MTU_UNPROVED,
-                fragments: candidate.fragments,
-            })
+            Some(Rank::unproved(*addr, latency, candidate.fragments))
         });
         let top = ranks.reduce(|top, rank| if better(&rank, &top) { rank } else { top });
         if let Some(top) = top {
@@ -386,12 +370,7 @@ impl Peer {
             self.enter(now, sh, State::Direct(best), Reason::Validated);
             return;
         }
-        let rank = Rank {
-            addr,
-            latency: rtt,
-            mtu: MTU_UNPROVED,
-            fragments: carries == Carries::Fragments,
-        };
+        let rank = Rank::unproved(addr, rtt, carries == Carries::Fragments);
         let trusted = self.trusted(now);
         let beaten = |best: &Best| !best.retest && !replaces && !better(&rank, &best.rank());
         if trusted && self.best().is_some_and(beaten) {

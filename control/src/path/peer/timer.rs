@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::Activity;
 
+use super::super::limit::rested;
 use super::super::mtu::Step;
 use super::super::pings::Sent;
 use super::super::shared::Shared;
@@ -181,9 +182,8 @@ impl Peer {
             State::Probing { held_until } => held_until.is_none(),
             State::Relay | State::Fallback(_) => true,
             State::Direct(best) => {
-                let full = self.last_full.map(|at| now.saturating_duration_since(at));
                 best.latency > GOOD_ENOUGH_LATENCY
-                    && full.is_none_or(|age| age >= UPGRADE_UDP_DIRECT_INTERVAL)
+                    && rested(now, self.last_full, UPGRADE_UDP_DIRECT_INTERVAL)
             }
         }
     }
@@ -194,7 +194,7 @@ impl Peer {
         let Some(mut suspect) = self.suspect else {
             return;
         };
-        let Some(addr) = self.best().map(|best| best.addr) else {
+        let Some(addr) = self.best_addr() else {
             self.suspect = None;
             return;
         };
@@ -235,8 +235,7 @@ impl Peer {
             };
             if at <= now {
                 candidate.quick = candidate.quick.map(|(base, done)| (base, done + 1));
-                let rested = |at: Instant| now.saturating_duration_since(at) >= PING_BACK_INTERVAL;
-                if candidate.last_ping.is_none_or(rested) {
+                if rested(now, candidate.last_ping, PING_BACK_INTERVAL) {
                     due.push(*addr);
                 }
             }
@@ -254,12 +253,10 @@ impl Peer {
         let Some(addr) = addr else {
             return;
         };
-        let rested = |at: Instant| now.saturating_duration_since(at) >= LAST_GOOD_INTERVAL / 2;
-        let candidate = self
-            .candidates
-            .get(&addr)
-            .filter(|candidate| !candidate.blocked(now) && candidate.last_ping.is_none_or(rested));
-        if candidate.is_some() && self.validation.is_none() {
+        let due = self.candidates.get(&addr).is_some_and(|candidate| {
+            !candidate.blocked(now) && rested(now, candidate.last_ping, LAST_GOOD_INTERVAL / 2)
+        });
+        if due && self.validation.is_none() {
             self.ping(now, sh, Route::Direct(addr), Purpose::Discovery);
         }
     }

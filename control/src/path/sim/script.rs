@@ -82,7 +82,7 @@ impl Script {
             endpoints: endpoints.iter().map(|text| addr(text)).collect(),
         };
         let rng = StdRng::seed_from_u64(1);
-        let mut paths = Manager::new(config, ours, our_disco.clone(), rng);
+        let mut paths = Manager::new(start, config, ours, our_disco.clone(), rng);
         paths.set_own_endpoints(start, vec![addr("203.0.113.99:41641")]);
         paths.set_peers(start, std::slice::from_ref(&setup), &[]);
         let secret = SharedKey::new(&their_disco, &our_disco.public()).unwrap();

@@ -173,6 +173,7 @@ impl World {
             netcheck.set_active(start, true);
             Node {
                 paths: Manager::new(
+                    start,
                     config.clone(),
                     node_key,
                     disco.clone(),
@@ -227,7 +228,7 @@ impl World {
         let rng = StdRng::from_rng(&mut self.rng);
         let target = &mut self.nodes[node];
         let (node_key, disco) = (target.setup.node_key, target.disco.clone());
-        target.paths = Manager::new(config.clone(), node_key, disco, rng);
+        target.paths = Manager::new(self.now, config.clone(), node_key, disco, rng);
         target
             .paths
             .set_own_endpoints(self.now, target.endpoints.clone());
