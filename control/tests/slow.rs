@@ -9,17 +9,18 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use base64::Engine as _;
 use ringtail::derp::client::{Client, Hello};
 use ringtail::derp::frame::{self, FrameType};
 use ringtail::driver::local_api::{self, Request};
+use ringtail::driver::tls::roots;
+use ringtail::driver::tls::verify::Verifiers;
 use ringtail::driver::{clock, runtime, uapi};
 use ringtail::key::{MachinePrivate, MachinePublic, NodePrivate, NodePublic};
+use ringtail::netmap::DerpNode;
 use ringtail::noise::Initiator;
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
@@ -52,6 +53,13 @@ fn says(first: &str, then: &'static str) -> Slow {
         first: first.as_bytes().to_vec(),
         then: then.as_bytes(),
         deaf: Duration::ZERO,
+    }
+}
+
+fn deaf(first: &str, secs: u64) -> Slow {
+    Slow {
+        deaf: Duration::from_secs(secs),
+        ..says(first, "")
     }
 }
 
@@ -237,57 +245,18 @@ fn counted(shown: &str, names: &[&str]) -> u64 {
     names.iter().filter_map(|name| of(name)).sum()
 }
 
-#[derive(Debug)]
-struct AnyCertificate(Arc<rustls::crypto::CryptoProvider>);
-
-impl rustls::client::danger::ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
-        Ok(rustls::client::danger::ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &rustls::DigitallySignedStruct,
-    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
-        Ok(rustls::client::danger::HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
-        self.0.signature_verification_algorithms.supported_schemes()
-    }
-}
-
 type Tls = tokio_rustls::client::TlsStream<TcpStream>;
 
 /// TLS that asks nobody for his papers.
 async fn tls(to: SocketAddr) -> Tls {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let config = rustls::ClientConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
-        .with_no_client_auth();
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
-    let name = ServerName::from(to.ip());
+    let node = DerpNode {
+        host_name: to.ip().to_string(),
+        insecure_for_tests: true,
+        ..DerpNode::default()
+    };
+    let verifiers = Verifiers::new(roots::web());
+    let (config, name) = verifiers.client_config(&node).unwrap();
+    let connector = tokio_rustls::TlsConnector::from(config);
     connector.connect(name, tcp(to).await).await.unwrap()
 }
 
@@ -360,11 +329,7 @@ async fn stalling(
                 _ = tokio::io::copy_bidirectional(&mut near, &mut far) => continue,
                 _ = told.wait_for(|stalled| *stalled) => {}
             }
-            let deaf = Slow {
-                deaf: Duration::from_secs(30),
-                ..says("", "")
-            };
-            return hold(far, deaf).await;
+            return hold(far, deaf("", 30)).await;
         }
     });
     (at, stall, tasks)
@@ -434,12 +399,8 @@ async fn the_coordination_server_outlasts_slow_clients_of_every_stage() {
     is_as_before(&server, descriptors).await;
     let shown = exchange(tcp(address).await, &get("/metrics")).await;
     let names = ["_timed_out ", "_bad_http ", "_bad_stream ", "_bad_noise "];
-    let names: Vec<_> = names
-        .iter()
-        .map(|name| format!("\nringtail_coord{name}"))
-        .collect();
-    let names: Vec<_> = names.iter().map(String::as_str).collect();
-    let ended = counted(&shown, &names);
+    let names = names.map(|name| format!("\nringtail_coord{name}"));
+    let ended = counted(&shown, &names.each_ref().map(String::as_str));
     assert!(
         ended >= (all - 2 * EACH) as u64,
         "{ended} of {all}:\n{shown}"
@@ -501,13 +462,9 @@ async fn the_relay_outlasts_slow_clients_of_every_stage() {
     for _ in 0..2 {
         let key = new_key();
         let to = key.public();
-        let deaf = Slow {
-            deaf: secs(25),
-            ..says("", "")
-        };
         holders.0.spawn(async move {
             let io = greeted(main, key).await;
-            let held = timeout(secs(40) + SLACK, hold(io, deaf)).await;
+            let held = timeout(secs(40) + SLACK, hold(io, deaf("", 25))).await;
             assert!(held.is_ok(), "a deaf client is kept");
         });
         holders
@@ -596,10 +553,6 @@ fn local_sockets_outlast_slow_clients_of_every_stage() {
 
         let secs = Duration::from_secs;
         let mut holders = Holders::default();
-        let deaf = |first: &str| Slow {
-            deaf: secs(15),
-            ..says(first, "")
-        };
         let to = |path: &Path| {
             let path = path.to_owned();
             move || {
@@ -610,7 +563,7 @@ fn local_sockets_outlast_slow_clients_of_every_stage() {
         holders.add("status, silent", secs(5), &says("", ""), to(&status));
         let part = says("{\"request\":\"status\"", " ");
         holders.add("status, a line", secs(5), &part, to(&status));
-        let asks = deaf("{\"request\":\"status\"}\n");
+        let asks = deaf("{\"request\":\"status\"}\n", 15);
         holders.add("status, deaf", secs(5), &asks, to(&status));
         // A device's client may be idle for a minute; so many are too many, and make room.
         holders.add("uapi, silent", secs(60), &says("", ""), to(&device));
@@ -620,7 +573,7 @@ fn local_sockets_outlast_slow_clients_of_every_stage() {
             &says("set=1\nprivate_key=", "0"),
             to(&device),
         );
-        holders.add("uapi, deaf", secs(20), &deaf("get=1\n\n"), to(&device));
+        holders.add("uapi, deaf", secs(20), &deaf("get=1\n\n", 15), to(&device));
         let watched = async {
             // All have been accepted, or made room.
             sleep(Duration::from_secs(2)).await;

@@ -108,7 +108,6 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
-    use crate::driver::runtime;
 
     /// Sends back each byte; a `w` only after somebody's `r`.
     async fn echo(
@@ -147,41 +146,38 @@ mod tests {
         answer(client)
     }
 
-    #[test]
-    fn who_comes_to_a_full_house_takes_the_place_of_the_idlest() {
+    #[tokio::test(flavor = "local")]
+    async fn who_comes_to_a_full_house_takes_the_place_of_the_idlest() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
-        runtime::block_on(|_| async {
-            let listener = UnixListener::from_std(listener)?;
-            let release = Rc::new(tokio::sync::Notify::new());
-            tokio::task::spawn_local(async move {
-                serve(listener, 4, "test", |stream, attention| {
-                    echo(stream, attention, Rc::clone(&release))
-                })
-                .await;
-            });
-            tokio::task::spawn_blocking(move || {
-                let mut waits = connect(&path);
-                waits.write_all(b"w").unwrap();
-                let idle: Vec<_> = (0..3).map(|_| connect(&path)).collect();
-                // All are in, and the second is the least idle.
-                for client in [&idle[0], &idle[2], &idle[1]] {
-                    assert_eq!(ask(client, b'x'), Some(b'x'));
-                }
-                let mut newest = Vec::new();
-                for gone in [&idle[0], &idle[2]] {
-                    newest.push(connect(&path));
-                    assert_eq!(ask(newest.last().unwrap(), b'y'), Some(b'y'));
-                    assert_eq!(answer(gone), None, "the idlest has gone");
-                }
-                assert_eq!(ask(&idle[1], b'r'), Some(b'r'));
-                assert_eq!(answer(&waits), Some(b'w'), "it was waiting for us");
+        let listener = UnixListener::from_std(listener).unwrap();
+        let release = Rc::new(tokio::sync::Notify::new());
+        tokio::task::spawn_local(async move {
+            serve(listener, 4, "test", |stream, attention| {
+                echo(stream, attention, Rc::clone(&release))
             })
-            .await?;
-            Ok(())
+            .await;
+        });
+        tokio::task::spawn_blocking(move || {
+            let mut waits = connect(&path);
+            waits.write_all(b"w").unwrap();
+            let idle: Vec<_> = (0..3).map(|_| connect(&path)).collect();
+            // All are in, and the second is the least idle.
+            for client in [&idle[0], &idle[2], &idle[1]] {
+                assert_eq!(ask(client, b'x'), Some(b'x'));
+            }
+            let mut newest = Vec::new();
+            for gone in [&idle[0], &idle[2]] {
+                newest.push(connect(&path));
+                assert_eq!(ask(newest.last().unwrap(), b'y'), Some(b'y'));
+                assert_eq!(answer(gone), None, "the idlest has gone");
+            }
+            assert_eq!(ask(&idle[1], b'r'), Some(b'r'));
+            assert_eq!(answer(&waits), Some(b'w'), "it was waiting for us");
         })
+        .await
         .unwrap();
     }
 }

@@ -230,56 +230,48 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_server_of_a_private_ca_is_taken_where_that_is_named_or_its_key_is_known() {
+    #[tokio::test(flavor = "local")]
+    async fn a_server_of_a_private_ca_is_taken_where_that_is_named_or_its_key_is_known() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("ca.pem");
         let (ca, server) = roots::tests::private_ca("127.0.0.1");
         let (_, mistaken) = roots::tests::private_ca("127.0.0.1");
         std::fs::write(&file, ca).unwrap();
         let named = roots::load(Some(&file)).unwrap();
-        crate::driver::runtime::block_on(|_| async {
-            let listen = async |server| -> anyhow::Result<SocketAddr> {
-                let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
-                let address = listener.local_addr()?;
-                let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
-                tokio::task::spawn_local(async move {
-                    while let Ok((stream, _)) = listener.accept().await {
-                        let acceptor = acceptor.clone();
-                        tokio::task::spawn_local(async move { acceptor.accept(stream).await });
-                    }
-                });
-                Ok(address)
-            };
-            let (private, another) = (listen(server).await?, listen(mistaken).await?);
-            let connect = async |host, at: SocketAddr, roots, inside| {
-                let url = ControlUrl::parse(&format!("https://{host}:{}", at.port()))?;
-                let limit = Duration::from_secs(5);
-                let url = url.trusting(roots);
-                let stream = url.connect(&Names::default(), limit, inside).await;
-                stream
-                    .map(|_| ())
-                    .map_err(|error| anyhow::anyhow!("{error:#}"))
-            };
-            connect("127.0.0.1", private, named.clone(), false).await?;
-            connect("127.0.0.1", private, roots::web(), true).await?;
-            for (host, at, roots) in [
-                ("127.0.0.1", private, roots::web()),
-                ("127.0.0.1", another, named.clone()),
-                // A name that is not in the certificate.
-                ("127.0.0.2", private, named),
-            ] {
-                let error = connect(host, at, roots, false)
-                    .await
-                    .unwrap_err()
-                    .to_string();
-                let refused =
-                    error.contains("--ca-file") && error.contains("invalid peer certificate");
-                anyhow::ensure!(refused || host == "127.0.0.2", "{error}");
-            }
-            Ok(())
-        })
-        .unwrap();
+        let listen = async |server| {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(server));
+            tokio::task::spawn_local(async move {
+                while let Ok((stream, _)) = listener.accept().await {
+                    let acceptor = acceptor.clone();
+                    tokio::task::spawn_local(async move { acceptor.accept(stream).await });
+                }
+            });
+            address
+        };
+        let (private, another) = (listen(server).await, listen(mistaken).await);
+        let connect = async |host, at: SocketAddr, roots, inside| {
+            let url = ControlUrl::parse(&format!("https://{host}:{}", at.port())).unwrap();
+            let limit = Duration::from_secs(5);
+            let url = url.trusting(roots);
+            let stream = url.connect(&Names::default(), limit, inside).await;
+            stream.map(|_| ()).map_err(|error| format!("{error:#}"))
+        };
+        let good = connect("127.0.0.1", private, named.clone(), false).await;
+        good.unwrap();
+        let good = connect("127.0.0.1", private, roots::web(), true).await;
+        good.unwrap();
+        for (host, at, roots) in [
+            ("127.0.0.1", private, roots::web()),
+            ("127.0.0.1", another, named.clone()),
+            // A name that is not in the certificate.
+            ("127.0.0.2", private, named),
+        ] {
+            let error = connect(host, at, roots, false).await.unwrap_err();
+            let refused = error.contains("--ca-file") && error.contains("invalid peer certificate");
+            assert!(refused || host == "127.0.0.2", "{error}");
+        }
     }
 
     #[test]

@@ -401,7 +401,6 @@ fn install(socket: &SockRef<'_>, programs: &[Vec<SockFilter>]) -> io::Result<()>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::runtime;
 
     const PEER: DiscoPublic = DiscoPublic([7; 32]);
 
@@ -412,66 +411,59 @@ mod tests {
         bytes
     }
 
-    #[test]
-    fn datagrams_of_both_families_arrive_with_their_time() {
-        runtime::block_on(|_| async {
-            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
-            let v6 = std::net::UdpSocket::bind("[::1]:0")?;
-            let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
-            let mut sockets = Discovery::new(v4, Some(v6), 0)?;
-            sockets.set_peers(vec![PEER]);
-            let before = Clock::now().monotonic;
-            let (four, six) = (datagram(104), datagram(106));
-            sockets.send(to4, None, &four, false)?;
-            sockets.send(to6, None, &six, false)?;
-            let mut got = Vec::new();
-            while got.len() < 2 {
-                sockets.receive(&mut got).await?;
-            }
-            got.sort_by_key(|datagram| datagram.bytes.len());
-            anyhow::ensure!(got[0].bytes == four && got[0].from == to4);
-            anyhow::ensure!(got[1].bytes == six && got[1].from == to6);
-            for datagram in &got {
-                anyhow::ensure!(datagram.at >= before && datagram.at <= Clock::now().monotonic);
-            }
-            Ok(())
-        })
-        .unwrap();
+    /// Both families on loopback, and where they are.
+    fn on_loopback() -> (Discovery, SocketAddr, SocketAddr) {
+        let [v4, v6] = ["127.0.0.1:0", "[::1]:0"].map(|at| std::net::UdpSocket::bind(at).unwrap());
+        let (to4, to6) = (v4.local_addr().unwrap(), v6.local_addr().unwrap());
+        (Discovery::new(v4, Some(v6), 0).unwrap(), to4, to6)
     }
 
-    #[test]
-    fn a_flood_of_one_family_is_read_in_parts_and_junk_not_at_all() {
-        runtime::block_on(|_| async {
-            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
-            let v6 = std::net::UdpSocket::bind("[::1]:0")?;
-            let (to4, to6) = (v4.local_addr()?, v6.local_addr()?);
-            let mut sockets = Discovery::new(v4, Some(v6), 0)?;
-            let strangers = std::net::UdpSocket::bind("127.0.0.1:0")?;
-            // Before there are peers, and a key that is none's.
-            strangers.send_to(&datagram(124), to4)?;
-            sockets.set_peers(vec![PEER]);
-            let mut other = datagram(124);
-            other[6] ^= 1;
-            for _ in 0..50 {
-                for junk in [&b"junk"[..], &[0; 1200], &other] {
-                    strangers.send_to(junk, to4)?;
-                }
-                strangers.send_to(&datagram(124), to4)?;
+    #[tokio::test(flavor = "local")]
+    async fn datagrams_of_both_families_arrive_with_their_time() {
+        let (mut sockets, to4, to6) = on_loopback();
+        sockets.set_peers(vec![PEER]);
+        let before = Clock::now().monotonic;
+        let (four, six) = (datagram(104), datagram(106));
+        sockets.send(to4, None, &four, false).unwrap();
+        sockets.send(to6, None, &six, false).unwrap();
+        let mut got = Vec::new();
+        while got.len() < 2 {
+            sockets.receive(&mut got).await.unwrap();
+        }
+        got.sort_by_key(|datagram| datagram.bytes.len());
+        assert!(got[0].bytes == four && got[0].from == to4);
+        assert!(got[1].bytes == six && got[1].from == to6);
+        for datagram in &got {
+            assert!(datagram.at >= before && datagram.at <= Clock::now().monotonic);
+        }
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn a_flood_of_one_family_is_read_in_parts_and_junk_not_at_all() {
+        let (mut sockets, to4, to6) = on_loopback();
+        let strangers = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        // Before there are peers, and a key that is none's.
+        strangers.send_to(&datagram(124), to4).unwrap();
+        sockets.set_peers(vec![PEER]);
+        let mut other = datagram(124);
+        other[6] ^= 1;
+        for _ in 0..50 {
+            for junk in [&b"junk"[..], &[0; 1200], &other] {
+                strangers.send_to(junk, to4).unwrap();
             }
-            sockets.send(to6, None, &datagram(124), false)?;
-            let mut got = Vec::new();
-            let mut of_batches = Vec::new();
-            while got.len() < 51 {
-                let before = got.len();
-                sockets.receive(&mut got).await?;
-                of_batches.push(got.len() - before);
-            }
-            anyhow::ensure!(of_batches == [33, 18], "{of_batches:?}");
-            anyhow::ensure!(got[32].from == to6, "the other family has its turn");
-            anyhow::ensure!(got.iter().all(|got| got.bytes == datagram(124)));
-            Ok(())
-        })
-        .unwrap();
+            strangers.send_to(&datagram(124), to4).unwrap();
+        }
+        sockets.send(to6, None, &datagram(124), false).unwrap();
+        let mut got = Vec::new();
+        let mut of_batches = Vec::new();
+        while got.len() < 51 {
+            let before = got.len();
+            sockets.receive(&mut got).await.unwrap();
+            of_batches.push(got.len() - before);
+        }
+        assert!(of_batches == [33, 18], "{of_batches:?}");
+        assert!(got[32].from == to6, "the other family has its turn");
+        assert!(got.iter().all(|got| got.bytes == datagram(124)));
     }
 
     #[test]
@@ -501,110 +493,94 @@ mod tests {
         }
     }
 
-    #[test]
-    fn what_would_leave_from_an_inner_address_has_no_route() {
+    #[tokio::test(flavor = "local")]
+    async fn what_would_leave_from_an_inner_address_has_no_route() {
         let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         if SockRef::from(&probe).set_mark(1).is_err() {
             println!("skipped: marks need CAP_NET_ADMIN");
             return;
         }
-        runtime::block_on(|_| async {
-            for (mark, inner, refused) in [
-                (1, "127.0.0.1", true),
-                (1, "10.7.0.1", false),
-                (0, "127.0.0.1", false),
-            ] {
-                let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
-                let to = v4.local_addr()?;
-                let mut sockets = Discovery::new(v4, None, mark)?;
-                sockets.set_inner(BTreeSet::from([inner.parse()?]));
-                let sent = sockets.send(to, None, b"ping", false);
-                let errno = sent.err().and_then(|error| error.raw_os_error());
-                anyhow::ensure!(errno == refused.then_some(nix::libc::ENETUNREACH));
-            }
-            Ok(())
-        })
-        .unwrap();
+        for (mark, inner, refused) in [
+            (1, "127.0.0.1", true),
+            (1, "10.7.0.1", false),
+            (0, "127.0.0.1", false),
+        ] {
+            let v4 = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+            let to = v4.local_addr().unwrap();
+            let mut sockets = Discovery::new(v4, None, mark).unwrap();
+            sockets.set_inner(BTreeSet::from([inner.parse().unwrap()]));
+            let sent = sockets.send(to, None, b"ping", false);
+            let errno = sent.err().and_then(|error| error.raw_os_error());
+            assert!(errno == refused.then_some(nix::libc::ENETUNREACH));
+        }
     }
 
-    #[test]
-    fn only_what_may_be_fragmented_is_larger_than_the_device() {
-        runtime::block_on(|_| async {
-            // Loopback carries 64 KiB: a little less than a UDP payload over IPv6 can be.
-            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
-            let v6 = std::net::UdpSocket::bind("[::1]:0")?;
-            let to = v6.local_addr()?;
-            let sockets = Discovery::new(v4, Some(v6), 0)?;
-            let bytes = vec![0; 65_527];
-            for _ in 0..2 {
-                let refused = sockets.send(to, None, &bytes, true).unwrap_err();
-                anyhow::ensure!(refused.raw_os_error() == Some(nix::libc::EMSGSIZE));
-                sockets.send(to, None, &bytes, false)?;
-            }
-            Ok(())
-        })
-        .unwrap();
+    #[tokio::test(flavor = "local")]
+    async fn only_what_may_be_fragmented_is_larger_than_the_device() {
+        // Loopback carries 64 KiB: a little less than a UDP payload over IPv6 can be.
+        let (sockets, _, to) = on_loopback();
+        let bytes = vec![0; 65_527];
+        for _ in 0..2 {
+            let refused = sockets.send(to, None, &bytes, true).unwrap_err();
+            assert!(refused.raw_os_error() == Some(nix::libc::EMSGSIZE));
+            sockets.send(to, None, &bytes, false).unwrap();
+        }
     }
 
-    #[test]
-    fn an_answer_leaves_from_the_address_that_the_question_was_sent_to() {
-        runtime::block_on(|_| async {
-            let v4 = std::net::UdpSocket::bind("0.0.0.0:0")?;
-            setsockopt(&v4, sockopt::Ipv4PacketInfo, &true)?;
-            let port = v4.local_addr()?.port();
-            let mut sockets = Discovery::new(v4, None, 0)?;
-            sockets.set_peers(vec![PEER]);
-            let peer = UdpSocket::bind("127.0.0.1:0").await?;
-            let ours: IpAddr = "127.0.0.9".parse()?;
-            peer.send_to(&datagram(124), (ours, port)).await?;
-            let mut got = Vec::new();
-            sockets.receive(&mut got).await?;
-            anyhow::ensure!(got[0].local == Some(ours));
-            let strangers: IpAddr = "192.0.2.9".parse()?;
-            for (local, from) in [
-                (Some(ours), "127.0.0.9"),
-                (None, "127.0.0.1"),
-                // No longer ours: the datagram leaves all the same.
-                (Some(strangers), "127.0.0.1"),
-            ] {
-                sockets.send(got[0].from, local, b"pong", false)?;
-                let (_, seen) = peer.recv_from(&mut [0; 16]).await?;
-                anyhow::ensure!(seen == (from.parse::<IpAddr>()?, port).into(), "{seen}");
-            }
-            Ok(())
-        })
-        .unwrap();
+    #[tokio::test(flavor = "local")]
+    async fn an_answer_leaves_from_the_address_that_the_question_was_sent_to() {
+        let v4 = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        setsockopt(&v4, sockopt::Ipv4PacketInfo, &true).unwrap();
+        let port = v4.local_addr().unwrap().port();
+        let mut sockets = Discovery::new(v4, None, 0).unwrap();
+        sockets.set_peers(vec![PEER]);
+        let peer = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let ours: IpAddr = "127.0.0.9".parse().unwrap();
+        peer.send_to(&datagram(124), (ours, port)).await.unwrap();
+        let mut got = Vec::new();
+        sockets.receive(&mut got).await.unwrap();
+        assert!(got[0].local == Some(ours));
+        let strangers: IpAddr = "192.0.2.9".parse().unwrap();
+        for (local, from) in [
+            (Some(ours), "127.0.0.9"),
+            (None, "127.0.0.1"),
+            // No longer ours: the datagram leaves all the same.
+            (Some(strangers), "127.0.0.1"),
+        ] {
+            sockets.send(got[0].from, local, b"pong", false).unwrap();
+            let (_, seen) = peer.recv_from(&mut [0; 16]).await.unwrap();
+            assert!(
+                seen == (from.parse::<IpAddr>().unwrap(), port).into(),
+                "{seen}"
+            );
+        }
     }
 
-    #[test]
-    fn the_kernel_is_asked_for_a_source_once_in_two_seconds_and_after_a_change() {
-        runtime::block_on(|_| async {
-            let v4 = std::net::UdpSocket::bind("127.0.0.1:0")?;
-            let mut sockets = Discovery::new(v4, None, 0)?;
-            let to = SocketAddr::from(([127, 0, 0, 1], 9));
-            let (true_one, false_one) = (to.ip(), IpAddr::from([127, 0, 0, 9]));
-            let asked = now();
-            let source = |sockets: &Discovery, age| {
-                let at = asked + Duration::from_millis(age);
-                sockets.routes.source(at, to)
-            };
-            anyhow::ensure!(source(&sockets, 0) == Some(true_one));
-            let lie = |sockets: &mut Discovery| {
-                let answers = sockets.routes.answers.get_mut();
-                answers.insert(to.ip(), (Some(false_one), asked));
-            };
-            lie(&mut sockets);
-            anyhow::ensure!(source(&sockets, 1_999) == Some(false_one));
-            anyhow::ensure!(source(&sockets, 2_000) == Some(true_one));
-            lie(&mut sockets);
-            sockets.routes_changed();
-            anyhow::ensure!(source(&sockets, 0) == Some(true_one));
-            // What routing chooses anyway is not named.
-            anyhow::ensure!(sockets.named_source(to, Some(true_one)).is_none());
-            anyhow::ensure!(sockets.named_source(to, Some(false_one)) == Some(false_one));
-            Ok(())
-        })
-        .unwrap();
+    #[tokio::test(flavor = "local")]
+    async fn the_kernel_is_asked_for_a_source_once_in_two_seconds_and_after_a_change() {
+        let v4 = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let mut sockets = Discovery::new(v4, None, 0).unwrap();
+        let to = SocketAddr::from(([127, 0, 0, 1], 9));
+        let (true_one, false_one) = (to.ip(), IpAddr::from([127, 0, 0, 9]));
+        let asked = now();
+        let source = |sockets: &Discovery, age| {
+            let at = asked + Duration::from_millis(age);
+            sockets.routes.source(at, to)
+        };
+        assert!(source(&sockets, 0) == Some(true_one));
+        let lie = |sockets: &mut Discovery| {
+            let answers = sockets.routes.answers.get_mut();
+            answers.insert(to.ip(), (Some(false_one), asked));
+        };
+        lie(&mut sockets);
+        assert!(source(&sockets, 1_999) == Some(false_one));
+        assert!(source(&sockets, 2_000) == Some(true_one));
+        lie(&mut sockets);
+        sockets.routes_changed();
+        assert!(source(&sockets, 0) == Some(true_one));
+        // What routing chooses anyway is not named.
+        assert!(sockets.named_source(to, Some(true_one)).is_none());
+        assert!(sockets.named_source(to, Some(false_one)) == Some(false_one));
     }
 
     #[test]

@@ -144,58 +144,52 @@ pub async fn ask(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::driver::runtime;
 
-    #[test]
-    fn a_request_gets_its_answers_and_garbage_an_error() {
-        runtime::block_on(|_| async {
-            let dir = tempfile::tempdir()?;
-            let path = dir.path().join("s");
-            let (calls, mut called) = mpsc::channel(4);
-            let (listener, file) = listen(&path)?;
-            tokio::task::spawn_local(serve(listener, calls));
-            tokio::task::spawn_local(async move {
-                while let Some(Call { request, answers }) = called.recv().await {
-                    for n in 0..2 {
-                        let _ = answers
-                            .send(serde_json::json!({"n": n, "echo": request}))
-                            .await;
-                    }
+    #[tokio::test(flavor = "local")]
+    async fn a_request_gets_its_answers_and_garbage_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (calls, mut called) = mpsc::channel(4);
+        let (listener, file) = listen(&path).unwrap();
+        tokio::task::spawn_local(serve(listener, calls));
+        tokio::task::spawn_local(async move {
+            while let Some(Call { request, answers }) = called.recv().await {
+                for n in 0..2 {
+                    let _ = answers
+                        .send(serde_json::json!({"n": n, "echo": request}))
+                        .await;
                 }
-            });
-            let mut seen = Vec::new();
-            ask(&path, &Request::Ping { peer: "b".into() }, |answer| {
-                seen.push(answer["n"].clone());
-                anyhow::ensure!(answer["echo"]["peer"] == "b");
-                Ok(())
-            })
-            .await?;
-            anyhow::ensure!(seen == [0, 1]);
-
-            let mut raw = UnixStream::connect(&path).await?;
-            raw.write_all(b"\xff{]\n").await?;
-            let mut text = Vec::new();
-            let _ = raw.read_to_end(&mut text).await;
-            let mut raw = UnixStream::connect(&path).await?;
-            raw.write_all(b"{\"request\":\"nonsense\"}\n").await?;
-            let mut text = String::new();
-            raw.read_to_string(&mut text).await?;
-            anyhow::ensure!(text.contains("bad request"), "{text}");
-            drop(file);
-            anyhow::ensure!(!path.exists());
+            }
+        });
+        let mut seen = Vec::new();
+        ask(&path, &Request::Ping { peer: "b".into() }, |answer| {
+            seen.push(answer["n"].clone());
+            assert!(answer["echo"]["peer"] == "b");
             Ok(())
         })
+        .await
         .unwrap();
+        assert!(seen == [0, 1]);
+
+        let mut raw = UnixStream::connect(&path).await.unwrap();
+        raw.write_all(b"\xff{]\n").await.unwrap();
+        let mut text = Vec::new();
+        let _ = raw.read_to_end(&mut text).await;
+        let mut raw = UnixStream::connect(&path).await.unwrap();
+        raw.write_all(b"{\"request\":\"nonsense\"}\n")
+            .await
+            .unwrap();
+        let mut text = String::new();
+        raw.read_to_string(&mut text).await.unwrap();
+        assert!(text.contains("bad request"), "{text}");
+        drop(file);
+        assert!(!path.exists());
     }
 
-    #[test]
-    fn without_a_node_the_client_says_what_to_do() {
-        runtime::block_on(|_| async {
-            let dir = tempfile::tempdir()?;
-            let error = ask(&dir.path().join("s"), &Request::Status, |_| Ok(())).await;
-            anyhow::ensure!(error.unwrap_err().to_string().contains("ringtail up"));
-            Ok(())
-        })
-        .unwrap();
+    #[tokio::test(flavor = "local")]
+    async fn without_a_node_the_client_says_what_to_do() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = ask(&dir.path().join("s"), &Request::Status, |_| Ok(())).await;
+        assert!(error.unwrap_err().to_string().contains("ringtail up"));
     }
 }

@@ -57,26 +57,21 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::driver::runtime;
 
-    #[test]
-    fn a_panic_in_a_task_or_a_thread_is_noticed() {
+    #[tokio::test(flavor = "local")]
+    async fn a_panic_in_a_task_or_a_thread_is_noticed() {
         for in_thread in [false, true] {
             let panics = Panics::watch();
-            runtime::block_on(|_| async move {
-                let none = tokio::time::timeout(Duration::from_millis(20), panics.first());
-                anyhow::ensure!(none.await.is_err(), "there was none");
-                if in_thread {
-                    std::thread::spawn(|| panic!("told by {}", "a test"));
-                } else {
-                    tokio::task::spawn_local(async { panic!("told by {}", "a test") });
-                }
-                let words = tokio::time::timeout(Duration::from_secs(10), panics.first());
-                let words = words.await?;
-                anyhow::ensure!(words.contains("panics.rs") && words.ends_with("told by a test"));
-                Ok(())
-            })
-            .unwrap();
+            let none = tokio::time::timeout(Duration::from_millis(20), panics.first());
+            assert!(none.await.is_err(), "there was none");
+            if in_thread {
+                std::thread::spawn(|| panic!("told by {}", "a test"));
+            } else {
+                tokio::task::spawn_local(async { panic!("told by {}", "a test") });
+            }
+            let words = tokio::time::timeout(Duration::from_secs(10), panics.first());
+            let words = words.await.unwrap();
+            assert!(words.contains("panics.rs") && words.ends_with("told by a test"));
         }
     }
 }

@@ -177,7 +177,6 @@ mod tests {
     use std::os::unix::net::UnixStream as Client;
 
     use super::*;
-    use crate::driver::runtime;
     use crate::uapi::Errno;
 
     #[test]
@@ -224,51 +223,48 @@ mod tests {
         }
     }
 
-    #[test]
-    fn probes_garbage_and_sleepy_clients_leave_the_others_served() {
+    #[tokio::test(flavor = "local")]
+    async fn probes_garbage_and_sleepy_clients_leave_the_others_served() {
         let dir = tempfile::tempdir().unwrap();
         let socket = Socket::bind(dir.path(), "wg0").unwrap();
         let path = dir.path().join("wg0.sock");
-        runtime::block_on(|_| async {
-            let (sender, calls) = mpsc::channel(4);
-            tokio::task::spawn_local(serve(socket.listener()?, sender));
-            tokio::task::spawn_local(device(calls, 50_000));
-            tokio::task::spawn_blocking(move || {
-                let mut silent = Client::connect(&path).unwrap();
-                let mut half = Client::connect(&path).unwrap();
-                half.write_all(b"set=1\nprivate_key=90").unwrap();
-                // Asks for a large reply and does not take it.
-                let mut sleepy = Client::connect(&path).unwrap();
-                sleepy.write_all(b"get=1\n\n").unwrap();
-                for garbage in [&b"\0\xff\r\n"[..], &[b'x'; 1 << 20], b"get=1\n"] {
-                    let mut client = Client::connect(&path).unwrap();
-                    // The other side may close before it has read all.
-                    let _ = client.write_all(garbage);
-                }
-                for _ in 0..300 {
-                    drop(Client::connect(&path).unwrap());
-                }
-                let mut gone = Client::connect(&path).unwrap();
-                gone.write_all(b"get=1\n\nget=1\n\n").unwrap();
-                drop(gone);
-
+        let (sender, calls) = mpsc::channel(4);
+        tokio::task::spawn_local(serve(socket.listener().unwrap(), sender));
+        tokio::task::spawn_local(device(calls, 50_000));
+        tokio::task::spawn_blocking(move || {
+            let mut silent = Client::connect(&path).unwrap();
+            let mut half = Client::connect(&path).unwrap();
+            half.write_all(b"set=1\nprivate_key=90").unwrap();
+            // Asks for a large reply and does not take it.
+            let mut sleepy = Client::connect(&path).unwrap();
+            sleepy.write_all(b"get=1\n\n").unwrap();
+            for garbage in [&b"\0\xff\r\n"[..], &[b'x'; 1 << 20], b"get=1\n"] {
                 let mut client = Client::connect(&path).unwrap();
-                client.write_all(b"set=1\n\nget=1\n\nget=1\n\n").unwrap();
-                client.shutdown(std::net::Shutdown::Write).unwrap();
-                let mut text = String::new();
-                client.read_to_string(&mut text).unwrap();
-                assert!(text.starts_with("errno=-1\n\nringtail_n0="));
-                assert_eq!(text.matches("errno=0\n\n").count(), 2);
-                assert_eq!(text.lines().count(), 2 + 2 * 50_002);
-                silent.write_all(b"get=1\n\n").unwrap();
-                let mut first = [0; 12];
-                silent.read_exact(&mut first).unwrap();
-                assert_eq!(&first, b"ringtail_n0=");
-                drop((half, sleepy));
-            })
-            .await?;
-            Ok(())
+                // The other side may close before it has read all.
+                let _ = client.write_all(garbage);
+            }
+            for _ in 0..300 {
+                drop(Client::connect(&path).unwrap());
+            }
+            let mut gone = Client::connect(&path).unwrap();
+            gone.write_all(b"get=1\n\nget=1\n\n").unwrap();
+            drop(gone);
+
+            let mut client = Client::connect(&path).unwrap();
+            client.write_all(b"set=1\n\nget=1\n\nget=1\n\n").unwrap();
+            client.shutdown(std::net::Shutdown::Write).unwrap();
+            let mut text = String::new();
+            client.read_to_string(&mut text).unwrap();
+            assert!(text.starts_with("errno=-1\n\nringtail_n0="));
+            assert_eq!(text.matches("errno=0\n\n").count(), 2);
+            assert_eq!(text.lines().count(), 2 + 2 * 50_002);
+            silent.write_all(b"get=1\n\n").unwrap();
+            let mut first = [0; 12];
+            silent.read_exact(&mut first).unwrap();
+            assert_eq!(&first, b"ringtail_n0=");
+            drop((half, sleepy));
         })
+        .await
         .unwrap();
     }
 }

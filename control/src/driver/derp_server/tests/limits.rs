@@ -7,263 +7,191 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::*;
 
-/// Writes what is to be written, if the relay still takes it.
-async fn say(stream: &Stream, tls: &mut ClientTls, bytes: &[u8]) -> bool {
-    tls.seal(bytes).unwrap();
-    flush(stream, tls).await.is_ok()
+#[tokio::test(flavor = "local")]
+async fn all_heads_of_a_connection_are_no_longer_than_one_may_be() {
+    let lab = Lab::start();
+    let (stream, mut tls) = lab.tls().await;
+    let padding = "p".repeat(1000);
+    let head = format!("GET /derp/probe HTTP/1.1\r\nA: {padding}\r\n\r\n");
+    for _ in 0..40 {
+        if !say(&stream, &mut tls, head.as_bytes()).await {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    lab.wait_count("http_failures", 1).await;
+    let answered = lab.count("http_requests");
+    assert!((10..=16).contains(&answered), "{answered}");
+    // Small ones are answered, as many as anybody needs.
+    let (stream, mut tls) = lab.tls().await;
+    let pipelined = "GET /derp/probe HTTP/1.1\r\n\r\n".repeat(99);
+    assert!(say(&stream, &mut tls, pipelined.as_bytes()).await);
+    lab.wait_count("http_requests", answered + 99).await;
 }
 
-#[test]
-fn all_heads_of_a_connection_are_no_longer_than_one_may_be() {
-    local(async {
-        let lab = Lab::start();
-        let (stream, mut tls) = lab.tls().await;
-        let padding = "p".repeat(1000);
-        let head = format!("GET /derp/probe HTTP/1.1\r\nA: {padding}\r\n\r\n");
-        for _ in 0..40 {
-            if !say(&stream, &mut tls, head.as_bytes()).await {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(2)).await;
-        }
-        lab.wait_count("http_failures", 1).await;
-        let answered = lab.count("http_requests");
-        assert!((10..=16).contains(&answered), "{answered}");
-        // Small ones are answered, as many as anybody needs.
-        let (stream, mut tls) = lab.tls().await;
-        let pipelined = "GET /derp/probe HTTP/1.1\r\n\r\n".repeat(99);
-        assert!(say(&stream, &mut tls, pipelined.as_bytes()).await);
-        lab.wait_count("http_requests", answered + 99).await;
-    });
+#[tokio::test(flavor = "local")]
+async fn a_head_that_comes_byte_by_byte_is_served() {
+    let lab = Lab::start();
+    let (stream, mut tls) = lab.tls().await;
+    for byte in b"GET /derp/latency-check HTTP/1.1\r\nHost: x\r\n\r\n" {
+        assert!(say(&stream, &mut tls, &[*byte]).await);
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    lab.wait_count("http_requests", 1).await;
 }
 
-#[test]
-fn a_head_that_comes_byte_by_byte_is_served() {
-    local(async {
-        let lab = Lab::start();
-        let (stream, mut tls) = lab.tls().await;
-        for byte in b"GET /derp/latency-check HTTP/1.1\r\nHost: x\r\n\r\n" {
-            assert!(say(&stream, &mut tls, &[*byte]).await);
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
-        lab.wait_count("http_requests", 1).await;
-    });
+#[tokio::test(flavor = "local")]
+async fn a_frame_that_does_not_end_ends_its_connection() {
+    let lab = Lab::start();
+    let mut slow = lab.raw(key(1)).await;
+    let mut good = lab.raw(key(2)).await;
+    lab.wait_count("clients", 2).await;
+    let begin = now();
+    // A byte now and then is no end.
+    let mut part = vec![4, 0, 1, 0, 0];
+    while lab.count("frame_timeouts") == 0 {
+        assert!(now() - begin < FRAME_LIMIT * 3, "{}", (lab.vars)());
+        slow.send(&part).await;
+        part = vec![0; 100];
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(now() - begin >= FRAME_LIMIT - Duration::from_secs(1));
+    good.is_served().await;
 }
 
-#[test]
-fn a_frame_that_does_not_end_ends_its_connection() {
-    local(async {
-        let lab = Lab::start();
-        let mut slow = lab.raw(key(1)).await;
-        let mut good = lab.raw(key(2)).await;
-        lab.wait_count("clients", 2).await;
-        let begin = now();
-        // A byte now and then is no end.
-        let mut part = vec![4, 0, 1, 0, 0];
-        while lab.count("frame_timeouts") == 0 {
-            assert!(now() - begin < FRAME_LIMIT * 3, "{}", (lab.vars)());
-            slow.send(&part).await;
-            part = vec![0; 100];
-            tokio::time::sleep(Duration::from_millis(200)).await;
-        }
-        assert!(now() - begin >= FRAME_LIMIT - Duration::from_secs(1));
-        good.client.ping(*b"stillup!", PATIENCE, now());
-        good.send(&[]).await;
-        good.wait_for("Pong").await;
-    });
+#[tokio::test(flavor = "local")]
+async fn the_last_ping_is_answered_however_many_came() {
+    let lab = Lab::start();
+    let mut raw = lab.raw(key(1)).await;
+    let pings: Vec<u8> = (0..=1000_u64)
+        .flat_map(|n| frame(FrameType::PING, &n.to_be_bytes()))
+        .collect();
+    raw.client.ping(1000_u64.to_be_bytes(), PATIENCE, now());
+    raw.send(&pings).await;
+    raw.wait_for("Pong").await;
+    lab.wait_count("got_ping", 1001).await;
+    let (sent, ignored) = (lab.count("sent_pong"), lab.count("pings_ignored"));
+    assert!(sent < 100 && sent + ignored >= 1001, "{sent} {ignored}");
 }
 
-#[test]
-fn the_last_ping_is_answered_however_many_came() {
-    local(async {
-        let lab = Lab::start();
-        let mut raw = lab.raw(key(1)).await;
-        let mut pings = Vec::new();
-        for n in 0..1000_u64 {
-            put(&mut pings, FrameType::PING, &[&n.to_be_bytes()]);
-        }
-        let last = 1000_u64.to_be_bytes();
-        put(&mut pings, FrameType::PING, &[&last]);
-        raw.client.ping(last, PATIENCE, now());
-        raw.send(&pings).await;
-        raw.wait_for("Pong").await;
-        lab.wait_count("got_ping", 1001).await;
-        let (sent, ignored) = (lab.count("sent_pong"), lab.count("pings_ignored"));
-        assert!(sent < 100 && sent + ignored >= 1001, "{sent} {ignored}");
-    });
-}
-
-#[test]
-fn who_sends_more_than_his_rate_is_read_later_and_nothing_is_lost() {
-    local(async {
-        let rate = Rate {
-            per_second: 400_000,
-            burst: BURST_MIN,
-        };
-        let lab = Lab::start_with(|options| options.client_rate = Some(rate));
-        let mut sender = lab.raw(key(1)).await;
-        let mut receiver = lab.raw(key(2)).await;
-        lab.wait_count("clients", 2).await;
-        let mut frames = Vec::new();
-        for _ in 0..400 {
-            put_send_packet(&mut frames, &key(2).public(), &[5; 1400]);
-        }
-        let begin = now();
-        let count = async {
-            let mut got = 0;
-            while got < 800 {
-                let events = receiver.recv().await.unwrap();
-                got += events.iter().filter(|e| e.contains("Packet")).count();
-            }
-        };
-        let send = async {
-            sender.send(&frames).await;
-            sender.send(&frames).await;
-        };
-        tokio::join!(count, send);
-        // 1.15 MB, of which 66 kB are the burst: 2.7 s.
-        let took = now() - begin;
-        assert!(took >= Duration::from_millis(2300), "{took:?}");
-        assert!(took < Duration::from_secs(10), "{took:?}");
-        assert!(lab.count("rate_pauses") > 0);
-        // A limit that is lifted is no limit any more.
-        lab.handle.set_client_rate(None);
-        let begin = now();
+#[tokio::test(flavor = "local")]
+async fn who_sends_more_than_his_rate_is_read_later_and_nothing_is_lost() {
+    let rate = Rate {
+        per_second: 400_000,
+        burst: BURST_MIN,
+    };
+    let lab = Lab::start_with(|options| options.client_rate = Some(rate));
+    let mut sender = lab.raw(key(1)).await;
+    let mut receiver = lab.raw(key(2)).await;
+    lab.wait_count("clients", 2).await;
+    let frames = packets(400, 2, &[5; 1400]);
+    let begin = now();
+    let send = async {
         sender.send(&frames).await;
-        let mut got = 0;
-        while got < 400 {
-            let events = receiver.recv().await.unwrap();
-            got += events.iter().filter(|e| e.contains("Packet")).count();
-        }
-        assert!(now() - begin < took, "{:?}", now() - begin);
-    });
+        sender.send(&frames).await;
+    };
+    tokio::join!(receiver.wait_packets(800), send);
+    // 1.15 MB, of which 66 kB are the burst: 2.7 s.
+    let took = now() - begin;
+    assert!(took >= Duration::from_millis(2300), "{took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    assert!(lab.count("rate_pauses") > 0);
+    // A limit that is lifted is no limit any more.
+    lab.handle.set_client_rate(None);
+    let begin = now();
+    sender.send(&frames).await;
+    receiver.wait_packets(400).await;
+    assert!(now() - begin < took, "{:?}", now() - begin);
 }
 
-#[test]
-fn who_owes_for_hours_is_read_again_soon_after_the_limit_is_lifted() {
-    local(async {
-        let lab = Lab::start_with(|options| {
-            options.client_rate = Some(Rate {
-                per_second: 1,
-                burst: BURST_MIN,
-            });
+#[tokio::test(flavor = "local")]
+async fn who_owes_for_hours_is_read_again_soon_after_the_limit_is_lifted() {
+    let lab = Lab::start_with(|options| {
+        options.client_rate = Some(Rate {
+            per_second: 1,
+            burst: BURST_MIN,
         });
-        let mut sender = lab.raw(key(1)).await;
-        let mut receiver = lab.raw(key(2)).await;
-        lab.wait_count("clients", 2).await;
-        let mut frames = Vec::new();
-        for _ in 0..200 {
-            put_send_packet(&mut frames, &key(2).public(), &[5; 1400]);
-        }
-        let begin = now();
-        let count = async {
-            lab.wait_count("rate_pauses", 1).await;
-            lab.handle.set_client_rate(None);
-            let mut got = 0;
-            while got < 200 {
-                let events = receiver.recv().await.unwrap();
-                got += events.iter().filter(|e| e.contains("Packet")).count();
-            }
-        };
-        tokio::join!(count, sender.send(&frames));
-        assert!(now() - begin < KEEP_ALIVE / 2, "{:?}", now() - begin);
     });
+    let mut sender = lab.raw(key(1)).await;
+    let mut receiver = lab.raw(key(2)).await;
+    lab.wait_count("clients", 2).await;
+    let frames = packets(200, 2, &[5; 1400]);
+    let begin = now();
+    let count = async {
+        lab.wait_count("rate_pauses", 1).await;
+        lab.handle.set_client_rate(None);
+        receiver.wait_packets(200).await;
+    };
+    tokio::join!(count, sender.send(&frames));
+    assert!(now() - begin < KEEP_ALIVE / 2, "{:?}", now() - begin);
 }
 
-#[test]
-fn connections_over_the_rate_are_closed_at_once() {
-    local(async {
-        let lab = Lab::start_with(|options| {
-            options.accept_rate = Some(Rate {
-                per_second: 1,
-                burst: 5000,
-            });
+#[tokio::test(flavor = "local")]
+async fn connections_over_the_rate_are_closed_at_once() {
+    let lab = Lab::start_with(|options| {
+        options.accept_rate = Some(Rate {
+            per_second: 1,
+            burst: 5000,
         });
-        let mut held = Vec::new();
-        for _ in 0..20 {
-            let stream = Stream::connect(lab.addr, &Underlay::default(), Kind::Tokio).await;
-            held.push(stream.unwrap());
-        }
-        lab.wait_count("accepts_limited", 15).await;
-        assert_eq!(lab.count("accepts_limited"), 15);
-        assert_eq!(lab.count("gauge_connections"), 5);
     });
+    let mut held = Vec::new();
+    for _ in 0..20 {
+        held.push(lab.connect().await);
+    }
+    lab.wait_count("accepts_limited", 15).await;
+    assert_eq!(lab.count("accepts_limited"), 15);
+    assert_eq!(lab.count("gauge_connections"), 5);
 }
 
-#[test]
-fn what_waits_for_all_is_bounded_and_who_holds_little_loses_nothing() {
-    local(async {
-        let most = 4 << 20;
-        let lab = Lab::start_with(|options| options.memory_max = most);
-        let mut slow = Vec::new();
-        for n in 10..30 {
-            slow.push(lab.raw(key(n)).await);
+#[tokio::test(flavor = "local")]
+async fn what_waits_for_all_is_bounded_and_who_holds_little_loses_nothing() {
+    let most = 4 << 20;
+    let lab = Lab::start_with(|options| options.memory_max = most);
+    let mut slow = Vec::new();
+    for n in 10..30 {
+        slow.push(lab.raw(key(n)).await);
+    }
+    let mut sender = lab.raw(key(1)).await;
+    let mut good = lab.raw(key(2)).await;
+    lab.wait_count("clients", 22).await;
+    let floods: Vec<_> = (10..30).map(|n| packets(40, n, &[4; 1400])).collect();
+    let frame = packets(1, 2, b"on we go");
+    let begin = now();
+    let mut held_most = 0;
+    while lab.count("dropped_memory") < 2000 {
+        for flood in &floods {
+            sender.send(flood).await;
         }
-        let mut sender = lab.raw(key(1)).await;
-        let mut good = lab.raw(key(2)).await;
-        lab.wait_count("clients", 22).await;
-        let mut floods: Vec<_> = Vec::new();
-        for n in 10..30 {
-            let mut flood = Vec::new();
-            for _ in 0..40 {
-                put_send_packet(&mut flood, &key(n).public(), &[4; 1400]);
-            }
-            floods.push(flood);
-        }
-        let mut frame = Vec::new();
-        put_send_packet(&mut frame, &key(2).public(), b"on we go");
-        let begin = now();
-        let mut held_most = 0;
-        while lab.count("dropped_memory") < 2000 {
-            for flood in &floods {
-                sender.send(flood).await;
-            }
-            sender.send(&frame).await;
-            good.wait_for("Packet").await;
-            held_most = held_most.max(lab.count("gauge_memory_bytes"));
-            assert!(now() - begin < Duration::from_secs(60), "{}", (lab.vars)());
-        }
-        assert!(held_most > 500_000, "{held_most}");
-        assert!(held_most <= most as u64, "{held_most}");
-        drop(slow);
-        drop(sender);
-        drop(good);
-        for _ in 0..6000 {
-            if lab.count("gauge_memory_bytes") == 0 {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        panic!("memory stays charged: {}", (lab.vars)());
-    });
+        sender.send(&frame).await;
+        good.wait_for("Packet").await;
+        held_most = held_most.max(lab.count("gauge_memory_bytes"));
+        assert!(now() - begin < Duration::from_secs(60), "{}", (lab.vars)());
+    }
+    assert!(held_most > 500_000, "{held_most}");
+    assert!(held_most <= most as u64, "{held_most}");
+    drop(slow);
+    drop(sender);
+    drop(good);
+    lab.wait_until("gauge_memory_bytes", |held| held == 0).await;
 }
 
-#[test]
-fn half_sent_frames_of_many_are_cut_where_memory_is_short() {
-    local(async {
-        let most = 1 << 20;
-        let lab = Lab::start_with(|options| options.memory_max = most);
-        let mut good = lab.raw(key(1)).await;
-        let mut half = Vec::new();
-        for n in 10..40 {
-            let mut raw = lab.raw(key(n)).await;
-            let mut frame = vec![4, 0, 1, 0, 0];
-            frame.resize(60_000, 0);
-            raw.send(&frame).await;
-            half.push(raw);
-        }
-        lab.wait_count("memory_cuts", 5).await;
-        for _ in 0..6000 {
-            if lab.count("gauge_memory_bytes") <= most as u64 * 3 / 4 {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        assert!(lab.count("gauge_memory_bytes") <= most as u64 * 3 / 4);
-        good.client.ping(*b"stillup!", PATIENCE, now());
-        good.send(&[]).await;
-        good.wait_for("Pong").await;
-    });
+#[tokio::test(flavor = "local")]
+async fn half_sent_frames_of_many_are_cut_where_memory_is_short() {
+    let most = 1 << 20;
+    let lab = Lab::start_with(|options| options.memory_max = most);
+    let mut good = lab.raw(key(1)).await;
+    let mut half = Vec::new();
+    for n in 10..40 {
+        let mut raw = lab.raw(key(n)).await;
+        let mut frame = vec![4, 0, 1, 0, 0];
+        frame.resize(60_000, 0);
+        raw.send(&frame).await;
+        half.push(raw);
+    }
+    lab.wait_count("memory_cuts", 5).await;
+    let enough = |held| held <= most as u64 * 3 / 4;
+    lab.wait_until("gauge_memory_bytes", enough).await;
+    good.is_served().await;
 }
 
 /// What a verifier of the test says.
@@ -331,111 +259,96 @@ impl Judge {
     }
 }
 
-#[test]
-fn the_verifier_says_who_is_served_and_who_stays() {
-    local(async {
-        let judge = Judge::start(YES).await;
-        let lab = Lab::start_with(|options| options.verify = judge.options(false));
+#[tokio::test(flavor = "local")]
+async fn the_verifier_says_who_is_served_and_who_stays() {
+    let judge = Judge::start(YES).await;
+    let lab = Lab::start_with(|options| options.verify = judge.options(false));
+    let mut raw = lab.raw(key(1)).await;
+    lab.wait_count("clients", 1).await;
+    let asked = judge.asked.lock().unwrap()[0].clone();
+    assert!(asked.starts_with("POST /verify HTTP/1.1\r\n"), "{asked}");
+    let hex = key(1).public().to_hex();
+    let body = format!(r#"{{"NodePublic":"nodekey:{hex}","Source":"127.0.0.1"}}"#);
+    assert!(asked.ends_with(&body), "{asked}");
+    // A verifier that fails ends nobody's connection, but lets nobody in.
+    judge.say(BROKEN);
+    lab.raw(key(2)).await.wait_closed().await;
+    lab.wait_count("verify_failures", 2).await;
+    raw.is_served().await;
+    // A node that was removed has to go, and does not come back.
+    judge.say(NO);
+    raw.wait_closed().await;
+    lab.wait_count("verify_removed", 1).await;
+    lab.raw(key(1)).await.wait_closed().await;
+    lab.wait_count("verify_refused", 1).await;
+    assert_eq!(lab.count("clients"), 1);
+    // Unless it is let in again, which takes as long as a no is kept.
+    judge.say(YES);
+    tokio::time::sleep(crate::derp::admission::NO_KEPT).await;
+    lab.raw(key(1)).await;
+    lab.wait_count("clients", 2).await;
+}
+
+#[tokio::test(flavor = "local")]
+async fn a_verifier_that_is_silent_or_away_lets_nobody_in_unless_it_fails_open() {
+    let judge = Judge::start(NOTHING).await;
+    for fail_open in [false, true] {
+        let lab = Lab::start_with(|options| options.verify = judge.options(fail_open));
+        let begin = now();
         let mut raw = lab.raw(key(1)).await;
-        lab.wait_count("clients", 1).await;
-        let asked = judge.asked.lock().unwrap()[0].clone();
-        assert!(asked.starts_with("POST /verify HTTP/1.1\r\n"), "{asked}");
-        let hex = key(1).public().to_hex();
-        let body = format!(r#"{{"NodePublic":"nodekey:{hex}","Source":"127.0.0.1"}}"#);
-        assert!(asked.ends_with(&body), "{asked}");
-        // A verifier that fails ends nobody's connection, but lets nobody in.
-        judge.say(BROKEN);
-        lab.raw(key(2)).await.wait_closed().await;
-        lab.wait_count("verify_failures", 2).await;
-        raw.client.ping(*b"stillup!", PATIENCE, now());
-        raw.send(&[]).await;
-        raw.wait_for("Pong").await;
-        // A node that was removed has to go, and does not come back.
-        judge.say(NO);
-        raw.wait_closed().await;
-        lab.wait_count("verify_removed", 1).await;
-        lab.raw(key(1)).await.wait_closed().await;
-        lab.wait_count("verify_refused", 1).await;
-        assert_eq!(lab.count("clients"), 1);
-        // Unless it is let in again, which takes as long as a no is kept.
-        judge.say(YES);
-        tokio::time::sleep(crate::derp::admission::NO_KEPT).await;
-        lab.raw(key(1)).await;
-        lab.wait_count("clients", 2).await;
-    });
-}
-
-#[test]
-fn a_verifier_that_is_silent_or_away_lets_nobody_in_unless_it_fails_open() {
-    local(async {
-        let judge = Judge::start(NOTHING).await;
-        for fail_open in [false, true] {
-            let lab = Lab::start_with(|options| options.verify = judge.options(fail_open));
-            let begin = now();
-            let mut raw = lab.raw(key(1)).await;
-            if fail_open {
-                lab.wait_count("clients", 1).await;
-                assert_eq!(lab.count("verify_failed_open"), 1);
-                raw.client.ping(*b"stillup!", PATIENCE, now());
-                raw.send(&[]).await;
-                raw.wait_for("Pong").await;
-            } else {
-                raw.wait_closed().await;
-                lab.wait_count("verify_failures", 1).await;
-                assert_eq!(lab.count("clients"), 0);
-            }
-            let took = now() - begin;
-            assert!(took >= Duration::from_secs(4), "{took:?}");
+        if fail_open {
+            lab.wait_count("clients", 1).await;
+            assert_eq!(lab.count("verify_failed_open"), 1);
+            raw.is_served().await;
+        } else {
+            raw.wait_closed().await;
+            lab.wait_count("verify_failures", 1).await;
+            assert_eq!(lab.count("clients"), 0);
         }
-        // Nobody listens there.
-        let lab = Lab::start_with(|options| {
-            options.verify = judge.options(false);
-            let by = VerifyBy::Url("http://127.0.0.1:1".to_owned());
-            options.verify = options
-                .verify
-                .take()
-                .map(|verify| VerifyOptions { by, ..verify });
-        });
-        lab.raw(key(1)).await.wait_closed().await;
-        lab.wait_count("verify_failures", 1).await;
+        let took = now() - begin;
+        assert!(took >= Duration::from_secs(4), "{took:?}");
+    }
+    // Nobody listens there.
+    let lab = Lab::start_with(|options| {
+        let by = VerifyBy::Url("http://127.0.0.1:1".to_owned());
+        let verify = judge.options(false);
+        options.verify = verify.map(|verify| VerifyOptions { by, ..verify });
     });
+    lab.raw(key(1)).await.wait_closed().await;
+    lab.wait_count("verify_failures", 1).await;
 }
 
-#[test]
-fn a_list_of_keys_says_who_is_served_and_is_read_again() {
-    local(async {
-        let dir = tempfile::tempdir().unwrap();
-        let list: PathBuf = dir.path().join("keys");
-        let line = |n| format!("{} # {n}\n", key(n).public());
-        std::fs::write(&list, line(1) + &line(2)).unwrap();
-        let verify = VerifyOptions {
-            by: VerifyBy::File(list.clone()),
-            fail_open: false,
-            ca_file: None,
-            every: Duration::from_secs(3600),
-        };
-        let lab = Lab::start_with(|options| options.verify = Some(verify.clone()));
-        let mut first = lab.raw(key(1)).await;
-        let mut second = lab.raw(key(2)).await;
-        lab.wait_count("clients", 2).await;
-        lab.raw(key(3)).await.wait_closed().await;
-        lab.wait_count("verify_refused", 1).await;
-        // A list that cannot be read changes nothing.
-        std::fs::write(&list, "nodekey:123\n").unwrap();
-        lab.handle.verify_again();
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        assert_eq!(lab.count("gauge_keys"), 2);
-        // It is read again by itself.
-        std::fs::write(&list, line(2) + &line(3)).unwrap();
-        first.wait_closed().await;
-        lab.wait_count("verify_removed", 1).await;
-        lab.raw(key(3)).await;
-        lab.wait_count("clients", 3).await;
-        second.client.ping(*b"stillup!", PATIENCE, now());
-        second.send(&[]).await;
-        second.wait_for("Pong").await;
-        // A relay does not start with a list that is none.
-        std::fs::write(&list, "not a key\n").unwrap();
-        assert!(Verifier::new(verify).is_err());
-    });
+#[tokio::test(flavor = "local")]
+async fn a_list_of_keys_says_who_is_served_and_is_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let list: PathBuf = dir.path().join("keys");
+    let line = |n| format!("{} # {n}\n", key(n).public());
+    std::fs::write(&list, line(1) + &line(2)).unwrap();
+    let verify = VerifyOptions {
+        by: VerifyBy::File(list.clone()),
+        fail_open: false,
+        ca_file: None,
+        every: Duration::from_secs(3600),
+    };
+    let lab = Lab::start_with(|options| options.verify = Some(verify.clone()));
+    let mut first = lab.raw(key(1)).await;
+    let mut second = lab.raw(key(2)).await;
+    lab.wait_count("clients", 2).await;
+    lab.raw(key(3)).await.wait_closed().await;
+    lab.wait_count("verify_refused", 1).await;
+    // A list that cannot be read changes nothing.
+    std::fs::write(&list, "nodekey:123\n").unwrap();
+    lab.handle.verify_again();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(lab.count("gauge_keys"), 2);
+    // It is read again by itself.
+    std::fs::write(&list, line(2) + &line(3)).unwrap();
+    first.wait_closed().await;
+    lab.wait_count("verify_removed", 1).await;
+    lab.raw(key(3)).await;
+    lab.wait_count("clients", 3).await;
+    second.is_served().await;
+    // A relay does not start with a list that is none.
+    std::fs::write(&list, "not a key\n").unwrap();
+    assert!(Verifier::new(verify).is_err());
 }
