@@ -1,6 +1,6 @@
 //! The clock: drivers read it here and pass the time on as an argument.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use time::OffsetDateTime;
 use tokio::sync::Notify;
@@ -12,6 +12,14 @@ pub use ringtail_dataplane::now;
 #[must_use]
 pub fn wall() -> OffsetDateTime {
     OffsetDateTime::now_utc()
+}
+
+/// The wall clock as time since 1970, as files and the kernel have it.
+#[must_use]
+#[expect(clippy::disallowed_methods, reason = "drivers own the clock")]
+pub fn since_1970() -> Duration {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.unwrap_or_default()
 }
 
 /// The processor's time that this thread has had.

@@ -4,7 +4,7 @@
 //! JSON line, the [`Order`]; the answer is one line, `{"done": …}` or `{"error": "…"}`. Where no
 //! server runs, [`give`] holds the directory's lock and changes the store itself.
 
-use std::io::{BufRead as _, BufReader, ErrorKind, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream as BlockingStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,11 +109,7 @@ pub fn give(dir: &StateDir, order: &Order) -> anyhow::Result<Done> {
         let path = dir.file("coord.sock");
         match BlockingStream::connect(&path) {
             Ok(stream) => return ask(&stream, order),
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::NotFound | ErrorKind::ConnectionRefused
-                ) => {}
+            Err(error) if unix_socket::is_nobodys(&error) => {}
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot use {}", path.display()));
             }

@@ -82,7 +82,7 @@ const CONNECTION_WINDOW: u32 = 8 << 20;
 /// A running coordination client; dropping it ends it and closes its connection.
 #[derive(Debug)]
 pub struct CoordClient {
-    task: JoinHandle<()>,
+    _task: AbortOnDrop,
     redial: Arc<Notify>,
 }
 
@@ -120,19 +120,13 @@ impl CoordClient {
             had_map: false,
             backoff: Backoff::default(),
         };
-        let task = tokio::task::spawn_local(client.run());
-        Ok((Self { task, redial }, receiver))
+        let _task = AbortOnDrop(tokio::task::spawn_local(client.run()));
+        Ok((Self { _task, redial }, receiver))
     }
 
     /// The network changed: drop the connection and dial again at once.
     pub fn redial(&self) {
         self.redial.notify_one();
-    }
-}
-
-impl Drop for CoordClient {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
 
@@ -299,10 +293,7 @@ impl Client {
     async fn fetch_key(&self) -> anyhow::Result<MachinePublic> {
         let fetch = async {
             let io = self.connect(self.control.is_some()).await?;
-            let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
-            let _driver = AbortOnDrop(tokio::task::spawn_local(async {
-                let _ = connection.await;
-            }));
+            let (mut sender, _driver) = http1(io).await?;
             let request = Request::get(format!("/key?v={CAPABILITY_VERSION}"))
                 .header(header::HOST, self.url.authority())
                 .body(Empty::<Bytes>::new())?;
@@ -336,10 +327,7 @@ impl Client {
                 &control,
                 ephemeral,
             )?;
-            let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
-            let driver = AbortOnDrop(tokio::task::spawn_local(async {
-                let _ = connection.with_upgrades().await;
-            }));
+            let (mut sender, driver) = http1(io).await?;
             let handshake = base64::engine::general_purpose::STANDARD.encode(message);
             let request = Request::post("/ts2021")
                 .header(header::HOST, self.url.authority())
@@ -349,12 +337,9 @@ impl Client {
                 .header("X-Tailscale-Handshake", handshake)
                 .body(Empty::<Bytes>::new())?;
             let response = sender.send_request(request).await?;
+            let protocol = response.headers().get(header::UPGRADE);
             if response.status() != StatusCode::SWITCHING_PROTOCOLS
-                || response
-                    .headers()
-                    .get(header::UPGRADE)
-                    .map(http::HeaderValue::as_bytes)
-                    != Some(UPGRADE.as_bytes())
+                || protocol.is_none_or(|protocol| protocol != UPGRADE)
             {
                 anyhow::bail!("/ts2021: HTTP {}", response.status());
             }
@@ -391,10 +376,8 @@ impl Client {
             .await
             .unwrap_or_else(|_| Err(anyhow!("no connection within 10 s")))
             .with_context(|| {
-                format!(
-                    "cannot reach the coordination server at {}",
-                    self.config.url
-                )
+                let url = &self.config.url;
+                format!("cannot reach the coordination server at {url}")
             })
     }
 
@@ -671,10 +654,7 @@ async fn pong(
         let host = host.trim_start_matches('[').trim_end_matches(']');
         anyhow::ensure!(host == url.host(), "{host} is not the coordination server");
         let io = url.connect(names, LOOK_UP_LIMIT, true).await?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
-        let _driver = AbortOnDrop(tokio::task::spawn_local(async {
-            let _ = connection.await;
-        }));
+        let (mut sender, _driver) = http1(io).await?;
         let request = Request::head(path)
             .header(header::HOST, url.authority())
             .body(Empty::<Bytes>::new())?;
@@ -750,7 +730,19 @@ async fn done(
     }
 }
 
+/// HTTP/1 for requests without a body, for as long as both are held.
+async fn http1(
+    io: Box<dyn ByteStream>,
+) -> hyper::Result<(http1::SendRequest<Empty<Bytes>>, AbortOnDrop)> {
+    let (sender, connection) = http1::handshake(TokioIo::new(io)).await?;
+    let driver = tokio::task::spawn_local(async {
+        let _ = connection.with_upgrades().await;
+    });
+    Ok((sender, AbortOnDrop(driver)))
+}
+
 /// Ends a task when whoever needs it is gone.
+#[derive(Debug)]
 struct AbortOnDrop(JoinHandle<()>);
 
 impl Drop for AbortOnDrop {

@@ -27,7 +27,7 @@ use super::handshakes::Handshakes;
 use super::interface::Interface;
 use super::link::{self, OwnLink};
 use super::panics::Panics;
-use super::runtime;
+use super::runtime::{self, Taken};
 use super::signals::{Blocked, Signals};
 use super::sleep;
 use super::state::{StateDir, TIMESTAMP_FILE};
@@ -115,12 +115,9 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
             timestamps,
             options,
         };
-        let surroundings = Surroundings {
-            socket: &socket,
-            signals,
-            panics,
-        };
-        running.run(surroundings, calls, link_news).await
+        running
+            .run(&socket, &signals, &panics, calls, link_news)
+            .await
     })
 }
 
@@ -150,13 +147,6 @@ fn timestamps(dir: Option<&Path>, tun_name: &str) -> anyhow::Result<Option<Times
     Timestamps::open_writable(path).map(Some)
 }
 
-/// What can end a device from outside.
-struct Surroundings<'a> {
-    socket: &'a Socket,
-    signals: Signals,
-    panics: Panics,
-}
-
 struct Running {
     device: Device,
     interface: Interface,
@@ -167,18 +157,12 @@ struct Running {
     options: Options,
 }
 
-/// What a visit to the shards' queues found.
-enum Taken {
-    All,
-    More,
-    TunGone,
-    Failed(String),
-}
-
 impl Running {
     async fn run(
         mut self,
-        outside: Surroundings<'_>,
+        socket: &Socket,
+        signals: &Signals,
+        panics: &Panics,
         mut calls: mpsc::Receiver<Call>,
         mut link_news: mpsc::Receiver<OwnLink>,
     ) -> anyhow::Result<()> {
@@ -196,8 +180,8 @@ impl Running {
                 self.resumed(slept);
             }
             tokio::select! {
-                signal = outside.signals.end() => break signal?,
-                words = outside.panics.first() => bail!("{words}"),
+                signal = signals.end() => break signal?,
+                words = panics.first() => bail!("{words}"),
                 ready = shards.readable() => {
                     let mut ready = ready?;
                     match self.take_from_shards() {
@@ -218,7 +202,7 @@ impl Running {
                     self.timestamps.iter_mut().for_each(Timestamps::renew);
                 }
                 _ = presence_check.tick() => {
-                    if !outside.socket.is_there() {
+                    if !socket.is_there() {
                         break "the socket's file is gone";
                     }
                     if !self.dataplane.tun_is_there() {

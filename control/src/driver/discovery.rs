@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nix::errno::Errno;
@@ -26,7 +26,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-use super::clock::{now, thread_time};
+use super::clock::{now, since_1970, thread_time};
 use super::interface::source_address;
 use crate::disco::filter;
 use crate::key::DiscoPublic;
@@ -355,17 +355,10 @@ struct Clock {
 }
 
 impl Clock {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "arrival times are read here, once per batch"
-    )]
     fn now() -> Self {
-        let realtime = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
         Self {
             monotonic: now(),
-            realtime,
+            realtime: since_1970(),
         }
     }
 

@@ -8,10 +8,11 @@ use std::fs::{File, OpenOptions};
 use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use serde_json::{Map, Value};
+
+use super::clock::since_1970;
 
 /// Writes events to a file, or nowhere.
 #[derive(Debug)]
@@ -28,17 +29,15 @@ impl EventLog {
     /// # Errors
     /// When the file cannot be opened.
     pub fn open(path: Option<&Path>, node: &str) -> anyhow::Result<Self> {
-        let file = match path {
-            None => None,
-            Some(path) => Some(
-                OpenOptions::new()
-                    .create(true)
-                    .append(true)
-                    .mode(0o600)
-                    .open(path)
-                    .with_context(|| format!("cannot open the event file {}", path.display()))?,
-            ),
+        let open = |path: &Path| {
+            let file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .mode(0o600)
+                .open(path);
+            file.with_context(|| format!("cannot open the event file {}", path.display()))
         };
+        let file = path.map(open).transpose()?;
         Ok(Self {
             node: node.to_owned(),
             file,
@@ -51,7 +50,8 @@ impl EventLog {
         tracing::debug!(target: "ringtail::story", event, %fields);
         let Some(file) = &mut self.file else { return };
         let mut line = Map::new();
-        line.insert("t_ns".into(), realtime_ns().into());
+        let at = u64::try_from(since_1970().as_nanos()).unwrap_or(u64::MAX);
+        line.insert("t_ns".into(), at.into());
         line.insert("node".into(), self.node.clone().into());
         line.insert("event".into(), event.into());
         if let Value::Object(fields) = fields {
@@ -68,17 +68,6 @@ impl EventLog {
     pub fn lost(&self) -> u64 {
         self.lost
     }
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "events of several programs are merged by wall time"
-)]
-fn realtime_ns() -> u64 {
-    let since = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

@@ -4,7 +4,6 @@
 //! [`Request`]; the node answers with JSON lines and closes. `status` and `netcheck` get one line;
 //! `ping` one per reply. An answer that is an object with `error` is the last one.
 
-use std::io::ErrorKind;
 use std::path::Path;
 use std::time::Duration;
 
@@ -111,17 +110,10 @@ pub async fn ask(
 ) -> anyhow::Result<()> {
     let stream = match UnixStream::connect(path).await {
         Ok(stream) => stream,
-        Err(error)
-            if matches!(
-                error.kind(),
-                ErrorKind::NotFound | ErrorKind::ConnectionRefused
-            ) =>
-        {
-            bail!(
-                "no ringtail node runs here ({}); start one with `ringtail up`, or name its --state-dir",
-                path.display()
-            )
-        }
+        Err(error) if unix_socket::is_nobodys(&error) => bail!(
+            "no ringtail node runs here ({}); start one with `ringtail up`, or name its --state-dir",
+            path.display()
+        ),
         Err(error) => {
             return Err(error).with_context(|| format!("cannot reach {}", path.display()));
         }

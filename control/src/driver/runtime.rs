@@ -62,6 +62,18 @@ pub(super) fn watch_descriptor(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>>
     AsyncFd::with_interest(fd, Interest::READABLE)
 }
 
+/// What a visit to the shards' queues found.
+pub(super) enum Taken {
+    /// All there was.
+    All,
+    /// Enough for now; more waits.
+    More,
+    /// The end: the TUN is gone.
+    TunGone,
+    /// The end: a thread of the data plane failed.
+    Failed(String),
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -15,6 +15,7 @@ use rustls::pki_types::{CertificateDer, DnsName, PrivateKeyDer};
 use serde::{Deserialize, Serialize};
 
 use crate::derp::{PROTOCOL_VERSION, cert};
+use crate::driver::clock::wall;
 use crate::driver::files::{self, Readers};
 use crate::key::{NodePrivate, NodePublic};
 
@@ -122,7 +123,7 @@ fn certificate_params(hostname: &str) -> anyhow::Result<rcgen::CertificateParams
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    let now = time::OffsetDateTime::now_utc();
+    let now = wall();
     // A node's clock may be behind.
     params.not_before = now - time::Duration::days(1);
     params.not_after = now + time::Duration::days(365 * i64::from(SELF_SIGNED_YEARS));
@@ -139,7 +140,7 @@ pub fn meta_certificate(relay: &NodePublic) -> anyhow::Result<CertificateDer<'st
         .der_bytes()
         .try_into()
         .context("an Ed25519 public key has 32 bytes")?;
-    let now = time::OffsetDateTime::now_utc().unix_timestamp();
+    let now = wall().unix_timestamp();
     let der = cert::build_meta(relay, PROTOCOL_VERSION, now, &public, |body| {
         signer.sign(body)
     })?;

@@ -3,12 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use ringtail_dataplane::RegionId;
 use serde::{Deserialize, Serialize};
 
 use super::{Node, now};
+use crate::driver::clock::since_1970;
 use crate::key::NodePublic;
 use crate::path::CachedPath;
 
@@ -35,25 +36,29 @@ pub(super) struct StoredPath {
 impl Node {
     /// Writes caches that changed; a full disk must not end a node.
     pub(super) fn save(&mut self) {
-        if let Some(network) = self.unsaved.take()
-            && let Err(error) = self.state.write_cache(NETMAP_CACHE, &network)
-        {
-            tracing::warn!(error = format!("{error:#}"), "the network map is not saved");
+        if let Some(network) = self.unsaved.take() {
+            self.write(NETMAP_CACHE, &network, "the network map is");
         }
         self.save_home();
         let dataplane = &self.dataplane;
         let sessions = self.agent.sessions(now(), &|id| dataplane.activity(id));
         let set = |keys: &[NodePublic]| keys.iter().copied().collect::<BTreeSet<_>>();
         // Their order matters little, and changes always.
-        if set(&sessions) != set(&self.sessions_saved) {
-            match self.state.write_cache(SESSIONS_CACHE, &sessions) {
-                Ok(()) => self.sessions_saved = sessions,
-                Err(error) => {
-                    tracing::warn!(error = format!("{error:#}"), "sessions are not saved");
-                }
-            }
+        if set(&sessions) != set(&self.sessions_saved)
+            && self.write(SESSIONS_CACHE, &sessions, "sessions are")
+        {
+            self.sessions_saved = sessions;
         }
         self.save_paths();
+    }
+
+    /// Replaces a cache; whether that is done. What it is about, with its verb, is for the log.
+    fn write(&self, name: &str, value: &impl Serialize, what: &str) -> bool {
+        let written = self.state.write_cache(name, value);
+        if let Err(error) = &written {
+            tracing::warn!(error = format!("{error:#}"), "{what} not saved");
+        }
+        written.is_ok()
     }
 
     fn save_paths(&mut self) {
@@ -70,31 +75,22 @@ impl Node {
                 mtu: path.mtu,
             })
             .collect();
-        if paths.is_empty() || !worth_writing(&self.paths_saved, &paths) {
-            return;
-        }
-        match self.state.write_cache(ENDPOINTS_CACHE, &paths) {
-            Ok(()) => self.paths_saved = paths,
-            Err(error) => {
-                tracing::warn!(
-                    error = format!("{error:#}"),
-                    "direct addresses are not saved"
-                );
-            }
+        if !paths.is_empty()
+            && worth_writing(&self.paths_saved, &paths)
+            && self.write(ENDPOINTS_CACHE, &paths, "direct addresses are")
+        {
+            self.paths_saved = paths;
         }
     }
 
     /// Writes the home relay if peers know of another now.
     pub(super) fn save_home(&mut self) {
         let home = self.agent.told_home().map(|region| region.0);
-        if home.is_none() || home == self.home_saved {
-            return;
-        }
-        match self.state.write_cache(HOME_CACHE, &home) {
-            Ok(()) => self.home_saved = home,
-            Err(error) => {
-                tracing::warn!(error = format!("{error:#}"), "the home relay is not saved");
-            }
+        if home.is_some()
+            && home != self.home_saved
+            && self.write(HOME_CACHE, &home, "the home relay is")
+        {
+            self.home_saved = home;
         }
     }
 
@@ -141,16 +137,6 @@ fn worth_writing(saved: &[StoredPath], paths: &[StoredPath]) -> bool {
         at.is_none_or(|at| at.abs_diff(path.at) >= PATH_AGE_STEP.as_secs())
     };
     saved.len() != paths.len() || paths.iter().any(apart)
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "ages on disk are told by wall time"
-)]
-fn since_1970() -> Duration {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::driver::device;
 use crate::driver::interface::{interfaces, source_address};
 use crate::driver::local_api::{self, Call};
 use crate::driver::relay::RelayEvent;
+use crate::driver::runtime::Taken;
 use crate::driver::{status, uapi};
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
@@ -32,18 +33,6 @@ const CONNECTED: &str = "connected";
 const MINOR_BURST: usize = 3;
 /// in this time.
 const MINOR_WINDOW: Duration = Duration::from_secs(15);
-
-/// What a visit to the shards' queues found.
-pub(super) enum Taken {
-    /// All there was.
-    All,
-    /// Enough for now; more waits.
-    More,
-    /// The end: the TUN is gone.
-    TunGone,
-    /// The end: a thread of the data plane failed.
-    Failed(String),
-}
 
 /// What look-ups and measurements in tasks of their own bring back.
 pub(super) enum Finding {

@@ -33,7 +33,7 @@ use super::local_api::Call;
 use super::names::Names;
 use super::panics::Panics;
 use super::relay::{RelayEvents, RelayPool};
-use super::runtime;
+use super::runtime::{self, Taken};
 use super::signals::{Blocked, Signals, Told};
 use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
@@ -47,8 +47,8 @@ use crate::coord::{CoordEvent, SelfState};
 use crate::key::NodePublic;
 use crate::netcheck::Interface;
 use caches::StoredPath;
-use intake::{Finding, Pace, Taken};
-use start::{Parts, Source, dataplane_config, host_name, underlay_mark};
+use intake::{Finding, Pace};
+use start::{Source, dataplane_config, underlay_mark};
 
 /// Caches are written this often when they changed.
 const SAVE_PERIOD: Duration = Duration::from_secs(10);
@@ -82,27 +82,14 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
     let state = StateDir::open(&dir)?;
     let _lock = state.lock()?;
     let keys = state.keys()?;
-    let hostname = config.hostname.clone().unwrap_or_else(host_name);
     let source = Source::read(&config, &state)?;
     let roots = roots::load(config.ca_file.as_deref())?;
-    let dataplane_config = dataplane_config(&config, &keys);
-    let engine = dataplane_config.engine;
-    let dataplane = Dataplane::start(dataplane_config).context("cannot start")?;
+    let dataplane = Dataplane::start(dataplane_config(&config, &keys)).context("cannot start")?;
     let io_uring = dataplane.driver() == DriverKind::IoUring;
     let run = async |kind| {
         let signals = signals.listen()?;
-        let parts = Parts {
-            config,
-            state,
-            keys,
-            hostname,
-            source,
-            roots,
-            dataplane,
-            engine,
-            kind,
-        };
-        Node::start(parts).await?.run(&signals, &panics).await
+        let node = Node::start(config, state, keys, source, roots, dataplane, kind).await?;
+        node.run(&signals, &panics).await
     };
     if io_uring {
         runtime::block_on_uring(run)

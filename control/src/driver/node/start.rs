@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use ringtail_dataplane::{Config, Dataplane, Engine, Offloads, TimeBudget};
+use ringtail_dataplane::{Config, Dataplane, Offloads, TimeBudget};
 use rustls::RootCertStore;
 use socket2::SockRef;
 use tokio::sync::{mpsc, watch};
@@ -119,7 +119,7 @@ pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
     }
 }
 
-pub(super) fn host_name() -> String {
+fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();
     if name.is_empty() {
@@ -129,31 +129,17 @@ pub(super) fn host_name() -> String {
     }
 }
 
-pub(super) struct Parts {
-    pub(super) config: NodeConfig,
-    pub(super) state: StateDir,
-    pub(super) keys: Keys,
-    pub(super) hostname: String,
-    pub(super) source: Source,
-    pub(super) roots: Arc<RootCertStore>,
-    pub(super) dataplane: Dataplane,
-    pub(super) engine: Engine,
-    pub(super) kind: Kind,
-}
-
 impl Node {
-    pub(super) async fn start(parts: Parts) -> anyhow::Result<Self> {
-        let Parts {
-            config,
-            state,
-            keys,
-            hostname,
-            source,
-            roots,
-            dataplane,
-            engine,
-            kind,
-        } = parts;
+    pub(super) async fn start(
+        config: NodeConfig,
+        state: StateDir,
+        keys: Keys,
+        source: Source,
+        roots: Arc<RootCertStore>,
+        dataplane: Dataplane,
+        kind: Kind,
+    ) -> anyhow::Result<Self> {
+        let hostname = config.hostname.clone().unwrap_or_else(host_name);
         let mtu = config.mtu.unwrap_or(MTU_DEFAULT);
         let log = EventLog::open(config.events.as_deref(), &hostname)?;
         let (v4, v6) = dataplane.discovery_sockets()?;
@@ -255,7 +241,7 @@ impl Node {
             state,
             keys,
             fwmark: config.fwmark.unwrap_or(0),
-            engine,
+            engine: config.engine.unwrap_or_default().into(),
             surroundings,
             network_file: config.network.clone(),
             told_up: false,

@@ -23,16 +23,16 @@ use crate::driver::underlay::Underlay;
 use crate::netmap::{DerpNode, DerpRegion, Family};
 
 /// Head start of a node over the next.
-pub const NODE_STAGGER: Duration = Duration::from_millis(250);
+const NODE_STAGGER: Duration = Duration::from_millis(250);
 
 /// For DNS and the TCP handshake with one node.
-pub const TCP_LIMIT: Duration = Duration::from_millis(1500);
+const TCP_LIMIT: Duration = Duration::from_millis(1500);
 
 /// Of it, for DNS: so that the error says which of the two it was.
 const LOOK_UP_LIMIT: Duration = Duration::from_millis(1200);
 
 /// For everything until packets may go.
-pub const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Ciphertext read at a time.
 pub(super) const READ_LEN: usize = 256 << 10;

@@ -9,10 +9,9 @@ use anyhow::{Context as _, anyhow, bail};
 use ringtail_dataplane::{Datagrams, RegionId};
 use tokio::sync::Notify;
 
-use super::dial::{Dialled, READ_LEN};
+use super::dial::{CONNECT_LIMIT, Dialled, READ_LEN};
 use super::{
-    CONNECT_LIMIT, Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, IDLE_LIMIT, Inner, RegionStatus,
-    RelayEvent, now,
+    Counters, DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, IDLE_LIMIT, Inner, RegionStatus, RelayEvent, now,
 };
 use crate::derp::client::{Client, Event, Hello, Said};
 use crate::derp::frame::{self, HEADER_LEN};
@@ -77,11 +76,6 @@ struct Live {
     stream: Stream,
     tls: RefCell<ClientTls>,
     client: RefCell<Client>,
-}
-
-/// Why a connection ended without an error.
-enum End {
-    Idle,
 }
 
 impl Link {
@@ -189,13 +183,14 @@ impl Link {
     }
 }
 
-/// Keeps the region connected for as long as there is a reason to.
+/// Keeps the region connected for as long as there is a reason to. A connection that ends without an error
+/// had none.
 pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
     loop {
         let result = tokio::select! {
             result = connect_and_run(&inner, &link) => result,
             () = link.restart.notified() => Err(anyhow!("given up to dial anew")),
-            () = link.stop.notified() => Ok(End::Idle),
+            () = link.stop.notified() => Ok(()),
         };
         let established = link.live.take();
         if let Some(live) = &established {
@@ -206,7 +201,7 @@ pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
             return;
         }
         match result {
-            Ok(End::Idle) => return inner.close(&link),
+            Ok(()) => return inner.close(&link),
             Err(error) => report(&inner, &link, established.is_some(), &error),
         }
         if !link.home.get() && !link.has_something_to_say() {
@@ -227,18 +222,13 @@ pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
 
 fn report(inner: &Inner, link: &Link, established: bool, error: &anyhow::Error) {
     let counters = &inner.counters;
-    let counter = if established {
-        &counters.losses
+    let (counter, failures) = if established {
+        (&counters.losses, 0)
     } else {
-        &counters.dial_failures
+        (&counters.dial_failures, link.failures.get() + 1)
     };
     counter.add(1);
     let (region, home) = (link.region, link.home.get());
-    let failures = if established {
-        0
-    } else {
-        link.failures.get() + 1
-    };
     link.failures.set(failures);
     let error = format!("{error:#}");
     if failures == WARN_FAILURES {
@@ -264,7 +254,7 @@ fn pause(link: &Link) -> Duration {
     base.min(BACKOFF_MAX).mul_f64(0.5 + rand::random::<f64>())
 }
 
-async fn connect_and_run(inner: &Rc<Inner>, link: &Rc<Link>) -> anyhow::Result<End> {
+async fn connect_and_run(inner: &Rc<Inner>, link: &Rc<Link>) -> anyhow::Result<()> {
     let started = now();
     let region = link.region;
     let first = inner.good_nodes.borrow().get(&region).copied();
@@ -363,12 +353,7 @@ impl Run {
     }
 }
 
-async fn read(
-    inner: &Rc<Inner>,
-    link: &Link,
-    live: &Live,
-    started: Instant,
-) -> anyhow::Result<End> {
+async fn read(inner: &Rc<Inner>, link: &Link, live: &Live, started: Instant) -> anyhow::Result<()> {
     let counters = &inner.counters;
     let mut announced = false;
     let mut buffer = Vec::with_capacity(READ_LEN);
@@ -494,7 +479,7 @@ fn handle_event(inner: &Rc<Inner>, link: &Link, run: &mut Run, event: Event<'_>)
     }
 }
 
-async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<End> {
+async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<()> {
     let mut control = Vec::new();
     loop {
         let (out, len) = {
@@ -551,7 +536,7 @@ fn limit(counters: &Counters, client: &mut Client, chunk: &mut Chunk) {
 }
 
 /// Ends the connection when the relay is dead or nobody needs it.
-async fn watch(link: &Link, live: &Live, started: Instant) -> anyhow::Result<End> {
+async fn watch(link: &Link, live: &Live, started: Instant) -> anyhow::Result<()> {
     loop {
         let at = now();
         let ready = live.client.borrow().is_ready();
@@ -559,7 +544,7 @@ async fn watch(link: &Link, live: &Live, started: Instant) -> anyhow::Result<End
             bail!("the relay did not answer the upgrade in time");
         }
         if link.idle_at().is_some_and(|idle| idle <= at) {
-            return Ok(End::Idle);
+            return Ok(());
         }
         let due = {
             let mut client = live.client.borrow_mut();

@@ -23,14 +23,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::driver::clock::now;
-use crate::driver::counters::{self, counters};
 use anyhow::{Context as _, bail};
 use ringtail_dataplane::{Datagrams, RegionId};
 use rustls::RootCertStore;
 use serde::Serialize;
 
-pub use dial::{CONNECT_LIMIT, NODE_STAGGER, TCP_LIMIT};
 pub use events::{EVENT_BYTES_MAX, EVENTS_MAX, RelayEvent, RelayEvents};
 
 use crate::derp::client::LINK_CHANGE_LIMIT;
@@ -39,6 +36,8 @@ use crate::derp::news::News;
 use crate::derp::queue::Dropped;
 use crate::derp::routes::Routes;
 use crate::derp::upgrade;
+use crate::driver::clock::now;
+use crate::driver::counters::{self, counters};
 use crate::driver::names::Names;
 use crate::driver::runtime::Kind;
 use crate::driver::tls::verify::Verifiers;
@@ -84,14 +83,11 @@ pub struct RelayOptions {
     pub roots: Arc<RootCertStore>,
 }
 
-/// The relay connections. Clones are the same pool; dropping the last closes everything.
-#[derive(Clone, Debug)]
-pub struct RelayPool(Rc<Handle>);
-
+/// The relay connections; dropping it closes everything.
 #[derive(Debug)]
-struct Handle(Rc<Inner>);
+pub struct RelayPool(Rc<Inner>);
 
-impl Drop for Handle {
+impl Drop for RelayPool {
     fn drop(&mut self) {
         for link in self.0.links.borrow().values() {
             link.stop();
@@ -243,13 +239,13 @@ impl RelayPool {
             routes: RefCell::default(),
             good_nodes: RefCell::default(),
         };
-        (Self(Rc::new(Handle(Rc::new(inner)))), RelayEvents(events))
+        (Self(Rc::new(inner)), RelayEvents(events))
     }
 
     /// Replaces the DERP map. Connections to regions whose definition changed are closed, and
     /// the home's is made anew.
     pub fn set_map(&self, map: &DerpMap) {
-        let inner = &self.0.0;
+        let inner = &self.0;
         inner.map.replace(map.clone());
         let changed: Vec<Rc<Link>> = inner
             .links
@@ -269,12 +265,12 @@ impl RelayPool {
     /// who may use a relay may send us packets there, and they would take the room of peers' packets.
     pub fn set_peers(&self, peers: Vec<NodePublic>) {
         let peers = peers.into_iter().collect();
-        self.0.0.peers.replace(Some(peers));
+        self.0.peers.replace(Some(peers));
     }
 
     /// Chooses the home region, dials it at once and keeps it.
     pub fn set_home(&self, home: Option<RegionId>) {
-        let inner = &self.0.0;
+        let inner = &self.0;
         inner.home.set(home);
         for link in inner.links.borrow().values() {
             link.set_home(home == Some(link.region));
@@ -288,12 +284,12 @@ impl RelayPool {
 
     /// Nobody can tell where peers are that are not at home: they are searched.
     pub fn set_alone(&self, alone: bool) {
-        self.0.0.alone.set(alone);
+        self.0.alone.set(alone);
     }
 
     /// The home region.
     pub fn home(&self) -> Option<RegionId> {
-        self.0.0.home.get()
+        self.0.home.get()
     }
 
     /// Sends a batch to a peer whose home is `region`, there or where it was heard last or both
@@ -301,7 +297,7 @@ impl RelayPool {
     ///
     /// Never waits; what cannot be sent is dropped and counted.
     pub fn send_data(&self, region: RegionId, dst: &NodePublic, batch: &Datagrams) {
-        let inner = &self.0.0;
+        let inner = &self.0;
         if let [_] = batch.lens[..] {
             inner.routes.borrow_mut().sent(dst, region, &batch.bytes);
         }
@@ -319,7 +315,7 @@ impl RelayPool {
 
     /// Sends a DISCO packet the same way, past all data that waits.
     pub fn send_disco(&self, region: RegionId, dst: &NodePublic, packet: &[u8]) {
-        let inner = &self.0.0;
+        let inner = &self.0;
         let counters = &inner.counters;
         if packet.len() > PACKET_LEN_MAX {
             return counters.tx_dropped_oversize.add(1);
@@ -343,7 +339,7 @@ impl RelayPool {
     /// The host's network changed: every connection has 3 s to prove that it still works, and
     /// dials that wait for their turn start now.
     pub fn link_changed(&self) {
-        for link in self.0.0.links.borrow().values() {
+        for link in self.0.links.borrow().values() {
             link.probe(LINK_CHANGE_LIMIT);
         }
     }
@@ -354,25 +350,25 @@ impl RelayPool {
         if slept < SLEEP_KEPT {
             return self.link_changed();
         }
-        for link in self.0.0.links.borrow().values() {
+        for link in self.0.links.borrow().values() {
             link.restart();
         }
     }
 
     /// Whether packets can go to a region now.
     pub fn is_connected(&self, region: RegionId) -> bool {
-        let links = self.0.0.links.borrow();
+        let links = self.0.links.borrow();
         links.get(&region).is_some_and(|link| link.is_ready())
     }
 
     /// When anything last came from a region.
     pub fn heard(&self, region: RegionId) -> Option<Instant> {
-        self.0.0.links.borrow().get(&region)?.heard.get()
+        self.0.links.borrow().get(&region)?.heard.get()
     }
 
     /// The region at which a peer was last heard, if that connection stands.
     pub fn route(&self, peer: &NodePublic) -> Option<RegionId> {
-        self.0.0.routes.borrow().last(peer)
+        self.0.routes.borrow().last(peer)
     }
 
     /// Latency of one HTTPS request to a region over a connection of its own, and the address that
@@ -381,7 +377,7 @@ impl RelayPool {
         &self,
         region: RegionId,
     ) -> impl Future<Output = anyhow::Result<(Duration, SocketAddr)>> + 'static + use<> {
-        let inner = self.0.0.clone();
+        let inner = self.0.clone();
         async move {
             let definition = inner.definition(region).context("no such region")?;
             tokio::time::timeout(LATENCY_LIMIT, inner.latency(&definition))
@@ -392,7 +388,7 @@ impl RelayPool {
 
     /// Everything worth showing.
     pub fn status(&self) -> RelayStatus {
-        let inner = &self.0.0;
+        let inner = &self.0;
         let links = inner.links.borrow();
         RelayStatus {
             home: inner.home.get().map(|region| region.0),
