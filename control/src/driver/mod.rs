@@ -1,5 +1,48 @@
-//! Everything that touches the outside: sockets, TLS, netlink, files, clocks. One file per
+//! Everything that touches the outside: sockets, TLS, netlink, files, clocks. One file or folder per
 //! outside thing; drivers decide nothing.
+//!
+//! What runs, one loop each:
+//! - [`node`]: a node: the agent between the data plane and everything below.
+//! - [`device`]: a WireGuard device without coordination.
+//! - [`coord_server`]: the coordination server: listeners and HTTP/1 (`outer`), Noise and HTTP/2 with
+//!   its limits (`inner`), bodies (`answer`), the task that owns the state (`actor`).
+//! - [`derp_server`]: the relay: a connection before DERP (`head`) and as DERP (`connection`), who is
+//!   connected (`registry`), forwarding (`router`), memory and places (`door`), who may (`verify`).
+//!
+//! Towards other machines:
+//! - [`relay`]: connections to relays: dialling (`dial`), one connection and its back-off (`link`),
+//!   what comes (`events`).
+//! - [`coord_client`]: the connection to the coordination server; [`control_url`]: where that is.
+//! - [`discovery`]: the UDP sockets of DISCO and STUN.
+//! - [`tls`]: relays' TLS, who may vouch for a certificate, what a relay has to show.
+//! - [`noise_stream`]: coordination's Noise as a byte stream.
+//! - [`names`]: look-ups; `race`: a connection to the first address that takes one; [`underlay`]: TCP
+//!   outside of the tunnel.
+//!
+//! The host:
+//! - [`hostnet`]: policy rules, routes and addresses: the kernel's messages (`netlink`), whose table
+//!   it is (`table`), making them as they are to be (`worker`).
+//! - [`interface`]: the TUN's MTU and state, own addresses; [`link`]: changes of the network, told.
+//! - [`clock`], `sleep`: the time, and that the machine has slept.
+//!
+//! Programs of this machine:
+//! - [`unix_socket`]: sockets that are ours alone; `accept`: the loop that serves them.
+//! - [`local_api`]: `ringtail status` and the like; [`status`]: what that shows.
+//! - [`uapi`]: the configuration socket that `wg` speaks to.
+//! - [`coord_admin`]: administrators' orders to a coordination server.
+//!
+//! Files:
+//! - [`files`]: reading and replacing them; [`state`]: keys, caches and the lock of a directory.
+//! - [`coord_store`]: the coordination server's database.
+//! - `timestamps`: the time that handshakes may carry, over restarts; [`events`]: the event file.
+//!
+//! The process:
+//! - [`runtime`], [`signals`], [`panics`], [`background`], [`descriptors`].
+//!
+//! Shared by servers: [`places`], connections and their places; `counters`, counters by name;
+//! [`handshakes`], when peers shook hands by the wall clock.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 mod accept;
 pub mod background;
@@ -21,7 +64,6 @@ pub mod hostnet;
 pub mod interface;
 pub mod link;
 pub mod local_api;
-mod metered;
 pub mod names;
 pub mod node;
 pub mod noise_stream;
@@ -39,3 +81,8 @@ pub mod tls;
 pub mod uapi;
 pub mod underlay;
 pub mod unix_socket;
+
+/// Locks what is plain data, still whole if a holder panicked.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -11,7 +11,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, ToSocketAddrs as _};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -63,7 +63,9 @@ impl Default for Names {
 }
 
 impl Names {
-    fn by(ask: impl Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static) -> Self {
+    pub(super) fn by(
+        ask: impl Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static,
+    ) -> Self {
         Self(Arc::new(Inner {
             ask: Box::new(ask),
             state: Mutex::default(),
@@ -133,7 +135,7 @@ fn no_answer(name: &str) -> String {
 
 impl Inner {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        super::lock(&self.state)
     }
 
     /// The body of a thread: looks up what waits, and ends when nothing does.
@@ -168,18 +170,6 @@ impl State {
         if let Some(running) = entry.running.take() {
             running.send_replace(Some(answer));
         }
-    }
-}
-
-#[cfg(test)]
-pub(crate) mod testing {
-    use super::*;
-
-    /// A resolver for tests.
-    pub(crate) fn names(
-        ask: impl Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static,
-    ) -> Names {
-        Names::by(ask)
     }
 }
 

@@ -1,162 +1,198 @@
-//! The connections of a server behind [`Places`]: who may come in, and who has to go.
+//! The connections of a server behind [`Places`]: who may come in, who has to go, and what is kept of
+//! each.
 //!
 //! A server makes one [`Door`] and asks it for a [`Place`] for every connection it accepts
-//! ([`Door::enter`]); none means: close it. The connection's task serves while neither
-//! [`Place::displaced`] nor [`Place::outstayed`] is over, and drops the place with the socket. When
-//! the other side has proven who it is, [`Place::becomes_known`]; when the owner is forgotten,
-//! [`Door::estrange`]. Refused, displaced and held places are counted ([`Door::list`]).
+//! ([`Door::enter`]); none means: close it. The connection's task serves while neither [`Place::ended`]
+//! nor, if strangers have a time limit, [`Place::outstayed`] is over, and drops the place with the
+//! socket. When the other side has proven who it is, [`Place::settle`]; when the owner is forgotten,
+//! [`Door::estrange`]. What is kept of a connection is the server's own (`T`), and so is every reason
+//! to end it but that of a lost place ([`Door::end`]).
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
 use super::clock::{at, now};
+use super::counters::{self, counters};
 use crate::places::{Limits, PlaceId, Places, Settled, Taken};
+
+/// Why a connection is ended from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// Somebody else needs the place.
+    Displaced,
+    /// It holds more memory than there is for everybody.
+    Memory,
+    /// Its owner may not be served any more.
+    Removed,
+}
 
 /// What a connection is to its server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Standing {
     Stranger,
     Known,
-    /// It has lost its place.
-    Displaced,
+    Ended(Why),
+}
+
+counters! {
+    /// Who was turned away, and who had to go.
+    pub(super) struct Counters(counters::Shared) {
+        /// Connections for which there was no place.
+        refused_full,
+        /// Connections for which there was no place when it was known whose they are.
+        refused_known_full,
+        /// Connections that lost their place.
+        displaced,
+        /// Times descriptors ran out.
+        no_descriptor,
+        /// Strangers that sent more than they may.
+        strangers_talkative,
+    }
 }
 
 /// Lets connections in; all tasks of a server share one.
 #[derive(Debug)]
-pub struct Door<K> {
-    inner: Mutex<Inner<K>>,
-    refused: AtomicU64,
-    refused_known: AtomicU64,
-    displaced: AtomicU64,
-    no_descriptor: AtomicU64,
-    talkative: AtomicU64,
+pub struct Door<K, T = ()> {
+    inner: Mutex<Inner<K, T>>,
+    pub(super) counters: Counters,
 }
 
 #[derive(Debug)]
-struct Inner<K> {
+struct Inner<K, T> {
     places: Places<K>,
-    standings: BTreeMap<PlaceId, watch::Sender<Standing>>,
+    connections: BTreeMap<PlaceId, (watch::Sender<Standing>, T)>,
 }
 
 /// A connection's place, held until it is dropped.
 #[derive(Debug)]
-pub struct Place<K: Copy + Ord> {
+pub struct Place<K: Copy + Ord, T = ()> {
     id: PlaceId,
-    door: Arc<Door<K>>,
+    door: Arc<Door<K, T>>,
     standing: watch::Receiver<Standing>,
+    pub(super) kept: T,
 }
 
-impl<K: Copy + Ord> Door<K> {
+impl<K: Copy + Ord, T: Clone> Door<K, T> {
     /// A door behind which all places are free.
     pub fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self {
             inner: Mutex::new(Inner {
                 places: Places::new(limits),
-                standings: BTreeMap::new(),
+                connections: BTreeMap::new(),
             }),
-            refused: AtomicU64::new(0),
-            refused_known: AtomicU64::new(0),
-            displaced: AtomicU64::new(0),
-            no_descriptor: AtomicU64::new(0),
-            talkative: AtomicU64::new(0),
+            counters: Counters::default(),
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner<K>> {
-        self.inner
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn lock(&self) -> MutexGuard<'_, Inner<K, T>> {
+        super::lock(&self.inner)
     }
 
     /// A place for a connection from this address, for which another may have to go. None: close it.
-    pub fn enter(self: &Arc<Self>, source: IpAddr) -> Option<Place<K>> {
+    pub fn enter(self: &Arc<Self>, source: IpAddr, kept: T) -> Option<Place<K, T>> {
         let mut inner = self.lock();
         let Some(entered) = inner.places.enter(source) else {
-            self.refused.fetch_add(1, Ordering::Relaxed);
+            self.counters.refused_full.add(1);
             return None;
         };
-        self.displace(&mut inner, entered.displaced);
+        self.displace(&inner, entered.displaced);
         let (sender, standing) = watch::channel(Standing::Stranger);
-        inner.standings.insert(entered.id, sender);
+        inner.connections.insert(entered.id, (sender, kept.clone()));
         Some(Place {
             id: entered.id,
             door: Arc::clone(self),
             standing,
+            kept,
         })
     }
 
     /// Nothing could be accepted because descriptors have run out: a stranger makes room.
     pub fn make_room(&self) {
-        self.no_descriptor.fetch_add(1, Ordering::Relaxed);
+        self.counters.no_descriptor.add(1);
         let mut inner = self.lock();
         let gone = inner.places.make_room();
-        self.displace(&mut inner, gone);
+        self.displace(&inner, gone);
     }
 
     /// This owner is known no more: his connections are strangers from now on.
     pub fn estrange(&self, owner: K) {
         let mut inner = self.lock();
         for id in inner.places.estrange(owner) {
-            if let Some(standing) = inner.standings.get(&id) {
-                standing.send_replace(Standing::Stranger);
-            }
+            inner.stands(id, Standing::Stranger);
         }
     }
 
-    fn displace(&self, inner: &mut Inner<K>, id: Option<PlaceId>) {
-        if let Some(standing) = id.and_then(|id| inner.standings.get(&id)) {
-            self.displaced.fetch_add(1, Ordering::Relaxed);
-            standing.send_replace(Standing::Displaced);
+    /// Ends a connection, if it is still there.
+    pub fn end(&self, id: PlaceId, why: Why) {
+        self.lock().stands(id, Standing::Ended(why));
+    }
+
+    fn displace(&self, inner: &Inner<K, T>, id: Option<PlaceId>) {
+        if let Some(id) = id {
+            self.counters.displaced.add(1);
+            inner.stands(id, Standing::Ended(Why::Displaced));
         }
+    }
+
+    /// Everybody who is connected, and what is kept of each.
+    pub fn kept(&self) -> Vec<(PlaceId, T)> {
+        let inner = self.lock();
+        let kept = inner.connections.iter();
+        kept.map(|(id, (_, kept))| (*id, kept.clone())).collect()
+    }
+
+    /// How many places are taken.
+    pub fn taken(&self) -> Taken {
+        self.lock().places.count_taken()
     }
 
     /// Names and values: counters since the start, then how many places are held.
-    pub fn list(&self) -> [(&'static str, u64); 8] {
-        let Taken {
-            strangers,
-            local,
-            known,
-        } = self.lock().places.count_taken();
-        let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        [
-            ("refused_full", of(&self.refused)),
-            ("refused_known_full", of(&self.refused_known)),
-            ("displaced", of(&self.displaced)),
-            ("no_descriptor", of(&self.no_descriptor)),
-            ("strangers_talkative", of(&self.talkative)),
-            ("gauge_strangers", strangers as u64),
-            ("gauge_local_strangers", local as u64),
-            ("gauge_known", known as u64),
-        ]
+    pub fn list(&self) -> Vec<(&'static str, u64)> {
+        let taken = self.taken();
+        let mut list = self.counters.snapshot();
+        list.extend([
+            ("gauge_strangers", taken.strangers as u64),
+            ("gauge_local_strangers", taken.local as u64),
+            ("gauge_known", taken.known as u64),
+        ]);
+        list
     }
 }
 
-impl<K: Copy + Ord> Place<K> {
-    /// The other side has shown that it is `owner`. False if there is no place for one more that is
-    /// known: it stays what it is.
-    pub fn becomes_known(&self, owner: K) -> bool {
-        let mut inner = self.door.lock();
-        match inner.places.settle(self.id, owner) {
-            Settled::Known(gone) => {
-                self.door.displace(&mut inner, gone);
-                if let Some(standing) = inner.standings.get(&self.id) {
-                    standing.send_if_modified(|standing| {
-                        std::mem::replace(standing, Standing::Known) != Standing::Known
-                    });
+impl<K, T> Inner<K, T> {
+    /// Tells a connection's task; that it is to end is told once.
+    fn stands(&self, id: PlaceId, now: Standing) {
+        if let Some((standing, _)) = self.connections.get(&id) {
+            standing.send_if_modified(|before| {
+                let changes = *before != now && !matches!(before, Standing::Ended(_));
+                if changes {
+                    *before = now;
                 }
-                true
-            }
-            Settled::Full => {
-                self.door.refused_known.fetch_add(1, Ordering::Relaxed);
-                false
-            }
-            Settled::Gone => false,
+                changes
+            });
         }
+    }
+}
+
+impl<K: Copy + Ord, T: Clone> Place<K, T> {
+    /// The other side has shown that it is `owner`. Where there is no place for one more that is known,
+    /// it stays what it is.
+    pub fn settle(&self, owner: K) -> Settled {
+        let mut inner = self.door.lock();
+        let settled = inner.places.settle(self.id, owner);
+        match settled {
+            Settled::Known(gone) => {
+                self.door.displace(&inner, gone);
+                inner.stands(self.id, Standing::Known);
+            }
+            Settled::Full => self.door.counters.refused_known_full.add(1),
+            Settled::Gone => {}
+        }
+        settled
     }
 
     /// Whether it is known now.
@@ -166,16 +202,19 @@ impl<K: Copy + Ord> Place<K> {
 
     /// A stranger has sent more than strangers may.
     pub fn count_talkative(&self) {
-        self.door.talkative.fetch_add(1, Ordering::Relaxed);
+        self.door.counters.strangers_talkative.add(1);
     }
 
-    /// Over when another has taken the place.
-    pub async fn displaced(&self) {
+    /// Over when the connection is to be ended.
+    pub async fn ended(&self) -> Why {
         let mut standing = self.standing.clone();
-        // The sender lives in the door for as long as the place does.
-        let _ = standing
-            .wait_for(|standing| *standing == Standing::Displaced)
-            .await;
+        loop {
+            if let Standing::Ended(why) = *standing.borrow_and_update() {
+                return why;
+            }
+            let changed = standing.changed().await;
+            changed.expect("the sender lives in the door for as long as the place does");
+        }
     }
 
     /// Over when this has been a stranger's place for `limit` without a break.
@@ -194,11 +233,12 @@ impl<K: Copy + Ord> Place<K> {
     }
 }
 
-impl<K: Copy + Ord> Drop for Place<K> {
+impl<K: Copy + Ord, T> Drop for Place<K, T> {
     fn drop(&mut self) {
-        let mut inner = self.door.lock();
+        let mut inner = super::lock(&self.door.inner);
         inner.places.leave(self.id);
-        inner.standings.remove(&self.id);
+        // What is kept of it is dropped with the place, not under the lock.
+        inner.connections.remove(&self.id);
     }
 }
 
@@ -223,7 +263,11 @@ mod tests {
         })
     }
 
-    async fn is_over(wait: impl Future<Output = ()>) -> bool {
+    fn becomes_known(place: &Place<u8>, owner: u8) -> bool {
+        matches!(place.settle(owner), Settled::Known(_))
+    }
+
+    async fn is_over<T>(wait: impl Future<Output = T>) -> bool {
         tokio::time::timeout(SOON, wait).await.is_ok()
     }
 
@@ -231,30 +275,30 @@ mod tests {
     async fn who_is_displaced_hears_of_it_and_who_is_known_is_not() {
         let door = door(1);
         let source = IpAddr::from([10, 0, 0, 1]);
-        let first = door.enter(source).unwrap();
-        assert!(!is_over(first.displaced()).await);
-        let second = door.enter(source).unwrap();
-        assert!(is_over(first.displaced()).await);
-        assert!(second.becomes_known(1) && second.is_known());
-        let third = door.enter(source).unwrap();
-        assert!(!is_over(second.displaced()).await);
-        assert!(!first.becomes_known(1), "its place is gone");
-        assert!(third.becomes_known(1));
-        assert!(is_over(second.displaced()).await, "one for each owner");
+        let first = door.enter(source, ()).unwrap();
+        assert!(!is_over(first.ended()).await);
+        let second = door.enter(source, ()).unwrap();
+        assert!(is_over(first.ended()).await);
+        assert!(becomes_known(&second, 1) && second.is_known());
+        let third = door.enter(source, ()).unwrap();
+        assert!(!is_over(second.ended()).await);
+        assert!(!becomes_known(&first, 1), "its place is gone");
+        assert!(becomes_known(&third, 1));
+        assert!(is_over(second.ended()).await, "one for each owner");
         drop((first, second));
-        let list: BTreeMap<_, _> = door.list().into();
+        let list: BTreeMap<_, _> = door.list().into_iter().collect();
         assert_eq!((list["displaced"], list["gauge_known"]), (2, 1));
         drop(third);
-        assert!(door.lock().standings.is_empty());
+        assert!(door.lock().connections.is_empty());
     }
 
     #[tokio::test]
     async fn only_a_stranger_outstays_his_time_also_one_that_was_known() {
         let door = door(8);
-        let place = door.enter(IpAddr::from([10, 0, 0, 1])).unwrap();
+        let place = door.enter(IpAddr::from([10, 0, 0, 1]), ()).unwrap();
         assert!(is_over(place.outstayed(SOON / 10)).await);
         let wait = place.outstayed(SOON / 10);
-        assert!(place.becomes_known(1));
+        assert!(becomes_known(&place, 1));
         let mut wait = std::pin::pin!(wait);
         assert!(!is_over(&mut wait).await);
         door.estrange(1);

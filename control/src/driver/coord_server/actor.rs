@@ -187,7 +187,7 @@ impl Actor {
     /// A machine is known if a node of it is stored, and for nothing else.
     fn recognise(&self, client: &Client) {
         if self.server.knows(client.machine) && !client.place.is_known() {
-            client.place.becomes_known(client.machine);
+            client.place.settle(client.machine);
         }
     }
 

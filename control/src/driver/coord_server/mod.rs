@@ -18,6 +18,7 @@ mod actor;
 mod answer;
 mod counters;
 mod inner;
+mod metered;
 mod outer;
 
 use self::counters::Counters;

@@ -20,10 +20,10 @@ use tokio::time::timeout;
 use super::actor::Ask;
 use super::answer::{Answer, STRANGER_BODY_TIMEOUT, json, read_body, text};
 use super::inner::{Upgrade, inner};
+use super::metered::Metered;
 use super::{HANDSHAKE_TIMEOUT, HEADER_LEN_MAX, Shared};
 use crate::driver::control_url::ByteStream;
 use crate::driver::descriptors;
-use crate::driver::metered::Metered;
 use crate::driver::places::Place;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::wire::KeyResponse;
@@ -64,7 +64,7 @@ pub(super) async fn accept(
         };
         failing = false;
         shared.counters.connections.add(1);
-        let Some(place) = shared.door.enter(source.ip()) else {
+        let Some(place) = shared.door.enter(source.ip(), ()) else {
             // Those who lost their place have to be gone first: let them.
             tokio::task::yield_now().await;
             continue;
@@ -75,7 +75,7 @@ pub(super) async fn accept(
             let mut alive = shared.alive.subscribe();
             tokio::select! {
                 () = connection(stream, source, tls, Arc::clone(&shared), Arc::clone(&place)) => {}
-                () = place.displaced() => {}
+                _ = place.ended() => {}
                 () = place.outstayed(STRANGER_TIMEOUT) => shared.counters.timed_out.add(1),
                 _ = alive.changed() => {}
             }
@@ -92,7 +92,9 @@ async fn connection(
 ) {
     // Small messages on long-lived connections.
     let _ = stream.set_nodelay(true);
-    let stream = Metered::new(stream, Arc::clone(&place), STRANGER_BYTES_MAX);
+    let (read, write) = stream.into_split();
+    let read = Metered::new(read, Arc::clone(&place), STRANGER_BYTES_MAX);
+    let stream = tokio::io::join(read, write);
     let stream: Box<dyn ByteStream> = match tls {
         None => Box::new(stream),
         Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-use super::door::{self, Place};
+use super::door::Place;
 use super::head::{self, Conn, Ended, READ_LEN, within};
 use super::registry::Client;
 use super::router::Router;
@@ -25,6 +25,7 @@ use crate::derp::server::{ServerError, Session};
 use crate::derp::upgrade;
 use crate::driver::tls::ServerTls;
 use crate::key::NodePublic;
+use crate::places::Settled;
 use crate::rate::Bucket;
 
 /// Ciphertext gathered for one write.
@@ -36,32 +37,35 @@ const WRITES_MAX: u32 = 16;
 /// How often is looked whether a client that owes has still to wait.
 const RATE_LOOK: Duration = Duration::from_secs(1);
 
-/// Serves a connection to the TLS port until it ends.
-pub(super) async fn serve(shared: Arc<Shared>, stream: TcpStream, from: SocketAddr, place: Place) {
-    let tls = match ServerTls::server(shared.tls.clone()) {
-        Ok(tls) => tls,
-        Err(error) => {
-            tracing::error!(%error, "TLS configuration");
-            return;
-        }
-    };
-    let conn = Conn::new(stream, tls, place.account.clone());
-    tokio::select! {
-        () = converse(&shared, conn, from, &place) => {}
-        why = place.ending.told() => door::tell(&shared, from, why),
-    }
-}
-
-/// Serves `/generate_204` without TLS.
-pub(super) async fn serve_plain(
+/// Serves a connection until it ends: to the TLS port, or `/generate_204` without TLS.
+pub(super) async fn serve(
     shared: Arc<Shared>,
     stream: TcpStream,
     from: SocketAddr,
     place: Place,
+    secure: bool,
 ) {
+    let account = &place.kept.account;
+    let served = async {
+        if !secure {
+            return head::serve_plain(&shared, stream, account).await;
+        }
+        match ServerTls::server(shared.tls.clone()) {
+            Ok(tls) => {
+                converse(
+                    &shared,
+                    Conn::new(stream, tls, account.clone()),
+                    from,
+                    &place,
+                )
+                .await
+            }
+            Err(error) => tracing::error!(%error, "TLS configuration"),
+        }
+    };
     tokio::select! {
-        () = head::serve_plain(&shared, stream, &place.account) => {}
-        why = place.ending.told() => door::tell(&shared, from, why),
+        () = served => {}
+        why = place.ended() => shared.tell(from, why),
     }
 }
 
@@ -177,8 +181,7 @@ async fn admit(
         let verdict = verifier.admit(shared, key, source.to_canonical()).await;
         verdict.map_err(Ended::Refused)?;
     }
-    if !place.settle(key) {
-        shared.counters.places_full.add(1);
+    if place.settle(key) == Settled::Full {
         return Err(Ended::Refused("no place is free for it".to_owned()));
     }
     Ok(())
@@ -189,9 +192,9 @@ struct Registered<'a>(Arc<Client>, &'a Shared);
 
 impl<'a> Registered<'a> {
     fn new(shared: &'a Shared, key: NodePublic, place: &Place) -> Self {
-        let account = place.account.clone();
+        let account = place.kept.account.clone();
         let client = shared.registry.register(key, account, &shared.counters);
-        place.holds(&client);
+        let _ = place.kept.client.set(Arc::clone(&client));
         Self(client, shared)
     }
 }
@@ -258,7 +261,8 @@ impl<'a> Relay<'a> {
         tokio::pin!(timer);
         let mut timer_due = self.keep_alive_at;
 
-        self.take(&first)?;
+        self.handle_plain(&first)?;
+        self.router.finish_read();
         drop(first);
         loop {
             if conn.tls.is_closed() {
@@ -386,13 +390,6 @@ impl<'a> Relay<'a> {
             self.bucket = rate.map(|rate| Bucket::new(rate, now()));
         }
         self.bucket.as_ref()
-    }
-
-    /// Handles bytes that came before there was a bucket.
-    fn take(&mut self, plain: &[u8]) -> Result<(), Ended> {
-        self.handle_plain(plain)?;
-        self.router.finish_read();
-        Ok(())
     }
 
     fn handle_plain(&mut self, plain: &[u8]) -> Result<(), ServerError> {

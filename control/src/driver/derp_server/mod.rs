@@ -27,7 +27,7 @@ use std::future::Future;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
@@ -36,15 +36,16 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
+use crate::derp::budget::Budget;
 use crate::derp::frame::PACKET_LEN_MAX;
 use crate::derp::queue::{Chunk, Spares};
 use crate::driver::clock::now;
 use crate::driver::counters::{self, counters};
 use crate::driver::underlay::USER_TIMEOUT;
-use crate::driver::{descriptors, tls};
+use crate::driver::{descriptors, lock, tls};
 use crate::key::{KEY_LEN, NodePrivate};
 use crate::rate::{Bucket, Rate};
-use door::{Doors, Place};
+use door::Door;
 use registry::Registry;
 use verify::Verifier;
 pub use verify::{VerifyBy, VerifyOptions};
@@ -146,7 +147,8 @@ struct Shared {
     private: NodePrivate,
     tls: Arc<ServerConfig>,
     registry: Registry,
-    doors: Doors,
+    budget: Arc<Budget>,
+    door: Arc<Door>,
     verifier: Option<Verifier>,
     client_rate: SharedRate,
     accept_rate: Option<Mutex<Bucket>>,
@@ -183,14 +185,10 @@ counters! {
     struct Counters(counters::Shared) {
         /// TCP connections accepted.
         accepts,
-        /// Closed because there are too many: who comes, or a stranger who makes room.
-        accepts_refused,
         /// Closed at once because of the rate limit.
         accepts_limited,
         /// Times the system gave no connection, for want of descriptors mostly.
         accept_errors,
-        /// Closed because there is no place left for those who have said who they are.
-        places_full,
         /// Closed because the verifier refuses the key.
         verify_refused,
         /// Closed because the verifier gave no answer; and times it gave none about those connected.
@@ -304,7 +302,8 @@ impl DerpServer {
             private: options.private,
             tls: Arc::new(tls),
             registry: Registry::default(),
-            doors: Doors::new(options.connections_max, descriptors, options.memory_max),
+            budget: Arc::new(Budget::new(options.memory_max)),
+            door: Door::new(door::limits(options.connections_max, descriptors)),
             verifier: options.verify.map(Verifier::new).transpose()?,
             client_rate: SharedRate::default(),
             accept_rate: options
@@ -383,7 +382,7 @@ impl Shared {
     /// Whether the rate of connections lets one more in.
     fn may_accept(&self) -> bool {
         self.accept_rate.as_ref().is_none_or(|bucket| {
-            let mut bucket = bucket.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut bucket = lock(bucket);
             bucket.refill(now());
             bucket.take(1000)
         })
@@ -391,28 +390,26 @@ impl Shared {
 
     /// A chunk with room for a full run.
     fn spare(&self) -> Chunk {
-        self.spares
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
+        lock(&self.spares).take()
     }
 
     /// Keeps a chunk's memory for the next.
     fn recycle(&self, chunk: Chunk) {
-        self.spares
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .put(chunk);
+        lock(&self.spares).put(chunk);
     }
 
     fn vars(&self) -> String {
         let mut vars: std::collections::BTreeMap<_, _> =
             self.counters.snapshot().into_iter().collect();
-        let (taken, held) = self.doors.count();
+        let door = &self.door.counters;
+        let refused = door.refused_full.get() + door.displaced.get();
+        vars.insert("accepts_refused", refused);
+        vars.insert("places_full", door.refused_known_full.get());
+        let taken = self.door.taken();
         let strangers = taken.strangers + taken.local;
         vars.insert("gauge_connections", (strangers + taken.known) as u64);
         vars.insert("gauge_strangers", strangers as u64);
-        vars.insert("gauge_memory_bytes", held as u64);
+        vars.insert("gauge_memory_bytes", self.budget.used() as u64);
         vars.insert("gauge_keys", self.registry.keys_count() as u64);
         vars.insert("uptime_secs", (now() - self.started).as_secs());
         serde_json::to_string_pretty(&vars).expect("names and numbers always serialise")
@@ -442,7 +439,7 @@ async fn watch(shared: Arc<Shared>) {
     let relief = async {
         loop {
             tokio::time::sleep(RELIEF_EVERY).await;
-            shared.doors.relieve(&shared);
+            shared.relieve();
         }
     };
     let verify = async {
@@ -466,8 +463,7 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
                     counters.accepts_limited.add(1);
                     continue;
                 }
-                let Some(place) = Place::enter(&shared, from) else {
-                    counters.accepts_refused.add(1);
+                let Some(place) = shared.enter(from) else {
                     continue;
                 };
                 let shared = shared.clone();
@@ -475,11 +471,7 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
                     if let Err(error) = prepare(&stream) {
                         tracing::debug!(%from, %error, "socket options");
                     }
-                    if secure {
-                        connection::serve(shared, stream, from, place).await;
-                    } else {
-                        connection::serve_plain(shared, stream, from, place).await;
-                    }
+                    connection::serve(shared, stream, from, place, secure).await;
                 });
             }
             Err(error) => {
@@ -488,7 +480,7 @@ async fn accept(shared: Arc<Shared>, listener: TcpListener, secure: bool) {
                 counters.accept_errors.add(1);
                 tracing::debug!(%error, "accept");
                 if descriptors::are_short(&error) {
-                    shared.doors.make_room();
+                    shared.door.make_room();
                 }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }

@@ -11,6 +11,7 @@ use crate::derp::DUPLICATE;
 use crate::derp::budget::{Account, Part};
 use crate::derp::frame::{self, FrameType, PeerGoneReason};
 use crate::derp::queue::{Chunk, Dropped, FrameQueue};
+use crate::driver::lock;
 use crate::key::NodePublic;
 
 /// So often connections of one key have taken turns in writing when two machines use the key: a
@@ -103,11 +104,6 @@ impl Outbox {
 pub(super) enum Lane {
     Data,
     Disco,
-}
-
-/// A lock whose holder panicked guards plain data that is still whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Registry {

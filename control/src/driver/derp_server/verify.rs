@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::Mutex;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -23,6 +23,7 @@ use tokio::time::timeout;
 use super::{Shared, now};
 use crate::derp::admission::{ANSWER_LEN_MAX, Answer, Answers, LIST_LEN_MAX, Question, parse_list};
 use crate::driver::control_url::ControlUrl;
+use crate::driver::lock;
 use crate::driver::names::Names;
 use crate::driver::tls::roots;
 use crate::key::NodePublic;
@@ -81,7 +82,7 @@ enum Ask {
     Url(Box<Asker>),
     File {
         path: PathBuf,
-        keys: RwLock<BTreeSet<NodePublic>>,
+        keys: Mutex<BTreeSet<NodePublic>>,
     },
 }
 
@@ -107,10 +108,6 @@ enum Verdict {
     Silent(anyhow::Error),
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 impl Verifier {
     /// Gets ready; a file is read.
     ///
@@ -120,7 +117,7 @@ impl Verifier {
         let ask = match options.by {
             VerifyBy::Url(url) => Ask::Url(Box::new(Asker::new(&url, options.ca_file.as_deref())?)),
             VerifyBy::File(path) => Ask::File {
-                keys: RwLock::new(read_list(&path)?),
+                keys: Mutex::new(read_list(&path)?),
                 path,
             },
         };
@@ -187,8 +184,7 @@ impl Verifier {
     async fn ask(&self, key: NodePublic, source: IpAddr, again: bool) -> Verdict {
         let asker = match &self.ask {
             Ask::File { keys, .. } => {
-                let keys = keys.read().unwrap_or_else(PoisonError::into_inner);
-                return if keys.contains(&key) {
+                return if lock(keys).contains(&key) {
                     Verdict::Served
                 } else {
                     Verdict::Refused
@@ -227,7 +223,7 @@ impl Verifier {
                 match read_list(path) {
                     Ok(list) => {
                         tracing::info!(keys = list.len(), "read {} again", path.display());
-                        *keys.write().unwrap_or_else(PoisonError::into_inner) = list;
+                        *lock(keys) = list;
                     }
                     Err(error) => {
                         tracing::warn!(error = format!("{error:#}"), "the old list stays");
@@ -236,7 +232,7 @@ impl Verifier {
                 }
             }
             asked_at = now();
-            self.ask_again(shared, shared.doors.keys()).await;
+            self.ask_again(shared, shared.connected()).await;
         }
     }
 
@@ -250,7 +246,7 @@ impl Verifier {
                 match verdict {
                     Verdict::Served => {}
                     Verdict::Refused => {
-                        shared.doors.remove(key);
+                        shared.remove(key);
                         // Strangers do not use up the log's lines for this: it is one a connection.
                         let source = from.ip();
                         tracing::warn!(%source, %key, "client ended: the verifier refuses its key now");

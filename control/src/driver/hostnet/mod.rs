@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use anyhow::Context as _;
 use ipnet::IpNet;
 use tokio::sync::oneshot;
 
+use crate::driver::lock;
 use crate::hostnet::{Conflict, DIALLED_MAX, Host, Overlay, Settings};
 use netlink::{Netlink, Watch};
 use worker::Worker;
@@ -228,10 +229,6 @@ impl Shared {
         // A full pipe wakes as well.
         let _ = (&self.wake).write(&[0]);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -14,7 +14,8 @@ use rtnetlink::packet_route::route::RouteType;
 
 use super::netlink::{FoundRoute, Netlink, Watch};
 use super::table::Claim;
-use super::{Report, Shared, lock};
+use super::{Report, Shared};
+use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, MAIN, Overlay, Plan, Route, Settings, State, Step, Way, lies_in, meets,
     resolvers, steps, table_of_priority,

@@ -1,26 +1,32 @@
-//! A connection from which a stranger may send only so much.
+//! The reading half of a connection from which a stranger may send only so much.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, ReadBuf};
+use tokio::net::tcp::OwnedReadHalf;
 
-use super::places::Place;
+use crate::driver::places::Place;
+use crate::key::MachinePublic;
 
 /// Counts what is read while its place is a stranger's. Over the limit reading fails: whatever a
 /// protocol above lets a peer send for nothing (pings, resets, settings, headers without end), a
 /// stranger cannot send much of it.
 #[derive(Debug)]
-pub(super) struct Metered<T, K: Copy + Ord> {
-    io: T,
-    place: Arc<Place<K>>,
+pub(super) struct Metered {
+    io: OwnedReadHalf,
+    place: Arc<Place<MachinePublic>>,
     left: usize,
 }
 
-impl<T, K: Copy + Ord> Metered<T, K> {
-    pub(super) fn new(io: T, place: Arc<Place<K>>, bytes_max: usize) -> Self {
+impl Metered {
+    pub(super) fn new(
+        io: OwnedReadHalf,
+        place: Arc<Place<MachinePublic>>,
+        bytes_max: usize,
+    ) -> Self {
         Self {
             io,
             place,
@@ -29,7 +35,7 @@ impl<T, K: Copy + Ord> Metered<T, K> {
     }
 }
 
-impl<T: AsyncRead + Unpin, K: Copy + Ord> AsyncRead for Metered<T, K> {
+impl AsyncRead for Metered {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -52,23 +58,5 @@ impl<T: AsyncRead + Unpin, K: Copy + Ord> AsyncRead for Metered<T, K> {
                 Poll::Ready(Err(io::Error::other("a stranger sends too much")))
             }
         }
-    }
-}
-
-impl<T: AsyncWrite + Unpin, K: Copy + Ord> AsyncWrite for Metered<T, K> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
