@@ -258,20 +258,29 @@ fn read_when(path: &Path, wanted: &str) -> String {
     panic!("{wanted:?} is missing in {}:\n{found}", path.display());
 }
 
+/// A coordination server that takes one key.
+fn serve(state: &str, key: &str, log: &Path) -> Running {
+    let args = ["coord", "--addr", "127.0.0.1:0", "--state-dir", state];
+    Running::start(&[&args[..], &["--auth-key-file", key]].concat(), log)
+}
+
+/// Where a server listens, once it says so.
+fn url_of(log: &Path) -> String {
+    let said = read_when(log, "ringtail up");
+    let url = said
+        .split_whitespace()
+        .find(|word| word.starts_with("http://"));
+    url.unwrap().to_owned()
+}
+
 #[test]
 fn the_coordination_server_says_who_is_refused_and_who_is_online() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name);
     let text_of = |name: &str| path(name).to_str().unwrap().to_owned();
-    let (state, log) = (text_of("state"), path("log"));
-    let key = text_of("key");
-    let serve = ["coord", "--addr", "127.0.0.1:0", "--state-dir", &state];
-    let server = Running::start(&[&serve[..], &["--auth-key-file", &key]].concat(), &log);
-    let said = read_when(&log, "ringtail up");
-    let url = said
-        .split_whitespace()
-        .find(|word| word.starts_with("http://"));
-    let url = url.unwrap();
+    let (state, log, key) = (text_of("state"), path("log"), text_of("key"));
+    let server = serve(&state, &key, &log);
+    let url = &url_of(&log);
     std::fs::write(path("bad"), "not-the-key").unwrap();
     let join = |key: &str, name: &str| {
         [
@@ -384,14 +393,9 @@ fn an_administrator_deletes_and_expires_nodes_and_approves_their_routes_with_and
     let path = |name: &str| dir.path().join(name);
     let text_of = |name: &str| path(name).to_str().unwrap().to_owned();
     let (state, log, key) = (text_of("state"), path("log"), text_of("key"));
-    let serve = ["coord", "--addr", "127.0.0.1:0", "--state-dir", &state];
-    let serve = || Running::start(&[&serve[..], &["--auth-key-file", &key]].concat(), &log);
+    let serve = || serve(&state, &key, &log);
     let server = serve();
-    let said = read_when(&log, "ringtail up");
-    let url = said
-        .split_whitespace()
-        .find(|word| word.starts_with("http://"));
-    let url = url.unwrap();
+    let url = &url_of(&log);
     let watch = |name: &str| {
         let args = ["coord", "watch", url, "--auth-key-file", &key, "--hostname"];
         let keys = text_of(&format!("keys-{name}"));

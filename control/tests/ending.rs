@@ -178,7 +178,10 @@ fn connected(socket: &Path) -> UnixStream {
     soon("nobody listens", || UnixStream::connect(socket).ok())
 }
 
-/// Asks on a configuration socket.
+/// What a node's status socket is asked.
+const STATUS: &str = "{\"request\":\"status\"}\n";
+
+/// Asks on a configuration or status socket.
 fn ask(socket: &Path, request: &str) -> String {
     let mut stream = connected(socket);
     stream.write_all(request.as_bytes()).unwrap();
@@ -263,10 +266,7 @@ fn a_node_without_io_uring_enter_works() {
     let (name, dir) = (name(), tempfile::tempdir().unwrap());
     let forbidden = Forbidden::Call(libc::SYS_io_uring_enter);
     let node = Running::start(node(&name, dir.path(), forbidden));
-    let mut stream = connected(&dir.path().join("ringtail.sock"));
-    stream.write_all(b"{\"request\":\"status\"}\n").unwrap();
-    let mut status = String::new();
-    stream.read_to_string(&mut status).unwrap();
+    let status = ask(&dir.path().join("ringtail.sock"), STATUS);
     assert!(status.contains("\"driver\":\"epoll\""), "{status}");
     node.signal(libc::SIGTERM);
     let (ended, said) = node.end();
@@ -537,10 +537,7 @@ fn what_cannot_go_on_ends_with_a_word_and_takes_its_socket_along() {
             let case = format!("{what}, {call} {thread}");
             // Each wakes every thread.
             if what == "up" {
-                let mut stream = connected(&sockets[0]);
-                stream.write_all(b"{\"request\":\"status\"}\n").unwrap();
-                let mut status = String::new();
-                stream.read_to_string(&mut status).unwrap();
+                let status = ask(&sockets[0], STATUS);
                 assert!(status.contains("100.64.0.1"), "{case}: {status}");
                 std::fs::write(&trigger, "").unwrap();
                 let more = format!(

@@ -171,6 +171,12 @@ impl Link {
         sent
     }
 
+    /// What it sends itself, by its key's number, comes when it is known.
+    fn meet_itself(&mut self, n: u8) {
+        assert!(self.send(&packets(1, &key(n).public(), &[1; 1000])));
+        self.wait_packets(1);
+    }
+
     /// Reads until this many packets have come.
     fn wait_packets(&mut self, wanted: usize) {
         let mut got = 0;
@@ -194,33 +200,37 @@ impl Link {
     }
 }
 
+/// So many frames with a packet for this key.
+fn packets(count: usize, to: &NodePublic, packet: &[u8]) -> Vec<u8> {
+    let mut frames = Vec::new();
+    for _ in 0..count {
+        put_send_packet(&mut frames, to, packet);
+    }
+    frames
+}
+
 /// Two clients that mean well.
 struct Pair {
     sender: Link,
     receiver: Link,
-    to: NodePublic,
 }
 
 impl Pair {
-    fn new(relay: &Relay, n: u8) -> Self {
-        let to = key(n + 1).public();
-        let mut receiver = Link::connect(relay, [127, 0, 0, 1], 64 << 10, key(n + 1));
-        // What it sends itself comes when it is known.
-        let mut frame = Vec::new();
-        put_send_packet(&mut frame, &to, &[1; 1000]);
-        assert!(receiver.send(&frame));
-        receiver.wait_packets(1);
-        Self {
-            sender: Link::connect(relay, [127, 0, 0, 1], 64 << 10, key(n)),
-            receiver,
-            to,
+    /// They have met often: what is there for good is there.
+    fn new(relay: &Relay) -> Self {
+        let mut receiver = Link::connect(relay, [127, 0, 0, 1], 64 << 10, key(2));
+        receiver.meet_itself(2);
+        let sender = Link::connect(relay, [127, 0, 0, 1], 64 << 10, key(1));
+        let mut pair = Self { sender, receiver };
+        for _ in 0..200 {
+            pair.meet();
         }
+        pair
     }
 
     /// The relay serves them.
     fn meet(&mut self) {
-        let mut frame = Vec::new();
-        put_send_packet(&mut frame, &self.to, &[1; 1000]);
+        let frame = packets(1, &key(2).public(), &[1; 1000]);
         assert!(self.sender.send(&frame));
         self.receiver.wait_packets(1);
     }
@@ -264,11 +274,7 @@ fn growth(relay: &Relay, pair: &mut Pair, attack: impl FnOnce(&AtomicBool) + Sen
 #[test]
 fn a_client_that_pings_and_reads_slowly_does_not_make_it_grow() {
     let relay = Relay::start(&[]);
-    let mut pair = Pair::new(&relay, 1);
-    // First everything that is there for good.
-    for _ in 0..200 {
-        pair.meet();
-    }
+    let mut pair = Pair::new(&relay);
     let pings = AtomicU64::new(0);
     let grown = growth(&relay, &mut pair, |over| {
         let mut links: Vec<_> = (0..4)
@@ -313,10 +319,7 @@ fn a_client_that_pings_and_reads_slowly_does_not_make_it_grow() {
 #[test]
 fn many_who_do_not_read_hold_no_more_than_what_there_is_for_all() {
     let relay = Relay::start(&["--memory-max", "8"]);
-    let mut pair = Pair::new(&relay, 1);
-    for _ in 0..200 {
-        pair.meet();
-    }
+    let mut pair = Pair::new(&relay);
     let sent = AtomicU64::new(0);
     let grown = growth(&relay, &mut pair, |over| {
         let _readers: Vec<_> = (0..80)
@@ -329,10 +332,7 @@ fn many_who_do_not_read_hold_no_more_than_what_there_is_for_all() {
                     let mut link = Link::connect(relay, [127, 0, 2, n], 4096, key(50 + n));
                     while !over.load(Ordering::Relaxed) {
                         for to in 0..80 {
-                            let mut frames = Vec::new();
-                            for _ in 0..40 {
-                                put_send_packet(&mut frames, &key(100 + to).public(), &[9; 1400]);
-                            }
+                            let frames = packets(40, &key(100 + to).public(), &[9; 1400]);
                             if !link.send(&frames) {
                                 return;
                             }
@@ -353,10 +353,7 @@ fn many_who_do_not_read_hold_no_more_than_what_there_is_for_all() {
 #[test]
 fn frames_and_hellos_that_do_not_end_are_held_for_all_within_bounds() {
     let relay = Relay::start(&["--memory-max", "4"]);
-    let mut pair = Pair::new(&relay, 1);
-    for _ in 0..200 {
-        pair.meet();
-    }
+    let mut pair = Pair::new(&relay);
     let grown = growth(&relay, &mut pair, |over| {
         let mut links = Vec::new();
         for n in 0..200 {
@@ -405,10 +402,7 @@ fn who_comes_while_others_send_without_a_pause_is_served_soon() {
         while begun.elapsed() < attack_time() {
             let at = Instant::now();
             let mut link = Link::connect(relay, [127, 0, 0, 1], 64 << 10, key(250));
-            let mut frame = Vec::new();
-            put_send_packet(&mut frame, &key(250).public(), &[1; 1000]);
-            assert!(link.send(&frame));
-            link.wait_packets(1);
+            link.meet_itself(250);
             slowest = slowest.max(at.elapsed());
         }
         drop(ending);

@@ -24,6 +24,7 @@ use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::RootCertStore;
+use serde::Serialize;
 use tokio::io::AsyncReadExt as _;
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -387,8 +388,7 @@ impl Client {
         for _ in 0..=AUTH_URLS_MAX {
             let state = self.own_state.borrow().clone();
             let request = register_request(&self.config, &state, &self.os_version, &followup);
-            let body = serde_json::to_vec(&request).context("cannot write the registration")?;
-            let request = self.request("/machine/register", body)?;
+            let request = self.request("/machine/register", &request)?;
             let response = if followup.is_empty() {
                 let answer = timeout(REGISTER_TIMEOUT, sender.send_request(request)).await;
                 answer.map_err(|_| anyhow!("no answer to the registration within 30 s"))?
@@ -439,8 +439,7 @@ impl Client {
     ) -> Result<Polled, Failure> {
         let state = self.own_state.borrow_and_update().clone();
         let request = map_request(&self.config, &state, &self.os_version, true);
-        let body = serde_json::to_vec(&request).context("cannot write the map request")?;
-        let request = self.request("/machine/map", body)?;
+        let request = self.request("/machine/map", &request)?;
         let rest = watchdog.poll_timeout().saturating_duration_since(now());
         let answer = timeout(rest, sender.send_request(request)).await;
         let response = answer
@@ -575,24 +574,23 @@ impl Client {
         map.snapshot(wall(), routes).map(Arc::new)
     }
 
-    fn request(&self, path: &str, body: Vec<u8>) -> Result<Request<Full<Bytes>>, Failure> {
-        let request = Request::post(format!("https://{}{path}", self.url.authority()))
+    fn request(&self, path: &str, body: &impl Serialize) -> anyhow::Result<Request<Full<Bytes>>> {
+        let body = serde_json::to_vec(body).context("cannot write a request")?;
+        Request::post(format!("https://{}{path}", self.url.authority()))
             .header(header::CONTENT_TYPE, "application/json")
             .header("Ts-Lb", self.config.node.to_string())
             .body(Full::new(Bytes::from(body)))
-            .context("cannot build a request")?;
-        Ok(request)
+            .context("cannot build a request")
     }
 
     /// Reports our current state; the answer has no body worth reading.
     fn lite_update(
         &self,
         mut sender: Sender,
-    ) -> Result<impl Future<Output = anyhow::Result<StatusCode>> + use<>, Failure> {
+    ) -> anyhow::Result<impl Future<Output = anyhow::Result<StatusCode>> + use<>> {
         let state = self.own_state.borrow().clone();
         let request = map_request(&self.config, &state, &self.os_version, false);
-        let body = serde_json::to_vec(&request).context("cannot write a lite update")?;
-        let request = self.request("/machine/map", body)?;
+        let request = self.request("/machine/map", &request)?;
         Ok(async move {
             let response = timeout(REQUEST_TIMEOUT, sender.send_request(request)).await??;
             let status = response.status();

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use ipnet::IpNet;
-use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, Transaction, params};
+use rusqlite::types::FromSql;
+use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, ToSql, Transaction, params};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
@@ -116,13 +117,7 @@ impl Database {
         )?;
         let nodes = statement.query_map([], |row| Ok(node_of(row)))?;
         let nodes = nodes.collect::<Result<Result<Vec<_>, _>, _>>()??;
-        let number = |sql: &str| -> anyhow::Result<i64> {
-            let value: Option<Option<i64>> = self
-                .connection
-                .query_row(sql, [], |row| row.get(0))
-                .optional()?;
-            Ok(value.flatten().unwrap_or(0))
-        };
+        let number = |sql| anyhow::Ok(self.value(sql)?.unwrap_or(0));
         Ok(Loaded {
             nodes,
             last_id: number("SELECT seq FROM sqlite_sequence WHERE name = 'nodes'")?,
@@ -136,15 +131,14 @@ impl Database {
     /// # Errors
     /// When the file cannot be read or the entry makes no sense.
     pub fn online(&self) -> anyhow::Result<Vec<i64>> {
-        let sql = "SELECT v FROM meta WHERE k = 'online'";
-        let text: Option<String> = self
-            .connection
-            .query_row(sql, [], |row| row.get(0))
-            .optional()?;
-        Ok(match text {
-            Some(text) => serde_json::from_str(&text)?,
-            None => Vec::new(),
-        })
+        let text: Option<String> = self.value("SELECT v FROM meta WHERE k = 'online'")?;
+        let online = text.map(|text| serde_json::from_str(&text)).transpose()?;
+        Ok(online.unwrap_or_default())
+    }
+
+    fn value<T: FromSql>(&self, sql: &str) -> rusqlite::Result<Option<T>> {
+        let found = self.connection.query_row(sql, [], |row| row.get(0));
+        Ok(found.optional()?.flatten())
     }
 
     /// The auth key stored under a name.
@@ -219,11 +213,7 @@ impl Database {
             Registration::Answer(_) => return Ok(true),
             Registration::Insert(record, key) => {
                 save(&transaction, record)?;
-                transaction.execute(
-                    "INSERT INTO meta (k, v) VALUES ('next_ip', ?1)
-                     ON CONFLICT (k) DO UPDATE SET v = excluded.v",
-                    [host],
-                )?;
+                put_meta(&transaction, "next_ip", host)?;
                 Some(*key)
             }
             Registration::Rekey(record, key) => {
@@ -274,11 +264,7 @@ impl Database {
                     transaction.execute("DELETE FROM nodes WHERE id = ?1", [id])?;
                 }
                 Write::Online(ids) => {
-                    transaction.execute(
-                        "INSERT INTO meta (k, v) VALUES ('online', ?1)
-                         ON CONFLICT (k) DO UPDATE SET v = excluded.v",
-                        [serde_json::to_string(ids)?],
-                    )?;
+                    put_meta(&transaction, "online", serde_json::to_string(ids)?)?;
                 }
             }
         }
@@ -313,6 +299,17 @@ fn set_up(connection: &Connection) -> rusqlite::Result<i64> {
 #[expect(clippy::disallowed_methods, reason = "a blocking driver's pause")]
 pub(super) fn pause() {
     std::thread::sleep(Duration::from_millis(10));
+}
+
+fn put_meta(
+    transaction: &Transaction<'_>,
+    name: &str,
+    value: impl ToSql,
+) -> rusqlite::Result<usize> {
+    transaction.execute(
+        "INSERT INTO meta (k, v) VALUES (?1, ?2) ON CONFLICT (k) DO UPDATE SET v = excluded.v",
+        params![name, value],
+    )
 }
 
 fn save(transaction: &Transaction<'_>, record: &NodeRecord) -> anyhow::Result<()> {

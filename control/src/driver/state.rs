@@ -48,19 +48,14 @@ pub struct Keys {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct KeysFile {
-    machine_key: Secret,
-    node_key: Secret,
-    disco_key: Secret,
+    machine_key: Zeroizing<String>,
+    node_key: Zeroizing<String>,
+    disco_key: Zeroizing<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     control_url: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     control_key: Option<MachinePublic>,
 }
-
-/// Text that is wiped when dropped.
-#[derive(Serialize, Deserialize, zeroize::ZeroizeOnDrop)]
-#[serde(transparent)]
-struct Secret(String);
 
 /// An open state directory.
 #[derive(Debug)]
@@ -163,17 +158,9 @@ impl StateDir {
         })?;
         let which = |name: &str| format!("{}: {name}", path.display());
         Ok(Keys {
-            machine: file
-                .machine_key
-                .0
-                .parse()
-                .with_context(|| which("machine_key"))?,
-            node: file.node_key.0.parse().with_context(|| which("node_key"))?,
-            disco: file
-                .disco_key
-                .0
-                .parse()
-                .with_context(|| which("disco_key"))?,
+            machine: (file.machine_key.parse()).with_context(|| which("machine_key"))?,
+            node: (file.node_key.parse()).with_context(|| which("node_key"))?,
+            disco: (file.disco_key.parse()).with_context(|| which("disco_key"))?,
             control: file.control_url.zip(file.control_key),
         })
     }
@@ -183,12 +170,11 @@ impl StateDir {
     /// # Errors
     /// When the file cannot be written.
     pub fn save_keys(&self, keys: &Keys) -> anyhow::Result<()> {
-        let secret = |text: &str| Secret(text.to_owned());
         let (control_url, control_key) = keys.control.clone().unzip();
         let file = KeysFile {
-            machine_key: secret(&keys.machine.to_text()),
-            node_key: secret(&keys.node.to_text()),
-            disco_key: secret(&keys.disco.to_text()),
+            machine_key: keys.machine.to_text(),
+            node_key: keys.node.to_text(),
+            disco_key: keys.disco.to_text(),
             control_url,
             control_key,
         };

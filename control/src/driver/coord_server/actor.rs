@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+use super::counters::Counters;
 use super::{Client, Shared};
 use crate::coord::admin::{Done, Order};
 use crate::coord::auth_key::KeyCheck;
@@ -16,6 +17,7 @@ use crate::coord::server::{
 use crate::coord::{admin, auth_key};
 use crate::driver::clock::{at, now, wall};
 use crate::driver::coord_store::Store;
+use crate::driver::places::Door;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::DerpMap;
 use crate::netmap::wire::{MapRequest, MapResponse, RegisterRequest, RegisterResponse};
@@ -67,7 +69,8 @@ pub(super) enum Mapped {
 pub(super) struct Actor {
     server: Server,
     store: Store,
-    shared: Weak<Shared>,
+    counters: Arc<Counters>,
+    door: Arc<Door<MachinePublic>>,
     streams: BTreeMap<SessionId, mpsc::Sender<MapResponse>>,
     failures: FailureLimit,
     refusals: LogLimit,
@@ -76,11 +79,12 @@ pub(super) struct Actor {
 
 impl Actor {
     /// An actor that nobody waits for yet.
-    pub(super) fn new(server: Server, store: Store, shared: &Arc<Shared>) -> Self {
+    pub(super) fn new(server: Server, store: Store, shared: &Shared) -> Self {
         Self {
             server,
             store,
-            shared: Arc::downgrade(shared),
+            counters: Arc::clone(&shared.counters),
+            door: Arc::clone(&shared.door),
             streams: BTreeMap::new(),
             failures: FailureLimit::default(),
             refusals: LogLimit::default(),
@@ -193,11 +197,8 @@ impl Actor {
 
     /// Machines whose nodes are gone are strangers, also on connections that stand.
     fn forget(&mut self) {
-        let forgotten = self.server.take_forgotten();
-        if let Some(shared) = self.shared.upgrade() {
-            for machine in forgotten {
-                shared.door.estrange(machine);
-            }
+        for machine in self.server.take_forgotten() {
+            self.door.estrange(machine);
         }
     }
 
@@ -291,9 +292,7 @@ impl Actor {
             }
             self.server.put(now(), write);
         }
-        if let Some(shared) = self.shared.upgrade() {
-            shared.counters.orders.add(1);
-        }
+        self.counters.orders.add(1);
         tracing::info!(
             node = done.id,
             name = done.name,
@@ -306,13 +305,8 @@ impl Actor {
     /// Counts the routes that some node announced in vain.
     fn tell_left_out(&mut self) {
         let left_out = self.server.take_left_out();
-        if left_out == 0 {
-            return;
-        }
-        if let Some(shared) = self.shared.upgrade() {
-            let more = u64::try_from(left_out).unwrap_or(u64::MAX);
-            shared.counters.routes_left_out.add(more);
-        }
+        let more = u64::try_from(left_out).unwrap_or(u64::MAX);
+        self.counters.routes_left_out.add(more);
     }
 
     /// Commits, then applies. What waits to be written goes first, so that names and addresses
@@ -339,9 +333,7 @@ impl Actor {
             error = format!("{error:#}"),
             "the state file cannot be used"
         );
-        if let Some(shared) = self.shared.upgrade() {
-            shared.counters.store_errors.add(1);
-        }
+        self.counters.store_errors.add(1);
         Registered::StoreFailed
     }
 
@@ -383,9 +375,7 @@ impl Actor {
                 continue;
             };
             if let Some(message) = self.server.poll_session(now, wall, id) {
-                if let Some(shared) = self.shared.upgrade() {
-                    shared.counters.messages.add(1);
-                }
+                self.counters.messages.add(1);
                 permit.send(message);
             }
         }

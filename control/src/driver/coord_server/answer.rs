@@ -21,16 +21,18 @@ pub(super) const STRANGER_BODY_TIMEOUT: Duration = Duration::from_secs(10);
 pub(super) type Answer = Response<Full<Bytes>>;
 
 pub(super) fn text(status: StatusCode, body: &str) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(body.to_owned())));
+    let mut answer = of_kind("text/plain; charset=utf-8", body.to_owned());
     *answer.status_mut() = status;
-    let kind = http::HeaderValue::from_static("text/plain; charset=utf-8");
-    answer.headers_mut().insert(header::CONTENT_TYPE, kind);
     answer
 }
 
 pub(super) fn json(body: String) -> Answer {
+    of_kind("application/json", body)
+}
+
+fn of_kind(kind: &'static str, body: String) -> Answer {
     let mut answer = Response::new(Full::new(Bytes::from(body)));
-    let kind = http::HeaderValue::from_static("application/json");
+    let kind = http::HeaderValue::from_static(kind);
     answer.headers_mut().insert(header::CONTENT_TYPE, kind);
     answer
 }
@@ -44,27 +46,27 @@ pub(super) fn read_body(
 ) -> impl Future<Output = Result<Bytes, Answer>> + Send {
     let counters = &shared.counters;
     async move {
-        match timeout(time, Limited::new(body, len_max).collect()).await {
-            Ok(Ok(body)) => Ok(body.to_bytes()),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => {
-                counters.too_large.add(1);
-                Err(text(
-                    StatusCode::PAYLOAD_TOO_LARGE,
-                    "the body is too large\n",
-                ))
-            }
-            Ok(Err(_)) => {
-                counters.bad_request.add(1);
-                Err(text(StatusCode::BAD_REQUEST, "the body was cut off\n"))
-            }
-            Err(_) => {
-                counters.timed_out.add(1);
-                Err(text(
-                    StatusCode::REQUEST_TIMEOUT,
-                    "the body came too slowly\n",
-                ))
-            }
-        }
+        let read = timeout(time, Limited::new(body, len_max).collect()).await;
+        let (counter, status, why) = match read {
+            Ok(Ok(body)) => return Ok(body.to_bytes()),
+            Ok(Err(error)) if error.is::<LengthLimitError>() => (
+                &counters.too_large,
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "the body is too large\n",
+            ),
+            Ok(Err(_)) => (
+                &counters.bad_request,
+                StatusCode::BAD_REQUEST,
+                "the body was cut off\n",
+            ),
+            Err(_) => (
+                &counters.timed_out,
+                StatusCode::REQUEST_TIMEOUT,
+                "the body came too slowly\n",
+            ),
+        };
+        counter.add(1);
+        Err(text(status, why))
     }
 }
 

@@ -162,25 +162,22 @@ impl Inner {
         let _turn = self.at_work.acquire().await;
         let answer = match (request.method(), request.uri().path()) {
             (&Method::POST, "/machine/register") => self.register(request).await,
-            (&Method::POST, "/machine/map") => return self.map(request).await,
+            (&Method::POST, "/machine/map") => self.map(request).await,
             _ => {
                 self.shared.counters.not_found.add(1);
-                text(StatusCode::NOT_IMPLEMENTED, "not implemented\n")
+                Err(text(StatusCode::NOT_IMPLEMENTED, "not implemented\n"))
             }
         };
-        answer.map(BodyExt::boxed_unsync)
+        answer.unwrap_or_else(|refusal| refusal.map(BodyExt::boxed_unsync))
     }
 
-    async fn register(&self, request: Request<Incoming>) -> Answer {
+    async fn register(&self, request: Request<Incoming>) -> Result<InnerAnswer, Answer> {
         let counters = &self.shared.counters;
-        let request: RegisterRequest = match self.read(request).await {
-            Ok(request) => request,
-            Err(answer) => return answer,
-        };
+        let request: RegisterRequest = self.read(request).await?;
         if request.version < CAPABILITY_VERSION_MIN {
             counters.bad_version.add(1);
             let why = format!("unsupported client version: ({})\n", request.version);
-            return text(StatusCode::BAD_REQUEST, &why);
+            return Err(text(StatusCode::BAD_REQUEST, &why));
         }
         let is_logout = is_logout(wall(), &request);
         let ask =
@@ -193,7 +190,8 @@ impl Inner {
                     (true, true) | (false, _) => &counters.refused_registration,
                 };
                 counter.add(1);
-                json(serde_json::to_string(&answer).unwrap_or_default())
+                let answer = json(serde_json::to_string(&answer).unwrap_or_default());
+                Ok(answer.map(BodyExt::boxed_unsync))
             }
             Some(Registered::TooMany(wait)) => {
                 counters.rate_limited.add(1);
@@ -201,21 +199,18 @@ impl Inner {
                 let mut answer = text(StatusCode::TOO_MANY_REQUESTS, why);
                 let seconds = http::HeaderValue::from(wait.as_secs() + 1);
                 answer.headers_mut().insert(header::RETRY_AFTER, seconds);
-                answer
+                Err(answer)
             }
-            Some(Registered::StoreFailed) | None => text(
+            Some(Registered::StoreFailed) | None => Err(text(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "the server cannot store this now\n",
-            ),
+            )),
         }
     }
 
-    async fn map(&self, request: Request<Incoming>) -> InnerAnswer {
+    async fn map(&self, request: Request<Incoming>) -> Result<InnerAnswer, Answer> {
         let counters = &self.shared.counters;
-        let request: MapRequest = match self.read(request).await {
-            Ok(request) => request,
-            Err(answer) => return answer.map(BodyExt::boxed_unsync),
-        };
+        let request: MapRequest = self.read(request).await?;
         let codec = if request.compress == "zstd" {
             Codec::Zstd
         } else {
@@ -225,37 +220,27 @@ impl Inner {
         let mapped = match self.ask(ask).await {
             Some(Ok(mapped)) => mapped,
             Some(Err(refusal)) => {
-                let status = match refusal {
+                let (counter, status) = match refusal {
                     MapRefusal::NotFound | MapRefusal::StayedAway => {
-                        counters.unknown_node.add(1);
-                        StatusCode::NOT_FOUND
+                        (&counters.unknown_node, StatusCode::NOT_FOUND)
                     }
-                    MapRefusal::Version(_) => {
-                        counters.bad_version.add(1);
-                        StatusCode::BAD_REQUEST
-                    }
-                    MapRefusal::Hostinfo => {
-                        counters.too_large.add(1);
-                        StatusCode::BAD_REQUEST
-                    }
+                    MapRefusal::Version(_) => (&counters.bad_version, StatusCode::BAD_REQUEST),
+                    MapRefusal::Hostinfo => (&counters.too_large, StatusCode::BAD_REQUEST),
                     // To 401, 403 and 404 clients answer by a new registration.
-                    MapRefusal::Expired => {
-                        counters.expired_node.add(1);
-                        StatusCode::BAD_REQUEST
-                    }
+                    MapRefusal::Expired => (&counters.expired_node, StatusCode::BAD_REQUEST),
                 };
-                return text(status, &format!("{refusal}\n")).map(BodyExt::boxed_unsync);
+                counter.add(1);
+                return Err(text(status, &format!("{refusal}\n")));
             }
             None => {
-                let answer = text(
+                return Err(text(
                     StatusCode::INTERNAL_SERVER_ERROR,
                     "the server is stopping\n",
-                );
-                return answer.map(BodyExt::boxed_unsync);
+                ));
             }
         };
         counters.map_requests.add(1);
-        match mapped {
+        Ok(match mapped {
             Mapped::Taken => Response::new(Full::default().boxed_unsync()),
             Mapped::Once(message) => {
                 let bytes = self.shared.encoder.encode(codec, message).await;
@@ -271,7 +256,7 @@ impl Inner {
                 let body = StreamBody::new(stream::unfold(stream, MapStream::next));
                 Response::new(body.boxed_unsync())
             }
-        }
+        })
     }
 
     async fn ask<T>(&self, ask: impl FnOnce(oneshot::Sender<T>) -> Ask) -> Option<T> {

@@ -144,7 +144,10 @@ impl Outer {
             (&Method::GET, "/key") => self.key(request.uri().query().unwrap_or_default()),
             (&Method::POST, "/ts2021") => self.upgrade(request),
             (&Method::GET | &Method::HEAD, "/health") => json(r#"{"status":"pass"}"#.to_owned()),
-            (&Method::POST, "/verify") => self.verify(request).await,
+            (&Method::POST, "/verify") => {
+                let answer = self.verify(request).await;
+                answer.unwrap_or_else(|refusal| refusal)
+            }
             (&Method::GET, "/metrics") if self.source.to_canonical().is_loopback() => {
                 let lines = self.shared.list();
                 let lines = lines
@@ -161,10 +164,7 @@ impl Outer {
 
     fn key(&self, query: &str) -> Answer {
         let version = query.split('&').find_map(|pair| pair.strip_prefix("v="));
-        if version
-            .and_then(|version| version.parse::<u32>().ok())
-            .is_none()
-        {
+        if version.is_none_or(|version| version.parse::<u32>().is_err()) {
             self.shared.counters.bad_request.add(1);
             return text(
                 StatusCode::BAD_REQUEST,
@@ -207,20 +207,16 @@ impl Outer {
         if self.upgrades.try_send(Upgrade { on, initiation }).is_err() {
             return refuse("upgraded already\n");
         }
-        let mut answer = Response::new(Full::default());
-        *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-        let headers = answer.headers_mut();
-        let protocol = http::HeaderValue::from_static("tailscale-control-protocol");
-        headers.insert(header::UPGRADE, protocol);
-        headers.insert(
-            header::CONNECTION,
-            http::HeaderValue::from_static("upgrade"),
-        );
-        answer
+        Response::builder()
+            .status(StatusCode::SWITCHING_PROTOCOLS)
+            .header(header::UPGRADE, "tailscale-control-protocol")
+            .header(header::CONNECTION, "upgrade")
+            .body(Full::default())
+            .expect("these headers can be sent")
     }
 
     /// A relay asks whether it should serve a node.
-    async fn verify(&self, request: Request<Incoming>) -> Answer {
+    async fn verify(&self, request: Request<Incoming>) -> Result<Answer, Answer> {
         #[derive(Deserialize)]
         #[serde(rename_all = "PascalCase")]
         struct Verify {
@@ -232,16 +228,12 @@ impl Outer {
             STRANGER_BODY_TIMEOUT,
             &self.shared,
         );
-        let body = match body.await {
-            Ok(body) => body,
-            Err(answer) => return answer,
-        };
-        let Ok(verify) = serde_json::from_slice::<Verify>(&body) else {
+        let Ok(verify) = serde_json::from_slice::<Verify>(&body.await?) else {
             self.shared.counters.bad_request.add(1);
-            return text(StatusCode::BAD_REQUEST, "not a verify request\n");
+            return Err(text(StatusCode::BAD_REQUEST, "not a verify request\n"));
         };
         let ask = |answer| Ask::Verify(verify.node_public, answer);
         let allow = self.shared.ask(false, ask).await.unwrap_or(false);
-        json(format!(r#"{{"Allow":{allow}}}"#))
+        Ok(json(format!(r#"{{"Allow":{allow}}}"#)))
     }
 }

@@ -108,6 +108,12 @@ enum Verdict {
     Silent(anyhow::Error),
 }
 
+impl Verdict {
+    fn of(allow: bool) -> Self {
+        if allow { Self::Served } else { Self::Refused }
+    }
+}
+
 impl Verifier {
     /// Gets ready; a file is read.
     ///
@@ -144,8 +150,7 @@ impl Verifier {
         let counters = &shared.counters;
         let known = lock(&self.answers).get(now(), &key);
         let verdict = match known {
-            Some(true) => Verdict::Served,
-            Some(false) => Verdict::Refused,
+            Some(allow) => Verdict::of(allow),
             None => self.ask(key, source, false).await,
         };
         let (counter, why) = match verdict {
@@ -184,11 +189,7 @@ impl Verifier {
     async fn ask(&self, key: NodePublic, source: IpAddr, again: bool) -> Verdict {
         let asker = match &self.ask {
             Ask::File { keys, .. } => {
-                return if lock(keys).contains(&key) {
-                    Verdict::Served
-                } else {
-                    Verdict::Refused
-                };
+                return Verdict::of(lock(keys).contains(&key));
             }
             Ask::Url(asker) => asker,
         };
@@ -205,7 +206,10 @@ impl Verifier {
 
     /// Asks about everybody who is connected, for ever, and ends who is refused.
     pub(super) async fn watch(&self, shared: &Shared) {
-        let mut file = FileTime::of(self);
+        let mut seen = match &self.ask {
+            Ask::File { path, .. } => written(path),
+            Ask::Url(_) => None,
+        };
         let mut asked_at = now();
         loop {
             let wait = match self.ask {
@@ -217,7 +221,9 @@ impl Verifier {
                 () = self.read_again.notified() => true,
             };
             if let Ask::File { path, keys } = &self.ask {
-                if !file.has_changed(path) && !told {
+                let fresh = written(path);
+                let changed = fresh.is_some() && std::mem::replace(&mut seen, fresh) != fresh;
+                if !changed && !told {
                     continue;
                 }
                 match read_list(path) {
@@ -266,26 +272,10 @@ impl Verifier {
     }
 }
 
-/// When a file was written.
-struct FileTime(Option<(SystemTime, u64)>);
-
-impl FileTime {
-    fn of(verifier: &Verifier) -> Self {
-        match &verifier.ask {
-            Ask::File { path, .. } => Self(Self::look(path)),
-            Ask::Url(_) => Self(None),
-        }
-    }
-
-    fn look(path: &Path) -> Option<(SystemTime, u64)> {
-        let found = std::fs::metadata(path).ok()?;
-        Some((found.modified().ok()?, found.len()))
-    }
-
-    fn has_changed(&mut self, path: &Path) -> bool {
-        let seen = Self::look(path);
-        seen.is_some() && std::mem::replace(&mut self.0, seen) != seen
-    }
+/// When a file was written, and its length.
+fn written(path: &Path) -> Option<(SystemTime, u64)> {
+    let found = std::fs::metadata(path).ok()?;
+    Some((found.modified().ok()?, found.len()))
 }
 
 fn read_list(path: &Path) -> anyhow::Result<BTreeSet<NodePublic>> {
@@ -377,8 +367,7 @@ impl Asker {
             return Ok(Verdict::Nonsense(anyhow!("HTTP status {status}")));
         }
         Ok(match serde_json::from_slice::<Answer>(&body) {
-            Ok(answer) if answer.allow => Verdict::Served,
-            Ok(_) => Verdict::Refused,
+            Ok(answer) => Verdict::of(answer.allow),
             Err(error) => Verdict::Nonsense(error.into()),
         })
     }
