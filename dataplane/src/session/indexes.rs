@@ -132,7 +132,7 @@ impl Indexes {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
+    use std::collections::BTreeSet;
 
     use rand::{SeedableRng, rngs::StdRng};
 
@@ -142,7 +142,7 @@ mod tests {
     fn indexes_name_the_shard_are_random_otherwise_and_not_reused_while_held() {
         let mut rng = StdRng::seed_from_u64(7);
         let mut indexes = Indexes::new(5, 0);
-        let mut held = HashSet::new();
+        let mut held = BTreeSet::new();
         let (mut ones, mut zeros) = (0u32, u32::MAX);
         for i in 0..60_000u32 {
             let index = indexes.claim(&mut rng, PeerId(i % 100));
