@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Debian packages and downloads. Source it.
+# Debian packages, downloads and the compiler. Source it.
 
 # thrice COMMAND...: until it succeeds, three times at the most: networks and registries have hiccups.
 thrice() {
@@ -58,3 +58,11 @@ unpack_package() {
   rm -rf "$at"
   return $status
 }
+
+# Under whatever name rustup has the compiler that rust-toolchain.toml wants, it is that one: nothing is fetched.
+WANTED_RUST=$(sed -n 's/^channel = "\(.*\)"$/\1/p' "$(dirname "${BASH_SOURCE[0]}")/../../rust-toolchain.toml")
+if [ -z "${RUSTUP_TOOLCHAIN:-}" ] && [[ "$(cd / && rustc --version 2>/dev/null)" = "rustc $WANTED_RUST "* ]]; then
+  RUSTUP_TOOLCHAIN=$(cd / && rustup show active-toolchain 2>/dev/null | cut -d' ' -f1) || true
+  # Without rustup there is only one.
+  [ -z "$RUSTUP_TOOLCHAIN" ] || export RUSTUP_TOOLCHAIN
+fi
