@@ -14,22 +14,20 @@ use crate::handshake::{KEY_COST, KNOWN_COST};
 use crate::hub::{
     ASKS_MAX, EVENTS_MAX, FLOWS_TOLD_MAX, HANDED_MAX, HANDSHAKES_MAX, Handed, HandshakeMessage,
     RELAY_IN_BYTES_MAX, RELAY_IN_BYTES_MIN, RELAY_IN_ENTRIES_MAX, RELAY_OUT_BYTES_MAX,
-    RELAY_OUT_ENTRIES_MAX, REPORTS_MAX, RelayIn, SPARE_MAX, STRAYS_MAX, UNOPENED_MAX,
+    RELAY_OUT_ENTRIES_MAX, REPORTS_MAX, SPARE_MAX, STRAYS_MAX, UNOPENED_MAX,
 };
 use crate::noise::{PeekedInitiation, RECENT_LEN, SOURCES_MAX};
 use crate::packet::BUF_LEN;
 use crate::packet::header::Flow;
-use crate::peer::PeerShared;
 use crate::peer::table::PeerEntry;
 use crate::peer::{
-    Aim, Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, QUEUE_COST, Report, SHARD_BYTES_MIN,
+    Aim, Guest, NODE_BYTES_MAX, PACKETS_MAX, Peer, PeerShared, QUEUE_COST, Report, SHARD_BYTES_MIN,
 };
 use crate::ring::{TUN_BUFFERS, UDP_BUFFERS};
 use crate::seal::{RUN_LEN, RUNS_MAX};
-use crate::session::PLACES;
-use crate::session::{SPANS_ROOM, keypair_cost};
+use crate::session::{PLACES, SPANS_ROOM, keypair_cost};
 use crate::shard::RELAY_JOIN_MAX;
-use crate::types::{Event, PEERS_MAX, PeerConfig, PeerId, Prefix, RelayOut};
+use crate::types::{Event, PEERS_MAX, PeerConfig, PeerId, Prefix, RelayBatch};
 use crate::udp::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
 
 /// A queue, a table, or memory that is reused.
@@ -156,7 +154,7 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
                 human(RELAY_IN_BYTES_MAX),
                 human(RELAY_IN_BYTES_MIN)
             ),
-            shards * (relay_in + RELAY_IN_ENTRIES_MAX * (size_of::<RelayIn>() + HEAP_COST)),
+            shards * (relay_in + RELAY_IN_ENTRIES_MAX * (size_of::<RelayBatch>() + HEAP_COST)),
         ),
         row(
             "packets to relays",
@@ -165,7 +163,7 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
                 human(RELAY_OUT_BYTES_MAX)
             ),
             RELAY_OUT_BYTES_MAX
-                + RELAY_OUT_ENTRIES_MAX * (size_of::<RelayOut>() + HEAP_COST)
+                + RELAY_OUT_ENTRIES_MAX * (size_of::<RelayBatch>() + HEAP_COST)
                 + (SPARE_MAX + shards) * 2 * RELAY_JOIN_MAX,
         ),
         row(

@@ -16,7 +16,7 @@ use crate::config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError,
 };
 use crate::filter::CompiledRules;
-use crate::hub::{Hub, Network, RelayIn, Settings};
+use crate::hub::{Hub, Inbox, Network, Settings};
 use crate::peer::table::PeerEntry;
 use crate::peer::{Aim, Whereabouts};
 use crate::routes::Routes;
@@ -26,7 +26,7 @@ use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::{Device, Kinds, Merging, Queue};
 use crate::types::{
     Activity, Datagrams, Event, NetworkChange, NetworkConfig, PathDecision, PeerConfig, PeerId,
-    Prefix, RegionId, RelayOut, Rules,
+    Prefix, RegionId, RelayBatch, Rules,
 };
 use crate::udp::{Group, SEND_BYTES_MAX, Wanted};
 use crate::{handshake, sys, threads};
@@ -527,22 +527,18 @@ impl Dataplane {
 
     /// Asks for a handshake with a peer, unless one is going on.
     pub fn initiate(&self, peer: PeerId) {
-        if let Some(inbox) = self.hub.inbox_of(peer) {
-            // A full queue means that many handshakes are asked for already: one more is lost.
-            let _full = inbox.asks.push(peer);
-            inbox.wake.ring();
-        }
+        // A full queue means that many handshakes are asked for already: one more is lost.
+        let put = |inbox: &Inbox| inbox.asks.push(peer).is_ok();
+        let _told = self.hub.tell_owner(peer, put);
     }
 
     /// Data that could not be opened came from where the peer is known to be ([`Event::Unopened`]). If
     /// it adds up to what an initiation sends, and nothing else was heard of the peer for a second, the
     /// owner shard sends one initiation, along the peer's path as it is: rate-limited, and not repeated.
     pub fn unopened(&self, peer: PeerId, bytes: usize) {
-        if let Some(inbox) = self.hub.inbox_of(peer) {
-            // A full queue means that there is more than enough to do.
-            let _full = inbox.unopened.push((peer, bytes));
-            inbox.wake.ring();
-        }
+        // A full queue means that there is more than enough to do.
+        let put = |inbox: &Inbox| inbox.unopened.push((peer, bytes)).is_ok();
+        let _told = self.hub.tell_owner(peer, put);
     }
 
     /// The peer whose endpoint this is, in device mode.
@@ -576,7 +572,7 @@ impl Dataplane {
 
     /// Takes one batch that leaves by relay. Give its buffers back by [`Dataplane::recycle`].
     #[must_use]
-    pub fn poll_relay(&self) -> Option<RelayOut> {
+    pub fn poll_relay(&self) -> Option<RelayBatch> {
         self.hub.outbox.poll_relay()
     }
 
@@ -597,17 +593,19 @@ impl Dataplane {
     /// dropped, and the caller counts them.
     #[must_use]
     pub fn relay_in(&self, peer: PeerId, region: RegionId, datagrams: Datagrams) -> bool {
-        let Some(inbox) = self.hub.inbox_of(peer) else {
+        let Some(owner) = self.hub.table().owner(peer) else {
             self.recycle(datagrams);
             return false;
         };
-        inbox.relay.push(RelayIn {
+        let batch = RelayBatch {
             peer,
             region,
             datagrams,
-        });
-        inbox.wake.ring();
-        true
+        };
+        self.hub.tell(owner, |inbox| {
+            inbox.relay.push(batch);
+            true
+        })
     }
 
     /// What the shards know of a peer's traffic; all `None` and 0 for an id out of range.

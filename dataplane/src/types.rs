@@ -161,12 +161,12 @@ pub struct Datagrams {
     pub lens: Vec<u16>,
 }
 
-/// A batch that leaves by relay.
+/// A batch that leaves or came by relay.
 #[derive(Clone, Debug)]
-pub struct RelayOut {
-    /// Whom it is for.
+pub struct RelayBatch {
+    /// Whom it is for or from.
     pub peer: PeerId,
-    /// The region of the peer's latest [`PathDecision`].
+    /// The region of the relay: the way out is that of the peer's latest [`PathDecision`].
     pub region: RegionId,
     /// The sealed datagrams.
     pub datagrams: Datagrams,

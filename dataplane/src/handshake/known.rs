@@ -115,12 +115,11 @@ impl KnownAddresses {
         };
         if over(known.handshake, GO_AFTER)
             && over(known.went, GO_EVERY)
-            && let Some(inbox) = hub.inboxes.get(usize::from(known.owner))
         {
             known.went = Some(now);
+            let peer = known.peer;
             // A full queue means that much is asked for already; the next message asks again.
-            let _full = inbox.asks.push(known.peer);
-            inbox.wake.ring();
+            let _told = hub.tell(known.owner, |inbox| inbox.asks.push(peer).is_ok());
         }
     }
 }

@@ -31,8 +31,7 @@ use rand::rngs::StdRng;
 use reservoir::Reservoir;
 
 use crate::classify::{COOKIE_LEN, owner_shard, receiver_index};
-use crate::hub::Hub;
-use crate::hub::{HandshakeMessage, Settings};
+use crate::hub::{HandshakeMessage, Hub, Settings};
 use crate::noise::{Gate, LocalKeys, Novelty, PeekedInitiation, Standing, Verdict};
 use crate::peer::table::PeerTable;
 use crate::stats::{Counters, DropReason, Meter, Published};

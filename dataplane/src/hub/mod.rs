@@ -36,7 +36,7 @@ use crate::ring::{TunRx, UdpRx};
 use crate::session::Awaited;
 use crate::sys::EventFd;
 use crate::sys::socket::Local;
-use crate::types::{Datagrams, PeerId, RegionId};
+use crate::types::{PeerId, RelayBatch};
 use crate::udp::{Doors, Sockets};
 
 /// Batches from relays that wait for a shard at most, and the bytes of those that wait for all shards,
@@ -85,15 +85,7 @@ impl Network {
     }
 }
 
-/// Sealed datagrams that came by relay.
-#[derive(Debug)]
-pub(crate) struct RelayIn {
-    pub(crate) peer: PeerId,
-    pub(crate) region: RegionId,
-    pub(crate) datagrams: Datagrams,
-}
-
-impl Load for RelayIn {
+impl Load for RelayBatch {
     fn bytes(&self) -> usize {
         self.datagrams.bytes.len()
     }
@@ -190,7 +182,7 @@ pub(crate) struct Inbox {
     /// Whom data came from that could not be opened, and its bytes.
     pub(crate) unopened: ArrayQueue<(PeerId, usize)>,
     pub(crate) handshakes: ArrayQueue<HandshakeMessage>,
-    pub(crate) relay: Lane<RelayIn>,
+    pub(crate) relay: Lane<RelayBatch>,
     pub(crate) handed: ArrayQueue<Handed>,
     /// From shards that seal for peers of this one.
     pub(crate) reports: ArrayQueue<Report>,
@@ -307,13 +299,21 @@ impl Hub {
         }
     }
 
-    fn tell(&self, shard: u8, push: impl FnOnce(&Inbox) -> bool) -> bool {
+    /// Puts something into a shard's inbox and wakes it. False if there is no such shard, or no room: then
+    /// `put` says so, and what is there already has rung.
+    pub(crate) fn tell(&self, shard: u8, put: impl FnOnce(&Inbox) -> bool) -> bool {
         let inbox = self.inboxes.get(usize::from(shard));
-        let told = inbox.filter(|inbox| push(inbox));
+        let told = inbox.filter(|inbox| put(inbox));
         if let Some(inbox) = told {
             inbox.wake.ring();
         }
         told.is_some()
+    }
+
+    /// As [`Hub::tell`], the owner of a peer; false also if there is no such peer.
+    pub(crate) fn tell_owner(&self, peer: PeerId, put: impl FnOnce(&Inbox) -> bool) -> bool {
+        let owner = self.table().owner(peer);
+        owner.is_some_and(|owner| self.tell(owner, put))
     }
 
     /// Whether the shard that a receiver index names may await an answer under it.
@@ -322,19 +322,11 @@ impl Hub {
         inbox.is_some_and(|inbox| inbox.awaited.contains(index))
     }
 
-    /// What waits for the owner of a peer, if there is one.
-    pub(crate) fn inbox_of(&self, peer: PeerId) -> Option<&Inbox> {
-        let owner = self.table().owner(peer)?;
-        self.inboxes.get(usize::from(owner))
-    }
-
     /// Tells the owner of a peer where it is to be sent to, and nobody else: others send along what the
     /// owner lends them.
     pub(crate) fn aim(&self, peer: PeerId, aim: Aim) {
-        if let Some(inbox) = self.inbox_of(peer) {
-            inbox.paths.set(peer, aim);
-            inbox.wake.ring();
-        }
+        // An id out of range is no peer's.
+        let _told = self.tell_owner(peer, |inbox| inbox.paths.set(peer, aim));
     }
 
     /// Asks every thread to end.

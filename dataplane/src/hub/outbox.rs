@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crossbeam::queue::ArrayQueue;
 
 use super::{Network, STRAYS_MAX};
-use crate::channel::{Lane, Load};
+use crate::channel::Lane;
 use crate::sys::EventFd;
-use crate::types::{Datagrams, Event, RelayOut};
+use crate::types::{Datagrams, Event, RelayBatch};
 
 /// Batches that wait for the control thread at most, and their bytes.
 pub(crate) const RELAY_OUT_ENTRIES_MAX: usize = 1024;
@@ -24,22 +24,13 @@ pub(crate) const SPARE_MAX: usize = 64;
 /// Networks that a shard has done with, waiting to be freed at most.
 const RETIRED_MAX: usize = 64;
 
-impl Load for RelayOut {
-    fn bytes(&self) -> usize {
-        self.datagrams.bytes.len()
-    }
-    fn packets(&self) -> usize {
-        self.datagrams.lens.len()
-    }
-}
-
 /// What waits for the control thread. Its descriptor is readable when something does.
 pub(crate) struct Outbox {
     /// The first thread that failed.
     failed: ArrayQueue<String>,
     events: ArrayQueue<Event>,
     events_lost: AtomicU64,
-    relay: Lane<RelayOut>,
+    relay: Lane<RelayBatch>,
     spare: ArrayQueue<Datagrams>,
     strays: ArrayQueue<(SocketAddr, Vec<u8>)>,
     retired: ArrayQueue<Network>,
@@ -77,7 +68,7 @@ impl Outbox {
         self.signal();
     }
 
-    pub(crate) fn relay(&self, out: RelayOut) {
+    pub(crate) fn relay(&self, out: RelayBatch) {
         self.relay.push(out);
         self.signal();
     }
@@ -146,7 +137,7 @@ impl Outbox {
         })
     }
 
-    pub(crate) fn poll_relay(&self) -> Option<RelayOut> {
+    pub(crate) fn poll_relay(&self) -> Option<RelayBatch> {
         self.poll(|| self.relay.pop())
     }
 
@@ -193,7 +184,7 @@ mod tests {
     fn the_outbox_stays_readable_until_both_queues_are_empty() {
         let outbox = Outbox::new(1).unwrap();
         outbox.event(Event::TunGone);
-        outbox.relay(RelayOut {
+        outbox.relay(RelayBatch {
             peer: PeerId(1),
             region: RegionId(2),
             datagrams: Datagrams {

@@ -9,13 +9,12 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::filter::{CompiledRules, source_allowed};
-use crate::hub::RelayIn;
 use crate::hub::strangers;
 use crate::packet::build::Builder;
 use crate::peer::Aim;
 use crate::session::{Moment, Session};
 use crate::tun::Kinds;
-use crate::types::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, Rules};
+use crate::types::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, RelayBatch, Rules};
 
 const OWN_KEY: [u8; 32] = [1; 32];
 const REGION: RegionId = RegionId(1);
@@ -190,7 +189,7 @@ fn comes_by_relay(shard: &Shard<'_>, peer: PeerId, datagrams: &[Vec<u8>]) {
     let lens = datagrams
         .iter()
         .map(|one| u16::try_from(one.len()).unwrap());
-    shard.inbox.relay.push(RelayIn {
+    shard.inbox.relay.push(RelayBatch {
         peer,
         region: REGION,
         datagrams: Datagrams {

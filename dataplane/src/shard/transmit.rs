@@ -10,7 +10,7 @@ use crate::peer::{Guest, Kind, Peer, Trouble, Way};
 use crate::seal::{Batch, Outlet};
 use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Leave;
-use crate::types::{PeerId, RegionId, RelayOut};
+use crate::types::{PeerId, RegionId, RelayBatch};
 use crate::udp::{Sender, Sockets};
 
 /// Batches to one relay are joined up to this many bytes.
@@ -20,7 +20,7 @@ pub(crate) struct Transmit {
     hub: Arc<Hub>,
     sender: Sender,
     /// What goes to a relay next, still open for more of the same peer.
-    relay: Option<RelayOut>,
+    relay: Option<RelayBatch>,
 }
 
 impl Transmit {
@@ -106,7 +106,7 @@ impl Transmit {
             self.flush_relay();
         }
         let hub = &self.hub;
-        let open = self.relay.get_or_insert_with(|| RelayOut {
+        let open = self.relay.get_or_insert_with(|| RelayBatch {
             peer,
             region,
             datagrams: hub.outbox.buffer(),
