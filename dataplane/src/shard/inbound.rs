@@ -344,8 +344,7 @@ impl Shard<'_> {
                 if self.merging.refuse(kind) {
                     tracing::warn!(
                         error = %io::Error::from_raw_os_error(errno),
-                        "the TUN device refuses super-packets of {}: writing them singly from now on",
-                        kind.name()
+                        "the TUN device refuses super-packets of {kind}: writing them singly from now on"
                     );
                 }
             }

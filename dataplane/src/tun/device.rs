@@ -18,7 +18,7 @@ const TUN_F_TSO: u32 = 0x02 | 0x04;
 const TUN_F_USO: u32 = 0x20 | 0x40;
 
 /// Which super-packets the kernel gives us, and takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct TunOffloads {
     /// TCP segmentation, both families, with checksums left to us.
     pub(crate) tso: bool,
@@ -33,7 +33,7 @@ impl TunOffloads {
             Kind::Tcp4 | Kind::Tcp6 => self.tso,
             Kind::Udp4 | Kind::Udp6 => self.uso,
         };
-        let taken = Kind::ALL.into_iter().filter(taken);
+        let taken = Kind::ALL.iter().copied().filter(taken);
         taken.fold(Kinds::NONE, Kinds::with)
     }
 }
@@ -108,31 +108,14 @@ impl Device {
 
 fn probe(fd: BorrowedFd<'_>, wanted: bool) -> io::Result<TunOffloads> {
     if wanted {
-        for (flags, offloads) in [
-            (
-                TUN_F_CSUM | TUN_F_TSO | TUN_F_USO,
-                TunOffloads {
-                    tso: true,
-                    uso: true,
-                },
-            ),
-            (
-                TUN_F_CSUM | TUN_F_TSO,
-                TunOffloads {
-                    tso: true,
-                    uso: false,
-                },
-            ),
-        ] {
-            match sys::set_tun_offload(fd, flags) {
+        for (uso, flags) in [(true, TUN_F_USO), (false, 0)] {
+            let offloads = TunOffloads { tso: true, uso };
+            match sys::set_tun_offload(fd, TUN_F_CSUM | TUN_F_TSO | flags) {
                 Ok(()) => return Ok(offloads),
                 Err(error) => tracing::info!(?offloads, %error, "the TUN device refuses offloads"),
             }
         }
     }
     sys::set_tun_offload(fd, 0)?;
-    Ok(TunOffloads {
-        tso: false,
-        uso: false,
-    })
+    Ok(TunOffloads::default())
 }

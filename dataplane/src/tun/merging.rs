@@ -9,40 +9,27 @@
 use std::fmt;
 use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
+use zerocopy::IntoBytes;
+
+use crate::named;
 use crate::packet::segment::plan;
 use crate::packet::vnet::{VNET_HDR_LEN, VnetHdr};
-use zerocopy::IntoBytes;
 
 /// Refusals after which a kind is merged no more.
 const REFUSALS_MAX: u32 = 3;
 
-/// A kind of super-packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Kind {
-    /// TCP over IPv4.
-    Tcp4,
-    /// TCP over IPv6.
-    Tcp6,
-    /// UDP over IPv4.
-    Udp4,
-    /// UDP over IPv6.
-    Udp6,
-}
-
-impl Kind {
-    /// Every kind.
-    pub const ALL: [Kind; 4] = [Kind::Tcp4, Kind::Tcp6, Kind::Udp4, Kind::Udp6];
-
-    /// Stable name, in lower case.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Tcp4 => "tcp4",
-            Kind::Tcp6 => "tcp6",
-            Kind::Udp4 => "udp4",
-            Kind::Udp6 => "udp6",
-        }
+named! {
+    /// A kind of super-packet.
+    #[repr(u8)]
+    pub enum Kind {
+        /// TCP over IPv4.
+        Tcp4 = "tcp4",
+        /// TCP over IPv6.
+        Tcp6 = "tcp6",
+        /// UDP over IPv4.
+        Udp4 = "udp4",
+        /// UDP over IPv6.
+        Udp6 = "udp6",
     }
 }
 
@@ -77,7 +64,8 @@ impl Kinds {
 
     /// Those among them.
     pub fn iter(self) -> impl Iterator<Item = Kind> {
-        Kind::ALL.into_iter().filter(move |kind| self.has(*kind))
+        let all = Kind::ALL.iter().copied();
+        all.filter(move |kind| self.has(*kind))
     }
 }
 
