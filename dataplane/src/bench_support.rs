@@ -11,9 +11,9 @@ use rand::rngs::StdRng;
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
-use crate::packet::build::{Builder, Tcp};
+use crate::packet::build::Builder;
 use crate::packet::segment::plan;
-use crate::packet::vnet::{GSO_TCPV4, VnetHdr};
+use crate::packet::vnet::VnetHdr;
 use crate::peer::Peers;
 use crate::peer::table::PeerTable;
 use crate::session::{self, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened, Session};
@@ -23,17 +23,9 @@ use crate::types::{PeerConfig, PeerId};
 /// bytes behind 52 of headers.
 #[must_use]
 pub fn super_packet(payload_len: usize, mss: u16) -> (VnetHdr, Vec<u8>) {
-    let tcp = Tcp {
-        seq: 1,
-        ack: 1,
-        flags: 0x18,
-        window: 500,
-        options: &[1; 12],
-    };
     let src = SocketAddr::from(([100, 64, 0, 1], 40_000));
     let dst = SocketAddr::from(([100, 64, 0, 2], 5201));
-    let packet = Builder::new(src, dst).tcp(&tcp, &vec![0x5a; payload_len]);
-    (VnetHdr::new(GSO_TCPV4, 52, mss, 20, 16), packet)
+    Builder::new(src, dst).super_packet(&vec![0x5a; payload_len], mss)
 }
 
 /// The peers of one shard, that hears of the network's changes.

@@ -269,10 +269,8 @@ mod tests {
         let seq = 64 * rng.random_range(0..4);
         let tcp = Tcp {
             seq,
-            ack: 1,
-            flags: 0x10,
-            window: 500,
             options: &[1; 12],
+            ..Tcp::default()
         };
         let mut packet = if rng.random() {
             builder.tcp(&tcp, &payload)

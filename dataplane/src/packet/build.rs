@@ -5,7 +5,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use super::checksum::{self, Sum};
-use super::header::{ICMP, ICMPV6, IpVersion, TCP, UDP};
+use super::header::{ICMP, ICMPV6, IpVersion, TCP, TCP_ACK, TCP_PSH, UDP};
+use super::vnet::{GSO_TCPV4, VnetHdr};
 
 /// What the IP header of the built packets says. Addresses are of one family.
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +42,19 @@ pub struct Tcp<'a> {
     pub options: &'a [u8],
 }
 
+impl Default for Tcp<'_> {
+    /// An acknowledgement in the middle of a connection, without options.
+    fn default() -> Self {
+        Tcp {
+            seq: 1,
+            ack: 1,
+            flags: TCP_ACK,
+            window: 500,
+            options: &[],
+        }
+    }
+}
+
 impl Builder {
     /// Packets from `src` to `dst` with ordinary other fields: TTL 64, do not fragment.
     pub fn new(src: SocketAddr, dst: SocketAddr) -> Builder {
@@ -69,6 +83,18 @@ impl Builder {
         body.extend(tcp.options);
         body.extend(payload);
         self.with_checksum(TCP, body, 16)
+    }
+
+    /// A TCP packet over IPv4 that is to be cut into segments of `mss` bytes behind 52 of headers, and
+    /// its virtio-net header, as the TUN gives them.
+    pub fn super_packet(&self, payload: &[u8], mss: u16) -> (VnetHdr, Vec<u8>) {
+        let tcp = Tcp {
+            flags: TCP_ACK | TCP_PSH,
+            options: &[1; 12],
+            ..Tcp::default()
+        };
+        let header = VnetHdr::new(GSO_TCPV4, 52, mss, 20, 16);
+        (header, self.tcp(&tcp, payload))
     }
 
     /// A UDP packet.

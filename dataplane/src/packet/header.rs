@@ -542,10 +542,8 @@ mod tests {
     fn fields_are_found_in_both_families() {
         let tcp = Tcp {
             seq: 7,
-            ack: 8,
-            flags: TCP_ACK,
-            window: 9,
             options: &[1; 12],
+            ..Tcp::default()
         };
         for (builder, l4_offset) in [(v4(), 20), (v6(), 40)] {
             let builder = Builder {

@@ -536,11 +536,9 @@ mod tests {
     fn a_full_super_packet_becomes_45_and_a_tail() {
         let payload = vec![7; 65_535 - 52];
         let tcp = Tcp {
-            seq: 1,
-            ack: 1,
             flags: 0x18,
-            window: 500,
             options: &[1; 12],
+            ..Tcp::default()
         };
         let case = tcp_case(builder(false), tcp, &payload, 1368);
         check(&case);
@@ -589,11 +587,8 @@ mod tests {
     #[test]
     fn a_super_packet_of_one_segment_or_without_payload_is_one_packet() {
         let tcp = Tcp {
-            seq: 1,
-            ack: 1,
             flags: 0x91,
-            window: 500,
-            options: &[],
+            ..Tcp::default()
         };
         check(&tcp_case(builder(false), tcp, &[1; 100], 100));
         let mut empty = tcp_case(builder(false), tcp, &[], 100);
@@ -603,15 +598,8 @@ mod tests {
 
     #[test]
     fn headers_that_lie_are_dropped() {
-        let tcp = Tcp {
-            seq: 1,
-            ack: 1,
-            flags: 0x10,
-            window: 500,
-            options: &[],
-        };
-        let good = tcp_case(builder(false), tcp, &[1; 5000], 1000);
-        let v6 = tcp_case(builder(true), tcp, &[1; 5000], 1000);
+        let good = tcp_case(builder(false), Tcp::default(), &[1; 5000], 1000);
+        let v6 = tcp_case(builder(true), Tcp::default(), &[1; 5000], 1000);
         let udp = udp_case(builder(false), &[1; 5000], 1000);
         let invalid = |vnet: VnetHdr, packet: &[u8]| {
             assert_eq!(
@@ -644,14 +632,7 @@ mod tests {
 
     #[test]
     fn transport_headers_that_are_cut_or_too_short_are_dropped() {
-        let tcp = Tcp {
-            seq: 1,
-            ack: 1,
-            flags: 0x10,
-            window: 500,
-            options: &[],
-        };
-        let good = tcp_case(builder(false), tcp, &[1; 40], 10);
+        let good = tcp_case(builder(false), Tcp::default(), &[1; 40], 10);
         for words in [0u8, 4, 16] {
             let mut packet = good.packet.clone();
             packet[32] = words << 4;
@@ -678,11 +659,9 @@ mod tests {
         println!("seed {seed:#x}");
         let mut rng = StdRng::seed_from_u64(seed);
         let tcp = Tcp {
-            seq: 1,
-            ack: 1,
             flags: 0x18,
-            window: 500,
             options: &[1; 8],
+            ..Tcp::default()
         };
         let mut dst = vec![0; 70_000];
         let mut planned = 0;

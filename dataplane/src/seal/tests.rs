@@ -13,10 +13,10 @@ use zeroize::Zeroizing;
 
 use super::*;
 use crate::config;
-use crate::packet::build::{Builder, Tcp};
+use crate::packet::build::Builder;
 use crate::packet::header::Headers;
 use crate::packet::segment::plan;
-use crate::packet::vnet::{GSO_TCPV4, VnetHdr};
+use crate::packet::vnet::VnetHdr;
 use crate::peer::table::PeerEntry;
 use crate::peer::{Peer, Peers};
 use crate::session::{Opened, Session};
@@ -201,15 +201,7 @@ fn builder(tos: u8) -> Builder {
 
 /// A TCP super-packet with so much payload in segments of `mss`, and the packets it stands for.
 fn super_packet(payload: usize, mss: u16, tos: u8) -> (VnetHdr, Vec<u8>, Vec<Vec<u8>>) {
-    let tcp = Tcp {
-        seq: 1,
-        ack: 2,
-        flags: 0x10,
-        window: 9,
-        options: &[1; 12],
-    };
-    let bytes = builder(tos).tcp(&tcp, &vec![0x37; payload]);
-    let header = VnetHdr::new(GSO_TCPV4, 52, mss, 20, 16);
+    let (header, bytes) = builder(tos).super_packet(&vec![0x37; payload], mss);
     let plan = plan(&header, &bytes).unwrap();
     let segments = (0..plan.len())
         .map(|i| {

@@ -178,7 +178,7 @@ mod tests {
     use super::*;
     use crate::coalesce::Coalescer;
     use crate::packet::build::{Builder, Tcp};
-    use crate::packet::header::{Headers, TCP_ACK};
+    use crate::packet::header::Headers;
     use crate::packet::vnet::{GSO_NONE, GSO_UDP_L4};
     use crate::tun::device::TunOffloads;
 
@@ -192,10 +192,7 @@ mod tests {
             let payload = &payload[..if i == 9 { 300 } else { 1000 }];
             let tcp = Tcp {
                 seq: 1000 * u32::from(i),
-                ack: 1,
-                flags: TCP_ACK,
-                window: 100,
-                options: &[],
+                ..Tcp::default()
             };
             for address in [v4, v6] {
                 let builder = |port| Builder {
