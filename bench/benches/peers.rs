@@ -21,11 +21,8 @@ fn peer(id: u32) -> PeerConfig {
     let v6 = IpAddr::V6(((0xfd7a << 112) | u128::from(id)).into());
     let alone = |addr, bits| Prefix { addr, bits };
     PeerConfig {
-        id: PeerId(id),
-        public_key,
-        preshared_key: None,
         allowed_ips: vec![alone(v4, 32), alone(v6, 128)],
-        persistent_keepalive: None,
+        ..PeerConfig::new(PeerId(id), public_key)
     }
 }
 

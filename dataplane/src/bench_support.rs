@@ -98,12 +98,9 @@ impl Sessions {
             let rng = StdRng::seed_from_u64(own as u64);
             session::Engine::new(kind, &Zeroizing::new(keys[own]), mtu, 0, rng)
         };
-        let config = |id, peer: usize| PeerConfig {
-            id: PeerId(id),
-            public_key: PublicKey::from(&StaticSecret::from(keys[peer])).to_bytes(),
-            preshared_key: None,
-            allowed_ips: Vec::new(),
-            persistent_keepalive: None,
+        let config = |id, peer: usize| {
+            let public = PublicKey::from(&StaticSecret::from(keys[peer]));
+            PeerConfig::new(PeerId(id), public.to_bytes())
         };
         let mut sessions = Sessions {
             now,

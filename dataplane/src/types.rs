@@ -59,6 +59,20 @@ pub struct PeerConfig {
     pub persistent_keepalive: Option<u16>,
 }
 
+impl PeerConfig {
+    /// A peer without a preshared key, allowed IPs and keep-alive.
+    #[must_use]
+    pub fn new(id: PeerId, public_key: [u8; 32]) -> PeerConfig {
+        PeerConfig {
+            id,
+            public_key,
+            preshared_key: None,
+            allowed_ips: Vec::new(),
+            persistent_keepalive: None,
+        }
+    }
+}
+
 /// A whole view of the network. Every shard takes it over in one step: no packet of a new peer meets
 /// older rules, none of a peer that went meets newer ones.
 #[derive(Clone, Debug, Default)]

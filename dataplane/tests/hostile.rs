@@ -58,14 +58,11 @@ impl Hand {
     fn new(pair: &Pair) -> Hand {
         let public = PublicKey::from(&StaticSecret::from(HAND_KEY));
         let hand = PeerConfig {
-            id: HAND,
-            public_key: *public.as_bytes(),
-            preshared_key: None,
             allowed_ips: vec![Prefix {
                 addr: HAND_INNER.into(),
                 bits: 32,
             }],
-            persistent_keepalive: None,
+            ..PeerConfig::new(HAND, *public.as_bytes())
         };
         pair.b.set_peers(vec![peer(End::A), hand]);
         let local = LocalKeys::new(&HAND_KEY);

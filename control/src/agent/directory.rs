@@ -144,11 +144,8 @@ impl Directory {
         let peers = ids.iter().filter_map(|id| Some((*id, self.peer(*id)?)));
         peers
             .map(|(id, peer)| PeerConfig {
-                id,
-                public_key: peer.node_key.0,
-                preshared_key: None,
                 allowed_ips: peer.allowed_ips.iter().map(|net| (*net).into()).collect(),
-                persistent_keepalive: None,
+                ..PeerConfig::new(id, peer.node_key.0)
             })
             .collect()
     }

@@ -96,13 +96,9 @@ impl Lab {
             mtu: 1420,
         };
         let peers: Vec<Far> = (2..=20).map(Far::new).collect();
-        let configs = peers.iter().map(|peer| PeerConfig {
-            id: PeerId(u32::from(peer.n)),
-            public_key: *peer.keys.public(),
-            preshared_key: None,
-            allowed_ips: vec![],
-            persistent_keepalive: None,
-        });
+        let configs = peers
+            .iter()
+            .map(|peer| PeerConfig::new(PeerId(peer.n.into()), *peer.keys.public()));
         let mut worker = Worker::new(epoch, &settings, StdRng::from_rng(&mut rng));
         let table = PeerTable::default().replaced(configs.collect(), vec![], 1);
         worker.set_peers(Arc::new(table));

@@ -30,13 +30,7 @@ fn settings(n: Option<u8>) -> Settings {
 
 fn worker(now: Instant) -> Worker {
     let mut worker = Worker::new(now, &settings(Some(1)), rand::make_rng());
-    let peer = PeerConfig {
-        id: PeerId(4),
-        public_key: *local(2).public(),
-        preshared_key: None,
-        allowed_ips: vec![],
-        persistent_keepalive: None,
-    };
+    let peer = PeerConfig::new(PeerId(4), *local(2).public());
     let table = PeerTable::default().replaced(vec![peer], vec![], 1);
     worker.set_peers(Arc::new(table));
     worker

@@ -375,13 +375,7 @@ mod tests {
         #[expect(clippy::disallowed_methods, reason = "any instant will do")]
         let hub = Hub::new(Instant::now(), 4).unwrap();
         let peers: Vec<PeerConfig> = (0..40u8)
-            .map(|n| PeerConfig {
-                id: PeerId(n.into()),
-                public_key: [n; 32],
-                preshared_key: None,
-                allowed_ips: Vec::new(),
-                persistent_keepalive: None,
-            })
+            .map(|n| PeerConfig::new(PeerId(n.into()), [n; 32]))
             .collect();
         let table = Arc::new(PeerTable::default().replaced(peers, Vec::new(), 4));
         hub.network.write().unwrap().table = Arc::clone(&table);

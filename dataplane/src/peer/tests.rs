@@ -15,13 +15,7 @@ use crate::session::{Change, MESSAGE_LEN_MAX, Moment};
 
 fn config(id: u32, key: u8) -> PeerEntry {
     PeerEntry {
-        config: Arc::new(PeerConfig {
-            id: PeerId(id),
-            public_key: [key; 32],
-            preshared_key: None,
-            allowed_ips: vec![],
-            persistent_keepalive: None,
-        }),
+        config: Arc::new(PeerConfig::new(PeerId(id), [key; 32])),
         shared: Arc::default(),
         owner: 0,
     }
@@ -186,13 +180,7 @@ impl Loan {
     fn new() -> Loan {
         let now = epoch();
         let public = |key| *PublicKey::from(&StaticSecret::from([key; 32])).as_bytes();
-        let config = |key| PeerConfig {
-            id: LENT,
-            public_key: public(key),
-            preshared_key: None,
-            allowed_ips: vec![],
-            persistent_keepalive: None,
-        };
+        let config = |key| PeerConfig::new(LENT, public(key));
         let table = PeerTable::default().replaced(vec![config(2)], vec![], 1);
         let mut owner = Peers::new(true, 2);
         let mut engine = engine();
@@ -430,13 +418,7 @@ fn a_grant_nothing_was_sealed_with_is_let_go() {
     let session = loan.owner.get(LENT).unwrap().session().unwrap();
     let sealing = Arc::clone(session.lend(now).unwrap());
     let ids = [LENT, PeerId(4)];
-    let config = |id: PeerId| PeerConfig {
-        id,
-        public_key: [u8::try_from(id.0).unwrap(); 32],
-        preshared_key: None,
-        allowed_ips: vec![],
-        persistent_keepalive: None,
-    };
+    let config = |id: PeerId| PeerConfig::new(id, [u8::try_from(id.0).unwrap(); 32]);
     let table = PeerTable::default().replaced(ids.map(config).to_vec(), vec![], 1);
     let lent = ids.map(|id| {
         let lent = Lent::new(Terms::new(Arc::clone(&sealing), Way::default(), None));
@@ -460,13 +442,7 @@ fn guests_whose_runs_are_open_together_hold_on_until_each_is_closed() {
     let mut loan = Loan::lending();
     let now = loan.now;
     let other = PeerId(4);
-    let config = PeerConfig {
-        id: other,
-        public_key: [4; 32],
-        preshared_key: None,
-        allowed_ips: vec![],
-        persistent_keepalive: None,
-    };
+    let config = PeerConfig::new(other, [4; 32]);
     let table = loan.table.changed(vec![config], &[], None, 1);
     let session = loan.owner.get(LENT).unwrap().session().unwrap();
     let sealing = Arc::clone(session.lend(now).unwrap());

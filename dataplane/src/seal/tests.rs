@@ -53,13 +53,7 @@ fn public(key: u8) -> [u8; 32] {
 }
 
 fn config(id: PeerId, key: u8) -> PeerConfig {
-    PeerConfig {
-        id,
-        public_key: public(key),
-        preshared_key: None,
-        allowed_ips: vec![],
-        persistent_keepalive: None,
-    }
+    PeerConfig::new(id, public(key))
 }
 
 impl Rig {

@@ -83,13 +83,8 @@ impl World {
         let ends = [0, 1].map(|own: usize| {
             let rng = StdRng::seed_from_u64(own as u64);
             let key = Zeroizing::new(keys[own]);
-            let peer = PeerConfig {
-                id: PeerId(7),
-                public_key: PublicKey::from(&StaticSecret::from(keys[1 - own])).to_bytes(),
-                preshared_key: None,
-                allowed_ips: Vec::new(),
-                persistent_keepalive: None,
-            };
+            let public = PublicKey::from(&StaticSecret::from(keys[1 - own]));
+            let peer = PeerConfig::new(PeerId(7), public.to_bytes());
             let shard = u8::from(own == 1);
             End::new(Engine::Ringtail, &key, 1420, shard, rng, start, &peer)
         });

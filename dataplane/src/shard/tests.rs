@@ -74,13 +74,8 @@ struct Far {
 }
 
 fn config(id: PeerId, key: [u8; 32]) -> PeerConfig {
-    PeerConfig {
-        id,
-        public_key: PublicKey::from(&StaticSecret::from(key)).to_bytes(),
-        preshared_key: None,
-        allowed_ips: vec![],
-        persistent_keepalive: None,
-    }
+    let public = PublicKey::from(&StaticSecret::from(key));
+    PeerConfig::new(id, public.to_bytes())
 }
 
 impl Far {

@@ -563,13 +563,10 @@ impl Drop for Pair {
 pub(crate) fn peer(end: End) -> PeerConfig {
     let public = PublicKey::from(&StaticSecret::from(end.key()));
     PeerConfig {
-        id: PEER,
-        public_key: *public.as_bytes(),
-        preshared_key: None,
         allowed_ips: [(end.inner4(), 32), (end.inner6(), 128)]
             .map(|(addr, bits)| Prefix { addr, bits })
             .into(),
-        persistent_keepalive: None,
+        ..PeerConfig::new(PEER, *public.as_bytes())
     }
 }
 
@@ -578,11 +575,8 @@ pub(crate) fn stranger(id: u32, allowed_ips: Vec<Prefix>) -> PeerConfig {
     let mut public_key = [0x5a; 32];
     public_key[..4].copy_from_slice(&id.to_le_bytes());
     PeerConfig {
-        id: PeerId(id),
-        public_key,
-        preshared_key: None,
         allowed_ips,
-        persistent_keepalive: None,
+        ..PeerConfig::new(PeerId(id), public_key)
     }
 }
 

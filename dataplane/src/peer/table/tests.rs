@@ -20,11 +20,8 @@ fn config(id: u32, key: u32, allowed_ips: Vec<Prefix>) -> PeerConfig {
     let mut public_key = [0x5a; 32];
     public_key[..4].copy_from_slice(&key.to_le_bytes());
     PeerConfig {
-        id: PeerId(id),
-        public_key,
-        preshared_key: None,
         allowed_ips,
-        persistent_keepalive: None,
+        ..PeerConfig::new(PeerId(id), public_key)
     }
 }
 

@@ -289,11 +289,8 @@ fn entry(
     shared: Option<std::sync::Arc<crate::peer::PeerShared>>,
 ) -> PeerEntry {
     let config = PeerConfig {
-        id,
-        public_key: [1; 32],
-        preshared_key: None,
-        allowed_ips: vec![],
         persistent_keepalive: u16::try_from(number % 3).ok(),
+        ..PeerConfig::new(id, [1; 32])
     };
     PeerEntry {
         config: std::sync::Arc::new(config),
