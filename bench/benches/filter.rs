@@ -89,7 +89,8 @@ fn bench(c: &mut Criterion) {
         addr: them.ip(),
         bits: 32,
     };
-    let table = Table::from_peers([(PeerId(1), &[prefix][..])]);
+    let mut table = Table::default();
+    table.insert(prefix, PeerId(1));
     group.bench_function("source allowed, fresh cursor", |b| {
         b.iter(|| source_allowed(&mut table.cursor(), PeerId(1), black_box(&headers)));
     });

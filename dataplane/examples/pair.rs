@@ -15,8 +15,8 @@ use anyhow::{Context, bail};
 use clap::{Parser, ValueEnum};
 use ringtail_dataplane::stats::{DropReason, Meter, Room};
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Offloads, PathDecision, PeerConfig, PeerId, Prefix,
-    Rules,
+    Config, Dataplane, DriverChoice, Engine, NetworkChange, Offloads, PathDecision, PeerConfig,
+    PeerId, Prefix, Rules,
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
@@ -141,11 +141,7 @@ fn main() -> anyhow::Result<()> {
         ip(&["addr", "add", addr, "dev", &tun])?;
     }
     let peer_key = PublicKey::from(&StaticSecret::from([args.peer_seed; 32]));
-    dataplane.set_rules(&Rules::AllowAll, None);
-    dataplane.set_peers(vec![PeerConfig {
-        id: PeerId(0),
-        public_key: *peer_key.as_bytes(),
-        preshared_key: None,
+    let peer = PeerConfig {
         allowed_ips: args
             .peer_ip
             .iter()
@@ -154,8 +150,13 @@ fn main() -> anyhow::Result<()> {
                 bits: if addr.is_ipv4() { 32 } else { 128 },
             })
             .collect(),
-        persistent_keepalive: None,
-    }]);
+        ..PeerConfig::new(PeerId(0), *peer_key.as_bytes())
+    };
+    dataplane.change_network(NetworkChange {
+        peers: vec![peer],
+        rules: Some((Rules::AllowAll, None)),
+        ..NetworkChange::default()
+    });
     if args.roam {
         dataplane.set_endpoint(PeerId(0), args.endpoint);
     } else {

@@ -16,7 +16,7 @@ use crate::config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError,
 };
 use crate::filter::CompiledRules;
-use crate::hub::{Hub, Inbox, Network, Settings};
+use crate::hub::{Hub, Inbox, Settings};
 use crate::peer::table::PeerEntry;
 use crate::peer::{Aim, Whereabouts};
 use crate::routes::Routes;
@@ -25,8 +25,7 @@ use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::{Device, Kinds, Merging, Queue};
 use crate::types::{
-    Activity, Datagrams, Event, NetworkChange, NetworkConfig, PathDecision, PeerConfig, PeerId,
-    Prefix, RegionId, RelayBatch, Rules,
+    Activity, Datagrams, Event, NetworkChange, PathDecision, PeerId, RegionId, RelayBatch,
 };
 use crate::udp::{Group, SEND_BYTES_MAX, Wanted};
 use crate::{handshake, sys, threads};
@@ -428,21 +427,11 @@ impl Dataplane {
         Ok((sockets.v4.try_clone()?, v6))
     }
 
-    /// Replaces peers and packet filter, which every shard takes over in one step. Until the first
+    /// Changes peers and packet filter, which every shard takes over in one step. Until the first
     /// call there are no peers and nothing may come in. Peers whose id and key are unchanged keep
     /// their sessions, paths and counters; another preshared key counts from the next handshake,
     /// another keep-alive at once. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX) are not used.
-    pub fn set_network(&self, network: NetworkConfig) {
-        let rules = CompiledRules::compile(&network.rules, network.local.as_deref());
-        self.update_network(|current, shards| {
-            let (peers, reserved) = (network.peers, network.reserved);
-            current.table = Arc::new(current.table.replaced(peers, reserved, shards));
-            current.rules = Arc::new(rules);
-        });
-    }
-
-    /// Changes what is named, which every shard takes over in one step; see
-    /// [`Dataplane::set_network`]. Nothing about other peers is touched.
+    /// Nothing about peers that are not named is touched.
     pub fn change_network(&self, change: NetworkChange) {
         let NetworkChange {
             peers,
@@ -451,40 +440,19 @@ impl Dataplane {
             rules,
         } = change;
         let rules = rules.map(|(rules, local)| CompiledRules::compile(&rules, local.as_deref()));
-        self.update_network(|current, shards| {
-            if !peers.is_empty() || !gone.is_empty() || reserved.is_some() {
-                let table = current.table.changed(peers, &gone, reserved, shards);
-                current.table = Arc::new(table);
-            }
-            if let Some(rules) = rules {
-                current.rules = Arc::new(rules);
-            }
-        });
-    }
-
-    /// Replaces the peers alone, with nothing reserved; see [`Dataplane::set_network`]. The rules
-    /// stay: nothing comes in before [`Dataplane::set_rules`].
-    pub fn set_peers(&self, peers: Vec<PeerConfig>) {
-        self.update_network(|current, shards| {
-            current.table = Arc::new(current.table.replaced(peers, Vec::new(), shards));
-        });
-    }
-
-    /// Replaces the packet filter alone. `local` are our own addresses and the routes we advertise:
-    /// packets to others are refused, whatever the rules; `None` skips that.
-    pub fn set_rules(&self, rules: &Rules, local: Option<&[Prefix]>) {
-        let compiled = Arc::new(CompiledRules::compile(rules, local));
-        self.update_network(|current, _| current.rules = compiled);
-    }
-
-    fn update_network(&self, update: impl FnOnce(&mut Network, usize)) {
+        let same_table = peers.is_empty() && gone.is_empty() && reserved.is_none();
+        if same_table && rules.is_none() {
+            return;
+        }
         let newest = &self.hub.network;
         let mut current = newest.write().unwrap_or_else(PoisonError::into_inner);
-        let before = current.clone();
-        update(&mut current, self.hub.inboxes.len());
-        let same_table = Arc::ptr_eq(&before.table, &current.table);
-        if same_table && Arc::ptr_eq(&before.rules, &current.rules) {
-            return;
+        if !same_table {
+            let shards = self.hub.inboxes.len();
+            let table = current.table.changed(peers, &gone, reserved, shards);
+            current.table = Arc::new(table);
+        }
+        if let Some(rules) = rules {
+            current.rules = Arc::new(rules);
         }
         self.hub.outbox.free_retired();
         for inbox in &self.hub.inboxes {
@@ -499,7 +467,7 @@ impl Dataplane {
     }
 
     /// Replaces a peer's path, but in device mode. The latest decision counts; none is lost. A peer that
-    /// [`Dataplane::set_network`] has not told of has none.
+    /// [`Dataplane::change_network`] has not told of has none.
     pub fn set_path(&self, peer: PeerId, decision: PathDecision) {
         debug_assert!(!self.roam, "endpoints are all there is in device mode");
         self.hub.aim(peer, Aim::Decided(decision));
@@ -512,7 +480,7 @@ impl Dataplane {
     }
 
     /// Sets a peer's endpoint in device mode; the peer may roam from there. For a new peer call
-    /// [`Dataplane::set_peers`] first.
+    /// [`Dataplane::change_network`] first.
     pub fn set_endpoint(&self, peer: PeerId, endpoint: SocketAddr) {
         debug_assert!(self.roam, "elsewhere paths are decided");
         let table = self.hub.table();

@@ -17,9 +17,9 @@
 //!
 //! ```no_run
 //! # use ringtail_dataplane::*;
-//! # fn f(config: Config, network: NetworkConfig, decision: PathDecision) -> Result<(), StartError> {
+//! # fn f(config: Config, network: NetworkChange, decision: PathDecision) -> Result<(), StartError> {
 //! let dataplane = Dataplane::start(config)?;
-//! dataplane.set_network(network);
+//! dataplane.change_network(network);
 //! dataplane.set_path(PeerId(0), decision);
 //! while let Some(event) = dataplane.poll_event() { /* … */ }
 //! # Ok(()) }
@@ -145,7 +145,7 @@ pub use routes::rest_after;
 pub use sys::{now, slept, steady_wall, steady_wall_at_least};
 pub use tun::{Kind as SuperPacketKind, Kinds as SuperPacketKinds};
 pub use types::{
-    Activity, Datagrams, Event, NetworkChange, NetworkConfig, PEERS_MAX, PathDecision, PeerConfig,
-    PeerId, Prefix, RegionId, RelayBatch, Rule, Rules,
+    Activity, Datagrams, Event, NetworkChange, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix,
+    RegionId, RelayBatch, Rule, Rules,
 };
 pub use udp::set_dont_fragment;

@@ -73,24 +73,9 @@ impl PeerConfig {
     }
 }
 
-/// A whole view of the network. Every shard takes it over in one step: no packet of a new peer meets
-/// older rules, none of a peer that went meets newer ones.
-#[derive(Clone, Debug, Default)]
-pub struct NetworkConfig {
-    /// All peers. Of equal prefixes the last peer's counts.
-    pub peers: Vec<PeerConfig>,
-    /// What belongs to no peer even where the allowed IPs of one cover it: own addresses, those of
-    /// nodes that are held back. A longer prefix of a peer inside counts, an equal one does not.
-    pub reserved: Vec<Prefix>,
-    /// Who may reach us.
-    pub rules: Rules,
-    /// Our own addresses and the routes we advertise: packets to others are refused, whatever the
-    /// rules; `None` skips that.
-    pub local: Option<Vec<Prefix>>,
-}
-
-/// What is another in a network that is known. As with a whole one, every shard takes it over in one
-/// step. What it costs depends on what it names, not on how many peers there are.
+/// What is another in the network, in which there are no peers and nobody may reach us at first. Every
+/// shard takes it over in one step: no packet of a new peer meets older rules, none of a peer that went
+/// meets newer ones. What it costs depends on what it names, not on how many peers there are.
 #[derive(Clone, Debug, Default)]
 pub struct NetworkChange {
     /// Peers that are new or have another configuration, each once. A prefix that is new for one goes
@@ -98,9 +83,12 @@ pub struct NetworkChange {
     pub peers: Vec<PeerConfig>,
     /// Peers that are no more.
     pub gone: Vec<PeerId>,
-    /// As [`NetworkConfig::reserved`], if that is another.
+    /// What belongs to no peer even where the allowed IPs of one cover it, if that is another: own
+    /// addresses, those of nodes that are held back. A longer prefix of a peer inside counts, an equal one
+    /// does not.
     pub reserved: Option<Vec<Prefix>>,
-    /// As [`NetworkConfig::rules`] and [`NetworkConfig::local`], if one of them is another.
+    /// Who may reach us, and our own addresses with the routes we advertise, if one of them is another:
+    /// packets to others are refused, whatever the rules; `None` skips that.
     pub rules: Option<(Rules, Option<Vec<Prefix>>)>,
 }
 

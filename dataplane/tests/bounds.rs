@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{
-    Config, Dataplane, NetworkConfig, PathDecision, PeerConfig, PeerId, Prefix, Rules,
+    Config, Dataplane, NetworkChange, PathDecision, PeerConfig, PeerId, Prefix, Rules,
 };
 use support::{End, Lab, can_run, resident, stranger};
 
@@ -94,10 +94,10 @@ fn a_scan_of_all_peers_stays_below_the_documents_sum() {
         support::run(&format!("ip -n {name} link set rt0 mtu {MTU} up"));
         support::run(&format!("ip -n {name} addr add 10.9.0.1/32 dev rt0"));
         support::run(&format!("ip -n {name} route add 100.64.0.0/16 dev rt0"));
-        dataplane.set_network(NetworkConfig {
+        dataplane.change_network(NetworkChange {
             peers: (0..peers).map(peer).collect(),
-            rules: Rules::List(Vec::new()),
-            ..NetworkConfig::default()
+            rules: Some((Rules::List(Vec::new()), None)),
+            ..NetworkChange::default()
         });
         for id in 0..peers.min(PATHS_MAX) {
             dataplane.set_path(PeerId(id), dead_end());

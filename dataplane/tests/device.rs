@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{DriverChoice, Event, PeerConfig, StartError};
-use support::{End, PEER, Pair, Setup, can_run, peer, run, soon};
+use support::{End, PEER, Pair, Setup, can_run, peer, run, set_peers, soon};
 use zeroize::Zeroizing;
 
 const MIB: usize = 1 << 20;
@@ -299,10 +299,13 @@ fn our_key_changes_with_sessions_up() {
     // The other end knows us by this key from now on.
     let key = Zeroizing::new([77; 32]);
     let public = x25519_dalek::PublicKey::from(&x25519_dalek::StaticSecret::from(*key));
-    pair.b.set_peers(vec![PeerConfig {
-        public_key: *public.as_bytes(),
-        ..peer(End::A)
-    }]);
+    set_peers(
+        &pair.b,
+        vec![PeerConfig {
+            public_key: *public.as_bytes(),
+            ..peer(End::A)
+        }],
+    );
     assert_eq!(
         pair.b.endpoint(PEER),
         None,
@@ -336,12 +339,12 @@ fn peers_come_and_go_with_traffic_flowing() {
                 });
             });
             for round in 0..50u32 {
-                pair.a.set_peers(Vec::new());
+                set_peers(&pair.a, Vec::new());
                 // Initiations within 20 ms of another are not answered, and repeated after 5 s.
                 let checked = round % 10 == 0;
                 let pause = if checked { 40 } else { round % 4 };
                 thread::sleep(Duration::from_millis(u64::from(pause)));
-                pair.a.set_peers(vec![peer(End::B)]);
+                set_peers(&pair.a, vec![peer(End::B)]);
                 endpoint(&pair, End::A, End::B.outer4());
                 if checked {
                     // One may be pushed out by the others while they wait for keys.
@@ -371,7 +374,7 @@ fn prefixes_move_between_peers() {
         allowed_ips: vec![peer(End::B).allowed_ips[0]],
         ..peer(End::B)
     };
-    pair.a.set_peers(vec![peer(End::B), other.clone()]);
+    set_peers(&pair.a, vec![peer(End::B), other.clone()]);
     assert!(
         !pair.quiet_ping(End::A, End::B.inner4()),
         "it is the other's"
@@ -382,7 +385,7 @@ fn prefixes_move_between_peers() {
     soon("counted", || {
         pair.a.stats().drops(DropReason::SourceNotAllowed) > before
     });
-    pair.a.set_peers(vec![other, peer(End::B)]);
+    set_peers(&pair.a, vec![other, peer(End::B)]);
     assert!(pair.ping(End::A, End::B.inner4(), 1), "the last one has it");
 }
 
@@ -393,19 +396,25 @@ fn a_keep_alive_starts_at_once_and_a_preshared_key_counts_from_the_next_handshak
     }
     let pair = device(Setup::default());
     endpoint(&pair, End::A, End::B.outer4());
-    pair.a.set_peers(vec![PeerConfig {
-        persistent_keepalive: Some(25),
-        ..peer(End::B)
-    }]);
+    set_peers(
+        &pair.a,
+        vec![PeerConfig {
+            persistent_keepalive: Some(25),
+            ..peer(End::B)
+        }],
+    );
     soon("it handshakes by itself", || {
         pair.b.activity(PEER).last_handshake.is_some()
     });
     let secret = Zeroizing::new([5; 32]);
     for (dataplane, end) in [(&pair.a, End::B), (&pair.b, End::A)] {
-        dataplane.set_peers(vec![PeerConfig {
-            preshared_key: Some(secret.clone()),
-            ..peer(end)
-        }]);
+        set_peers(
+            dataplane,
+            vec![PeerConfig {
+                preshared_key: Some(secret.clone()),
+                ..peer(end)
+            }],
+        );
     }
     assert!(pair.ping(End::A, End::B.inner4(), 2));
     pair.transfer(End::B, End::A.inner4(), MIB);

@@ -25,7 +25,7 @@ use ringtail_dataplane::noise::{
 use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{Dataplane, DriverChoice, Engine, PeerConfig, PeerId, Prefix};
-use support::{End, PEER, Pair, Setup, can_run, peer, send_in_trains_of};
+use support::{End, PEER, Pair, Setup, can_run, peer, send_in_trains_of, set_peers};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// The attacker, as a peer of B.
@@ -64,7 +64,7 @@ impl Hand {
             }],
             ..PeerConfig::new(HAND, *public.as_bytes())
         };
-        pair.b.set_peers(vec![peer(End::A), hand]);
+        set_peers(&pair.b, vec![peer(End::A), hand]);
         let local = LocalKeys::new(&HAND_KEY);
         let victim = PublicKey::from(&StaticSecret::from(End::B.key()));
         let socket = pair.lab.inside(End::A, || {
@@ -371,7 +371,7 @@ fn mutated_messages_of_every_type_are_counted() {
     });
     // Sessions that are young are not made anew: this one is forgotten.
     let peers = vec![peer(End::A)];
-    pair.b.set_peers(peers);
+    set_peers(&pair.b, peers);
     let mut hand = Hand::new(&pair);
     let cookie = hand.cookie(&pair.b);
     assault("mutated cookie replies", &pair.b, &hand, |_| {

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::packet::header::{Flow, TCP, UDP};
 use ringtail_dataplane::stats::{DropReason, Meter};
-use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, Rules, StartError};
-use support::{End, HOUR, PEER, Pair, Setup, can_run, run, soon, start_another};
+use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, StartError};
+use support::{End, HOUR, PEER, Pair, Setup, can_run, close, run, soon, start_another};
 
 /// An event is there at once, on a machine that does not stand still.
 const TOLD: Duration = Duration::from_secs(10);
@@ -354,7 +354,7 @@ fn replies_to_flows_of_any_shard_pass_the_filter() {
     }
     let pair = Pair::new(Setup::with_shards(2));
     // Nobody may begin to speak to A.
-    pair.a.set_rules(&Rules::List(Vec::new()), None);
+    close(&pair.a);
     pair.direct();
     let echo = pair.bind(End::B, End::B.inner4());
     echo.set_read_timeout(Some(Duration::from_secs(10)))
@@ -399,7 +399,7 @@ fn quiet_flows_are_answered_beside_160000_others() {
     const PER_MS: u32 = 8;
     const ROUND: Duration = Duration::from_secs(10);
     let pair = Pair::new(Setup::with_shards(2));
-    pair.a.set_rules(&Rules::List(Vec::new()), None);
+    close(&pair.a);
     pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 1));
     let socket = |end: End| UdpSocket::bind((end.inner4(), 0)).unwrap();

@@ -70,7 +70,8 @@ fn a_warm_pass_through_the_rooms_allocates_nothing() {
         addr: them(0).ip(),
         bits: 32,
     };
-    let routes = Table::from_peers([(PeerId(1), &[prefix][..])]);
+    let mut routes = Table::default();
+    routes.insert(prefix, PeerId(1));
     let list = CompiledRules::compile(&Rules::List(Vec::new()), None);
     let mut filter = Filter::new(now, Arc::new(list));
     let mut coalescer = Coalescer::new();

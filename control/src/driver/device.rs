@@ -87,7 +87,10 @@ pub fn run(options: Options, ready: impl FnOnce() -> anyhow::Result<()>) -> anyh
     };
     let dataplane = Dataplane::start(config(&options)).context("cannot start")?;
     // A WireGuard interface filters by allowed IPs alone.
-    dataplane.set_rules(&Rules::AllowAll, None);
+    dataplane.change_network(NetworkChange {
+        rules: Some((Rules::AllowAll, None)),
+        ..NetworkChange::default()
+    });
     let socket = match socket {
         Some(socket) => socket,
         None => Socket::bind(dir, dataplane.tun_name())?,

@@ -491,16 +491,15 @@ fn link_local_and_multicast_are_refused_whatever_the_rules() {
 
 #[test]
 fn a_source_must_be_the_senders_own() {
-    let table = Table::from_peers([
-        (
-            PeerId(1),
-            &[prefix("10.0.0.1/32"), prefix("10.1.0.0/16")][..],
-        ),
-        (
-            PeerId(2),
-            &[prefix("10.0.0.2/32"), prefix("10.1.5.0/24")][..],
-        ),
-    ]);
+    let mut table = Table::default();
+    for (peer, theirs) in [
+        (1, "10.0.0.1/32"),
+        (1, "10.1.0.0/16"),
+        (2, "10.0.0.2/32"),
+        (2, "10.1.5.0/24"),
+    ] {
+        table.insert(prefix(theirs), PeerId(peer));
+    }
     let mut cursor = table.cursor();
     let refused = Err(DropReason::SourceNotAllowed);
     for (peer, src, want) in [

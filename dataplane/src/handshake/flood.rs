@@ -100,7 +100,7 @@ impl Lab {
             .iter()
             .map(|peer| PeerConfig::new(PeerId(peer.n.into()), *peer.keys.public()));
         let mut worker = Worker::new(epoch, &settings, StdRng::from_rng(&mut rng));
-        let table = PeerTable::default().replaced(configs.collect(), vec![], 1);
+        let table = PeerTable::default().changed(configs.collect(), &[], None, 1);
         worker.set_peers(Arc::new(table));
         Lab {
             epoch,

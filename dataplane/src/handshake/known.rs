@@ -113,9 +113,7 @@ impl KnownAddresses {
         let over = |at: Option<Instant>, span| {
             at.is_none_or(|at| now.saturating_duration_since(at) >= span)
         };
-        if over(known.handshake, GO_AFTER)
-            && over(known.went, GO_EVERY)
-        {
+        if over(known.handshake, GO_AFTER) && over(known.went, GO_EVERY) {
             known.went = Some(now);
             let peer = known.peer;
             // A full queue means that much is asked for already; the next message asks again.

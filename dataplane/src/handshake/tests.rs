@@ -31,7 +31,7 @@ fn settings(n: Option<u8>) -> Settings {
 fn worker(now: Instant) -> Worker {
     let mut worker = Worker::new(now, &settings(Some(1)), rand::make_rng());
     let peer = PeerConfig::new(PeerId(4), *local(2).public());
-    let table = PeerTable::default().replaced(vec![peer], vec![], 1);
+    let table = PeerTable::default().changed(vec![peer], &[], None, 1);
     worker.set_peers(Arc::new(table));
     worker
 }

@@ -377,7 +377,7 @@ mod tests {
         let peers: Vec<PeerConfig> = (0..40u8)
             .map(|n| PeerConfig::new(PeerId(n.into()), [n; 32]))
             .collect();
-        let table = Arc::new(PeerTable::default().replaced(peers, Vec::new(), 4));
+        let table = Arc::new(PeerTable::default().changed(peers, &[], None, 4));
         hub.network.write().unwrap().table = Arc::clone(&table);
         let rung = |inbox: &Inbox| {
             let bell = inbox.wake.as_fd().try_clone_to_owned().unwrap();

@@ -44,44 +44,6 @@ pub(crate) struct PeerTable {
 }
 
 impl PeerTable {
-    /// The table of just these peers that comes after this one. `reserved` belongs to no peer; of
-    /// other equal prefixes the last peer's counts.
-    pub(crate) fn replaced(
-        &self,
-        peers: Vec<PeerConfig>,
-        reserved: Vec<Prefix>,
-        shards: usize,
-    ) -> PeerTable {
-        let theirs = peers
-            .iter()
-            .map(|peer| (peer.id, peer.allowed_ips.as_slice()));
-        let routes = route::Table::from_peers(theirs.chain([(NOBODY, reserved.as_slice())]));
-        // Also here, what stays as it was stays shared.
-        let mut by_id = self.by_id.clone();
-        let mut named = vec![false; PEERS_MAX];
-        for config in peers {
-            let Some(entry) = self.entry(config, shards) else {
-                continue;
-            };
-            let id = entry.config.id;
-            named[id.0 as usize] = true;
-            if by_id.get(id).is_none_or(|there| !there.is(&entry)) {
-                by_id.insert(id, entry);
-            }
-        }
-        for (id, _) in self.by_id.iter() {
-            if !named[id.0 as usize] {
-                by_id.remove(*id);
-            }
-        }
-        PeerTable {
-            routes,
-            by_id,
-            reserved: reserved.into(),
-            moves: self.moves + 1,
-        }
-    }
-
     /// The table that comes after this one when `peers` are new or another and those in `gone` are no
     /// more. `reserved` takes the place of what was reserved. A prefix goes from who had it to the
     /// peer that it is new for, but what is reserved does not.

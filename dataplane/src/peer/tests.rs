@@ -181,7 +181,7 @@ impl Loan {
         let now = epoch();
         let public = |key| *PublicKey::from(&StaticSecret::from([key; 32])).as_bytes();
         let config = |key| PeerConfig::new(LENT, public(key));
-        let table = PeerTable::default().replaced(vec![config(2)], vec![], 1);
+        let table = PeerTable::default().changed(vec![config(2)], &[], None, 1);
         let mut owner = Peers::new(true, 2);
         let mut engine = engine();
         replace(&mut owner, now, Some(&mut engine), table.peers().cloned());
@@ -419,7 +419,7 @@ fn a_grant_nothing_was_sealed_with_is_let_go() {
     let sealing = Arc::clone(session.lend(now).unwrap());
     let ids = [LENT, PeerId(4)];
     let config = |id: PeerId| PeerConfig::new(id, [u8::try_from(id.0).unwrap(); 32]);
-    let table = PeerTable::default().replaced(ids.map(config).to_vec(), vec![], 1);
+    let table = PeerTable::default().changed(ids.map(config).to_vec(), &[], None, 1);
     let lent = ids.map(|id| {
         let lent = Lent::new(Terms::new(Arc::clone(&sealing), Way::default(), None));
         table.get(id).unwrap().shared.loan.set(&lent);

@@ -25,17 +25,6 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table of these peers' prefixes; of equal ones the last peer's counts.
-    pub fn from_peers<'a>(peers: impl IntoIterator<Item = (PeerId, &'a [Prefix])>) -> Table {
-        let mut table = Table::default();
-        for (peer, prefixes) in peers {
-            for prefix in prefixes {
-                table.insert(*prefix, peer);
-            }
-        }
-        table
-    }
-
     /// Gives a prefix to a peer and returns the peer that had it.
     pub fn insert(&mut self, prefix: Prefix, peer: PeerId) -> Option<PeerId> {
         let before = self.owner(prefix);
@@ -71,15 +60,9 @@ impl Table {
     }
 
     /// Number of prefixes.
-    #[cfg(feature = "internals")]
-    pub fn len(&self) -> usize {
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
         self.owners.len()
-    }
-
-    /// Whether there are none.
-    #[cfg(feature = "internals")]
-    pub fn is_empty(&self) -> bool {
-        self.owners.is_empty()
     }
 
     /// For one batch: remembers the last answer, since packets come in runs of one address.
@@ -166,7 +149,8 @@ mod tests {
 
     #[test]
     fn families_do_not_mix() {
-        let table = Table::from_peers([(PeerId(1), &[prefix("0.0.0.0/0")][..])]);
+        let mut table = Table::default();
+        table.insert(prefix("0.0.0.0/0"), PeerId(1));
         assert_eq!(table.lookup(addr("::ffff:1.2.3.4")), None);
         assert_eq!(table.lookup(addr("::")), None);
     }
@@ -185,7 +169,7 @@ mod tests {
         assert_eq!(table.len(), 1);
         assert!(table.remove(shared, PeerId(2)));
         assert!(!table.remove(shared, PeerId(2)));
-        assert!(table.is_empty());
+        assert_eq!(table.len(), 0);
         assert_eq!(table.lookup(addr("10.1.0.1")), None);
     }
 
@@ -284,10 +268,9 @@ mod tests {
 
     #[test]
     fn a_cursor_answers_in_order_and_again_for_a_repeated_address() {
-        let table = Table::from_peers([
-            (PeerId(1), &[prefix("10.1.0.0/16")][..]),
-            (PeerId(2), &[prefix("10.2.0.0/16")][..]),
-        ]);
+        let mut table = Table::default();
+        table.insert(prefix("10.1.0.0/16"), PeerId(1));
+        table.insert(prefix("10.2.0.0/16"), PeerId(2));
         let batch = ["10.1.0.1", "10.1.0.1", "10.3.0.1", "10.2.0.1", "10.1.0.1"].map(addr);
         let mut cursor = table.cursor();
         let peers = batch.map(|addr| cursor.lookup(addr));

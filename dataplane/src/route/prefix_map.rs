@@ -78,15 +78,11 @@ impl<V: Copy> PrefixMap<V> {
     }
 
     /// Number of prefixes.
-    #[cfg(feature = "internals")]
-    pub fn len(&self) -> usize {
-        self.v4.len() + self.v6.len()
-    }
-
-    /// Whether there are none.
-    #[cfg(feature = "internals")]
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        let v4 = self.v4.0.iter().map(|(_, map)| map.iter().count());
+        let v6 = self.v6.0.iter().map(|(_, map)| map.iter().count());
+        v4.chain(v6).sum()
     }
 }
 
@@ -136,11 +132,6 @@ impl<K, V> Default for Family<K, V> {
 }
 
 impl<K: Key, V: Copy> Family<K, V> {
-    #[cfg(feature = "internals")]
-    fn len(&self) -> usize {
-        self.0.iter().map(|(_, map)| map.len()).sum()
-    }
-
     /// Where the map of a length is, or is to be.
     fn place(&self, bits: u8) -> Result<usize, usize> {
         self.0.binary_search_by(|(used, _)| bits.cmp(used))

@@ -27,7 +27,6 @@ const DEPTH_MAX: u32 = u64::BITS / WAYS_BITS;
 #[derive(Clone, Debug)]
 pub(crate) struct SharedMap<K, V> {
     root: Node<K, V>,
-    len: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -39,23 +38,14 @@ enum Node<K, V> {
 
 impl<K, V> Default for SharedMap<K, V> {
     fn default() -> Self {
-        SharedMap {
-            root: Node::Empty,
-            len: 0,
-        }
+        SharedMap { root: Node::Empty }
     }
 }
 
 impl<K, V> SharedMap<K, V> {
-    /// Number of entries.
-    #[cfg(feature = "internals")]
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
     /// Whether there are none.
     pub(crate) fn is_empty(&self) -> bool {
-        self.len == 0
+        matches!(self.root, Node::Empty)
     }
 
     /// Every entry, in an order that only the keys decide as long as no leaf is over-full.
@@ -73,18 +63,14 @@ impl<K: Copy + Eq + Hash, V: Clone> SharedMap<K, V> {
 
     /// Sets the value of a key and returns the one it had.
     pub(crate) fn insert(&mut self, key: K, value: V) -> Option<V> {
-        let before = self.root.insert(hash(key), 0, key, value);
-        self.len += usize::from(before.is_none());
-        before
+        self.root.insert(hash(key), 0, key, value)
     }
 
     /// Removes a key and returns its value.
     pub(crate) fn remove(&mut self, key: K) -> Option<V> {
         // Before anything is copied for nothing.
         self.get(key)?;
-        let value = self.root.remove(hash(key), key)?;
-        self.len -= 1;
-        Some(value)
+        self.root.remove(hash(key), key)
     }
 
     /// Calls `each` for every key whose value was another in `before`, or is only there or only here:
@@ -343,7 +329,8 @@ mod tests {
             } else {
                 assert_eq!(map.remove(key), model.remove(&key));
             }
-            assert_eq!((map.len(), map.is_empty()), (model.len(), model.is_empty()));
+            let (len, empty) = (map.iter().count(), map.is_empty());
+            assert_eq!((len, empty), (model.len(), model.is_empty()));
             assert_eq!(map.get(key), model.get(&key));
             if rng.random_range(0..100) == 0 {
                 let all: BTreeMap<K, u32> = map.iter().map(|(key, value)| (*key, *value)).collect();

@@ -129,7 +129,7 @@ fn secs(secs: u64) -> Moment {
 /// Gives the shard its peers, reached by relay.
 fn meet(shard: &mut Shard<'_>, far: &[Far]) {
     let peers = far.iter().map(|far| config(far.id, far.key)).collect();
-    shard.set_peers(Arc::new(PeerTable::default().replaced(peers, vec![], 1)));
+    shard.set_peers(Arc::new(PeerTable::default().changed(peers, &[], None, 1)));
     for far in far {
         let decision = PathDecision {
             generation: 0,
@@ -210,7 +210,7 @@ fn peers_and_their_rules_come_as_one() {
             ..config(far.id, far.key)
         };
         Network {
-            table: Arc::new(before.replaced(vec![peer], vec![own], 1)),
+            table: Arc::new(before.changed(vec![peer], &[], Some(vec![own]), 1)),
             rules: Arc::new(CompiledRules::compile(&rules, Some(&[own]))),
         }
     };
@@ -311,7 +311,7 @@ fn who_joins_or_leaves_costs_the_same_among_ten_thousand_and_nobody_else_notices
 fn what_a_shard_has_done_with_is_freed_elsewhere() {
     let seat = seat();
     let mut shard = shard(&seat);
-    let first = PeerTable::default().replaced(vec![config(PeerId(1), [9; 32])], vec![], 1);
+    let first = PeerTable::default().changed(vec![config(PeerId(1), [9; 32])], &[], None, 1);
     told(&shard, first);
     shard.commands();
     let first = Arc::downgrade(&shard.table);

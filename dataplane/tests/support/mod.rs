@@ -25,8 +25,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::{
-    Config, Dataplane, DriverChoice, Engine, Event, NetworkConfig, Offloads, PathDecision,
-    PeerConfig, PeerId, Prefix, RegionId, Rules, StartError,
+    Config, Dataplane, DriverChoice, Engine, Event, NetworkChange, Offloads, PEERS_MAX,
+    PathDecision, PeerConfig, PeerId, Prefix, RegionId, Rules, StartError,
 };
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
@@ -315,15 +315,12 @@ impl Pair {
                 end.inner4()
             ));
             lab.add6(end, "rt0", end.inner6());
-            let peers = vec![peer(end.other())];
-            match end {
-                End::B if setup.b_untold => dataplane.set_peers(peers),
-                End::A | End::B => dataplane.set_network(NetworkConfig {
-                    peers,
-                    rules: Rules::AllowAll,
-                    ..NetworkConfig::default()
-                }),
-            }
+            let untold = end == End::B && setup.b_untold;
+            dataplane.change_network(NetworkChange {
+                peers: vec![peer(end.other())],
+                rules: (!untold).then_some((Rules::AllowAll, None)),
+                ..NetworkChange::default()
+            });
             Arc::new(dataplane)
         };
         let (a, b) = (start(End::A), start(End::B));
@@ -578,6 +575,24 @@ pub(crate) fn stranger(id: u32, allowed_ips: Vec<Prefix>) -> PeerConfig {
         allowed_ips,
         ..PeerConfig::new(PeerId(id), public_key)
     }
+}
+
+/// From now on these are all peers; of equal prefixes the last one's counts.
+pub(crate) fn set_peers(dataplane: &Dataplane, peers: Vec<PeerConfig>) {
+    let all = 0..u32::try_from(PEERS_MAX).unwrap();
+    dataplane.change_network(NetworkChange {
+        gone: all.map(PeerId).collect(),
+        peers,
+        ..NetworkChange::default()
+    });
+}
+
+/// From now on nobody may begin to speak to this one.
+pub(crate) fn close(dataplane: &Dataplane) {
+    dataplane.change_network(NetworkChange {
+        rules: Some((Rules::List(Vec::new()), None)),
+        ..NetworkChange::default()
+    });
 }
 
 /// The process's memory, in bytes.
