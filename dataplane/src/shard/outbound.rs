@@ -51,11 +51,8 @@ impl Shard<'_> {
         self.make_room(id, &plan);
         match self.guests.admit(self.ctx.now, &self.table, id) {
             Some(true) if !crossed => self.seal_as_guest(id, &plan, bytes),
-            Some(false) if !crossed => {
-                // What is sealed of its flow goes first.
-                self.flush_runs_of(id);
-                self.hand_over_packet(id, packets, rx);
-            }
+            // Nothing of it is in a run: the grant would be held.
+            Some(false) if !crossed => self.hand_over_packet(id, packets, rx),
             // Nobody's, or the two shards' tables are of different ages for a moment.
             Some(_) | None => self.ctx.counters.drop_many(DropReason::NoRoute, packets),
         }

@@ -5,12 +5,15 @@ use std::os::fd::AsRawFd as _;
 
 use rand::SeedableRng;
 use x25519_dalek::{PublicKey, StaticSecret};
+use zerocopy::IntoBytes;
 use zeroize::Zeroizing;
 
 use super::*;
 use crate::filter::{CompiledRules, source_allowed};
 use crate::hub::strangers;
+use crate::packet::Pool;
 use crate::packet::build::Builder;
+use crate::packet::vnet::VnetHdr;
 use crate::peer::Aim;
 use crate::session::{Moment, Session};
 use crate::tun::Kinds;
@@ -48,7 +51,8 @@ fn epoch() -> Instant {
 fn shard(seat: &Seat) -> Shard<'_> {
     let v4 = UdpSocket::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
     let sockets = Arc::new(Sockets { v4, v6: None });
-    Shard::new(seat, &seat.hub.inboxes[0], sockets, seat.hub.epoch)
+    let inbox = &seat.hub.inboxes[usize::from(seat.id)];
+    Shard::new(seat, inbox, sockets, seat.hub.epoch)
 }
 
 #[test]
@@ -111,6 +115,10 @@ impl Far {
         shard.relayed();
     }
 
+    fn number(&self) -> u8 {
+        u8::try_from(self.id.0).unwrap()
+    }
+
     fn initiation(&mut self, at: Moment) -> Vec<u8> {
         let mut out = [0; MESSAGE_LEN_MAX];
         let len = self.session.initiate(&mut self.engine, at, true, &mut out);
@@ -131,32 +139,33 @@ fn meet(shard: &mut Shard<'_>, far: &[Far]) {
     let peers = far.iter().map(|far| config(far.id, far.key)).collect();
     shard.set_peers(Arc::new(PeerTable::default().changed(peers, &[], None, 1)));
     for far in far {
-        let decision = PathDecision {
-            generation: 0,
-            udp: None,
-            local: None,
-            derp: Some(REGION),
-            trust_until: None,
-            silence_limit: Duration::from_secs(1),
-            path_mtu: 1500,
-            relayed_alone: false,
-        };
-        shard
-            .peers
-            .get(far.id)
-            .unwrap()
-            .aim(shard.ctx.now, Aim::Decided(decision));
+        aim(shard, far.id, None, true);
     }
+}
+
+/// Says how a peer of the shard can be reached.
+fn aim(shard: &mut Shard<'_>, id: PeerId, udp: Option<SocketAddr>, relay: bool) {
+    let now = shard.ctx.now;
+    let peer = shard.peers.get(id).unwrap();
+    peer.aim(now, path(udp, relay));
+    shard.peers.touch(now, id);
 }
 
 /// A peer that has just answered the shard's initiation, of which the confirmation is still to be sent.
 fn joined(shard: &mut Shard<'_>) -> Far {
     let mut far = Far::new(1);
     meet(shard, std::slice::from_ref(&far));
-    shard.initiate(far.id, false);
-    let initiation = sent(shard).remove(0).1;
-    far.answer(shard, &initiation);
+    shake_hands(shard, &mut far);
     far
+}
+
+/// The shard initiates by relay, and the peer answers.
+fn shake_hands(shard: &mut Shard<'_>, far: &mut Far) {
+    aim(shard, far.id, None, true);
+    shard.initiate(far.id, false);
+    // Behind what was left to be sent.
+    let initiation = sent(shard).pop().unwrap().1;
+    far.answer(shard, &initiation);
 }
 
 fn dropped(shard: &Shard<'_>, reason: DropReason) -> u64 {
@@ -265,10 +274,7 @@ fn who_joins_or_leaves_costs_the_same_among_ten_thousand_and_nobody_else_notices
     let stranger = |id: u32| {
         let mut key = [9; 32];
         key[..4].copy_from_slice(&id.to_le_bytes());
-        PeerConfig {
-            public_key: key,
-            ..config(PeerId(id), OWN_KEY)
-        }
+        PeerConfig::new(PeerId(id), key)
     };
     for count in [1_000, 10_000] {
         let all = (2..count).map(stranger).collect();
@@ -399,9 +405,108 @@ fn a_peer_that_floods_by_relay_is_computed_for_within_its_share_and_others_are_h
 
 /// A UDP packet as the TUN gives it.
 fn packet() -> Vec<u8> {
-    let (src, dst) = (([10, 0, 0, 1], 1).into(), ([10, 0, 0, 2], 2).into());
-    let header = [0; crate::packet::vnet::VNET_HDR_LEN];
-    [&header[..], &Builder::new(src, dst).udp(b"x")].concat()
+    from_tun(2, 1, 0).buf.bytes().to_vec()
+}
+
+/// One to an address of 10.0.0.0/24, as the TUN gives it to a shard.
+fn from_tun(to: u8, port: u16, tos: u8) -> TunRx {
+    let builder = Builder {
+        tos,
+        ..Builder::new(([10, 0, 1, 1], port).into(), ([10, 0, 0, to], 2).into())
+    };
+    let bytes = [VnetHdr::PLAIN.as_bytes(), &builder.udp(b"x")].concat();
+    let mut buf = Pool::new(1).take().unwrap();
+    buf.narrow(0, bytes.len());
+    buf.bytes_mut().copy_from_slice(&bytes);
+    TunRx { buf }
+}
+
+/// The other shard owns one peer, and withdraws what it has lent while two runs for it are open here. Each of
+/// them makes room for a packet to another peer, and leaves by the way it was begun with.
+#[test]
+fn both_runs_of_a_guest_leave_with_its_grant_when_others_need_their_places() {
+    let hub = Arc::new(Hub::new(epoch(), 2).unwrap());
+    let seats = [0, 1].map(|id| Seat {
+        id,
+        hub: Arc::clone(&hub),
+        ..seat()
+    });
+    let [mut shard, mut owner] = seats.each_ref().map(shard);
+    let peer = |far: &Far| PeerConfig {
+        allowed_ips: vec![Prefix {
+            addr: IpAddr::from([10, 0, 0, far.number()]),
+            bits: 32,
+        }],
+        ..config(far.id, far.key)
+    };
+    let all: Vec<Far> = (1..=40).map(Far::new).collect();
+    let peers = all.iter().map(peer).collect();
+    let table = Arc::new(PeerTable::default().changed(peers, &[], None, 2));
+    shard.set_peers(Arc::clone(&table));
+    owner.set_peers(Arc::clone(&table));
+    let (mut theirs, mut ours): (Vec<Far>, Vec<Far>) = all
+        .into_iter()
+        .partition(|far| table.owner(far.id) == Some(1));
+    let guest = &mut theirs[0];
+    shake_hands(&mut owner, guest);
+    for far in &mut ours[..seal::RUNS_MAX] {
+        shake_hands(&mut shard, far);
+    }
+    drop(sent(&mut shard));
+    let there = UdpSocket::bind("127.0.0.1:0").unwrap();
+    there
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let to = there.local_addr().unwrap();
+    aim(&mut owner, guest.id, Some(to), false);
+
+    let mut routes = table.routes.cursor();
+    for tos in [0, 2] {
+        let port = 100 + u16::from(tos);
+        shard.outbound(from_tun(guest.number(), port, tos), &mut routes, false);
+    }
+    aim(&mut owner, guest.id, None, true);
+    let way = |shard: &mut Shard<'_>| shard.guests.get(guest.id).unwrap().way().udp;
+    let arrived = || {
+        let mut bytes = vec![0; 2000];
+        there.set_nonblocking(true).unwrap();
+        let len = there.recv(&mut bytes).ok()?;
+        bytes.truncate(len);
+        Some(bytes)
+    };
+    let (first, more) = ours[..seal::RUNS_MAX].split_at(seal::RUNS_MAX - 2);
+    for far in first {
+        shard.outbound(from_tun(far.number(), 1, 0), &mut routes, false);
+    }
+    assert_eq!((way(&mut shard), arrived()), (Some(to), None));
+    let mut datagrams = Vec::new();
+    for (far, held) in more.iter().zip([Some(to), None]) {
+        shard.outbound(from_tun(far.number(), 1, 0), &mut routes, false);
+        datagrams.push(arrived().expect("one has made room"));
+        assert_eq!(way(&mut shard), held, "until the second has left");
+        assert_eq!(arrived(), None);
+    }
+
+    // What comes now goes to the owner, and nothing of the flow is left here to go before it.
+    shard.outbound(from_tun(guest.number(), 100, 0), &mut routes, false);
+    assert!(matches!(hub.inboxes[1].handed.pop(), Some(Handed::Tun(..))));
+    shard.flush_runs();
+    assert_eq!(sent(&mut shard).len(), seal::RUNS_MAX);
+    assert_eq!(dropped(&shard, DropReason::NoRoute), 0);
+    let total = shard.published.read();
+    assert_eq!(
+        (total.drops_total(), total.get(Meter::SealedForOthers)),
+        (0, 2)
+    );
+    let mut opened = Opened::new(config::Engine::Ringtail);
+    for mut bytes in datagrams {
+        let index = u32::from_le_bytes(*bytes[4..].first_chunk().unwrap());
+        let (engine, len) = (&mut guest.engine, bytes.len());
+        let fail = |reason| panic!("{reason:?}");
+        let (session, now) = (&mut guest.session, owner.ctx.now);
+        session.open(engine, now, index, &mut bytes, len, &mut opened, fail);
+        assert_eq!(opened.len(), 1);
+    }
 }
 
 #[test]
@@ -451,7 +556,7 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> Aim {
         udp,
         local: None,
         derp: relay.then_some(REGION),
-        trust_until: None,
+        trust_until: (!relay).then(|| epoch() + Duration::from_secs(3600)),
         silence_limit: Duration::from_secs(1),
         path_mtu: 1500,
         relayed_alone: false,
@@ -499,9 +604,8 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
                 let mut shard = shard(&seat);
                 let far = [Far::new(1)];
                 meet(&mut shard, &far);
-                let (id, now) = (far[0].id, shard.ctx.now);
-                let peer = shard.peers.get(id).unwrap();
-                peer.aim(now, path(Some(to), false));
+                let id = far[0].id;
+                aim(&mut shard, id, Some(to), false);
                 let bind = || Sockets {
                     v4: UdpSocket::bind("127.0.0.1:0").unwrap(),
                     v6: None,
@@ -594,11 +698,7 @@ fn initiations_for_what_cannot_be_opened_are_limited_and_go_where_the_peer_is() 
         .unwrap();
     let id = far[149].id;
     let at = there.local_addr().unwrap();
-    shard
-        .peers
-        .get(id)
-        .unwrap()
-        .aim(shard.ctx.now, path(Some(at), true));
+    aim(&mut shard, id, Some(at), true);
     shard.unopened(id, 200);
     assert_eq!(sent(&mut shard), []);
     shard.unopened(id, 96);
@@ -606,11 +706,7 @@ fn initiations_for_what_cannot_be_opened_are_limited_and_go_where_the_peer_is() 
     assert_eq!(there.recv(&mut [0; 200]).unwrap(), INITIATION_LEN);
     // Nowhere to go.
     let id = far[148].id;
-    shard
-        .peers
-        .get(id)
-        .unwrap()
-        .aim(shard.ctx.now, path(None, false));
+    aim(&mut shard, id, None, false);
     shard.unopened(id, 1400);
     assert_eq!(sent(&mut shard), []);
 }
@@ -646,8 +742,7 @@ fn a_handshake_asked_for_before_there_is_a_way_goes_out_with_the_first() {
     let mut shard = shard(&seat);
     let far = Far::new(1);
     meet(&mut shard, std::slice::from_ref(&far));
-    let now = shard.ctx.now;
-    shard.peers.get(far.id).unwrap().aim(now, path(None, false));
+    aim(&mut shard, far.id, None, false);
     shard.initiate(far.id, false);
     assert_eq!(sent(&mut shard), []);
     seat.hub.inboxes[0].paths.set(far.id, path(None, true));
