@@ -153,7 +153,7 @@ impl Sessions {
         let session = &mut self.near[peer];
         let staged = session.stage(engine, &plan, packet, 0..plan.len(), &mut self.run);
         assert_eq!(staged.segments, plan.len());
-        let stride = engine.sealed_len(plan.segment_len_max());
+        let stride = engine.sealed_len(plan.segment_len(0));
         let messages = &mut self.run[..staged.bytes];
         let sealed = session.seal(engine, self.now, messages, stride);
         assert_eq!(sealed, Ok(()));

@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use zeroize::Zeroizing;
 
+use crate::channel::lock;
 use crate::config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, SHARDS_MAX, StartError,
 };
@@ -621,10 +622,6 @@ impl Drop for Dataplane {
             }
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn open_group(wanted: Wanted) -> Result<Group, StartError> {

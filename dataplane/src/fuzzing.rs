@@ -39,7 +39,7 @@ pub fn tun_read(bytes: &[u8]) {
         return;
     };
     let mut staged = packet.to_vec();
-    let mut dst = vec![0; plan.segment_len_max()];
+    let mut dst = vec![0; plan.segment_len(0)];
     for i in 0..plan.len() {
         let len = plan.write(i, packet, &mut dst);
         let range = plan.stage(i, &mut staged);

@@ -212,7 +212,7 @@ fn refused(dataplane: &Dataplane) -> u64 {
     DropReason::ALL
         .iter()
         // What the TUN gave us and what could not be sent is not of these.
-        .filter(|reason| reason.index() >= DropReason::RelayInFull.index())
+        .filter(|reason| **reason >= DropReason::RelayInFull)
         .map(|reason| stats.drops(*reason))
         .sum()
 }

@@ -15,7 +15,14 @@ mod sync {
     pub(super) use std::sync::{Arc, Mutex, PoisonError, Weak};
 }
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 pub(crate) use lane::{Lane, Load};
 pub(crate) use loan::{Borrowed, Lent, Loan};
 pub(crate) use slots::Slots;
 pub(crate) use wake::Wake;
+
+/// Locks, also what a thread that panicked has left behind: what stands there is whole at any time.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

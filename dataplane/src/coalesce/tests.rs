@@ -110,9 +110,9 @@ fn a_train_becomes_one_super_packet_with_the_header_the_kernel_wants() {
         let (vnet, packet) = VnetHdr::split(batch.get(0)).unwrap();
         assert_eq!(vnet.flags, NEEDS_CSUM);
         assert_eq!(vnet.gso_type, gso_type);
-        assert_eq!(vnet.gso_size(), 1000);
-        assert_eq!(vnet.hdr_len(), ip_len + 32);
-        assert_eq!((vnet.csum_start(), vnet.csum_offset()), (ip_len, 16));
+        assert_eq!(vnet.gso_size.get(), 1000);
+        assert_eq!(vnet.hdr_len.get(), ip_len + 32);
+        assert_eq!((vnet.csum_start.get(), vnet.csum_offset.get()), (ip_len, 16));
         let headers = Headers::parse(packet).unwrap();
         assert_eq!(headers.total_len, usize::from(ip_len) + 32 + 10_000);
         assert_eq!(packet.len(), headers.total_len);
@@ -135,7 +135,7 @@ fn a_udp_train_becomes_one_super_packet() {
         let batch = batch_of(&packets);
         let (vnet, packet) = VnetHdr::split(batch.get(0)).unwrap();
         assert_eq!(
-            (vnet.gso_type, vnet.gso_size(), vnet.csum_offset()),
+            (vnet.gso_type, vnet.gso_size.get(), vnet.csum_offset.get()),
             (GSO_UDP_L4, 1200, 6)
         );
         let headers = Headers::parse(packet).unwrap();

@@ -134,12 +134,6 @@ impl Plan {
         }
     }
 
-    /// Length of the longest segment in bytes.
-    #[cfg(feature = "internals")]
-    pub fn segment_len_max(&self) -> usize {
-        self.segment_len(0)
-    }
-
     /// Writes segment `i` to the start of `dst` and returns its length. `packet` is the IP packet
     /// the plan was made from, untouched.
     ///
@@ -205,8 +199,8 @@ fn plan_whole(vnet: &VnetHdr, headers: &Headers) -> Result<Cut, DropReason> {
     if !vnet.needs_csum() {
         return Ok(Cut::Finished);
     }
-    let start = usize::from(vnet.csum_start());
-    let at = start + usize::from(vnet.csum_offset());
+    let start = usize::from(vnet.csum_start.get());
+    let at = start + usize::from(vnet.csum_offset.get());
     // A checksum inside the IP header is none the kernel asks for.
     if start < headers.l4_offset || at + 2 > headers.total_len {
         return Err(DropReason::VnetInvalid);
@@ -267,12 +261,12 @@ impl Template {
         transport: Transport,
     ) -> Result<Template, DropReason> {
         let header_len = headers.l4_offset + transport_len;
-        let lies = vnet.gso_size() == 0
+        let lies = vnet.gso_size.get() == 0
             || headers.fragment != Fragment::Whole
             || header_len > HEADERS_LEN_MAX
             || (vnet.needs_csum()
-                && (usize::from(vnet.csum_start()) != headers.l4_offset
-                    || usize::from(vnet.csum_offset()) != checksum_offset));
+                && (usize::from(vnet.csum_start.get()) != headers.l4_offset
+                    || usize::from(vnet.csum_offset.get()) != checksum_offset));
         if lies {
             return Err(DropReason::VnetInvalid);
         }
@@ -294,7 +288,7 @@ impl Template {
         Ok(Template {
             bytes,
             header_len,
-            gso_size: usize::from(vnet.gso_size()),
+            gso_size: usize::from(vnet.gso_size.get()),
             id,
             ip_sum: Sum::ZERO,
             transport_sum: Sum::ZERO,
@@ -496,7 +490,7 @@ mod tests {
         let mut dst = vec![0xaa; 70_000];
         for (i, want) in case.segments.iter().enumerate() {
             assert_eq!(plan.segment_len(i), want.len());
-            assert!(plan.segment_len(i) <= plan.segment_len_max());
+            assert!(plan.segment_len(i) <= plan.segment_len(0));
             let len = plan.write(i, &case.packet, &mut dst);
             assert!(dst[..len] == want[..], "segment {i} written");
             let range = plan.stage(i, &mut staged);

@@ -13,6 +13,7 @@
 //! | 6 | 2 | `csum_start` |
 //! | 8 | 2 | `csum_offset`, from `csum_start` |
 
+use zerocopy::byteorder::native_endian::U16;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::stats::DropReason;
@@ -58,10 +59,14 @@ pub struct VnetHdr {
     pub flags: u8,
     /// One of `GSO_*`, with `GSO_ECN` or without.
     pub gso_type: u8,
-    hdr_len: [u8; 2],
-    gso_size: [u8; 2],
-    csum_start: [u8; 2],
-    csum_offset: [u8; 2],
+    /// Headers of a segment in bytes; only a hint.
+    pub hdr_len: U16,
+    /// Payload of a segment in bytes.
+    pub gso_size: U16,
+    /// Where the checksum starts to count, in bytes from the IP header.
+    pub csum_start: U16,
+    /// Where the checksum is stored, in bytes from `csum_start`.
+    pub csum_offset: U16,
 }
 
 const _: () = assert!(size_of::<VnetHdr>() == VNET_HDR_LEN);
@@ -71,10 +76,10 @@ impl VnetHdr {
     pub const PLAIN: VnetHdr = VnetHdr {
         flags: 0,
         gso_type: GSO_NONE,
-        hdr_len: [0; 2],
-        gso_size: [0; 2],
-        csum_start: [0; 2],
-        csum_offset: [0; 2],
+        hdr_len: U16::ZERO,
+        gso_size: U16::ZERO,
+        csum_start: U16::ZERO,
+        csum_offset: U16::ZERO,
     };
 
     /// The header of a packet whose checksum is left to the receiver of the header.
@@ -88,10 +93,10 @@ impl VnetHdr {
         VnetHdr {
             flags: NEEDS_CSUM,
             gso_type,
-            hdr_len: hdr_len.to_ne_bytes(),
-            gso_size: gso_size.to_ne_bytes(),
-            csum_start: csum_start.to_ne_bytes(),
-            csum_offset: csum_offset.to_ne_bytes(),
+            hdr_len: hdr_len.into(),
+            gso_size: gso_size.into(),
+            csum_start: csum_start.into(),
+            csum_offset: csum_offset.into(),
         }
     }
 
@@ -117,27 +122,6 @@ impl VnetHdr {
         Ok((header, packet))
     }
 
-    /// Headers of a segment in bytes; only a hint.
-    #[cfg(test)]
-    pub fn hdr_len(&self) -> u16 {
-        u16::from_ne_bytes(self.hdr_len)
-    }
-
-    /// Payload of a segment in bytes.
-    pub fn gso_size(&self) -> u16 {
-        u16::from_ne_bytes(self.gso_size)
-    }
-
-    /// Where the checksum starts to count, in bytes from the IP header.
-    pub fn csum_start(&self) -> u16 {
-        u16::from_ne_bytes(self.csum_start)
-    }
-
-    /// Where the checksum is stored, in bytes from `csum_start`.
-    pub fn csum_offset(&self) -> u16 {
-        u16::from_ne_bytes(self.csum_offset)
-    }
-
     /// Whether the checksum is to be completed.
     pub fn needs_csum(&self) -> bool {
         self.flags & NEEDS_CSUM != 0
@@ -160,7 +144,7 @@ mod tests {
         read.extend([0x45, 0]);
         let (again, packet) = VnetHdr::split(&read).unwrap();
         assert_eq!((again, packet), (header, &[0x45, 0][..]));
-        assert_eq!(again.csum_start(), 0x0506);
+        assert_eq!(again.csum_start.get(), 0x0506);
         let (again, packet) = VnetHdr::split_mut(&mut read).unwrap();
         assert_eq!((again, &*packet), (header, &[0x45, 0][..]));
     }

@@ -3,11 +3,11 @@
 #![forbid(unsafe_code)]
 
 use std::net::SocketAddr;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use super::{ActivityBlock, Terms};
-use crate::channel::Loan;
+use crate::channel::{Loan, lock};
 use crate::sys::socket::Local;
 
 /// Where a peer was last seen, and where it found us: the two ends of the path in device mode.
@@ -36,34 +36,22 @@ pub(crate) struct PeerShared {
 impl PeerShared {
     /// Where the peer is. Off the warm path: it takes a lock.
     pub(crate) fn whereabouts(&self) -> Whereabouts {
-        *self
-            .whereabouts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.whereabouts)
     }
 
     /// Notes where the peer is now. Called when it has moved, which is rare.
     pub(crate) fn set_whereabouts(&self, now: Whereabouts) {
-        *self
-            .whereabouts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = now;
+        *lock(&self.whereabouts) = now;
     }
 
     /// The address that something authentic came from last, relays aside. Off the warm path.
     pub(crate) fn heard_from(&self) -> Option<SocketAddr> {
-        *self
-            .heard_from
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.heard_from)
     }
 
     /// Notes that it is another one now, which is rare.
     pub(crate) fn set_heard_from(&self, from: SocketAddr) {
-        *self
-            .heard_from
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(from);
+        *lock(&self.heard_from) = Some(from);
     }
 
     /// Makes the owner forget which local address the peer is answered from.

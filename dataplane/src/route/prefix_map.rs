@@ -12,6 +12,8 @@
 use std::hash::{BuildHasher, Hash, Hasher};
 use std::net::IpAddr;
 
+use ipnet::IpNet;
+
 use super::SharedMap;
 use crate::packet::header::mix;
 use crate::types::Prefix;
@@ -88,23 +90,7 @@ impl<V: Copy> PrefixMap<V> {
 
 /// The prefix in masked form: host bits zero, `bits` at most the family's width.
 pub fn masked(prefix: Prefix) -> Prefix {
-    match prefix.addr {
-        IpAddr::V4(addr) => {
-            let bits = prefix.bits.min(32);
-            Prefix {
-                addr: IpAddr::V4((addr.to_bits() & u32::mask(bits)).into()),
-                bits,
-            }
-        }
-        IpAddr::V6(addr) => {
-            let bits = prefix.bits.min(128);
-            let mask = u128::MAX.checked_shl(128 - u32::from(bits)).unwrap_or(0);
-            Prefix {
-                addr: IpAddr::V6((addr.to_bits() & mask).into()),
-                bits,
-            }
-        }
-    }
+    IpNet::from(prefix).into()
 }
 
 /// Whether a prefix in masked form covers an address; never across families.

@@ -100,16 +100,6 @@ named! {
     }
 }
 
-impl DropReason {
-    /// Number of reasons.
-    pub const COUNT: usize = DropReason::ALL.len();
-
-    /// The reason's counter.
-    pub fn index(self) -> usize {
-        usize::from(self as u8)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -118,7 +108,7 @@ mod tests {
     fn names_are_unique_snake_case_and_indexes_dense() {
         let mut seen = std::collections::HashSet::new();
         for (index, reason) in DropReason::ALL.iter().enumerate() {
-            assert_eq!(reason.index(), index);
+            assert_eq!(*reason as usize, index);
             assert!(seen.insert(reason.name()), "{} twice", reason.name());
             assert!(
                 reason

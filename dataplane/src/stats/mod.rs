@@ -117,7 +117,7 @@ pub struct Counters {
 
 const METERS: usize = Meter::ALL.len();
 const DROPS_AT: usize = METERS;
-const CYCLES_AT: usize = DROPS_AT + DropReason::COUNT;
+const CYCLES_AT: usize = DROPS_AT + DropReason::ALL.len();
 const BATCH_IN_AT: usize = CYCLES_AT + Room::ALL.len();
 const BATCH_OUT_AT: usize = BATCH_IN_AT + BATCH_CLASSES;
 const WORDS: usize = BATCH_OUT_AT + BATCH_CLASSES;
@@ -144,7 +144,7 @@ impl Counters {
     /// Counts dropped packets.
     #[inline]
     pub fn drop_many(&mut self, reason: DropReason, n: u64) {
-        self.words[DROPS_AT + reason.index()] += n;
+        self.words[DROPS_AT + reason as usize] += n;
     }
 
     /// Charges processor cycles (time-stamp counter ticks) to a room.
@@ -246,7 +246,7 @@ impl Snapshot {
 
     /// Packets dropped for a reason.
     pub fn drops(&self, reason: DropReason) -> u64 {
-        self.words[DROPS_AT + reason.index()]
+        self.words[DROPS_AT + reason as usize]
     }
 
     /// Packets dropped for any reason.
