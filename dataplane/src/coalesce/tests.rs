@@ -112,7 +112,10 @@ fn a_train_becomes_one_super_packet_with_the_header_the_kernel_wants() {
         assert_eq!(vnet.gso_type, gso_type);
         assert_eq!(vnet.gso_size.get(), 1000);
         assert_eq!(vnet.hdr_len.get(), ip_len + 32);
-        assert_eq!((vnet.csum_start.get(), vnet.csum_offset.get()), (ip_len, 16));
+        assert_eq!(
+            (vnet.csum_start.get(), vnet.csum_offset.get()),
+            (ip_len, 16)
+        );
         let headers = Headers::parse(packet).unwrap();
         assert_eq!(headers.total_len, usize::from(ip_len) + 32 + 10_000);
         assert_eq!(packet.len(), headers.total_len);

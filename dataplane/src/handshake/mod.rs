@@ -224,7 +224,7 @@ impl Worker {
             let Some(stray) = hub.handshake_strays.pop() else {
                 return taken;
             };
-            self.handle(now, hub, stray.from, stray.local, stray.bytes());
+            self.handle(now, hub, stray.from, stray.local, &stray.bytes);
         }
         BURST_MAX
     }

@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
+use arrayvec::ArrayVec;
 use crossbeam::queue::ArrayQueue;
 use crossbeam::utils::CachePadded;
 use outbox::Outbox;
@@ -108,8 +109,8 @@ pub(crate) struct HandshakeMessage {
     /// Of an initiation, what the handshake thread has computed already; boxed, so that its
     /// secrets stay in one place until they are overwritten.
     pub(crate) peeked: Option<Box<PeekedInitiation>>,
-    bytes: [u8; HANDSHAKE_LEN_MAX],
-    len: usize,
+    /// The message.
+    pub(crate) bytes: ArrayVec<u8, HANDSHAKE_LEN_MAX>,
 }
 
 impl HandshakeMessage {
@@ -120,21 +121,13 @@ impl HandshakeMessage {
         local: Option<Local>,
         message: &[u8],
     ) -> Option<HandshakeMessage> {
-        let mut bytes = [0; HANDSHAKE_LEN_MAX];
-        bytes.get_mut(..message.len())?.copy_from_slice(message);
         Some(HandshakeMessage {
             peer,
             from,
             local,
             peeked: None,
-            bytes,
-            len: message.len(),
+            bytes: message.try_into().ok()?,
         })
-    }
-
-    /// The message.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes[..self.len]
     }
 }
 
@@ -272,16 +265,6 @@ impl Hub {
             routes_wake: EventFd::new()?,
             strangers: Strangers::new(epoch),
         })
-    }
-
-    /// Tells the owner of a peer what was sealed for it; false if it cannot be told now.
-    pub(crate) fn report(&self, owner: u8, report: Report) -> bool {
-        self.tell(owner, |inbox| inbox.reports.push(report).is_ok())
-    }
-
-    /// Tells the owner of a peer of a flow whose replies will come; false if it cannot be told now.
-    pub(crate) fn learn(&self, owner: u8, reply: Flow) -> bool {
-        self.tell(owner, |inbox| inbox.flows.push(reply).is_ok())
     }
 
     /// Up to when a shard's filter has forgotten flows for want of room, if it has.

@@ -226,36 +226,37 @@ impl Headers {
             .unwrap_or_default()
     }
 
+    /// The same where that is of this protocol, and begins in this fragment.
+    #[inline]
+    fn transport_of<'a>(&self, protocol: u8, packet: &'a [u8]) -> Option<&'a [u8]> {
+        let here = self.protocol == protocol && !matches!(self.fragment, Fragment::Later(_));
+        here.then(|| self.transport(packet))
+    }
+
     /// The TCP header, if the packet has a whole one.
     #[inline]
     pub fn tcp<'a>(&self, packet: &'a [u8]) -> Option<&'a TcpHeader> {
-        if self.protocol != TCP || matches!(self.fragment, Fragment::Later(_)) {
-            return None;
-        }
-        TcpHeader::ref_from_prefix(self.transport(packet))
-            .ok()
-            .map(|(header, _)| header)
+        let transport = self.transport_of(TCP, packet)?;
+        let (header, _) = TcpHeader::ref_from_prefix(transport).ok()?;
+        Some(header)
     }
 
     /// The UDP header, if the packet has one.
     #[inline]
     pub fn udp<'a>(&self, packet: &'a [u8]) -> Option<&'a UdpHeader> {
-        if self.protocol != UDP || matches!(self.fragment, Fragment::Later(_)) {
-            return None;
-        }
-        UdpHeader::ref_from_prefix(self.transport(packet))
-            .ok()
-            .map(|(header, _)| header)
+        let transport = self.transport_of(UDP, packet)?;
+        let (header, _) = UdpHeader::ref_from_prefix(transport).ok()?;
+        Some(header)
     }
 
     /// Source and destination port of TCP, UDP and SCTP.
     #[inline]
     pub fn ports(&self, packet: &[u8]) -> Option<(u16, u16)> {
-        if !matches!(self.protocol, TCP | UDP | SCTP) || matches!(self.fragment, Fragment::Later(_))
-        {
+        if !matches!(self.protocol, TCP | UDP | SCTP) {
             return None;
         }
-        let bytes = self.transport(packet).first_chunk::<4>()?;
+        let transport = self.transport_of(self.protocol, packet)?;
+        let bytes = transport.first_chunk::<4>()?;
         Some((
             u16::from_be_bytes([bytes[0], bytes[1]]),
             u16::from_be_bytes([bytes[2], bytes[3]]),
@@ -269,10 +270,7 @@ impl Headers {
             IpVersion::V4 => ICMP,
             IpVersion::V6 => ICMPV6,
         };
-        if self.protocol != proper || matches!(self.fragment, Fragment::Later(_)) {
-            return None;
-        }
-        let bytes = self.transport(packet).first_chunk::<2>()?;
+        let bytes = self.transport_of(proper, packet)?.first_chunk::<2>()?;
         Some((bytes[0], bytes[1]))
     }
 

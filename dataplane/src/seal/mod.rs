@@ -62,7 +62,8 @@ pub(crate) struct Run {
     /// The last datagram is shorter than the others.
     closed: bool,
     tos: u8,
-    peer: PeerId,
+    /// Whom the datagrams are for.
+    pub(crate) peer: PeerId,
     /// Which flows may be in it.
     flows: Flows,
 }
@@ -93,11 +94,6 @@ impl Run {
             peer: PeerId(0),
             flows: 0,
         }
-    }
-
-    /// Whom the datagrams are for.
-    pub(crate) fn peer(&self) -> PeerId {
-        self.peer
     }
 
     /// How many datagrams of `len` bytes may still join.

@@ -159,7 +159,7 @@ impl Rig {
         let Some(mut run) = self.runs.close(0) else {
             return false;
         };
-        let peer = self.peers.get(run.peer()).unwrap();
+        let peer = self.peers.get(run.peer).unwrap();
         run.flush(&mut self.ctx, &mut self.engine, peer, &mut self.sent);
         self.runs.give_back(run);
         true

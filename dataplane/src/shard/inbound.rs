@@ -18,7 +18,7 @@ use crate::noise::{Bucket, PeekedInitiation};
 use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
-use crate::peer::{Kind, Source};
+use crate::peer::Source;
 use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
 use crate::stats::{DropReason, Meter, Room};
@@ -42,7 +42,7 @@ impl Shard<'_> {
         let bytes = batch.buf.bytes_mut();
         let mut others = crossed.unwrap_or_default();
         let mut foreign = 0;
-        let mut stray: Option<ArrayVec<u8, HANDSHAKE_LEN_MAX>> = None;
+        let mut stray = None;
         let crossed = crossed.is_some();
         if !crossed {
             let datagrams = if stride == 0 {
@@ -79,8 +79,12 @@ impl Shard<'_> {
                 let index = receiver_index(message);
                 if index.is_some_and(|index| !self.hub.awaits(index)) {
                     self.ctx.counters.drop_one(DropReason::UnknownIndex);
-                } else if stray.replace(message.iter().copied().collect()).is_some() {
-                    self.ctx.counters.drop_one(DropReason::HandshakeLimited);
+                } else {
+                    // Of a batch the newest: a peer sends one at a time.
+                    let newest = HandshakeMessage::new(None, from, local, message);
+                    if std::mem::replace(&mut stray, newest).is_some() {
+                        self.ctx.counters.drop_one(DropReason::HandshakeLimited);
+                    }
                 }
             }
             Run::Control(datagram) => {
@@ -91,7 +95,11 @@ impl Shard<'_> {
             Run::Invalid(reason) => self.ctx.counters.drop_one(reason),
         });
         if let Some(message) = stray {
-            self.stray(from, local, &message);
+            // Where too many wait, the oldest goes.
+            if self.hub.handshake_strays.force_push(message).is_some() {
+                self.ctx.counters.drop_one(DropReason::StrayFull);
+            }
+            self.hub.handshake_wake.signal();
         }
         // Each of the others opens its own and passes the batch on.
         if let Some(shard) = others.take() {
@@ -99,17 +107,6 @@ impl Shard<'_> {
             let _room = self.hand_over(shard, foreign, Handed::Udp(batch, others));
         }
         self.ctx.lap(Room::Classify);
-    }
-
-    /// Passes on the handshake message that came glued to data: of a batch the newest, since a peer sends
-    /// one at a time. Where too many wait, the oldest goes.
-    fn stray(&mut self, from: SocketAddr, local: Option<Local>, message: &[u8]) {
-        if let Some(message) = HandshakeMessage::new(None, from, local, message) {
-            if self.hub.handshake_strays.force_push(message).is_some() {
-                self.ctx.counters.drop_one(DropReason::StrayFull);
-            }
-            self.hub.handshake_wake.signal();
-        }
     }
 
     /// Takes batches that came by relay; no more of them once so many have brought handshake messages
@@ -372,7 +369,7 @@ impl Shard<'_> {
             };
             let source = Source::Udp(message.from);
             let peeked = message.peeked.as_deref();
-            self.handshake(message.peer, source, message.local, message.bytes(), peeked);
+            self.handshake(message.peer, source, message.local, &message.bytes, peeked);
         }
     }
 
@@ -419,14 +416,7 @@ impl Shard<'_> {
                 .activity
                 .received(self.hub.epoch, ctx.now, message.len(), way);
         }
-        if let Some(len) = outcome.message {
-            let kind = if outcome.handshake {
-                Kind::Handshake
-            } else {
-                Kind::Keepalive
-            };
-            self.tx.message(ctx, peer, kind, &out[..len]);
-        }
+        self.tx.outcome(ctx, peer, &outcome, &out);
         self.peers.touch(ctx.now, id);
         if outcome.change == Change::Up {
             self.session_up(id);

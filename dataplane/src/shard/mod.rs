@@ -264,8 +264,10 @@ impl<'a> Shard<'a> {
         self.flush_runs();
         self.timers();
 
-        self.guests
-            .report(self.ctx.now, |owner, report| self.hub.report(owner, report));
+        let hub = self.hub;
+        self.guests.report(self.ctx.now, |owner, report| {
+            hub.tell(owner, |inbox| inbox.reports.push(report).is_ok())
+        });
         self.tx.flush_relay();
         for event in self.ctx.events.drain(..) {
             self.hub.outbox.event(event);
@@ -344,7 +346,9 @@ impl<'a> Shard<'a> {
         if self.table.moved_since(&before) {
             self.filter.owners_changed();
         }
-        self.want_sessions(&wanted);
+        for id in wanted {
+            self.initiate(id, false);
+        }
     }
 
     /// Takes over our key and the MTU. Another key ends every session.
@@ -357,16 +361,10 @@ impl<'a> Shard<'a> {
             _ if same_key => {}
             _ => {
                 self.engine = engine(self.inbox, self.id, self.kind, &self.settings);
-                let wanted = self.peers.end_sessions();
-                self.want_sessions(&wanted);
+                for id in self.peers.end_sessions() {
+                    self.initiate(id, false);
+                }
             }
-        }
-    }
-
-    /// Makes sessions that handshake by themselves, and begins.
-    fn want_sessions(&mut self, peers: &[PeerId]) {
-        for id in peers {
-            self.initiate(*id, false);
         }
     }
 
@@ -520,14 +518,7 @@ impl<'a> Shard<'a> {
             let at = self.ctx.moment();
             let mut out = [0; MESSAGE_LEN_MAX];
             let outcome = session.handle_timeout(engine, at, quiet_for, &mut out);
-            if let Some(len) = outcome.message {
-                let kind = if outcome.handshake {
-                    Kind::Handshake
-                } else {
-                    Kind::Keepalive
-                };
-                self.tx.message(&mut self.ctx, peer, kind, &out[..len]);
-            }
+            self.tx.outcome(&mut self.ctx, peer, &outcome, &out);
             if outcome.change == Change::Down {
                 self.ctx.events.push(Event::SessionDown(id));
             }

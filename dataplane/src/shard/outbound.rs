@@ -87,7 +87,7 @@ impl Shard<'_> {
         if let Some(tell) = self
             .filter
             .remember_for(ctx.now, plan.headers(), packet, forgot)
-            && !hub.learn(owner, tell.reply)
+            && !hub.tell(owner, |inbox| inbox.flows.push(tell.reply).is_ok())
         {
             self.filter.untold(&tell);
             if tell.new {
@@ -187,7 +187,7 @@ impl Shard<'_> {
         let Some(mut run) = self.runs.close(at) else {
             return false;
         };
-        let (id, ctx) = (run.peer(), &mut self.ctx);
+        let (id, ctx) = (run.peer, &mut self.ctx);
         match (self.peers.get(id), self.guests.get(id), &mut self.engine) {
             (Some(peer), _, Some(engine)) => run.flush(ctx, engine, peer, &mut self.tx),
             (None, Some(guest), Some(engine)) => run.flush(ctx, engine, guest, &mut self.tx),

@@ -8,6 +8,7 @@ use super::Context;
 use crate::hub::Hub;
 use crate::peer::{Guest, Kind, Peer, Trouble, Way};
 use crate::seal::{Batch, Outlet};
+use crate::session::Outcome;
 use crate::stats::{DropReason, Meter, Room};
 use crate::sys::socket::Leave;
 use crate::types::{PeerId, RegionId, RelayBatch};
@@ -59,6 +60,23 @@ impl Transmit {
             tos: 0,
         };
         self.send(ctx, peer, batch);
+    }
+
+    /// Sends what a session has to say of itself, if anything.
+    pub(crate) fn outcome(
+        &mut self,
+        ctx: &mut Context,
+        peer: &mut Peer,
+        outcome: &Outcome,
+        out: &[u8],
+    ) {
+        let Some(len) = outcome.message else { return };
+        let kind = if outcome.handshake {
+            Kind::Handshake
+        } else {
+            Kind::Keepalive
+        };
+        self.message(ctx, peer, kind, &out[..len]);
     }
 
     /// Sends by UDP and returns the bytes that left, and what was wrong.
