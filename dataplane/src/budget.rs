@@ -72,13 +72,9 @@ fn nanos(time: Duration) -> i64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys;
 
     const MS: Duration = Duration::from_millis(1);
-
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-    fn start() -> Instant {
-        Instant::now()
-    }
 
     fn new(now: Instant) -> TimeBudget {
         TimeBudget::new(now, 20 * MS, 50 * MS)
@@ -93,7 +89,7 @@ mod tests {
         batch: Duration,
         seconds: u64,
     ) -> (Duration, Duration) {
-        let began = start();
+        let began = sys::now();
         let end = began + Duration::from_secs(seconds);
         let (mut now, mut spent, mut last, mut pause) =
             (began, Duration::ZERO, began, Duration::ZERO);
@@ -117,7 +113,7 @@ mod tests {
         for micros in [5, 100, 700, 3_000, 30_000] {
             let batch = Duration::from_micros(micros);
             for (per_mille, share) in [(100, 0.1), (500, 0.5)] {
-                let mut budget = new(start());
+                let mut budget = new(sys::now());
                 let (spent, pause) = flooded(&mut budget, per_mille, batch, 10);
                 let got = spent.as_secs_f64() / 10.0;
                 assert!(got < share + 0.01, "{batch:?}, {per_mille}: {got}");
@@ -131,7 +127,7 @@ mod tests {
 
     #[test]
     fn what_comes_now_and_then_never_waits() {
-        let mut now = start();
+        let mut now = sys::now();
         let mut budget = new(now);
         for _ in 0..10_000 {
             assert_eq!(budget.opens(now, 100), now);
@@ -147,7 +143,7 @@ mod tests {
 
     #[test]
     fn one_long_piece_of_work_is_forgiven_in_half_a_second() {
-        let now = start();
+        let now = sys::now();
         let mut budget = new(now);
         budget.spend(Duration::from_secs(3600));
         let opens = budget.opens(now, 100);

@@ -249,13 +249,9 @@ pub fn session(start: Instant, bytes: &[u8]) {
 mod tests {
     use super::*;
     use crate::packet::build::{Builder, Tcp};
+    use crate::sys;
+    use crate::testing::seeded;
     use rand::{Rng, RngExt};
-
-    fn seeded() -> StdRng {
-        let seed = rand::random::<u64>();
-        println!("seed {seed:#x}");
-        StdRng::seed_from_u64(seed)
-    }
 
     /// A valid packet, damaged now and then.
     fn packet(rng: &mut StdRng) -> Vec<u8> {
@@ -314,10 +310,9 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
     fn random_handshake_messages_hold() {
         let mut rng = seeded();
-        let now = Instant::now();
+        let now = sys::now();
         handshake(now, &[1]);
         handshake(now, &[2]);
         for round in 0..400usize {
@@ -339,10 +334,9 @@ mod tests {
     }
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
     fn random_opened_packets_hold() {
         let mut rng = seeded();
-        let now = Instant::now();
+        let now = sys::now();
         for _ in 0..2_000 {
             let mut bytes = Vec::new();
             for _ in 0..rng.random_range(0..20) {
@@ -373,7 +367,6 @@ mod tests {
 
     /// The seeds that the fuzzer starts from.
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
     fn the_corpus_holds() {
         let corpus = |target: &str| -> Vec<Vec<u8>> {
             let path = format!("{}/../fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
@@ -385,9 +378,9 @@ mod tests {
         for (target, run) in [
             ("tun_read", tun_read as fn(&[u8])),
             ("datagram", datagram),
-            ("opened", |bytes: &[u8]| opened(Instant::now(), bytes)),
-            ("session", |bytes: &[u8]| session(Instant::now(), bytes)),
-            ("handshake", |bytes: &[u8]| handshake(Instant::now(), bytes)),
+            ("opened", |bytes: &[u8]| opened(sys::now(), bytes)),
+            ("session", |bytes: &[u8]| session(sys::now(), bytes)),
+            ("handshake", |bytes: &[u8]| handshake(sys::now(), bytes)),
             ("aead", aead),
         ] {
             let seeds = corpus(target);

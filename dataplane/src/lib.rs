@@ -117,6 +117,8 @@ mod session;
 mod shard;
 pub mod stats;
 mod sys;
+#[cfg(test)]
+mod testing;
 mod threads;
 #[cfg(feature = "internals")]
 pub mod tun;

@@ -49,14 +49,11 @@ fn words(panic: &(dyn Any + Send)) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
     use crate::types::Event;
 
-    #[expect(clippy::disallowed_methods, reason = "any instant will do")]
     fn hub() -> Arc<Hub> {
-        Arc::new(Hub::new(Instant::now(), 1).unwrap())
+        Arc::new(Hub::new(crate::sys::now(), 1).unwrap())
     }
 
     #[test]

@@ -79,15 +79,11 @@ impl Budget {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-    fn start() -> Instant {
-        Instant::now()
-    }
+    use crate::sys;
 
     /// Works in pieces of `piece` whenever it may, for `span`; returns the share of the time.
     fn share(piece: Duration, span: Duration) -> f64 {
-        let mut now = start();
+        let mut now = sys::now();
         let mut budget = Budget::new(now);
         let end = now + span;
         let mut used = Duration::ZERO;
@@ -118,7 +114,7 @@ mod tests {
 
     #[test]
     fn a_burst_is_taken_at_once_and_saved_time_is_bounded() {
-        let mut now = start();
+        let mut now = sys::now();
         let mut budget = Budget::new(now);
         now += Duration::from_secs(3600);
         budget.charge(now, BURST - Duration::from_nanos(1));
@@ -132,7 +128,7 @@ mod tests {
 
     #[test]
     fn without_data_the_share_is_larger_and_with_the_first_data_it_is_not() {
-        let mut now = start();
+        let mut now = sys::now();
         let mut budget = Budget::new(now);
         let mut packets = 0;
         for (per_look, share) in [

@@ -75,11 +75,6 @@ struct Lab {
     answered: usize,
 }
 
-#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-fn start() -> Instant {
-    Instant::now()
-}
-
 fn at(n: u8) -> SocketAddr {
     SocketAddr::from(([192, 0, 2, n], 51_820))
 }
@@ -90,7 +85,7 @@ impl Lab {
         let seed = u64::from(rate) + kind as u64;
         println!("{kind:?}, {rate}/s from {from:?}, seed {seed}");
         let mut rng = StdRng::seed_from_u64(seed);
-        let epoch = start();
+        let epoch = now();
         let settings = Settings {
             private_key: Some(Zeroizing::new([1; 32])),
             mtu: 1420,
@@ -315,7 +310,7 @@ fn made(kind: Kind, i: usize, rng: &mut StdRng) -> Rc<[u8]> {
     let mut message = if kind == Kind::Answers {
         vec![2; if i % 8 < 4 { RESPONSE_LEN } else { COOKIE_LEN }]
     } else {
-        stranger.initiate(start(), rng).to_vec()
+        stranger.initiate(now(), rng).to_vec()
     };
     match kind {
         Kind::Strangers => {}

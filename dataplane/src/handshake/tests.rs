@@ -8,11 +8,6 @@ use super::*;
 use crate::noise::{CookieStore, LOAD_BURST, Remote, Tai64n, consume_initiation, initiation};
 use crate::types::PeerConfig;
 
-#[expect(clippy::disallowed_methods, reason = "any moment to count from")]
-fn start() -> Instant {
-    Instant::now()
-}
-
 fn from() -> SocketAddr {
     "192.0.2.1:5000".parse().unwrap()
 }
@@ -59,7 +54,7 @@ fn made_by(n: u8, cookies: &mut CookieStore, now: Instant) -> [u8; 148] {
 
 #[test]
 fn an_initiation_of_a_known_peer_passes_with_what_was_computed() {
-    let now = start();
+    let now = now();
     let message = made_by(2, &mut CookieStore::default(), now);
     let passed = worker(now).check(now, from(), Standing::Stranger, &message);
     let passed = passed.unwrap();
@@ -71,7 +66,7 @@ fn an_initiation_of_a_known_peer_passes_with_what_was_computed() {
 
 #[test]
 fn strangers_go_no_further_under_their_own_reason() {
-    let now = start();
+    let now = now();
     let message = made_by(3, &mut CookieStore::default(), now);
     let refused = worker(now).check(now, from(), Standing::Stranger, &message);
     let reason = DropReason::HandshakeUnknownPeer;
@@ -80,7 +75,7 @@ fn strangers_go_no_further_under_their_own_reason() {
 
 #[test]
 fn a_cookie_reply_goes_to_the_shard_its_index_names() {
-    let now = start();
+    let now = now();
     let mut message = [0; COOKIE_LEN];
     message[0] = 3;
     message[4..8].copy_from_slice(&[0x11, 0x02, 0x33, 0x44]);
@@ -91,7 +86,7 @@ fn a_cookie_reply_goes_to_the_shard_its_index_names() {
 
 #[test]
 fn a_flood_is_answered_with_cookies_that_open_the_door() {
-    let now = start();
+    let now = now();
     let mut worker = worker(now);
     let mut cookies = CookieStore::default();
     let message = made_by(2, &mut cookies, now);
@@ -112,7 +107,7 @@ fn a_flood_is_answered_with_cookies_that_open_the_door() {
 
 #[test]
 fn the_newest_key_counts() {
-    let now = start();
+    let now = now();
     let hub = Hub::new(now, 1).unwrap();
     let mut worker = worker(now);
     let message = made_by(2, &mut CookieStore::default(), now);
@@ -131,7 +126,7 @@ fn the_newest_key_counts() {
 
 #[test]
 fn a_full_shard_costs_messages_not_memory() {
-    let now = start();
+    let now = now();
     let hub = Hub::new(now, 1).unwrap();
     let mut worker = worker(now);
     let mut message = [0; COOKIE_LEN];

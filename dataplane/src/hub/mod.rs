@@ -340,6 +340,7 @@ mod tests {
     use std::os::fd::AsFd;
 
     use super::*;
+    use crate::sys::now;
     use crate::types::PeerConfig;
 
     #[test]
@@ -355,8 +356,7 @@ mod tests {
 
     #[test]
     fn only_the_owner_of_a_peer_is_told_where_to_send() {
-        #[expect(clippy::disallowed_methods, reason = "any instant will do")]
-        let hub = Hub::new(Instant::now(), 4).unwrap();
+        let hub = Hub::new(now(), 4).unwrap();
         let peers: Vec<PeerConfig> = (0..40u8)
             .map(|n| PeerConfig::new(PeerId(n.into()), [n; 32]))
             .collect();

@@ -130,17 +130,15 @@ mod tests {
     use std::collections::BTreeMap;
     use std::time::Duration;
 
-    use rand::{RngExt, SeedableRng, rngs::StdRng};
+    use rand::RngExt;
 
     use super::*;
+    use crate::testing::seeded;
 
     #[test]
-    #[expect(clippy::disallowed_methods, reason = "any moment to count from")]
     fn random_operations_match_a_map() {
-        let seed: u64 = rand::random();
-        println!("seed {seed:#x}");
-        let mut rng = StdRng::seed_from_u64(seed);
-        let start = Instant::now();
+        let mut rng = seeded();
+        let start = crate::sys::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
         let mut deadlines = Deadlines::default();
         let mut model: BTreeMap<u32, u64> = BTreeMap::new();

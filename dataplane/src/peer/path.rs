@@ -412,6 +412,7 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
+    use crate::sys::now;
 
     const PEER: PeerId = PeerId(3);
     const LIMIT: Duration = Duration::from_secs(1);
@@ -427,13 +428,9 @@ mod tests {
     }
 
     impl Rig {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "any instant will do as the start"
-        )]
         fn new() -> Rig {
             Rig {
-                start: Instant::now(),
+                start: now(),
                 path: Path::default(),
                 generation: 0,
             }

@@ -12,6 +12,7 @@ use crate::packet::segment::plan;
 use crate::packet::vnet::VnetHdr;
 use crate::peer::table::PeerTable;
 use crate::session::{Change, MESSAGE_LEN_MAX, Moment};
+use crate::sys::now;
 
 fn config(id: u32, key: u8) -> PeerEntry {
     PeerEntry {
@@ -30,11 +31,6 @@ fn engine() -> Engine {
         0,
         rng,
     )
-}
-
-#[expect(clippy::disallowed_methods, reason = "any instant will do")]
-fn epoch() -> Instant {
-    Instant::now()
 }
 
 /// Makes these all the peers there are. Returns who wants a session, and how many packets waited for
@@ -59,7 +55,7 @@ fn replace(
 
 #[test]
 fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
-    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), now());
     let kept = config(1, 1);
     replace(&mut peers, now, None, [kept.clone(), config(2, 2)]);
     for id in [PeerId(1), PeerId(2)] {
@@ -81,7 +77,7 @@ fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
 
 #[test]
 fn sessions_of_peers_that_go_give_their_indexes_back() {
-    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), now());
     replace(&mut peers, now, None, [config(1, 1)]);
     let at = Moment {
         now,
@@ -99,7 +95,7 @@ fn sessions_of_peers_that_go_give_their_indexes_back() {
 
 #[test]
 fn only_peers_that_want_it_are_called_and_at_their_time() {
-    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), now());
     let ids = 0..10u8;
     replace(
         &mut peers,
@@ -131,7 +127,7 @@ fn only_peers_that_want_it_are_called_and_at_their_time() {
 fn an_id_out_of_range_is_not_used() {
     let mut peers = Peers::new(false, 1);
     let beyond = u32::try_from(PEERS_MAX).unwrap();
-    replace(&mut peers, epoch(), None, [config(beyond, 1)]);
+    replace(&mut peers, now(), None, [config(beyond, 1)]);
     assert!(peers.get(PeerId(beyond)).is_none());
 }
 
@@ -145,7 +141,7 @@ fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
         entry.config = Arc::new(config);
         entry
     };
-    let (mut peers, mut engine, now) = (Peers::new(true, 1), engine(), epoch());
+    let (mut peers, mut engine, now) = (Peers::new(true, 1), engine(), now());
     let wanted = |peers: &mut Peers, seconds| {
         let entries = [kept_alive(&first, seconds), second.clone()];
         replace(peers, now, None, entries).0
@@ -178,7 +174,7 @@ impl Loan {
     }
 
     fn new() -> Loan {
-        let now = epoch();
+        let now = now();
         let public = |key| *PublicKey::from(&StaticSecret::from([key; 32])).as_bytes();
         let config = |key| PeerConfig::new(LENT, public(key));
         let table = PeerTable::default().changed(vec![config(2)], &[], None, 1);

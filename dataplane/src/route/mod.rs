@@ -99,7 +99,8 @@ impl Cursor<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rand::{RngExt, SeedableRng, rngs::StdRng};
+    use crate::testing::seeded;
+    use rand::{RngExt, rngs::StdRng};
 
     fn prefix(text: &str) -> Prefix {
         let (addr, bits) = text.split_once('/').unwrap();
@@ -231,9 +232,7 @@ mod tests {
 
     #[test]
     fn random_operations_agree_with_a_linear_scan() {
-        let seed = rand::random::<u64>();
-        println!("seed {seed:#x}");
-        let mut rng = StdRng::seed_from_u64(seed);
+        let mut rng = seeded();
         let mut table = Table::default();
         let mut linear = Linear::default();
         for _ in 0..20_000 {
@@ -248,11 +247,7 @@ mod tests {
                 linear.0.retain(|entry| *entry != (prefix, peer));
             }
             let addr = random_addr(&mut rng);
-            assert_eq!(
-                table.lookup(addr),
-                linear.lookup(addr),
-                "{addr}, seed {seed:#x}"
-            );
+            assert_eq!(table.lookup(addr), linear.lookup(addr), "{addr}");
             assert_eq!(table.len(), linear.0.len());
         }
         for (prefix, peer) in &linear.0 {

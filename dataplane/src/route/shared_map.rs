@@ -277,9 +277,10 @@ impl<'a, K, V> Iterator for Entries<'a, K, V> {
 mod tests {
     use std::collections::BTreeMap;
 
-    use rand::{RngExt, SeedableRng, rngs::StdRng};
+    use rand::RngExt;
 
     use super::*;
+    use crate::testing::seeded;
 
     /// A key whose hash is one of few: leaves at the end of the hash hold more than others.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -312,9 +313,7 @@ mod tests {
         key: impl Fn(u32) -> K,
         keys: u32,
     ) {
-        let seed: u64 = rand::random();
-        println!("seed {seed:#x}");
-        let mut rng = StdRng::seed_from_u64(seed);
+        let mut rng = seeded();
         let (mut map, mut model) = (SharedMap::default(), BTreeMap::new());
         let (mut old_map, mut old_model) = (map.clone(), model.clone());
         // Miri is slow.

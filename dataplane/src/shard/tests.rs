@@ -24,7 +24,7 @@ const REGION: RegionId = RegionId(1);
 
 /// A shard's seat in a hub of its own.
 fn seat() -> Seat {
-    let now = epoch();
+    let now = sys::now();
     Seat {
         id: 0,
         hub: Arc::new(Hub::new(now, 1).unwrap()),
@@ -41,11 +41,6 @@ fn seat() -> Seat {
         kind: config::Engine::Ringtail,
         published: Published::default(),
     }
-}
-
-#[expect(clippy::disallowed_methods, reason = "any instant will do")]
-fn epoch() -> Instant {
-    Instant::now()
 }
 
 fn shard(seat: &Seat) -> Shard<'_> {
@@ -88,7 +83,7 @@ impl Far {
         let rng = rand::rngs::StdRng::seed_from_u64(u64::from(number));
         let kind = config::Engine::Ringtail;
         let mut engine = Engine::new(kind, &Zeroizing::new(key), 1420, 0, rng);
-        let session = engine.session(epoch(), &config(PeerId(0), OWN_KEY));
+        let session = engine.session(sys::now(), &config(PeerId(0), OWN_KEY));
         Far {
             id: PeerId(u32::from(number)),
             key,
@@ -129,7 +124,7 @@ impl Far {
 fn secs(secs: u64) -> Moment {
     let wall = Duration::from_secs(secs);
     Moment {
-        now: epoch() + wall,
+        now: sys::now() + wall,
         wall,
     }
 }
@@ -425,7 +420,7 @@ fn from_tun(to: u8, port: u16, tos: u8) -> TunRx {
 /// them makes room for a packet to another peer, and leaves by the way it was begun with.
 #[test]
 fn both_runs_of_a_guest_leave_with_its_grant_when_others_need_their_places() {
-    let hub = Arc::new(Hub::new(epoch(), 2).unwrap());
+    let hub = Arc::new(Hub::new(sys::now(), 2).unwrap());
     let seats = [0, 1].map(|id| Seat {
         id,
         hub: Arc::clone(&hub),
@@ -556,7 +551,7 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> Aim {
         udp,
         local: None,
         derp: relay.then_some(REGION),
-        trust_until: (!relay).then(|| epoch() + Duration::from_secs(3600)),
+        trust_until: (!relay).then(|| sys::now() + Duration::from_secs(3600)),
         silence_limit: Duration::from_secs(1),
         path_mtu: 1500,
         relayed_alone: false,

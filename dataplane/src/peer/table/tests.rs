@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use rand::seq::IndexedRandom;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::{RngExt, rngs::StdRng};
 
 use super::*;
 use crate::route::covers;
+use crate::testing::seeded;
 
 const SHARDS: usize = 4;
 
@@ -162,9 +163,7 @@ impl Heard {
 
 #[test]
 fn random_changes_give_the_table_that_is_made_anew() {
-    let seed: u64 = rand::random();
-    println!("seed {seed:#x}");
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = seeded();
     let mut table = PeerTable::default();
     let mut model = Model::default();
     let mut heard = [Heard::default(), Heard::default()];

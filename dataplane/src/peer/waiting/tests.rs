@@ -1,15 +1,12 @@
 //! What waits: of one peer, of many that share a budget, and of peers that come and go.
 
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::{RngExt, rngs::StdRng};
 
 use super::*;
 use crate::peer::table::PeerEntry;
+use crate::sys::now;
+use crate::testing::seeded;
 use crate::types::PeerConfig;
-
-#[expect(clippy::disallowed_methods, reason = "any instant will do")]
-fn now() -> Instant {
-    Instant::now()
-}
 
 /// A queue and its budget.
 #[derive(Debug)]
@@ -301,9 +298,7 @@ fn entry(
 
 #[test]
 fn whatever_random_peers_do_the_budget_has_what_waits_and_nothing_else() {
-    let seed: u64 = rand::random();
-    println!("seed {seed:#x}");
-    let mut rng = StdRng::seed_from_u64(seed);
+    let mut rng = seeded();
     let mut shop = Shop::new();
     let mut now = now();
     for number in 0..20_000 {
