@@ -8,15 +8,15 @@ use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
+use crate::noise::public_key;
 use crate::packet::build::Builder;
 use crate::packet::segment::plan;
 use crate::packet::vnet::VnetHdr;
 use crate::peer::Peers;
 use crate::peer::table::PeerTable;
-use crate::session::{self, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened, Session};
+use crate::session::{self, Change, MESSAGE_LEN_MAX, Moment, OVERHEAD, Opened, Session};
 use crate::types::{PeerConfig, PeerId};
 
 /// A TCP packet over IPv4, as the TUN gives it, with so many bytes of payload in segments of `mss`
@@ -98,10 +98,7 @@ impl Sessions {
             let rng = StdRng::seed_from_u64(own as u64);
             session::Engine::new(kind, &Zeroizing::new(keys[own]), mtu, 0, rng)
         };
-        let config = |id, peer: usize| {
-            let public = PublicKey::from(&StaticSecret::from(keys[peer]));
-            PeerConfig::new(PeerId(id), public.to_bytes())
-        };
+        let config = |id, peer: usize| PeerConfig::new(PeerId(id), public_key(&keys[peer]));
         let mut sessions = Sessions {
             now,
             ends: [engine(0), engine(1)],
@@ -118,24 +115,10 @@ impl Sessions {
                 now,
                 wall: Duration::from_secs(u64::from(id)),
             };
-            let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);
-            let len = a.initiate(near, at, true, &mut there).expect("the first");
-            let answer = b.handle_handshake(far, at, &there[..len], None, &mut back);
-            let len = answer.ok().and_then(|outcome| outcome.message);
-            let response = &back[..len.expect("a response")];
-            let done = a.handle_handshake(near, at, response, None, &mut there);
-            let len = done.ok().and_then(|outcome| outcome.message);
-            let keepalive = &mut there[..len.expect("a keep-alive")];
-            let (index, len) = (index(keepalive), keepalive.len());
-            b.open(
-                far,
-                now,
-                index,
-                keepalive,
-                len,
-                &mut sessions.opened,
-                |_| {},
-            );
+            let mut keepalive = shake_hands(at, (near, &mut a), (far, &mut b));
+            let (index, len) = (index(&keepalive), keepalive.len());
+            let opened = &mut sessions.opened;
+            b.open(far, now, index, &mut keepalive, len, opened, |_| {});
             sessions.near.push(a);
             sessions.far.push(b);
         }
@@ -180,7 +163,28 @@ impl Sessions {
     }
 }
 
-fn index(datagram: &[u8]) -> u32 {
+/// Has one session shake hands with another. Returns the keep-alive that tells that one so.
+///
+/// # Panics
+/// If it fails.
+pub(crate) fn shake_hands(
+    at: Moment,
+    (near, a): (&mut session::Engine, &mut Session),
+    (far, b): (&mut session::Engine, &mut Session),
+) -> Vec<u8> {
+    let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);
+    let len = a.initiate(near, at, true, &mut there).expect("the first");
+    let answer = b.handle_handshake(far, at, &there[..len], None, &mut back);
+    let len = answer.ok().and_then(|outcome| outcome.message);
+    let response = &back[..len.expect("a response")];
+    let done = a.handle_handshake(near, at, response, None, &mut there);
+    let done = done.expect("a good response");
+    assert_eq!(done.change, Change::Up);
+    there[..done.message.expect("a keep-alive")].to_vec()
+}
+
+/// The receiver index of data.
+pub(crate) fn index(datagram: &[u8]) -> u32 {
     let bytes = datagram.get(4..8).and_then(<[u8]>::first_chunk);
     bytes.map_or(0, |bytes| u32::from_le_bytes(*bytes))
 }

@@ -21,13 +21,8 @@ use crate::packet::segment::plan;
 use crate::packet::vnet::VnetHdr;
 use crate::types::Rules;
 
+pub use crate::noise::public_key;
 pub use crate::session::{Change, End, Got, Known, Moment, OpenReport, Outcome};
-
-/// The public key that belongs to a private one.
-#[must_use]
-pub fn public_key(private: &[u8; 32]) -> [u8; 32] {
-    *LocalKeys::new(private).public()
-}
 
 /// One TUN read: virtio-net header and packet. Whatever is planned is cut, and both ways of cutting
 /// agree.

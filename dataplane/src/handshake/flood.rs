@@ -300,11 +300,6 @@ fn made(kind: Kind, i: usize, rng: &mut StdRng) -> Rc<[u8]> {
         (Kind::Everything, _) => Kind::Answers,
         (kind, _) => kind,
     };
-    let us = Remote::new(
-        &LocalKeys::new(&[9; 32]),
-        LocalKeys::new(&[1; 32]).public(),
-        None,
-    );
     let mut stranger = Far::new(200);
     stranger.keys = LocalKeys::new(&rng.random());
     let mut message = if kind == Kind::Answers {
@@ -322,7 +317,7 @@ fn made(kind: Kind, i: usize, rng: &mut StdRng) -> Rc<[u8]> {
             message[..4].copy_from_slice(&[kind, 0, 0, 0]);
             (message[5], message[9]) = (0, 0);
             if message.len() == RESPONSE_LEN {
-                put_mac1(&us, &mut message);
+                put_mac1(&stranger.us(), &mut message);
             }
         }
         Kind::Everything => unreachable!("one of the others"),
@@ -410,11 +405,7 @@ fn the_response_we_await_comes_through_beside_a_flood_of_guesses() {
         lab.run(SECOND / 2);
         let awaited = &lab.hub.inboxes[0].awaited;
         awaited.insert(0x1234_0056);
-        let us = Remote::new(
-            &LocalKeys::new(&[7; 32]),
-            LocalKeys::new(&[1; 32]).public(),
-            None,
-        );
+        let us = Far::new(7).us();
         let mut response = [3; RESPONSE_LEN];
         response[..4].copy_from_slice(&[2, 0, 0, 0]);
         response[8..12].copy_from_slice(&0x1234_0056u32.to_le_bytes());

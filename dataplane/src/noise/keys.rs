@@ -60,6 +60,13 @@ impl LocalKeys {
     }
 }
 
+/// The public key that belongs to a private one.
+#[cfg(feature = "internals")]
+#[must_use]
+pub fn public_key(private: &[u8; KEY_LEN]) -> [u8; KEY_LEN] {
+    *LocalKeys::new(private).public()
+}
+
 /// A peer's static public key, the preshared key, and what follows from them and our own key.
 pub struct Remote {
     pub(super) public: [u8; KEY_LEN],

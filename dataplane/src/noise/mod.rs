@@ -70,6 +70,8 @@ pub use handshake::{
     INITIATED_LEN, Initiated, PeekedInitiation, TransportKeys, consume_initiation,
     consume_response, initiation, peek_initiation, response,
 };
+#[cfg(feature = "internals")]
+pub use keys::public_key;
 pub use keys::{LocalKeys, Remote};
 pub(crate) use sources::Sources;
 pub use symmetric::{SymmetricState, dh};

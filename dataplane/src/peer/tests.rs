@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use rand::SeedableRng;
-use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::*;
+use crate::bench_support::shake_hands;
+use crate::noise::public_key;
 use crate::packet::build::Builder;
 use crate::packet::segment::plan;
 use crate::packet::vnet::VnetHdr;
 use crate::peer::table::PeerTable;
-use crate::session::{Change, MESSAGE_LEN_MAX, Moment};
+use crate::session::{MESSAGE_LEN_MAX, Moment};
 use crate::sys::now;
 
 fn config(id: u32, key: u8) -> PeerEntry {
@@ -22,15 +23,10 @@ fn config(id: u32, key: u8) -> PeerEntry {
     }
 }
 
-fn engine() -> Engine {
-    let rng = rand::rngs::StdRng::seed_from_u64(1);
-    Engine::new(
-        crate::config::Engine::Ringtail,
-        &Zeroizing::new([1; 32]),
-        1420,
-        0,
-        rng,
-    )
+fn engine(key: u8) -> Engine {
+    let rng = rand::rngs::StdRng::seed_from_u64(key.into());
+    let kind = crate::config::Engine::Ringtail;
+    Engine::new(kind, &Zeroizing::new([key; 32]), 1420, 0, rng)
 }
 
 /// Makes these all the peers there are. Returns who wants a session, and how many packets waited for
@@ -55,7 +51,7 @@ fn replace(
 
 #[test]
 fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
-    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), now());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(1), now());
     let kept = config(1, 1);
     replace(&mut peers, now, None, [kept.clone(), config(2, 2)]);
     for id in [PeerId(1), PeerId(2)] {
@@ -77,7 +73,7 @@ fn an_unchanged_peer_keeps_its_session_and_a_new_key_does_not() {
 
 #[test]
 fn sessions_of_peers_that_go_give_their_indexes_back() {
-    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), now());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(1), now());
     replace(&mut peers, now, None, [config(1, 1)]);
     let at = Moment {
         now,
@@ -95,7 +91,7 @@ fn sessions_of_peers_that_go_give_their_indexes_back() {
 
 #[test]
 fn only_peers_that_want_it_are_called_and_at_their_time() {
-    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(), now());
+    let (mut peers, mut engine, now) = (Peers::new(false, 1), engine(1), now());
     let ids = 0..10u8;
     replace(
         &mut peers,
@@ -141,7 +137,7 @@ fn a_new_keep_alive_or_a_new_key_of_ours_wants_sessions_at_once() {
         entry.config = Arc::new(config);
         entry
     };
-    let (mut peers, mut engine, now) = (Peers::new(true, 1), engine(), now());
+    let (mut peers, mut engine, now) = (Peers::new(true, 1), engine(1), now());
     let wanted = |peers: &mut Peers, seconds| {
         let entries = [kept_alive(&first, seconds), second.clone()];
         replace(peers, now, None, entries).0
@@ -175,15 +171,11 @@ impl Loan {
 
     fn new() -> Loan {
         let now = now();
-        let public = |key| *PublicKey::from(&StaticSecret::from([key; 32])).as_bytes();
-        let config = |key| PeerConfig::new(LENT, public(key));
+        let config = |key| PeerConfig::new(LENT, public_key(&[key; 32]));
         let table = PeerTable::default().changed(vec![config(2)], &[], None, 1);
         let mut owner = Peers::new(true, 2);
-        let mut engine = engine();
+        let (mut engine, mut far_engine) = (engine(1), engine(2));
         replace(&mut owner, now, Some(&mut engine), table.peers().cloned());
-        let rng = rand::rngs::StdRng::seed_from_u64(2);
-        let kind = crate::config::Engine::Ringtail;
-        let mut far_engine = Engine::new(kind, &Zeroizing::new([2; 32]), 1420, 0, rng);
         let far = far_engine.session(now, &config(1));
         Loan {
             now,
@@ -203,13 +195,7 @@ impl Loan {
         let (far_engine, far) = &mut self.far;
         let peer = self.owner.wake(at.now, LENT, &mut self.engine).unwrap();
         let session = peer.session().unwrap();
-        let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);
-        let len = session.initiate(&mut self.engine, at, true, &mut there);
-        let initiation = &there[..len.unwrap()];
-        let answer = far.handle_handshake(far_engine, at, initiation, None, &mut back);
-        let response = &back[..answer.unwrap().message.unwrap()];
-        let done = session.handle_handshake(&mut self.engine, at, response, None, &mut there);
-        assert_eq!(done.unwrap().change, Change::Up);
+        shake_hands(at, (&mut self.engine, session), (far_engine, far));
     }
 
     /// Has keys, and lends them with a first way.
@@ -273,7 +259,7 @@ fn timestamps_are_remembered_while_our_key_is_gone() {
     // It goes away, and comes back.
     owner.end_sessions();
     owner.end_sessions();
-    loan.engine = engine();
+    loan.engine = engine(1);
     let session = owner.wake(now, LENT, &mut loan.engine).unwrap().session();
     let session = session.unwrap();
     let heard = hear(session, &mut loan.engine, at(2, 102), &theirs);

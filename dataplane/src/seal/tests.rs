@@ -12,7 +12,9 @@ use rand::RngExt;
 use zeroize::Zeroizing;
 
 use super::*;
+use crate::bench_support::{index, shake_hands};
 use crate::config;
+use crate::noise::public_key;
 use crate::packet::build::Builder;
 use crate::packet::header::Headers;
 use crate::packet::segment::plan;
@@ -48,13 +50,8 @@ impl Outlet<Peer> for Collected {
     }
 }
 
-fn public(key: u8) -> [u8; 32] {
-    use boringtun::x25519::{PublicKey, StaticSecret};
-    *PublicKey::from(&StaticSecret::from([key; 32])).as_bytes()
-}
-
 fn config(id: PeerId, key: u8) -> PeerConfig {
-    PeerConfig::new(id, public(key))
+    PeerConfig::new(id, public_key(&[key; 32]))
 }
 
 impl Rig {
@@ -102,19 +99,15 @@ impl Rig {
         assert!(!wanted);
         let peer = self.peers.wake(at.now, id, engine).unwrap();
         let session = peer.session().unwrap();
-        let (mut there, mut back) = ([0; MESSAGE_LEN_MAX], [0; MESSAGE_LEN_MAX]);
-        let len = session.initiate(engine, at, false, &mut there).unwrap();
-        let outcome = far.handle_handshake(far_engine, at, &there[..len], None, &mut back);
-        let len = outcome.unwrap().message.unwrap();
-        let outcome = session.handle_handshake(engine, at, &back[..len], None, &mut there);
-        let len = outcome.unwrap().message.unwrap();
-        self.open(id, &mut there[..len], len);
+        let mut keepalive = shake_hands(at, (engine, session), (far_engine, far));
+        let len = keepalive.len();
+        self.open(id, &mut keepalive, len);
         assert!(self.peers.get(id).unwrap().ready(at.now));
     }
 
     /// Opens a run at the far end; it must be good.
     fn open(&mut self, id: PeerId, bytes: &mut [u8], stride: usize) -> Vec<Vec<u8>> {
-        let index = u32::from_le_bytes(*bytes[4..].first_chunk().unwrap());
+        let index = index(bytes);
         let (far_engine, far) = &mut self.far[id.0 as usize];
         far.open(
             far_engine,

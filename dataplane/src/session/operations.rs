@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 
 use rand::SeedableRng;
 use rand::rngs::StdRng;
-use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::Zeroizing;
 
 use super::{
@@ -83,8 +82,7 @@ impl World {
         let ends = [0, 1].map(|own: usize| {
             let rng = StdRng::seed_from_u64(own as u64);
             let key = Zeroizing::new(keys[own]);
-            let public = PublicKey::from(&StaticSecret::from(keys[1 - own]));
-            let peer = PeerConfig::new(PeerId(7), public.to_bytes());
+            let peer = PeerConfig::new(PeerId(7), noise::public_key(&keys[1 - own]));
             let shard = u8::from(own == 1);
             End::new(Engine::Ringtail, &key, 1420, shard, rng, start, &peer)
         });

@@ -4,13 +4,14 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::AsRawFd as _;
 
 use rand::SeedableRng;
-use x25519_dalek::{PublicKey, StaticSecret};
 use zerocopy::IntoBytes;
 use zeroize::Zeroizing;
 
 use super::*;
+use crate::bench_support::index;
 use crate::filter::{CompiledRules, source_allowed};
 use crate::hub::strangers;
+use crate::noise::public_key;
 use crate::packet::Pool;
 use crate::packet::build::Builder;
 use crate::packet::vnet::VnetHdr;
@@ -73,8 +74,7 @@ struct Far {
 }
 
 fn config(id: PeerId, key: [u8; 32]) -> PeerConfig {
-    let public = PublicKey::from(&StaticSecret::from(key));
-    PeerConfig::new(id, public.to_bytes())
+    PeerConfig::new(id, public_key(&key))
 }
 
 impl Far {
@@ -495,7 +495,7 @@ fn both_runs_of_a_guest_leave_with_its_grant_when_others_need_their_places() {
     );
     let mut opened = Opened::new(config::Engine::Ringtail);
     for mut bytes in datagrams {
-        let index = u32::from_le_bytes(*bytes[4..].first_chunk().unwrap());
+        let index = index(&bytes);
         let (engine, len) = (&mut guest.engine, bytes.len());
         let fail = |reason| panic!("{reason:?}");
         let (session, now) = (&mut guest.session, owner.ctx.now);
@@ -752,7 +752,7 @@ fn who_goes_on_with_keys_that_are_too_old_here_gets_an_initiation() {
     let mut far = joined(&mut shard);
     let confirmation = sent(&mut shard).remove(0).1;
     let now = shard.ctx.now;
-    let index = u32::from_le_bytes(*confirmation[4..].first_chunk().unwrap());
+    let index = index(&confirmation);
     let (engine, session) = (&mut far.engine, &mut far.session);
     let mut opened = Opened::new(seat.kind);
     let mut bytes = confirmation;
