@@ -244,8 +244,8 @@ pub fn session(start: Instant, bytes: &[u8]) {
 mod tests {
     use super::*;
     use crate::packet::build::{Builder, Tcp};
+    use crate::seeded;
     use crate::sys;
-    use crate::testing::seeded;
     use rand::{Rng, RngExt};
 
     /// A valid packet, damaged now and then.

@@ -117,8 +117,6 @@ mod session;
 mod shard;
 pub mod stats;
 mod sys;
-#[cfg(test)]
-mod testing;
 mod threads;
 #[cfg(feature = "internals")]
 pub mod tun;

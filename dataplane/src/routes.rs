@@ -10,7 +10,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -81,18 +81,11 @@ impl Routes {
         let (Some(to), Some(local)) = (at.endpoint, at.local) else {
             return false;
         };
-        if is_link_local(&to) {
+        // Its interface is part of such an address.
+        if matches!(to.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()) {
             return false;
         }
         let interface = self.query.interface(local.addr, to.ip(), mark);
         interface.ok() != Some(local.interface)
-    }
-}
-
-/// Its interface is part of the address.
-fn is_link_local(addr: &SocketAddr) -> bool {
-    match addr.ip() {
-        IpAddr::V4(_) => false,
-        IpAddr::V6(ip) => ip.is_unicast_link_local(),
     }
 }

@@ -520,7 +520,7 @@ fn is_extension(next: u8) -> bool {
 mod tests {
     use super::*;
     use crate::packet::build::{Builder, Tcp};
-    use crate::testing::seeded;
+    use crate::seeded;
     use rand::{Rng, RngExt};
 
     fn v4() -> Builder {

@@ -389,7 +389,7 @@ mod tests {
     use super::*;
     use crate::packet::build::{Builder, Tcp};
     use crate::packet::vnet::{GSO_UDP, NEEDS_CSUM};
-    use crate::testing::seeded;
+    use crate::seeded;
     use rand::{Rng, RngExt};
     use zerocopy::FromBytes;
 

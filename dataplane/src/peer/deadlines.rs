@@ -133,7 +133,7 @@ mod tests {
     use rand::RngExt;
 
     use super::*;
-    use crate::testing::seeded;
+    use crate::seeded;
 
     #[test]
     fn random_operations_match_a_map() {

@@ -99,7 +99,7 @@ impl Cursor<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::seeded;
+    use crate::seeded;
     use rand::{RngExt, rngs::StdRng};
 
     fn prefix(text: &str) -> Prefix {

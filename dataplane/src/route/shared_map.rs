@@ -280,7 +280,7 @@ mod tests {
     use rand::RngExt;
 
     use super::*;
-    use crate::testing::seeded;
+    use crate::seeded;
 
     /// A key whose hash is one of few: leaves at the end of the hash hold more than others.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -21,8 +21,8 @@ use crate::packet::segment::plan;
 use crate::packet::vnet::VnetHdr;
 use crate::peer::table::PeerEntry;
 use crate::peer::{Peer, Peers};
+use crate::seeded;
 use crate::session::{Opened, Session};
-use crate::testing::seeded;
 use crate::types::PeerConfig;
 
 const MTU: usize = 1420;

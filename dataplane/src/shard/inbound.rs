@@ -8,7 +8,7 @@ use std::net::SocketAddr;
 use arrayvec::ArrayVec;
 
 use super::{
-    HANDSHAKES_PER_TURN_MAX, RELAYED_BURST, RELAYED_PER_SECOND, RELAYED_PER_TURN_MAX, Shard,
+    HANDSHAKES_PER_TURN_MAX, RELAYED_BURST, RELAYED_PER_SECOND, RELAYED_PER_TURN_MAX, Shard, up_to,
 };
 use crate::classify::receiver_index;
 use crate::config;
@@ -38,18 +38,17 @@ impl Shard<'_> {
     pub(super) fn inbound(&mut self, mut batch: UdpRx, crossed: Option<ShardSet>) {
         let from = batch.from;
         let Ancillary { stride, tos, local } = batch.ancillary;
-        let stride = usize::from(stride);
         let bytes = batch.buf.bytes_mut();
+        let stride = match usize::from(stride) {
+            0 => bytes.len().max(1),
+            stride => stride,
+        };
         let mut others = crossed.unwrap_or_default();
         let mut foreign = 0;
         let mut stray = None;
         let crossed = crossed.is_some();
         if !crossed {
-            let datagrams = if stride == 0 {
-                1
-            } else {
-                bytes.len().div_ceil(stride)
-            };
+            let datagrams = bytes.len().div_ceil(stride).max(1);
             let counters = &mut self.ctx.counters;
             counters.add(Meter::UdpReceives, 1);
             counters.add(Meter::UdpPacketsIn, datagrams as u64);
@@ -59,7 +58,6 @@ impl Shard<'_> {
         runs(bytes, stride, self.id, |run| match run {
             Run::Data(index, datagrams) => {
                 self.ctx.lap(Room::Classify);
-                let stride = if stride == 0 { datagrams.len() } else { stride };
                 let len = datagrams.len();
                 if !self.open_run(index, datagrams, stride, Source::Udp(from), local, tos) {
                     self.stranger(from, len);
@@ -363,10 +361,7 @@ impl Shard<'_> {
 
     /// Handles handshake messages that passed the handshake thread.
     pub(super) fn handshakes(&mut self) {
-        for _ in 0..HANDSHAKES_PER_TURN_MAX {
-            let Some(message) = self.inbox.handshakes.pop() else {
-                break;
-            };
+        for message in up_to(HANDSHAKES_PER_TURN_MAX, &self.inbox.handshakes) {
             let source = Source::Udp(message.from);
             let peeked = message.peeked.as_deref();
             self.handshake(message.peer, source, message.local, &message.bytes, peeked);

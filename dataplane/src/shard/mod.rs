@@ -17,6 +17,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
+use crossbeam::queue::ArrayQueue;
 #[cfg(test)]
 pub(crate) use transmit::RELAY_JOIN_MAX;
 use transmit::Transmit;
@@ -165,6 +166,11 @@ fn engine(inbox: &Inbox, id: u8, kind: config::Engine, settings: &Settings) -> O
     let mut engine = Engine::new(kind, key, settings.mtu, id, rng);
     engine.show_awaited(Arc::clone(&inbox.awaited));
     Some(engine)
+}
+
+/// What waits in a queue, so much of it at most.
+fn up_to<T>(most: usize, queue: &ArrayQueue<T>) -> impl Iterator<Item = T> {
+    std::iter::from_fn(|| queue.pop()).take(most)
 }
 
 /// Everything one shard owns but its driver.
@@ -441,16 +447,10 @@ impl<'a> Shard<'a> {
     /// begun: before anything that came in, for it may be the reply.
     fn reports(&mut self) {
         // As many as can wait: a reply may be next.
-        for _ in 0..FLOWS_TOLD_MAX {
-            let Some(flow) = self.inbox.flows.pop() else {
-                break;
-            };
+        for flow in up_to(FLOWS_TOLD_MAX, &self.inbox.flows) {
             self.filter.learn(self.ctx.now, flow);
         }
-        for _ in 0..REPORTS_PER_TURN_MAX {
-            let Some(report) = self.inbox.reports.pop() else {
-                break;
-            };
+        for report in up_to(REPORTS_PER_TURN_MAX, &self.inbox.reports) {
             let now = self.ctx.now;
             if let Some(peer) = self.peers.get(report.peer) {
                 peer.reported(now, report, self.engine.as_mut(), &mut self.ctx.events);
@@ -462,15 +462,14 @@ impl<'a> Shard<'a> {
     /// Takes what other shards have handed over.
     fn handed(&mut self) {
         let mut packets_of: ArrayVec<Arc<PeerShared>, HANDED_PER_TURN_MAX> = ArrayVec::new();
-        for _ in 0..HANDED_PER_TURN_MAX {
-            match self.inbox.handed.pop() {
-                Some(Handed::Udp(batch, others)) => self.inbound(batch, Some(others)),
-                Some(Handed::Tun(packet, shared)) => {
+        for handed in up_to(HANDED_PER_TURN_MAX, &self.inbox.handed) {
+            match handed {
+                Handed::Udp(batch, others) => self.inbound(batch, Some(others)),
+                Handed::Tun(packet, shared) => {
                     let table = Arc::clone(&self.table);
                     self.outbound(packet, &mut table.routes.cursor(), true);
                     packets_of.push(shared);
                 }
-                None => break,
             }
         }
         if !packets_of.is_empty() {

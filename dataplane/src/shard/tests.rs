@@ -44,8 +44,17 @@ fn seat() -> Seat {
     }
 }
 
+/// A socket to send to, and its address.
+fn receiver() -> (UdpSocket, SocketAddr) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let patience = Some(Duration::from_secs(5));
+    socket.set_read_timeout(patience).unwrap();
+    let at = socket.local_addr().unwrap();
+    (socket, at)
+}
+
 fn shard(seat: &Seat) -> Shard<'_> {
-    let v4 = UdpSocket::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
+    let (v4, _) = receiver();
     let sockets = Arc::new(Sockets { v4, v6: None });
     let inbox = &seat.hub.inboxes[usize::from(seat.id)];
     Shard::new(seat, inbox, sockets, seat.hub.epoch)
@@ -448,11 +457,8 @@ fn both_runs_of_a_guest_leave_with_its_grant_when_others_need_their_places() {
         shake_hands(&mut shard, far);
     }
     drop(sent(&mut shard));
-    let there = UdpSocket::bind("127.0.0.1:0").unwrap();
-    there
-        .set_read_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
-    let to = there.local_addr().unwrap();
+    let (there, to) = receiver();
+    there.set_nonblocking(true).unwrap();
     aim(&mut owner, guest.id, Some(to), false);
 
     let mut routes = table.routes.cursor();
@@ -464,7 +470,6 @@ fn both_runs_of_a_guest_leave_with_its_grant_when_others_need_their_places() {
     let way = |shard: &mut Shard<'_>| shard.guests.get(guest.id).unwrap().way().udp;
     let arrived = || {
         let mut bytes = vec![0; 2000];
-        there.set_nonblocking(true).unwrap();
         let len = there.recv(&mut bytes).ok()?;
         bytes.truncate(len);
         Some(bytes)
@@ -571,11 +576,7 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
         libc::ENETUNREACH,
         libc::ENOMEM,
     ];
-    let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
-    receiver
-        .set_read_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
-    let to = receiver.local_addr().unwrap();
+    let (receiver, to) = receiver();
     let send = move |shard: &mut Shard<'_>, id, count: usize| {
         let batch = seal::Batch {
             kind: Kind::Data,
@@ -687,12 +688,8 @@ fn initiations_for_what_cannot_be_opened_are_limited_and_go_where_the_peer_is() 
     assert_eq!(sent(&mut shard).len(), UNOPENED_BURST as usize);
     shard.ctx.now += Duration::from_secs(1);
     // By both ways it sends twice as much.
-    let there = UdpSocket::bind(SocketAddr::from(([127, 0, 0, 1], 0))).unwrap();
-    there
-        .set_read_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
+    let (there, at) = receiver();
     let id = far[149].id;
-    let at = there.local_addr().unwrap();
     aim(&mut shard, id, Some(at), true);
     shard.unopened(id, 200);
     assert_eq!(sent(&mut shard), []);

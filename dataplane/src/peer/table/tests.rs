@@ -8,7 +8,7 @@ use rand::{RngExt, rngs::StdRng};
 
 use super::*;
 use crate::route::covers;
-use crate::testing::seeded;
+use crate::seeded;
 
 const SHARDS: usize = 4;
 

@@ -4,8 +4,8 @@ use rand::{RngExt, rngs::StdRng};
 
 use super::*;
 use crate::peer::table::PeerEntry;
+use crate::seeded;
 use crate::sys::now;
-use crate::testing::seeded;
 use crate::types::PeerConfig;
 
 /// A queue and its budget.
