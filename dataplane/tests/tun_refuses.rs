@@ -4,6 +4,8 @@
 //! any single packet. Nothing else here writes so much at once: sockets are sent to.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+#[path = "../src/sys/bpf.rs"]
+mod bpf;
 #[path = "../src/sys/refuse.rs"]
 mod refuse;
 mod support;

@@ -4,6 +4,7 @@
 //!
 //! All unsafe code of the drivers except io_uring's shared memory is in this folder.
 
+pub(crate) mod bpf;
 mod clock;
 mod cpu;
 mod event;

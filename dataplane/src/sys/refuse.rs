@@ -1,5 +1,7 @@
 //! For tests: a kernel that refuses.
 
+use super::bpf::{EQUAL, LOAD, RETURN, op};
+
 /// Makes the system calls with these numbers fail with an errno where their argument of this number, from 0,
 /// compares so (`BPF_JEQ`, `BPF_JGT`) with a value, in this thread from now on, and in those that it starts.
 pub(crate) fn refuse(
@@ -8,27 +10,18 @@ pub(crate) fn refuse(
     errno: i32,
 ) {
     let errno = u32::try_from(errno).expect("an errno");
-    let step = |code: u32, k: u32, jt: u8, jf: u8| libc::sock_filter {
-        code: u16::try_from(code).expect("a code"),
-        jt,
-        jf,
-        k,
-    };
-    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
-    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
     let compare = libc::BPF_JMP | compare | libc::BPF_K;
     // `struct seccomp_data`: the call's number at 0, its arguments of 8 bytes each from 16.
     let low = 16 + 8 * argument + if cfg!(target_endian = "little") { 0 } else { 4 };
-    let answer = libc::BPF_RET | libc::BPF_K;
     for call in calls {
         let call = u32::try_from(*call).expect("a call");
         let mut steps = [
-            step(load, 0, 0, 0),
-            step(equal, call, 0, 3),
-            step(load, low, 0, 0),
-            step(compare, value, 0, 1),
-            step(answer, libc::SECCOMP_RET_ERRNO | errno, 0, 0),
-            step(answer, libc::SECCOMP_RET_ALLOW, 0, 0),
+            op(LOAD, 0, 0, 0),
+            op(EQUAL, 0, 3, call),
+            op(LOAD, 0, 0, low),
+            op(compare, 0, 1, value),
+            op(RETURN, 0, 0, libc::SECCOMP_RET_ERRNO | errno),
+            op(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
         ];
         let program = libc::sock_fprog {
             len: u16::try_from(steps.len()).expect("six"),

@@ -23,6 +23,7 @@ use std::net::IpAddr;
 use libc::sock_filter;
 
 use crate::classify::INITIATION_LEN;
+use crate::sys::bpf::{EQUAL, LOAD, RETURN, op};
 
 /// First payload word of a data message, as loaded (big-endian).
 const WORD_DATA: u32 = 0x0400_0000;
@@ -95,15 +96,6 @@ impl Sources {
     }
 }
 
-fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
-    sock_filter {
-        code: u16::try_from(code).expect("classic BPF codes are below 256"),
-        jt,
-        jf,
-        k,
-    }
-}
-
 fn len(program: &[sock_filter]) -> u32 {
     u32::try_from(program.len()).expect("programs are short")
 }
@@ -113,19 +105,16 @@ pub(crate) fn program(shards: u32, discovery: bool, known: &Sources) -> Vec<sock
     let door = |door: Door| shards + u32::from(door as u8);
     let others = door(Door::Others);
     let discovery = others + u32::from(discovery);
-    let load_word = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     let load_byte = libc::BPF_LD | libc::BPF_B | libc::BPF_ABS;
-    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
     let modulo = libc::BPF_ALU | libc::BPF_MOD | libc::BPF_K;
-    let ret = libc::BPF_RET | libc::BPF_K;
     let initiation = u32::try_from(INITIATION_LEN).expect("148");
     let mut program = vec![
-        op(load_word, 0, 0, 0),
-        op(equal, 4, 0, WORD_DATA),
-        op(equal, 6, 0, WORDS_HANDSHAKE[0]),
-        op(equal, 5, 0, WORDS_HANDSHAKE[1]),
-        op(equal, 4, 0, WORDS_HANDSHAKE[2]),
-        op(ret, 0, 0, discovery),
+        op(LOAD, 0, 0, 0),
+        op(EQUAL, 4, 0, WORD_DATA),
+        op(EQUAL, 6, 0, WORDS_HANDSHAKE[0]),
+        op(EQUAL, 5, 0, WORDS_HANDSHAKE[1]),
+        op(EQUAL, 4, 0, WORDS_HANDSHAKE[2]),
+        op(RETURN, 0, 0, discovery),
         // An index that names no shard is garbage; any shard may count it.
         op(load_byte, 0, 0, SHARD_BYTE),
         op(modulo, 0, 0, shards),
@@ -137,38 +126,37 @@ pub(crate) fn program(shards: u32, discovery: bool, known: &Sources) -> Vec<sock
         search(&mut program, &words, door(Door::Known));
     }
     program.extend([
-        op(load_word, 0, 0, 0),
-        op(equal, 1, 0, WORDS_HANDSHAKE[0]),
-        op(ret, 0, 0, door(Door::Answers)),
+        op(LOAD, 0, 0, 0),
+        op(EQUAL, 1, 0, WORDS_HANDSHAKE[0]),
+        op(RETURN, 0, 0, door(Door::Answers)),
         // So that the loads behind it succeed.
         op(libc::BPF_LD | libc::BPF_W | libc::BPF_LEN, 0, 0, 0),
-        op(equal, 1, 0, initiation),
-        op(ret, 0, 0, others),
+        op(EQUAL, 1, 0, initiation),
+        op(RETURN, 0, 0, others),
     ]);
     for word in 0..4u8 {
         // To the end of the words behind it, or just on.
         let proven = 2 * (3 - word) + 1;
-        program.push(op(load_word, 0, 0, MAC2_AT + 4 * u32::from(word)));
-        program.push(op(equal, 0, proven, 0));
+        program.push(op(LOAD, 0, 0, MAC2_AT + 4 * u32::from(word)));
+        program.push(op(EQUAL, 0, proven, 0));
     }
-    program.push(op(ret, 0, 0, others));
-    program.push(op(ret, 0, 0, door(Door::Proven)));
+    program.push(op(RETURN, 0, 0, others));
+    program.push(op(RETURN, 0, 0, door(Door::Proven)));
     program
 }
 
 /// One word of the source into the accumulator.
 fn load_source(program: &mut Vec<sock_filter>, known: &Sources) {
-    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     if !known.v6 {
-        program.push(op(load, 0, 0, NETWORK + SOURCE4_AT));
+        program.push(op(LOAD, 0, 0, NETWORK + SOURCE4_AT));
         return;
     }
     let times = libc::BPF_ALU | libc::BPF_MUL | libc::BPF_K;
     program.extend([
-        op(load, 0, 0, NETWORK + SOURCE6_AT),
+        op(LOAD, 0, 0, NETWORK + SOURCE6_AT),
         op(times, 0, 0, known.salt[0]),
         op(libc::BPF_MISC | BPF_TAX, 0, 0, 0),
-        op(load, 0, 0, NETWORK + SOURCE6_AT + 4),
+        op(LOAD, 0, 0, NETWORK + SOURCE6_AT + 4),
         op(times, 0, 0, known.salt[1]),
         op(libc::BPF_ALU | libc::BPF_XOR | libc::BPF_X, 0, 0, 0),
     ]);
@@ -176,44 +164,42 @@ fn load_source(program: &mut Vec<sock_filter>, known: &Sources) {
 
 /// Returns `found` if the accumulator is one of the sorted words, else goes on behind all this.
 fn search(program: &mut Vec<sock_filter>, words: &[u32], found: u32) {
-    let always = libc::BPF_JMP | libc::BPF_JA;
     let mut leave = Vec::new();
     branch(program, words, found, &mut leave);
     let end = len(program);
     for at in leave {
         let at: usize = at;
         let behind = u32::try_from(at + 1).expect("programs are short");
-        program[at] = op(always, 0, 0, end - behind);
+        program[at] = op(ALWAYS, 0, 0, end - behind);
     }
 }
 
 /// A binary search down to runs; where each run ends without success is noted in `leave`.
 fn branch(program: &mut Vec<sock_filter>, words: &[u32], found: u32, leave: &mut Vec<usize>) {
-    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
     let at_least = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
-    let always = libc::BPF_JMP | libc::BPF_JA;
     if words.len() <= RUN {
         for word in words {
-            program.push(op(equal, 0, 1, *word));
-            program.push(op(libc::BPF_RET | libc::BPF_K, 0, 0, found));
+            program.push(op(EQUAL, 0, 1, *word));
+            program.push(op(RETURN, 0, 0, found));
         }
         leave.push(program.len());
-        program.push(op(always, 0, 0, 0));
+        program.push(op(ALWAYS, 0, 0, 0));
         return;
     }
     let (below, above) = words.split_at(words.len() / 2);
     program.push(op(at_least, 0, 1, above[0]));
     let jump = program.len();
-    program.push(op(always, 0, 0, 0));
+    program.push(op(ALWAYS, 0, 0, 0));
     branch(program, below, found, leave);
     let behind = u32::try_from(jump + 1).expect("programs are short");
-    program[jump] = op(always, 0, 0, len(program) - behind);
+    program[jump] = op(ALWAYS, 0, 0, len(program) - behind);
     branch(program, above, found, leave);
 }
 
 /// `BPF_A` and `BPF_TAX` of `linux/filter.h`: return the accumulator; copy it to the index register.
 const BPF_A: u32 = 0x10;
 const BPF_TAX: u32 = 0x00;
+const ALWAYS: u32 = libc::BPF_JMP | libc::BPF_JA;
 
 #[cfg(test)]
 mod tests {
