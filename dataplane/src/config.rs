@@ -10,6 +10,7 @@ use crate::named;
 
 /// Everything that is fixed for the life of a data plane.
 #[derive(Clone)]
+#[expect(missing_debug_implementations, reason = "a key")]
 pub struct Config {
     /// Name of the TUN interface, at most 15 bytes; `%d` is replaced by a number.
     pub tun_name: String,
@@ -37,23 +38,6 @@ pub struct Config {
     pub roam: bool,
     /// Which implementation of the WireGuard transport seals and opens.
     pub engine: Engine,
-}
-
-impl std::fmt::Debug for Config {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Config")
-            .field("tun_name", &self.tun_name)
-            .field("mtu", &self.mtu)
-            .field("shards", &self.shards)
-            .field("pin", &self.pin)
-            .field("driver", &self.driver)
-            .field("offloads", &self.offloads)
-            .field("listen_port", &self.listen_port)
-            .field("fwmark", &self.fwmark)
-            .field("roam", &self.roam)
-            .field("engine", &self.engine)
-            .finish_non_exhaustive()
-    }
 }
 
 /// Shards a data plane has at most: the owner is named by eight bits of the receiver index.
