@@ -199,10 +199,8 @@ impl Gate {
         let Some(local) = self.local.clone() else {
             return Verdict::Drop(DropReason::HandshakeNoKey);
         };
-        match self.check(now, from, standing, &local, message, rng) {
-            Ok(verdict) => verdict,
-            Err(error) => Verdict::Drop(error.reason()),
-        }
+        self.check(now, from, standing, &local, message, rng)
+            .unwrap_or_else(Verdict::Drop)
     }
 
     fn check(
@@ -213,48 +211,44 @@ impl Gate {
         local: &LocalKeys,
         message: &[u8],
         rng: &mut impl CryptoRng,
-    ) -> Result<Verdict, Error> {
+    ) -> Result<Verdict, DropReason> {
         match kind_of(message).ok_or(Error::Length)? {
             KIND_INITIATION => {
                 let initiation: &Initiation = view(message, KIND_INITIATION)?;
                 match self.admit(now, from, standing, local, message, initiation, rng)? {
-                    Some(refusal) => Ok(refusal),
-                    None => peek_checked(local, initiation).map(Verdict::Initiation),
+                    Some(novelty) => Ok(Verdict::Unproven(novelty)),
+                    None => Ok(Verdict::Initiation(peek_checked(local, initiation)?)),
                 }
             }
             KIND_RESPONSE => {
                 let response: &Response = view(message, KIND_RESPONSE)?;
                 let index = response.receiver.get();
-                Ok(match self.answers(now, standing, index) {
-                    Some(refusal) => refusal,
-                    None => {
-                        check_mac1(&local.labels.mac1, message)?;
-                        Verdict::Response(index)
-                    }
-                })
+                self.answers(now, standing, index)?;
+                check_mac1(&local.labels.mac1, message)?;
+                Ok(Verdict::Response(index))
             }
             KIND_COOKIE_REPLY => {
                 let cookie: &CookieReply = view(message, KIND_COOKIE_REPLY)?;
                 let index = cookie.receiver.get();
-                let refusal = self.answers(now, standing, index);
-                Ok(refusal.unwrap_or(Verdict::CookieReply(index)))
+                self.answers(now, standing, index)?;
+                Ok(Verdict::CookieReply(index))
             }
-            _ => Err(Error::Kind),
+            _ => Err(Error::Kind.into()),
         }
     }
 
-    /// Step 2; `None` lets the message pass.
-    fn answers(&mut self, now: Instant, standing: Standing, index: u32) -> Option<Verdict> {
+    /// Step 2.
+    fn answers(&mut self, now: Instant, standing: Standing, index: u32) -> Result<(), DropReason> {
         if standing != Standing::Awaited {
-            Some(Verdict::Drop(DropReason::UnknownIndex))
+            Err(DropReason::UnknownIndex)
         } else if !self.awaited.take(now, u64::from(index)) {
-            Some(Verdict::Drop(DropReason::HandshakeLimited))
+            Err(DropReason::HandshakeLimited)
         } else {
-            None
+            Ok(())
         }
     }
 
-    /// Steps 3 to 6; `None` lets the message pass.
+    /// Steps 3 to 6; a class if the message needs a cookie.
     fn admit(
         &mut self,
         now: Instant,
@@ -264,7 +258,7 @@ impl Gate {
         message: &[u8],
         initiation: &Initiation,
         rng: &mut impl CryptoRng,
-    ) -> Result<Option<Verdict>, Error> {
+    ) -> Result<Option<Novelty>, DropReason> {
         let key = &local.labels.mac1;
         if !self.under_load(now) {
             check_mac1(key, message)?;
@@ -281,20 +275,22 @@ impl Gate {
         if initiation.macs.mac2 != [0; 16] {
             check_mac1(key, message)?;
             if self.checker.check(now, from, message, rng) {
-                let within = self.sources.allow(now, from.ip());
-                let refusal = Verdict::Drop(DropReason::HandshakeLimited);
-                return Ok((!within).then_some(refusal));
+                return if self.sources.allow(now, from.ip()) {
+                    Ok(None)
+                } else {
+                    Err(DropReason::HandshakeLimited)
+                };
             }
         }
         let seen = self.recent.see(now, source(from.ip()));
         if seen == Seen::Lately {
             // Looked at only if it is drawn.
-            return Ok(Some(Verdict::Unproven(Novelty::Again)));
+            return Ok(Some(Novelty::Again));
         }
         check_mac1(key, message)?;
         self.count_load(now);
         let passes = seen == Seen::Returned && self.returned.take(now);
-        Ok((!passes).then_some(Verdict::Unproven(Novelty::New)))
+        Ok((!passes).then_some(Novelty::New))
     }
 
     /// One more initiation with a right MAC1.
@@ -318,7 +314,7 @@ impl Gate {
         reply: &mut [u8; COOKIE_REPLY_LEN],
     ) -> Result<(), DropReason> {
         let local = self.local.clone().ok_or(DropReason::HandshakeNoKey)?;
-        let initiation: &Initiation = view(message, KIND_INITIATION).map_err(Error::reason)?;
+        let initiation: &Initiation = view(message, KIND_INITIATION)?;
         let rate = match class {
             Novelty::New => &mut self.new,
             Novelty::Again => &mut self.again,
@@ -327,7 +323,7 @@ impl Gate {
             return Err(DropReason::HandshakeLimited);
         }
         if class == Novelty::Again {
-            check_mac1(&local.labels.mac1, message).map_err(Error::reason)?;
+            check_mac1(&local.labels.mac1, message)?;
             self.count_load(now);
         }
         let (sender, mac1) = (initiation.sender.get(), &initiation.macs.mac1);

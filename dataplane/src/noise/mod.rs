@@ -132,11 +132,10 @@ pub enum Error {
     NoCookieExpected,
 }
 
-impl Error {
+impl From<Error> for DropReason {
     /// What a message that fails so is counted under.
-    #[must_use]
-    pub fn reason(self) -> DropReason {
-        match self {
+    fn from(error: Error) -> DropReason {
+        match error {
             Error::Length => DropReason::MessageLength,
             Error::Kind => DropReason::UnknownMessage,
             Error::Mac1 => DropReason::HandshakeMac,

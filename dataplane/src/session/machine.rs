@@ -216,8 +216,7 @@ impl Machine {
     /// True if no initiation is outstanding, and no handshake message went out less than
     /// `REKEY_TIMEOUT` ago.
     pub(super) fn may_initiate(&self, now: Instant) -> bool {
-        let lately = |sent: Instant| now.saturating_duration_since(sent) < REKEY_TIMEOUT;
-        self.initiated.is_none() && !self.handshake_sent.is_some_and(lately)
+        self.initiated.is_none() && !within(self.handshake_sent, now, REKEY_TIMEOUT)
     }
 
     /// Sees to it that an initiation goes out as soon as one may, unless one is outstanding.
@@ -293,8 +292,7 @@ impl Machine {
                 let peeked = match peeked {
                     Some(peeked) => peeked,
                     None => {
-                        own_half = noise::peek_initiation(&own.local, message)
-                            .map_err(noise::Error::reason)?;
+                        own_half = noise::peek_initiation(&own.local, message)?;
                         &own_half
                     }
                 };
@@ -303,9 +301,7 @@ impl Machine {
             RESPONSE_LEN => self.complete(own, at, message, out),
             COOKIE_LEN => {
                 // It is used by the next message, which goes out when it would have (§5.4.7).
-                self.cookies
-                    .receive(at.now, &self.remote, message)
-                    .map_err(noise::Error::reason)?;
+                self.cookies.receive(at.now, &self.remote, message)?;
                 Ok(Outcome::default())
             }
             _ => Err(DropReason::MessageLength),
@@ -320,17 +316,12 @@ impl Machine {
         peeked: &PeekedInitiation,
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
-        let received =
-            noise::consume_initiation(peeked, &self.remote).map_err(noise::Error::reason)?;
+        let received = noise::consume_initiation(peeked, &self.remote)?;
         let timestamp = received.timestamp();
         if self.newest.is_some_and(|newest| timestamp <= newest) {
             return Err(DropReason::HandshakeReplayed);
         }
-        let floor = noise::ANSWER_INTERVAL_MIN;
-        if self
-            .answered
-            .is_some_and(|last| at.now.saturating_duration_since(last) < floor)
-        {
+        if within(self.answered, at.now, noise::ANSWER_INTERVAL_MIN) {
             return Err(DropReason::HandshakeTooSoon);
         }
         let index = own.indexes.claim(&mut own.rng, self.peer);
@@ -340,10 +331,7 @@ impl Machine {
             .expect("a response is the shorter message");
         let made = noise::response(&self.remote, received, index, cookie, &mut own.rng, room);
         own.renew_rng();
-        let (keys, mac1) = made.map_err(|error| {
-            own.indexes.release(index);
-            error.reason()
-        })?;
+        let (keys, mac1) = made.inspect_err(|_| own.indexes.release(index))?;
         self.newest = Some(timestamp);
         self.answered = Some(at.now);
         self.handshake_sent = Some(at.now);
@@ -369,8 +357,7 @@ impl Machine {
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
         let initiated = self.initiated.as_ref().ok_or(DropReason::UnknownIndex)?;
-        let keys = noise::consume_response(&own.local, &self.remote, initiated, message)
-            .map_err(noise::Error::reason)?;
+        let keys = noise::consume_response(&own.local, &self.remote, initiated, message)?;
         // The index goes on as the keypair's.
         self.initiated = None;
         self.keys
@@ -646,6 +633,11 @@ impl Machine {
             outcome.change = Change::Down;
         }
     }
+}
+
+/// Whether it was less than `span` ago.
+fn within(last: Option<Instant>, now: Instant, span: Duration) -> bool {
+    last.is_some_and(|last| now.saturating_duration_since(last) < span)
 }
 
 fn keypair(keys: &TransportKeys, now: Instant, initiator: bool) -> Box<Keypair> {

@@ -7,9 +7,8 @@ const BOTH: [config::Engine; 2] = [OURS, config::Engine::Boringtun];
 #[test]
 fn packets_of_every_length_pass_padded_to_sixteen_but_not_past_the_mtu() {
     for kind in BOTH {
-        let (mut a, mut b) = pair(kind);
+        let (mut a, mut b) = joined(kind);
         let now = secs(0.0);
-        shake(now, &mut a, &mut b);
         for (len, sealed) in [
             (20, 64),
             (32, 64),
@@ -55,9 +54,8 @@ fn counters_begin_at_zero_and_every_message_of_a_key_has_the_next() {
 
 #[test]
 fn padding_is_zeros() {
-    let (mut a, mut b) = pair(OURS);
+    let (mut a, mut b) = joined(OURS);
     let now = secs(0.0);
-    shake(now, &mut a, &mut b);
     let mut datagram = a.seal(now, &ipv4(33));
     let index = u32::from_le_bytes(*datagram[4..].first_chunk().unwrap());
     let len = datagram.len();
@@ -76,9 +74,8 @@ fn padding_is_zeros() {
 #[test]
 fn a_batch_with_bad_datagrams_gives_the_good_ones() {
     for kind in BOTH {
-        let (mut a, mut b) = pair(kind);
+        let (mut a, mut b) = joined(kind);
         let now = secs(0.0);
-        shake(now, &mut a, &mut b);
         let good = a.seal(now, &ipv4(100));
         let mut bad = a.seal(now, &ipv4(101));
         bad[40] ^= 1;
@@ -147,9 +144,7 @@ fn crossing_initiations_complete_without_waiting() {
     for kind in BOTH {
         let (mut a, mut b) = pair(kind);
         let now = secs(0.0);
-        let (from_a, from_b) = (a.initiate(now), b.initiate(now));
-        let (_, answer_of_a) = a.handshake(now, &from_b).unwrap();
-        let (_, answer_of_b) = b.handshake(now, &from_a).unwrap();
+        let [answer_of_a, answer_of_b] = cross(now, &mut a, &mut b);
         let (outcome, keepalive_a) = a.handshake(now, &answer_of_b).unwrap();
         assert_eq!(outcome.change, Change::Up);
         let (outcome, keepalive_b) = b.handshake(now, &answer_of_a).unwrap();
@@ -175,9 +170,7 @@ fn crossing_initiations_survive_the_loss_of_one_response() {
     for kind in BOTH {
         let (mut a, mut b) = pair(kind);
         let now = secs(0.0);
-        let (from_a, from_b) = (a.initiate(now), b.initiate(now));
-        let (_, _lost) = a.handshake(now, &from_b).unwrap();
-        let (_, answer_of_b) = b.handshake(now, &from_a).unwrap();
+        let [_lost, answer_of_b] = cross(now, &mut a, &mut b);
         let (_, keepalive) = a.handshake(now, &answer_of_b).unwrap();
         assert_eq!(b.open(now, &[&keepalive]).report.change, Change::Up);
         assert!(a.ready(now) && b.ready(now));
@@ -190,9 +183,7 @@ fn crossing_initiations_survive_the_loss_of_both_responses() {
     for kind in BOTH {
         let (mut a, mut b) = pair(kind);
         let now = secs(0.0);
-        let (from_a, from_b) = (a.initiate(now), b.initiate(now));
-        a.handshake(now, &from_b).unwrap();
-        b.handshake(now, &from_a).unwrap();
+        let _lost = cross(now, &mut a, &mut b);
         assert_eq!(a.step(secs(4.0)).1, None);
         let (outcome, message) = a.step(secs(5.4));
         assert!(outcome.handshake);
@@ -217,8 +208,7 @@ fn an_initiation_is_not_repeated_at_once_but_for_a_new_path() {
 #[test]
 fn a_second_handshake_replaces_the_keys_while_data_flows() {
     for kind in BOTH {
-        let (mut a, mut b) = pair(kind);
-        shake(secs(0.0), &mut a, &mut b);
+        let (mut a, mut b) = joined(kind);
         let later = secs(10.0);
         let old = a.seal(later, &ipv4(60));
         shake(later, &mut b, &mut a);
@@ -232,9 +222,8 @@ fn a_second_handshake_replaces_the_keys_while_data_flows() {
 
 #[test]
 fn a_run_of_many_datagrams_is_opened_whole_and_in_order() {
-    let (mut a, mut b) = pair(OURS);
+    let (mut a, mut b) = joined(OURS);
     let now = secs(0.0);
-    shake(now, &mut a, &mut b);
     // More than one batch of the AEAD, the last datagram shorter.
     let mut sent: Vec<Vec<u8>> = (0..300u16)
         .map(|i| {

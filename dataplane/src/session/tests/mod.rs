@@ -105,6 +105,21 @@ fn shake(at: Moment, a: &mut End, b: &mut End) {
     assert!(b.ready(at));
 }
 
+/// Both begin, and both answers are written: of `a`, and of `b`.
+fn cross(at: Moment, a: &mut End, b: &mut End) -> [Vec<u8>; 2] {
+    let (from_a, from_b) = (a.initiate(at), b.initiate(at));
+    let (_, of_a) = a.handshake(at, &from_b).unwrap();
+    let (_, of_b) = b.handshake(at, &from_a).unwrap();
+    [of_a, of_b]
+}
+
+/// A pair with keys from second 0, begun by `a`.
+fn joined(kind: config::Engine) -> (End, End) {
+    let (mut a, mut b) = pair(kind);
+    shake(secs(0.0), &mut a, &mut b);
+    (a, b)
+}
+
 /// The tables of this room's doc and of [`crate::noise`]'s name tests that exist.
 #[test]
 fn the_tables_of_the_papers_rules_name_tests_that_exist() {

@@ -194,6 +194,10 @@ impl Network {
         self.now = until;
     }
 
+    fn assert_waits_end_within(&self, span: Duration) {
+        assert!(self.longest_wait <= span, "{:?}", self.longest_wait);
+    }
+
     fn assert_only_old_ones_are_lost(&self) {
         let lost = self.sealed.keys();
         let lost: Vec<_> = lost.filter(|n| !self.arrived.contains_key(n)).collect();
@@ -305,11 +309,7 @@ fn days_of_calm_lose_nothing_but_what_is_too_old_and_never_stall() {
         "{} initiations",
         network.initiations
     );
-    assert!(
-        network.longest_wait <= Duration::from_millis(60),
-        "{:?}",
-        network.longest_wait
-    );
+    network.assert_waits_end_within(Duration::from_millis(60));
 }
 
 #[test]
@@ -322,11 +322,7 @@ fn days_of_reordering_and_doubles_lose_nothing_but_what_is_too_old() {
     let network = days(weather);
     network.assert_only_old_ones_are_lost();
     // A late response can belong to an initiation that has been repeated for a new attempt.
-    assert!(
-        network.longest_wait <= Duration::from_secs(6),
-        "{:?}",
-        network.longest_wait
-    );
+    network.assert_waits_end_within(Duration::from_secs(6));
 }
 
 #[test]
@@ -340,9 +336,5 @@ fn days_of_storm_deliver_what_the_network_does() {
     let (sent, arrived) = (network.sealed.len(), network.arrived.len());
     assert!(arrived * 100 >= sent * 60, "{arrived} of {sent}");
     // A handshake fails with a probability of one half; ninety seconds are seventeen of them.
-    assert!(
-        network.longest_wait <= Duration::from_secs(96),
-        "{:?}",
-        network.longest_wait
-    );
+    network.assert_waits_end_within(Duration::from_secs(96));
 }

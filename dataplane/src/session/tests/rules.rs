@@ -75,13 +75,6 @@ fn assert_near(got: f64, from: f64, to: f64) {
     );
 }
 
-/// A pair with keys from second 0, begun by `a`.
-fn joined() -> (End, End) {
-    let (mut a, mut b) = pair(OURS);
-    shake(secs(0.0), &mut a, &mut b);
-    (a, b)
-}
-
 /// The answer of `b` to an initiation of `a`.
 fn answered(at: Moment, a: &mut End, b: &mut End) -> Vec<u8> {
     let initiation = a.initiate(at);
@@ -185,7 +178,7 @@ fn a_persistent_keepalive_tries_without_end() {
 
 #[test]
 fn the_initiator_that_sends_rekeys_after_two_minutes_and_the_responder_does_not() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     for seconds in [1.0, 60.0, 119.9] {
         carry(seconds, &mut a, &mut b);
         carry(seconds, &mut b, &mut a);
@@ -204,7 +197,7 @@ fn the_initiator_that_sends_rekeys_after_two_minutes_and_the_responder_does_not(
         125.0,
         125.334,
     );
-    let (mut idle, _) = joined();
+    let (mut idle, _) = joined(OURS);
     assert_eq!(pass(&mut idle, 0.0, 1000.0), [(180.0, Said::Down)]);
 }
 
@@ -223,7 +216,7 @@ fn a_keepalive_after_two_minutes_rekeys_too() {
 
 #[test]
 fn the_initiator_that_receives_rekeys_after_165_seconds_once() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     // Nothing was sent for two minutes: that would ask for new keys as well.
     carry(164.9, &mut b, &mut a);
     assert_silent(Said::Initiation, &mut a, 0.0, 164.95);
@@ -233,14 +226,14 @@ fn the_initiator_that_receives_rekeys_after_165_seconds_once() {
     // Without an answer the retries go on; more data does not ask for more.
     carry(166.0, &mut b, &mut a);
     assert_eq!(pass(&mut a, 166.0, 169.9), []);
-    let (mut c, mut d) = joined();
+    let (mut c, mut d) = joined(OURS);
     carry(170.0, &mut c, &mut d);
     assert_silent(Said::Initiation, &mut d, 170.0, 170.0);
 }
 
 #[test]
 fn keys_are_not_used_after_three_minutes() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(179.9, &mut a, &mut b);
     let late = a.seal(secs(179.9), &ipv4(50));
     assert!(a.ready(secs(179.9)) && !a.ready(secs(180.0)));
@@ -260,7 +253,7 @@ fn set_counter(end: &mut End, next: u64) {
 #[test]
 fn after_two_to_the_sixty_messages_whoever_sends_rekeys() {
     for initiator in [true, false] {
-        let (mut a, mut b) = joined();
+        let (mut a, mut b) = joined(OURS);
         let (sender, receiver) = if initiator {
             (&mut a, &mut b)
         } else {
@@ -276,7 +269,7 @@ fn after_two_to_the_sixty_messages_whoever_sends_rekeys() {
 
 #[test]
 fn the_last_counter_is_below_reject_after_messages() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     set_counter(&mut a, REJECT_AFTER_MESSAGES - 1);
     carry(10.0, &mut a, &mut b);
     assert!(!a.ready(secs(10.0)));
@@ -286,18 +279,18 @@ fn the_last_counter_is_below_reject_after_messages() {
 
 #[test]
 fn data_that_is_not_answered_for_ten_seconds_is_answered_by_a_keepalive() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(1.0, &mut a, &mut b);
     assert_eq!(pass(&mut b, 1.0, 100.0), [(11.0, Said::Keepalive)]);
     // What is sent in time makes it needless, and a keep-alive asks for none.
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(1.0, &mut a, &mut b);
     carry(5.0, &mut b, &mut a);
     assert_eq!(pass(&mut b, 5.0, 14.9), []);
     let keepalive = pass(&mut a, 5.0, 16.0);
     assert_eq!(keepalive, [(15.0, Said::Keepalive)]);
     // A keep-alive that arrives is not answered.
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(1.0, &mut a, &mut b);
     let (_, keepalive) = b.step(secs(11.0));
     assert_eq!(
@@ -309,7 +302,7 @@ fn data_that_is_not_answered_for_ten_seconds_is_answered_by_a_keepalive() {
 
 #[test]
 fn data_that_goes_on_is_answered_by_a_keepalive_every_ten_seconds() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     let mut said = Vec::new();
     for tenth in 10..350 {
         let seconds = f64::from(tenth) / 10.0;
@@ -349,19 +342,19 @@ fn a_persistent_keepalive_is_sent_when_nothing_else_was() {
 #[test]
 fn data_that_gets_no_answer_makes_a_handshake() {
     // Fresh keys: after the paper's fifteen seconds, of which QUIET_LIMIT is a part.
-    let (mut a, _) = joined();
+    let (mut a, _) = joined(OURS);
     a.seal(secs(0.0), &ipv4(40));
     let said = pass(&mut a, 0.0, 19.0);
     assert_near(times(&said, Said::Initiation)[0], 15.0, 15.334);
     // Older ones: after QUIET_LIMIT, counted from the first packet.
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     for tenth in 0..29 {
         a.seal(secs(30.0 + f64::from(tenth) / 10.0), &ipv4(40));
     }
     let said = pass(&mut a, 32.8, 37.0);
     assert_near(times(&said, Said::Initiation)[0], 33.0, 33.0);
     // An answer of any kind ends the wait.
-    let (mut a2, mut b2) = joined();
+    let (mut a2, mut b2) = joined(OURS);
     carry(30.0, &mut a2, &mut b2);
     carry(32.0, &mut b2, &mut a2);
     assert_silent(Said::Initiation, &mut a2, 32.0, 100.0);
@@ -376,7 +369,7 @@ fn data_that_gets_no_answer_makes_a_handshake() {
 
 #[test]
 fn keys_are_erased_after_nine_minutes_without_new_ones() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(1.0, &mut a, &mut b);
     assert_eq!(a.engine.own.indexes.len(), 1);
     pass(&mut a, 1.0, 539.9);
@@ -386,7 +379,7 @@ fn keys_are_erased_after_nine_minutes_without_new_ones() {
     assert_eq!(a.engine.own.indexes.len(), 0);
     assert_eq!(a.session.poll_timeout(), None);
     // New keys put it off.
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     shake(secs(100.0), &mut b, &mut a);
     pass(&mut a, 100.0, 639.0);
     assert!(!a.machine().keys.is_empty());
@@ -584,7 +577,7 @@ fn a_peer_with_a_key_of_low_order_is_never_spoken_to() {
 
 #[test]
 fn without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_the_next() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     let old = peer_config(2, None);
     let mut new = peer_config(2, None);
     new.preshared_key = Some(Zeroizing::new([8; 32]));
@@ -597,22 +590,14 @@ fn without_the_same_preshared_key_there_is_no_session_and_a_new_one_counts_from_
     );
     carry(7.0, &mut a, &mut b);
     assert_eq!(
-        noise::Error::Authentication.reason(),
+        DropReason::from(noise::Error::Authentication),
         DropReason::HandshakeInvalid
     );
 }
 
-/// Both begin, and both answers are written: of `a`, and of `b`.
-fn cross(at: Moment, a: &mut End, b: &mut End) -> [Vec<u8>; 2] {
-    let (from_a, from_b) = (a.initiate(at), b.initiate(at));
-    let (_, of_a) = a.handshake(at, &from_b).unwrap();
-    let (_, of_b) = b.handshake(at, &from_a).unwrap();
-    [of_a, of_b]
-}
-
 #[test]
 fn crossing_rekeys_lose_nothing_that_is_under_way() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     // Sealed under the first keys and late.
     let late = [a.seal(secs(10.0), &ipv4(50)), b.seal(secs(10.0), &ipv4(50))];
     let now = secs(10.0);
@@ -654,7 +639,7 @@ fn rekeys_that_cross_again_lose_nothing_that_is_sealed_before_the_answers() {
 
 #[test]
 fn a_plain_rekey_after_crossing_ones_loses_nothing_that_is_sealed_before_it_completes() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     let now = secs(10.0);
     let [of_a, of_b] = cross(now, &mut a, &mut b);
     let (_, from_a) = a.handshake(now, &of_b).unwrap();
@@ -685,7 +670,7 @@ fn move_on(end: &mut End, own: u8, config: &PeerConfig, at: Moment) {
 
 #[test]
 fn an_exported_session_goes_on_elsewhere() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(1.0, &mut a, &mut b);
     let in_flight = b.seal(secs(2.0), &ipv4(60));
     let seen = b.seal(secs(2.0), &ipv4(61));
@@ -775,7 +760,7 @@ fn an_exported_session_knows_replays_and_takes_and_gives_cookies() {
 
 #[test]
 fn a_key_of_an_age_that_no_instant_has_is_not_imported_as_a_younger_one() {
-    let (mut a, _) = joined();
+    let (mut a, _) = joined(OURS);
     let (config, now) = (peer_config(2, None), secs(1.0));
     let mut state = export(&mut a, &config, now);
     state.keypairs[0].age = Duration::MAX;
@@ -824,7 +809,7 @@ fn what_is_exported_is_imported_to_the_last_bit() {
 
 #[test]
 fn a_shard_that_still_has_the_keys_of_an_exported_session_seals_no_more() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     let now = secs(1.0);
     let lent = Arc::clone(a.session.lend(now.now).unwrap());
     let mut message = vec![0; 64];
@@ -887,25 +872,25 @@ fn keys_that_are_lent_seal_what_the_peer_opens_and_are_lent_no_longer_than_they_
 
 #[test]
 fn data_sealed_elsewhere_that_gets_no_answer_makes_a_handshake() {
-    let (mut a, _) = joined();
+    let (mut a, _) = joined(OURS);
     tell(&mut a, 30.05, 30.0, None);
     tell(&mut a, 31.05, 31.04, None);
     let said = pass(&mut a, 31.05, 34.0);
     assert_near(times(&said, Said::Initiation)[0], 33.0, 33.0);
     // Answered before the report: nothing is missing.
-    let (mut a, _) = joined();
+    let (mut a, _) = joined(OURS);
     tell(&mut a, 30.05, 30.0, Some(30.02));
     assert_silent(Said::Initiation, &mut a, 30.05, 100.0);
 }
 
 #[test]
 fn data_sealed_elsewhere_stands_for_a_keepalive_and_asks_for_new_keys_in_time() {
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(10.0, &mut b, &mut a);
     tell(&mut a, 10.55, 10.5, None);
     assert_silent(Said::Keepalive, &mut a, 10.55, 25.0);
     // What came after it is still to be answered, ten seconds after it.
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     carry(30.0, &mut b, &mut a);
     carry(31.02, &mut b, &mut a);
     tell(&mut a, 31.05, 31.0, Some(31.02));
@@ -913,7 +898,7 @@ fn data_sealed_elsewhere_stands_for_a_keepalive_and_asks_for_new_keys_in_time() 
     assert_eq!(times(&said, Said::Keepalive).len(), 1);
     assert_near(times(&said, Said::Keepalive)[0], 41.02, 41.02);
     // §6.2, for the initiator only.
-    let (mut a, mut b) = joined();
+    let (mut a, mut b) = joined(OURS);
     tell(&mut a, 119.9, 119.9, Some(119.95));
     tell(&mut b, 120.1, 120.1, Some(120.15));
     assert_silent(Said::Initiation, &mut a, 119.9, 120.0);
