@@ -24,7 +24,7 @@
 //! - `agent`: wires the cores of a node together and decides what the data plane is told.
 //! - `driver`: sockets, TLS, netlink, files, clocks; one file or folder for each outside thing.
 //! - `cli`: arguments and printing.
-//! - `fuzzing`: what the fuzz targets run.
+//! - `fuzzing`: what the fuzz targets run, with the feature `internals`.
 #![forbid(unsafe_code)]
 
 pub mod agent;
@@ -37,6 +37,7 @@ pub mod derp;
 pub mod device;
 pub mod disco;
 pub mod driver;
+#[cfg(any(test, feature = "internals"))]
 pub mod fuzzing;
 pub mod hostnet;
 pub mod key;

@@ -1,3 +1,3 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ringtail::device::fuzzing::connection(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ringtail::fuzzing::uapi(bytes));

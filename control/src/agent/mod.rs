@@ -67,8 +67,6 @@ pub struct Setup {
     pub node_key: NodePublic,
     /// What DISCO is sealed with.
     pub disco_key: DiscoPrivate,
-    /// Name for people.
-    pub hostname: String,
     /// How paths are judged.
     pub paths: path::Config,
     /// No direct paths at all.
@@ -524,11 +522,6 @@ impl Agent {
     /// A peer's node key.
     pub fn peer_key(&self, id: PeerId) -> Option<NodePublic> {
         self.directory.peer(id).map(|peer| peer.node_key)
-    }
-
-    /// The home region.
-    pub fn home(&self) -> Option<RegionId> {
-        self.home
     }
 
     /// Paths worth remembering over a restart.

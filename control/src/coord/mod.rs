@@ -9,6 +9,7 @@ pub mod auth_key;
 mod backoff;
 pub mod client;
 pub mod frames;
+#[cfg(any(test, feature = "internals"))]
 pub(crate) mod operations;
 pub mod routes;
 pub mod server;

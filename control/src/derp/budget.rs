@@ -43,13 +43,6 @@ pub struct Account {
 #[derive(Debug, Default)]
 pub struct Part(usize);
 
-impl Part {
-    /// Bytes charged.
-    pub fn bytes(&self) -> usize {
-        self.0
-    }
-}
-
 impl Budget {
     /// So many bytes.
     pub fn new(limit: usize) -> Self {

@@ -164,11 +164,6 @@ impl Client {
         self.relay
     }
 
-    /// When anything last came.
-    pub fn heard(&self) -> Instant {
-        self.heard
-    }
-
     /// Appends what has to be written before any packet.
     pub fn poll_transmit(&mut self, out: &mut Vec<u8>) {
         out.append(&mut self.out);

@@ -51,8 +51,6 @@ impl FrameType {
     pub const NOTE_PREFERRED: Self = Self(0x07);
     /// Relay to client: a key that left or was never there, and which of both.
     pub const PEER_GONE: Self = Self(0x08);
-    /// Relay to a meshed relay: a key that is connected.
-    pub const PEER_PRESENT: Self = Self(0x09);
     /// Meshed relay to relay: source key, destination key, packet.
     pub const FORWARD_PACKET: Self = Self(0x0a);
     /// Meshed relay to relay: asks for PeerPresent and PeerGone of every key.

@@ -148,18 +148,14 @@ impl Routes {
     }
 
     /// Where a peer was heard last.
-    pub fn last(&self, peer: &NodePublic) -> Option<RegionId> {
+    #[cfg(test)]
+    pub(crate) fn last(&self, peer: &NodePublic) -> Option<RegionId> {
         self.0.get(peer)?.heard
     }
 
     /// How many are remembered.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.0.values().filter(|seen| seen.heard.is_some()).count()
-    }
-
-    /// Whether none is.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
     }
 
     /// The regions that a packet for a peer goes to, whose home is `home` as far as we know. `ready`
@@ -305,7 +301,7 @@ mod tests {
             AT_HOME
         );
         routes.lost(OURS);
-        assert_eq!((routes.last(&peer()), routes.len()), (None, 0));
+        assert_eq!((routes.last(&peer()), routes.count()), (None, 0));
         assert_eq!(
             routes.ways(now, &peer(), HOME, not_home, std::iter::empty()),
             AT_HOME

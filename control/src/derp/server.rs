@@ -67,11 +67,6 @@ impl Session {
         info::put_server_info(out, private, client, nonce, &ServerInfo::relay());
     }
 
-    /// Whether ClientInfo has come.
-    pub fn is_greeted(&self) -> bool {
-        self.greeted
-    }
-
     /// Frames of types that mean nothing here, read and thrown away.
     pub fn unknown_frames(&self) -> u64 {
         self.decoder.skipped()
@@ -160,7 +155,7 @@ mod tests {
         session
             .handle_input(private, &vectors().derp("client_info_frame"), &mut |_| ())
             .unwrap();
-        assert!(session.is_greeted());
+        assert!(session.greeted);
         session
     }
 
@@ -212,7 +207,7 @@ mod tests {
             &mut |_| panic!("nothing may be said"),
         );
         assert_eq!(result, Err(InfoError::Box.into()));
-        assert!(!session.is_greeted());
+        assert!(!session.greeted);
     }
 
     #[test]

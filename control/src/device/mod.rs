@@ -16,7 +16,6 @@ use zeroize::Zeroizing;
 use crate::key::{NodePrivate, NodePublic};
 use crate::uapi::{Errno, PresharedKey, Step, Transaction};
 
-pub mod fuzzing;
 mod status;
 #[cfg(test)]
 mod tests;
@@ -49,11 +48,15 @@ pub struct Device {
 /// One peer as configured.
 #[derive(Clone, Debug)]
 pub struct Peer {
-    key: NodePublic,
+    /// The peer's key.
+    pub key: NodePublic,
     sequence: u64,
-    preshared_key: Option<PresharedKey>,
-    endpoint: Option<SocketAddr>,
-    keepalive: u16,
+    /// The preshared key, if there is one.
+    pub preshared_key: Option<PresharedKey>,
+    /// The address last configured.
+    pub endpoint: Option<SocketAddr>,
+    /// Keep-alive period in seconds; 0 is off.
+    pub keepalive: u16,
     allowed_ips: BTreeMap<u64, Prefix>,
 }
 
@@ -69,26 +72,6 @@ pub struct Changes {
 }
 
 impl Peer {
-    /// The peer's key.
-    pub fn key(&self) -> NodePublic {
-        self.key
-    }
-
-    /// The preshared key, if there is one.
-    pub fn preshared_key(&self) -> Option<&PresharedKey> {
-        self.preshared_key.as_ref()
-    }
-
-    /// The address last configured.
-    pub fn endpoint(&self) -> Option<SocketAddr> {
-        self.endpoint
-    }
-
-    /// Keep-alive period in seconds; 0 is off.
-    pub fn keepalive(&self) -> u16 {
-        self.keepalive
-    }
-
     /// The prefixes of the peer, oldest first.
     pub fn allowed_ips(&self) -> impl Iterator<Item = Prefix> {
         self.allowed_ips.values().copied()

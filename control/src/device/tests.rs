@@ -34,7 +34,7 @@ type State = Vec<(NodePublic, Vec<Prefix>)>;
 fn state(device: &Device) -> State {
     device
         .peers()
-        .map(|(_, peer)| (peer.key(), peer.allowed_ips().collect()))
+        .map(|(_, peer)| (peer.key, peer.allowed_ips().collect()))
         .collect()
 }
 

@@ -15,7 +15,7 @@ fn bytes(value: &Value) -> Vec<u8> {
 }
 
 fn private(value: &Value) -> DiscoPrivate {
-    DiscoPrivate::from_bytes(bytes(value).try_into().unwrap())
+    DiscoPrivate::from_random(bytes(value).try_into().unwrap())
 }
 
 fn nonce(vectors: &Value) -> [u8; NONCE_LEN] {

@@ -289,7 +289,7 @@ impl Running {
         if link.up != before.up {
             tracing::debug!(up = link.up, "the interface changed");
             let all = self.device.peers();
-            let kept_alive = all.filter(|(_, peer)| peer.keepalive() > 0);
+            let kept_alive = all.filter(|(_, peer)| peer.keepalive > 0);
             let kept_alive = kept_alive.map(|(id, _)| id).collect();
             self.publish(&kept_alive);
         }

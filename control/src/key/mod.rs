@@ -63,9 +63,6 @@ macro_rules! public_key {
         pub struct $name(pub [u8; KEY_LEN]);
 
         impl $name {
-            /// The type prefix of the text form.
-            pub const PREFIX: &'static str = $prefix;
-
             /// Whether this is the all-zero key, which stands for "none".
             pub fn is_zero(&self) -> bool {
                 self.0 == [0; KEY_LEN]
@@ -139,11 +136,6 @@ macro_rules! private_key {
             pub fn from_random(mut bytes: [u8; KEY_LEN]) -> Self {
                 bytes[0] &= 248;
                 bytes[31] = bytes[31] & 127 | 64;
-                Self(bytes)
-            }
-
-            /// Takes the bytes as they are; any 32 bytes are accepted on load.
-            pub fn from_bytes(bytes: [u8; KEY_LEN]) -> Self {
                 Self(bytes)
             }
 
@@ -246,7 +238,7 @@ mod tests {
         let mut bytes = [0xa1; 32];
         (bytes[0], bytes[31]) = (0xa0, 0x61);
         assert_eq!(
-            NodePrivate::from_bytes(bytes).public().to_hex(),
+            NodePrivate::from_random(bytes).public().to_hex(),
             "c306fb0ef2bf8b7f93bad98155fa37daec74db0c4cbeda6c6f1dba9d36558252"
         );
     }

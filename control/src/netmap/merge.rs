@@ -16,7 +16,7 @@ use super::derp_map::DerpMap;
 use super::wire::{FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime};
 use crate::key::NodePublic;
 
-/// Peers kept at most; as many as the data plane holds. Further ones are left out and counted.
+/// Peers kept at most; as many as the data plane holds. Further ones are left out.
 pub const PEERS_MAX: usize = ringtail_dataplane::PEERS_MAX;
 
 /// Problems that the server wants to be shown, kept at most.
@@ -65,7 +65,7 @@ pub struct MapState {
     pub(super) peers: BTreeMap<i64, Arc<Node>>,
     /// Those of all peers.
     prefixes: usize,
-    pub(super) derp_map: Arc<DerpMap>,
+    pub(crate) derp_map: Arc<DerpMap>,
     filter_chunks: BTreeMap<String, Vec<FilterRule>>,
     pub(super) dns: Option<Arc<Value>>,
     pub(super) domain: String,
@@ -73,7 +73,6 @@ pub struct MapState {
     pub(super) health: Vec<String>,
     clock_offset: time::Duration,
     tailnet_lock: bool,
-    peers_refused: u64,
 }
 
 impl MapState {
@@ -92,7 +91,6 @@ impl MapState {
             health: Vec::new(),
             clock_offset: time::Duration::ZERO,
             tailnet_lock: false,
-            peers_refused: 0,
         }
     }
 
@@ -234,7 +232,6 @@ impl MapState {
     fn insert_peer(&mut self, mut node: Arc<Node>) -> bool {
         Arc::make_mut(&mut node).normalise();
         if self.peers.len() >= PEERS_MAX && !self.peers.contains_key(&node.id) {
-            self.peers_refused += 1;
             return false;
         }
         let old = self.peers.get(&node.id);
@@ -245,7 +242,6 @@ impl MapState {
         if others + node.prefixes() > PREFIXES_MAX {
             // What was known of it may not be true any more.
             self.prefixes = others;
-            self.peers_refused += 1;
             return self.peers.remove(&node.id).is_some();
         }
         self.prefixes = others + node.prefixes();
@@ -296,34 +292,14 @@ impl MapState {
         self.filter_chunks.insert(name, rules);
     }
 
-    /// The peer table as received and merged, by node id.
-    pub fn peers(&self) -> &BTreeMap<i64, Arc<Node>> {
-        &self.peers
-    }
-
-    /// Our own node, once known.
-    pub fn node(&self) -> Option<&Node> {
-        self.node.as_deref()
-    }
-
     /// All filter rules, chunks in the order of their names.
     pub fn filter_rules(&self) -> impl Iterator<Item = &FilterRule> + Clone {
         self.filter_chunks.values().flatten()
     }
 
-    /// The relays.
-    pub fn derp_map(&self) -> &DerpMap {
-        &self.derp_map
-    }
-
     /// Whether the network uses tailnet lock, which ringtail does not support.
     pub fn tailnet_lock(&self) -> bool {
         self.tailnet_lock
-    }
-
-    /// Peers left out because the table was full.
-    pub fn peers_refused(&self) -> u64 {
-        self.peers_refused
     }
 
     /// The server's time at our wall clock `now`.
@@ -345,6 +321,20 @@ impl MapState {
             .filter(|expiry| *expiry > server_now)
             .min()?
             .checked_sub(self.clock_offset)
+    }
+}
+
+/// For those who follow a server's streams.
+#[cfg(any(test, feature = "internals"))]
+impl MapState {
+    /// The peer table as received and merged, by node id.
+    pub(crate) fn peers(&self) -> &BTreeMap<i64, Arc<Node>> {
+        &self.peers
+    }
+
+    /// Our own node, once known.
+    pub(crate) fn node(&self) -> Option<&Node> {
+        self.node.as_deref()
     }
 }
 
@@ -437,7 +427,7 @@ mod tests {
         assert!(send(removed));
         assert!(send(peers_changed(vec![node(2, PREFIXES_MAX - 1)])));
         let ids: Vec<i64> = state.peers.keys().copied().collect();
-        assert_eq!((ids, state.peers_refused()), (vec![1, 2], 2));
+        assert_eq!(ids, [1, 2]);
         assert_eq!(state.prefixes, PREFIXES_MAX);
         assert!(
             state

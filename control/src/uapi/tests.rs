@@ -49,7 +49,7 @@ impl Daemon {
         let b: Option<PeerId> = self
             .device
             .peers()
-            .find_map(|(id, peer)| (peer.key().to_hex() == B_PUBLIC).then_some(id));
+            .find_map(|(id, peer)| (peer.key.to_hex() == B_PUBLIC).then_some(id));
         self.device.reply(status, &|id| {
             if Some(id) != b {
                 return PeerStatus::default();
@@ -357,8 +357,8 @@ fn zero_keys_mean_none_and_a_zero_peer_is_a_peer() {
     ));
     assert_eq!(reply, "errno=0\n\n");
     let (_, peer) = daemon.device.peers().next().unwrap();
-    assert_eq!(peer.key(), NodePublic([0; 32]));
-    assert!(peer.preshared_key().is_none());
+    assert_eq!(peer.key, NodePublic([0; 32]));
+    assert!(peer.preshared_key.is_none());
     assert!(daemon.state().contains(&format!("preshared_key={ZERO}\n")));
 }
 
@@ -442,9 +442,9 @@ fn no_bytes_break_it() {
             }
         }
         bytes.insert(0, rng.random());
-        crate::device::fuzzing::connection(&bytes);
+        crate::fuzzing::uapi(&bytes);
     }
-    crate::device::fuzzing::connection(&[]);
+    crate::fuzzing::uapi(&[]);
 }
 
 #[test]

@@ -1159,7 +1159,7 @@ fn new_relays_reach_every_stream() {
     let map: DerpMap = serde_json::from_str(r#"{"Regions":{"901":{"RegionID":901}}}"#).unwrap();
     lab.server.set_derp_map(lab.now, map.clone());
     lab.wait(TICK);
-    assert_eq!(*lab.streams.values().next().unwrap().1.derp_map(), map);
+    assert_eq!(*lab.streams.values().next().unwrap().1.derp_map, map);
     lab.check("after the new map");
 }
 

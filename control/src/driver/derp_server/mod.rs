@@ -17,6 +17,7 @@ mod connection;
 mod door;
 mod head;
 pub mod identity;
+#[cfg(any(test, feature = "internals"))]
 pub(crate) mod operations;
 mod registry;
 mod router;
@@ -337,12 +338,6 @@ impl DerpServer {
     /// The system does not say.
     pub fn stun_addrs(&self) -> io::Result<Vec<SocketAddr>> {
         self.stun.iter().map(UdpSocket::local_addr).collect()
-    }
-
-    /// A reader of the counters and gauges, as JSON text.
-    pub fn vars(&self) -> impl Fn() -> String + Send + Sync + 'static {
-        let shared = self.shared.clone();
-        move || shared.vars()
     }
 
     /// What changes the relay while it runs.

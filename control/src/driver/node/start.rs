@@ -181,7 +181,6 @@ impl Node {
             Setup {
                 node_key: keys.node.public(),
                 disco_key: keys.disco.clone(),
-                hostname: hostname.clone(),
                 paths: path::Config {
                     tunnel_mtu: mtu,
                     validate: match config.validate.unwrap_or_default() {

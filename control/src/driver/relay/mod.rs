@@ -21,7 +21,7 @@ use std::future::Future;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use ringtail_dataplane::{Datagrams, RegionId};
@@ -287,11 +287,6 @@ impl RelayPool {
         self.0.alone.set(alone);
     }
 
-    /// The home region.
-    pub fn home(&self) -> Option<RegionId> {
-        self.0.home.get()
-    }
-
     /// Sends a batch to a peer whose home is `region`, there or where it was heard last or both
     /// ([`Routes::ways`]), dialling the region if need be. Region 0 is "unknown".
     ///
@@ -356,18 +351,15 @@ impl RelayPool {
     }
 
     /// Whether packets can go to a region now.
-    pub fn is_connected(&self, region: RegionId) -> bool {
+    #[cfg(test)]
+    pub(super) fn is_connected(&self, region: RegionId) -> bool {
         let links = self.0.links.borrow();
         links.get(&region).is_some_and(|link| link.is_ready())
     }
 
-    /// When anything last came from a region.
-    pub fn heard(&self, region: RegionId) -> Option<Instant> {
-        self.0.links.borrow().get(&region)?.heard.get()
-    }
-
     /// The region at which a peer was last heard, if that connection stands.
-    pub fn route(&self, peer: &NodePublic) -> Option<RegionId> {
+    #[cfg(test)]
+    pub(super) fn route(&self, peer: &NodePublic) -> Option<RegionId> {
         self.0.routes.borrow().last(peer)
     }
 
@@ -393,7 +385,7 @@ impl RelayPool {
         RelayStatus {
             home: inner.home.get().map(|region| region.0),
             regions: links.values().map(|link| link.status(now())).collect(),
-            routes: inner.routes.borrow().len(),
+            routes: inner.routes.borrow().count(),
             counters: inner.counters.snapshot().into_iter().collect(),
         }
     }
