@@ -117,8 +117,23 @@ impl Lab {
     }
 
     fn register(&mut self, n: u8, key: &KeyCheck) -> RegisterResponse {
-        let plan = self.plan(n, &registration(n), key);
+        self.register_by(n, &registration(n), key)
+    }
+
+    fn register_by(&mut self, n: u8, by: &RegisterRequest, key: &KeyCheck) -> RegisterResponse {
+        let plan = self.plan(n, by, key);
         self.server.apply(self.now, plan)
+    }
+
+    /// Another server takes over what is stored.
+    fn restart(&mut self, last: u32) {
+        let records = self.server.records().cloned().collect();
+        self.server = Server::new(self.now, config(), records, last.into(), last);
+        self.streams.clear();
+    }
+
+    fn record(&self, id: i64) -> NodeRecord {
+        self.server.nodes[&id].record.clone()
     }
 
     fn open(&mut self, n: u8) -> SessionId {
@@ -177,7 +192,7 @@ impl Lab {
     }
 
     /// A node says what it offers.
-    fn announce(&mut self, n: u8, routes: &[&str]) {
+    fn announce(&mut self, n: u8, routes: impl serde::Serialize) {
         let mut request = lite(n, "192.0.2.2:1");
         request.hostinfo = Some(json!({"Hostname": format!("host{n}"), "RoutableIPs": routes}));
         self.report(n, &request);
@@ -188,11 +203,8 @@ impl Lab {
         let (_, map) = self.streams.values().find(|(n, _)| *n == 9).unwrap();
         let route = nets(&[route]);
         let with = |node: &&Arc<Node>| node.allowed_ips.as_ref().unwrap().contains(&route[0]);
-        map.peers()
-            .values()
-            .filter(with)
-            .map(|node| node.id)
-            .collect()
+        let nodes = map.peers().values().filter(with);
+        nodes.map(|node| node.id).collect()
     }
 
     fn report(&mut self, n: u8, request: &MapRequest) {
@@ -246,27 +258,15 @@ impl Lab {
     /// Every client's merged table is the server's.
     fn check(&self, context: &str) {
         for (n, map) in self.streams.values() {
-            let peers = self
-                .server
-                .nodes
-                .values()
-                .filter(|entry| entry.record.node_key != node_key(*n));
             let own = self.server.by_key[&node_key(*n)];
-            let all = self.server.nodes[&own].record.expires.is_none();
-            let peers = peers.filter(|_| all);
+            let all = self.record(own).expires.is_none();
+            let peers = self.server.nodes.keys().filter(|id| all && **id != own);
             let want: BTreeMap<i64, Node> = peers
-                .map(|entry| {
-                    (
-                        entry.record.id,
-                        comparable(&self.server.view[&entry.record.id]),
-                    )
-                })
+                .map(|id| (*id, comparable(&self.server.view[id])))
                 .collect();
-            let have: BTreeMap<i64, Node> = map
-                .peers()
-                .iter()
-                .map(|(id, node)| (*id, comparable(node)))
-                .collect();
+            let have = map.peers().iter();
+            let have: BTreeMap<i64, Node> =
+                have.map(|(id, node)| (*id, comparable(node))).collect();
             assert_eq!(have, want, "{context}: what node {n} knows");
         }
     }
@@ -277,6 +277,28 @@ fn answered(plan: Registration) -> RegisterResponse {
         panic!("{plan:?}");
     };
     answer
+}
+
+/// The message that node `n` was sent.
+fn to(messages: &[(u8, MapResponse)], n: u8) -> &MapResponse {
+    let found = messages.iter().find(|(to, _)| *to == n);
+    &found.unwrap().1
+}
+
+/// A log-out: an expiry in the past.
+fn log_out(n: u8) -> RegisterRequest {
+    RegisterRequest {
+        expiry: Some(WireTime(WALL - time::Duration::HOUR)),
+        ..registration(n)
+    }
+}
+
+/// A map request for one message.
+fn once(n: u8) -> MapRequest {
+    MapRequest {
+        stream: false,
+        ..poll(n)
+    }
 }
 
 fn nets(texts: &[&str]) -> Vec<IpNet> {
@@ -315,7 +337,7 @@ fn registrations_are_decided_as_the_page_says() {
     let answer = answered(lab.plan(2, &registration(1), &VALID));
     assert!(answer.error.contains("another machine"));
     // The same machine with a new node key keeps id, name and addresses.
-    let before = lab.server.nodes[&1].record.clone();
+    let before = lab.record(1);
     let mut request = registration(1);
     request.node_key = node_key(9);
     let plan = lab.plan(1, &request, &KeyCheck::Absent);
@@ -325,7 +347,7 @@ fn registrations_are_decided_as_the_page_says() {
     let plan = lab.plan(1, &request, &VALID);
     assert!(matches!(plan, Registration::Rekey(..)));
     lab.server.apply(lab.now, plan);
-    let after = lab.server.nodes[&1].record.clone();
+    let after = lab.record(1);
     assert_eq!(
         (after.id, after.v4, after.v6, &after.name),
         (1, before.v4, before.v6, &before.name)
@@ -355,14 +377,11 @@ fn a_log_out_expires_the_key_and_forgets_an_ephemeral_node() {
     request.expiry = Some(WireTime(time::macros::datetime!(1970-01-01 00:02:03 UTC)));
     // A used key in the same request does no harm.
     request.auth = Some(RegisterAuth::default());
-    let plan = lab.plan(1, &request, &KeyCheck::Used);
-    let answer = lab.server.apply(lab.now, plan);
+    let answer = lab.register_by(1, &request, &KeyCheck::Used);
     assert!(answer.node_key_expired && answer.error.is_empty());
     let messages = lab.wait(TICK);
-    let (_, told) = messages.iter().find(|(n, _)| *n == 2).unwrap();
-    assert!(told.peers_changed.as_ref().unwrap()[0].expired);
-    let (_, own) = messages.iter().find(|(n, _)| *n == 1).unwrap();
-    assert!(!own.node.as_ref().unwrap().machine_authorized);
+    assert!(to(&messages, 2).peers_changed.as_ref().unwrap()[0].expired);
+    assert!(!to(&messages, 1).node.as_ref().unwrap().machine_authorized);
     assert!(lab.register(1, &KeyCheck::Absent).node_key_expired);
     assert_eq!(lab.register(1, &VALID).error, "");
     lab.wait(TICK);
@@ -372,8 +391,8 @@ fn a_log_out_expires_the_key_and_forgets_an_ephemeral_node() {
     let stream = lab.open(3);
     lab.wait(TICK);
     request.node_key = node_key(3);
-    let plan = lab.plan(3, &request, &KeyCheck::Absent);
-    assert!(lab.server.apply(lab.now, plan).node_key_expired);
+    let answer = lab.register_by(3, &request, &KeyCheck::Absent);
+    assert!(answer.node_key_expired);
     lab.wait(TICK);
     assert!(!lab.streams.contains_key(&stream), "its stream ends");
     lab.check("after the ephemeral node left");
@@ -382,11 +401,7 @@ fn a_log_out_expires_the_key_and_forgets_an_ephemeral_node() {
 
 /// What the map says of everybody, so that it can be compared.
 fn standing(lab: &Lab) -> String {
-    let entries = lab.server.nodes.values();
-    format!(
-        "{:?}",
-        entries.map(|entry| &entry.record).collect::<Vec<_>>()
-    )
+    format!("{:?}", lab.server.records().collect::<Vec<_>>())
 }
 
 #[test]
@@ -421,10 +436,7 @@ fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
             }
         }
         for stream in [false, true] {
-            let request = MapRequest {
-                stream,
-                ..poll(named)
-            };
+            let request = if stream { poll(named) } else { once(named) };
             let answer = lab.ask(asker, &request);
             assert_eq!(answer, Err(MapRefusal::NotFound), "{asker} {named}");
         }
@@ -440,7 +452,7 @@ fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
     let plan = lab.plan(9, &request, &VALID);
     assert!(matches!(&plan, Registration::Insert(record, _) if record.id == 3));
     lab.server.apply(lab.now, plan);
-    assert_eq!(lab.server.nodes[&1].record.node_key, node_key(1));
+    assert_eq!(lab.record(1).node_key, node_key(1));
     assert!(lab.server.knows(machine(9)));
 }
 
@@ -458,29 +470,20 @@ fn a_forgotten_node_s_machine_is_a_stranger_and_named_to_the_driver() {
 #[test]
 fn requests_of_unknown_nodes_and_old_clients_are_refused() {
     let mut lab = Lab::of(&[1]);
-    let mut ask =
-        |machine, request: &MapRequest| lab.server.handle_map(lab.now, WALL, machine, request, 0.0);
-    assert_eq!(
-        ask(machine(2), &poll(1)),
-        Err(MapRefusal::NotFound),
-        "key of another machine"
-    );
-    assert_eq!(ask(machine(2), &poll(2)), Err(MapRefusal::NotFound));
+    let other = lab.ask(2, &poll(1));
+    assert_eq!(other, Err(MapRefusal::NotFound), "key of another machine");
+    assert_eq!(lab.ask(2, &poll(2)), Err(MapRefusal::NotFound));
     let old = MapRequest {
         version: 112,
         ..poll(1)
     };
-    assert_eq!(ask(machine(1), &old), Err(MapRefusal::Version(112)));
+    assert_eq!(lab.ask(1, &old), Err(MapRefusal::Version(112)));
     let fat = MapRequest {
         hostinfo: Some(json!({"Hostname": "x".repeat(20_000)})),
         ..poll(1)
     };
-    assert_eq!(ask(machine(1), &fat), Err(MapRefusal::Hostinfo));
-    let once = MapRequest {
-        stream: false,
-        ..poll(1)
-    };
-    assert!(matches!(ask(machine(1), &once), Ok(MapAnswer::Once(_))));
+    assert_eq!(lab.ask(1, &fat), Err(MapRefusal::Hostinfo));
+    assert!(matches!(lab.ask(1, &once(1)), Ok(MapAnswer::Once(_))));
 }
 
 #[test]
@@ -490,12 +493,10 @@ fn identical_requests_cause_no_message_and_changes_travel_as_patches() {
     lab.report(2, &lite(2, "192.0.2.2:1"));
     let first = lab.wait(TICK);
     // From no endpoints to some: a patch can say that.
-    let (_, message) = first.iter().find(|(n, _)| *n == 1).unwrap();
+    let message = to(&first, 1);
     let patch = &message.peers_changed_patch.as_ref().unwrap()[0];
-    assert_eq!(
-        patch.endpoints.as_ref().unwrap()[0].to_string(),
-        "192.0.2.2:1"
-    );
+    let endpoint = patch.endpoints.as_ref().unwrap()[0];
+    assert_eq!(endpoint.to_string(), "192.0.2.2:1");
     assert_eq!(message.peers_changed, None);
     for _ in 0..3 {
         lab.report(2, &lite(2, "192.0.2.2:1"));
@@ -506,8 +507,9 @@ fn identical_requests_cause_no_message_and_changes_travel_as_patches() {
     request.hostinfo =
         Some(json!({"Hostname": "host2", "NetInfo": {"PreferredDERP": 900, "x": 1}}));
     lab.report(2, &request);
-    let (_, message) = lab.wait(TICK).into_iter().find(|(n, _)| *n == 1).unwrap();
-    assert_eq!(message.peers_changed_patch.unwrap()[0].derp_region, 900);
+    let messages = lab.wait(TICK);
+    let patches = to(&messages, 1).peers_changed_patch.as_ref();
+    assert_eq!(patches.unwrap()[0].derp_region, 900);
     // No measurements, no endpoints and no disco key in a request leave the stored ones alone.
     let mut quiet = poll(2);
     (quiet.stream, quiet.omit_peers, quiet.disco_key) = (false, true, DiscoPublic::default());
@@ -517,8 +519,9 @@ fn identical_requests_cause_no_message_and_changes_travel_as_patches() {
     let mut none = request.clone();
     none.endpoints = Some(Vec::new());
     lab.report(2, &none);
-    let (_, message) = lab.wait(TICK).into_iter().find(|(n, _)| *n == 1).unwrap();
-    assert!(message.peers_changed.unwrap()[0].endpoints.is_empty());
+    let messages = lab.wait(TICK);
+    let changed = to(&messages, 1).peers_changed.as_ref();
+    assert!(changed.unwrap()[0].endpoints.is_empty());
     lab.check("at the end");
 }
 
@@ -541,12 +544,8 @@ fn a_burst_of_changes_is_one_message_and_a_late_reader_gets_one_difference() {
     for port in 100..200 {
         lab.report(2, &lite(2, &format!("192.0.2.2:{port}")));
         lab.now += TICK;
-        for id in lab
-            .server
-            .due_sessions(lab.now)
-            .into_iter()
-            .filter(|id| *id != reader)
-        {
+        let due = lab.server.due_sessions(lab.now).into_iter();
+        for id in due.filter(|id| *id != reader) {
             lab.server.poll_session(lab.now, WALL, id);
         }
         lab.server.end_tick(lab.now, true);
@@ -584,11 +583,8 @@ fn a_short_interruption_disturbs_nobody_and_a_long_one_means_offline() {
     );
     lab.open(2);
     let told = lab.wait(TICK);
-    let (_, message) = told.iter().find(|(n, _)| *n == 1).unwrap();
-    assert_eq!(
-        message.peers_changed_patch.as_ref().unwrap()[0].online,
-        Some(true)
-    );
+    let patches = to(&told, 1).peers_changed_patch.as_ref();
+    assert_eq!(patches.unwrap()[0].online, Some(true));
     lab.check("back again");
 }
 
@@ -612,8 +608,7 @@ fn open_from(lab: &mut Lab, last: u8) -> MapResponse {
         ..poll(2)
     };
     lab.open_by(2, &request);
-    let messages = lab.pump();
-    messages.into_iter().find(|(n, _)| *n == 2).unwrap().1
+    to(&lab.pump(), 2).clone()
 }
 
 #[test]
@@ -696,18 +691,12 @@ fn an_ephemeral_node_is_forgotten_five_minutes_after_it_left_also_over_a_restart
     lab.check("after it was forgotten");
     assert!(lab.server.take_writes().contains(&Write::Delete(2)));
     // It is told why, and only it; and what somebody removes does not come back by itself.
-    let ask = |lab: &mut Lab, on: u8| lab.ask(on, &poll(2));
-    assert_eq!(ask(&mut lab, 2), Err(MapRefusal::StayedAway));
-    assert_eq!(ask(&mut lab, 3), Err(MapRefusal::NotFound));
+    assert_eq!(lab.ask(2, &poll(2)), Err(MapRefusal::StayedAway));
+    assert_eq!(lab.ask(3, &poll(2)), Err(MapRefusal::NotFound));
     assert_eq!(lab.register(2, &EPHEMERAL).error, "");
     lab.open(2);
-    let log_out = RegisterRequest {
-        expiry: Some(WireTime(WALL - Duration::from_secs(1))),
-        ..registration(2)
-    };
-    let plan = lab.plan(2, &log_out, &KeyCheck::Absent);
-    lab.server.apply(lab.now, plan);
-    assert_eq!(ask(&mut lab, 2), Err(MapRefusal::NotFound));
+    lab.register_by(2, &log_out(2), &KeyCheck::Absent);
+    assert_eq!(lab.ask(2, &poll(2)), Err(MapRefusal::NotFound));
 
     let mut restarted = Server::new(lab.now, config(), records, 2, 2);
     let later = lab.now + START_GRACE;
@@ -720,13 +709,8 @@ fn an_ephemeral_node_is_forgotten_five_minutes_after_it_left_also_over_a_restart
 
 #[test]
 fn after_a_restart_nodes_are_not_called_offline_before_they_could_come_back() {
-    let mut lab = Lab::new();
-    for n in 1..=3 {
-        lab.join(n);
-    }
-    let records = lab.server.records().cloned().collect();
-    lab.server = Server::new(lab.now, config(), records, 3, 3);
-    lab.streams.clear();
+    let mut lab = Lab::of(&[1, 2, 3]);
+    lab.restart(3);
     lab.open(1);
     let (_, full) = lab.pump().pop().unwrap();
     assert!(full.peers.unwrap().iter().all(|peer| peer.online.is_none()));
@@ -743,15 +727,10 @@ fn after_a_restart_nodes_are_not_called_offline_before_they_could_come_back() {
 fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
     let mut lab = Lab::new();
     let route = "10.20.0.0/16";
-    let mut streams = BTreeMap::new();
-    for n in [1, 2, 9] {
-        streams.insert(n, lab.join(n));
-    }
+    let [first, ..] = [1, 2, 9].map(|n| lab.join(n));
     for n in [1, 2] {
-        let mut request = lite(n, "192.0.2.2:1");
-        request.hostinfo = Some(json!({"Hostname": format!("host{n}"),
-            "RoutableIPs": ["10.20.0.0/16", "0.0.0.0/0", "10.99.0.0/16", "10.20.0.1/16", 7]}));
-        lab.report(n, &request);
+        let routes = json!([route, "0.0.0.0/0", "10.99.0.0/16", "10.20.0.1/16", 7]);
+        lab.announce(n, routes);
         lab.approve(n.into(), &[route, "0.0.0.0/0"]);
     }
     lab.wait(TICK);
@@ -764,7 +743,7 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
         "only approved ones: {allowed:?}"
     );
     assert_eq!(wire.primary_routes, nets(&[route]));
-    lab.end(streams[&1]);
+    lab.end(first);
     lab.wait(OFFLINE_DELAY);
     lab.wait(TICK);
     assert_eq!(lab.routers(route), [2]);
@@ -779,13 +758,10 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
 fn a_route_counts_for_the_nodes_it_is_approved_for_and_for_no_other() {
     let mut lab = Lab::new();
     let (lan, wide, exit) = ("10.1.0.0/16", "10.0.0.0/8", "::/0");
-    let mut streams = BTreeMap::new();
-    for n in [1, 2, 3, 9] {
-        streams.insert(n, lab.join(n));
-    }
+    let [_, _, third, _] = [1, 2, 3, 9].map(|n| lab.join(n));
     // Each is told of, and nothing is approved.
     for n in [1, 2, 3] {
-        lab.announce(n, &[lan, wide, exit]);
+        lab.announce(n, [lan, wide, exit]);
     }
     lab.wait(TICK);
     for route in [lan, wide, exit] {
@@ -799,7 +775,7 @@ fn a_route_counts_for_the_nodes_it_is_approved_for_and_for_no_other() {
     assert_eq!(lab.routers(exit), [2]);
     assert_eq!(lab.routers(lan), [3]);
     // While it is away nobody takes its place who may not.
-    lab.end(streams[&3]);
+    lab.end(third);
     lab.wait(OFFLINE_DELAY);
     lab.wait(TICK);
     assert_eq!(lab.routers(lan), [0; 0]);
@@ -807,10 +783,10 @@ fn a_route_counts_for_the_nodes_it_is_approved_for_and_for_no_other() {
     lab.wait(TICK);
     assert_eq!(lab.routers(lan), [1]);
     // It stops announcing, and begins again; then the approval is taken back.
-    lab.announce(1, &[]);
+    lab.announce(1, [""; 0]);
     lab.wait(TICK);
     assert_eq!(lab.routers(lan), [0; 0]);
-    lab.announce(1, &[lan]);
+    lab.announce(1, [lan]);
     lab.wait(TICK);
     assert_eq!(lab.routers(lan), [1]);
     lab.revoke(1, &[lan]);
@@ -819,7 +795,7 @@ fn a_route_counts_for_the_nodes_it_is_approved_for_and_for_no_other() {
     lab.check("after it was revoked");
     // An approval before the announcement is as good.
     lab.approve(1, &["fd00:7::/64"]);
-    lab.announce(1, &["fd00:7::/64"]);
+    lab.announce(1, ["fd00:7::/64"]);
     lab.wait(TICK);
     assert_eq!(lab.routers("fd00:7::/64"), [1]);
     lab.check("at the end");
@@ -831,20 +807,20 @@ fn an_approval_goes_with_the_node_and_is_not_inherited_by_its_name() {
     let (lan, exit) = ("10.1.0.0/16", "0.0.0.0/0");
     lab.approve(1, &[lan, exit]);
     for n in [1, 2] {
-        lab.announce(n, &[lan, exit]);
+        lab.announce(n, [lan, exit]);
     }
     lab.wait(TICK);
     assert_eq!(lab.routers(lan), [1]);
-    let old = lab.server.nodes[&1].record.clone();
+    let old = lab.record(1);
     lab.delete(1);
     lab.wait(TICK);
     assert_eq!((lab.routers(lan), lab.routers(exit)), (vec![], vec![]));
     // The same machine, by a key that is still good: another node of the same name.
     lab.join(1);
-    lab.announce(1, &[lan, exit]);
+    lab.announce(1, [lan, exit]);
     lab.wait(TICK);
     let id = lab.server.by_key[&node_key(1)];
-    let new = &lab.server.nodes[&id].record;
+    let new = lab.record(id);
     assert_eq!((&new.name, new.approved.len()), (&old.name, 0));
     assert!(
         new.id > old.id && new.v4 > old.v4 && new.v6 > old.v6,
@@ -859,7 +835,7 @@ fn an_approval_goes_with_the_node_and_is_not_inherited_by_its_name() {
     let wire = &lab.server.view[&id];
     assert_eq!(wire.allowed_ips.as_ref().unwrap().len(), 2);
     assert_eq!(lab.register(1, &VALID).error, "");
-    lab.announce(1, &[lan]);
+    lab.announce(1, [lan]);
     lab.wait(TICK);
     assert_eq!(lab.routers(lan), [id]);
     lab.check("at the end");
@@ -869,38 +845,30 @@ fn an_approval_goes_with_the_node_and_is_not_inherited_by_its_name() {
 fn approvals_survive_a_restart_and_so_do_the_addresses_of_who_was_deleted() {
     let mut lab = Lab::of(&[1, 2, 9]);
     lab.approve(1, &["10.1.0.0/16"]);
-    lab.announce(1, &["10.1.0.0/16"]);
-    lab.announce(2, &["10.1.0.0/16"]);
+    lab.announce(1, ["10.1.0.0/16"]);
+    lab.announce(2, ["10.1.0.0/16"]);
     lab.delete(3);
     lab.wait(TICK);
-    let records = lab.server.records().cloned().collect();
-    lab.server = Server::new(lab.now, config(), records, 3, 3);
-    lab.streams.clear();
+    lab.restart(3);
     lab.open(1);
     lab.open(2);
     for n in [2, 1] {
-        lab.announce(n, &["10.1.0.0/16"]);
+        lab.announce(n, ["10.1.0.0/16"]);
     }
     // Node 3 had id and address 3; the machine comes again.
     lab.join(9);
     lab.wait(TICK);
-    let new = &lab.server.nodes[&4].record;
-    assert_eq!(new.v4.to_string(), "100.64.0.4");
+    assert_eq!(lab.record(4).v4.to_string(), "100.64.0.4");
     assert_eq!(lab.routers("10.1.0.0/16"), [1]);
 }
 
 #[test]
 fn routes_that_are_announced_past_the_bound_are_counted_and_approvals_end_at_theirs() {
     let mut lab = Lab::of(&[1]);
-    let nets_of = |count: u32| -> Vec<String> {
-        let nets = (0..count).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256));
-        nets.collect()
-    };
-    let many = nets_of(300);
-    let mut request = lite(1, "192.0.2.1:1");
-    request.hostinfo = Some(json!({"Hostname": "host1", "RoutableIPs": many}));
+    let many = (0..300).map(|n| format!("10.{}.{}.0/24", n / 256, n % 256));
+    let many: Vec<String> = many.collect();
     for _ in 0..3 {
-        lab.report(1, &request);
+        lab.announce(1, &many);
     }
     assert_eq!(lab.server.take_left_out(), 44, "once, not per request");
     assert_eq!(lab.server.take_left_out(), 0);
@@ -1023,15 +991,10 @@ fn a_deleted_node_is_told_once_loses_its_streams_and_is_refused_from_then_on() {
     }
     assert!(!lab.streams.contains_key(&young) && lab.streams.len() == 2);
     for n in [1, 3] {
-        let (_, message) = messages.iter().find(|(to, _)| *to == n).unwrap();
-        assert_eq!(message.peers_removed, Some(vec![2]), "node {n}");
+        assert_eq!(to(&messages, n).peers_removed, Some(vec![2]), "node {n}");
     }
     lab.check("after the deletion");
-    let once = MapRequest {
-        stream: false,
-        ..poll(2)
-    };
-    for request in [poll(2), lite(2, "192.0.2.9:9"), once] {
+    for request in [poll(2), lite(2, "192.0.2.9:9"), once(2)] {
         let answer = lab.ask(2, &request);
         assert_eq!(answer, Err(MapRefusal::NotFound));
     }
@@ -1056,25 +1019,25 @@ fn an_expired_node_is_told_of_itself_alone_and_changes_nothing_until_it_register
     lab.wait(TICK);
     lab.report(2, &lite(2, "192.0.2.2:1"));
     lab.wait(TICK);
-    let before = lab.server.nodes[&2].record.clone();
+    let before = lab.record(2);
     lab.expire(2);
     let messages = lab.wait(TICK);
-    let (_, own) = messages.iter().find(|(n, _)| *n == 2).unwrap();
+    let own = to(&messages, 2);
     assert_eq!(own.peers_removed, Some(vec![1, 3]));
     let node = own.node.as_ref().unwrap();
     assert!(node.expired && !node.machine_authorized);
     assert_eq!(node.key_expiry, Some(WireTime(WALL)));
-    let (_, told) = messages.iter().find(|(n, _)| *n == 1).unwrap();
-    let peer = &told.peers_changed.as_ref().unwrap()[0];
+    let peer = &to(&messages, 1).peers_changed.as_ref().unwrap()[0];
     assert!(peer.expired && peer.key_expiry == Some(WireTime(WALL)));
     lab.check("after the expiry");
     assert!(!lab.server.is_member(node_key(2)));
 
     // A new stream has nobody either, and nothing reported is taken or sent on.
     let (id, mut request) = (lab.open(2), poll(2));
-    let (_, full) = lab.wait(TICK).into_iter().find(|(n, _)| *n == 2).unwrap();
-    assert!(full.peers.is_none_or(|peers| peers.is_empty()));
-    assert!(full.node.unwrap().expired);
+    let messages = lab.wait(TICK);
+    let full = to(&messages, 2);
+    assert!(full.peers.as_ref().is_none_or(Vec::is_empty));
+    assert!(full.node.as_ref().unwrap().expired);
     request.endpoints = Some(vec!["192.0.2.66:66".parse().unwrap()]);
     request.disco_key = DiscoPublic([66; 32]);
     request.hostinfo = Some(json!({"Hostname": "other", "RoutableIPs": ["10.0.0.0/8"]}));
@@ -1101,34 +1064,20 @@ fn an_expired_node_is_told_of_itself_alone_and_changes_nothing_until_it_register
 
     // A clock that is set back makes the key no better.
     let yesterday = WALL - Duration::from_secs(86_400);
-    let answer =
-        lab.server
-            .plan_register(yesterday, machine(2), &registration(2), &KeyCheck::Absent);
+    let (machine, again) = (machine(2), registration(2));
+    let answer = lab
+        .server
+        .plan_register(yesterday, machine, &again, &KeyCheck::Absent);
     assert!(matches!(answer, Registration::Answer(answer) if answer.node_key_expired));
     // An auth key does: the same node, and its stream hears of everybody again.
     assert_eq!(lab.register(2, &VALID).error, "");
     let messages = lab.wait(TICK);
-    let (_, own) = messages.iter().find(|(n, _)| *n == 2).unwrap();
+    let own = to(&messages, 2);
     assert!(!own.node.as_ref().unwrap().expired);
     assert_eq!(own.peers_changed.as_ref().unwrap().len(), 2);
     lab.check("after it came back");
-    let after = &lab.server.nodes[&2].record;
-    assert_eq!(
-        (
-            after.id,
-            after.v4,
-            &after.name,
-            &after.endpoints,
-            after.disco
-        ),
-        (
-            before.id,
-            before.v4,
-            &before.name,
-            &before.endpoints,
-            before.disco
-        )
-    );
+    let stays = |of: NodeRecord| (of.id, of.v4, of.name, of.endpoints, of.disco);
+    assert_eq!(stays(lab.record(2)), stays(before));
 }
 
 #[test]
@@ -1149,7 +1098,7 @@ fn endpoints_that_cannot_be_are_left_out() {
     let mut many = lite(1, "192.0.2.1:1");
     many.endpoints = Some((1..200).map(|port| ([192, 0, 2, 1], port).into()).collect());
     lab.report(1, &many);
-    assert_eq!(lab.server.nodes[&1].record.endpoints.len(), ENDPOINTS_MAX);
+    assert_eq!(lab.record(1).endpoints.len(), ENDPOINTS_MAX);
 }
 
 #[test]
@@ -1196,7 +1145,7 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
                 }
                 4 | 5 if known => {
                     let id = lab.server.by_key[&node_key(n)];
-                    if lab.server.nodes[&id].record.expires.is_some() {
+                    if lab.record(id).expires.is_some() {
                         continue;
                     }
                     let mut request = lite(n, &format!("192.0.2.{n}:{}", 1 + random(3)));
@@ -1222,10 +1171,7 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
                     lab.register(n, &VALID);
                 }
                 6 if known && random(4) == 0 => {
-                    let mut request = registration(n);
-                    request.expiry = Some(WireTime(WALL - time::Duration::HOUR));
-                    let plan = lab.plan(n, &request, &KeyCheck::Absent);
-                    lab.server.apply(lab.now, plan);
+                    lab.register_by(n, &log_out(n), &KeyCheck::Absent);
                 }
                 7 => {
                     let waits = [50, 100, 5_000, 11_000, 40_000, 400_000];
@@ -1242,12 +1188,7 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
                 lab.check(&format!("seed {seed}, step {step}"));
             }
         }
-        let names: BTreeSet<&String> = lab
-            .server
-            .nodes
-            .values()
-            .map(|entry| &entry.record.name)
-            .collect();
+        let names: BTreeSet<&String> = lab.server.records().map(|record| &record.name).collect();
         assert_eq!(names.len(), lab.server.nodes.len(), "names are unique");
     }
 }
