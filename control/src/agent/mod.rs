@@ -67,6 +67,8 @@ pub struct Setup {
     pub node_key: NodePublic,
     /// What DISCO is sealed with.
     pub disco_key: DiscoPrivate,
+    /// Name for people.
+    pub hostname: String,
     /// How paths are judged.
     pub paths: path::Config,
     /// No direct paths at all.

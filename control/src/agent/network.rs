@@ -172,17 +172,14 @@ impl From<StaticNetwork> for Network {
                     addresses: peer.addresses,
                     allowed_ips: peer.allowed_ips,
                     endpoints: peer.endpoints,
-                    online: None,
-                    last_seen: None,
-                    key_expiry: None,
+                    ..NetworkPeer::default()
                 })
                 .map(Arc::new)
                 .collect(),
-            // The file's allowed IPs are whoever wrote it's word, the whole of a range included.
-            held_back: Vec::new(),
-            reserved: Vec::new(),
-            own: Standing::default(),
             rules: Rules::AllowAll,
+            // The file's allowed IPs are whoever wrote it's word, the whole of a range included: nothing
+            // is reserved.
+            ..Self::default()
         }
     }
 }

@@ -6,27 +6,16 @@ use ringtail_dataplane::{Activity, PeerId};
 use serde_json::{Value, json};
 
 use super::{Agent, HeldBack, HoldReason, millis, standing};
-use crate::key::{DiscoPublic, NodePublic};
 
 /// What the agent is told about its surroundings, for people only.
 #[derive(Clone, Debug)]
 pub struct Surroundings {
-    /// The node's name.
-    pub hostname: String,
-    /// Own WireGuard key.
-    pub node_key: NodePublic,
-    /// Own DISCO key.
-    pub disco_key: DiscoPublic,
-    /// The TUN interface.
-    pub tun: String,
     /// Inner MTU in bytes.
     pub mtu: u16,
     /// Data plane threads.
     pub shards: usize,
     /// The shards' I/O driver.
     pub driver: &'static str,
-    /// UDP port of the tunnel.
-    pub listen_port: u16,
     /// URL of the coordination server, if there is one.
     pub coordination: Option<String>,
     /// How it stands with coordination.
@@ -73,17 +62,17 @@ impl Agent {
         drops.insert("peers_refused".into(), self.directory.refused().into());
         json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "hostname": around.hostname,
-            "node_key": around.node_key,
-            "disco_key": around.disco_key,
+            "hostname": self.setup.hostname,
+            "node_key": self.setup.node_key,
+            "disco_key": self.setup.disco_key.public(),
             "addresses": addresses,
             "expired": own.is_some_and(|own| own.expired),
             "key_expiry": own.and_then(|own| standing::text(own.key_expiry)),
             "health": self.health(now),
-            "tun": {"name": around.tun, "mtu": around.mtu},
+            "tun": {"name": self.setup.tun, "mtu": around.mtu},
             "shards": around.shards,
             "driver": around.driver,
-            "listen_port": around.listen_port,
+            "listen_port": self.setup.local_port,
             "coordination": {
                 "kind": around.coordination.as_deref().unwrap_or("static"),
                 "state": state,

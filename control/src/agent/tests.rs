@@ -23,6 +23,7 @@ fn agent(seed: u8, relay_only: bool) -> Agent {
     let setup = Setup {
         node_key,
         disco_key,
+        hostname: format!("n{seed}"),
         paths: path::Config::default(),
         relay_only,
         local_port: 41641,
@@ -152,16 +153,10 @@ fn a_network_reaches_relays_shards_and_interface_and_again_only_when_it_changed(
 
 /// What `ringtail status` says.
 fn status(agent: &Agent, now: Instant) -> Value {
-    let (node_key, disco_key) = node(1);
     let around = Surroundings {
-        hostname: "a".into(),
-        node_key,
-        disco_key: disco_key.public(),
-        tun: "tun0".into(),
         mtu: 1280,
         shards: 1,
         driver: "epoll",
-        listen_port: 41641,
         coordination: Some("http://10.0.0.1".into()),
         coordination_state: "connected".into(),
     };

@@ -181,6 +181,7 @@ impl Node {
             Setup {
                 node_key: keys.node.public(),
                 disco_key: keys.disco.clone(),
+                hostname: hostname.clone(),
                 paths: path::Config {
                     tunnel_mtu: mtu,
                     validate: match config.validate.unwrap_or_default() {
@@ -199,14 +200,9 @@ impl Node {
             rand::random(),
         );
         let surroundings = Surroundings {
-            hostname: hostname.clone(),
-            node_key: keys.node.public(),
-            disco_key: keys.disco.public(),
-            tun: dataplane.tun_name().to_owned(),
             mtu,
             shards: dataplane.stats().shards.len(),
             driver: dataplane.driver().name(),
-            listen_port: dataplane.local_port(),
             coordination: None,
             coordination_state: "static network file".into(),
         };
