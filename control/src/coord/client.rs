@@ -4,8 +4,8 @@
 //! stream, report its own state by lite updates on the same connection whenever that changes, and
 //! start again at the dial when the connection is lost. [`Outcome`] judges what the server answers
 //! to a registration, [`after_map_status`] what it answers to a map request, [`LiteGate`] says when
-//! a lite update is due, [`Watchdog`] when a silent stream is given up; [`super::Backoff`] spaces
-//! the attempts.
+//! a lite update is due, [`WATCHDOG`] when a silent stream is given up; [`super::Backoff`] spaces the
+//! attempts.
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,8 @@ use crate::netmap::wire::{
 /// does not tell a node that it was removed, and keeps its stream alive.
 pub const CONFIRM_PERIOD: Duration = Duration::from_secs(45);
 
-/// A stream without any complete message for this long is dead.
+/// A stream without any complete message for this long is dead; the wait for the answer and the first
+/// message counts.
 pub const WATCHDOG: Duration = Duration::from_secs(120);
 
 /// Changes of our own state within this time go out as one update.
@@ -147,31 +148,6 @@ pub fn after_map_status(status: u16, text: &str) -> AfterMap {
              more; a newer ringtail is needed. The server said: {said}"
         )),
         status => AfterMap::Retry(format!("map request: HTTP {status} {said}")),
-    }
-}
-
-/// When a silent stream is given up.
-#[derive(Clone, Copy, Debug)]
-pub struct Watchdog {
-    deadline: Instant,
-}
-
-impl Watchdog {
-    /// Starts with the request; it covers the wait for the first message too.
-    pub fn new(now: Instant) -> Self {
-        Self {
-            deadline: now + WATCHDOG,
-        }
-    }
-
-    /// A complete message arrived.
-    pub fn handle_message(&mut self, now: Instant) {
-        self.deadline = now + WATCHDOG;
-    }
-
-    /// When the stream is dead unless something arrives.
-    pub fn poll_timeout(&self) -> Instant {
-        self.deadline
     }
 }
 

@@ -36,7 +36,7 @@ use super::names::Names;
 use super::noise_stream::NoiseStream;
 use super::underlay::Underlay;
 use crate::coord::client::{
-    AfterMap, LiteGate, Outcome, Watchdog, after_map_status, map_request, register_request,
+    AfterMap, LiteGate, Outcome, WATCHDOG, after_map_status, map_request, register_request,
     removed, worth_reporting,
 };
 use crate::coord::frames::{Codec, FrameReader};
@@ -241,9 +241,9 @@ impl Client {
         }
         let mut registered_again = false;
         loop {
-            let watchdog = Watchdog::new(now());
-            let (status, text) = match self.poll_map(&mut sender, &watchdog).await? {
-                Polled::Stream(body) => return self.stream(sender, body, watchdog).await,
+            let silent_until = now() + WATCHDOG;
+            let (status, text) = match self.poll_map(&mut sender, silent_until).await? {
+                Polled::Stream(body) => return self.stream(sender, body, silent_until).await,
                 Polled::Refused(status, text) => (status, text),
             };
             match after_map_status(status, &text) {
@@ -435,12 +435,12 @@ impl Client {
     async fn poll_map(
         &mut self,
         sender: &mut Sender,
-        watchdog: &Watchdog,
+        silent_until: Instant,
     ) -> Result<Polled, Failure> {
         let state = self.own_state.borrow_and_update().clone();
         let request = map_request(&self.config, &state, &self.os_version, true);
         let request = self.request("/machine/map", &request)?;
-        let rest = watchdog.poll_timeout().saturating_duration_since(now());
+        let rest = silent_until.saturating_duration_since(now());
         let answer = timeout(rest, sender.send_request(request)).await;
         let response = answer
             .map_err(|_| anyhow!("no answer to the map request within 120 s"))?
@@ -459,7 +459,7 @@ impl Client {
         &mut self,
         sender: Sender,
         mut body: Incoming,
-        mut watchdog: Watchdog,
+        mut silent_until: Instant,
     ) -> Result<std::convert::Infallible, Failure> {
         let events = self.events.clone();
         let mut frames = FrameReader::new(Codec::Zstd);
@@ -484,7 +484,7 @@ impl Client {
                     while let Some(message) =
                         frames.poll_message().map_err(anyhow::Error::from)?
                     {
-                        watchdog.handle_message(now());
+                        silent_until = now() + WATCHDOG;
                         if message.keep_alive {
                             lite.handle_keep_alive(now());
                         }
@@ -501,7 +501,7 @@ impl Client {
                         permit.send(CoordEvent::Netmap(netmap));
                     }
                 }
-                () = at(Some(watchdog.poll_timeout())) => {
+                () = at(Some(silent_until)) => {
                     return Err(anyhow!("nothing came on the map stream for 120 s").into());
                 }
                 () = at(expiry) => {
