@@ -198,35 +198,13 @@ impl Decoder {
                     return Ok(None);
                 }
             }
-            if self.carry.is_empty() {
-                let Some((kind, len)) = header(input) else {
-                    self.carry.extend_from_slice(input);
-                    *input = &[];
-                    return Ok(None);
-                };
-                match verdict(kind, len as usize) {
-                    Verdict::Refuse => return Err(FrameError::Length { kind, len }),
-                    Verdict::Skip => {
-                        self.skipped += 1;
-                        self.skip = u64::from(len);
-                        *input = &input[HEADER_LEN..];
-                    }
-                    Verdict::Take => {
-                        let whole_len = HEADER_LEN + len as usize;
-                        if let Some((whole, rest)) = input.split_at_checked(whole_len) {
-                            *input = rest;
-                            return Ok(Some(RawFrame { kind, whole }));
-                        }
-                        self.carry.extend_from_slice(input);
-                        *input = &[];
-                        return Ok(None);
-                    }
-                }
-                continue;
-            }
             if self.carry.len() < HEADER_LEN {
-                self.fill(input, HEADER_LEN);
-                let Some((kind, len)) = header(&self.carry) else {
+                let fresh = self.carry.is_empty();
+                if !fresh {
+                    self.fill(input, HEADER_LEN);
+                }
+                let Some((kind, len)) = header(if fresh { input } else { &self.carry }) else {
+                    self.fill(input, HEADER_LEN);
                     return Ok(None);
                 };
                 match verdict(kind, len as usize) {
@@ -235,10 +213,18 @@ impl Decoder {
                         self.skipped += 1;
                         self.skip = u64::from(len);
                         self.carry.clear();
+                        *input = &input[if fresh { HEADER_LEN } else { 0 }..];
                         continue;
                     }
                     Verdict::Take => {}
                 }
+                if fresh
+                    && let Some((whole, rest)) = input.split_at_checked(HEADER_LEN + len as usize)
+                {
+                    *input = rest;
+                    return Ok(Some(RawFrame { kind, whole }));
+                }
+                self.fill(input, HEADER_LEN);
             }
             let Some((kind, len)) = header(&self.carry) else {
                 return Ok(None);
