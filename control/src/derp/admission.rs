@@ -107,7 +107,6 @@ pub fn parse_list(text: &str) -> Result<BTreeSet<NodePublic>, ListError> {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "an origin for virtual time")]
 mod tests {
     use super::*;
 
@@ -138,7 +137,7 @@ mod tests {
 
     #[test]
     fn answers_are_good_for_their_time_and_the_oldest_are_forgotten() {
-        let start = Instant::now();
+        let start = crate::testing::start();
         let mut answers = Answers::default();
         answers.put(start, key(1), true);
         answers.put(start, key(2), false);

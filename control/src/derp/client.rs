@@ -373,11 +373,11 @@ impl Client {
 }
 
 #[cfg(test)]
-#[expect(clippy::disallowed_methods, reason = "an origin for virtual time")]
 mod tests {
     use super::*;
     use crate::derp::frame::HEADER_LEN;
     use crate::derp::testing::{live, vectors};
+    use crate::testing::start;
 
     fn hello(relay: Option<NodePublic>, home: bool) -> Hello<'static> {
         Hello {
@@ -386,6 +386,12 @@ mod tests {
             relay,
             home,
         }
+    }
+
+    /// Node A of the vectors, at a relay with this key if it is known.
+    fn client(relay: Option<NodePublic>, home: bool, now: Instant) -> Client {
+        let nonce = std::array::from_fn(|i| u8::try_from(i).unwrap());
+        Client::new(vectors().private("node_a"), &hello(relay, home), nonce, now)
     }
 
     fn transmit(client: &mut Client) -> Vec<u8> {
@@ -403,14 +409,13 @@ mod tests {
     #[test]
     fn the_slow_path_waits_for_101_and_server_key_split_at_any_byte() {
         let v = vectors();
-        let now = Instant::now();
-        let nonce = std::array::from_fn(|i| u8::try_from(i).unwrap());
+        let now = start();
         let mut stream = v.http("response_101").into_bytes();
         stream.extend(v.derp("server_key_frame"));
         stream.extend(v.derp("server_info_frame"));
         stream.extend(v.derp("recv_packet_from_a"));
         for at in 0..=stream.len() {
-            let mut client = Client::new(v.private("node_a"), &hello(None, true), nonce, now);
+            let mut client = client(None, true, now);
             assert_eq!(transmit(&mut client), v.http("request").as_bytes());
             assert!(!client.is_ready());
             let mut events = feed(&mut client, now, &stream[..at]).unwrap();
@@ -426,10 +431,8 @@ mod tests {
     #[test]
     fn fast_start_says_everything_at_once() {
         let v = vectors();
-        let now = Instant::now();
-        let relay = v.public("derp_server");
-        let nonce = std::array::from_fn(|i| u8::try_from(i).unwrap());
-        let mut client = Client::new(v.private("node_a"), &hello(Some(relay), false), nonce, now);
+        let now = start();
+        let mut client = client(Some(v.public("derp_server")), false, now);
         let mut want = v.http("request_fast_start").into_bytes();
         want.extend(v.derp("client_info_frame"));
         assert_eq!(transmit(&mut client), want);
@@ -443,7 +446,7 @@ mod tests {
 
     #[test]
     fn recorded_relays_are_followed_to_the_end() {
-        let now = Instant::now();
+        let now = start();
         for session in live("derp-session").sessions() {
             let private: NodePrivate = session.key("client_private");
             let relay = NodePublic(session.bytes("server_public").try_into().unwrap());
@@ -467,27 +470,17 @@ mod tests {
     #[test]
     fn pings_are_answered_and_a_silent_relay_is_asked_and_then_given_up() {
         let v = vectors();
-        let start = Instant::now();
-        let relay = v.public("derp_server");
-        let mut client = Client::new(
-            v.private("node_a"),
-            &hello(Some(relay), true),
-            [0; 24],
-            start,
-        );
+        let start = start();
+        let mut client = client(Some(v.public("derp_server")), true, start);
         transmit(&mut client);
-        assert!(
-            feed(&mut client, start, &v.derp("ping"))
-                .unwrap()
-                .is_empty()
-        );
+        let said = feed(&mut client, start, &v.derp("ping")).unwrap();
+        assert!(said.is_empty());
         assert_eq!(transmit(&mut client), v.derp("pong"));
 
         let due = client.poll_timeout();
         assert_eq!(due, start + SILENT_LIMIT);
-        client
-            .handle_timeout(due, [1, 2, 3, 4, 5, 6, 7, 8])
-            .unwrap();
+        let bytes = [1, 2, 3, 4, 5, 6, 7, 8];
+        client.handle_timeout(due, bytes).unwrap();
         assert_eq!(transmit(&mut client), v.derp("ping"));
         // The answer arms the silence limit again; without one the relay is dead.
         let answered = due + Duration::from_millis(30);
@@ -503,9 +496,8 @@ mod tests {
     #[test]
     fn health_restarting_and_peer_gone_are_handed_out() {
         let v = vectors();
-        let now = Instant::now();
-        let relay = v.public("derp_server");
-        let mut client = Client::new(v.private("node_a"), &hello(Some(relay), true), [0; 24], now);
+        let now = start();
+        let mut client = client(Some(v.public("derp_server")), true, now);
         let mut stream = Vec::new();
         for name in [
             "health_problem",
@@ -528,55 +520,43 @@ mod tests {
     #[test]
     fn a_relay_that_is_none_is_left() {
         let v = vectors();
-        let now = Instant::now();
-        let new = |known| Client::new(v.private("node_a"), &hello(known, true), [0; 24], now);
+        let now = start();
+        let says = |relay, bytes: &[u8]| feed(&mut client(relay, true, now), now, bytes);
         assert_eq!(
-            feed(&mut new(None), now, b"HTTP/1.1 404 Not Found\r\n\r\n"),
+            says(None, b"HTTP/1.1 404 Not Found\r\n\r\n"),
             Err(HeadError::Status(404).into())
         );
         assert_eq!(
-            feed(&mut new(None), now, b"\x15\x03\x03\0\x02"),
+            says(None, b"\x15\x03\x03\0\x02"),
             Err(HeadError::Syntax.into())
         );
         let mut wrong = v.derp("server_key_frame");
         wrong[HEADER_LEN] ^= 1;
         let mut stream = v.http("response_101").into_bytes();
         stream.extend(&wrong);
-        assert_eq!(
-            feed(&mut new(None), now, &stream),
-            Err(FrameError::Magic.into())
-        );
+        assert_eq!(says(None, &stream), Err(FrameError::Magic.into()));
         let mut stream = v.http("response_101").into_bytes();
         stream.extend(v.derp("keep_alive"));
         assert_eq!(
-            feed(&mut new(None), now, &stream),
+            says(None, &stream),
             Err(FrameError::Unexpected(FrameType::KEEP_ALIVE).into())
         );
         assert_eq!(
-            feed(
-                &mut new(Some(v.public("node_b"))),
-                now,
-                &v.derp("server_key_frame")
-            ),
+            says(Some(v.public("node_b")), &v.derp("server_key_frame")),
             Err(ClientError::OtherKey)
         );
         let relay = Some(v.public("derp_server"));
-        assert!(feed(&mut new(relay), now, b"\x05\xff\xff\xff\xff").is_err());
-        assert!(feed(&mut new(relay), now, b"\x01\0\0\0\x27").is_err());
+        assert!(says(relay, b"\x05\xff\xff\xff\xff").is_err());
+        assert!(says(relay, b"\x01\0\0\0\x27").is_err());
     }
 
     #[test]
     fn a_rate_the_relay_asks_for_is_kept() {
         let v = vectors();
-        let start = Instant::now();
+        let start = start();
         let server = v.private("derp_server");
-        let a = v.private("node_a");
-        let mut client = Client::new(
-            a.clone(),
-            &hello(Some(server.public()), true),
-            [0; 24],
-            start,
-        );
+        let a = v.public("node_a");
+        let mut client = client(Some(server.public()), true, start);
         assert!(!client.is_limited());
         let asked = ServerInfo {
             version: 2,
@@ -584,7 +564,7 @@ mod tests {
             bytes_burst: 0,
         };
         let mut stream = Vec::new();
-        info::put_server_info(&mut stream, &server, &a.public(), [3; 24], &asked);
+        info::put_server_info(&mut stream, &server, &a, [3; 24], &asked);
         feed(&mut client, start, &stream).unwrap();
         let frames = |n| std::iter::repeat_n(1000, n);
         // The burst is at least one largest packet, which is 65 such frames.
