@@ -19,7 +19,7 @@ struct Lab {
 }
 
 impl Lab {
-    fn new(latency: &[Option<u64>], port: fn(u8) -> u16) -> Self {
+    fn new(latency: &[Option<u64>]) -> Self {
         let now = start();
         let mut check = Netcheck::new(41641, true, false, StdRng::seed_from_u64(7));
         let eth = Interface {
@@ -35,7 +35,7 @@ impl Lab {
             now,
             check,
             latency,
-            port,
+            port: |_| 5555,
             answers: VecDeque::new(),
             sent: Vec::new(),
             dns: Box::new(|_| Vec::new()),
@@ -44,6 +44,15 @@ impl Lab {
         };
         lab.drain();
         lab.events.clear();
+        lab
+    }
+
+    /// One whose map is of these regions.
+    fn started(latency: &[Option<u64>]) -> Self {
+        let mut lab = Self::new(latency);
+        let regions = u32::try_from(latency.len()).unwrap();
+        lab.check
+            .set_derp_map(lab.now, &DerpMap::of_regions(regions));
         lab
     }
 
@@ -110,9 +119,8 @@ const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
 fn two_relays_give_a_home_the_mapping_and_endpoints() {
-    let mut lab = Lab::new(&[Some(30), Some(10)], |_| 5555);
+    let mut lab = Lab::started(&[Some(30), Some(10)]);
     let began = lab.now;
-    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(SECOND);
     let (at, report) = lab.reports().remove(0);
     assert_eq!(at - began, Duration::from_millis(30));
@@ -134,10 +142,8 @@ fn two_relays_give_a_home_the_mapping_and_endpoints() {
 
 #[test]
 fn a_hard_nat_shows_and_its_second_mapping_is_noise() {
-    let mut lab = Lab::new(&[Some(10), Some(20), Some(30)], |region| {
-        6000 + u16::from(region)
-    });
-    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(3));
+    let mut lab = Lab::started(&[Some(10), Some(20), Some(30)]);
+    lab.port = |region| 6000 + u16::from(region);
     lab.run(SECOND);
     let (_, report) = lab.reports().remove(0);
     assert_eq!(report.mapping_varies, Some(true));
@@ -163,9 +169,8 @@ fn a_hard_nat_shows_and_its_second_mapping_is_noise() {
 
 #[test]
 fn three_regions_are_enough_and_the_rest_gets_twice_the_slowest() {
-    let mut lab = Lab::new(&[Some(10), Some(20), Some(30), None], |_| 5555);
+    let mut lab = Lab::started(&[Some(10), Some(20), Some(30), None]);
     let began = lab.now;
-    lab.check.set_derp_map(began, &DerpMap::of_regions(4));
     lab.run(SECOND);
     let (at, report) = lab.reports().remove(0);
     assert_eq!(at - began, Duration::from_millis(30 + 2 * 30));
@@ -174,9 +179,8 @@ fn three_regions_are_enough_and_the_rest_gets_twice_the_slowest() {
 
 #[test]
 fn a_dead_relay_costs_three_seconds_but_no_endpoints() {
-    let mut lab = Lab::new(&[Some(10), None], |_| 5555);
+    let mut lab = Lab::started(&[Some(10), None]);
     let began = lab.now;
-    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(4 * SECOND);
     assert_eq!(lab.reports()[0].0 - began, 3 * SECOND);
     let tries: Vec<Duration> = lab
@@ -190,9 +194,8 @@ fn a_dead_relay_costs_three_seconds_but_no_endpoints() {
 
 #[test]
 fn without_udp_the_latencies_come_over_https() {
-    let mut lab = Lab::new(&[None, None], |_| 5555);
+    let mut lab = Lab::started(&[None, None]);
     let began = lab.now;
-    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(3 * SECOND);
     let regions = vec![RegionId(1), RegionId(2)];
     let wanted = (began + 3 * SECOND, Event::HttpsLatencyWanted(regions));
@@ -209,9 +212,8 @@ fn without_udp_the_latencies_come_over_https() {
 
 #[test]
 fn https_is_waited_for_until_the_report_is_five_seconds_old_and_the_home_is_then_any() {
-    let mut lab = Lab::new(&[None, None], |_| 5555);
+    let mut lab = Lab::started(&[None, None]);
     let began = lab.now;
-    lab.check.set_derp_map(began, &DerpMap::of_regions(2));
     lab.run(9 * SECOND);
     let (at, report) = lab.reports().remove(0);
     assert_eq!(at - began, 5 * SECOND);
@@ -221,8 +223,7 @@ fn https_is_waited_for_until_the_report_is_five_seconds_old_and_the_home_is_then
 
 #[test]
 fn checks_repeat_only_while_active_and_are_full_every_five_minutes() {
-    let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
+    let mut lab = Lab::started(&[Some(10), Some(20)]);
     lab.run(120 * SECOND);
     assert_eq!(lab.reports().len(), 1);
     lab.check.set_active(lab.now, true);
@@ -250,8 +251,7 @@ fn checks_repeat_only_while_active_and_are_full_every_five_minutes() {
 
 #[test]
 fn a_check_asked_for_during_a_check_follows_it() {
-    let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
+    let mut lab = Lab::started(&[Some(10), Some(20)]);
     lab.check.start(lab.now, false);
     lab.check.start(lab.now, false);
     lab.run(SECOND);
@@ -265,7 +265,7 @@ fn a_check_asked_for_during_a_check_follows_it() {
 
 #[test]
 fn the_home_of_an_earlier_run_is_home_until_coordination_can_be_told_of_another() {
-    let mut lab = Lab::new(&[Some(10), Some(60)], |_| 5555);
+    let mut lab = Lab::new(&[Some(10), Some(60)]);
     lab.check.remember_home(RegionId(2));
     lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
     // At once, and not only when something has been measured.
@@ -279,7 +279,7 @@ fn the_home_of_an_earlier_run_is_home_until_coordination_can_be_told_of_another(
     assert_eq!(lab.check.home, Some(RegionId(1)));
     assert_eq!(lab.check.told_home(), Some(RegionId(1)));
     // A region that is gone is nobody's home.
-    let mut gone = Lab::new(&[Some(10)], |_| 5555);
+    let mut gone = Lab::new(&[Some(10)]);
     gone.check.remember_home(RegionId(9));
     gone.check.set_derp_map(gone.now, &DerpMap::of_regions(1));
     gone.run(SECOND);
@@ -290,8 +290,7 @@ fn the_home_of_an_earlier_run_is_home_until_coordination_can_be_told_of_another(
 
 #[test]
 fn a_home_that_is_down_is_left_at_once_unless_nobody_could_be_told() {
-    let mut lab = Lab::new(&[Some(10), Some(20)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(2));
+    let mut lab = Lab::started(&[Some(10), Some(20)]);
     lab.run(SECOND);
     assert_eq!(lab.check.home, Some(RegionId(1)));
     lab.check.set_control_up(false);
@@ -304,8 +303,7 @@ fn a_home_that_is_down_is_left_at_once_unless_nobody_could_be_told() {
 
 #[test]
 fn junk_is_dropped_by_name() {
-    let mut lab = Lab::new(&[Some(10)], |_| 5555);
-    lab.check.set_derp_map(lab.now, &DerpMap::of_regions(1));
+    let mut lab = Lab::started(&[Some(10)]);
     let sent = lab.check.poll_transmit().unwrap().bytes;
     let from = |text: &str| stun::respond(&sent, text.parse().unwrap()).unwrap();
     let loopback = from("127.0.0.1:9");
@@ -338,7 +336,7 @@ fn relay(last: u8) -> IpAddr {
 
 #[test]
 fn names_left_to_dns_are_asked_for_and_the_last_good_answer_stays() {
-    let mut lab = Lab::new(&[Some(10)], |_| 5555);
+    let mut lab = Lab::new(&[Some(10)]);
     let began = lab.now;
     lab.dns = Box::new(
         move |now| {
@@ -360,7 +358,7 @@ fn names_left_to_dns_are_asked_for_and_the_last_good_answer_stays() {
 #[test]
 fn a_node_that_started_without_dns_has_its_endpoint_soon_after_dns_works() {
     for works_after_ms in [100, 2_900, 7_000, 61_000, 3_600_000] {
-        let mut lab = Lab::new(&[Some(10)], |_| 5555);
+        let mut lab = Lab::new(&[Some(10)]);
         let works = lab.now + Duration::from_millis(works_after_ms);
         // A resolver that refuses at once, until it works.
         lab.dns = Box::new(move |now| if now < works { vec![] } else { vec![relay(1)] });
@@ -388,7 +386,7 @@ fn a_node_that_started_without_dns_has_its_endpoint_soon_after_dns_works() {
 
 #[test]
 fn a_relay_that_moved_is_found_at_its_new_address() {
-    let mut lab = Lab::new(&[Some(10)], |_| 5555);
+    let mut lab = Lab::new(&[Some(10)]);
     let moves = lab.now + 45 * SECOND;
     lab.dns = Box::new(move |now| vec![relay(if now < moves { 1 } else { 2 })]);
     named(&mut lab);
@@ -406,7 +404,7 @@ fn a_relay_that_moved_is_found_at_its_new_address() {
 
 #[test]
 fn of_a_name_with_two_addresses_the_second_is_asked_too() {
-    let mut lab = Lab::new(&[None, Some(10)], |_| 5555);
+    let mut lab = Lab::new(&[None, Some(10)]);
     lab.dns = Box::new(|_| vec![relay(1), relay(2)]);
     named(&mut lab);
     lab.run(6 * SECOND);
@@ -415,7 +413,7 @@ fn of_a_name_with_two_addresses_the_second_is_asked_too() {
 
 #[test]
 fn a_name_beside_an_address_is_asked_for_the_other_family() {
-    let mut lab = Lab::new(&[Some(10)], |_| 5555);
+    let mut lab = Lab::new(&[Some(10)]);
     let eth = |addrs: &[&str]| Interface {
         name: "eth0".into(),
         addrs: addrs.iter().map(|addr| addr.parse().unwrap()).collect(),

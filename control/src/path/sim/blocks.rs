@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::matrix::pair;
 use super::recovery::comes_back;
 use super::world::{MS, SECOND, World};
-use crate::path::{Config, FailedTest, Phase, StateName, Story, Validate};
+use crate::path::{Config, FailedTest, StateName, Validate};
 
 /// Two easy NATs, direct, A pinging 20 times a second.
 fn direct(seed: u64) -> World {
@@ -34,8 +34,7 @@ fn block_and_open(seed: u64, blocked: [bool; 2], for_how_long: Duration) {
     let began = world.now;
     world.weather.blocked = blocked;
     world.run(for_how_long);
-    let gap = world.longest_gap(0, began);
-    assert!(gap <= 2 * SECOND, "blackout {gap:?}: {name}");
+    world.assert_gap(began, 2 * SECOND, &name);
     assert!(
         away_from_direct(&world, 0) || away_from_direct(&world, 1),
         "noticed: {name}"
@@ -77,11 +76,7 @@ fn a_one_way_stream_stays_on_one_path_and_leaves_it_when_it_dies() {
     let began = world.now;
     world.weather.blocked = [true, true];
     world.run(10 * SECOND);
-    assert!(
-        world.longest_gap(0, began) <= 2 * SECOND,
-        "{:?}",
-        world.longest_gap(0, began)
-    );
+    world.assert_gap(began, 2 * SECOND, "it dies");
     world.weather.blocked = [false, false];
     let took = world.run_until(10 * SECOND, |world| world.state(0) == StateName::Direct);
     assert!(took.is_some_and(|took| took <= 2 * SECOND), "{took:?}");
@@ -110,13 +105,10 @@ fn a_new_mapping_is_followed_in_seconds_whoever_gets_it() {
                 };
                 world.both_direct() && found(0) && found(1)
             });
-            let gap = world.longest_gap(0, began);
-            assert!(
-                gap <= 2 * SECOND,
-                "{a} and {b}, {moved} moved: blackout {gap:?}"
-            );
-            let took = took.unwrap_or_else(|| panic!("{a} and {b}, {moved} moved"));
-            assert!(took <= 4 * SECOND, "{a} and {b}, {moved} moved: {took:?}");
+            let name = format!("{a} and {b}, {moved} moved");
+            world.assert_gap(began, 2 * SECOND, &name);
+            let took = took.unwrap_or_else(|| panic!("{name}"));
+            assert!(took <= 4 * SECOND, "{name}: {took:?}");
         }
     }
 }
@@ -131,9 +123,7 @@ fn an_idle_path_whose_mapping_died_comes_back_with_the_first_data() {
     world.ping_from(0, Duration::ZERO, 50 * MS);
     let took = world.run_until(5 * SECOND, World::both_direct).unwrap();
     assert!(took <= 500 * MS, "{took:?}");
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
+    let end = world.end_pings();
     assert_eq!(world.lost(0, began..end), 0);
 }
 
@@ -144,27 +134,12 @@ fn a_path_that_carries_no_full_packet_is_never_used() {
     let began = world.now;
     world.ping_from(0, Duration::ZERO, 50 * MS);
     assert_eq!(world.run_until(60 * SECOND, World::both_direct), None);
-    let failed = |story: &Story| {
-        let Story::Validate { phase, .. } = story else {
-            return None;
-        };
-        match phase {
-            Phase::Fail { test, .. } => Some(*test),
-            Phase::Start | Phase::Pass { .. } => None,
-        }
-    };
-    let tests: Vec<FailedTest> = world.nodes[0]
-        .story
-        .iter()
-        .filter_map(|(_, story)| failed(story))
-        .collect();
+    let tests = world.fails(0);
     assert!(
         !tests.is_empty() && tests.iter().all(|test| *test == FailedTest::Mtu),
         "{tests:?}"
     );
-    world.stop_pings();
-    let end = world.now;
-    world.run(SECOND);
+    let end = world.end_pings();
     assert_eq!(world.lost(0, began..end), 0);
 }
 
@@ -193,9 +168,7 @@ fn a_path_that_becomes_lossy_is_left_by_the_quality_alarm() {
     world.run(5 * SECOND);
     let began = world.now;
     world.run(15 * SECOND);
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
+    let end = world.end_pings();
     assert_eq!(world.lost(0, began..end), 0, "the relay is clean");
 }
 

@@ -4,12 +4,10 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use ringtail_dataplane::PeerId;
 
-use super::script::{Out, REGION, Script, addr, ms};
+use super::script::{C1, Out, REGION, Script, addr, ms};
 use crate::disco::{Message, SharedKey};
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::path::{Config, Drop, Event, PeerSetup, StateName};
-
-const C1: &str = "198.51.100.1:41641";
 
 fn count(script: &Script, drop: Drop) -> u64 {
     let mut named = script.paths.drops();
@@ -47,14 +45,12 @@ fn every_kind_of_junk_is_counted_under_its_name_and_answered_by_nothing() {
         ("call over UDP", C1, &called, Drop::CallMeMaybeOverUdp),
         ("from nowhere", loopback, &ping, Drop::BadSource),
     ] {
-        let result = script.paths.handle_datagram(script.now, addr(from), bytes);
+        let result = script.udp(addr(from), bytes);
         assert_eq!(result, Err(drop), "{name}");
         assert_eq!(count(&script, drop), 1, "{name}");
     }
     let stranger = NodePrivate::from_random([8; 32]).public();
-    let result = script
-        .paths
-        .handle_relayed(script.now, REGION, stranger, &called);
+    let result = script.relayed(stranger, &called);
     assert_eq!(result, Err(Drop::WrongRelaySource));
     script.run_to(ms(10_000));
     assert_eq!((script.out.len(), script.decisions.len()), (0, 1));
@@ -76,11 +72,9 @@ fn a_relayed_message_must_come_from_the_node_that_owns_the_key() {
         ..script.setup.clone()
     };
     let both = [script.setup.clone(), other.clone()];
-    script.paths.set_peers(script.now, &both, &[]);
+    script.set_peers(&both);
     let call = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
-    let result = script
-        .paths
-        .handle_relayed(script.now, REGION, other.node_key, &call);
+    let result = script.relayed(other.node_key, &call);
     assert_eq!(result, Err(Drop::WrongRelaySource));
 }
 
@@ -97,9 +91,7 @@ pub(super) fn twin(script: &Script) -> PeerSetup {
 fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
     let mut script = Script::new(Config::default(), &[]);
     let twin = twin(&script);
-    script
-        .paths
-        .set_peers(script.now, &[script.setup.clone(), twin.clone()], &[]);
+    script.set_peers(&[script.setup.clone(), twin.clone()]);
     let mut ping = |node_key, n: u8, from: &str| {
         let message = Message::Ping {
             tx_id: [n; 12],
@@ -126,14 +118,12 @@ fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
 fn who_goes_takes_nothing_from_another_with_the_same_disco_key() {
     let mut script = Script::new(Config::default(), &[C1]);
     let twin = twin(&script);
-    script
-        .paths
-        .set_peers(script.now, std::slice::from_ref(&twin), &[]);
+    script.set_peers(std::slice::from_ref(&twin));
     script.data();
     let (ours, theirs) = (script.setup.node_key, twin.node_key);
     let heard = |script: &mut Script, from| {
         let call = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
-        script.paths.handle_relayed(script.now, REGION, from, &call)
+        script.relayed(from, &call)
     };
     assert_eq!(heard(&mut script, ours), Ok(()));
     assert_eq!(heard(&mut script, theirs), Ok(()));
@@ -146,7 +136,7 @@ fn who_goes_takes_nothing_from_another_with_the_same_disco_key() {
         disco_key: None,
         ..twin
     };
-    script.paths.set_peers(script.now, &[other], &[]);
+    script.set_peers(&[other]);
     assert_eq!(heard(&mut script, ours), Err(Drop::UnknownSender));
     assert_eq!(script.paths.peer_of(&ours), None);
     assert_eq!(script.paths.peer_of(&theirs), Some(PeerId(0)));
@@ -162,14 +152,10 @@ fn a_new_disco_key_of_a_peer_is_used_at_once() {
     script.run_to(ms(2000));
     let fresh = DiscoPrivate::from_random([77; 32]);
     script.setup.disco_key = Some(fresh.public());
-    script
-        .paths
-        .set_peers(script.now, &[script.setup.clone()], &[]);
+    script.set_peers(&[script.setup.clone()]);
     let old = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
     let node_key = script.setup.node_key;
-    let relayed = script
-        .paths
-        .handle_relayed(script.now, REGION, node_key, &old);
+    let relayed = script.relayed(node_key, &old);
     assert_eq!(relayed, Err(Drop::UnknownSender));
     let ours = script
         .paths
@@ -198,12 +184,11 @@ fn a_flood_of_forgeries_costs_little_and_shuts_out_nobody() {
             forged[38..42].copy_from_slice(&n.to_be_bytes());
             forged[42..46].copy_from_slice(&u32::try_from(tenth).unwrap().to_be_bytes());
             let from = std::net::SocketAddr::from(((0xc612_0000 + n).to_be_bytes(), 7));
-            let result = script.paths.handle_datagram(script.now, from, &forged);
+            let result = script.udp(from, &forged);
             assert!(matches!(result, Err(Drop::Forged | Drop::OpenRate)));
         }
         // Its own Pings are answered in the middle of it, by UDP from where it is known, and by relay.
-        let ping = script.their_ping();
-        script.receive(addr(C1), &ping).unwrap();
+        script.receive_ping(C1);
         let ping = script.their_ping();
         script.receive_relayed(&ping).unwrap();
     }
@@ -227,16 +212,13 @@ fn what_was_recorded_is_not_taken_twice_wherever_it_comes_from() {
         .collect();
     for (n, ping) in recorded.iter().enumerate() {
         script.run_to(ms(3000 * u64::try_from(n).unwrap()));
-        script
-            .paths
-            .handle_datagram(script.now, addr(C1), ping)
-            .unwrap();
+        script.udp(addr(C1), ping).unwrap();
     }
     let candidates = script.status().candidates.len();
     for port in 1..=1000 {
         let from = std::net::SocketAddr::from(([203, 0, 113, 7], port));
         for ping in &recorded {
-            let result = script.paths.handle_datagram(script.now, from, ping);
+            let result = script.udp(from, ping);
             assert_eq!(result, Err(Drop::Replayed));
         }
     }
@@ -246,12 +228,8 @@ fn what_was_recorded_is_not_taken_twice_wherever_it_comes_from() {
         0
     );
     // A table that is told anew changes nothing about that.
-    script
-        .paths
-        .set_peers(script.now, &[script.setup.clone()], &[]);
-    let again = script
-        .paths
-        .handle_datagram(script.now, addr(C1), &recorded[99]);
+    script.set_peers(&[script.setup.clone()]);
+    let again = script.udp(addr(C1), &recorded[99]);
     assert_eq!(again, Err(Drop::Replayed));
 }
 
@@ -285,16 +263,13 @@ fn strangers_on_a_relay_cost_no_opening() {
     let mut forged = script.seal(&ping);
     for n in 0..2000_u32 {
         forged[38..42].copy_from_slice(&n.to_be_bytes());
-        let result = script
-            .paths
-            .handle_relayed(script.now, REGION, stranger, &forged);
+        let result = script.relayed(stranger, &forged);
         assert_eq!(result, Err(Drop::WrongRelaySource));
     }
     // Had they been opened, there would be nothing left for the peer itself.
     let ping = script.their_ping();
     script.receive_relayed(&ping).unwrap();
-    let ping = script.their_ping();
-    script.receive(addr(C1), &ping).unwrap();
+    script.receive_ping(C1);
     assert_eq!(
         count(&script, Drop::OpenRate) + count(&script, Drop::Forged),
         0
@@ -347,12 +322,8 @@ fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
             }
             let (node, node_id) = (script.setup.node_key, script.setup.id);
             match rng.random_range(0..8) {
-                0 | 1 => drop(script.paths.handle_datagram(script.now, from, &bytes)),
-                2 | 3 => drop(
-                    script
-                        .paths
-                        .handle_relayed(script.now, REGION, node, &bytes),
-                ),
+                0 | 1 => drop(script.udp(from, &bytes)),
+                2 | 3 => drop(script.relayed(node, &bytes)),
                 4 => script.data(),
                 5 => script.refresh(),
                 6 => {
@@ -363,9 +334,7 @@ fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
                 }
                 _ => {
                     script.setup.home = rng.random::<bool>().then_some(REGION);
-                    script
-                        .paths
-                        .set_peers(script.now, &[script.setup.clone()], &[]);
+                    script.set_peers(&[script.setup.clone()]);
                     let _ = script.paths.ping(script.now, script.setup.id);
                 }
             }

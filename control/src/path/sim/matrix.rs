@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use super::net::{Filtering, INTERNET, Mapping, Middlebox, Zone};
+use super::script::ms;
 use super::world::{MS, PORT, SECOND, World};
 use crate::path::{Config, StateName};
 
@@ -120,9 +121,7 @@ fn run_pair(
             assert!(relayed.contains(&state), "{state:?}: {name}");
         }
     }
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
+    let end = world.end_pings();
     for node in [0, 1] {
         assert_eq!(world.lost(node, began..end), 0, "lost: {name}");
     }
@@ -136,7 +135,7 @@ fn every_pair_of_nats_ends_as_the_truth_table_says_and_soon() {
     let mut slowest = (Duration::ZERO, String::new());
     for ((a, b), direct) in &verdicts {
         for (first, between) in [(0, 0), (0, 20), (1, 20), (0, 200), (1, 200)] {
-            let took = run_pair(between, a, b, first, between_ms(between), *direct);
+            let took = run_pair(between, a, b, first, ms(between), *direct);
             // From the moment both have data to send, whoever was first.
             let name = format!("{a} and {b}, {first} first, {between} ms");
             assert!(took < 500 * MS, "{took:?}: {name}");
@@ -144,10 +143,6 @@ fn every_pair_of_nats_ends_as_the_truth_table_says_and_soon() {
         }
     }
     println!("slowest: {slowest:?}");
-}
-
-fn between_ms(ms: u64) -> Duration {
-    Duration::from_millis(ms)
 }
 
 #[test]

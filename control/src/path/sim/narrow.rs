@@ -5,33 +5,13 @@ use std::time::Duration;
 
 use super::matrix::pair;
 use super::net::INTERNET;
-use super::script::{Out, Script, addr, ms};
+use super::script::{C1, Out, Script, addr, ms};
 use super::shard::PEER;
 use super::world::{MS, SECOND, World};
-use crate::path::{Config, FailedTest, Phase, StateName, Story};
+use crate::path::{Config, FailedTest, StateName};
 
-const C1: &str = "198.51.100.1:41641";
 /// A full packet of the tunnel: 1340 bytes on the wire.
 const FULL: usize = 1312;
-
-fn fails(world: &World, node: usize) -> Vec<FailedTest> {
-    let failed = |story: &Story| match story {
-        Story::Validate {
-            phase: Phase::Fail { test, .. },
-            ..
-        } => Some(*test),
-        Story::Validate { .. }
-        | Story::PingTx { .. }
-        | Story::PongRx { .. }
-        | Story::PingRx { .. }
-        | Story::CallMeMaybeTx { .. }
-        | Story::CallMeMaybeRx { .. }
-        | Story::Path { .. }
-        | Story::Heartbeat { .. } => None,
-    };
-    let story = world.nodes[node].story.iter();
-    story.filter_map(|(_, story)| failed(story)).collect()
-}
 
 #[test]
 fn a_path_that_takes_full_packets_in_fragments_is_used_and_shown_so() {
@@ -47,7 +27,7 @@ fn a_path_that_takes_full_packets_in_fragments_is_used_and_shown_so() {
         let best = world.status(node).best.unwrap();
         assert_eq!((best.mtu, best.fragments), (Some(1280), true));
         assert_eq!(world.status(node).decision.path_mtu, 1280);
-        assert_eq!(fails(&world, node), []);
+        assert_eq!(world.fails(node), []);
     }
     // It becomes wide: the search that repeats finds out, and narrow again.
     world.weather.mtu = 1500;
@@ -59,9 +39,7 @@ fn a_path_that_takes_full_packets_in_fragments_is_used_and_shown_so() {
     let best = world.status(0).best.unwrap();
     assert_eq!((best.mtu, best.fragments), (Some(1280), true));
     assert!(world.both_direct());
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
+    let end = world.end_pings();
     assert_eq!(world.lost(0, began..end), 0);
 }
 
@@ -76,7 +54,7 @@ fn a_path_that_no_longer_carries_full_packets_at_all_is_left() {
         world.state(0) != StateName::Direct && world.state(1) != StateName::Direct
     });
     assert!(left.is_some());
-    assert_eq!(fails(&world, 0), [FailedTest::Mtu]);
+    assert_eq!(world.fails(0), [FailedTest::Mtu]);
 }
 
 #[test]
@@ -101,14 +79,11 @@ fn where_one_direction_is_narrow_nothing_is_sent_twice_after_ten_seconds() {
             let died = world.now;
             world.weather.blocked = [true; 2];
             world.run(10 * SECOND);
-            let gap = world.longest_gap(0, died);
-            assert!(gap <= 2 * SECOND, "blackout {gap:?}: {name}");
+            world.assert_gap(died, 2 * SECOND, &name);
             world.weather.blocked = [false; 2];
             world.run(10 * SECOND);
             assert_eq!(world.state(1 - narrow), StateName::Direct, "{name}");
-            let end = world.now;
-            world.stop_pings();
-            world.run(SECOND);
+            let end = world.end_pings();
             // What was on its way went with it.
             assert_eq!(world.lost(0, began..died - 100 * MS), 0, "{name}");
             assert_eq!(world.lost(0, died + 2 * SECOND..end), 0, "{name}");

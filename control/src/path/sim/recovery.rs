@@ -5,14 +5,12 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use super::matrix::{pair, site};
-use super::script::{Out, Script, addr, ms};
+use super::script::{C1, Out, Script, Z, addr, ms};
 use super::shard::PEER;
 use super::world::{MS, SECOND, World};
 use crate::netcheck::Interface;
 use crate::path::{CachedPath, Config, LinkChange, StateName, Validate};
 
-const C1: &str = "198.51.100.1:41641";
-const Z: &str = "198.51.100.9:777";
 /// Slow rounds are six seconds apart, and a validation takes some round trips.
 const BACK_AFTER: Duration = Duration::from_millis(6500);
 
@@ -35,9 +33,7 @@ pub(super) fn comes_back(world: &mut World, began: Instant, limit: Duration, nam
     );
     world.run(10 * SECOND);
     assert!(world.both_direct(), "stays direct: {name}");
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
+    let end = world.end_pings();
     assert_eq!(world.lost(0, began + 2 * SECOND..end), 0, "{name}");
 }
 
@@ -75,24 +71,27 @@ fn a_path_that_was_direct_is_direct_soon_after_it_opens_however_long_it_was_down
     }
 }
 
+/// Direct to C1 at ten seconds, which does not answer from then until `end`, in milliseconds.
+fn silent_until(end: u64) -> Script {
+    let mut script = Script::new(Config::default(), &[C1]);
+    script.answer(C1, ms(10));
+    script.run_with_data(ms(10_000), ms(500));
+    assert_eq!(script.status().state, StateName::Direct);
+    script.silence(C1);
+    script.run_with_data(ms(end), ms(500));
+    script
+}
+
 #[test]
 fn a_peer_that_only_answers_is_found_again_at_the_slow_pace() {
     for minutes in [3, 10, 60] {
-        let mut script = Script::new(Config::default(), &[C1]);
-        script.answer(C1, ms(10));
-        script.run_with_data(ms(10_000), ms(500));
-        assert_eq!(script.status().state, StateName::Direct);
-        script.silence(C1);
         let end = 10_000 + minutes * 60_000;
-        script.run_with_data(ms(end), ms(500));
-        let lately = script.sent(end - 60_000, end);
-        let count = |wanted: &Out| lately.iter().filter(|out| *out == wanted).count();
+        let mut script = silent_until(end);
         // A Ping every six seconds, a CallMeMaybe every thirty.
-        assert!(
-            (9..=11).contains(&count(&Out::Ping(addr(C1)))),
-            "{lately:?}"
-        );
-        assert!((1..=2).contains(&count(&Out::CallMeMaybe)), "{lately:?}");
+        let count = |wanted| script.count(end - 60_000, end, &wanted);
+        let (pings, calls) = (count(Out::Ping(addr(C1))), count(Out::CallMeMaybe));
+        assert!((9..=11).contains(&pings), "{pings}");
+        assert!((1..=2).contains(&calls), "{calls}");
         script.answer(C1, ms(10));
         script.run_with_data(ms(end) + BACK_AFTER, ms(500));
         assert_eq!(script.status().state, StateName::Direct, "{minutes} min");
@@ -101,28 +100,16 @@ fn a_peer_that_only_answers_is_found_again_at_the_slow_pace() {
 
 #[test]
 fn the_pace_is_quick_again_when_packets_come_or_after_a_long_pause() {
-    let slow = || {
-        let mut script = Script::new(Config::default(), &[C1]);
-        script.answer(C1, ms(10));
-        script.run_with_data(ms(10_000), ms(500));
-        script.silence(C1);
-        script.run_with_data(ms(120_200), ms(500));
-        script
-    };
+    let slow = || silent_until(120_200);
     let quick = |script: &Script, from: u64, at: &str| {
-        let sent = script.sent(from, from + 1000);
-        sent.iter()
-            .filter(|out| **out == Out::Ping(addr(at)))
-            .count()
-            >= 5
+        script.count(from, from + 1000, &Out::Ping(addr(at))) >= 5
     };
     let mut heard = slow();
     heard.event(&ringtail_dataplane::Event::NewSource(PEER, addr(Z)));
     heard.run_to(ms(121_200));
     assert!(quick(&heard, 120_200, Z));
     let mut pinged = slow();
-    let their = pinged.their_ping();
-    pinged.receive(addr(Z), &their).unwrap();
+    pinged.receive_ping(Z);
     pinged.run_to(ms(121_200));
     assert!(quick(&pinged, 120_200, Z));
     let mut paused = slow();
@@ -171,18 +158,11 @@ fn two_addresses(seed: u64, a: &str) -> World {
 
 /// Until both are direct by what works now.
 fn both_moved(world: &mut World, name: &str) -> Duration {
-    let best = |world: &World, node: usize| world.status(node).best.map(|best| best.addr.ip());
     let there: Vec<IpAddr> = world.nodes[1].addrs.clone();
     let began = world.now;
     let took = world.run_until(30 * SECOND, |world| {
-        let alive = |node: usize| {
-            let best = world.status(node).best;
-            best.is_some_and(|best| world.now - best.last_pong > began)
-        };
-        world.both_direct()
-            && best(world, 0).is_some_and(|ip| there.contains(&ip))
-            && alive(0)
-            && alive(1)
+        let best = world.status(0).best;
+        world.both_alive(began) && best.is_some_and(|best| there.contains(&best.addr.ip()))
     });
     took.unwrap_or_else(|| panic!("never: {name}"))
 }
@@ -202,8 +182,7 @@ fn when_the_best_address_dies_another_that_answers_takes_over_at_once() {
             let name = format!("{a}, after {after:?}");
             let took = both_moved(&mut world, &name);
             assert!(took <= 2 * SECOND, "{took:?}: {name}");
-            let gap = world.longest_gap(0, began);
-            assert!(gap <= 2 * SECOND, "blackout {gap:?}: {name}");
+            world.assert_gap(began, 2 * SECOND, &name);
         }
     }
 }
@@ -255,17 +234,10 @@ fn a_nat_that_gets_another_address_costs_little_more_than_noticing_it() {
             let nat = world.boxes.last_mut().unwrap();
             nat.move_to([203, 0, 113, 14].into());
             let name = format!("{a} and {b}, {n}");
-            let took = world.run_until(30 * SECOND, |world| {
-                let alive = |node: usize| {
-                    let best = world.status(node).best;
-                    best.is_some_and(|best| world.now - best.last_pong > began)
-                };
-                world.both_direct() && alive(0) && alive(1)
-            });
+            let took = world.run_until(30 * SECOND, |world| world.both_alive(began));
             let took = took.unwrap_or_else(|| panic!("never: {name}"));
             assert!(took <= 5 * SECOND, "{took:?}: {name}");
-            let gap = world.longest_gap(0, began);
-            assert!(gap <= 1500 * MS, "blackout {gap:?}: {name}");
+            world.assert_gap(began, 1500 * MS, &name);
         }
     }
 }

@@ -12,10 +12,13 @@ use ringtail_dataplane::{Activity, PathDecision, RegionId};
 use super::shard::PEER;
 use crate::disco::{self, Message, SharedKey, TxId};
 use crate::key::{DiscoPrivate, NodePrivate, NodePublic};
-use crate::path::{Config, Drop, Event, Manager, PeerSetup, Status, Via};
+use crate::path::{Config, Drop, Event, Heard, Manager, PeerSetup, Status, Via};
 use crate::testing;
 
 pub(super) const REGION: RegionId = RegionId(7);
+/// Where the peer may be, and where nobody says it is.
+pub(super) const C1: &str = "198.51.100.1:41641";
+pub(super) const Z: &str = "198.51.100.9:777";
 
 /// What the manager sent.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -222,10 +225,20 @@ impl Script {
         self.secret.seal(&self.their_disco.public(), nonce, message)
     }
 
+    /// A datagram arrives over UDP, and what follows from it is not looked at yet.
+    pub(super) fn udp(&mut self, from: SocketAddr, bytes: &[u8]) -> Result<Heard, Drop> {
+        self.paths.handle_datagram(self.now, from, bytes)
+    }
+
+    /// The same by relay.
+    pub(super) fn relayed(&mut self, source: NodePublic, bytes: &[u8]) -> Result<(), Drop> {
+        self.paths.handle_relayed(self.now, REGION, source, bytes)
+    }
+
     /// A message of the peer arrives over UDP.
     pub(super) fn receive(&mut self, from: SocketAddr, message: &Message) -> Result<(), Drop> {
         let bytes = self.seal(message);
-        let result = self.paths.handle_datagram(self.now, from, &bytes);
+        let result = self.udp(from, &bytes);
         self.drain();
         result.map(|_| ())
     }
@@ -233,8 +246,7 @@ impl Script {
     /// A message of the peer arrives by relay.
     pub(super) fn receive_relayed(&mut self, message: &Message) -> Result<(), Drop> {
         let bytes = self.seal(message);
-        let source = self.setup.node_key;
-        let result = self.paths.handle_relayed(self.now, REGION, source, &bytes);
+        let result = self.relayed(self.setup.node_key, &bytes);
         self.drain();
         result
     }
@@ -255,6 +267,17 @@ impl Script {
         }
     }
 
+    /// A new Ping of the peer arrives over UDP.
+    pub(super) fn receive_ping(&mut self, from: &str) {
+        let ping = self.their_ping();
+        self.receive(addr(from), &ping).unwrap();
+    }
+
+    /// The network map has these peers.
+    pub(super) fn set_peers(&mut self, peers: &[PeerSetup]) {
+        self.paths.set_peers(self.now, peers, &[]);
+    }
+
     pub(super) fn status(&self) -> Status {
         self.paths.status(self.now, PEER).unwrap()
     }
@@ -268,6 +291,12 @@ impl Script {
         let range = ms(from)..ms(to);
         let sent = self.out.iter().filter(|(at, _)| range.contains(at));
         sent.map(|(_, out)| out.clone()).collect()
+    }
+
+    /// How often this left in this time.
+    pub(super) fn count(&self, from: u64, to: u64, wanted: &Out) -> usize {
+        let sent = self.sent(from, to).into_iter();
+        sent.filter(|out| out == wanted).count()
     }
 
     /// When this left, in milliseconds.

@@ -9,17 +9,16 @@ use std::time::Duration;
 use ringtail_dataplane::PeerId;
 
 use super::junk::twin;
-use super::script::{Out, REGION, Script, addr, ms};
+use super::script::{C1, Out, REGION, Script, Z, addr, ms};
 use super::shard::PEER;
+use super::world::failed;
 use crate::disco::Message;
 use crate::path::{
-    Config, Drop, Event, FailedTest, LinkChange, Phase, Reason, RestunReason, Route, StateName,
-    Story, Validate,
+    Config, Drop, Event, FailedTest, LinkChange, Reason, RestunReason, Route, StateName, Story,
+    Validate,
 };
 
-const C1: &str = "198.51.100.1:41641";
 const C2: &str = "198.51.100.2:41641";
-const Z: &str = "198.51.100.9:777";
 
 fn fast() -> Config {
     Config {
@@ -262,8 +261,7 @@ fn t7_what_a_newer_call_does_not_name_is_removed_even_if_it_is_best() {
 #[test]
 fn t8_a_new_source_of_pings_is_answered_pinged_back_and_forgotten_after_45_s() {
     let mut script = Script::new(patient(), &[C1]);
-    let first = script.their_ping();
-    script.receive(addr(Z), &first).unwrap();
+    script.receive_ping(Z);
     // Tailscale pings it with the next data or tick.
     assert_eq!(script.sent(0, 1), [ping(Z), Out::Pong(addr(Z))]);
     script.run_to(ms(45_000));
@@ -320,8 +318,7 @@ fn t11_eight_silent_rounds_hold_the_peer_and_a_call_allows_one_round() {
     assert_eq!(script.sent(90_801, 97_000), []);
     assert_eq!(script.times(&Out::CallMeMaybe).len(), 8);
     // Pings of the peer are answered all the same, and pinged back.
-    let their = script.their_ping();
-    script.receive(addr(Z), &their).unwrap();
+    script.receive_ping(Z);
     assert!(script.sent(97_000, 97_001).contains(&Out::Pong(addr(Z))));
     // Five minutes, give or take a tenth, then another eight; then ten.
     script.run_with_data(ms(800_000), ms(1000));
@@ -352,13 +349,13 @@ fn a_held_peer_wakes_when_something_changes() {
         ("endpoints of the peer", |script| {
             script.setup.endpoints.push(addr(C2));
             let setup = script.setup.clone();
-            script.paths.set_peers(script.now, &[setup], &[]);
+            script.set_peers(&[setup]);
         }),
         ("home of the peer", |script| {
             script.setup.home = Some(REGION);
             let mut setup = script.setup.clone();
             setup.home = None;
-            script.paths.set_peers(script.now, &[setup], &[]);
+            script.set_peers(&[setup]);
         }),
         ("own endpoints", |script| {
             script
@@ -400,30 +397,14 @@ fn t12_five_of_ten_block_the_candidate_for_thirty_seconds() {
     let mut script = Script::new(patient(), &[C1]);
     script.answer_some(C1, ms(10), |count, _| count % 2 == 0);
     script.run_with_data(ms(20_000), ms(100));
-    let failed = |script: &Script| -> Vec<(u128, FailedTest)> {
-        let fail = |(at, event): &(Duration, Event)| {
-            let Story::Validate { phase, .. } = story(event)? else {
-                return None;
-            };
-            let Phase::Fail { test, .. } = phase else {
-                return None;
-            };
-            Some((at.as_millis(), *test))
-        };
+    let fails = |script: &Script| -> Vec<(u128, FailedTest)> {
+        let fail = |(at, event): &(Duration, Event)| Some((at.as_millis(), failed(story(event)?)?));
         script.events.iter().filter_map(fail).collect()
     };
     // The last of the burst leaves at 190 ms and has 200 ms.
-    assert_eq!(failed(&script), [(390, FailedTest::Loss)]);
-    assert_eq!(
-        script
-            .sent(400, 20_000)
-            .iter()
-            .filter(|out| **out == ping(C1))
-            .count(),
-        0
-    );
-    let their = script.their_ping();
-    script.receive(addr(C1), &their).unwrap();
+    assert_eq!(fails(&script), [(390, FailedTest::Loss)]);
+    assert_eq!(script.count(400, 20_000, &ping(C1)), 0);
+    script.receive_ping(C1);
     assert_eq!(
         script.times(&Out::Pong(addr(C1))).len(),
         1,
@@ -577,9 +558,7 @@ fn send_errors_take_a_path_away_or_ask_for_new_sockets() {
     // address.
     let mut shared = direct(ms(10), &[C1]);
     let other = twin(&shared);
-    shared
-        .paths
-        .set_peers(shared.now, std::slice::from_ref(&other), &[]);
+    shared.set_peers(std::slice::from_ref(&other));
     for (id, best) in [(other.id, Some(addr(C1))), (PEER, None)] {
         let now = shared.now;
         shared

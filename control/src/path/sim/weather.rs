@@ -68,9 +68,7 @@ fn hour(seed: u64) {
     assert_ne!(world.state(0), StateName::Held);
     let begin = world.now;
     world.run(30 * SECOND);
-    let end = world.now;
-    world.stop_pings();
-    world.run(SECOND);
+    let end = world.end_pings();
     assert_eq!(world.lost(0, begin..end), 0, "seed {seed}");
 }
 

@@ -13,7 +13,9 @@ use super::shard::{PEER, Shard};
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::netcheck::{self, Interface, Netcheck};
 use crate::netmap::DerpMap;
-use crate::path::{Config, Event, Manager, PeerSetup, StateName, Status, Story, Transmit, Via};
+use crate::path::{
+    Config, Event, FailedTest, Manager, PeerSetup, Phase, StateName, Status, Story, Transmit, Via,
+};
 use crate::{stun, testing};
 
 pub(super) const MS: Duration = Duration::from_millis(1);
@@ -129,6 +131,17 @@ pub(super) struct World {
     pub(super) sent_relayed: u64,
     /// Of each node, those that left by both.
     pub(super) sent_twice: [u64; 2],
+}
+
+/// What a test failed at, if that is what the story tells.
+pub(super) fn failed(what: &Story) -> Option<FailedTest> {
+    let Story::Validate { phase, .. } = what else {
+        return None;
+    };
+    match phase {
+        Phase::Fail { test, .. } => Some(*test),
+        Phase::Start | Phase::Pass { .. } => None,
+    }
 }
 
 fn stun_servers() -> BTreeSet<SocketAddr> {
@@ -253,6 +266,14 @@ impl World {
             .retain(|_, action| !matches!(action, Action::Ping { .. }));
     }
 
+    /// Ends the stream and waits for what is on its way; when it ended.
+    pub(super) fn end_pings(&mut self) -> Instant {
+        let end = self.now;
+        self.stop_pings();
+        self.run(SECOND);
+        end
+    }
+
     pub(super) fn status(&self, node: usize) -> Status {
         self.nodes[node].paths.status(self.now, PEER).unwrap()
     }
@@ -263,6 +284,21 @@ impl World {
 
     pub(super) fn both_direct(&self) -> bool {
         self.state(0) == StateName::Direct && self.state(1) == StateName::Direct
+    }
+
+    /// Both are direct, and by what has answered since.
+    pub(super) fn both_alive(&self, since: Instant) -> bool {
+        let alive = |node: usize| {
+            let best = self.status(node).best;
+            best.is_some_and(|best| self.now - best.last_pong > since)
+        };
+        self.both_direct() && alive(0) && alive(1)
+    }
+
+    /// What the node's tests of candidates failed at.
+    pub(super) fn fails(&self, node: usize) -> Vec<FailedTest> {
+        let story = self.nodes[node].story.iter();
+        story.filter_map(|(_, what)| failed(what)).collect()
     }
 
     /// Runs until `wanted` holds, for at most `limit`; the time it took.
@@ -312,6 +348,12 @@ impl World {
             .map(|pair| pair[1] - pair[0])
             .max()
             .unwrap_or_default()
+    }
+
+    /// The silence since `from` has not been longer than `limit`.
+    pub(super) fn assert_gap(&self, from: Instant, limit: Duration, name: &str) {
+        let gap = self.longest_gap(0, from);
+        assert!(gap <= limit, "blackout {gap:?}: {name}");
     }
 
     /// One event, or `false` if none is due before `end`.
