@@ -11,7 +11,7 @@ use ringtail_dataplane::{Activity, Class, PEERS_MAX, PathDecision, PeerId, Regio
 
 use super::candidate::candidates_max;
 use super::limit::{KEY_OPENS_PER_S, Limit, OPENS_RESERVE};
-use super::peer::{At, Peer, PeerKey};
+use super::peer::{Peer, PeerKey};
 use super::seen::Seen;
 use super::shared::Shared;
 use super::{
@@ -354,15 +354,11 @@ impl Manager {
     /// index by address would be some 20 MiB for that many peers.
     pub fn peer_at(&self, addr: SocketAddr) -> Option<PeerId> {
         let addr = canonical(addr);
-        let mut candidate_of = None;
-        for (id, peer) in &self.peers {
-            match peer.is_at(&addr) {
-                Some(At::Best) => return Some(*id),
-                Some(At::Candidate) => candidate_of = candidate_of.or(Some(*id)),
-                None => {}
-            }
-        }
-        candidate_of
+        let is_there = |(_, peer): &(&PeerId, &Peer)| peer.best_addr() == Some(addr);
+        let may_be = |(_, peer): &(&PeerId, &Peer)| peer.has_candidate(&addr);
+        let known = self.peers.iter().find(is_there);
+        let known = known.or_else(|| self.peers.iter().find(may_be));
+        known.map(|(id, _)| *id)
     }
 
     /// Paths worth remembering over a restart, at most [`CACHED_PATHS_MAX`] per peer.

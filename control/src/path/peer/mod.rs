@@ -104,15 +104,6 @@ struct Suspect {
     urgent: bool,
 }
 
-/// How an address is known to be a peer's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum At {
-    /// It is in use.
-    Best,
-    /// It may be.
-    Candidate,
-}
-
 /// So long, and with so many Pongs meanwhile, a peer that is heard by relay alone says nothing
 /// against our direction: its own is the bad one.
 const RELAYED_LASTS: Duration = Duration::from_secs(3);
@@ -315,12 +306,9 @@ impl Peer {
         self.home.or(self.heard_region)
     }
 
-    /// Whether the peer is known to be at this address.
-    pub(super) fn is_at(&self, addr: &SocketAddr) -> Option<At> {
-        if self.best_addr() == Some(*addr) {
-            return Some(At::Best);
-        }
-        self.candidates.get(addr).map(|_| At::Candidate)
+    /// Whether the peer may be at this address.
+    pub(super) fn has_candidate(&self, addr: &SocketAddr) -> bool {
+        self.candidates.get(addr).is_some()
     }
 
     fn best(&self) -> Option<&Best> {
@@ -330,7 +318,7 @@ impl Peer {
         }
     }
 
-    fn best_addr(&self) -> Option<SocketAddr> {
+    pub(super) fn best_addr(&self) -> Option<SocketAddr> {
         self.best().map(|best| best.addr)
     }
 
