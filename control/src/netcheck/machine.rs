@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt as _;
 use rand::rngs::StdRng;
+use ringtail_dataplane::stats::Counts;
 use ringtail_dataplane::{PeerId, RegionId};
 
 use super::check::{Check, News, Set};
@@ -42,7 +43,7 @@ pub struct Netcheck {
     os_has_ipv6: bool,
     transmits: VecDeque<Transmit>,
     events: VecDeque<Event>,
-    counters: [u64; Drop::ALL.len()],
+    counters: Counts<Drop>,
 }
 
 impl Netcheck {
@@ -68,7 +69,7 @@ impl Netcheck {
             os_has_ipv6: false,
             transmits: VecDeque::new(),
             events: VecDeque::new(),
-            counters: [0; Drop::ALL.len()],
+            counters: Counts::new(Drop::ALL),
         }
     }
 
@@ -260,7 +261,7 @@ impl Netcheck {
             None if stun::is_stun(bytes) => Err(Drop::UnknownId),
             None => Err(Drop::NotStun),
         };
-        let news = answer.inspect_err(|drop| self.counters[*drop as usize] += 1)?;
+        let news = answer.inspect_err(|drop| self.counters.count(*drop))?;
         if news == News::Mapping {
             self.tell_endpoints(now);
         }
@@ -320,9 +321,8 @@ impl Netcheck {
 
     /// Everything dropped so far, by name.
     pub fn drops(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        Drop::ALL
-            .iter()
-            .map(|drop| (drop.name(), self.counters[*drop as usize]))
+        let counters = self.counters.iter();
+        counters.map(|(drop, count)| (drop.name(), count))
     }
 
     fn known(&self) -> Known {
@@ -347,7 +347,7 @@ impl Netcheck {
         let rng = &mut self.rng;
         while let Some((to, id)) = check.poll_probe(now, || rng.random()) {
             if self.transmits.len() >= TRANSMITS_MAX {
-                self.counters[Drop::TransmitsFull as usize] += 1;
+                self.counters.count(Drop::TransmitsFull);
                 continue;
             }
             let bytes = stun::request(id).to_vec();
@@ -446,7 +446,7 @@ impl Netcheck {
     fn event(&mut self, event: Event) {
         if self.events.len() >= EVENTS_MAX {
             self.events.pop_front();
-            self.counters[Drop::EventsFull as usize] += 1;
+            self.counters.count(Drop::EventsFull);
         }
         self.events.push_back(event);
     }

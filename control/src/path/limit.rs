@@ -1,4 +1,4 @@
-//! Rates, rests and named counters.
+//! Rates, rests, and the names of what is dropped.
 
 use std::time::{Duration, Instant};
 
@@ -97,28 +97,10 @@ named! {
 
 impl std::error::Error for Drop {}
 
-/// One counter per [`Drop`].
-#[derive(Clone, Debug)]
-pub(super) struct Counters([u64; Drop::ALL.len()]);
-
-impl Counters {
-    pub(super) fn new() -> Self {
-        Self([0; Drop::ALL.len()])
-    }
-
-    pub(super) fn count(&mut self, drop: Drop) {
-        self.0[drop as usize] += 1;
-    }
-
-    pub(super) fn named(&self) -> impl Iterator<Item = (&'static str, u64)> {
-        Drop::ALL
-            .iter()
-            .map(|drop| (drop.name(), self.0[*drop as usize]))
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use ringtail_dataplane::stats::Counts;
+
     use super::*;
 
     #[test]
@@ -136,9 +118,10 @@ mod tests {
 
     #[test]
     fn counters_are_in_the_order_of_the_names() {
-        let mut counters = Counters::new();
+        let mut counters = Counts::new(Drop::ALL);
         counters.count(Drop::EventsFull);
-        assert_eq!(counters.named().last(), Some(("path_events_full", 1)));
-        assert_eq!(counters.named().map(|(_, n)| n).sum::<u64>(), 1);
+        let named = || counters.iter().map(|(drop, n)| (drop.name(), n));
+        assert_eq!(named().last(), Some(("path_events_full", 1)));
+        assert_eq!(named().map(|(_, n)| n).sum::<u64>(), 1);
     }
 }

@@ -34,7 +34,7 @@
 //! Rooms: `peer` is one peer's machine, in `state` (transitions, decision), `round` (Pings out,
 //! announcing), `receive` (DISCO in) and `timer` (ticks, trust, silence); `candidate`, `pings`,
 //! `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `limit` holds rates and
-//! named counters, `seen` what was received already.
+//! the names of what is dropped, `seen` what was received already.
 
 use std::net::SocketAddr;
 use std::time::Duration;

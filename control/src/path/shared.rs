@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use ringtail_dataplane::PeerId;
+use ringtail_dataplane::stats::Counts;
 
 use super::candidate::Admission;
-use super::limit::{Counters, Limit, NODE_PINGS_PER_S, rested};
+use super::limit::{Limit, NODE_PINGS_PER_S, rested};
 use super::{
     Config, Drop, ENDPOINTS_FRESH_ENOUGH, EVENTS_MAX, Event, RestunReason, Story, TRANSMITS_MAX,
     Transmit,
@@ -29,7 +30,7 @@ pub(super) struct Shared {
     pub(super) own: Vec<SocketAddr>,
     own_at: Option<Instant>,
     pub(super) admission: Admission,
-    pub(super) counters: Counters,
+    pub(super) counters: Counts<Drop>,
     pub(super) pings: Limit,
     pub(super) transmits: VecDeque<Transmit>,
     stories: VecDeque<Event>,
@@ -60,7 +61,7 @@ impl Shared {
             own: Vec::new(),
             own_at: None,
             admission,
-            counters: Counters::new(),
+            counters: Counts::new(Drop::ALL),
             pings: Limit::new(now, NODE_PINGS_PER_S),
             transmits: VecDeque::new(),
             stories: VecDeque::new(),

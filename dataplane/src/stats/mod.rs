@@ -20,6 +20,7 @@ use std::sync::Arc;
 
 use crate::named;
 pub use drops::DropReason;
+pub use named::Counts;
 use seqlock::SeqBlock;
 
 /// Classes of the batch-size histogram: 1, 2, 3-4, 5-8, … 65-128, more.

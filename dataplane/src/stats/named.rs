@@ -36,3 +36,26 @@ macro_rules! named {
         }
     };
 }
+
+/// How often each of such an enumeration was counted.
+#[derive(Clone, Debug)]
+pub struct Counts<T>(Vec<(T, u64)>);
+
+impl<T: Copy + PartialEq> Counts<T> {
+    /// None so far, in the order of `all`.
+    pub fn new(all: &[T]) -> Self {
+        Self(all.iter().map(|each| (*each, 0)).collect())
+    }
+
+    /// Counts one more of `which`.
+    pub fn count(&mut self, which: T) {
+        for (each, count) in &mut self.0 {
+            *count += u64::from(*each == which);
+        }
+    }
+
+    /// All of them with their counts.
+    pub fn iter(&self) -> impl Iterator<Item = (T, u64)> {
+        self.0.iter().copied()
+    }
+}
