@@ -71,9 +71,9 @@ impl Peer {
         if new && !is_best {
             candidate.new_source_at = Some(now);
         }
-        let rested = rested(now, candidate.last_ping, PING_BACK_INTERVAL);
+        let busy = !rested(now, candidate.last_ping, PING_BACK_INTERVAL);
         let asked = new || back || untrusted && !answers;
-        if !rested || candidate.blocked(now) || !asked || is_best && !untrusted {
+        if busy || candidate.blocked(now) || !asked || is_best && !untrusted {
             return;
         }
         self.probe(now, sh, Reason::PingReceived);
