@@ -346,7 +346,7 @@ async fn a_stranger_has_two_streams_and_cannot_send_frames_for_ever() {
         let flood = async {
             let mut answers = [0; 4096];
             for n in 0.. {
-                let frames: Vec<u8> = (0..50).flat_map(|at| next(50 * n + at)).collect();
+                let frames: Vec<u8> = (0..200).flat_map(|at| next(200 * n + at)).collect();
                 if stream.write_all(&frames).await.is_err() || stream.flush().await.is_err() {
                     return;
                 }

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{DriverChoice, Event, PeerConfig, StartError};
-use support::{End, PEER, Pair, Setup, can_run, peer, run, set_peers, soon};
+use support::{End, PEER, Pair, Setup, Stop, can_run, peer, run, set_peers, soon};
 use zeroize::Zeroizing;
 
 const MIB: usize = 1 << 20;
@@ -188,15 +188,6 @@ fn link_local_endpoints_have_a_scope() {
             panic!("{:?}", pair.b.endpoint(PEER));
         };
         assert!(from.scope_id() > 0, "{from}");
-    }
-}
-
-/// Ends the traffic of a test, also of one that fails.
-struct Stop<'a>(&'a AtomicBool);
-
-impl Drop for Stop<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

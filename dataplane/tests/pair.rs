@@ -8,6 +8,7 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::packet::header::{Flow, TCP, UDP};
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, StartError};
-use support::{End, HOUR, PEER, Pair, Setup, can_run, close, run, soon, start_another};
+use support::{End, HOUR, PEER, Pair, Setup, Stop, can_run, close, run, soon, start_another};
 
 /// An event is there at once, on a machine that does not stand still.
 const TOLD: Duration = Duration::from_secs(10);
@@ -398,6 +399,8 @@ fn quiet_flows_are_answered_beside_160000_others() {
     const QUIET: usize = 200;
     const PER_MS: u32 = 8;
     const ROUND: Duration = Duration::from_secs(10);
+    /// On their way at once at most: less than any queue holds, however slow the machine is.
+    const WINDOW: u64 = 400;
     let pair = Pair::new(Setup::with_shards(2));
     close(&pair.a);
     pair.direct();
@@ -414,6 +417,7 @@ fn quiet_flows_are_answered_beside_160000_others() {
         .unwrap();
     let start = Instant::now();
     std::thread::scope(|scope| {
+        let stopper = Stop(&over);
         scope.spawn(|| {
             let mut bytes = [0; 64];
             while !over.load(Ordering::Relaxed) {
@@ -423,14 +427,25 @@ fn quiet_flows_are_answered_beside_160000_others() {
             }
         });
         let (mut sent, mut asked) = (0, 0);
-        while sent < 160_000 {
+        let carried = || pair.b.stats().total().get(Meter::TunPacketsOut);
+        // Those of the flood that can still come, what is carried besides, and when that last changed.
+        let (mut under_way, mut before, mut since) = (0, carried(), Instant::now());
+        while sent < 160_000 || asked < 2 * u32::try_from(QUIET).unwrap() {
             let passed = start.elapsed();
             let due = u32::try_from(passed.as_millis()).unwrap() * PER_MS;
-            while sent < due.min(160_000) {
+            let now = carried();
+            if now > before {
+                under_way -= under_way.min(now - before);
+                (before, since) = (now, Instant::now());
+            } else if since.elapsed() > Duration::from_secs(1) {
+                under_way = 0;
+            }
+            while sent < due.min(160_000) && under_way < WINDOW {
                 // Nobody listens there, and B's kernel says so now and then.
                 let port = u16::try_from(1024 + sent % 64_000).unwrap();
                 let by = &flood[usize::try_from(sent / 64_000).unwrap()];
-                let _refused = by.send_to(b"x", (End::B.inner4(), port));
+                let taken = by.send_to(b"x", (End::B.inner4(), port));
+                under_way += u64::from(taken.is_ok());
                 sent += 1;
             }
             if passed >= ROUND / u32::try_from(QUIET).unwrap() * asked {
@@ -440,19 +455,23 @@ fn quiet_flows_are_answered_beside_160000_others() {
             }
             std::thread::sleep(Duration::from_micros(500));
         }
-        std::thread::sleep(Duration::from_millis(500));
-        over.store(true, Ordering::Relaxed);
-        let mut answers = 0;
+        let asked = usize::try_from(asked).unwrap();
+        let answers = Cell::new(0);
         for socket in &quiet {
             socket.set_nonblocking(true).unwrap();
-            answers += std::iter::from_fn(|| socket.recv(&mut [0; 64]).ok()).count();
         }
+        // Nothing is sent twice, and queues of a busy machine run over: those are not the filter's.
+        soon("nine of ten are answered", || {
+            for socket in &quiet {
+                let come = std::iter::from_fn(|| socket.recv(&mut [0; 64]).ok()).count();
+                answers.set(answers.get() + come);
+            }
+            answers.get() * 10 >= asked * 9
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        drop(stopper);
         pair.report();
         assert_eq!(pair.a.stats().drops(DropReason::FilterDenied), 0);
-        // Nothing is sent twice, and queues of a busy machine run over: those are not the filter's.
-        let asked = usize::try_from(asked).unwrap();
-        assert!(asked >= 2 * QUIET, "{asked}");
-        assert!(answers * 10 >= asked * 9, "{answers} of {asked}");
     });
     assert!(pair.a.stats().total().get(Meter::SealedForOthers) >= 10_000);
 }

@@ -75,6 +75,15 @@ pub(crate) fn soon(what: &str, done: impl Fn() -> bool) {
     }
 }
 
+/// Ends the traffic of a test, also of one that fails.
+pub(crate) struct Stop<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Which end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
