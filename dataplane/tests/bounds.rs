@@ -15,7 +15,7 @@ use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{
     Config, Dataplane, NetworkChange, PathDecision, PeerConfig, PeerId, Prefix, Rules,
 };
-use support::{End, Lab, can_run, resident, stranger};
+use support::{End, Lab, lab_or_skip, resident, stranger};
 
 const SHARDS: usize = 2;
 /// What the scan brings at least; without a budget it would all be kept.
@@ -76,9 +76,7 @@ fn scanned(dataplane: &Dataplane) -> u64 {
 
 #[test]
 fn a_scan_of_all_peers_stays_below_the_documents_sum() {
-    if !can_run("a_scan_of_all_peers_stays_below_the_documents_sum") {
-        return;
-    }
+    lab_or_skip!();
     for peers in [1_000, 10_000] {
         let lab = Lab::new();
         let name = lab.name(End::A);

@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{DriverChoice, Event, PeerConfig, StartError};
-use support::{End, PEER, Pair, Setup, Stop, can_run, peer, run, set_peers, soon};
+use support::{End, PEER, Pair, Setup, Stop, lab_or_skip, peer, run, set_peers, soon};
 use zeroize::Zeroizing;
 
 const MIB: usize = 1 << 20;
@@ -85,9 +85,7 @@ fn addr(text: &str) -> IpAddr {
 
 #[test]
 fn the_endpoint_follows_the_peer_and_nobody_else() {
-    if !can_run("the_endpoint_follows_the_peer_and_nobody_else") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = device(setup);
         let a = pair.lab.name(End::A);
@@ -128,9 +126,7 @@ fn the_endpoint_follows_the_peer_and_nobody_else() {
 
 #[test]
 fn answers_leave_from_the_address_that_was_asked() {
-    if !can_run("answers_leave_from_the_address_that_was_asked") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = device(setup);
         let b = pair.lab.name(End::B);
@@ -162,9 +158,7 @@ fn answers_leave_from_the_address_that_was_asked() {
 
 #[test]
 fn link_local_endpoints_have_a_scope() {
-    if !can_run("link_local_endpoints_have_a_scope") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = device(setup);
         for end in [End::A, End::B] {
@@ -204,9 +198,7 @@ fn sockets(pair: &Pair, end: End) -> usize {
 
 #[test]
 fn the_port_changes_while_packets_flow() {
-    if !can_run("the_port_changes_while_packets_flow") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = joined(setup);
         let old = pair.a.local_port();
@@ -257,9 +249,7 @@ fn the_port_changes_while_packets_flow() {
 
 #[test]
 fn the_mark_changes_on_every_socket_and_on_later_ones() {
-    if !can_run("the_mark_changes_on_every_socket_and_on_later_ones") {
-        return;
-    }
+    lab_or_skip!();
     let pair = joined(Setup::with_shards(2));
     let a = pair.lab.name(End::A);
     for family in ["-4", "-6"] {
@@ -280,9 +270,7 @@ fn the_mark_changes_on_every_socket_and_on_later_ones() {
 
 #[test]
 fn our_key_changes_with_sessions_up() {
-    if !can_run("our_key_changes_with_sessions_up") {
-        return;
-    }
+    lab_or_skip!();
     let pair = joined(Setup::default());
     pair.a.set_private_key(None);
     assert!(!pair.quiet_ping(End::A, End::B.inner4()));
@@ -310,9 +298,7 @@ fn our_key_changes_with_sessions_up() {
 
 #[test]
 fn peers_come_and_go_with_traffic_flowing() {
-    if !can_run("peers_come_and_go_with_traffic_flowing") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = joined(setup);
         let stop = AtomicBool::new(false);
@@ -355,9 +341,7 @@ fn peers_come_and_go_with_traffic_flowing() {
 
 #[test]
 fn prefixes_move_between_peers() {
-    if !can_run("prefixes_move_between_peers") {
-        return;
-    }
+    lab_or_skip!();
     let pair = joined(Setup::default());
     let other = PeerConfig {
         id: ringtail_dataplane::PeerId(6),
@@ -382,9 +366,7 @@ fn prefixes_move_between_peers() {
 
 #[test]
 fn a_keep_alive_starts_at_once_and_a_preshared_key_counts_from_the_next_handshake() {
-    if !can_run("a_keep_alive_starts_at_once") {
-        return;
-    }
+    lab_or_skip!();
     let pair = device(Setup::default());
     endpoint(&pair, End::A, End::B.outer4());
     set_peers(
@@ -414,9 +396,7 @@ fn a_keep_alive_starts_at_once_and_a_preshared_key_counts_from_the_next_handshak
 /// `../shared/protocol/uapi.md` 5.3: ten pings of 84 bytes in a fresh session.
 #[test]
 fn bytes_are_counted_as_wireguard_counts_them() {
-    if !can_run("bytes_are_counted_as_wireguard_counts_them") {
-        return;
-    }
+    lab_or_skip!();
     let pair = device(Setup::default());
     endpoint(&pair, End::A, End::B.outer4());
     assert!(pair.ping(End::A, End::B.inner4(), 10));
@@ -439,9 +419,7 @@ fn bytes_are_counted_as_wireguard_counts_them() {
 /// The kernel's own conformance test has this: a route by another interface takes precedence.
 #[test]
 fn answers_do_not_stick_when_the_route_moves_to_another_interface() {
-    if !can_run("answers_do_not_stick_when_the_route_moves") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = device(setup);
         let (a, b) = (pair.lab.name(End::A), pair.lab.name(End::B));
@@ -479,9 +457,7 @@ fn answers_do_not_stick_when_the_route_moves_to_another_interface() {
 /// Every inner and outer family, in super-packets.
 #[test]
 fn all_four_combinations_carry_super_packets() {
-    if !can_run("all_four_combinations_carry_super_packets") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = device(setup);
         let used = pair.a.offloads();
@@ -563,9 +539,7 @@ fn udp_segments(pair: &Pair, to: IpAddr) -> usize {
 
 #[test]
 fn the_interface_goes_down_and_up() {
-    if !can_run("the_interface_goes_down_and_up") {
-        return;
-    }
+    lab_or_skip!();
     for setup in drivers() {
         let pair = device(setup);
         endpoint(&pair, End::A, End::B.outer4());
@@ -595,9 +569,7 @@ fn the_interface_goes_down_and_up() {
 
 #[test]
 fn the_removal_of_the_interface_is_told_and_costs_nothing() {
-    if !can_run("the_removal_of_the_interface_is_told_and_costs_nothing") {
-        return;
-    }
+    lab_or_skip!();
     let mut told = 0;
     for setup in drivers() {
         for up in [true, false] {
@@ -627,9 +599,7 @@ fn the_removal_of_the_interface_is_told_and_costs_nothing() {
 
 #[test]
 fn jumbo_tunnels_work_and_what_is_too_large_for_the_underlay_is_fragmented() {
-    if !can_run("jumbo_tunnels_work") {
-        return;
-    }
+    lab_or_skip!();
     for mtu in [1420, 8900, 65_400] {
         let pair = device(Setup {
             mtu,

@@ -8,14 +8,12 @@ use std::ffi::CStr;
 use std::time::Duration;
 
 use ringtail_dataplane::DriverChoice;
-use support::{End, Lab, can_run, start_another};
+use support::{End, Lab, lab_or_skip, start_another};
 
 /// Whoever ends a node may at once start another with the same name and port.
 #[test]
 fn interface_and_port_are_free_once_it_has_ended() {
-    if !can_run("interface_and_port_are_free_once_it_has_ended") {
-        return;
-    }
+    lab_or_skip!();
     let lab = Lab::new();
     for driver in [DriverChoice::IoUring, DriverChoice::Epoll] {
         lab.inside(End::A, || {

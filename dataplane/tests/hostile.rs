@@ -25,7 +25,7 @@ use ringtail_dataplane::noise::{
 use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{Dataplane, DriverChoice, Engine, PeerConfig, PeerId, Prefix};
-use support::{End, PEER, Pair, Setup, can_run, peer, send_in_trains_of, set_peers};
+use support::{End, PEER, Pair, Setup, lab_or_skip, peer, send_in_trains_of, set_peers};
 use x25519_dalek::{PublicKey, StaticSecret};
 
 /// The attacker, as a peer of B.
@@ -336,23 +336,19 @@ fn random_datagrams(driver: DriverChoice) {
 
 #[test]
 fn random_datagrams_are_counted_with_io_uring() {
-    if can_run("random_datagrams_are_counted_with_io_uring") {
-        random_datagrams(DriverChoice::IoUring);
-    }
+    lab_or_skip!();
+    random_datagrams(DriverChoice::IoUring);
 }
 
 #[test]
 fn random_datagrams_are_counted_with_epoll() {
-    if can_run("random_datagrams_are_counted_with_epoll") {
-        random_datagrams(DriverChoice::Epoll);
-    }
+    lab_or_skip!();
+    random_datagrams(DriverChoice::Epoll);
 }
 
 #[test]
 fn mutated_messages_of_every_type_are_counted() {
-    if !can_run("mutated_messages_of_every_type_are_counted") {
-        return;
-    }
+    lab_or_skip!();
     let pair = lab(DriverChoice::Auto);
     let mut hand = Hand::new(&pair);
     let mut rng = seed();
@@ -383,9 +379,7 @@ fn mutated_messages_of_every_type_are_counted() {
 
 #[test]
 fn replays_and_the_edges_of_the_window() {
-    if !can_run("replays_and_the_edges_of_the_window") {
-        return;
-    }
+    lab_or_skip!();
     let pair = lab(DriverChoice::Auto);
     let b = &pair.b;
     let mut hand = Hand::new(&pair);
@@ -538,14 +532,12 @@ fn trains(driver: DriverChoice) {
 
 #[test]
 fn trains_of_good_and_bad_are_taken_apart_with_io_uring() {
-    if can_run("trains_of_good_and_bad_are_taken_apart_with_io_uring") {
-        trains(DriverChoice::IoUring);
-    }
+    lab_or_skip!();
+    trains(DriverChoice::IoUring);
 }
 
 #[test]
 fn trains_of_good_and_bad_are_taken_apart_with_epoll() {
-    if can_run("trains_of_good_and_bad_are_taken_apart_with_epoll") {
-        trains(DriverChoice::Epoll);
-    }
+    lab_or_skip!();
+    trains(DriverChoice::Epoll);
 }

@@ -17,7 +17,7 @@ use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::packet::header::{Flow, TCP, UDP};
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, StartError};
-use support::{End, HOUR, PEER, Pair, Setup, Stop, can_run, close, run, soon, start_another};
+use support::{End, HOUR, PEER, Pair, Setup, Stop, close, lab_or_skip, run, soon, start_another};
 
 /// An event is there at once, on a machine that does not stand still.
 const TOLD: Duration = Duration::from_secs(10);
@@ -70,37 +70,31 @@ fn all_families(driver: DriverChoice, shards: usize, kind: DriverKind) {
 
 #[test]
 fn one_shard_with_io_uring() {
-    if can_run("one_shard_with_io_uring") {
-        all_families(DriverChoice::IoUring, 1, DriverKind::IoUring);
-    }
+    lab_or_skip!();
+    all_families(DriverChoice::IoUring, 1, DriverKind::IoUring);
 }
 
 #[test]
 fn two_shards_with_io_uring() {
-    if can_run("two_shards_with_io_uring") {
-        all_families(DriverChoice::IoUring, 2, DriverKind::IoUring);
-    }
+    lab_or_skip!();
+    all_families(DriverChoice::IoUring, 2, DriverKind::IoUring);
 }
 
 #[test]
 fn one_shard_with_epoll() {
-    if can_run("one_shard_with_epoll") {
-        all_families(DriverChoice::Epoll, 1, DriverKind::Epoll);
-    }
+    lab_or_skip!();
+    all_families(DriverChoice::Epoll, 1, DriverKind::Epoll);
 }
 
 #[test]
 fn two_shards_with_epoll() {
-    if can_run("two_shards_with_epoll") {
-        all_families(DriverChoice::Epoll, 2, DriverKind::Epoll);
-    }
+    lab_or_skip!();
+    all_families(DriverChoice::Epoll, 2, DriverKind::Epoll);
 }
 
 #[test]
 fn without_any_offload_everything_still_arrives() {
-    if !can_run("without_any_offload_everything_still_arrives") {
-        return;
-    }
+    lab_or_skip!();
     let offloads = Offloads {
         tun: false,
         gso: false,
@@ -117,9 +111,7 @@ fn without_any_offload_everything_still_arrives() {
 
 #[test]
 fn traffic_moves_from_relay_to_direct_and_back_when_the_path_dies_silently() {
-    if !can_run("traffic_moves_from_relay_to_direct_and_back") {
-        return;
-    }
+    lab_or_skip!();
     for shards in [1, 2] {
         from_relay_to_direct_and_back(shards);
     }
@@ -174,9 +166,7 @@ fn nothing_goes_by_relay(pair: &Pair) -> u64 {
 
 #[test]
 fn an_untrusted_path_means_both_ways_and_doubles_are_dropped() {
-    if !can_run("an_untrusted_path_means_both_ways") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::default());
     pair.paths(Some(End::outer4), true, Duration::ZERO);
     assert!(pair.ping(End::A, End::B.inner4(), 10));
@@ -190,9 +180,7 @@ fn an_untrusted_path_means_both_ways_and_doubles_are_dropped() {
 
 #[test]
 fn an_underlay_with_a_small_mtu_is_crossed_in_fragments() {
-    if !can_run("an_underlay_with_a_small_mtu_is_crossed_in_fragments") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::default());
     for end in [End::A, End::B] {
         run(&format!(
@@ -208,9 +196,7 @@ fn an_underlay_with_a_small_mtu_is_crossed_in_fragments() {
 
 #[test]
 fn a_route_that_says_less_than_the_path_carries_costs_no_batches() {
-    if !can_run("a_route_that_says_less_than_the_path_carries_costs_no_batches") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::default());
     for end in [End::A, End::B] {
         run(&format!(
@@ -242,9 +228,7 @@ fn a_route_that_says_less_than_the_path_carries_costs_no_batches() {
 
 #[test]
 fn both_ends_may_start_at_once() {
-    if !can_run("both_ends_may_start_at_once") {
-        return;
-    }
+    lab_or_skip!();
     for _ in 0..3 {
         let pair = Pair::new(Setup::default());
         pair.direct();
@@ -264,9 +248,7 @@ fn both_ends_may_start_at_once() {
 
 #[test]
 fn either_engine_talks_to_the_other_on_several_shards() {
-    if !can_run("either_engine_talks_to_the_other_on_several_shards") {
-        return;
-    }
+    lab_or_skip!();
     use ringtail_dataplane::Engine::{Boringtun, Ringtail};
     for engines in [
         [Ringtail, Boringtun],
@@ -289,9 +271,7 @@ fn either_engine_talks_to_the_other_on_several_shards() {
 /// Flows are sealed by the shard whose queue they are read on, whoever owns the peer.
 #[test]
 fn with_two_shards_either_seals_for_the_peer() {
-    if !can_run("with_two_shards_either_seals_for_the_peer") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::with_shards(2));
     pair.direct();
     // The queue for a flow is that which its replies were written to, and replies are written by their
@@ -350,9 +330,7 @@ fn with_two_shards_either_seals_for_the_peer() {
 /// Replies pass the filter of the owner, also where another shard sealed the request.
 #[test]
 fn replies_to_flows_of_any_shard_pass_the_filter() {
-    if !can_run("replies_to_flows_of_any_shard_pass_the_filter") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::with_shards(2));
     // Nobody may begin to speak to A.
     close(&pair.a);
@@ -393,9 +371,7 @@ fn replies_to_flows_of_any_shard_pass_the_filter() {
 /// shard that sealed it thinks that it has been told.
 #[test]
 fn quiet_flows_are_answered_beside_160000_others() {
-    if !can_run("quiet_flows_are_answered_beside_160000_others") {
-        return;
-    }
+    lab_or_skip!();
     const QUIET: usize = 200;
     const PER_MS: u32 = 8;
     const ROUND: Duration = Duration::from_secs(10);
@@ -480,9 +456,7 @@ fn quiet_flows_are_answered_beside_160000_others() {
 /// every flow arrives as it was sent.
 #[test]
 fn no_flow_is_reordered_while_sealing_moves_to_its_shard() {
-    if !can_run("no_flow_is_reordered_while_sealing_moves_to_its_shard") {
-        return;
-    }
+    lab_or_skip!();
     const FLOWS: usize = 8;
     /// Of each flow once there are keys.
     const PACKETS: u32 = 400;
@@ -545,9 +519,7 @@ fn no_flow_is_reordered_while_sealing_moves_to_its_shard() {
 /// IPv6 whose transport header no room can see is carried like any other, alone and between others.
 #[test]
 fn ipv6_with_more_extension_headers_than_are_walked_is_carried() {
-    if !can_run("ipv6_with_more_extension_headers_than_are_walked_is_carried") {
-        return;
-    }
+    lab_or_skip!();
     for shards in [1, 2] {
         let pair = Pair::new(Setup::with_shards(shards));
         pair.direct();
@@ -586,9 +558,7 @@ fn ipv6_with_more_extension_headers_than_are_walked_is_carried() {
 
 #[test]
 fn garbage_is_counted_and_nothing_else_happens() {
-    if !can_run("garbage_is_counted_and_nothing_else_happens") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::with_shards(2));
     pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 1));
@@ -626,9 +596,7 @@ fn garbage_is_counted_and_nothing_else_happens() {
 
 #[test]
 fn a_second_node_on_the_same_port_is_refused() {
-    if !can_run("a_second_node_on_the_same_port_is_refused") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::default());
     let port = pair.a.local_port();
     let error = pair
@@ -641,9 +609,7 @@ fn a_second_node_on_the_same_port_is_refused() {
 /// (RFC 6040 §4.2); what the sender says inside is seen outside.
 #[test]
 fn congestion_marks_travel_through_the_tunnel() {
-    if !can_run("congestion_marks_travel_through_the_tunnel") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup::default());
     pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 1));
@@ -708,9 +674,7 @@ fn congestion_marks_travel_through_the_tunnel() {
 /// The mark is on the sockets: a rule of the underlay's routing can tell our packets apart.
 #[test]
 fn underlay_packets_carry_the_fwmark() {
-    if !can_run("underlay_packets_carry_the_fwmark") {
-        return;
-    }
+    lab_or_skip!();
     let pair = Pair::new(Setup {
         fwmark: 0x1234,
         ..Setup::default()

@@ -14,7 +14,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::{Config, Dataplane, PeerConfig, Prefix};
-use support::{End, Lab, can_run, resident, set_peers, stranger};
+use support::{End, Lab, lab_or_skip, resident, set_peers, stranger};
 
 /// Peers and prefixes of the large configuration.
 const PEERS: u32 = 2_000;
@@ -81,9 +81,7 @@ fn settle() {
 
 #[test]
 fn many_peers_are_set_quickly_and_cost_little() {
-    if !can_run("many_peers_are_set_quickly_and_cost_little") {
-        return;
-    }
+    lab_or_skip!();
     let lab = Lab::new();
     let before = resident();
     let dataplane = lab.inside(End::A, || {

@@ -16,7 +16,7 @@ use refuse::refuse;
 use ringtail_dataplane::stats::{DropReason, Meter};
 use ringtail_dataplane::tun::{Kind, Kinds};
 use ringtail_dataplane::{DriverChoice, Offloads};
-use support::{End, Pair, Setup, can_run, soon};
+use support::{End, Pair, Setup, lab_or_skip, soon};
 
 const MIB: usize = 1 << 20;
 /// Refusals of one kind after which it is merged no more, times the super-packets of it that a batch has
@@ -57,9 +57,7 @@ fn trains(pair: &Pair, to: IpAddr) {
 
 #[test]
 fn what_the_kernel_refuses_is_written_singly_and_soon_not_merged_any_more() {
-    if !can_run("what_the_kernel_refuses_is_written_singly_and_soon_not_merged_any_more") {
-        return;
-    }
+    lab_or_skip!();
     refuse_super_packets();
     for (driver, shards) in [(DriverChoice::Auto, 1), (DriverChoice::Epoll, 2)] {
         let pair = Pair::new(Setup {

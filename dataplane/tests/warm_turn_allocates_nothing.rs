@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
 
 use ringtail_dataplane::DriverChoice;
 use ringtail_dataplane::stats::Meter;
-use support::{End, Pair, Setup, can_run};
+use support::{End, Pair, Setup, lab_or_skip};
 
 /// The threads that are watched: the shards of both ends.
 static WATCHED: [AtomicI32; 4] = [const { AtomicI32::new(0) }; 4];
@@ -80,9 +80,7 @@ const GROWTH_MAX: u64 = 2 * 64;
 /// How full a batch gets is the machine's to say, so the growth may take its time; but it ends.
 #[test]
 fn a_warm_shard_allocates_nothing() {
-    if !can_run("a_warm_shard_allocates_nothing") {
-        return;
-    }
+    lab_or_skip!();
     for driver in [DriverChoice::IoUring, DriverChoice::Epoll] {
         let pair = Pair::new(Setup {
             driver,
