@@ -5,14 +5,14 @@
 //! recorded with its error: a table with a hole says more than no table.
 
 use crate::cpu::{Cost, Meter, Process};
-use crate::{clock, netns, ping};
+use crate::{clock, events, netns, ping};
 use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 /// Seconds that iperf3 may take on top of its test before it is ended.
@@ -165,13 +165,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         cell.error = Some(format!("{error:#}"));
     }
     if let Some(out) = &args.out {
-        let mut line = serde_json::to_vec(&cell)?;
-        line.push(b'\n');
-        let mut file = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(out)?;
-        std::io::Write::write_all(&mut file, &line)?;
+        events::append(out, &cell)?;
     }
     println!("{}", in_words(&cell));
     Ok(())
@@ -184,11 +178,11 @@ fn measure(args: &Args, cell: &mut Cell) -> anyhow::Result<()> {
         cell.cpu = Some(meter.stop()?);
         return Ok(());
     }
-    let server = Server::start(args)?;
+    let server = server(args)?;
     let mut processes = args.processes.clone();
     processes.push(Process {
         name: "iperf3-server".into(),
-        pid: server.child.0.id(),
+        pid: server.0.id(),
     });
     let meter = Meter::start(&processes)?;
     let beside = (args.kind == Kind::Tcp4)
@@ -224,7 +218,6 @@ fn ping_beside(args: &Args) -> anyhow::Result<Beside> {
     let plan = ping::Plan {
         target: args.target,
         interval: Duration::from_millis(if idle { 5 } else { 10 }),
-        payload_len: 56,
         duration: Some(Duration::from_secs(u64::from(args.seconds))),
         stop_file: None,
         events: None,
@@ -248,40 +241,37 @@ impl Drop for Reaped {
     }
 }
 
-struct Server {
-    child: Reaped,
+impl Reaped {
+    /// Starts iperf3, and gives what it says.
+    fn start(mut command: Command) -> anyhow::Result<(Reaped, ChildStdout)> {
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("starting iperf3 (is it installed?)")?;
+        let mut child = Reaped(child);
+        let stdout = child.0.stdout.take().context("iperf3 has no output")?;
+        Ok((child, stdout))
+    }
 }
 
-impl Server {
-    fn start(args: &Args) -> anyhow::Result<Server> {
-        let mut command = on_cpu(args, &args.server, 1);
-        command.args(["-s", "-1", "--forceflush"]);
-        let mut child = Reaped(
-            command
-                .stdin(Stdio::null())
-                .stdout(Stdio::piped())
-                .stderr(Stdio::null())
-                .spawn()
-                .context("starting iperf3 (is it installed?)")?,
-        );
-        let stdout = child
-            .0
-            .stdout
-            .take()
-            .ok_or_else(|| anyhow!("no output of the server"))?;
-        let mut lines = BufReader::new(stdout).lines();
-        loop {
-            let line = lines.next().transpose()?;
-            match line {
-                Some(line) if line.contains("listening") => break,
-                Some(_) => {}
-                None => bail!("the iperf3 server did not start in {}", args.server),
-            }
+/// A server that listens.
+fn server(args: &Args) -> anyhow::Result<Reaped> {
+    let mut command = on_cpu(args, &args.server, 1);
+    command.args(["-s", "-1", "--forceflush"]);
+    let (child, stdout) = Reaped::start(command)?;
+    let mut lines = BufReader::new(stdout).lines();
+    loop {
+        match lines.next().transpose()? {
+            Some(line) if line.contains("listening") => break,
+            Some(_) => {}
+            None => bail!("the iperf3 server did not start in {}", args.server),
         }
-        // Whatever it still says must not fill the pipe.
-        std::thread::spawn(move || lines.for_each(drop));
-        Ok(Server { child })
     }
+    // Whatever it still says must not fill the pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    Ok(child)
 }
 
 fn on_cpu(args: &Args, ns: &str, cpu: u32) -> Command {
@@ -326,18 +316,7 @@ fn client(args: &Args) -> anyhow::Result<Value> {
     if !args.kind.is_udp() {
         command.args(["-C", &args.cc]);
     }
-    let mut child = Reaped(
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?,
-    );
-    let mut stdout = child
-        .0
-        .stdout
-        .take()
-        .ok_or_else(|| anyhow!("no output of the client"))?;
+    let (mut child, mut stdout) = Reaped::start(command)?;
     let reader = std::thread::spawn(move || {
         let mut text = String::new();
         stdout.read_to_string(&mut text).map(|_| text)

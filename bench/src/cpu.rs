@@ -136,25 +136,6 @@ fn parse_process(stat: &str) -> Option<f64> {
     Some((user + system) / TICKS_PER_SECOND)
 }
 
-/// `idle`: CPU seconds over a span of time.
-#[derive(Debug, clap::Args)]
-pub(crate) struct Args {
-    /// Length of the span in seconds.
-    #[arg(long, default_value_t = 5.0)]
-    seconds: f64,
-    /// Also account for this process, as NAME=PID; may be given again.
-    #[arg(long = "proc", value_name = "NAME=PID")]
-    processes: Vec<Process>,
-}
-
-/// Prints the cost of a span as JSON.
-pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    let meter = Meter::start(&args.processes)?;
-    clock::sleep(std::time::Duration::from_secs_f64(args.seconds));
-    println!("{}", serde_json::to_string(&meter.stop()?)?);
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

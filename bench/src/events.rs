@@ -61,9 +61,9 @@ fn words(value: &Value) -> String {
     }
 }
 
-/// Appends one event to a file in a single write, so that several writers may share it.
-pub(crate) fn append(path: &Path, event: &Event) -> anyhow::Result<()> {
-    let mut line = serde_json::to_vec(event)?;
+/// Appends a line to a file in a single write, so that several writers may share it.
+pub(crate) fn append(path: &Path, what: &impl Serialize) -> anyhow::Result<()> {
+    let mut line = serde_json::to_vec(what)?;
     line.push(b'\n');
     let mut file = File::options().create(true).append(true).open(path)?;
     file.write_all(&line)?;
@@ -132,9 +132,6 @@ pub(crate) struct WaitArgs {
     /// Only events at or after this time count, in nanoseconds since the Unix epoch.
     #[arg(long, default_value_t = 0)]
     since_ns: u64,
-    /// Print only this field, in words.
-    #[arg(long)]
-    field: Option<String>,
     /// Seconds to wait before giving up with exit code 1.
     #[arg(long, default_value_t = 10.0)]
     timeout: f64,
@@ -153,10 +150,7 @@ pub(crate) fn wait(args: &WaitArgs) -> anyhow::Result<()> {
                     .iter()
                     .all(|condition| matches(&event, condition))
             {
-                match &args.field {
-                    Some(field) => println!("{}", event.text(field)),
-                    None => println!("{}", serde_json::to_string(&event)?),
-                }
+                println!("{}", serde_json::to_string(&event)?);
                 return Ok(());
             }
         }

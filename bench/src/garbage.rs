@@ -2,7 +2,6 @@
 
 #![forbid(unsafe_code)]
 
-use crate::netns;
 use anyhow::Context;
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
@@ -19,17 +18,10 @@ pub(crate) struct Args {
     /// TCP sockets: relay, coordination.
     #[arg(long)]
     tcp: Vec<SocketAddr>,
-    /// Network namespace to send from.
-    #[arg(long)]
-    netns: Option<String>,
-    /// Datagrams per UDP socket; connections are a hundredth of it.
-    #[arg(long, default_value_t = 5000)]
-    count: u32,
-    /// Seed of what is sent.
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
 }
 
+/// Datagrams per UDP socket; connections are a hundredth of it.
+const COUNT: u32 = 5000;
 /// First bytes that get a datagram past the first check: WireGuard types 1 to 4, DISCO, STUN.
 const HEADS: [&[u8]; 7] = [
     &[],
@@ -47,20 +39,17 @@ const LENGTHS: [usize; 16] = [
 
 /// Sends it all.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    if let Some(ns) = &args.netns {
-        netns::enter(ns)?;
-    }
-    let mut rng = StdRng::seed_from_u64(args.seed);
+    let mut rng = StdRng::seed_from_u64(1);
     for to in &args.udp {
         let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = UdpSocket::bind(any)?;
-        for _ in 0..args.count {
+        for _ in 0..COUNT {
             // The other end may refuse; that is an answer too.
             let _ = socket.send_to(&datagram(&mut rng), to);
         }
     }
     for to in &args.tcp {
-        for _ in 0..args.count.div_ceil(100) {
+        for _ in 0..COUNT / 100 {
             let mut stream = TcpStream::connect_timeout(to, Duration::from_secs(2))
                 .with_context(|| format!("{to} takes no connections any more"))?;
             stream.set_read_timeout(Some(Duration::from_millis(20)))?;

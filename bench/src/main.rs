@@ -63,8 +63,6 @@ enum Command {
     Story(story::Args),
     /// Wait until an event appears in an event file.
     Wait(events::WaitArgs),
-    /// CPU seconds of machine and processes over a span of time.
-    Idle(cpu::Args),
     /// Turn a results directory into tables and one HTML page.
     Report(report::Args),
     /// Facts about this machine for the head of a table, as JSON.
@@ -100,7 +98,6 @@ fn main() -> anyhow::Result<()> {
         Command::Ping(args) => ping::run(&args),
         Command::Story(args) => story::run(&args),
         Command::Wait(args) => events::wait(&args),
-        Command::Idle(args) => cpu::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Machine(args) => machine::run(&args),
         Command::DerpMap(args) => derp_map::run(&args),

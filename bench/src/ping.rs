@@ -4,12 +4,12 @@
 //! not), takes arrival times from the kernel, and at the end knows for each number when it left
 //! and how long its answer took, if one came. Gaps are also reported live, as events.
 
+use crate::clock;
 use crate::events::{self, Event};
-use crate::{clock, netns};
 use anyhow::{Context, bail};
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io::ErrorKind;
 use std::mem::MaybeUninit;
@@ -24,6 +24,8 @@ const GAP: Duration = Duration::from_millis(150);
 const LINGER: Duration = Duration::from_secs(1);
 /// Bytes of ICMP header before our number.
 const ICMP_HEADER_LEN: usize = 8;
+/// Bytes from there on.
+const PAYLOAD_LEN: usize = 56;
 
 /// One echo: its number, when it left, and its round trip if it came back.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -95,8 +97,6 @@ pub(crate) fn summarise(echoes: &[Echo]) -> anyhow::Result<Summary> {
 pub(crate) struct Plan {
     pub(crate) target: Ipv4Addr,
     pub(crate) interval: Duration,
-    /// Payload bytes, at least 8.
-    pub(crate) payload_len: usize,
     /// Stop after so long.
     pub(crate) duration: Option<Duration>,
     /// Stop once this file exists.
@@ -134,7 +134,7 @@ pub(crate) fn stream(plan: &Plan) -> anyhow::Result<Vec<Echo>> {
         let number = u32::try_from(echoes.len())?;
         let next = plan.interval * number;
         if ended_at.is_none() && elapsed >= next {
-            let packet = request(ident, u64::from(number), plan.payload_len);
+            let packet = request(ident, u64::from(number));
             echoes.push(Echo {
                 sent_ns: clock::unix_ns(),
                 rtt_us: None,
@@ -218,8 +218,8 @@ fn tell(path: &Path, name: &str, fields: Value) -> anyhow::Result<()> {
 }
 
 /// An ICMP echo request whose payload starts with our number.
-fn request(ident: u16, number: u64, payload_len: usize) -> Vec<u8> {
-    let mut packet = vec![0u8; ICMP_HEADER_LEN + payload_len.max(8)];
+fn request(ident: u16, number: u64) -> [u8; ICMP_HEADER_LEN + PAYLOAD_LEN] {
+    let mut packet = [0; ICMP_HEADER_LEN + PAYLOAD_LEN];
     packet[0] = 8;
     packet[4..6].copy_from_slice(&ident.to_be_bytes());
     packet[6..8].copy_from_slice(&number.to_be_bytes()[6..]);
@@ -350,15 +350,9 @@ fn wait_readable(socket: &Socket, timeout: Duration) {
 pub(crate) struct Args {
     /// Address to ping.
     target: Ipv4Addr,
-    /// Network namespace to send from.
-    #[arg(long)]
-    netns: Option<String>,
     /// Echoes per second.
     #[arg(long, default_value_t = 100.0)]
     rate: f64,
-    /// Payload bytes.
-    #[arg(long, default_value_t = 56)]
-    payload: usize,
     /// Stop after so many seconds.
     #[arg(long)]
     seconds: Option<f64>,
@@ -378,25 +372,19 @@ pub(crate) struct Args {
 
 /// Runs the stream and prints its summary.
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
-    if let Some(ns) = &args.netns {
-        netns::enter(ns)?;
-    }
     if args.rate <= 0.0 {
         bail!("the rate is above zero");
     }
     let echoes = stream(&Plan {
         target: args.target,
         interval: Duration::from_secs_f64(1.0 / args.rate),
-        payload_len: args.payload,
         duration: args.seconds.map(Duration::from_secs_f64),
         stop_file: args.stop_file.clone(),
         events: args.events.clone(),
     })?;
     let summary = summarise(&echoes)?;
     if let Some(out) = &args.out {
-        let mut whole = Map::new();
-        whole.insert("interval_ms".into(), json!(1e3 / args.rate));
-        whole.insert("echoes".into(), serde_json::to_value(&echoes)?);
+        let whole = json!({"interval_ms": 1e3 / args.rate, "echoes": echoes});
         std::fs::write(out, serde_json::to_vec(&whole)?)?;
     }
     println!(
@@ -422,7 +410,7 @@ mod tests {
 
     #[test]
     fn a_request_has_a_checksum_that_sums_to_nothing() {
-        let packet = request(0x1234, 77, 56);
+        let packet = request(0x1234, 77);
         assert_eq!(packet.len(), 64);
         assert_eq!(checksum(&packet), 0);
         assert_eq!(checksum(&[0x00, 0x01, 0xf2]), !0xf201);
@@ -431,7 +419,7 @@ mod tests {
     #[test]
     fn a_reply_gives_its_number_only_to_its_sender() {
         let mut packet = vec![0x45; 20];
-        let mut icmp = request(9, 70_000, 8);
+        let mut icmp = request(9, 70_000);
         icmp[0] = 0;
         packet.extend(icmp);
         assert_eq!(reply_number(&packet, 9), Some(70_000));

@@ -2,7 +2,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{clock, netns};
+use crate::clock;
 use anyhow::{Context, bail};
 use std::fs::File;
 use std::io::{Read, Write};
@@ -20,15 +20,9 @@ pub(crate) struct SendArgs {
     file: PathBuf,
     /// The receiver's address and port.
     to: SocketAddr,
-    /// Network namespace to send from.
-    #[arg(long)]
-    netns: Option<String>,
     /// Pace in Mb/s; 0 is as fast as it goes.
     #[arg(long, default_value_t = 0.0)]
     rate_mbps: f64,
-    /// Create this file once half of it is sent.
-    #[arg(long)]
-    half: Option<PathBuf>,
 }
 
 /// `receive`: a file from a sender.
@@ -38,9 +32,6 @@ pub(crate) struct ReceiveArgs {
     file: PathBuf,
     /// Address and port to listen on.
     at: SocketAddr,
-    /// Network namespace to listen in.
-    #[arg(long)]
-    netns: Option<String>,
     /// Seconds without a byte after which the transfer counts as cut.
     #[arg(long, default_value_t = 30)]
     timeout: u64,
@@ -49,10 +40,6 @@ pub(crate) struct ReceiveArgs {
 /// Sends the file, waits until the receiver has taken all of it, and says how many bytes it was.
 pub(crate) fn send(args: &SendArgs) -> anyhow::Result<()> {
     let mut file = File::open(&args.file).with_context(|| format!("{}", args.file.display()))?;
-    let half = file.metadata()?.len() / 2;
-    if let Some(ns) = &args.netns {
-        netns::enter(ns)?;
-    }
     let mut stream = TcpStream::connect_timeout(&args.to, Duration::from_secs(20))?;
     let mut buffer = vec![0; CHUNK];
     let mut sent = 0u64;
@@ -64,9 +51,6 @@ pub(crate) fn send(args: &SendArgs) -> anyhow::Result<()> {
         }
         stream.write_all(&buffer[..length])?;
         sent += u64::try_from(length)?;
-        if let Some(mark) = args.half.as_ref().filter(|_| sent >= half) {
-            std::fs::write(mark, b"half\n")?;
-        }
         if args.rate_mbps > 0.0 {
             let due = Duration::from_secs_f64(seconds_for(sent, args.rate_mbps)?);
             clock::sleep(due.saturating_sub(start.elapsed()));
@@ -94,9 +78,6 @@ fn seconds_for(bytes: u64, rate_mbps: f64) -> anyhow::Result<f64> {
 /// Takes one connection and stores what it brings until it ends.
 pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
     let mut file = File::create(&args.file)?;
-    if let Some(ns) = &args.netns {
-        netns::enter(ns)?;
-    }
     let listener =
         TcpListener::bind(args.at).with_context(|| format!("listening at {}", args.at))?;
     let (mut stream, _) = listener.accept()?;
@@ -133,16 +114,13 @@ mod tests {
         let receiving = ReceiveArgs {
             file: to.clone(),
             at,
-            netns: None,
             timeout: 5,
         };
         let receiver = std::thread::spawn(move || receive(&receiving));
         let args = SendArgs {
             file: from.clone(),
             to: at,
-            netns: None,
             rate_mbps: 32.0,
-            half: None,
         };
         let start = clock::now();
         while send(&args).is_err() {

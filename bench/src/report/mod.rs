@@ -214,6 +214,7 @@ impl Results {
 /// no congestion control: they stand in the first one's row only.
 fn rows(cells: &[Cell]) -> Vec<Row> {
     let mut rows: Vec<Row> = Vec::new();
+    let mut alike: Vec<BTreeMap<Kind, Vec<&Cell>>> = Vec::new();
     for cell in cells {
         let same = |row: &Row| {
             row.program == cell.program
@@ -221,7 +222,7 @@ fn rows(cells: &[Cell]) -> Vec<Row> {
                 && row.layout == cell.layout
                 && row.cc == cell.cc
         };
-        if !rows.iter().any(same) {
+        let at = rows.iter().position(same).unwrap_or_else(|| {
             rows.push(Row {
                 program: cell.program.clone(),
                 path: cell.path.clone(),
@@ -229,22 +230,16 @@ fn rows(cells: &[Cell]) -> Vec<Row> {
                 cc: cell.cc.clone(),
                 figures: BTreeMap::new(),
             });
-        }
-        if let Some(row) = rows.iter_mut().find(|row| same(row))
-            && !row.figures.contains_key(&cell.kind)
-        {
-            let alike: Vec<&Cell> = cells
-                .iter()
-                .filter(|other| {
-                    other.kind == cell.kind
-                        && other.program == cell.program
-                        && other.path == cell.path
-                        && other.layout == cell.layout
-                        && other.cc == cell.cc
-                })
-                .collect();
-            row.figures.insert(cell.kind, figures(&alike));
-        }
+            alike.push(BTreeMap::new());
+            rows.len() - 1
+        });
+        alike[at].entry(cell.kind).or_default().push(cell);
+    }
+    for (row, alike) in rows.iter_mut().zip(&alike) {
+        row.figures = alike
+            .iter()
+            .map(|(kind, cells)| (*kind, figures(cells)))
+            .collect();
     }
     rows
 }
@@ -313,16 +308,13 @@ fn targets(rows: &[Row], act_one: Option<&ActOne>) -> Vec<Target> {
     // The least cost, as the greatest of its negative.
     let cost =
         |program, path| best(rows, program, path, |row| Some(-row.cpu(Kind::Tcp1)?)).map(|c| -c);
-    let mut at_least = |what: String, goal: f64, got: Option<f64>| {
-        if let Some(got) = got {
-            let (goal_text, text) = (format!("at least {goal:.2}"), format!("{got:.2}"));
-            targets.push(Target {
-                what,
-                goal: goal_text,
-                got: text,
-                met: got >= goal,
-            });
-        }
+    let mut at_least = |what: &str, goal: f64, got: Option<f64>| {
+        targets.extend(got.map(|got| Target {
+            what: what.into(),
+            goal: format!("at least {goal:.2}"),
+            got: format!("{got:.2}"),
+            met: got >= goal,
+        }));
     };
     let direct = tcp1("ringtail", "direct");
     let over = |a: Option<f64>, b: Option<f64>| Some(a? / b.filter(|b| *b > 0.0)?);
@@ -332,34 +324,22 @@ fn targets(rows: &[Row], act_one: Option<&ActOne>) -> Vec<Target> {
         ("boringtun-cli", 2.5),
     ] {
         let ratio = over(direct, tcp1(peer, "direct"));
-        at_least(
-            format!("TCP 1 stream, ringtail direct / {peer}"),
-            goal,
-            ratio,
-        );
+        let what = format!("TCP 1 stream, ringtail direct / {peer}");
+        at_least(&what, goal, ratio);
     }
     let device = over(tcp1("ringtail-device", "direct"), direct);
-    at_least(
-        "TCP 1 stream, ringtail device / ringtail direct".into(),
-        0.9,
-        device,
-    );
+    let what = "TCP 1 stream, ringtail device / ringtail direct";
+    at_least(what, 0.9, device);
     let relay = over(tcp1("ringtail", "relay"), direct);
-    at_least(
-        "TCP 1 stream, ringtail relay / ringtail direct".into(),
-        0.25,
-        relay,
-    );
+    let what = "TCP 1 stream, ringtail relay / ringtail direct";
+    at_least(what, 0.25, relay);
     let mut at_most = |what: &str, goal: f64, got: Option<f64>, unit: &str| {
-        if let Some(got) = got {
-            let (goal_text, text) = (format!("at most {goal}{unit}"), format!("{got:.2}{unit}"));
-            targets.push(Target {
-                what: what.into(),
-                goal: goal_text,
-                got: text,
-                met: got <= goal,
-            });
-        }
+        targets.extend(got.map(|got| Target {
+            what: what.into(),
+            goal: format!("at most {goal}{unit}"),
+            got: format!("{got:.2}{unit}"),
+            met: got <= goal,
+        }));
     };
     let cheaper = over(cost("ringtail", "direct"), cost("wireguard-go", "direct"));
     at_most(

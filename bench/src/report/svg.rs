@@ -1,7 +1,7 @@
 //! The charts, as inline SVG. Colours are CSS variables of the page, so that they follow its theme.
 
 use super::story::ActOne;
-use super::{Results, Row};
+use super::{Figures, Results, Row, Spread};
 use crate::cell::Kind;
 use std::fmt::Write as _;
 
@@ -26,11 +26,10 @@ pub(super) fn escape(text: &str) -> String {
         .replace('"', "&quot;")
 }
 
-/// One bar: its label, its length, least and greatest over rounds.
+/// One bar: its label; its length, least and greatest over rounds.
 struct Bar {
     name: String,
-    value: f64,
-    range: Option<(f64, f64)>,
+    spread: Spread,
 }
 
 /// Horizontal bars. A plain link may be many times faster than any tunnel: what exceeds the
@@ -46,7 +45,7 @@ fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
     let most = |names: &dyn Fn(&Bar) -> bool| {
         bars.iter()
             .filter(|bar| names(bar))
-            .map(|bar| bar.value)
+            .map(|bar| bar.spread.median)
             .fold(0.0, f64::max)
     };
     let tunnels = most(&|bar| bar.name != "veth");
@@ -65,8 +64,9 @@ fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
     );
     let mut y = 30.0;
     for bar in bars {
-        let cut = bar.value > full;
-        let length = (bar.value.min(full) * scale).max(1.0);
+        let Spread { median, min, max } = bar.spread;
+        let cut = median > full;
+        let length = (median.min(full) * scale).max(1.0);
         let middle = y + 12.5;
         let _ = write!(
             svg,
@@ -87,8 +87,8 @@ fn bars(title: &str, unit: &str, bars: &[Bar]) -> String {
                 );
             }
         }
-        let mut figure = short(bar.value);
-        if let Some((min, max)) = bar.range {
+        let mut figure = short(median);
+        if min < max {
             let (a, b) = (LEFT + min.min(full) * scale, LEFT + max.min(full) * scale);
             let _ = write!(
                 svg,
@@ -121,55 +121,36 @@ fn short(value: f64) -> String {
 
 /// A chart of bars for every kind of traffic.
 pub(super) fn throughput(rows: &[&Row]) -> String {
-    let mut charts = String::new();
-    for kind in [
-        Kind::Tcp1,
-        Kind::Tcp4,
-        Kind::Reverse,
-        Kind::Bidir,
-        Kind::UdpSmall,
-        Kind::UdpFull,
-    ] {
-        let small = kind == Kind::UdpSmall;
-        let list: Vec<Bar> = rows
-            .iter()
-            .filter_map(|row| {
-                let figures = row.figures.get(&kind)?;
-                let spread = if small { figures.kpps? } else { figures.gbps? };
-                Some(Bar {
-                    name: row.name(),
-                    value: spread.median,
-                    range: (spread.min < spread.max).then_some((spread.min, spread.max)),
-                })
-            })
-            .collect();
-        charts.push_str(&bars(
-            kind.title(),
-            if small { "kpps" } else { "Gb/s" },
-            &list,
-        ));
-    }
-    charts
+    let rate = |kind| chart(rows, kind, "Gb/s", |figures| figures.gbps);
+    [Kind::Tcp1, Kind::Tcp4, Kind::Reverse, Kind::Bidir]
+        .map(rate)
+        .concat()
+        + &chart(rows, Kind::UdpSmall, "kpps", |figures| figures.kpps)
+        + &rate(Kind::UdpFull)
 }
 
 /// CPU seconds of the whole machine per delivered GB.
 pub(super) fn costs(rows: &[&Row]) -> String {
-    let mut charts = String::new();
-    for kind in [Kind::Tcp1, Kind::Tcp4] {
-        let list: Vec<Bar> = rows
-            .iter()
-            .filter_map(|row| {
-                let spread = row.figures.get(&kind)?.cpu_s_per_gb?;
-                Some(Bar {
-                    name: row.name(),
-                    value: spread.median,
-                    range: (spread.min < spread.max).then_some((spread.min, spread.max)),
-                })
-            })
-            .collect();
-        charts.push_str(&bars(kind.title(), "CPU s/GB, less is better", &list));
-    }
-    charts
+    let unit = "CPU s/GB, less is better";
+    let cost = |kind| chart(rows, kind, unit, |figures| figures.cpu_s_per_gb);
+    [Kind::Tcp1, Kind::Tcp4].map(cost).concat()
+}
+
+/// A bar for every program that has such a figure.
+fn chart(
+    rows: &[&Row],
+    kind: Kind,
+    unit: &str,
+    figure: impl Fn(&Figures) -> Option<Spread>,
+) -> String {
+    let bar = |row: &&Row| {
+        Some(Bar {
+            name: row.name(),
+            spread: figure(row.figures.get(&kind)?)?,
+        })
+    };
+    let list: Vec<Bar> = rows.iter().filter_map(bar).collect();
+    bars(kind.title(), unit, &list)
 }
 
 /// Latency by percentile, one line a program; both axes logarithmic (the tail in the x axis).
@@ -224,19 +205,7 @@ fn distribution(title: &str, lines: &[(String, &[(f64, f64)])]) -> String {
          <text class='t' x='0' y='15'>ping, {t}, microseconds</text>",
         t = escape(title)
     );
-    let mut decade = low;
-    while decade <= high {
-        let us = 10f64.powf(decade);
-        let _ = write!(
-            svg,
-            "<path class='g' d='M{LEFT} {v:.1} H{r}'/><text x='{l}' y='{w:.1}' text-anchor='end'>{us}</text>",
-            v = y(us),
-            w = y(us) + 4.0,
-            r = WIDTH - RIGHT,
-            l = LEFT - 6.0
-        );
-        decade += 1.0;
-    }
+    svg += &decades((low, high), (LEFT, WIDTH - RIGHT), "", y);
     for percentile in [50.0, 90.0, 99.0, 99.9] {
         let _ = write!(
             svg,
@@ -356,18 +325,7 @@ pub(super) fn timeline(results: &Results) -> String {
             d = escape(name)
         );
     }
-    let mut decade = low;
-    while decade <= high {
-        let ms = 10f64.powf(decade);
-        let _ = write!(
-            svg,
-            "<path class='g' d='M{LEFT} {v:.1} H{WIDTH}'/><text x='{l}' y='{w:.1}' text-anchor='end'>{ms} ms</text>",
-            v = y(ms),
-            w = y(ms) + 4.0,
-            l = LEFT - 6.0
-        );
-        decade += 1.0;
-    }
+    svg += &decades((low, high), (LEFT, WIDTH), " ms", y);
     let mut second = 0.0;
     let step = if end > 60.0 { 10.0 } else { 5.0 };
     while second <= end {
@@ -397,6 +355,29 @@ pub(super) fn timeline(results: &Results) -> String {
          <p class='k'>Bars: the path each end sends on. Dots: round trips of 100 pings a second from A to B. \
          Red: pings that were lost.</p>"
     );
+    svg
+}
+
+/// The lines of a logarithmic axis from one power of ten to another, between two edges, where `y` has them.
+fn decades(
+    (low, high): (f64, f64),
+    (left, right): (f64, f64),
+    unit: &str,
+    y: impl Fn(f64) -> f64,
+) -> String {
+    let mut svg = String::new();
+    let mut decade = low;
+    while decade <= high {
+        let value = 10f64.powf(decade);
+        let _ = write!(
+            svg,
+            "<path class='g' d='M{left} {v:.1} H{right}'/><text x='{l}' y='{w:.1}' text-anchor='end'>{value}{unit}</text>",
+            v = y(value),
+            w = y(value) + 4.0,
+            l = left - 6.0
+        );
+        decade += 1.0;
+    }
     svg
 }
 
