@@ -24,8 +24,7 @@ rate=${RATE:-200000} seconds=${SECONDS_EACH:-5} rounds=${ROUNDS:-5} kind=${KIND:
 rates=${RATES-60000 200000} new=${NEW:-5} live=${LIVE:-0}
 [ $# -gt 0 ] || set -- ringtail wireguard-go
 target=${CARGO_TARGET_DIR:-target}
-# Each by itself: together, the one would get the features that the other asks for.
-[ -n "${NO_BUILD:-}" ] || for package in ringtail-bench ringtail; do cargo build --release --locked -p $package; done
+[ -n "${NO_BUILD:-}" ] || build_programs --release
 bin=${BIN_DIR:-$target/release}
 bench=$bin/ringtail-bench
 ringtail=$bin/ringtail

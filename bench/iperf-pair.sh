@@ -110,9 +110,7 @@ if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then
     cargo build --release --locked --quiet -p ringtail --features boringtun
     cp "$RINGTAIL_BIN_DIR/ringtail" "$RINGTAIL_BIN_DIR/ringtail-boringtun"
   fi
-  # Each by itself: together, the one would get the features that the other asks for.
-  cargo build --release --locked --quiet -p ringtail-bench
-  cargo build --release --locked --quiet -p ringtail
+  build_programs --release
 fi
 RINGTAIL=$RINGTAIL_BIN_DIR/ringtail
 BENCH=$RINGTAIL_BIN_DIR/ringtail-bench
@@ -178,7 +176,7 @@ act_one() {
   "$BENCH" wait "$RESULTS/b.events" peer --where home=nyc --timeout 15 >/dev/null || fail "B never learned A's home"
   local address
   address=$(peer_address a) || fail "A does not know B's inner address"
-  lab_pause 1
+  pause 1
 
   note "A starts to ping B ($address) through the tunnel, 100 times a second"
   lab_event ping_start
@@ -191,7 +189,7 @@ act_one() {
       fail "node $node found no direct path"
   done
   lab_event direct
-  lab_pause 7
+  pause 7
 
   note "a rule on A and on B now drops what arrives on the direct path, without a word"
   since=$(now_ns)
@@ -202,7 +200,7 @@ act_one() {
     "$BENCH" wait "$RESULTS/$node.events" path --where 'state=fallback|relay|probing' --since-ns "$since" --timeout 20 \
       >/dev/null || fail "node $node did not notice that its path died"
   done
-  lab_pause 6
+  pause 6
 
   note "the rules are gone"
   since_unblock=$(now_ns)
@@ -213,7 +211,7 @@ act_one() {
     "$BENCH" wait "$RESULTS/$node.events" path --where state=direct --since-ns "$since_unblock" --timeout 30 >/dev/null ||
       fail "node $node did not go direct again"
   done
-  lab_pause 3
+  pause 3
   : >"$LAB_DIR/ping.stop"
   wait "$(lab_pid ping)" || true
   lab_event end
@@ -230,9 +228,6 @@ act_one() {
     lab_stop $node || true
   done
 }
-
-# A sleep that signals can interrupt.
-lab_pause() { sleep "$1" & wait $!; }
 
 # ---- act two ---------------------------------------------------------------------------------
 

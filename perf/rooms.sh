@@ -16,9 +16,9 @@ STATE=$1
 shift
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 BIN=${RINGTAIL_BIN_DIR:-${CARGO_TARGET_DIR:-$ROOT/target}/release}
-if [ ! -x "$BIN/ringtail-bench" ]; then
-  (cd "$ROOT" && for package in ringtail-bench ringtail; do cargo build --release --locked --quiet -p $package; done)
-fi
+# shellcheck source=../scripts/netns/packages.sh
+. "$ROOT/scripts/netns/packages.sh"
+[ -x "$BIN/ringtail-bench" ] || (cd "$ROOT" && build_programs --release)
 TMP=$(mktemp -d)
 trap 'rm -rf "$TMP"' EXIT
 

@@ -131,8 +131,7 @@ lab_run need_packages ip=iproute2 nft=nftables ping=iputils-ping awk=mawk wg=wir
 
 BEGAN=$SECONDS
 if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then
-  # Each by itself: together, the one would get the features that the other asks for.
-  for package in ringtail-bench ringtail; do lab_run cargo build --release --locked --quiet -p $package; done
+  lab_run build_programs --release
   RINGTAIL_BIN_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/release
   took "release build"
 fi

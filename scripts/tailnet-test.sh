@@ -53,6 +53,13 @@ done
 # ---- rows ------------------------------------------------------------------------------------
 # Each begins with hosts of its own and `ready`: a check that they are in the network and know each other.
 
+# hosts NAME...: on the internet, at 203.0.113.11 and on.
+hosts() {
+  local name last=11
+  for name in "$@"; do
+    lab_host "$name" "203.0.113.$((last++))"
+  done
+}
 ready() { check "$* join and know each other" tailnet_ready "$@" && ! grep -q '^FAIL' "$CHECKS"; }
 
 # Ours and tailscaled, by relay and directly.
@@ -86,10 +93,7 @@ lost_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost" && [ "
 # hears of it by asking, c only when it can reach Headscale again.
 row_deleted() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
-  lab_host d 203.0.113.14
+  hosts a b c d
   tailnet_ringtail a a
   tailnet_tailscaled b b
   tailnet_ringtail c c
@@ -129,10 +133,7 @@ gone() { not hs_id "$1" && not hs_id "$2" && hs_id b; }
 # Keys expire, of a peer and of our own, and another is away: status says all of it, by the map that was kept too.
 row_expired() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
-  lab_host d 203.0.113.14
+  hosts a b c d
   tailnet_ringtail a a
   tailnet_tailscaled b b
   tailnet_ringtail c c
@@ -169,8 +170,7 @@ own_expiry() {
 # A machine is copied, state directory and all: both notice that they are two.
 row_copied() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
+  hosts a b
   tailnet_ringtail a a
   check "a is in the network" within 40 tailnet_online a
   check "and alone" not says_copied a
@@ -190,9 +190,7 @@ says_copied() { rt "$1" status | grep 'another machine'; }
 # Exit nodes of both kinds are approved, and nobody chose them.
 row_exit() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
+  hosts a b c
   tailnet_ringtail a a
   tailnet_tailscaled b b --advertise-exit-node
   tailnet_ringtail c c --advertise-routes 0.0.0.0/0,::/0,10.66.0.0/16
@@ -229,8 +227,8 @@ row_subnet() {
   lab_host b 203.0.113.12
   lab_host r 203.0.113.21
   lab_host h 203.0.113.22
-  lab_ns p
-  lan r=1 h=2 p=9
+  lab_ns lan p
+  lab_lan lan lan r=192.168.77.1/24 h=192.168.77.2/24 p=192.168.77.9/24
   ip -n "${LAB}p" route add 100.64.0.0/10 via 192.168.77.1
   lab_in r sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward'
   before=$(host_state h)
@@ -264,18 +262,6 @@ row_subnet() {
   tailnet_stop h
   check "nor does a kill leave anything once it was started again" same_state h "$before"
 }
-lan() { # HOST=NUMBER...: a segment
-  local pair host
-  lab_ns lan
-  ip -n "${LAB}lan" link add br0 type bridge
-  ip -n "${LAB}lan" link set br0 up
-  for pair in "$@"; do
-    host=${pair%=*}
-    lab_wire "$host" lan lan "l_$host"
-    ip -n "${LAB}lan" link set "l_$host" master br0
-    ip -n "$LAB$host" addr add "192.168.77.${pair#*=}/24" dev lan
-  done
-}
 host_state() {
   lab_in "$1" sh -c 'ip route; ip -6 route; ip route show table 52 2>/dev/null; ip rule; ip -6 rule; nft list ruleset
     sysctl -a 2>/dev/null | grep -E "forward|rp_filter"'
@@ -286,8 +272,7 @@ goes_by() { lab_in "$1" ip route get "$2" | grep "dev $3" && tailnet_pings "$1" 
 # An approved subnet that has everything in it: the peers' addresses, the relay, the coordination server.
 row_covered() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
+  hosts a b
   lab_host r 203.0.113.21
   lab_in a sh -c 'echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter'
   tailnet_tailscaled r r --advertise-routes=203.0.113.0/24,10.255.0.0/24
@@ -313,8 +298,7 @@ restarted_pings() { tailnet_stop "$1" && tailnet_start "$1" && within 20 tailnet
 # Only alice's nodes may begin, and only to bob's port 7000 and by ping, which has no ports.
 row_filter() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
+  hosts a b
   check "Headscale takes the policy" may_only 7000
   tailnet_tailscaled a a
   TAILNET_KEY=$LAB_DIR/bob-key tailnet_ringtail b b
@@ -339,8 +323,7 @@ denied() { [ "$(rt "$1" status --json | jq .drops.filter_denied)" -gt 0 ]; }
 # What Headscale tells of others, and what happens when it is away.
 row_headscale() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
+  hosts a b
   tailnet_ringtail a a
   tailnet_ringtail b b
   ready a b || return 0
@@ -367,9 +350,7 @@ told() { tailnet_status "$1" | jq -e --arg other "$2" ".peers[\$other] | $3" >/d
 # A node of another network, from a file, on a host that has tailscaled too: first one, then the other is there before.
 row_beside() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
+  hosts a b c
   own_keys a
   own_keys b
   own_file a 1 b 2
@@ -417,9 +398,7 @@ own_rules() { ip -n "${LAB}a" rule | grep 'proto 114'; }
 row_derper() {
   tailnet_internet
   check "derper and Headscale start" derper_and_headscale || return 0
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
+  hosts a b c
   tailnet_block a
   tailnet_ringtail a a
   tailnet_tailscaled b b
@@ -473,8 +452,7 @@ row_verifyours() {
 }
 derper_and_coord() { start_derper relay relay 203.0.113.1 900 own && make_derp_map relay && start_coord; }
 verified() { # LOG_OF_A_REFUSAL
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
+  hosts a b
   lab_host d 203.0.113.14
   tailnet_block a
   tailnet_ringtail a a
@@ -491,9 +469,7 @@ relay_log() { grep "$1" "$LAB_DIR/relay.log"; }
 row_ourserver() {
   tailnet_internet
   check "relay and server start" our_server || return 0
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
+  hosts a b c
   tailnet_block a
   tailnet_tailscaled a a
   tailnet_tailscaled b b
@@ -543,9 +519,7 @@ logged_out() { ts "$1" logout && within 10 not tailnet_knows c "$1"; }
 # standard peer would go on with the lost keys for 15 s.
 row_restart() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
+  hosts a b c
   tailnet_ringtail a a
   tailnet_ringtail b b
   tailnet_tailscaled c c
@@ -582,8 +556,7 @@ restart() {
 # A tailscaled that was killed and started has lost our keys, and says so only by its new DISCO key.
 row_comeback() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
+  hosts a b
   tailnet_ringtail a a
   tailnet_tailscaled b b
   ready a b || return 0
@@ -601,9 +574,7 @@ silent_at_most() { tailnet_stream_end "$1" && SAID="$LOST of $SENT lost, $GAP_MS
 # A node's machine sleeps, and its clock is wrong when the node starts again: it is reached all the same.
 row_clocks() {
   tailnet_up
-  lab_host a 203.0.113.11
-  lab_host b 203.0.113.12
-  lab_host c 203.0.113.13
+  hosts a b c
   clock_make
   clock_set "$LAB_DIR/clock" 0 0
   RINGTAIL=$(clock_wrap "$LAB_DIR/clock" "$RINGTAIL") tailnet_ringtail a a
@@ -692,8 +663,7 @@ for program in "${TAILNET_PEERS[@]}"; do
   echo "      $program: $(peer_version "$program")"
 done
 if [ -z "${RINGTAIL_BIN_DIR:-}" ]; then
-  # Each by itself: together, the one would get the features that the other asks for.
-  for package in ringtail-bench ringtail; do lab_run cargo build --locked --quiet -p $package; done
+  lab_run build_programs
   RINGTAIL_BIN_DIR=${CARGO_TARGET_DIR:-$ROOT/target}/debug
 fi
 # shellcheck disable=SC2034 # used by tailnet.sh

@@ -23,14 +23,8 @@ lab_limit 300 'echo "admission-test: still running after 300 s"'
 OFFERS=(0.0.0.0/0 ::/0 0.0.0.0/1 128.0.0.0/1 100.0.0.0/8 10.50.0.0/16)
 
 lab_ns coord a b
-ip -n "${LAB}coord" link add br0 type bridge
-ip -n "${LAB}coord" link set br0 up
+lab_lan coord eth0 a=10.0.0.2/24 b=10.0.0.3/24
 ip -n "${LAB}coord" addr add 10.0.0.1/24 dev br0
-for n in a:2 b:3; do
-  lab_wire coord "to_${n%:*}" "${n%:*}" eth0
-  ip -n "${LAB}coord" link set "to_${n%:*}" master br0
-  ip -n "$LAB${n%:*}" addr add "10.0.0.${n#*:}/24" dev eth0
-done
 
 start_coord() {
   lab_spawn coord coord "$RINGTAIL" coord --addr 10.0.0.1:8080 --state-dir "$LAB_DIR/coord" \
@@ -182,12 +176,4 @@ last_words() { tail -n 1 "$LAB_DIR/node-b.log" | grep -q 'removed from the netwo
 check "and last words that say what to do" last_words
 check "and nobody has joined by itself" test -z "$(admin nodes)"
 
-echo
-echo "admission-test: $(counted ok) passed, $(counted FAIL) failed"
-if [ "$(counted FAIL)" -gt 0 ]; then
-  for log in node-a node-b coord; do
-    echo "--- last lines of $log.log"
-    tail -n 12 "$LAB_DIR/$log.log" 2>/dev/null || true
-  done
-  exit 1
-fi
+verdict

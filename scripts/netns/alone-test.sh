@@ -74,12 +74,4 @@ done
 relayed() { [[ $(tailnet_path a b) == relay* ]] && [[ $(tailnet_path b a) == relay* ]]; }
 check "and the NATs were hard: they are relayed" relayed
 
-echo
-echo "alone-test: $(counted ok) passed, $(counted FAIL) failed"
-if [ "$(counted FAIL)" -gt 0 ]; then
-  for log in node-a node-b coord nyc fra; do
-    echo "--- last lines of $log.log"
-    tail -n 12 "$LAB_DIR/$log.log" 2>/dev/null || true
-  done
-  exit 1
-fi
+verdict

@@ -107,5 +107,5 @@ for kind in strangers everything; do
   check "the flood was one" within 15 ended $round
 done
 TITLE=
-[ "$(counted FAIL)" = 0 ] || { echo "$(counted FAIL) checks failed" >&2; exit 1; }
-echo "all $(counted ok) checks passed"
+
+verdict

@@ -140,15 +140,4 @@ check "a stopped node leaves no interface" not ip -n "${LAB}a" link show ringtai
 start_node a "$LAB_DIR/a.events"
 check "and comes back when started again" within 20 answers
 
-echo
-echo "flow-test: $(counted ok) passed, $(counted FAIL) failed"
-if [ "$(counted FAIL)" -gt 0 ]; then
-  for log in node-a node-b coord nyc fra; do
-    echo "--- last lines of $log.log"
-    tail -n 12 "$LAB_DIR/$log.log" 2>/dev/null || true
-  done
-  if [ -n "${RINGTAIL_TEST_LOGS:-}" ]; then
-    mkdir -p "$RINGTAIL_TEST_LOGS" && cp "$LAB_DIR"/*.log "$LAB_DIR"/*.events "$RINGTAIL_TEST_LOGS/"
-  fi
-  exit 1
-fi
+verdict

@@ -17,6 +17,7 @@
 #   lab_run COMMAND...             run in the foreground, but interruptible by signals
 #   lab_limit SECONDS COMMAND      if the script still runs by then: COMMAND, and its end
 #   lab_wire NS IF NS IF           a veth pair, both ends up
+#   lab_lan NS IF NAME=ADDRESS...  a bridge br0 in NS, and hosts on it by their interfaces IF
 #   lab_internet, lab_host, lab_far, lab_home, lab_block, lab_unblock      the internet of act one
 #   lab_clean                      take everything down (the traps call it)
 
@@ -146,6 +147,19 @@ lab_wire() {
   ip link add "$2" netns "$LAB$1" type veth peer name "$4" netns "$LAB$3"
   ip -n "$LAB$1" link set "$2" up
   ip -n "$LAB$3" link set "$4" up
+}
+
+lab_lan() {
+  local ns=$1 interface=$2 pair host
+  shift 2
+  ip -n "$LAB$ns" link add br0 type bridge
+  ip -n "$LAB$ns" link set br0 up
+  for pair in "$@"; do
+    host=${pair%=*}
+    lab_wire "$ns" "l_$host" "$host" "$interface"
+    ip -n "$LAB$ns" link set "l_$host" master br0
+    ip -n "$LAB$host" addr add "${pair#*=}" dev "$interface"
+  done
 }
 
 # ---- the internet of act one -----------------------------------------------------------------

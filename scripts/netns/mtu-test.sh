@@ -142,12 +142,4 @@ check "by neither end" not is b path/state direct
 check "full packets pass by relay" full 40
 check "the reason is told" grep -q '"test":"mtu"' "$LAB_DIR/a.events"
 
-echo
-echo "mtu-test: $(counted ok) passed, $(counted FAIL) failed"
-if [ "$(counted FAIL)" -gt 0 ]; then
-  for log in node-a node-b coord nyc; do
-    echo "--- last lines of $log.log"
-    tail -n 12 "$LAB_DIR/$log.log" 2>/dev/null || true
-  done
-  exit 1
-fi
+verdict

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Debian packages, downloads and the compiler. Source it.
+# Debian packages, downloads, the compiler and what it builds. Source it.
 
 # thrice COMMAND...: until it succeeds, three times at the most: networks and registries have hiccups.
 thrice() {
@@ -10,6 +10,15 @@ thrice() {
     sleep $((try * 10))
   done
   "$@"
+}
+
+# build_programs [OPTION...]: ringtail-bench and ringtail, each by itself: together, the one would get the features
+# that the other asks for.
+build_programs() {
+  local package
+  for package in ringtail-bench ringtail; do
+    cargo build --locked --quiet -p $package "$@" || return 1
+  done
 }
 
 # Another program may hold the lock of the packages on a machine that has just started.

@@ -234,12 +234,4 @@ twins() {
 [ $# -gt 0 ] || set -- names restless uplinks twins
 for part in "$@"; do "$part"; done
 
-echo
-echo "reach-test: $(counted ok) passed, $(counted FAIL) failed"
-if [ "$(counted FAIL)" -gt 0 ]; then
-  for log in "$LAB_DIR"/*.log; do
-    echo "--- last lines of $(basename "$log")"
-    tail -n 12 "$log"
-  done
-  exit 1
-fi
+verdict

@@ -19,15 +19,9 @@ set -euo pipefail
 lab_limit 180 'echo "strangers-test: still running after 180 s"'
 
 lab_ns coord a b m
-ip -n "${LAB}coord" link add br0 type bridge
-ip -n "${LAB}coord" link set br0 up
+lab_lan coord eth0 a=10.0.0.2/24 b=10.0.0.3/24 m=10.0.0.4/24
 ip -n "${LAB}coord" addr add 10.0.0.1/24 dev br0
 ip -n "${LAB}coord" addr add fd00::1/64 dev br0 nodad
-for n in a:2 b:3 m:4; do
-  lab_wire coord "to_${n%:*}" "${n%:*}" eth0
-  ip -n "${LAB}coord" link set "to_${n%:*}" master br0
-  ip -n "$LAB${n%:*}" addr add "10.0.0.${n#*:}/24" dev eth0
-done
 ip -n "${LAB}m" addr add fd00::4/64 dev eth0 nodad
 ip -n "${LAB}m" route add local fd00:66::/32 dev lo
 lab_in m sh -c 'echo 1 >/proc/sys/net/ipv6/ip_nonlocal_bind'
@@ -124,12 +118,4 @@ displaced() { [ "$(count displaced)" -gt 1000 ]; }
 check "who lost his place is counted" displaced
 check "no descriptor was missed" test "$(count no_descriptor)" = 0
 
-echo
-echo "strangers-test: $(counted ok) passed, $(counted FAIL) failed"
-if [ "$(counted FAIL)" -gt 0 ]; then
-  for log in node-a node-b coord flood; do
-    echo "--- last lines of $log.log"
-    tail -n 12 "$LAB_DIR/$log.log" 2>/dev/null || true
-  done
-  exit 1
-fi
+verdict
