@@ -626,23 +626,19 @@ mod tests {
     #[test]
     fn transport_headers_that_are_cut_or_too_short_are_dropped() {
         let good = tcp_case(builder(false), Tcp::default(), &[1; 40], 10);
+        let malformed = |vnet: &VnetHdr, packet: &[u8]| {
+            let refused = plan(vnet, packet).unwrap_err();
+            assert_eq!(refused, DropReason::InnerMalformed);
+        };
         for words in [0u8, 4, 16] {
             let mut packet = good.packet.clone();
             packet[32] = words << 4;
-            assert_eq!(
-                plan(&good.vnet, &packet).unwrap_err(),
-                DropReason::InnerMalformed
-            );
+            malformed(&good.vnet, &packet);
         }
-        let cut = builder(false).ip(TCP, &[0; 19]);
-        assert_eq!(
-            plan(&good.vnet, &cut).unwrap_err(),
-            DropReason::InnerMalformed
-        );
-        let cut = builder(false).ip(UDP, &[0; 7]);
+        malformed(&good.vnet, &builder(false).ip(TCP, &[0; 19]));
         let vnet = VnetHdr::new(GSO_UDP_L4, 0, 10, 20, 6);
-        assert_eq!(plan(&vnet, &cut).unwrap_err(), DropReason::InnerMalformed);
-        assert_eq!(plan(&vnet, &[]).unwrap_err(), DropReason::InnerMalformed);
+        malformed(&vnet, &builder(false).ip(UDP, &[0; 7]));
+        malformed(&vnet, &[]);
     }
 
     /// Random headers over damaged packets: every plan that is made can be carried out.

@@ -111,10 +111,8 @@ named! {
 }
 
 /// A shard's counters: plain integers, owned by the shard.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Counters {
-    words: [u64; WORDS],
-}
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters(Snapshot);
 
 const METERS: usize = Meter::ALL.len();
 const DROPS_AT: usize = METERS;
@@ -123,17 +121,17 @@ const BATCH_IN_AT: usize = CYCLES_AT + Room::ALL.len();
 const BATCH_OUT_AT: usize = BATCH_IN_AT + BATCH_CLASSES;
 const WORDS: usize = BATCH_OUT_AT + BATCH_CLASSES;
 
-impl Default for Counters {
-    fn default() -> Self {
-        Counters { words: [0; WORDS] }
-    }
-}
-
 impl Counters {
     /// Adds to a counter.
     #[inline]
     pub fn add(&mut self, meter: Meter, n: u64) {
-        self.words[meter as usize] += n;
+        self.0.words[meter as usize] += n;
+    }
+
+    /// What they are now.
+    #[cfg(test)]
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        self.0
     }
 
     /// Counts one dropped packet.
@@ -145,20 +143,20 @@ impl Counters {
     /// Counts dropped packets.
     #[inline]
     pub fn drop_many(&mut self, reason: DropReason, n: u64) {
-        self.words[DROPS_AT + reason as usize] += n;
+        self.0.words[DROPS_AT + reason as usize] += n;
     }
 
     /// Charges processor cycles (time-stamp counter ticks) to a room.
     #[inline]
     pub fn charge(&mut self, room: Room, cycles: u64) {
-        let slot = &mut self.words[CYCLES_AT + room as usize];
+        let slot = &mut self.0.words[CYCLES_AT + room as usize];
         *slot = slot.wrapping_add(cycles);
     }
 
     /// Charges cycles that were a room's to another, but not more than it has had since it had `since`.
     /// Returns what it has now.
     pub(crate) fn recharge(&mut self, from: Room, to: Room, since: u64, cycles: u64) -> u64 {
-        let had = self.words[CYCLES_AT + from as usize];
+        let had = self.0.words[CYCLES_AT + from as usize];
         let moved = cycles.min(had.wrapping_sub(since));
         self.charge(to, moved);
         self.charge(from, moved.wrapping_neg());
@@ -180,7 +178,7 @@ impl Counters {
     #[inline]
     fn batch(&mut self, at: usize, len: usize) {
         if len > 0 {
-            self.words[at + batch_class(len)] += 1;
+            self.0.words[at + batch_class(len)] += 1;
         }
     }
 }
@@ -208,7 +206,7 @@ impl Published {
 
     /// Makes the counters visible. Only the owning shard calls this.
     pub fn publish(&self, counters: &Counters) {
-        self.0.publish(&counters.words);
+        self.0.publish(&counters.0.words);
     }
 
     /// The counters as last published.
@@ -323,9 +321,7 @@ mod tests {
         assert_eq!(left, 30);
         counters.charge(Room::Ring, 10);
         assert_eq!(counters.recharge(Room::Ring, Room::Wait, left, 25), 30);
-        let published = Published::default();
-        published.publish(&counters);
-        let cycles = |room| published.read().cycles(room);
+        let cycles = |room| counters.snapshot().cycles(room);
         assert_eq!((cycles(Room::Ring), cycles(Room::Wait)), (30, 80));
     }
 
@@ -348,9 +344,7 @@ mod tests {
             let mut counters = Counters::default();
             counters.batch_inbound(len);
             counters.batch_outbound(0);
-            let published = Published::default();
-            published.publish(&counters);
-            let snapshot = published.read();
+            let snapshot = counters.snapshot();
             let mut want = [0; BATCH_CLASSES];
             want[class] = 1;
             assert_eq!(snapshot.batches_inbound(), want, "length {len}");
@@ -366,7 +360,11 @@ mod tests {
             .iter()
             .for_each(|reason| counters.drop_one(*reason));
         Room::ALL.iter().for_each(|room| counters.charge(*room, 1));
-        assert!(counters.words[..BATCH_IN_AT].iter().all(|word| *word == 1));
+        assert!(
+            counters.0.words[..BATCH_IN_AT]
+                .iter()
+                .all(|word| *word == 1)
+        );
         for (index, meter) in Meter::ALL.iter().enumerate() {
             assert_eq!(*meter as usize, index);
         }
