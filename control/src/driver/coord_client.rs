@@ -33,7 +33,7 @@ use tokio::time::timeout;
 use super::clock::{at, now, wall};
 use super::control_url::{ByteStream, ControlUrl};
 use super::names::Names;
-use super::noise_stream::NoiseStream;
+use super::noise_stream::{HANDSHAKE, NoiseStream, UPGRADE};
 use super::underlay::Underlay;
 use crate::coord::client::{
     AfterMap, LiteGate, Outcome, WATCHDOG, after_map_status, map_request, register_request,
@@ -335,7 +335,7 @@ impl Client {
                 .header(header::UPGRADE, UPGRADE)
                 .header(header::CONNECTION, "upgrade")
                 .header(header::CONTENT_LENGTH, 0)
-                .header("X-Tailscale-Handshake", handshake)
+                .header(HANDSHAKE, handshake)
                 .body(Empty::<Bytes>::new())?;
             let response = sender.send_request(request).await?;
             let protocol = response.headers().get(header::UPGRADE);
@@ -623,9 +623,6 @@ impl Client {
         });
     }
 }
-
-/// The value of `Upgrade`, exactly.
-const UPGRADE: &str = "tailscale-control-protocol";
 
 enum Polled {
     Stream(Incoming),

@@ -13,6 +13,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::noise::{EarlyPayload, Error, RECORD_LEN_MAX, Session};
 
+/// The value of `Upgrade` with which a client asks for Noise, exactly, and of the header with its
+/// handshake.
+pub(super) const UPGRADE: &str = "tailscale-control-protocol";
+pub(super) const HANDSHAKE: &str = "X-Tailscale-Handshake";
+
 /// Sealed bytes that may wait for the socket.
 const WRITE_BUFFER_MAX: usize = 64 * 1024;
 

@@ -210,6 +210,14 @@ mod tests {
         (result.map(|(addr, ())| addr.ip()), took, tried.into_inner())
     }
 
+    fn only_v6_connects(ip: IpAddr, otherwise: Fate) -> Fate {
+        if ip.is_ipv6() {
+            Fate::Connects(1)
+        } else {
+            otherwise
+        }
+    }
+
     fn dns(answer: &'static [&'static str]) -> Names {
         Names::by(move |_| Ok(answer.iter().map(|text| ip(text)).collect()))
     }
@@ -228,13 +236,7 @@ mod tests {
     #[tokio::test]
     async fn the_name_is_asked_for_the_family_without_an_address() {
         let names = dns(&["192.0.2.9", "2001:db8::1"]);
-        let fate = |ip: IpAddr| {
-            if ip.is_ipv6() {
-                Fate::Connects(1)
-            } else {
-                Fate::Refuses
-            }
-        };
+        let fate = |ip| only_v6_connects(ip, Fate::Refuses);
         let (won, _, tried) = race(&names, &target(&["192.0.2.1"], false, true), fate).await;
         assert_eq!(won.unwrap(), ip("2001:db8::1"));
         assert_eq!(tried, ["192.0.2.1", "2001:db8::1"]);
@@ -243,13 +245,7 @@ mod tests {
     #[tokio::test]
     async fn an_address_that_hangs_does_not_keep_the_name_from_being_asked() {
         let names = dns(&["192.0.2.9", "2001:db8::1"]);
-        let fate = |ip: IpAddr| {
-            if ip.is_ipv6() {
-                Fate::Connects(1)
-            } else {
-                Fate::Hangs
-            }
-        };
+        let fate = |ip| only_v6_connects(ip, Fate::Hangs);
         let (won, took, _) = race(&names, &target(&["192.0.2.1"], false, true), fate).await;
         assert_eq!(won.unwrap(), ip("2001:db8::1"));
         assert!(took >= NAME_DELAY.as_millis());

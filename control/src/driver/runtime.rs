@@ -4,7 +4,7 @@
 //! to know which of the two runs; who owns a stream asks [`Kind`] for the transport to use.
 
 use std::future::Future;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsRawFd;
 
 use anyhow::Context as _;
 use tokio::io::Interest;
@@ -53,12 +53,12 @@ where
     }
 }
 
-/// Something that becomes readable when the shards have news.
+/// Waits for a descriptor of ours to be readable.
 #[expect(
     deprecated,
-    reason = "the caveat is about types that lend their descriptor; this one owns it"
+    reason = "the caveat is about types that lend their descriptor; ours own it"
 )]
-pub(super) fn watch_descriptor(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+pub(super) fn watch_descriptor<T: AsRawFd>(fd: T) -> std::io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(fd, Interest::READABLE)
 }
 

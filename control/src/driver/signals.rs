@@ -8,8 +8,6 @@
 //! socket's file. Threads inherit that, so a signal waits, however early it comes, until somebody
 //! looks.
 
-use std::os::fd::{AsFd as _, OwnedFd};
-
 use anyhow::Context as _;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -58,20 +56,13 @@ impl Blocked {
     /// # Errors
     /// The runtime cannot watch another descriptor.
     pub fn listen(self) -> anyhow::Result<Signals> {
-        let readable = runtime::watch_descriptor(self.0.as_fd().try_clone_to_owned()?)?;
-        Ok(Signals {
-            fd: self.0,
-            readable,
-        })
+        Ok(Signals(runtime::watch_descriptor(self.0)?))
     }
 }
 
 /// Signals that somebody listens for.
 #[derive(Debug)]
-pub struct Signals {
-    fd: SignalFd,
-    readable: AsyncFd<OwnedFd>,
-}
+pub struct Signals(AsyncFd<SignalFd>);
 
 impl Signals {
     /// The next wish. Dropping the future loses none.
@@ -80,8 +71,8 @@ impl Signals {
     /// The descriptor cannot be read.
     pub async fn next(&self) -> anyhow::Result<Told> {
         loop {
-            let mut ready = self.readable.readable().await?;
-            let Some(found) = self.fd.read_signal()? else {
+            let mut ready = self.0.readable().await?;
+            let Some(found) = self.0.get_ref().read_signal()? else {
                 ready.clear_ready();
                 continue;
             };

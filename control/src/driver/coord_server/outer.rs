@@ -24,6 +24,7 @@ use super::metered::Metered;
 use super::{HANDSHAKE_TIMEOUT, HEADER_LEN_MAX, Shared};
 use crate::driver::control_url::ByteStream;
 use crate::driver::descriptors;
+use crate::driver::noise_stream::{HANDSHAKE, UPGRADE};
 use crate::driver::places::Place;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::wire::KeyResponse;
@@ -184,24 +185,19 @@ impl Outer {
             text(StatusCode::BAD_REQUEST, why)
         };
         let headers = request.headers();
-        match headers
-            .get(header::UPGRADE)
-            .map(http::HeaderValue::as_bytes)
-        {
+        match headers.get(header::UPGRADE) {
             None => return refuse("missing next protocol\n"),
-            Some(b"tailscale-control-protocol") => {}
+            Some(protocol) if protocol == UPGRADE => {}
             Some(_) => return refuse("unknown next protocol\n"),
         }
-        let Some(handshake) = headers.get("X-Tailscale-Handshake") else {
+        let Some(handshake) = headers.get(HANDSHAKE) else {
             return refuse("missing Tailscale handshake header\n");
         };
         let initiation = base64::engine::general_purpose::STANDARD.decode(handshake.as_bytes());
-        let Ok(initiation) = initiation else {
+        let initiation = initiation.ok().filter(|it| it.len() == INITIATION_LEN);
+        let Some(initiation) = initiation else {
             return refuse("invalid tailscale handshake header\n");
         };
-        if initiation.len() != INITIATION_LEN {
-            return refuse("invalid tailscale handshake header\n");
-        }
         let on = hyper::upgrade::on(&mut request);
         // A connection has one upgrade; a second request cannot follow the first 101.
         if self.upgrades.try_send(Upgrade { on, initiation }).is_err() {
@@ -209,7 +205,7 @@ impl Outer {
         }
         Response::builder()
             .status(StatusCode::SWITCHING_PROTOCOLS)
-            .header(header::UPGRADE, "tailscale-control-protocol")
+            .header(header::UPGRADE, UPGRADE)
             .header(header::CONNECTION, "upgrade")
             .body(Full::default())
             .expect("these headers can be sent")

@@ -516,7 +516,7 @@ async fn a_relay_that_dies_is_reported_redialled_and_given_up_as_home() {
     // Back at the same address with the same key, it is found again.
     let again = Lab::start_as(lab.dir, lab.addr.port(), |_| ());
     assert!(connected(&mut events).await.0);
-    assert!(a.is_connected(REGION));
+    assert!(a.status().regions[0].connected);
     drop(again);
 }
 

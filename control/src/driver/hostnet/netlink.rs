@@ -334,6 +334,10 @@ fn rule_message(rule: &Rule) -> RuleMessage {
 }
 
 /// None for a rule of a kind that we never make, and that is not ours.
+#[expect(
+    clippy::wildcard_enum_match_arm,
+    reason = "rules can do much that ours do not"
+)]
 fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
     let mut table = u32::from(message.header.table);
     let mut target = 0;
@@ -347,10 +351,6 @@ fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
         local: false,
         port: None,
     };
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "rules can do much that ours do not"
-    )]
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
@@ -365,24 +365,20 @@ fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
         }
     }
     rule.mark = mark.map(|mark| (mark, mask));
-    #[expect(
-        clippy::wildcard_enum_match_arm,
-        reason = "rules can do much that ours do not"
-    )]
-    let action = match message.header.action {
+    rule.action = match message.header.action {
         RuleAction::ToTable => Action::Table(table),
         RuleAction::Goto => Action::Goto(target),
         RuleAction::Nop => Action::Nop,
         _ => return None,
     };
-    rule.action = action;
     Some(FoundRule { rule, ours })
 }
 
 fn route_message(route: &Route, tun: u32) -> RouteMessage {
     let mut message = RouteMessage::default();
     let header = &mut message.header;
-    header.address_family = family(route.net.addr().is_ipv6());
+    let v6 = route.net.addr().is_ipv6();
+    header.address_family = family(v6);
     header.destination_prefix_length = route.net.prefix_len();
     header.table = route.table;
     header.protocol = RouteProtocol::Other(PROTOCOL);
@@ -394,25 +390,22 @@ fn route_message(route: &Route, tun: u32) -> RouteMessage {
     match route.way {
         Way::Throw => {
             header.kind = RouteType::Throw;
-            // When the host adds a route, the kernel looks for its gateway among routes of this scope and
-            // narrower ones only: with a wider one it would find the tunnel instead.
-            if route.net.addr().is_ipv4() {
-                header.scope = RouteScope::Link;
-            }
             // As the kernel has it; without, a deletion would take any route of that prefix.
-            if route.net.addr().is_ipv6() {
+            if v6 {
                 message.attributes.push(RouteAttribute::Oif(LOOPBACK));
             }
         }
         Way::Tunnel => {
             header.kind = RouteType::Unicast;
-            if route.net.addr().is_ipv4() {
-                header.scope = RouteScope::Link;
-            }
             message.attributes.push(RouteAttribute::Oif(tun));
         }
         // Only ever deleted: whatever it is, scope "nowhere" stands for any.
         Way::Stale => header.scope = RouteScope::NoWhere,
+    }
+    // When the host adds a route, the kernel looks for its gateway among routes of this scope and
+    // narrower ones only: with a wider one it would find the tunnel instead.
+    if !v6 && route.way != Way::Stale {
+        header.scope = RouteScope::Link;
     }
     message
 }

@@ -125,7 +125,8 @@ struct Node {
     /// The status socket's file, while there is somebody behind it.
     _socket_file: SocketFile,
     /// The configuration socket and what is asked there; none where it could not be made.
-    configuration: Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
+    _configuration_socket: Option<uapi::Socket>,
+    configuration: Option<mpsc::Receiver<uapi::Call>>,
     handshakes: RefCell<Handshakes>,
     questions: BTreeMap<u64, Call>,
     questions_asked: u64,
@@ -219,7 +220,7 @@ impl Node {
                     self.take_call(call);
                     self.call_budget.spend(thread_time().saturating_sub(began));
                 }
-                Some(call) = after(calls_open, next_configuration(&mut self.configuration)) => {
+                Some(call) = after(calls_open, next(&mut self.configuration)) => {
                     let began = thread_time();
                     self.take_configuration_call(call);
                     self.call_budget.spend(thread_time().saturating_sub(began));
@@ -342,14 +343,4 @@ async fn next<T>(source: &mut Option<mpsc::Receiver<T>>) -> Option<T> {
         *source = None;
     }
     event
-}
-
-/// The next request of the configuration socket, or never where there is none.
-async fn next_configuration(
-    source: &mut Option<(uapi::Socket, mpsc::Receiver<uapi::Call>)>,
-) -> Option<uapi::Call> {
-    match source {
-        Some((_, calls)) => calls.recv().await,
-        None => std::future::pending().await,
-    }
 }

@@ -163,11 +163,10 @@ impl Node {
         let (calls_sender, calls) = mpsc::channel(QUESTIONS_MAX);
         let (listener, socket_file) = local_api::listen(&state.socket())?;
         tokio::task::spawn_local(local_api::serve(listener, calls_sender));
-        let configuration = serve_configuration(dataplane.tun_name())
-            .inspect_err(|error| {
-                tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
-            })
-            .ok();
+        let configuration = serve_configuration(dataplane.tun_name()).inspect_err(|error| {
+            tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
+        });
+        let (_configuration_socket, configuration) = configuration.ok().unzip();
         let names = Names::default();
         let (relays, relay_events) = RelayPool::new(RelayOptions {
             names: names.clone(),
@@ -227,6 +226,7 @@ impl Node {
             addresses: Vec::new(),
             calls,
             _socket_file: socket_file,
+            _configuration_socket,
             configuration,
             handshakes: RefCell::default(),
             questions: BTreeMap::new(),

@@ -350,13 +350,6 @@ impl RelayPool {
         }
     }
 
-    /// Whether packets can go to a region now.
-    #[cfg(test)]
-    pub(super) fn is_connected(&self, region: RegionId) -> bool {
-        let links = self.0.links.borrow();
-        links.get(&region).is_some_and(|link| link.is_ready())
-    }
-
     /// The region at which a peer was last heard, if that connection stands.
     #[cfg(test)]
     pub(super) fn route(&self, peer: &NodePublic) -> Option<RegionId> {
