@@ -31,10 +31,10 @@ pub struct ControlUrl {
     tls: bool,
     host: String,
     port: u16,
-    /// How connections stay outside of the tunnel.
-    underlay: Underlay,
-    /// Who may vouch for the server.
-    roots: Arc<RootCertStore>,
+    /// How connections stay outside of the tunnel, if they are to.
+    pub(super) underlay: Underlay,
+    /// Who may vouch for the server; the web's roots if nobody sets them.
+    pub(super) roots: Arc<RootCertStore>,
 }
 
 impl ControlUrl {
@@ -73,18 +73,6 @@ impl ControlUrl {
             url.check_address(address)?;
         }
         Ok(url)
-    }
-
-    /// The same, for connections that stay outside of the tunnel.
-    #[must_use]
-    pub fn outside(self, underlay: Underlay) -> Self {
-        Self { underlay, ..self }
-    }
-
-    /// The same, for a server that one of these may vouch for; without, the web's roots may.
-    #[must_use]
-    pub fn trusting(self, roots: Arc<RootCertStore>) -> Self {
-        Self { roots, ..self }
     }
 
     /// Whether what the server says first can be changed on its way: plain HTTP to another machine.
@@ -252,9 +240,9 @@ mod tests {
         };
         let (private, another) = (listen(server).await, listen(mistaken).await);
         let connect = async |host, at: SocketAddr, roots, inside| {
-            let url = ControlUrl::parse(&format!("https://{host}:{}", at.port())).unwrap();
+            let mut url = ControlUrl::parse(&format!("https://{host}:{}", at.port())).unwrap();
             let limit = Duration::from_secs(5);
-            let url = url.trusting(roots);
+            url.roots = roots;
             let stream = url.connect(&Names::default(), limit, inside).await;
             stream.map(|_| ()).map_err(|error| format!("{error:#}"))
         };

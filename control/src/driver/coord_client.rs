@@ -103,8 +103,8 @@ impl CoordClient {
         roots: Arc<RootCertStore>,
         own_state: watch::Receiver<SelfState>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<CoordEvent>)> {
-        let url = ControlUrl::parse(&config.url)?;
-        let url = url.outside(underlay).trusting(roots);
+        let mut url = ControlUrl::parse(&config.url)?;
+        (url.underlay, url.roots) = (underlay, roots);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let redial = Arc::new(Notify::new());
         let os_release = std::fs::read_to_string("/proc/sys/kernel/osrelease");

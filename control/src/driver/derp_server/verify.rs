@@ -300,9 +300,10 @@ impl Asker {
         };
         let path = parsed.path_and_query().map_or("", |path| path.as_str());
         let path = if path.len() > 1 { path } else { VERIFY_PATH };
+        let mut url = ControlUrl::parse(&format!("{scheme}://{authority}"))?;
+        url.roots = roots::load(ca_file)?;
         Ok(Self {
-            url: ControlUrl::parse(&format!("{scheme}://{authority}"))?
-                .trusting(roots::load(ca_file)?),
+            url,
             path: path.to_owned(),
             names: Names::default(),
             slots: Semaphore::new(ASKED_MAX),

@@ -65,6 +65,14 @@ fn node(host: &str, cert_name: &str) -> DerpNode {
     }
 }
 
+/// A client and a relay whose handshake is over.
+fn established() -> (ClientTls, ServerTls) {
+    let (server, leaf) = relay_chain("192.0.2.7", &NodePublic([1; 32]));
+    let (mut c, mut s) = pair(&node("192.0.2.7", &verify::pin_of(&leaf)), server);
+    shuttle(&mut c, &mut s, 1 << 20).unwrap();
+    (c, s)
+}
+
 #[test]
 fn a_pinned_relay_is_trusted_and_its_key_comes_with_the_handshake() {
     let relay = crate::key::NodePrivate::from_random([3; 32]).public();
@@ -117,10 +125,7 @@ fn a_private_ca_counts_where_it_is_named_and_for_its_names_only() {
 
 #[test]
 fn data_goes_both_ways_in_full_records_and_ends_cleanly() {
-    let relay = NodePublic([1; 32]);
-    let (server, leaf) = relay_chain("192.0.2.7", &relay);
-    let (mut c, mut s) = pair(&node("192.0.2.7", &verify::pin_of(&leaf)), server);
-    shuttle(&mut c, &mut s, 1 << 20).unwrap();
+    let (mut c, mut s) = established();
     let big: Vec<u8> = (0..200_000_u32).map(|i| i.to_le_bytes()[0]).collect();
     c.seal(&big).unwrap();
     // 200,000 bytes are 12 full records and one more, 22 bytes of overhead each.
@@ -163,10 +168,7 @@ fn other_certificates_are_refused() {
 
 #[test]
 fn key_updates_without_end_leave_one_answer_and_then_end_the_connection() {
-    let relay = NodePublic([1; 32]);
-    let (server, leaf) = relay_chain("192.0.2.7", &relay);
-    let (mut c, mut s) = pair(&node("192.0.2.7", &verify::pin_of(&leaf)), server);
-    shuttle(&mut c, &mut s, 1 << 20).unwrap();
+    let (mut c, mut s) = established();
     let update = |c: &mut ClientTls, data: bool| {
         if let Ok(ConnectionState::WriteTraffic(traffic)) = c.engine.process(&mut []).state {
             traffic.refresh_traffic_keys().unwrap();
