@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// Bytes per read and write.
@@ -77,11 +77,15 @@ fn seconds_for(bytes: u64, rate_mbps: f64) -> anyhow::Result<f64> {
 
 /// Takes one connection and stores what it brings until it ends.
 pub(crate) fn receive(args: &ReceiveArgs) -> anyhow::Result<()> {
-    let mut file = File::create(&args.file)?;
     let listener =
         TcpListener::bind(args.at).with_context(|| format!("listening at {}", args.at))?;
+    store(&listener, &args.file, Duration::from_secs(args.timeout))
+}
+
+fn store(listener: &TcpListener, file: &Path, timeout: Duration) -> anyhow::Result<()> {
+    let mut file = File::create(file)?;
     let (mut stream, _) = listener.accept()?;
-    stream.set_read_timeout(Some(Duration::from_secs(args.timeout)))?;
+    stream.set_read_timeout(Some(timeout))?;
     let mut buffer = vec![0; CHUNK];
     let mut received = 0u64;
     loop {
@@ -107,26 +111,17 @@ mod tests {
         let (from, to) = (base.with_extension("in"), base.with_extension("out"));
         let bytes: Vec<u8> = (0..200_000u32).flat_map(u32::to_be_bytes).collect();
         std::fs::write(&from, &bytes)?;
-        let at: SocketAddr = {
-            // A port that was free a moment ago.
-            TcpListener::bind("127.0.0.1:0")?.local_addr()?
-        };
-        let receiving = ReceiveArgs {
-            file: to.clone(),
-            at,
-            timeout: 5,
-        };
-        let receiver = std::thread::spawn(move || receive(&receiving));
+        let listener = TcpListener::bind("127.0.0.1:0")?;
         let args = SendArgs {
             file: from.clone(),
-            to: at,
+            to: listener.local_addr()?,
             rate_mbps: 32.0,
         };
+        let stored = to.clone();
+        let receiver =
+            std::thread::spawn(move || store(&listener, &stored, Duration::from_secs(5)));
         let start = clock::now();
-        while send(&args).is_err() {
-            assert!(start.elapsed().as_secs() < 10, "no receiver");
-            clock::sleep(Duration::from_millis(10));
-        }
+        send(&args)?;
         assert!(
             start.elapsed().as_millis() >= 190,
             "800 kB at 32 Mb/s take 0.2 s"

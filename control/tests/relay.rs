@@ -6,9 +6,9 @@
 )]
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ringtail::derp::cert;
@@ -44,9 +44,11 @@ struct Relay {
 impl Relay {
     fn start(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let free = TcpListener::bind("127.0.0.1:0").unwrap();
-        let addr = free.local_addr().unwrap();
-        drop(free);
+        // On an address of this process, where nobody else takes a port.
+        static PORT: AtomicU16 = AtomicU16::new(10_000);
+        let [_, a, b, c] = std::process::id().to_be_bytes();
+        let port = PORT.fetch_add(1, Ordering::Relaxed);
+        let addr = SocketAddr::from(([127, 64 + a, b, c], port));
         let mut child = Command::new(env!("CARGO_BIN_EXE_ringtail"))
             // A huge page counts for 2 MiB, whatever is held of it.
             .env("MIMALLOC_ALLOW_THP", "0")

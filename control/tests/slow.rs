@@ -177,12 +177,6 @@ impl Drop for Server {
     }
 }
 
-/// A port that was free a moment ago.
-fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().port()
-}
-
 async fn tcp(to: SocketAddr) -> TcpStream {
     TcpStream::connect(to).await.unwrap()
 }
@@ -410,9 +404,11 @@ async fn the_coordination_server_outlasts_slow_clients_of_every_stage() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_relay_outlasts_slow_clients_of_every_stage() {
     let dir = tempfile::tempdir().unwrap();
-    let [main, plain, stun] = [(); 3].map(|()| free_port());
-    let addr = format!("127.0.0.1:{main}");
-    let (http, stun_port) = (plain.to_string(), stun.to_string());
+    // An address of this process, where nobody else takes a port.
+    let [_, a, b, c] = std::process::id().to_be_bytes();
+    let [main, plain, stun] =
+        [10_001, 10_002, 10_003].map(|port| SocketAddr::from(([127, 64 + a, b, c], port)));
+    let addr = main.to_string();
     let args = [
         "derp",
         "--hostname",
@@ -420,14 +416,12 @@ async fn the_relay_outlasts_slow_clients_of_every_stage() {
         "--addr",
         &addr,
         "--http-port",
-        &http,
+        "10002",
+        "--stun-port",
+        "10003",
     ];
-    let args = [&args[..], &["--stun-port", &stun_port]].concat();
     let server = Server::start(&args, dir.path());
     server.said("relay is up").await;
-    let main: SocketAddr = addr.parse().unwrap();
-    let plain = SocketAddr::from(([127, 0, 0, 1], plain));
-    let stun = SocketAddr::from(([127, 0, 0, 1], stun));
     let descriptors = server.descriptors();
 
     let secs = Duration::from_secs;
