@@ -210,12 +210,7 @@ fn costs(rows: &[&Row]) -> Vec<Vec<String>> {
     )];
     for row in rows {
         let figures = row.figures.get(&Kind::Tcp1);
-        let mut line = vec![row.name()];
-        line.push(
-            figures
-                .and_then(|f| f.cpu_s_per_gb)
-                .map_or_else(dash, |s| spread(s, 2)),
-        );
+        let mut line = vec![row.name(), shown(figures, |f| f.cpu_s_per_gb, 2)];
         for name in names {
             let cost = figures.and_then(|f| f.process_s_per_gb.get(name));
             line.push(cost.map_or_else(dash, |cost| format!("{cost:.2}")));
@@ -246,15 +241,12 @@ fn packets(rows: &[&Row]) -> Vec<Vec<String>> {
         if small.is_none() && full.is_none() {
             continue;
         }
-        let kpps = |f: Option<&Figures>| f.and_then(|f| f.kpps).map_or_else(dash, |s| spread(s, 0));
+        let kpps = |f| shown(f, |f| f.kpps, 0);
         let loss = |f: Option<&Figures>| {
             f.and_then(|f| f.loss_pct)
                 .map_or_else(dash, |s| format!("{:.1} %", s.median))
         };
-        let cost = |f: Option<&Figures>| {
-            f.and_then(|f| f.cpu_s_per_gb)
-                .map_or_else(dash, |s| spread(s, 2))
-        };
+        let cost = |f| shown(f, |f| f.cpu_s_per_gb, 2);
         table.push(vec![
             row.name(),
             kpps(small),
@@ -262,8 +254,7 @@ fn packets(rows: &[&Row]) -> Vec<Vec<String>> {
             cost(small),
             kpps(full),
             loss(full),
-            full.and_then(|f| f.gbps)
-                .map_or_else(dash, |s| spread(s, 2)),
+            shown(full, |f| f.gbps, 2),
             cost(full),
         ]);
     }
@@ -326,6 +317,17 @@ fn ping(figures: &Figures) -> String {
         (Some(p50), Some(p99)) => format!("{:.0} / {:.0}", p50.median, p99.median),
         (Some(_) | None, Some(_) | None) => dash(),
     }
+}
+
+/// A figure, or a dash where there is none.
+fn shown(
+    figures: Option<&Figures>,
+    figure: impl Fn(&Figures) -> Option<Spread>,
+    digits: usize,
+) -> String {
+    figures
+        .and_then(figure)
+        .map_or_else(dash, |s| spread(s, digits))
 }
 
 /// The median, and the range where rounds differ.
