@@ -23,6 +23,13 @@ use support::{End, HOUR, PEER, Pair, Setup, Stop, close, lab_or_skip, run, soon,
 const TOLD: Duration = Duration::from_secs(10);
 const MIB: usize = 1 << 20;
 
+/// Two ends that are direct.
+fn direct(setup: Setup) -> Pair {
+    let pair = Pair::new(setup);
+    pair.direct();
+    pair
+}
+
 #[track_caller]
 fn told(pair: &Pair, end: End, event: Event) {
     let heard = pair.wait_event(end, TOLD, |heard| *heard == event);
@@ -100,11 +107,10 @@ fn without_any_offload_everything_still_arrives() {
         gso: false,
         gro: false,
     };
-    let pair = Pair::new(Setup {
+    let pair = direct(Setup {
         offloads,
         ..Setup::default()
     });
-    pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 3));
     pair.transfer(End::A, End::B.inner4(), 2 * MIB);
 }
@@ -230,8 +236,7 @@ fn a_route_that_says_less_than_the_path_carries_costs_no_batches() {
 fn both_ends_may_start_at_once() {
     lab_or_skip!();
     for _ in 0..3 {
-        let pair = Pair::new(Setup::default());
-        pair.direct();
+        let pair = direct(Setup::default());
         pair.a.initiate(PEER);
         pair.b.initiate(PEER);
         let start = Instant::now();
@@ -255,11 +260,10 @@ fn either_engine_talks_to_the_other_on_several_shards() {
         [Boringtun, Ringtail],
         [Boringtun, Boringtun],
     ] {
-        let pair = Pair::new(Setup {
+        let pair = direct(Setup {
             engines,
             ..Setup::with_shards(2)
         });
-        pair.direct();
         for (from, to) in [(End::A, End::B), (End::B, End::A)] {
             assert!(pair.ping(from, to.inner4(), 2), "{engines:?}");
             pair.transfer(from, to.inner4(), 4 << 20);
@@ -272,8 +276,7 @@ fn either_engine_talks_to_the_other_on_several_shards() {
 #[test]
 fn with_two_shards_either_seals_for_the_peer() {
     lab_or_skip!();
-    let pair = Pair::new(Setup::with_shards(2));
-    pair.direct();
+    let pair = direct(Setup::with_shards(2));
     // The queue for a flow is that which its replies were written to, and replies are written by their
     // hash: half of these flows are sealed by one shard, half by the other.
     let sent = || {
@@ -463,11 +466,10 @@ fn no_flow_is_reordered_while_sealing_moves_to_its_shard() {
     /// On their way at once at most: less than what waits for keys, and than what any queue holds.
     const WINDOW: u64 = 96;
     // Pinned: the kernel itself reorders what a thread sends while it moves from one CPU to another.
-    let pair = Pair::new(Setup {
+    let pair = direct(Setup {
         pin: true,
         ..Setup::with_shards(2)
     });
-    pair.direct();
     let receiver = pair.bind(End::B, End::B.inner4());
     let to = receiver.local_addr().unwrap();
     let arrived = AtomicU64::new(0);
@@ -521,8 +523,7 @@ fn no_flow_is_reordered_while_sealing_moves_to_its_shard() {
 fn ipv6_with_more_extension_headers_than_are_walked_is_carried() {
     lab_or_skip!();
     for shards in [1, 2] {
-        let pair = Pair::new(Setup::with_shards(shards));
-        pair.direct();
+        let pair = direct(Setup::with_shards(shards));
         assert!(pair.ping(End::A, End::B.inner6(), 1));
         let receiver = pair.bind(End::B, End::B.inner6());
         let to = receiver.local_addr().unwrap();
@@ -559,8 +560,7 @@ fn ipv6_with_more_extension_headers_than_are_walked_is_carried() {
 #[test]
 fn garbage_is_counted_and_nothing_else_happens() {
     lab_or_skip!();
-    let pair = Pair::new(Setup::with_shards(2));
-    pair.direct();
+    let pair = direct(Setup::with_shards(2));
     assert!(pair.ping(End::A, End::B.inner4(), 1));
     let to = SocketAddr::new(End::B.outer4(), pair.b.local_port());
     pair.lab.inside(End::A, || {
@@ -610,8 +610,7 @@ fn a_second_node_on_the_same_port_is_refused() {
 #[test]
 fn congestion_marks_travel_through_the_tunnel() {
     lab_or_skip!();
-    let pair = Pair::new(Setup::default());
-    pair.direct();
+    let pair = direct(Setup::default());
     assert!(pair.ping(End::A, End::B.inner4(), 1));
     let b = pair.lab.name(End::B);
     let nft = |rules: &str| {
@@ -675,11 +674,10 @@ fn congestion_marks_travel_through_the_tunnel() {
 #[test]
 fn underlay_packets_carry_the_fwmark() {
     lab_or_skip!();
-    let pair = Pair::new(Setup {
+    let pair = direct(Setup {
         fwmark: 0x1234,
         ..Setup::default()
     });
-    pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 1));
     let a = pair.lab.name(End::A);
     run(&format!("ip -n {a} rule add fwmark 0x1234 prohibit"));
