@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ringtail_dataplane::Rules;
+use ringtail_dataplane::{Rules, named};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
@@ -114,33 +114,25 @@ impl HeldBack {
     }
 }
 
-/// Why a node may not take part.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum HoldReason {
-    /// Its key has expired.
-    #[default]
-    Expired,
-    /// It may not open connections to us. The filter has no rule per peer, and letting it in would
-    /// be worse than keeping it out.
-    Jailed,
-    /// It has neither a DISCO key nor a relay.
-    Unreachable,
-    /// The network gives it no access.
-    NoAccess,
+named! {
+    /// Why a node may not take part.
+    #[derive(Default, Serialize, Deserialize)]
+    #[serde(rename_all = "snake_case")]
+    pub enum HoldReason {
+        /// Its key has expired.
+        #[default]
+        Expired = "expired",
+        /// It may not open connections to us. The filter has no rule per peer, and letting it in would
+        /// be worse than keeping it out.
+        Jailed = "jailed",
+        /// It has neither a DISCO key nor a relay.
+        Unreachable = "unreachable",
+        /// The network gives it no access.
+        NoAccess = "no_access",
+    }
 }
 
 impl HoldReason {
-    /// The name in `ringtail status`.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Expired => "expired",
-            Self::Jailed => "jailed",
-            Self::Unreachable => "unreachable",
-            Self::NoAccess => "no_access",
-        }
-    }
-
     fn of(peer: &Peer) -> Self {
         if peer.expired {
             Self::Expired

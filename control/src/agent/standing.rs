@@ -46,7 +46,7 @@ impl Agent {
             if held.get(&node.node_key) == Some(&node.why) {
                 continue;
             }
-            let (peer, why) = (super::short_name(&node.name), node.why.as_str());
+            let (peer, why) = (super::short_name(&node.name), node.why.name());
             tracing::info!(peer, why, "a peer is held back");
             self.story("held_back", json!({"peer": peer, "why": why}));
         }

@@ -143,7 +143,7 @@ fn held_back_status(node: &HeldBack) -> Value {
         "allowed_ips": [],
         "key_expiry": standing::text(node.key_expiry),
         "expired": node.why == HoldReason::Expired,
-        "held_back": node.why.as_str(),
+        "held_back": node.why.name(),
         "path": null,
     })
 }

@@ -349,7 +349,7 @@ fn whoever_may_not_take_part_is_held_back_with_the_reason() {
             .iter()
             .map(|held| (held.node_key, held.why))
             .collect();
-        why.sort_by_key(|(_, why)| why.as_str());
+        why.sort_by_key(|(_, why)| why.name());
         let expected = [
             (node(3).0, HoldReason::Expired),
             (node(4).0, HoldReason::Jailed),
