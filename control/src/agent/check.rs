@@ -11,9 +11,8 @@ use crate::coord::SelfState;
 use crate::derp::DUPLICATE;
 use crate::derp::client::Said;
 use crate::derp::news::News;
-use crate::netcheck::{EndpointKind, Event, Interface, Report};
+use crate::netcheck::{Event, Interface, Report};
 use crate::netmap::DerpMap;
-use crate::netmap::wire;
 
 impl Agent {
     /// Takes the host's interfaces that are up and whether the system has IPv6 at all.
@@ -46,15 +45,10 @@ impl Agent {
 
     /// Measures anew for a person; the report follows as [`Output::Answer`].
     pub fn handle_netcheck_question(&mut self, now: Instant, question: u64) {
-        if self
-            .network
-            .as_ref()
-            .is_none_or(|network| network.derp_map.regions.is_empty())
-        {
+        let network = self.network.as_ref();
+        if network.is_none_or(|network| network.derp_map.regions.is_empty()) {
             let error = json!({"error": "there is no relay to measure: the DERP map is empty"});
-            self.out.push_back(Output::Answer(question, error));
-            self.out.push_back(Output::AnswerEnd(question));
-            return;
+            return self.answer(question, error);
         }
         self.netcheck_waiters.push(question);
         self.netcheck.start(now, true);
@@ -98,24 +92,17 @@ impl Agent {
     /// What coordination should know of us.
     pub fn self_report(&self) -> SelfState {
         let report = self.netcheck.last_report();
-        let latency = |map: &std::collections::BTreeMap<RegionId, Duration>, v6| {
-            map.iter()
-                .map(|(id, latency)| (id.0, v6, *latency))
-                .collect::<Vec<_>>()
-        };
-        let mut derp_latency = Vec::new();
-        if let Some(report) = report {
-            derp_latency = latency(&report.latency_v4, false);
-            derp_latency.extend(latency(&report.latency_v6, true));
-        }
+        let latencies = report.into_iter().flat_map(|report| {
+            let v4 = report.latency_v4.iter().map(|of| (of, false));
+            v4.chain(report.latency_v6.iter().map(|of| (of, true)))
+        });
+        let endpoints = self.endpoints.iter().map(|own| (own.addr, own.kind));
         SelfState {
-            endpoints: self
-                .endpoints
-                .iter()
-                .map(|own| (own.addr, wire_kind(own.kind)))
-                .collect(),
+            endpoints: endpoints.collect(),
             home_derp: self.home.map(|id| id.0),
-            derp_latency,
+            derp_latency: latencies
+                .map(|((id, latency), v6)| (id.0, v6, *latency))
+                .collect(),
             mapping_varies: report.and_then(|report| report.mapping_varies),
             working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
@@ -202,8 +189,7 @@ impl Agent {
         self.out.push_back(Output::Publish);
         let answer = self.netcheck_status();
         for question in std::mem::take(&mut self.netcheck_waiters) {
-            self.out.push_back(Output::Answer(question, answer.clone()));
-            self.out.push_back(Output::AnswerEnd(question));
+            self.answer(question, answer.clone());
         }
     }
 
@@ -240,15 +226,5 @@ impl Agent {
             "preferred_region": self.home.map(|id| self.region_code(id)),
             "regions": regions,
         })
-    }
-}
-
-fn wire_kind(kind: EndpointKind) -> wire::EndpointKind {
-    match kind {
-        EndpointKind::Local => wire::EndpointKind::Local,
-        EndpointKind::Stun => wire::EndpointKind::Stun,
-        EndpointKind::PortMapped => wire::EndpointKind::PortMapped,
-        EndpointKind::Stun4LocalPort => wire::EndpointKind::StunLocalPort,
-        EndpointKind::Explicit => wire::EndpointKind::Configured,
     }
 }

@@ -471,11 +471,7 @@ impl Agent {
             Ok(ping) => {
                 self.pings.insert(ping, question);
             }
-            Err(error) => {
-                self.out
-                    .push_back(Output::Answer(question, json!({"error": error})));
-                self.out.push_back(Output::AnswerEnd(question));
-            }
+            Err(error) => self.answer(question, json!({"error": error})),
         }
         self.settle(now);
     }
@@ -643,9 +639,13 @@ impl Agent {
     /// One answer is enough: the first of any way.
     fn answer_ping(&mut self, ping: PingId, answer: Value) {
         if let Some(question) = self.pings.remove(&ping) {
-            self.out.push_back(Output::Answer(question, answer));
-            self.out.push_back(Output::AnswerEnd(question));
+            self.answer(question, answer);
         }
+    }
+
+    fn answer(&mut self, question: u64, answer: Value) {
+        let end = Output::AnswerEnd(question);
+        self.out.extend([Output::Answer(question, answer), end]);
     }
 
     fn tell_relay_first(&mut self, id: PeerId, region: RegionId, out: bool) {

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use ringtail_dataplane::PeerId;
 
+use crate::netmap::wire::EndpointKind;
+
 /// How long a public endpoint stays listed.
 const CACHED: Duration = Duration::from_secs(5 * 60 + 10);
 const PER_IP_MAX: usize = 6;
@@ -17,21 +19,6 @@ const PER_V6_SUBNET_MAX: usize = 2;
 const CACHED_MAX: usize = 64;
 /// Own endpoints given out.
 const LISTED_MAX: usize = 64;
-
-/// Where an own endpoint comes from; the numbers are those of the map request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum EndpointKind {
-    /// An interface's address.
-    Local = 1,
-    /// Seen by STUN, or by a peer.
-    Stun = 2,
-    /// Mapped by the router.
-    PortMapped = 3,
-    /// The public address with our fixed port: a guess at a static forward.
-    Stun4LocalPort = 4,
-    /// Configured.
-    Explicit = 5,
-}
 
 /// One address we may be reached at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -161,7 +148,7 @@ impl OwnEndpoints {
         let configured = self
             .configured
             .iter()
-            .map(|addr| (*addr, EndpointKind::Explicit));
+            .map(|addr| (*addr, EndpointKind::Configured));
         let local = self.local.iter().map(|ip| {
             let addr = SocketAddr::new(*ip, self.port);
             (addr, EndpointKind::Local)
@@ -348,7 +335,7 @@ mod tests {
         let wanted = [
             EndpointKind::PortMapped,
             EndpointKind::Stun,
-            EndpointKind::Explicit,
+            EndpointKind::Configured,
             EndpointKind::Local,
         ];
         assert_eq!(kinds, wanted);

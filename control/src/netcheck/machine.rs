@@ -10,7 +10,7 @@ use ringtail_dataplane::stats::Counts;
 use ringtail_dataplane::{PeerId, RegionId};
 
 use super::check::{Check, News, Set};
-use super::endpoints::{EndpointKind, Interface, OwnEndpoint, OwnEndpoints};
+use super::endpoints::{Interface, OwnEndpoint, OwnEndpoints};
 use super::home::HomeChoice;
 use super::names::Names;
 use super::plan::{self, Known, ProbeSet};
@@ -18,6 +18,7 @@ use super::{
     Drop, EVENTS_MAX, Event, FULL_REPORT_INTERVAL, PERIOD_MAX, PERIOD_MIN, Report, TRANSMITS_MAX,
     Transmit,
 };
+use crate::netmap::wire::EndpointKind;
 use crate::netmap::{DerpMap, DerpNode, Family};
 use crate::stun;
 
@@ -435,7 +436,7 @@ impl Netcheck {
             ) {
                 public.push(OwnEndpoint {
                     addr: SocketAddr::new(addr.ip(), self.own.port),
-                    kind: EndpointKind::Stun4LocalPort,
+                    kind: EndpointKind::StunLocalPort,
                 });
             }
         }

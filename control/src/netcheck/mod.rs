@@ -32,7 +32,7 @@ mod machine;
 mod names;
 mod plan;
 
-pub use endpoints::{EndpointKind, Interface, OwnEndpoint};
+pub use endpoints::{Interface, OwnEndpoint};
 pub use machine::Netcheck;
 
 /// A whole report, HTTPS included, takes at most this.

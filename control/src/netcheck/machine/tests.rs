@@ -162,7 +162,7 @@ fn a_hard_nat_shows_and_its_second_mapping_is_noise() {
     // A fixed port may be forwarded statically: a guess worth a Ping.
     let guess = OwnEndpoint {
         addr: "198.51.100.7:41641".parse().unwrap(),
-        kind: EndpointKind::Stun4LocalPort,
+        kind: EndpointKind::StunLocalPort,
     };
     assert!(endpoints.contains(&guess));
 }

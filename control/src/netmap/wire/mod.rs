@@ -504,14 +504,11 @@ pub struct MapRequest {
 }
 
 /// How an endpoint of ours became known. The discriminants are the wire's `EndpointTypes`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum EndpointKind {
-    /// Unknown.
-    #[default]
-    Unknown = 0,
     /// Address of a local interface.
     Local = 1,
-    /// Seen by a STUN server.
+    /// Seen by a STUN server, or by a peer.
     Stun = 2,
     /// Given by a port mapping protocol.
     PortMapped = 3,
