@@ -380,11 +380,35 @@ fn patch(peer: &mut Arc<Node>, change: &PeerChange) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Peer;
     use super::*;
     use ipnet::IpNet;
     use serde::Deserialize;
+    use serde_json::json;
 
     const NOW: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
+
+    /// A table that has taken this message, the first.
+    fn state(first: MapResponse) -> MapState {
+        let mut state = MapState::new(own_key());
+        state.handle_response(NOW, first).unwrap();
+        state
+    }
+
+    /// Ourselves.
+    fn own() -> Node {
+        Node {
+            id: 1,
+            key: own_key(),
+            ..Node::default()
+        }
+    }
+
+    /// The tables of the test file.
+    fn table() -> Value {
+        let text = include_str!("../../tests/vectors/coordination-cases.json");
+        serde_json::from_str(text).unwrap()
+    }
 
     fn peers_changed(peers: Vec<Node>) -> MapResponse {
         MapResponse {
@@ -396,12 +420,10 @@ mod tests {
     /// Whatever a server sends, in one message or in many: the table has a size.
     #[test]
     fn what_a_server_sends_is_kept_within_bounds() {
-        let mut state = MapState::new(own_key());
-        let first = MapResponse {
+        let mut state = state(MapResponse {
             node: Some(Arc::default()),
             ..MapResponse::default()
-        };
-        state.handle_response(NOW, first).unwrap();
+        });
         let net: IpNet = "10.0.0.0/8".parse().unwrap();
         let node = |id: u8, prefixes: usize| Node {
             id: id.into(),
@@ -429,24 +451,19 @@ mod tests {
         let ids: Vec<i64> = state.peers.keys().copied().collect();
         assert_eq!(ids, [1, 2]);
         assert_eq!(state.prefixes, PREFIXES_MAX);
-        assert!(
-            state
-                .peers
-                .values()
-                .all(|peer| peer.endpoints.len() == ENDPOINTS_MAX)
-        );
+        let mut peers = state.peers.values();
+        assert!(peers.all(|peer| peer.endpoints.len() == ENDPOINTS_MAX));
     }
 
     #[test]
     fn rules_regions_and_users_are_kept_within_bounds() {
-        let mut state = MapState::new(own_key());
         let rule = |weight: usize| FilterRule {
             src_ips: vec![String::new(); weight - 1],
             ..FilterRule::default()
         };
-        let chunk = |name: &str, rules: Vec<FilterRule>| {
-            let chunks = [(name.to_owned(), Some(rules))].into_iter().collect();
-            state_chunks(chunks)
+        let chunk = |name: &str, rules: Vec<FilterRule>| MapResponse {
+            packet_filters: Some([(name.to_owned(), Some(rules))].into()),
+            ..MapResponse::default()
         };
         let regions = (1..=u32::try_from(REGIONS_MAX).unwrap() + 9)
             .map(|id| {
@@ -463,7 +480,7 @@ mod tests {
             id,
             ..UserProfile::default()
         });
-        let first = MapResponse {
+        let mut state = state(MapResponse {
             node: Some(Arc::default()),
             derp_map: Some(crate::netmap::wire::DerpMapUpdate {
                 regions: Some(regions),
@@ -471,16 +488,10 @@ mod tests {
             }),
             user_profiles: Some(users.collect()),
             ..MapResponse::default()
-        };
-        state.handle_response(NOW, first).unwrap();
+        });
         assert_eq!(state.derp_map.regions.len(), REGIONS_MAX);
-        assert!(
-            state
-                .derp_map
-                .regions
-                .values()
-                .all(|region| region.nodes.len() == RELAYS_MAX)
-        );
+        let mut regions = state.derp_map.regions.values();
+        assert!(regions.all(|region| region.nodes.len() == RELAYS_MAX));
         assert_eq!(state.users.len(), USERS_MAX);
         let half = FILTER_LEN_MAX / 2;
         for (name, rules, kept) in [
@@ -491,13 +502,6 @@ mod tests {
         ] {
             state.handle_response(NOW, chunk(name, rules)).unwrap();
             assert_eq!(state.filter_rules().count(), kept, "{name}");
-        }
-    }
-
-    fn state_chunks(chunks: BTreeMap<String, Option<Vec<FilterRule>>>) -> MapResponse {
-        MapResponse {
-            packet_filters: Some(chunks),
-            ..MapResponse::default()
         }
     }
 
@@ -514,7 +518,7 @@ mod tests {
 
     /// What the test files call a peer: the fields they list, as JSON.
     fn visible(node: &Node) -> Value {
-        serde_json::json!({
+        json!({
             "Key": node.key, "DiscoKey": node.disco_key, "HomeDERP": node.home_derp,
             "Endpoints": node.endpoints, "Online": node.online,
             "AllowedIPs": node.allowed_ips, "Name": node.name, "Expired": node.expired,
@@ -524,9 +528,7 @@ mod tests {
 
     #[test]
     fn every_merge_case_of_the_table_ends_in_the_expected_state() {
-        let text = include_str!("../../tests/vectors/coordination-cases.json");
-        let table: Value = serde_json::from_str(text).unwrap();
-        let cases: Vec<Case> = serde_json::from_value(table["merge"].clone()).unwrap();
+        let cases: Vec<Case> = serde_json::from_value(table()["merge"].clone()).unwrap();
         assert_eq!(cases.len(), 19);
         for case in cases {
             let mut state = MapState::new(own_key());
@@ -542,44 +544,24 @@ mod tests {
                 continue;
             }
             assert_eq!(error, None, "{}", case.name);
-            let expected = case.expect["peers"].as_object().unwrap();
+            let (name, expect) = (case.name, case.expect);
+            let expected = expect["peers"].as_object().unwrap();
             let ids: Vec<String> = state.peers().keys().map(i64::to_string).collect();
-            let expected_ids: Vec<&String> = expected.keys().collect();
-            assert_eq!(
-                ids.iter().collect::<Vec<_>>(),
-                expected_ids,
-                "{}",
-                case.name
-            );
+            assert!(ids.iter().eq(expected.keys()), "{name}: {ids:?}");
             for (id, node) in state.peers() {
                 let seen = visible(node);
                 for (field, value) in expected[&id.to_string()].as_object().unwrap() {
-                    assert_eq!(&seen[field], value, "{}: peer {id} {field}", case.name);
+                    assert_eq!(&seen[field], value, "{name}: peer {id} {field}");
                 }
             }
             let regions: Vec<String> = state.derp_map.regions.keys().map(u32::to_string).collect();
-            assert_eq!(
-                serde_json::json!(regions),
-                case.expect["regions"],
-                "{}",
-                case.name
-            );
+            assert_eq!(json!(regions), expect["regions"], "{name}");
             let score = state.derp_map.home_params.as_ref();
             let score = score.and_then(|params| params.region_score.clone());
-            assert_eq!(
-                serde_json::json!(score),
-                case.expect["region_score"],
-                "{}",
-                case.name
-            );
+            assert_eq!(json!(score), expect["region_score"], "{name}");
             let rules: Vec<&FilterRule> = state.filter_rules().collect();
-            assert_eq!(
-                serde_json::json!(rules),
-                case.expect["filter_rules"],
-                "{}",
-                case.name
-            );
-            assert_eq!(state.domain, case.expect["domain"].as_str().unwrap());
+            assert_eq!(json!(rules), expect["filter_rules"], "{name}");
+            assert_eq!(state.domain, expect["domain"].as_str().unwrap());
         }
     }
 
@@ -622,23 +604,13 @@ mod tests {
 
     #[test]
     fn a_repeated_message_changes_nothing() {
-        let text = include_str!("../../tests/vectors/coordination-cases.json");
-        let table: Value = serde_json::from_str(text).unwrap();
-        let full: MapResponse =
-            serde_json::from_value(table["merge"][0]["messages"][0].clone()).unwrap();
+        let full = table()["merge"][0]["messages"][0].clone();
+        let full: MapResponse = serde_json::from_value(full).unwrap();
         let mut state = MapState::new(own_key());
         let first = state.handle_response(NOW, full.clone()).unwrap();
-        assert_eq!(
-            first,
-            Applied {
-                changed: true,
-                first: true
-            }
-        );
-        assert_eq!(
-            state.handle_response(NOW, full).unwrap(),
-            Applied::default()
-        );
+        assert!(first.changed && first.first);
+        let again = state.handle_response(NOW, full).unwrap();
+        assert_eq!(again, Applied::default());
     }
 
     #[test]
@@ -651,19 +623,13 @@ mod tests {
             key_expiry: Some(WireTime(expiry)),
             ..Node::default()
         };
-        let first = MapResponse {
-            node: Some(Arc::new(Node {
-                id: 1,
-                key: own_key(),
-                ..Node::default()
-            })),
+        let state = state(MapResponse {
+            node: Some(Arc::new(own())),
             peers: Some(vec![Arc::new(peer)]),
             // The server's clock is half an hour ahead of ours.
             control_time: Some(WireTime(NOW + time::Duration::minutes(30))),
             ..MapResponse::default()
-        };
-        let mut state = MapState::new(own_key());
-        state.handle_response(NOW, first).unwrap();
+        });
         assert_eq!(state.snapshot(NOW, &[]).unwrap().peers.len(), 1);
         let due = state.next_expiry(NOW).unwrap();
         assert_eq!(due, NOW + time::Duration::minutes(30));
@@ -683,13 +649,10 @@ mod tests {
         };
         let mut first = heard(false, time::Duration::days(60));
         first.node = Some(Arc::new(Node {
-            id: 1,
-            key: own_key(),
             key_expiry: Some(WireTime(expiry)),
-            ..Node::default()
+            ..own()
         }));
-        let mut state = MapState::new(own_key());
-        state.handle_response(NOW, first).unwrap();
+        let mut state = state(first);
         let own = |state: &MapState| state.snapshot(NOW, &[]).unwrap().self_node.key_expiry;
         let by_ours = Some(expiry - time::Duration::days(60));
         assert_eq!(own(&state), by_ours);
@@ -713,20 +676,18 @@ mod tests {
                 ..Node::default()
             })
         };
-        let mut own = Node::clone(&node(1, 1));
-        own.key = own_key();
-        let message = MapResponse {
+        let own = Node {
+            home_derp: 1,
+            ..own()
+        };
+        let state = state(MapResponse {
             node: Some(Arc::new(own)),
             peers: Some(vec![node(1, 1), node(2, 0), node(3, 1)]),
             ..MapResponse::default()
-        };
-        let mut state = MapState::new(own_key());
-        state.handle_response(NOW, message).unwrap();
+        });
         let netmap = state.snapshot(NOW, &[]).unwrap();
-        assert_eq!(netmap.peers.iter().map(|p| p.id).collect::<Vec<_>>(), [3]);
-        assert_eq!(
-            netmap.held_back.iter().map(|p| p.id).collect::<Vec<_>>(),
-            [2]
-        );
+        let ids = |peers: &[Arc<Peer>]| peers.iter().map(|peer| peer.id).collect::<Vec<_>>();
+        assert_eq!(ids(&netmap.peers), [3]);
+        assert_eq!(ids(&netmap.held_back), [2]);
     }
 }
