@@ -81,10 +81,19 @@ pub fn host_header(host: &str, port: u16) -> String {
 pub fn parse_response(input: &[u8]) -> Result<Option<(usize, u16)>, HeadError> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut response = httparse::Response::new(&mut headers);
-    match response.parse(&input[..input.len().min(HEAD_LEN_MAX)]) {
-        Ok(httparse::Status::Complete(len)) => {
-            Ok(Some((len, response.code.ok_or(HeadError::Syntax)?)))
-        }
+    let Some(len) = head_len(input, |head| response.parse(head))? else {
+        return Ok(None);
+    };
+    Ok(Some((len, response.code.ok_or(HeadError::Syntax)?)))
+}
+
+/// Where a head ends; `None` while it is not complete.
+fn head_len<'a>(
+    input: &'a [u8],
+    parse: impl FnOnce(&'a [u8]) -> httparse::Result<usize>,
+) -> Result<Option<usize>, HeadError> {
+    match parse(&input[..input.len().min(HEAD_LEN_MAX)]) {
+        Ok(httparse::Status::Complete(len)) => Ok(Some(len)),
         Ok(httparse::Status::Partial) if input.len() >= HEAD_LEN_MAX => Err(HeadError::TooLong),
         Ok(httparse::Status::Partial) => Ok(None),
         Err(_) => Err(HeadError::Syntax),
@@ -131,13 +140,8 @@ pub fn parse_request(
 ) -> Result<Option<(usize, Request)>, HeadError> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut request = httparse::Request::new(&mut headers);
-    let len = match request.parse(&input[..input.len().min(HEAD_LEN_MAX)]) {
-        Ok(httparse::Status::Complete(len)) => len,
-        Ok(httparse::Status::Partial) if input.len() >= HEAD_LEN_MAX => {
-            return Err(HeadError::TooLong);
-        }
-        Ok(httparse::Status::Partial) => return Ok(None),
-        Err(_) => return Err(HeadError::Syntax),
+    let Some(len) = head_len(input, |head| request.parse(head))? else {
+        return Ok(None);
     };
     let method = request.method.unwrap_or("");
     let target = request.path.unwrap_or("/");
