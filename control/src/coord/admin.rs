@@ -264,12 +264,15 @@ mod tests {
         let again = plan([want].iter(), &Order::Expire { node: name() }, later).unwrap();
         assert!(again.0.is_none() && !again.1.changed);
 
-        let routes = nets(&["10.1.0.0/16", "::/0", "10.1.0.0/16"]);
-        let (write, done) = orders(&Order::Approve {
+        let approve = |routes: &[&str]| Order::Approve {
             node: name(),
-            routes,
-        })
-        .unwrap();
+            routes: nets(routes),
+        };
+        let revoke = |routes: &[&str]| Order::Revoke {
+            node: name(),
+            routes: nets(routes),
+        };
+        let (write, done) = orders(&approve(&["10.1.0.0/16", "::/0", "10.1.0.0/16"])).unwrap();
         let mut want = nodes[1].clone();
         want.approved = nets(&["10.1.0.0/16", "::/0"]);
         assert_eq!(write, Some(Write::Save(Box::new(want.clone()))));
@@ -277,27 +280,11 @@ mod tests {
             (done.approved, done.announced),
             (want.approved.clone(), nets(&["10.1.0.0/16"]))
         );
-        let routes = nets(&["10.1.0.1/16"]);
-        let refused = orders(&Order::Approve {
-            node: name(),
-            routes,
-        });
+        let refused = orders(&approve(&["10.1.0.1/16"]));
         assert_eq!(refused, Err(Refusal::HostBits(nets(&["10.1.0.1/16"])[0])));
-        let wide = Order::Revoke {
-            node: name(),
-            routes: nets(&["10.0.0.0/8"]),
-        };
+        let wide = revoke(&["10.0.0.0/8"]);
         assert!(plan([want.clone()].iter(), &wide, WALL).is_err());
-        let routes = nets(&["::/0"]);
-        let (_, done) = plan(
-            [want].iter(),
-            &Order::Revoke {
-                node: name(),
-                routes,
-            },
-            WALL,
-        )
-        .unwrap();
+        let (_, done) = plan([want].iter(), &revoke(&["::/0"]), WALL).unwrap();
         assert_eq!(done.approved, nets(&["10.1.0.0/16"]));
     }
 }
