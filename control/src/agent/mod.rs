@@ -6,6 +6,11 @@
 //! first network brings peers, rules and the DERP map; netcheck measures the relays and the agent
 //! takes the nearest as home; own endpoints go to coordination and into every CallMeMaybe; from
 //! then on the path machine decides per peer and the agent passes its decisions to the shards.
+//!
+//! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `enforce` puts it into
+//! force; `directory` is who is who, `sources` which address to send from, `revival` whom to greet,
+//! `standing` who may not take part, `twin` a copy of us, `check` netcheck and the home region;
+//! `status`, `story` and `configuration` are what people see.
 
 mod allowed;
 mod check;

@@ -23,7 +23,7 @@ pub struct Surroundings {
 }
 
 impl Agent {
-    /// The node, its peers and what was dropped, as JSON (`README.md` shows an example).
+    /// The node, its peers and what was dropped, as JSON.
     pub fn status(
         &self,
         now: Instant,

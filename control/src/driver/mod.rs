@@ -5,9 +5,10 @@
 //! - [`node`]: a node: the agent between the data plane and everything below.
 //! - [`device`]: a WireGuard device without coordination.
 //! - [`coord_server`]: the coordination server: listeners and HTTP/1 (`outer`), Noise and HTTP/2 with
-//!   its limits (`inner`), bodies (`answer`), the task that owns the state (`actor`).
-//! - [`derp_server`]: the relay: a connection before DERP (`head`) and as DERP (`connection`), who is
-//!   connected (`registry`), forwarding (`router`), memory and places (`door`), who may (`verify`).
+//!   every limit (`inner`), answers (`answer`), the task that owns the state (`actor`).
+//! - [`derp_server`]: the relay: a connection before DERP (`head`), and as DERP with its rate
+//!   (`connection`), who is connected (`registry`), forwarding (`router`), memory and places (`door`),
+//!   who may (`verify`).
 //!
 //! Towards other machines:
 //! - [`relay`]: connections to relays: dialling (`dial`), one connection and its back-off (`link`),
@@ -27,7 +28,8 @@
 //!
 //! Programs of this machine:
 //! - [`unix_socket`]: sockets that are ours alone; `accept`: the loop that serves them.
-//! - [`local_api`]: `ringtail status` and the like; [`status`]: what that shows.
+//! - [`local_api`]: `ringtail status` and the like; [`status`]: what drivers
+//!   add to what the agent says of node and peers.
 //! - [`uapi`]: the configuration socket that `wg` speaks to.
 //! - [`coord_admin`]: administrators' orders to a coordination server.
 //!

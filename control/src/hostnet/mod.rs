@@ -2,6 +2,9 @@
 //! map, the settings and what the host has; difference to what is there; nothing is read or
 //! written here. `driver/hostnet/` does that, on a thread of its own.
 //!
+//! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about,
+//! `resolvers` whom the host asks.
+//!
 //! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
 //! table of our own (52 unless told otherwise), and one rule of each family leads there, among
 //! tailscaled's (5210 to 5270; [`Places`]). What is ours bears the protocol number [`PROTOCOL`], by

@@ -1,7 +1,8 @@
 //! The network map: who is in the network, which relays it uses, who may send what to whom.
 //!
 //! [`wire`] has the JSON types, [`MapState`] applies a map stream's messages, [`Netmap`] is the
-//! snapshot handed to the agent, [`filter`] compiles packet filter rules for the data plane.
+//! snapshot handed to the agent. [`filter`] makes the server's packet filter rules into the data
+//! plane's, which compiles them for look-ups in its `filter/rules.rs`.
 
 mod derp_map;
 pub mod filter;

@@ -31,9 +31,9 @@
 //! it works all the same. Rules and numbers: `protocol/paths.md`; §15 and §15.1 where we differ
 //! from Tailscale on purpose.
 //!
-//! Rooms: `peer` is one peer's machine, in `state` (transitions, decision), `round` (Pings out,
-//! announcing), `receive` (DISCO in) and `timer` (ticks, trust, silence); `candidate`, `pings`,
-//! `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `limit` holds rates and
+//! Rooms: `peer` is one peer's machine, in `state` (transitions, decision, trust begun and renewed),
+//! `round` (Pings out and in which order, announcing), `receive` (DISCO in) and `timer` (ticks, trust
+//! that ends, silence); `candidate`, `pings`, `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `limit` holds rates and
 //! the names of what is dropped, `seen` what was received already.
 
 use std::net::SocketAddr;

@@ -22,6 +22,11 @@
 //! which belong to the shard that owns the peer: bits 8 to 15 of the receiver index name it, and
 //! [`Indexes`] knows which peer an index belongs to.
 //!
+//! Rooms: `machine` is our session (messages, batches, what an alarm does), `timers` its alarms,
+//! `keypair` the keys and their end, `counter` how many messages they sealed, `window` which they
+//! opened, `indexes` and `awaited` whose a receiver index is, `opened` what a batch held, `state` the
+//! session as data, `tunn` boringtun's.
+//!
 //! # The rules, and the tests that show them
 //!
 //! Sections are the WireGuard paper's. Messages themselves (§5.4) are [`crate::noise`]'s; the tests
