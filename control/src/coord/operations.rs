@@ -28,7 +28,7 @@ use crate::key::{DiscoPublic, MachinePublic, NodePublic};
 use crate::netmap::wire::{MapRequest, MapResponse, Node, RegisterRequest, WireTime};
 use crate::netmap::{DerpMap, MapState};
 
-const WALL: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
+pub(super) const WALL: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
 const EPHEMERAL_TIMEOUT: Duration = Duration::from_secs(300);
 /// Machines, and keys: fewer than two for each, so that they meet.
 const MACHINES: u8 = 5;
@@ -123,7 +123,7 @@ pub(crate) fn run(start: Instant, bytes: &[u8]) -> usize {
     world.messages
 }
 
-fn config() -> ServerConfig {
+pub(super) fn config() -> ServerConfig {
     ServerConfig {
         base_domain: "tail.test".to_owned(),
         user: "ringtail".to_owned(),

@@ -232,17 +232,18 @@ mod tests {
     use super::super::vectors::{self, Vectors};
     use super::*;
 
+    /// The client of the vectors and its message.
+    fn initiator(v: &Vectors) -> (Initiator, [u8; INITIATION_LEN]) {
+        let control = v.private("control_static").public();
+        let ephemeral = v.private("client_ephemeral");
+        Initiator::new(130, &v.private("client_static"), &control, ephemeral).unwrap()
+    }
+
     #[test]
     fn both_roles_reproduce_every_byte_of_the_vectors() {
         let v = Vectors::read();
         let (client, control) = (v.private("client_static"), v.private("control_static"));
-        let (initiator, message) = Initiator::new(
-            130,
-            &client,
-            &control.public(),
-            v.private("client_ephemeral"),
-        )
-        .unwrap();
+        let (initiator, message) = initiator(&v);
         assert_eq!(hex::encode(message), v.text("initiation_message"));
         let ephemeral = v.private("control_ephemeral");
         let (accepted, answer) = respond(&control, &message, &ephemeral).unwrap();
@@ -335,20 +336,14 @@ mod tests {
             );
         }
         let answer = v.bytes("response_message");
-        let initiator = || {
-            let client = v.private("client_static");
-            let e = v.private("client_ephemeral");
-            Initiator::new(130, &client, &control.public(), e)
-                .unwrap()
-                .0
-        };
         for bit in 0..answer.len() * 8 {
             let mut bad = answer.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
-            assert!(initiator().finish(&bad).is_err(), "bit {bit}");
+            assert!(initiator(&v).0.finish(&bad).is_err(), "bit {bit}");
         }
         for len in 0..answer.len() {
-            assert!(initiator().finish(&answer[..len]).is_err(), "length {len}");
+            let cut = initiator(&v).0.finish(&answer[..len]);
+            assert!(cut.is_err(), "length {len}");
         }
     }
 
@@ -375,11 +370,7 @@ mod tests {
 
     #[test]
     fn a_refusal_carries_the_servers_text() {
-        let v = Vectors::read();
-        let client = v.private("client_static");
-        let control = v.private("control_static").public();
-        let (initiator, _) =
-            Initiator::new(130, &client, &control, v.private("client_ephemeral")).unwrap();
+        let (initiator, _) = initiator(&Vectors::read());
         let refused = initiator.finish(b"\x03\x00\x03no!").unwrap_err();
         assert_eq!(refused, Error::Refused("no!".to_owned()));
         assert_eq!(Initiator::answer_body_len([3, 1, 0]), Ok(256));

@@ -9,7 +9,6 @@
 //!
 //! The sign of an error number differs, because `wg` reads it differently: negative in the reply to
 //! a `set`, positive in the reply to a `get`.
-#![forbid(unsafe_code)]
 
 mod parser;
 mod reply;

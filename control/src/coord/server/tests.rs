@@ -3,7 +3,6 @@
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use serde_json::{Value, json};
-use time::OffsetDateTime;
 
 use super::presence::TURNS_TIME;
 use super::reports::is_endpoint;
@@ -11,23 +10,17 @@ use super::*;
 use crate::coord::admin::{Order, Refusal, plan};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::frames::{Codec, FrameReader, encode};
-use crate::coord::operations::comparable;
+use crate::coord::operations::{self, WALL, comparable};
 use crate::key::DiscoPublic;
 use crate::netmap::wire::{
     MapRequest, Node, RegisterAuth, RegisterRequest, RegisterResponse, WireTime,
 };
 use crate::netmap::{MapState, PEERS_MAX};
 
-const WALL: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
-
 fn config() -> ServerConfig {
     ServerConfig {
-        base_domain: "tail.test".to_owned(),
-        user: "ringtail".to_owned(),
-        domain: "tail.test".to_owned(),
-        addresses: AddressPlan::default(),
         derp_map: serde_json::from_str(r#"{"Regions":{"900":{"RegionID":900}}}"#).unwrap(),
-        ephemeral_timeout: Duration::from_secs(300),
+        ..operations::config()
     }
 }
 
