@@ -281,7 +281,7 @@ fn to(messages: &[(u8, MapResponse)], n: u8) -> &MapResponse {
 /// A log-out: an expiry in the past.
 fn log_out(n: u8) -> RegisterRequest {
     RegisterRequest {
-        expiry: Some(WireTime(WALL - time::Duration::HOUR)),
+        expiry: Some(WireTime(WALL - time::Duration::SECOND)),
         ..registration(n)
     }
 }
