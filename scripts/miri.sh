@@ -4,8 +4,9 @@
 #
 #   scripts/miri.sh [FILTER...]      default: the list below
 #
-# Covered: the packet pool, whose buffers cross threads, header views and ECN, lanes, counting, paths and waiting
-# packets of a peer, what an arriving run is, indexes, windows, alarms and timestamps of sessions.
+# Covered: the packet pool, whose buffers cross threads, header views, the virtio-net header and ECN, lanes and shared
+# activity, counting, paths and waiting packets of a peer, what an arriving run is, indexes, windows, alarms and
+# timestamps of sessions.
 #
 # Miri interprets Rust and runs no machine code. So system calls (`ring`, `sys`, `udp`), vector instructions, and all
 # that uses the ring crate (`aead`, keypairs) cannot run; handshakes, whose curve takes minutes, and tests that repeat
@@ -20,8 +21,8 @@ NIGHTLY=nightly-2026-10-30
 filters=("$@")
 if [ ${#filters[@]} = 0 ]; then
   filters=(
-    channel::lane noise::tai64n open:: packet::{ecn,header,pool} peer::{path,waiting} session::{indexes,timers}
-    session::window::tests::{a_window,verdicts} stats::tests
+    channel::lane noise::tai64n open:: packet::{ecn,header,pool,vnet} peer::{activity,path,waiting}
+    session::{indexes,timers} session::window::tests::{a_window,verdicts} stats::tests
   )
 fi
 # Thousands of rounds.
