@@ -43,7 +43,7 @@ pub fn derp_client(now: Instant, input: &[u8]) {
         home: true,
     };
     let read = |pieces: &[&[u8]]| {
-        let private = NodePrivate::from_random([1; 32]);
+        let private = NodePrivate::clamped([1; 32]);
         let mut client = Client::new(private, &hello, [2; 24], now);
         let mut said = Vec::new();
         let end = pieces.iter().try_for_each(|piece| {
@@ -58,10 +58,10 @@ pub fn derp_client(now: Instant, input: &[u8]) {
 /// What a client says to a relay behind its ClientInfo.
 pub fn derp_server(input: &[u8]) {
     static HELLO: OnceLock<Vec<u8>> = OnceLock::new();
-    let private = NodePrivate::from_random([1; 32]);
+    let private = NodePrivate::clamped([1; 32]);
     let hello = HELLO.get_or_init(|| {
         let mut hello = Vec::new();
-        let client = NodePrivate::from_random([2; 32]);
+        let client = NodePrivate::clamped([2; 32]);
         let (relay, nonce) = (private.public(), [3; 24]);
         put_client_info(&mut hello, &client, &relay, nonce, &ClientInfo::node());
         hello
@@ -106,7 +106,7 @@ pub fn derp_parts(input: &[u8]) {
     if cert::relay_key([input]).is_some() {
         assert!(cert::is_meta(input));
     }
-    let private = NodePrivate::from_random([1; 32]);
+    let private = NodePrivate::clamped([1; 32]);
     let mut session = server::Session::default();
     let _ = session.handle_input(&private, input, &mut |_| ());
     let mut decoder = Decoder::default();
@@ -125,9 +125,9 @@ pub fn disco(input: &[u8]) {
     assert_eq!(class == Class::Disco, disco::sender(input).is_some());
     assert!(class != Class::Stun || stun::is_stun(input));
     static SHARED: OnceLock<SharedKey> = OnceLock::new();
-    let ours = DiscoPrivate::from_random([1; 32]);
+    let ours = DiscoPrivate::clamped([1; 32]);
     let shared = SHARED.get_or_init(|| {
-        let theirs = DiscoPrivate::from_random([2; 32]).public();
+        let theirs = DiscoPrivate::clamped([2; 32]).public();
         SharedKey::new(&ours, &theirs).expect("this key is not zero")
     });
     assert!(shared.open(input).is_err(), "nobody has sealed this");
@@ -162,10 +162,10 @@ pub fn stun(input: &[u8]) {
 /// set, otherwise records behind a good handshake, and what they might carry at the front.
 pub fn noise_client(input: &[u8]) {
     let (control, machine) = (
-        MachinePrivate::from_random([1; 32]),
-        MachinePrivate::from_random([2; 32]),
+        MachinePrivate::clamped([1; 32]),
+        MachinePrivate::clamped([2; 32]),
     );
-    let ephemeral = MachinePrivate::from_random([3; 32]);
+    let ephemeral = MachinePrivate::clamped([3; 32]);
     let (initiator, hello) = Initiator::new(1, &machine, &control.public(), ephemeral)
         .expect("these keys are of full order");
     let (bytes, pieces) = pieces(input);
@@ -173,7 +173,7 @@ pub fn noise_client(input: &[u8]) {
         assert!(initiator.finish(bytes).is_err(), "nobody has sealed this");
         return;
     }
-    let server = MachinePrivate::from_random([4; 32]);
+    let server = MachinePrivate::clamped([4; 32]);
     let (_, answer) = respond(&control, &hello, &server).expect("a good handshake");
     let mut session = initiator.finish(&answer).expect("a good answer");
     let (mut held, mut plaintext) = (BytesMut::new(), BytesMut::new());
@@ -198,8 +198,8 @@ pub fn noise_server(input: &[u8]) {
         .iter_mut()
         .zip(0x20..)
         .for_each(|(byte, value)| *byte = value);
-    let control = MachinePrivate::from_random(control);
-    let ephemeral = MachinePrivate::from_random([3; 32]);
+    let control = MachinePrivate::clamped(control);
+    let ephemeral = MachinePrivate::clamped([3; 32]);
     if let Ok((accepted, answer)) = respond(&control, input, &ephemeral) {
         assert!(!accepted.machine.is_zero());
         assert_eq!(answer.len(), RESPONSE_LEN);

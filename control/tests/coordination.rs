@@ -112,7 +112,7 @@ fn serve_on(listener: TcpListener, dir: &Path, control: [u8; 32]) -> (CoordServe
     let server = CoordServer::start(CoordServerConfig {
         listeners: vec![listener],
         tls: None,
-        control: MachinePrivate::from_random(control),
+        control: MachinePrivate::clamped(control),
         database: database(dir),
         server: ServerConfig {
             base_domain: "tail.test".to_owned(),
@@ -140,9 +140,9 @@ impl Node {
             url: format!("http://{address}"),
             auth_key: auth_key.map(|key| key.to_owned().into()),
             hostname: format!("node{seed}"),
-            machine: MachinePrivate::from_random([seed; 32]),
-            node: NodePrivate::from_random([seed ^ 0x80; 32]).public(),
-            disco: DiscoPrivate::from_random([seed ^ 0xc0; 32]).public(),
+            machine: MachinePrivate::clamped([seed; 32]),
+            node: NodePrivate::clamped([seed ^ 0x80; 32]).public(),
+            disco: DiscoPrivate::clamped([seed ^ 0xc0; 32]).public(),
             control_key: None,
         }
     }
@@ -239,7 +239,7 @@ async fn nodes_join_see_each_other_and_hear_of_changes_soon() {
         CoordEvent::ControlKey(key) => Some(key),
         _ => None,
     });
-    assert_eq!(key.await, MachinePrivate::from_random(CONTROL).public());
+    assert_eq!(key.await, MachinePrivate::clamped(CONTROL).public());
     let user = first.event(|event| match event {
         CoordEvent::Registered { user } => Some(user),
         _ => None,
@@ -366,7 +366,7 @@ async fn a_node_restarts_without_its_key_and_keeps_its_address_with_a_new_node_k
     node.netmap(|_| true).await;
     drop(node);
     let mut config = Node::config(address, 1, Some("again"));
-    config.node = NodePrivate::from_random([9; 32]).public();
+    config.node = NodePrivate::clamped([9; 32]).public();
     let mut node = Node::start(config);
     let renewed = node.netmap(|_| true).await;
     assert_eq!(renewed.self_node.id, first.self_node.id);
@@ -620,13 +620,13 @@ async fn malformed_input_is_counted_and_disturbs_nobody() {
     }
     // A good handshake of a stranger, then noise instead of Noise.
     use base64::Engine as _;
-    let control = MachinePrivate::from_random(CONTROL).public();
+    let control = MachinePrivate::clamped(CONTROL).public();
     for (version, garbage) in [
         (130, random(5000)),
         (130, vec![4, 0xff, 0xff]),
         (112, Vec::new()),
     ] {
-        let stranger = MachinePrivate::from_random([0x77; 32]);
+        let stranger = MachinePrivate::clamped([0x77; 32]);
         let e = MachinePrivate::generate();
         let (_, message) =
             ringtail::noise::Initiator::new(version, &stranger, &control, e).unwrap();

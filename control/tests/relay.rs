@@ -30,7 +30,7 @@ fn attack_time() -> Duration {
 }
 
 fn key(n: u8) -> NodePrivate {
-    NodePrivate::from_random([n; 32])
+    NodePrivate::clamped([n; 32])
 }
 
 /// `ringtail derp`, ended when this is dropped.

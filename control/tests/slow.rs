@@ -426,7 +426,7 @@ async fn the_relay_outlasts_slow_clients_of_every_stage() {
 
     let secs = Duration::from_secs;
     let mut holders = Holders::default();
-    let new_key = || NodePrivate::from_random(rand::random());
+    let new_key = || NodePrivate::clamped(rand::random());
     holders.add("silent", secs(10), &says("", ""), || tcp(main));
     // The head of a ClientHello of 512 bytes.
     let hello = says("\u{16}\u{3}\u{1}\u{2}\u{0}\u{1}\u{0}\u{1}", "\u{3}");

@@ -125,7 +125,7 @@ impl Server {
     /// A Noise connection of this machine, before anything is said on it.
     async fn noise(&self, from: [u8; 4], machine: u8) -> Option<NoiseStream<TcpStream>> {
         let mut stream = self.connect(from).await?;
-        let machine = MachinePrivate::from_random([machine; 32]);
+        let machine = MachinePrivate::clamped([machine; 32]);
         let ephemeral = MachinePrivate::generate();
         let (initiator, message) = Initiator::new(130, &machine, &self.control, ephemeral).unwrap();
         let message = base64::engine::general_purpose::STANDARD.encode(message);

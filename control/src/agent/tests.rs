@@ -13,8 +13,8 @@ use crate::testing::start;
 
 fn node(seed: u8) -> (NodePublic, DiscoPrivate) {
     (
-        NodePrivate::from_random([seed; 32]).public(),
-        DiscoPrivate::from_random([seed ^ 0xff; 32]),
+        NodePrivate::clamped([seed; 32]).public(),
+        DiscoPrivate::clamped([seed ^ 0xff; 32]),
     )
 }
 

@@ -206,7 +206,7 @@ mod tests {
     }
 
     fn peer(seed: u8, home: &str, address: &str) -> String {
-        let key = NodePrivate::from_random([seed; 32]).public();
+        let key = NodePrivate::clamped([seed; 32]).public();
         format!("[[peer]]\nnode_key = \"{key}\"\nhome = {home}\naddresses = [\"{address}\"]\n")
     }
 

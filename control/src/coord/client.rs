@@ -449,7 +449,7 @@ mod tests {
             url: String::new(),
             auth_key: Some("secret-key".to_owned().into()),
             hostname: "edge1".to_owned(),
-            machine: MachinePrivate::from_random([1; 32]),
+            machine: MachinePrivate::clamped([1; 32]),
             node: NodePublic([2; 32]),
             disco: DiscoPublic([3; 32]),
             control_key: None,

@@ -247,7 +247,7 @@ mod tests {
     const ELSEWHERE: [Option<RegionId>; 2] = [Some(OURS), None];
 
     fn peer() -> NodePublic {
-        NodePrivate::from_random([1; 32]).public()
+        NodePrivate::clamped([1; 32]).public()
     }
 
     fn ways(routes: &mut Routes, ms: u64, now: Instant) -> [Option<RegionId>; 2] {

@@ -20,7 +20,7 @@ impl Vectors {
     }
 
     pub(crate) fn private(&self, name: &str) -> NodePrivate {
-        NodePrivate::from_random(unhex(&self.0["keys"][name]["private"]).try_into().unwrap())
+        NodePrivate::clamped(unhex(&self.0["keys"][name]["private"]).try_into().unwrap())
     }
 
     pub(crate) fn public(&self, name: &str) -> NodePublic {
@@ -107,7 +107,7 @@ impl Session {
     }
 
     pub(crate) fn key(&self, name: &str) -> NodePrivate {
-        NodePrivate::from_random(self.bytes(name).try_into().unwrap())
+        NodePrivate::clamped(self.bytes(name).try_into().unwrap())
     }
 
     pub(crate) fn text(&self, name: &str) -> &str {

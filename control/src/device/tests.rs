@@ -247,7 +247,7 @@ fn changes_name_what_the_data_plane_must_be_told() {
         let changes = device.apply(steps([Step::Peer(key(1)), step.clone()]));
         assert_eq!(changes.peers, BTreeSet::from([id]), "{step:?}");
     }
-    let own = NodePrivate::from_random([9; 32]);
+    let own = NodePrivate::clamped([9; 32]);
     let transaction = Transaction {
         private_key: Some(Some(own)),
         ..Transaction::default()

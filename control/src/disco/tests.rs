@@ -15,7 +15,7 @@ fn bytes(value: &Value) -> Vec<u8> {
 }
 
 fn private(value: &Value) -> DiscoPrivate {
-    DiscoPrivate::from_random(bytes(value).try_into().unwrap())
+    DiscoPrivate::clamped(bytes(value).try_into().unwrap())
 }
 
 fn nonce(vectors: &Value) -> [u8; NONCE_LEN] {
@@ -187,7 +187,7 @@ fn flipping_any_bit_of_tag_nonce_or_key_closes_the_box() {
     for len in 0..BODY_AT {
         assert_eq!(key.open(&sealed[..len]), Err(OpenError::Short));
     }
-    assert!(SharedKey::new(&DiscoPrivate::from_random([7; 32]), &DiscoPublic([0; 32])).is_none());
+    assert!(SharedKey::new(&DiscoPrivate::clamped([7; 32]), &DiscoPublic([0; 32])).is_none());
 }
 
 #[test]
@@ -217,8 +217,8 @@ fn cut_odd_and_unknown_messages_end_as_the_page_says() {
 fn random_bytes_never_panic() {
     let mut rng = StdRng::seed_from_u64(0xd15c0);
     let key = SharedKey::new(
-        &DiscoPrivate::from_random([1; 32]),
-        &DiscoPrivate::from_random([2; 32]).public(),
+        &DiscoPrivate::clamped([1; 32]),
+        &DiscoPrivate::clamped([2; 32]).public(),
     )
     .unwrap();
     for _ in 0..20_000 {

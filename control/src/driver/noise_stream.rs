@@ -193,8 +193,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     fn sessions() -> (Session, Session) {
-        let [client, control, e_c, e_s] =
-            [1, 2, 3, 4].map(|b| MachinePrivate::from_random([b; 32]));
+        let [client, control, e_c, e_s] = [1, 2, 3, 4].map(|b| MachinePrivate::clamped([b; 32]));
         let (initiator, message) = Initiator::new(130, &client, &control.public(), e_c).unwrap();
         let (accepted, answer) = respond(&control, &message, &e_s).unwrap();
         (initiator.finish(&answer).unwrap(), accepted.session)

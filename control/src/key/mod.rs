@@ -129,11 +129,11 @@ macro_rules! private_key {
         impl $name {
             /// A new key from the operating system's randomness, clamped.
             pub fn generate() -> Self {
-                Self::from_random(rand::random())
+                Self::clamped(rand::random())
             }
 
-            /// A new key from 32 random bytes, clamped as every private key is when it is made.
-            pub fn from_random(mut bytes: [u8; KEY_LEN]) -> Self {
+            /// A key from 32 bytes, random ones for a new key, clamped as every private key is when it is made.
+            pub fn clamped(mut bytes: [u8; KEY_LEN]) -> Self {
                 bytes[0] &= 248;
                 bytes[31] = bytes[31] & 127 | 64;
                 Self(bytes)
@@ -206,7 +206,7 @@ mod tests {
 
     #[test]
     fn text_forms_round_trip_and_refuse_other_types() {
-        let private = NodePrivate::from_random([7; 32]);
+        let private = NodePrivate::clamped([7; 32]);
         let public = private.public();
         assert_eq!(public.to_string().parse::<NodePublic>().unwrap(), public);
         assert_eq!(
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_private_key_never_prints_itself() {
-        let private = NodePrivate::from_random([7; 32]);
+        let private = NodePrivate::clamped([7; 32]);
         assert_eq!(format!("{private:?}"), "NodePrivate(secret)");
     }
 
@@ -238,7 +238,7 @@ mod tests {
         let mut bytes = [0xa1; 32];
         (bytes[0], bytes[31]) = (0xa0, 0x61);
         assert_eq!(
-            NodePrivate::from_random(bytes).public().to_hex(),
+            NodePrivate::clamped(bytes).public().to_hex(),
             "c306fb0ef2bf8b7f93bad98155fa37daec74db0c4cbeda6c6f1dba9d36558252"
         );
     }

@@ -350,7 +350,7 @@ mod tests {
     #[test]
     fn another_server_key_and_points_of_low_order_are_refused() {
         let v = Vectors::read();
-        let other = MachinePrivate::from_random([9; 32]);
+        let other = MachinePrivate::clamped([9; 32]);
         let message = v.bytes("initiation_message");
         let refused = respond(&other, &message, &v.private("control_ephemeral"));
         assert_eq!(refused.unwrap_err(), Error::Authentication);
@@ -397,7 +397,7 @@ mod tests {
         let up = hex::decode(text("key_client_to_server")).unwrap();
         let down = hex::decode(text("key_server_to_client")).unwrap();
         assert!(session.sealer.has_key(&up) && session.opener.has_key(&down));
-        let e = MachinePrivate::from_random([3; 32]);
+        let e = MachinePrivate::clamped([3; 32]);
         let (accepted, _) = respond(&control, &message, &e).unwrap();
         assert_eq!(accepted.machine, client.public());
     }

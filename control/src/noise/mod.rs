@@ -98,7 +98,7 @@ mod vectors {
     }
 
     pub(super) fn private(text: &str) -> MachinePrivate {
-        MachinePrivate::from_random(hex::decode(text).unwrap().try_into().unwrap())
+        MachinePrivate::clamped(hex::decode(text).unwrap().try_into().unwrap())
     }
 
     pub(super) fn recorded() -> Value {

@@ -93,7 +93,7 @@ impl Transaction {
             "private_key" => {
                 let mut bytes = value::key(value)?;
                 // Clamped as `wg genkey` does; `get` shows the key that is really used.
-                let private = (bytes != [0; 32]).then(|| NodePrivate::from_random(bytes));
+                let private = (bytes != [0; 32]).then(|| NodePrivate::clamped(bytes));
                 bytes.zeroize();
                 self.private_key = Some(private);
             }

@@ -33,7 +33,7 @@ const REGION: RegionId = RegionId(900);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn key(n: u8) -> NodePrivate {
-    NodePrivate::from_random([n; 32])
+    NodePrivate::clamped([n; 32])
 }
 
 struct Lab {

@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn paths_are_written_when_they_change_and_not_for_every_pong() {
         let path = |seed: u8, addr: &str, at, mtu| StoredPath {
-            node_key: NodePrivate::from_random([seed; 32]).public(),
+            node_key: NodePrivate::clamped([seed; 32]).public(),
             addr: addr.parse().unwrap(),
             at,
             rtt_us: at % 1000,

@@ -19,7 +19,7 @@ fn count(script: &Script, drop: Drop) -> u64 {
 #[test]
 fn every_kind_of_junk_is_counted_under_its_name_and_answered_by_nothing() {
     let mut script = Script::new(Config::default(), &[]);
-    let stranger = DiscoPrivate::from_random([9; 32]);
+    let stranger = DiscoPrivate::clamped([9; 32]);
     let tx_id = [1; 12];
     let source = addr(C1);
     let call = Message::CallMeMaybe {
@@ -49,7 +49,7 @@ fn every_kind_of_junk_is_counted_under_its_name_and_answered_by_nothing() {
         assert_eq!(result, Err(drop), "{name}");
         assert_eq!(count(&script, drop), 1, "{name}");
     }
-    let stranger = NodePrivate::from_random([8; 32]).public();
+    let stranger = NodePrivate::clamped([8; 32]).public();
     let result = script.relayed(stranger, &called);
     assert_eq!(result, Err(Drop::WrongRelaySource));
     script.run_to(ms(10_000));
@@ -67,8 +67,8 @@ fn a_relayed_message_must_come_from_the_node_that_owns_the_key() {
     let mut script = Script::new(Config::default(), &[]);
     let other = PeerSetup {
         id: PeerId(1),
-        node_key: NodePrivate::from_random([8; 32]).public(),
-        disco_key: Some(DiscoPrivate::from_random([9; 32]).public()),
+        node_key: NodePrivate::clamped([8; 32]).public(),
+        disco_key: Some(DiscoPrivate::clamped([9; 32]).public()),
         ..script.setup.clone()
     };
     let both = [script.setup.clone(), other.clone()];
@@ -82,7 +82,7 @@ fn a_relayed_message_must_come_from_the_node_that_owns_the_key() {
 pub(super) fn twin(script: &Script) -> PeerSetup {
     PeerSetup {
         id: PeerId(1),
-        node_key: NodePrivate::from_random([8; 32]).public(),
+        node_key: NodePrivate::clamped([8; 32]).public(),
         ..script.setup.clone()
     }
 }
@@ -110,7 +110,7 @@ fn two_nodes_of_one_process_share_a_disco_key_and_the_hint_tells_them_apart() {
         (false, true)
     );
     assert_eq!(ping(None, 2, "198.51.100.2:1"), (true, true));
-    let stranger = NodePrivate::from_random([7; 32]).public();
+    let stranger = NodePrivate::clamped([7; 32]).public();
     assert_eq!(ping(Some(stranger), 3, "198.51.100.3:1"), (true, true));
 }
 
@@ -150,7 +150,7 @@ fn a_new_disco_key_of_a_peer_is_used_at_once() {
     let mut script = Script::new(Config::default(), &[C1]);
     script.data();
     script.run_to(ms(2000));
-    let fresh = DiscoPrivate::from_random([77; 32]);
+    let fresh = DiscoPrivate::clamped([77; 32]);
     script.setup.disco_key = Some(fresh.public());
     script.set_peers(&[script.setup.clone()]);
     let old = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
@@ -258,7 +258,7 @@ fn a_peer_that_calls_all_the_time_is_heard_ten_times_a_second() {
 #[test]
 fn strangers_on_a_relay_cost_no_opening() {
     let mut script = Script::new(Config::default(), &[]);
-    let stranger = NodePrivate::from_random([8; 32]).public();
+    let stranger = NodePrivate::clamped([8; 32]).public();
     let ping = script.their_ping();
     let mut forged = script.seal(&ping);
     for n in 0..2000_u32 {
@@ -284,7 +284,7 @@ fn random_and_mutated_datagrams_and_orders_of_verbs_never_panic_nor_spin() {
         let mut script = Script::new(Config::default(), &[C1, "[2001:db8::1]:5"]);
         script.answer_some(C1, ms(15), |count, _| count % 7 != 0);
         let secret = {
-            let ours = DiscoPrivate::from_random([2; 32]).public();
+            let ours = DiscoPrivate::clamped([2; 32]).public();
             SharedKey::new(&script.their_disco, &ours).unwrap()
         };
         let mut at = 0;

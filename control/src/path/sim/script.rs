@@ -74,12 +74,12 @@ impl Script {
     /// A peer with these endpoints in the network map, none of which answers yet, and a home.
     pub(super) fn new(config: Config, endpoints: &[&str]) -> Self {
         let start = testing::start();
-        let ours = NodePrivate::from_random([1; 32]).public();
-        let our_disco = DiscoPrivate::from_random([2; 32]);
-        let their_disco = DiscoPrivate::from_random([4; 32]);
+        let ours = NodePrivate::clamped([1; 32]).public();
+        let our_disco = DiscoPrivate::clamped([2; 32]);
+        let their_disco = DiscoPrivate::clamped([4; 32]);
         let setup = PeerSetup {
             id: PEER,
-            node_key: NodePrivate::from_random([3; 32]).public(),
+            node_key: NodePrivate::clamped([3; 32]).public(),
             disco_key: Some(their_disco.public()),
             home: Some(REGION),
             endpoints: endpoints.iter().map(|text| addr(text)).collect(),

@@ -161,8 +161,8 @@ impl World {
         let start = testing::start();
         let mut rng = StdRng::seed_from_u64(seed);
         let keys = [0, 1].map(|_: u8| {
-            let node = NodePrivate::from_random(rng.random()).public();
-            (node, DiscoPrivate::from_random(rng.random()))
+            let node = NodePrivate::clamped(rng.random()).public();
+            (node, DiscoPrivate::clamped(rng.random()))
         });
         let mut index = 0;
         let nodes = places.map(|(zone, addrs, configured)| {
