@@ -16,7 +16,8 @@ use super::derp_map::DerpMap;
 use super::wire::{FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime};
 use crate::key::NodePublic;
 
-/// Peers kept at most; as many as the data plane holds. Further ones are left out.
+/// Peers kept at most; as many as the data plane holds. Further ones are left out, and nothing counts them:
+/// `peers_refused` of the status is what the agent, which sees those kept, has no room for.
 pub const PEERS_MAX: usize = ringtail_dataplane::PEERS_MAX;
 
 /// Problems that the server wants to be shown, kept at most.
@@ -324,7 +325,7 @@ impl MapState {
     }
 }
 
-/// For those who follow a server's streams.
+/// For tests and fuzz targets, which follow a server's streams.
 #[cfg(any(test, feature = "internals"))]
 impl MapState {
     /// The peer table as received and merged, by node id.
