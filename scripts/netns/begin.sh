@@ -22,17 +22,3 @@ RINGTAIL=$BIN/ringtail BENCH=${BENCH:-$BIN/ringtail-bench}
 . scripts/netns/story.sh
 lab_init
 [ "${1:-}" != --keep ] || : >"$LAB_DIR/keep"
-
-# The end of a test: what its checks came to, and where one failed, the last words of all programs. Logs and events are
-# left in $RINGTAIL_TEST_LOGS then.
-verdict() {
-  echo
-  echo "$(basename "$0" .sh): $(counted ok) passed, $(counted FAIL) failed"
-  [ "$(counted FAIL)" != 0 ] || return 0
-  tailnet_logs
-  if [ -n "${RINGTAIL_TEST_LOGS:-}" ]; then
-    mkdir -p "$RINGTAIL_TEST_LOGS"
-    find "$LAB_DIR" -maxdepth 1 \( -name '*.log' -o -name '*.events' \) -exec cp -t "$RINGTAIL_TEST_LOGS" {} +
-  fi
-  return 1
-}

@@ -4,6 +4,8 @@
 #   check NAME COMMAND...       holds a check: "ok" or "FAIL" and the name, here and in the file $CHECKS
 #   counted WORD                how many lines of that file begin so
 #   not, pause, within          what checks are made of
+#   verdict                     the end: what the checks came to; where one failed, all programs' last words, and
+#                               status 1 (it needs tailnet.sh)
 
 # $TITLE, if there is one, stands before the name, and behind it what the command leaves in $SAID. What the command
 # prints is shown when it fails.
@@ -30,4 +32,18 @@ within() { # SECONDS COMMAND...: until it succeeds
     [ $SECONDS -lt $end ] || return 1
     pause 0.1
   done
+}
+
+# The end of a test: what its checks came to, and where one failed, the last words of all programs. Logs and events are
+# left in $RINGTAIL_TEST_LOGS then.
+verdict() {
+  echo
+  echo "$(basename "$0" .sh): $(counted ok) passed, $(counted FAIL) failed"
+  [ "$(counted FAIL)" != 0 ] || return 0
+  tailnet_logs
+  if [ -n "${RINGTAIL_TEST_LOGS:-}" ]; then
+    mkdir -p "$RINGTAIL_TEST_LOGS"
+    find "$LAB_DIR" -maxdepth 1 \( -name '*.log' -o -name '*.events' \) -exec cp -t "$RINGTAIL_TEST_LOGS" {} +
+  fi
+  return 1
 }
