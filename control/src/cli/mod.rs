@@ -1,4 +1,7 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
+//!
+//! Rooms, each a command or several: `up` the node, `query` questions to it, `coord` the coordination
+//! server, `derp` the relay, `device` a WireGuard device, `keys` those for it.
 
 mod coord;
 mod derp;

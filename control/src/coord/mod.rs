@@ -2,6 +2,11 @@
 //!
 //! Protocol ts2021 (`protocol/coordination.md`). The machines here decide and never touch a socket
 //! or a clock; `driver::coord_client` and `driver::coord_server` move the bytes.
+//!
+//! Rooms: `client` is a node's side, `server` the other; there `address` says which addresses and name
+//! a node gets, `auth_key` what lets a machine in, `admin` what an administrator orders, `routes` who
+//! carries which prefix. `frames` cuts a map stream into messages, `backoff` spaces attempts,
+//! `operations` is what the fuzzer and the tests do with a server.
 
 pub mod address;
 pub mod admin;

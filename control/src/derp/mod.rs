@@ -9,6 +9,8 @@
 //! bytes; [`queue`] is what waits to be written, [`routes`] where peers are found, and [`news`] what
 //! becomes of connections.
 //!
+//! Of a relay alone: [`admission`] is whom it serves, [`budget`] how much memory what waits may take, and of whom.
+//!
 //! Source: `derp/derp.go`, `derp/derp_client.go`, `derp/derpserver` in tailscale/tailscale.
 
 pub mod admission;

@@ -5,6 +5,8 @@
 //! gives port and mark to the sockets, which may fail, and then [`Device::apply`] carries the rest
 //! out, which cannot; it says what the data plane has to be told. A prefix has one owner: giving it
 //! to another peer moves it (cryptokey routing, WireGuard paper §2).
+//!
+//! Rooms: the device is here; `status` is the reply to `get`.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::SocketAddr;

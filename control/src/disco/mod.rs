@@ -9,6 +9,8 @@
 //! The box is NaCl's `crypto_box` (X25519, HSalsa20, XSalsa20-Poly1305, tag first). Plain text:
 //! type (1) | version (1) | payload. Integers are big-endian. An address and port is 18 bytes: IPv6
 //! or v4-mapped address, port. Source: `protocol/disco.md`, disco/disco.go in tailscale/tailscale.
+//!
+//! Rooms: the messages are here; `filter` is what the kernel lets through to the discovery socket.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 

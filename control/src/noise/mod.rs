@@ -7,6 +7,9 @@
 //!
 //! Headers and record counters are big-endian, unlike stock Noise (control/controlbase in
 //! tailscale/tailscale v1.102.3; `protocol/coordination-transport.md` §4, §5).
+//!
+//! Rooms: `handshake` is both roles of it, `record` the byte stream after it, `early` the payload
+//! before HTTP/2.
 
 mod early;
 mod handshake;

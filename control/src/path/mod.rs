@@ -6,12 +6,13 @@
 //! and those that worked before), repeated quickly while nothing is trusted, and a CallMeMaybe by
 //! relay so that the peer pings us through the hole that our Pings opened. The first candidate that
 //! answers, or the best of several, is validated by a burst of Pings: loss, latency, and Pings as
-//! large as a full packet, which pass whole, or in fragments, or not (`mtu`); meanwhile data goes both ways, so nothing is lost. What passes is
-//! promoted: **Direct**, used alone for as long as Pongs keep coming (trust is renewed by each and
-//! runs out after 6.5 s). When trust runs out, a heartbeat stays unanswered or sending fails, the
-//! peer is in **Fallback**: data goes both ways until a Pong from the address (Direct again) or until
-//! a Ping to it times out (Probing again, by relay alone). The moment the best address is doubted, the
-//! others are asked, and one that answered lately is validated at once.
+//! large as a full packet, which pass whole, or in fragments, or not (`mtu`); meanwhile data goes both
+//! ways, so nothing is lost. What passes is promoted: **Direct**, used alone for as long as Pongs keep
+//! coming (trust is renewed by each and runs out after 6.5 s). When trust runs out, a heartbeat stays
+//! unanswered or sending fails, the peer is in **Fallback**: data goes both ways until a Pong from the
+//! address (Direct again) or until a Ping to it times out (Probing again, by relay alone). The moment
+//! the best address is doubted, the others are asked, and one that answered lately is validated at
+//! once.
 //!
 //! After eight silent rounds a peer that never was direct is **Held**: no Pings of our own for
 //! minutes, until something changes or the peer calls. One that was direct, in this run or as the
@@ -31,10 +32,11 @@
 //! it works all the same. Rules and numbers: `protocol/paths.md`; §15 and §15.1 where we differ
 //! from Tailscale on purpose.
 //!
-//! Rooms: `peer` is one peer's machine, in `state` (transitions, decision, trust begun and renewed),
-//! `round` (Pings out and in which order, announcing), `receive` (DISCO in) and `timer` (ticks, trust
-//! that ends, silence); `candidate`, `pings`, `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `limit` holds rates and
-//! the names of what is dropped, `seen` what was received already.
+//! Rooms: `manager` is all peers, `shared` what they have in common; `peer` is one peer's machine, in
+//! `state` (transitions, decision, trust begun and renewed), `round` (Pings out and in which order,
+//! announcing), `receive` (DISCO in) and `timer` (ticks, trust that ends, silence); `candidate`, `pings`,
+//! `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `limit` holds rates and the
+//! names of what is dropped, `seen` what was received already. `sim` is the tests' networks.
 
 use std::net::SocketAddr;
 use std::time::Duration;

@@ -20,6 +20,9 @@
 //! Who has lost its place is named to the driver, which ends the connection and says so
 //! ([`Places::leave`]): until then it counts as leaving, and while [`LEAVING_MAX`] of those from outside
 //! are, nobody enters from there; the same for those of this machine.
+//!
+//! Rooms: `network` says for which networks an address counts, `limit` how often one source may fail to
+//! show a good auth key, and how often a thing is logged.
 
 pub mod limit;
 mod network;

@@ -9,6 +9,9 @@
 //!
 //! The sign of an error number differs, because `wg` reads it differently: negative in the reply to
 //! a `set`, positive in the reply to a `get`.
+//!
+//! Rooms: `parser` cuts the stream into requests, `transaction` is a `set`, `reply` the answer to a
+//! `get`, `value` reads keys, numbers, prefixes and endpoints.
 
 mod parser;
 mod reply;

@@ -3,6 +3,9 @@
 //! Nobody ever waits for anybody here. What is newest of a peer goes through its slot and a queue of ids;
 //! packets through lanes bounded in entries and bytes that drop their oldest, counted; what is lent is
 //! the lender's until it lets go. A thread is woken through its event descriptor, and only if it sleeps.
+//!
+//! Rooms: `slots` is what is new of peers, `lane` a bounded queue, `loan` what is lent, `wake` the
+//! sleeping thread.
 
 mod lane;
 mod loan;

@@ -3,7 +3,7 @@
 //!
 //! A packet that was opened and passed the filter is copied in once ([`Coalescer::push`]): its payload
 //! to the end of the super-packet that it continues, or the whole of it to a place of its own. At the
-//! end of a turn [`Coalescer::take`] gives the finished batch.
+//! end of a turn [`Coalescer::take`] gives the finished batch (`output`).
 //!
 //! Packets lie back to back in slabs, each behind 10 bytes for its virtio-net header. A super-packet
 //! that is no longer last in its slab moves once, to a slab of its own, when it grows again.

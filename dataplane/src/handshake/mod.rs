@@ -9,6 +9,9 @@
 //! up: which one a message is on says what it may be worth ([`steer`](crate::udp)), and a flood cannot
 //! but fill the one it is on. Who needs a cookie waits in one of two reservoirs ([`Reservoir`]) until the
 //! look ends; then as many are drawn as there are cookies to give, and all of them leave in one call.
+//!
+//! Rooms: `known` is whom the thread knows by address, `budget` what messages may cost, `reservoir` who
+//! waits for a cookie; `flood` has the thread meet floods, in tests.
 
 #![forbid(unsafe_code)]
 

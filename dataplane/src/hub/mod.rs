@@ -3,6 +3,9 @@
 //!
 //! No shard waits for anybody. Settings, sockets and networks go through cells that hold the newest only,
 //! from which each reader finds out what has changed for it.
+//!
+//! Rooms: `outbox` is what waits for the control thread, `strangers` how often it is told of data that
+//! no session opens.
 
 #![forbid(unsafe_code)]
 

@@ -20,6 +20,11 @@
 //! The caller (`session/`) keeps per peer the last [`Tai64n`] it consumed and the time of that, the
 //! last one it sent, and a [`CookieStore`]; the handshake thread keeps a [`Gate`].
 //!
+//! Rooms: `message` is the layouts, `handshake` both ends of the two messages, `symmetric` the
+//! primitives, `keys` what is computed once per key, `tai64n` timestamps; `gate` is what every message
+//! passes, `cookie` what it gives and takes, `sources` the limit per source, `recent` who was seen
+//! lately.
+//!
 //! What section 5 of the paper asks for, and the tests (in `tests/` where nothing else is said) that
 //! show it (`session::` stands for `session/tests/rules.rs`); section 6 is the session's:
 //!

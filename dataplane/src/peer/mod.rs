@@ -2,6 +2,11 @@
 //!
 //! Nobody walks through all peers: whoever wants to be called at some time stands in a queue of
 //! [`Deadlines`], and the others cost nothing.
+//!
+//! Rooms: `table` is the peers and the routes to them as every thread has them, `shared` what all
+//! threads have of one peer, its traffic in `activity`; `path` which way its datagrams go, `guest`
+//! peers of other shards, `waiting` packets without a session, `unopened` what no key opened,
+//! `deadlines` who is called next.
 
 #![forbid(unsafe_code)]
 

@@ -10,6 +10,8 @@
 //!   the business of [`lender`] alone, and of the buffers it has ([`provided`]).
 //! * [`epoll`]: readiness, then reads until nothing is left. For older kernels, for sandboxes that
 //!   forbid io_uring, and as the honest comparison.
+//!
+//! `faults` has both meet, in tests, what the kernel may answer.
 
 mod epoll;
 mod lender;

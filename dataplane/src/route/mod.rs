@@ -6,6 +6,9 @@
 //!
 //! Which prefixes a peer was given, its configuration says; the table knows only whose each is now. Who
 //! changes it changes a copy: what the shards read stays as it is.
+//!
+//! Rooms: `prefix_map` matches the longest prefix, `shared_map` is a hash map whose copies share what
+//! is the same.
 
 mod prefix_map;
 mod shared_map;

@@ -25,7 +25,8 @@
 //! Rooms: `machine` is our session (messages, batches, what an alarm does), `timers` its alarms,
 //! `keypair` the keys and their end, `counter` how many messages they sealed, `window` which they
 //! opened, `indexes` and `awaited` whose a receiver index is, `opened` what a batch held, `state` the
-//! session as data, `tunn` boringtun's.
+//! session as data, `tunn` boringtun's. For tests and fuzzing: `end` is one end of a tunnel, `known` a model
+//! of its keypairs, `operations` what is done with two, `model` the counter under loom.
 //!
 //! # The rules, and the tests that show them
 //!

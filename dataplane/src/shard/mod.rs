@@ -4,6 +4,8 @@
 //! because acknowledgements free the senders; then outbound; then timers. The clock is read once.
 //! Work per turn is bounded by the driver's buffers and the constants below; what is left keeps the
 //! shard from sleeping before the next turn.
+//!
+//! Rooms: `inbound` and `outbound` are the order of rooms, `transmit` where sealed batches leave.
 
 #![forbid(unsafe_code)]
 

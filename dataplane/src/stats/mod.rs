@@ -4,6 +4,9 @@
 //! A shard counts in a plain [`Counters`] of its own and publishes it whole once per turn; whoever
 //! wants to know reads the last published block. Counting costs an add, publishing about one store
 //! per number, and no reader can slow a shard down.
+//!
+//! Rooms: `drops` names the reasons, `named` is the form of such enumerations, `seqlock` the block that
+//! a shard publishes, `model` that block under loom.
 
 mod drops;
 #[cfg(test)]

@@ -3,6 +3,10 @@
 //! need not have.
 //!
 //! All unsafe code of the drivers except io_uring's shared memory is in this folder.
+//!
+//! Rooms: `socket` options, sending and receiving; `file` the TUN descriptor; `netlink` questions about
+//! routing; `bpf` instructions of a filter; `event` and `poll` waking and waiting; `clock`; `cpu`
+//! affinity; `sum` sums of words, for checksums; `refuse` a kernel that refuses, for tests.
 
 pub(crate) mod bpf;
 mod clock;

@@ -1,4 +1,4 @@
-//! The TUN device: queues, and what is merged for them.
+//! The TUN device: its queues (`device`), and which packets may be written to them as one (`merging`).
 
 mod device;
 mod merging;

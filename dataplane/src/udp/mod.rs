@@ -1,4 +1,7 @@
 //! The underlay: one reuse-port group of sockets per family, and sending in GSO batches.
+//!
+//! Rooms: `group` is the sockets, `steer` the program that says which of them gets a datagram, `sender`
+//! sends runs.
 
 #![forbid(unsafe_code)]
 

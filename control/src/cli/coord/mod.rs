@@ -1,4 +1,7 @@
 //! `ringtail coord`: the coordination server, its auth keys, and what an administrator does with nodes.
+//!
+//! Rooms: `serve` starts the server, `nodes` orders about nodes and routes, `keys` makes auth keys,
+//! `watch` prints what a server says.
 
 mod keys;
 mod nodes;

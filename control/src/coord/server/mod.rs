@@ -18,6 +18,9 @@
 //!
 //! Rules: `protocol/coordination-server.md` §4 to §6. Everybody may reach everybody in this
 //! version, so every node sees every other.
+//!
+//! Rooms: `register` lets nodes in and out, `reports` takes their map requests, `presence` is who is
+//! online, `sessions` what each stream was sent, `view` how a node is told of, `store` what is kept.
 
 mod presence;
 mod register;

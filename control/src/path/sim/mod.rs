@@ -4,8 +4,9 @@
 //! of the shard's sending rule, hosts and NATs of every kind between them ([`net`]), two STUN servers
 //! and a relay. Time jumps from one event to the next. The tests: every pair of NATs in every
 //! starting order ([`matrix`]), a path that dies and comes back ([`blocks`], and [`recovery`] after
-//! long times and to other addresses), or is too narrow ([`narrow`]), the timelines of `protocol/paths.md` §17 with one scripted
-//! peer ([`timelines`]), hours of random weather ([`weather`]) and junk ([`junk`]).
+//! long times and to other addresses), or is too narrow ([`narrow`]), the timelines of
+//! `protocol/paths.md` §17 with one scripted peer ([`timelines`], by [`script`]), hours of random
+//! weather ([`weather`]) and junk ([`junk`]).
 
 mod blocks;
 mod junk;
