@@ -17,7 +17,7 @@ use time::OffsetDateTime;
 use crate::coord::frames::{Codec, FrameReader, encode};
 use crate::derp::client::{Client, Hello};
 use crate::derp::frame::{CLIENT_FRAME_LEN_MAX, Decoder, HEADER_LEN, client_verdict};
-use crate::derp::info::{ClientInfo, ServerInfo, put_client_info, to_json};
+use crate::derp::info::{ClientInfo, ServerInfo, put_client_info};
 use crate::derp::upgrade::{Port, parse_request, parse_response};
 use crate::derp::{cert, server};
 use crate::device::Device;
@@ -98,10 +98,10 @@ pub fn derp_parts(input: &[u8]) {
         }
     }
     if let Ok(info) = ClientInfo::from_json(input) {
-        assert_eq!(ClientInfo::from_json(&to_json(&info)).as_ref(), Ok(&info));
+        assert_eq!(ClientInfo::from_json(&info.to_json()).as_ref(), Ok(&info));
     }
     if let Ok(info) = ServerInfo::from_json(input) {
-        assert_eq!(ServerInfo::from_json(&to_json(&info)).as_ref(), Ok(&info));
+        assert_eq!(ServerInfo::from_json(&info.to_json()).as_ref(), Ok(&info));
     }
     if cert::relay_key([input]).is_some() {
         assert!(cert::is_meta(input));

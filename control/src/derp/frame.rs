@@ -198,33 +198,32 @@ impl Decoder {
                     return Ok(None);
                 }
             }
-            if self.carry.len() < HEADER_LEN {
-                let fresh = self.carry.is_empty();
-                if !fresh {
-                    self.fill(input, HEADER_LEN);
-                }
-                let Some((kind, len)) = header(if fresh { input } else { &self.carry }) else {
+            if self.carry.is_empty() {
+                let Some((kind, len)) = header(input) else {
                     self.fill(input, HEADER_LEN);
                     return Ok(None);
                 };
-                match verdict(kind, len as usize) {
-                    Verdict::Refuse => return Err(FrameError::Length { kind, len }),
-                    Verdict::Skip => {
-                        self.skipped += 1;
-                        self.skip = u64::from(len);
-                        self.carry.clear();
-                        *input = &input[if fresh { HEADER_LEN } else { 0 }..];
-                        continue;
-                    }
-                    Verdict::Take => {}
+                if !self.takes(kind, len, &verdict)? {
+                    *input = &input[HEADER_LEN..];
+                    continue;
                 }
-                if fresh
-                    && let Some((whole, rest)) = input.split_at_checked(HEADER_LEN + len as usize)
-                {
+                let whole_len = HEADER_LEN + len as usize;
+                if let Some((whole, rest)) = input.split_at_checked(whole_len) {
                     *input = rest;
                     return Ok(Some(RawFrame { kind, whole }));
                 }
+                self.fill(input, whole_len);
+                return Ok(None);
+            }
+            if self.carry.len() < HEADER_LEN {
                 self.fill(input, HEADER_LEN);
+                let Some((kind, len)) = header(&self.carry) else {
+                    return Ok(None);
+                };
+                if !self.takes(kind, len, &verdict)? {
+                    self.carry.clear();
+                    continue;
+                }
             }
             let Some((kind, len)) = header(&self.carry) else {
                 return Ok(None);
@@ -254,6 +253,24 @@ impl Decoder {
     /// Bytes the decoder holds of a frame that is not complete.
     pub fn held_bytes(&self) -> usize {
         if self.spent { 0 } else { self.carry.len() }
+    }
+
+    /// Whether a frame is wanted; the body of one that is not is skipped from here on.
+    fn takes(
+        &mut self,
+        kind: FrameType,
+        len: u32,
+        verdict: impl Fn(FrameType, usize) -> Verdict,
+    ) -> Result<bool, FrameError> {
+        match verdict(kind, len as usize) {
+            Verdict::Refuse => Err(FrameError::Length { kind, len }),
+            Verdict::Skip => {
+                self.skipped += 1;
+                self.skip = u64::from(len);
+                Ok(false)
+            }
+            Verdict::Take => Ok(true),
+        }
     }
 
     fn fill(&mut self, input: &mut &[u8], want: usize) {

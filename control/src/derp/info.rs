@@ -64,6 +64,11 @@ impl ClientInfo {
         }
     }
 
+    /// The JSON text.
+    pub fn to_json(&self) -> Vec<u8> {
+        json(self)
+    }
+
     /// Reads the JSON text as derper does: keys in any case, unknown ones ignored, `null` for
     /// defaults, nothing behind the object.
     ///
@@ -110,6 +115,11 @@ impl ServerInfo {
         }
     }
 
+    /// The JSON text.
+    pub fn to_json(&self) -> Vec<u8> {
+        json(self)
+    }
+
     /// Reads the JSON text leniently: a member of another type than expected is ignored, because
     /// nothing in it is needed to use the relay.
     ///
@@ -129,8 +139,7 @@ impl ServerInfo {
     }
 }
 
-/// The JSON text of either.
-pub fn to_json(info: &impl Serialize) -> Vec<u8> {
+fn json(info: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(info).expect("plain fields always serialise")
 }
 
@@ -194,7 +203,7 @@ pub fn put_client_info(
     nonce: [u8; NONCE_LEN],
     info: &ClientInfo,
 ) {
-    let sealed = seal(private, server, nonce, &to_json(info));
+    let sealed = seal(private, server, nonce, &info.to_json());
     let key = private.public();
     frame::put(out, FrameType::CLIENT_INFO, &[&key.0, &nonce, &sealed]);
 }
@@ -223,7 +232,7 @@ pub fn put_server_info(
     nonce: [u8; NONCE_LEN],
     info: &ServerInfo,
 ) {
-    let sealed = seal(private, client, nonce, &to_json(info));
+    let sealed = seal(private, client, nonce, &info.to_json());
     frame::put(out, FrameType::SERVER_INFO, &[&nonce, &sealed]);
 }
 
@@ -302,7 +311,7 @@ mod tests {
             for frame in session.frames("ServerInfo") {
                 let plain = open(&client, &server, &frame[HEADER_LEN..]).unwrap();
                 assert_eq!(plain, session.text("server_info_plain").as_bytes());
-                assert_eq!(plain, to_json(&ServerInfo::relay()));
+                assert_eq!(plain, ServerInfo::relay().to_json());
                 opened += 1;
             }
         }
@@ -381,7 +390,7 @@ mod tests {
             bytes_per_second: 50_000,
             bytes_burst: 70_000,
         };
-        assert_eq!(ServerInfo::from_json(&to_json(&asked)), Ok(asked));
+        assert_eq!(ServerInfo::from_json(&asked.to_json()), Ok(asked));
         let odd = br#"{"version":77,"zzz":[1,2]}"#;
         assert_eq!(ServerInfo::from_json(odd).unwrap().version, 77);
     }
