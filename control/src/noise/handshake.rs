@@ -24,27 +24,8 @@ pub struct Session {
     pub sealer: Sealer,
     /// Opens what we receive.
     pub opener: Opener,
-    /// The final hash, for the tests: the same on both sides.
-    #[cfg(test)]
-    handshake_hash: [u8; KEY_LEN],
-}
-
-impl Session {
-    /// What a whole handshake comes to, for the client or for the server.
-    fn new(state: SymmetricState, client: bool) -> Self {
-        #[cfg(test)]
-        let (handshake_hash, _) = state.to_parts();
-        let [mut ours, mut theirs] = state.split();
-        if !client {
-            std::mem::swap(&mut ours, &mut theirs);
-        }
-        Self {
-            sealer: Sealer::new(&ours),
-            opener: Opener::new(&theirs),
-            #[cfg(test)]
-            handshake_hash,
-        }
-    }
+    /// The final hash: the same on both sides, and unique to the session.
+    pub handshake_hash: [u8; KEY_LEN],
 }
 
 /// What a server learns from message 1.
@@ -123,7 +104,13 @@ impl Initiator {
         let mut tag = [0; TAG_LEN];
         tag.copy_from_slice(&body[KEY_LEN..]);
         open(&mut self.state, &key, &mut tag)?;
-        Ok(Session::new(self.state, true))
+        let (handshake_hash, _) = self.state.to_parts();
+        let [ours, theirs] = self.state.split();
+        Ok(Session {
+            sealer: Sealer::new(&ours),
+            opener: Opener::new(&theirs),
+            handshake_hash,
+        })
     }
 
     /// From the first three bytes of the server's answer, how many bytes follow them: 48, or those of
@@ -188,10 +175,16 @@ pub fn respond(
     state.mix_secret(&*dh(ephemeral, &e)?);
     let key = state.mix_key(&*dh(ephemeral, &machine)?);
     state.seal(&key, tag_out);
+    let (handshake_hash, _) = state.to_parts();
+    let [theirs, ours] = state.split();
     let accepted = Accepted {
         version,
         machine,
-        session: Session::new(state, false),
+        session: Session {
+            sealer: Sealer::new(&ours),
+            opener: Opener::new(&theirs),
+            handshake_hash,
+        },
     };
     Ok((accepted, answer))
 }
