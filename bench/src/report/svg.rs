@@ -122,11 +122,15 @@ fn short(value: f64) -> String {
 /// A chart of bars for every kind of traffic.
 pub(super) fn throughput(rows: &[&Row]) -> String {
     let rate = |kind| chart(rows, kind, "Gb/s", |figures| figures.gbps);
-    [Kind::Tcp1, Kind::Tcp4, Kind::Reverse, Kind::Bidir]
-        .map(rate)
-        .concat()
-        + &chart(rows, Kind::UdpSmall, "kpps", |figures| figures.kpps)
-        + &rate(Kind::UdpFull)
+    [
+        rate(Kind::Tcp1),
+        rate(Kind::Tcp4),
+        rate(Kind::Reverse),
+        rate(Kind::Bidir),
+        chart(rows, Kind::UdpSmall, "kpps", |figures| figures.kpps),
+        rate(Kind::UdpFull),
+    ]
+    .concat()
 }
 
 /// CPU seconds of the whole machine per delivered GB.

@@ -92,17 +92,17 @@ impl Agent {
     /// What coordination should know of us.
     pub fn self_report(&self) -> SelfState {
         let report = self.netcheck.last_report();
-        let latencies = report.into_iter().flat_map(|report| {
-            let v4 = report.latency_v4.iter().map(|of| (of, false));
-            v4.chain(report.latency_v6.iter().map(|of| (of, true)))
-        });
+        let mut derp_latency = Vec::new();
+        if let Some(report) = report {
+            for (latency, v6) in [(&report.latency_v4, false), (&report.latency_v6, true)] {
+                derp_latency.extend(latency.iter().map(|(id, latency)| (id.0, v6, *latency)));
+            }
+        }
         let endpoints = self.endpoints.iter().map(|own| (own.addr, own.kind));
         SelfState {
             endpoints: endpoints.collect(),
             home_derp: self.home.map(|id| id.0),
-            derp_latency: latencies
-                .map(|((id, latency), v6)| (id.0, v6, *latency))
-                .collect(),
+            derp_latency,
             mapping_varies: report.and_then(|report| report.mapping_varies),
             working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
