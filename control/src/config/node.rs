@@ -105,6 +105,7 @@ pub struct NodeConfig {
     pub pin: Option<bool>,
     /// Let the scheduler place shards; the same as --pin false.
     #[arg(long, conflicts_with = "pin")]
+    // Of the command line only: [`Self::overridden_by`] makes it `pin`.
     #[serde(skip)]
     pub no_pin: bool,
     /// I/O driver of the shards [default: auto].

@@ -152,9 +152,9 @@ impl Candidates {
         Some(self.by_addr.entry(addr).or_default())
     }
 
-    /// Takes the network map's endpoints. Returns whether one is new, and whether there was no room for
-    /// one; those that it no longer names become deletable, and remembered ones that it does not name
-    /// are forgotten.
+    /// Takes the network map's endpoints. Returns `(new, full)`: whether one is new, and whether there was
+    /// no room for one; those that it no longer names become deletable, and remembered ones that it does
+    /// not name are forgotten.
     pub(super) fn set_map(&mut self, now: Instant, endpoints: &[SocketAddr]) -> (bool, bool) {
         for (addr, candidate) in &mut self.by_addr {
             candidate.in_map = endpoints.contains(addr);
@@ -187,7 +187,7 @@ impl Candidates {
     }
 
     /// Takes the endpoints of a CallMeMaybe and removes what only an earlier one named, but `keep`.
-    /// Returns what is removed, and whether there was no room for one.
+    /// Returns `(removed, full)`: those that went, and whether there was no room for one.
     pub(super) fn set_called(
         &mut self,
         now: Instant,

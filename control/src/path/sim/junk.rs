@@ -4,7 +4,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use ringtail_dataplane::PeerId;
 
-use super::script::{C1, Out, REGION, Script, addr, ms};
+use super::script::{C1, Out, REGION, Script, addr, ms, twin};
 use crate::disco::{Message, SharedKey};
 use crate::key::{DiscoPrivate, NodePrivate};
 use crate::path::{Config, Drop, Event, PeerSetup, StateName};
@@ -76,15 +76,6 @@ fn a_relayed_message_must_come_from_the_node_that_owns_the_key() {
     let call = script.seal(&Message::CallMeMaybe { endpoints: vec![] });
     let result = script.relayed(other.node_key, &call);
     assert_eq!(result, Err(Drop::WrongRelaySource));
-}
-
-/// Another node with the same DISCO key and endpoints.
-pub(super) fn twin(script: &Script) -> PeerSetup {
-    PeerSetup {
-        id: PeerId(1),
-        node_key: NodePrivate::clamped([8; 32]).public(),
-        ..script.setup.clone()
-    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rand::SeedableRng as _;
 use rand::rngs::StdRng;
-use ringtail_dataplane::{Activity, PathDecision, RegionId};
+use ringtail_dataplane::{Activity, PathDecision, PeerId, RegionId};
 
 use super::shard::PEER;
 use crate::disco::{self, Message, SharedKey, TxId};
@@ -68,6 +68,15 @@ pub(super) fn addr(text: &str) -> SocketAddr {
 
 pub(super) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
+}
+
+/// Another node with the same DISCO key and endpoints.
+pub(super) fn twin(script: &Script) -> PeerSetup {
+    PeerSetup {
+        id: PeerId(1),
+        node_key: NodePrivate::clamped([8; 32]).public(),
+        ..script.setup.clone()
+    }
 }
 
 impl Script {

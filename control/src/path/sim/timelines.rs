@@ -8,8 +8,7 @@ use std::time::Duration;
 
 use ringtail_dataplane::PeerId;
 
-use super::junk::twin;
-use super::script::{C1, Out, REGION, Script, Z, addr, ms};
+use super::script::{C1, Out, REGION, Script, Z, addr, ms, twin};
 use super::shard::PEER;
 use super::world::failed;
 use crate::disco::Message;
