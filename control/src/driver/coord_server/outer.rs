@@ -93,9 +93,7 @@ async fn connection(
 ) {
     // Small messages on long-lived connections.
     let _ = stream.set_nodelay(true);
-    let (read, write) = stream.into_split();
-    let read = Metered::new(read, Arc::clone(&place), STRANGER_BYTES_MAX);
-    let stream = tokio::io::join(read, write);
+    let stream = Metered::new(stream, Arc::clone(&place), STRANGER_BYTES_MAX);
     let stream: Box<dyn ByteStream> = match tls {
         None => Box::new(stream),
         Some(tls) => match timeout(HANDSHAKE_TIMEOUT, tls.accept(stream)).await {
