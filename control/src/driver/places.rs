@@ -132,9 +132,10 @@ impl<K: Copy + Ord, T: Clone> Door<K, T> {
     }
 
     fn displace(&self, inner: &Inner<K, T>, id: Option<PlaceId>) {
-        if let Some(id) = id {
+        if let Some(id) = id
+            && inner.stands(id, Standing::Ended(Why::Displaced))
+        {
             self.counters.displaced.add(1);
-            inner.stands(id, Standing::Ended(Why::Displaced));
         }
     }
 
@@ -164,17 +165,18 @@ impl<K: Copy + Ord, T: Clone> Door<K, T> {
 }
 
 impl<K, T> Inner<K, T> {
-    /// Tells a connection's task; that it is to end is told once.
-    fn stands(&self, id: PlaceId, now: Standing) {
-        if let Some((standing, _)) = self.connections.get(&id) {
-            standing.send_if_modified(|before| {
-                let changes = *before != now && !matches!(before, Standing::Ended(_));
-                if changes {
-                    *before = now;
-                }
-                changes
-            });
-        }
+    /// Tells a connection's task; that it is to end is told once. Whether that was news.
+    fn stands(&self, id: PlaceId, now: Standing) -> bool {
+        let Some((standing, _)) = self.connections.get(&id) else {
+            return false;
+        };
+        standing.send_if_modified(|before| {
+            let changes = *before != now && !matches!(before, Standing::Ended(_));
+            if changes {
+                *before = now;
+            }
+            changes
+        })
     }
 }
 
@@ -290,6 +292,19 @@ mod tests {
         assert_eq!((list["displaced"], list["gauge_known"]), (2, 1));
         drop(third);
         assert!(door.lock().connections.is_empty());
+    }
+
+    #[tokio::test]
+    async fn who_was_to_end_already_is_counted_for_that_alone() {
+        let door = door(1);
+        let source = IpAddr::from([10, 0, 0, 1]);
+        let first = door.enter(source, ()).unwrap();
+        door.end(first.id, Why::Memory);
+        let _second = door.enter(source, ()).unwrap();
+        assert_eq!(first.ended().await, Why::Memory);
+        assert_eq!(door.counters.displaced.get(), 0);
+        let _third = door.enter(source, ()).unwrap();
+        assert_eq!(door.counters.displaced.get(), 1);
     }
 
     #[tokio::test]
