@@ -92,8 +92,13 @@ impl<K: Copy + Ord, T: Clone> Door<K, T> {
         super::lock(&self.inner)
     }
 
-    /// A place for a connection from this address, for which another may have to go. None: close it.
-    pub fn enter(self: &Arc<Self>, source: IpAddr, kept: T) -> Option<Place<K, T>> {
+    /// A place for a connection from this address, for which another may have to go. None: close it. What
+    /// is kept is made once there is a place: who is refused costs no more.
+    pub fn enter(
+        self: &Arc<Self>,
+        source: IpAddr,
+        keep: impl FnOnce() -> T,
+    ) -> Option<Place<K, T>> {
         let mut inner = self.lock();
         let Some(entered) = inner.places.enter(source) else {
             self.counters.refused_full.add(1);
@@ -101,6 +106,7 @@ impl<K: Copy + Ord, T: Clone> Door<K, T> {
         };
         self.displace(&inner, entered.displaced);
         let (sender, standing) = watch::channel(Standing::Stranger);
+        let kept = keep();
         inner.connections.insert(entered.id, (sender, kept.clone()));
         Some(Place {
             id: entered.id,
@@ -277,12 +283,12 @@ mod tests {
     async fn who_is_displaced_hears_of_it_and_who_is_known_is_not() {
         let door = door(1);
         let source = IpAddr::from([10, 0, 0, 1]);
-        let first = door.enter(source, ()).unwrap();
+        let first = door.enter(source, || ()).unwrap();
         assert!(!is_over(first.ended()).await);
-        let second = door.enter(source, ()).unwrap();
+        let second = door.enter(source, || ()).unwrap();
         assert!(is_over(first.ended()).await);
         assert!(becomes_known(&second, 1) && second.is_known());
-        let third = door.enter(source, ()).unwrap();
+        let third = door.enter(source, || ()).unwrap();
         assert!(!is_over(second.ended()).await);
         assert!(!becomes_known(&first, 1), "its place is gone");
         assert!(becomes_known(&third, 1));
@@ -294,23 +300,35 @@ mod tests {
         assert!(door.lock().connections.is_empty());
     }
 
+    #[test]
+    fn nothing_is_made_for_who_is_refused() {
+        let door = door(1);
+        let made = std::cell::Cell::new(0);
+        let comes = || door.enter([10, 0, 0, 1].into(), || made.set(made.get() + 1));
+        let inside: Vec<_> = std::iter::from_fn(comes).collect();
+        assert_eq!(
+            (made.get(), door.counters.refused_full.get()),
+            (inside.len(), 1)
+        );
+    }
+
     #[tokio::test]
     async fn who_was_to_end_already_is_counted_for_that_alone() {
         let door = door(1);
         let source = IpAddr::from([10, 0, 0, 1]);
-        let first = door.enter(source, ()).unwrap();
+        let first = door.enter(source, || ()).unwrap();
         door.end(first.id, Why::Memory);
-        let _second = door.enter(source, ()).unwrap();
+        let _second = door.enter(source, || ()).unwrap();
         assert_eq!(first.ended().await, Why::Memory);
         assert_eq!(door.counters.displaced.get(), 0);
-        let _third = door.enter(source, ()).unwrap();
+        let _third = door.enter(source, || ()).unwrap();
         assert_eq!(door.counters.displaced.get(), 1);
     }
 
     #[tokio::test]
     async fn only_a_stranger_outstays_his_time_also_one_that_was_known() {
         let door = door(8);
-        let place = door.enter(IpAddr::from([10, 0, 0, 1]), ()).unwrap();
+        let place = door.enter(IpAddr::from([10, 0, 0, 1]), || ()).unwrap();
         assert!(is_over(place.outstayed(SOON / 10)).await);
         let wait = place.outstayed(SOON / 10);
         assert!(becomes_known(&place, 1));

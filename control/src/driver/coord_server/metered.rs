@@ -22,11 +22,7 @@ pub(super) struct Metered {
 }
 
 impl Metered {
-    pub(super) fn new(
-        io: TcpStream,
-        place: Arc<Place<MachinePublic>>,
-        bytes_max: usize,
-    ) -> Self {
+    pub(super) fn new(io: TcpStream, place: Arc<Place<MachinePublic>>, bytes_max: usize) -> Self {
         Self {
             io,
             place,
@@ -108,7 +104,7 @@ mod tests {
         let (stream, source) = listener.accept().await.unwrap();
         client.write_all(b"unread").await.unwrap();
         stream.readable().await.unwrap();
-        let place = Door::new(LIMITS).enter(source.ip(), ()).unwrap();
+        let place = Door::new(LIMITS).enter(source.ip(), || ()).unwrap();
         let stream = Metered::new(stream, Arc::new(place), 1);
         assert!(stream.is_write_vectored());
         drop(stream);

@@ -65,7 +65,7 @@ pub(super) async fn accept(
         };
         failing = false;
         shared.counters.connections.add(1);
-        let Some(place) = shared.door.enter(source.ip(), ()) else {
+        let Some(place) = shared.door.enter(source.ip(), || ()) else {
             // Those who lost their place have to be gone first: let them.
             tokio::task::yield_now().await;
             continue;

@@ -66,12 +66,13 @@ pub(super) fn limits(connections_max: usize, descriptors: usize) -> Limits {
 impl Shared {
     /// A connection comes in. None when there is no place.
     pub(super) fn enter(&self, from: SocketAddr) -> Option<Place> {
-        let connection = Connection {
-            from,
-            account: Arc::new(self.budget.account(from.ip())),
-            client: OnceLock::new(),
-        };
-        self.door.enter(from.ip(), Arc::new(connection))
+        self.door.enter(from.ip(), || {
+            Arc::new(Connection {
+                from,
+                account: Arc::new(self.budget.account(from.ip())),
+                client: OnceLock::new(),
+            })
+        })
     }
 
     /// Whose connections there are, and from where: each key once.
