@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead as _, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
@@ -36,6 +36,8 @@ struct Server {
     child: Child,
     address: SocketAddr,
     control: MachinePublic,
+    /// It stays open: the server may say more.
+    _stdout: BufReader<ChildStdout>,
     _dir: tempfile::TempDir,
 }
 
@@ -67,9 +69,17 @@ impl Server {
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
-        let mut said = String::new();
-        let mut lines = BufReader::new(child.stdout.as_mut().unwrap());
-        lines.read_line(&mut said).unwrap();
+        let stdout = child.stdout.take().unwrap();
+        let first = tokio::task::spawn_blocking(move || {
+            let (mut lines, mut said) = (BufReader::new(stdout), String::new());
+            lines.read_line(&mut said).map(|_| (lines, said))
+        });
+        let first = tokio::time::timeout(PATIENCE, first).await;
+        if first.is_err() {
+            // So that the read ends, for which the runtime waits.
+            let _ = child.kill();
+        }
+        let (lines, said) = first.expect("the server starts").unwrap().unwrap();
         let address = said
             .trim_end()
             .strip_prefix("coordination server at http://")
@@ -88,6 +98,7 @@ impl Server {
             child,
             address,
             control: answer.public_key,
+            _stdout: lines,
             _dir: dir,
         }
     }
