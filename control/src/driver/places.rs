@@ -5,8 +5,9 @@
 //! ([`Door::enter`]); none means: close it. The connection's task serves while neither [`Place::ended`]
 //! nor, if strangers have a time limit, [`Place::outstayed`] is over, and drops the place with the
 //! socket. When the other side has proven who it is, [`Place::settle`]; when the owner is forgotten,
-//! [`Door::estrange`]. What is kept of a connection is the server's own (`T`), and so is every reason
-//! to end it but that of a lost place ([`Door::end`]).
+//! [`Door::estrange`]. What is kept of a connection (`T`, an `Arc`: the door has a clone) is the server's
+//! own. Why one is ended is a [`Why`]: the door itself only displaces, the other reasons are the relay's
+//! ([`Door::end`]).
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -128,25 +129,35 @@ impl<K: Copy + Ord, T: Clone> Door<K, T> {
     pub fn estrange(&self, owner: K) {
         let mut inner = self.lock();
         for id in inner.places.estrange(owner) {
-            inner.stands(id, Standing::Stranger);
+            inner.set_standing(id, Standing::Stranger);
         }
     }
 
     /// Ends a connection, if it is still there.
     pub fn end(&self, id: PlaceId, why: Why) {
-        self.lock().stands(id, Standing::Ended(why));
+        self.lock().set_standing(id, Standing::Ended(why));
     }
 
     fn displace(&self, inner: &Inner<K, T>, id: Option<PlaceId>) {
         if let Some(id) = id
-            && inner.stands(id, Standing::Ended(Why::Displaced))
+            && inner.set_standing(id, Standing::Ended(Why::Displaced))
         {
             self.counters.displaced.add(1);
         }
     }
 
+    /// Ends every connection of which this is true.
+    pub fn end_those(&self, why: Why, which: impl Fn(&T) -> bool) {
+        let inner = self.lock();
+        for (id, (_, kept)) in &inner.connections {
+            if which(kept) {
+                inner.set_standing(*id, Standing::Ended(why));
+            }
+        }
+    }
+
     /// Everybody who is connected, and what is kept of each.
-    pub fn kept(&self) -> Vec<(PlaceId, T)> {
+    pub fn all(&self) -> Vec<(PlaceId, T)> {
         let inner = self.lock();
         let kept = inner.connections.iter();
         kept.map(|(id, (_, kept))| (*id, kept.clone())).collect()
@@ -172,7 +183,7 @@ impl<K: Copy + Ord, T: Clone> Door<K, T> {
 
 impl<K, T> Inner<K, T> {
     /// Tells a connection's task; that it is to end is told once. Whether that was news.
-    fn stands(&self, id: PlaceId, now: Standing) -> bool {
+    fn set_standing(&self, id: PlaceId, now: Standing) -> bool {
         let Some((standing, _)) = self.connections.get(&id) else {
             return false;
         };
@@ -195,7 +206,7 @@ impl<K: Copy + Ord, T: Clone> Place<K, T> {
         match settled {
             Settled::Known(gone) => {
                 self.door.displace(&inner, gone);
-                inner.stands(self.id, Standing::Known);
+                inner.set_standing(self.id, Standing::Known);
             }
             Settled::Full => self.door.counters.refused_known_full.add(1),
             Settled::Gone => {}
@@ -245,7 +256,7 @@ impl<K: Copy + Ord, T> Drop for Place<K, T> {
     fn drop(&mut self) {
         let mut inner = super::lock(&self.door.inner);
         inner.places.leave(self.id);
-        // What is kept of it is dropped with the place, not under the lock.
+        // The place has the last clone: what is kept is dropped after this, not under the lock.
         inner.connections.remove(&self.id);
     }
 }

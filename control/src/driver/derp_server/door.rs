@@ -1,4 +1,5 @@
-//! Who is connected to the relay: how many may be, what is kept of each, and why one is ended.
+//! The relay's door: how many connections there may be, what is kept of each, and how memory or the
+//! verifier ends one.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -77,18 +78,15 @@ impl Shared {
 
     /// Whose connections there are, and from where: each key once.
     pub(super) fn connected(&self) -> BTreeMap<NodePublic, SocketAddr> {
-        let all = self.door.kept().into_iter();
+        let all = self.door.all().into_iter();
         all.filter_map(|(_, one)| Some((*one.key()?, one.from)))
             .collect()
     }
 
     /// Ends the connections of a key.
     pub(super) fn remove(&self, key: &NodePublic) {
-        for (id, one) in self.door.kept() {
-            if one.key() == Some(key) {
-                self.door.end(id, Why::Removed);
-            }
-        }
+        self.door
+            .end_those(Why::Removed, |one| one.key() == Some(key));
     }
 
     /// When memory is short, takes from whoever holds most: what waits for him, oldest first, and if he
@@ -97,7 +95,7 @@ impl Shared {
         if !self.budget.is_short() {
             return;
         }
-        let all = self.door.kept();
+        let all = self.door.all();
         let used: Vec<_> = all
             .iter()
             .map(|(_, one)| (one.account.network(), one.account.used()))
