@@ -52,13 +52,8 @@ pub(super) async fn serve(
         }
         match ServerTls::server(shared.tls.clone()) {
             Ok(tls) => {
-                converse(
-                    &shared,
-                    Conn::new(stream, tls, account.clone()),
-                    from,
-                    &place,
-                )
-                .await
+                let conn = Conn::new(stream, tls, account.clone());
+                converse(&shared, conn, from, &place).await;
             }
             Err(error) => tracing::error!(%error, "TLS configuration"),
         }
@@ -181,10 +176,11 @@ async fn admit(
         let verdict = verifier.admit(shared, key, source.to_canonical()).await;
         verdict.map_err(Ended::Refused)?;
     }
-    if place.settle(key) == Settled::Full {
-        return Err(Ended::Refused("no place is free for it".to_owned()));
+    match place.settle(key) {
+        Settled::Full => Err(Ended::Refused("no place is free for it".to_owned())),
+        // Who has lost its place is told so.
+        Settled::Known(_) | Settled::Gone => Ok(()),
     }
-    Ok(())
 }
 
 /// A client in the registry, for as long as this lives.
@@ -261,6 +257,7 @@ impl<'a> Relay<'a> {
         tokio::pin!(timer);
         let mut timer_due = self.keep_alive_at;
 
+        // These came before there was a bucket.
         self.handle_plain(&first)?;
         self.router.finish_read();
         drop(first);

@@ -397,8 +397,12 @@ impl Shared {
         let mut vars: std::collections::BTreeMap<_, _> =
             self.counters.snapshot().into_iter().collect();
         let door = &self.door.counters;
+        // Of the door's counters, by the names they have here; `accept_errors` has those for want of
+        // descriptors, and what strangers send is not counted.
+        // Closed because there are too many: who comes, or a stranger who makes room.
         let refused = door.refused_full.get() + door.displaced.get();
         vars.insert("accepts_refused", refused);
+        // Closed because there is no place left for those who have said who they are.
         vars.insert("places_full", door.refused_known_full.get());
         let taken = self.door.taken();
         let strangers = taken.strangers + taken.local;
