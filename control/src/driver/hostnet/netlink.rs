@@ -334,10 +334,6 @@ fn rule_message(rule: &Rule) -> RuleMessage {
 }
 
 /// None for a rule of a kind that we never make, and that is not ours.
-#[expect(
-    clippy::wildcard_enum_match_arm,
-    reason = "rules can do much that ours do not"
-)]
 fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
     let mut table = u32::from(message.header.table);
     let mut target = 0;
@@ -351,6 +347,10 @@ fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
         local: false,
         port: None,
     };
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "rules can do much that ours do not"
+    )]
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::Priority(priority) => rule.priority = *priority,
@@ -365,12 +365,17 @@ fn parse_rule(message: &RuleMessage) -> Option<FoundRule> {
         }
     }
     rule.mark = mark.map(|mark| (mark, mask));
-    rule.action = match message.header.action {
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "rules can do much that ours do not"
+    )]
+    let action = match message.header.action {
         RuleAction::ToTable => Action::Table(table),
         RuleAction::Goto => Action::Goto(target),
         RuleAction::Nop => Action::Nop,
         _ => return None,
     };
+    rule.action = action;
     Some(FoundRule { rule, ours })
 }
 
@@ -387,9 +392,17 @@ fn route_message(route: &Route, tun: u32) -> RouteMessage {
         IpAddr::V6(ip) => RouteAddress::Inet6(ip),
     };
     message.attributes = vec![RouteAttribute::Destination(destination)];
+    // When the host adds a route, the kernel looks for its gateway among routes of this scope and
+    // narrower ones only: with a wider one it would find the tunnel instead.
+    let near = if v6 {
+        RouteScope::Universe
+    } else {
+        RouteScope::Link
+    };
     match route.way {
         Way::Throw => {
             header.kind = RouteType::Throw;
+            header.scope = near;
             // As the kernel has it; without, a deletion would take any route of that prefix.
             if v6 {
                 message.attributes.push(RouteAttribute::Oif(LOOPBACK));
@@ -397,15 +410,11 @@ fn route_message(route: &Route, tun: u32) -> RouteMessage {
         }
         Way::Tunnel => {
             header.kind = RouteType::Unicast;
+            header.scope = near;
             message.attributes.push(RouteAttribute::Oif(tun));
         }
         // Only ever deleted: whatever it is, scope "nowhere" stands for any.
         Way::Stale => header.scope = RouteScope::NoWhere,
-    }
-    // When the host adds a route, the kernel looks for its gateway among routes of this scope and
-    // narrower ones only: with a wider one it would find the tunnel instead.
-    if !v6 && route.way != Way::Stale {
-        header.scope = RouteScope::Link;
     }
     message
 }
