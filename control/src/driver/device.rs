@@ -27,7 +27,8 @@ use super::handshakes::Handshakes;
 use super::interface::Interface;
 use super::link::{self, OwnLink};
 use super::panics::Panics;
-use super::runtime::{self, Taken};
+use super::runtime;
+use super::shards::{self, FromShards};
 use super::signals::{Blocked, Signals};
 use super::sleep;
 use super::state::{StateDir, TIMESTAMP_FILE};
@@ -169,7 +170,7 @@ impl Running {
         mut calls: mpsc::Receiver<Call>,
         mut link_news: mpsc::Receiver<OwnLink>,
     ) -> anyhow::Result<()> {
-        let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
+        let shards = shards::news(&self.dataplane)?;
         let mut presence_check = tokio::time::interval(PRESENCE_CHECK_PERIOD);
         tracing::info!(
             interface = self.dataplane.tun_name(),
@@ -188,11 +189,11 @@ impl Running {
                 ready = shards.readable() => {
                     let mut ready = ready?;
                     match self.take_from_shards() {
-                        Taken::More => ready.retain_ready(),
+                        FromShards::More => ready.retain_ready(),
                         // The data plane has made its descriptor unreadable again.
-                        Taken::All => ready.clear_ready(),
-                        Taken::TunGone => break "the interface is gone",
-                        Taken::Failed(why) => bail!("the data plane failed: {why}"),
+                        FromShards::All => ready.clear_ready(),
+                        FromShards::TunGone => break "the interface is gone",
+                        FromShards::Failed(why) => bail!("the data plane failed: {why}"),
                     }
                 }
                 Some(Call { request, reply }) = calls.recv() => {
@@ -221,13 +222,13 @@ impl Running {
         Ok(())
     }
 
-    fn take_from_shards(&mut self) -> Taken {
+    fn take_from_shards(&mut self) -> FromShards {
         for _ in 0..EVENTS_MAX {
             let event = self.dataplane.poll_event();
             let relayed = self.dataplane.poll_relay();
             let stray = self.dataplane.poll_stray();
             if event.is_none() && relayed.is_none() && stray.is_none() {
-                return Taken::All;
+                return FromShards::All;
             }
             if let Some(batch) = relayed {
                 // There are no relays here: nothing asks for them.
@@ -235,8 +236,8 @@ impl Running {
             }
             match event {
                 None => {}
-                Some(Event::TunGone) => return Taken::TunGone,
-                Some(Event::Failed(why)) => return Taken::Failed(why),
+                Some(Event::TunGone) => return FromShards::TunGone,
+                Some(Event::Failed(why)) => return FromShards::Failed(why),
                 Some(Event::SessionUp(id)) => {
                     // Its time is read now, while it is new.
                     let _ = self.last_handshake(id);
@@ -259,7 +260,7 @@ impl Running {
                 ) => {}
             }
         }
-        Taken::More
+        FromShards::More
     }
 
     /// The machine has slept for so long. Peers may go on with keys that are too old here, or have

@@ -39,7 +39,7 @@
 //! - `timestamps`: the time that handshakes may carry, over restarts; [`events`]: the event file.
 //!
 //! The process:
-//! - [`runtime`], [`signals`], [`panics`], [`background`], [`descriptors`].
+//! - [`runtime`], [`signals`], [`panics`], [`background`], [`descriptors`]; `shards`: the data plane's news.
 //!
 //! Shared by servers: [`places`], connections and their places; `counters`, counters by name;
 //! [`handshakes`], when peers shook hands by the wall clock.
@@ -74,6 +74,7 @@ pub mod places;
 mod race;
 pub mod relay;
 pub mod runtime;
+mod shards;
 pub mod signals;
 mod sleep;
 pub mod state;

@@ -4,7 +4,7 @@
 //! to know which of the two runs; who owns a stream asks [`Kind`] for the transport to use.
 
 use std::future::Future;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 use anyhow::Context as _;
 use tokio::io::Interest;
@@ -58,20 +58,8 @@ where
     deprecated,
     reason = "the caveat is about types that lend their descriptor; ours own it"
 )]
-pub(super) fn watch_descriptor<T: AsRawFd>(fd: T) -> std::io::Result<AsyncFd<T>> {
+pub(super) fn watch_descriptor<T: AsFd + AsRawFd + 'static>(fd: T) -> std::io::Result<AsyncFd<T>> {
     AsyncFd::with_interest(fd, Interest::READABLE)
-}
-
-/// What a visit to the shards' queues found.
-pub(super) enum Taken {
-    /// All there was.
-    All,
-    /// Enough for now; more waits.
-    More,
-    /// The end: the TUN is gone.
-    TunGone,
-    /// The end: a thread of the data plane failed.
-    Failed(String),
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use crate::driver::device;
 use crate::driver::interface::{interfaces, source_address};
 use crate::driver::local_api::{self, Call};
 use crate::driver::relay::RelayEvent;
-use crate::driver::runtime::Taken;
+use crate::driver::shards::FromShards;
 use crate::driver::{status, uapi};
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
@@ -42,14 +42,14 @@ pub(super) enum Finding {
 
 impl Node {
     /// Takes events, relayed batches and strays of the shards.
-    pub(super) fn take_from_shards(&mut self) -> Taken {
+    pub(super) fn take_from_shards(&mut self) -> FromShards {
         let now = now();
         for _ in 0..SHARD_BATCH_MAX {
             let event = self.dataplane.poll_event();
             let relayed = self.dataplane.poll_relay();
             let stray = self.dataplane.poll_stray();
             if event.is_none() && relayed.is_none() && stray.is_none() {
-                return Taken::All;
+                return FromShards::All;
             }
             if let Some((from, bytes)) = stray {
                 self.agent.handle_datagram(now, now, from, None, &bytes);
@@ -57,9 +57,9 @@ impl Node {
             if let Some(event) = event {
                 use ringtail_dataplane::Event;
                 let activity = match &event {
-                    Event::TunGone => return Taken::TunGone,
+                    Event::TunGone => return FromShards::TunGone,
                     Event::Unopened(..) => Activity::default(),
-                    Event::Failed(why) => return Taken::Failed(why.clone()),
+                    Event::Failed(why) => return FromShards::Failed(why.clone()),
                     Event::Kick(id)
                     | Event::Active(id)
                     | Event::NewSource(id, _)
@@ -90,7 +90,7 @@ impl Node {
                 self.dataplane.recycle(batch.datagrams);
             }
         }
-        Taken::More
+        FromShards::More
     }
 
     pub(super) fn take_from_relays(&mut self, first: RelayEvent) {

@@ -33,7 +33,8 @@ use super::local_api::Call;
 use super::names::Names;
 use super::panics::Panics;
 use super::relay::{RelayEvents, RelayPool};
-use super::runtime::{self, Taken};
+use super::runtime;
+use super::shards::{self, FromShards};
 use super::signals::{Blocked, Signals, Told};
 use super::sleep;
 use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
@@ -152,7 +153,7 @@ struct Node {
 
 impl Node {
     async fn run(mut self, signals: &Signals, panics: &Panics) -> anyhow::Result<()> {
-        let shards = runtime::watch_descriptor(self.dataplane.event_fd().try_clone_to_owned()?)?;
+        let shards = shards::news(&self.dataplane)?;
         let mut datagrams: Vec<Datagram> = Vec::new();
         tracing::info!(
             tun = self.dataplane.tun_name(),
@@ -186,11 +187,11 @@ impl Node {
                 ready = shards.readable() => {
                     let mut ready = ready?;
                     match self.take_from_shards() {
-                        Taken::More => ready.retain_ready(),
+                        FromShards::More => ready.retain_ready(),
                         // The data plane has made its descriptor unreadable again.
-                        Taken::All => ready.clear_ready(),
-                        Taken::TunGone => break Err(anyhow::anyhow!("the TUN interface was taken away")),
-                        Taken::Failed(why) => break Err(anyhow::anyhow!("the data plane failed: {why}")),
+                        FromShards::All => ready.clear_ready(),
+                        FromShards::TunGone => break Err(anyhow::anyhow!("the TUN interface was taken away")),
+                        FromShards::Failed(why) => break Err(anyhow::anyhow!("the data plane failed: {why}")),
                     }
                 }
                 event = self.relay_events.recv() => {
