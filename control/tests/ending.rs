@@ -6,8 +6,10 @@
     reason = "a test ends by panicking, and has to wait"
 )]
 
+mod address;
+
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -412,9 +414,7 @@ fn a_node_that_is_ended_early_leaves_no_socket() {
 /// On loopback, in the test's own namespace: who connects is here.
 #[test]
 fn servers_end_with_success_however_early_the_signal() {
-    // An address of this process, where nobody else takes a port.
-    let [_, a, b, c] = std::process::id().to_be_bytes();
-    let addr = SocketAddr::from(([127, 64 + a, b, c], 10_000)).to_string();
+    let addr = address::of_this_process(10_000).to_string();
     for what in ["derp", "coord"] {
         for signal in [libc::SIGTERM, libc::SIGINT] {
             let dir = tempfile::tempdir().unwrap();

@@ -5,6 +5,8 @@
     reason = "a test ends by panicking, and has to wait"
 )]
 
+mod address;
+
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -44,11 +46,8 @@ struct Relay {
 impl Relay {
     fn start(options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        // On an address of this process, where nobody else takes a port.
         static PORT: AtomicU16 = AtomicU16::new(10_000);
-        let [_, a, b, c] = std::process::id().to_be_bytes();
-        let port = PORT.fetch_add(1, Ordering::Relaxed);
-        let addr = SocketAddr::from(([127, 64 + a, b, c], port));
+        let addr = address::of_this_process(PORT.fetch_add(1, Ordering::Relaxed));
         let mut child = Command::new(env!("CARGO_BIN_EXE_ringtail"))
             // A huge page counts for 2 MiB, whatever is held of it.
             .env("MIMALLOC_ALLOW_THP", "0")

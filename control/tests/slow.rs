@@ -6,6 +6,8 @@
 //! in real time: the longest deadline is a minute.
 #![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
+mod address;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -404,10 +406,7 @@ async fn the_coordination_server_outlasts_slow_clients_of_every_stage() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_relay_outlasts_slow_clients_of_every_stage() {
     let dir = tempfile::tempdir().unwrap();
-    // An address of this process, where nobody else takes a port.
-    let [_, a, b, c] = std::process::id().to_be_bytes();
-    let [main, plain, stun] =
-        [10_001, 10_002, 10_003].map(|port| SocketAddr::from(([127, 64 + a, b, c], port)));
+    let [main, plain, stun] = [10_001, 10_002, 10_003].map(address::of_this_process);
     let addr = main.to_string();
     let args = [
         "derp",
