@@ -78,6 +78,12 @@ struct Live {
     client: RefCell<Client>,
 }
 
+/// Why a connection ended without an error.
+enum End {
+    /// There was no reason for it any more.
+    Idle,
+}
+
 impl Link {
     pub(super) fn new(region: RegionId, definition: DerpRegion, now: Instant) -> Self {
         Self {
@@ -183,14 +189,13 @@ impl Link {
     }
 }
 
-/// Keeps the region connected for as long as there is a reason to. A connection that ends without an error
-/// had none.
+/// Keeps the region connected for as long as there is a reason to.
 pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
     loop {
         let result = tokio::select! {
             result = connect_and_run(&inner, &link) => result,
             () = link.restart.notified() => Err(anyhow!("given up to dial anew")),
-            () = link.stop.notified() => Ok(()),
+            () = link.stop.notified() => Ok(End::Idle),
         };
         let established = link.live.take();
         if let Some(live) = &established {
@@ -201,7 +206,7 @@ pub(super) async fn run(inner: Rc<Inner>, link: Rc<Link>) {
             return;
         }
         match result {
-            Ok(()) => return inner.close(&link),
+            Ok(End::Idle) => return inner.close(&link),
             Err(error) => report(&inner, &link, established.is_some(), &error),
         }
         if !link.home.get() && !link.has_something_to_say() {
@@ -254,7 +259,7 @@ fn pause(link: &Link) -> Duration {
     base.min(BACKOFF_MAX).mul_f64(0.5 + rand::random::<f64>())
 }
 
-async fn connect_and_run(inner: &Rc<Inner>, link: &Rc<Link>) -> anyhow::Result<()> {
+async fn connect_and_run(inner: &Rc<Inner>, link: &Rc<Link>) -> anyhow::Result<End> {
     let started = now();
     let region = link.region;
     let first = inner.good_nodes.borrow().get(&region).copied();
@@ -353,7 +358,12 @@ impl Run {
     }
 }
 
-async fn read(inner: &Rc<Inner>, link: &Link, live: &Live, started: Instant) -> anyhow::Result<()> {
+async fn read(
+    inner: &Rc<Inner>,
+    link: &Link,
+    live: &Live,
+    started: Instant,
+) -> anyhow::Result<End> {
     let counters = &inner.counters;
     let mut announced = false;
     let mut buffer = Vec::with_capacity(READ_LEN);
@@ -479,7 +489,7 @@ fn handle_event(inner: &Rc<Inner>, link: &Link, run: &mut Run, event: Event<'_>)
     }
 }
 
-async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<()> {
+async fn write(counters: &Counters, link: &Link, live: &Live) -> anyhow::Result<End> {
     let mut control = Vec::new();
     loop {
         let (out, len) = {
@@ -536,7 +546,7 @@ fn limit(counters: &Counters, client: &mut Client, chunk: &mut Chunk) {
 }
 
 /// Ends the connection when the relay is dead or nobody needs it.
-async fn watch(link: &Link, live: &Live, started: Instant) -> anyhow::Result<()> {
+async fn watch(link: &Link, live: &Live, started: Instant) -> anyhow::Result<End> {
     loop {
         let at = now();
         let ready = live.client.borrow().is_ready();
@@ -544,7 +554,7 @@ async fn watch(link: &Link, live: &Live, started: Instant) -> anyhow::Result<()>
             bail!("the relay did not answer the upgrade in time");
         }
         if link.idle_at().is_some_and(|idle| idle <= at) {
-            return Ok(());
+            return Ok(End::Idle);
         }
         let due = {
             let mut client = live.client.borrow_mut();
