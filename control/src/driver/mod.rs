@@ -4,15 +4,11 @@
 //! What runs, one loop each:
 //! - [`node`]: a node: the agent between the data plane and everything below.
 //! - [`device`]: a WireGuard device without coordination.
-//! - [`coord_server`]: the coordination server: listeners and HTTP/1 (`outer`), Noise and HTTP/2 with
-//!   every limit (`inner`), answers (`answer`), the task that owns the state (`actor`).
-//! - [`derp_server`]: the relay: a connection before DERP (`head`), and as DERP with its rate
-//!   (`connection`), who is connected (`registry`), forwarding (`router`), memory and places (`door`),
-//!   who may (`verify`).
+//! - [`coord_server`]: the coordination server.
+//! - [`derp_server`]: the relay.
 //!
 //! Towards other machines:
-//! - [`relay`]: connections to relays: dialling (`dial`), one connection and its back-off (`link`),
-//!   what comes (`events`).
+//! - [`relay`]: connections to relays.
 //! - [`coord_client`]: the connection to the coordination server; [`control_url`]: where that is.
 //! - [`discovery`]: the UDP sockets of DISCO and STUN.
 //! - [`tls`]: relays' TLS, who may vouch for a certificate, what a relay has to show.
@@ -21,15 +17,14 @@
 //!   outside of the tunnel.
 //!
 //! The host:
-//! - [`hostnet`]: policy rules, routes and addresses: the kernel's messages (`netlink`), whose table
-//!   it is (`table`), making them as they are to be (`worker`).
+//! - [`hostnet`]: policy rules, routes and addresses.
 //! - [`interface`]: the TUN's MTU and state, own addresses; [`link`]: changes of the network, told.
 //! - [`clock`], `sleep`: the time, and that the machine has slept.
 //!
 //! Programs of this machine:
 //! - [`unix_socket`]: sockets that are ours alone; `accept`: the loop that serves them.
-//! - [`local_api`]: `ringtail status` and the like; [`status`]: what drivers
-//!   add to what the agent says of node and peers.
+//! - [`local_api`]: `ringtail status` and the like; [`status`]: what drivers add to what the agent
+//!   says of node and peers.
 //! - [`uapi`]: the configuration socket that `wg` speaks to.
 //! - [`coord_admin`]: administrators' orders to a coordination server.
 //!
@@ -39,10 +34,10 @@
 //! - `timestamps`: the time that handshakes may carry, over restarts; [`events`]: the event file.
 //!
 //! The process:
-//! - [`runtime`], [`signals`], [`panics`], [`background`], [`descriptors`]; `shards`: the data plane's news.
+//! - [`runtime`], [`signals`], [`panics`], [`background`], [`descriptors`].
 //!
-//! Shared by servers: [`places`], connections and their places; `counters`, counters by name;
-//! [`handshakes`], when peers shook hands by the wall clock.
+//! Shared: [`places`], a server's connections; `counters`, counters by name; of node and device
+//! `shards`, news of the data plane, and [`handshakes`], when peers shook hands by the wall clock.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 

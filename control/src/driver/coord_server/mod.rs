@@ -13,6 +13,10 @@
 //! which a node is stored: by its first Noise record, or when a registration made it one. The actor
 //! says so, and says when it is over. Every refusal is counted in [`Counters`], those for want of a
 //! place in the [`Door`].
+//!
+//! Rooms: `outer` is listeners, TLS, HTTP/1 and what a stranger may, of which `metered` counts the bytes;
+//! `inner` is Noise and HTTP/2 with the limits of streams, pings and bodies; `answer` takes bodies in and
+//! gives answers out; `actor` owns the state; `counters`. Limits of more than one of them are here.
 
 mod actor;
 mod answer;

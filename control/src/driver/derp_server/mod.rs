@@ -12,6 +12,11 @@
 //! Behaviour: `protocol/derp.md` §4 to §8 (derpserver and cmd/derper of tailscale/tailscale).
 //! Differences on purpose: queues in bytes instead of 32 packets, the write limit counts from the
 //! last progress instead of per frame, admission fails closed, and no mesh or WebSocket.
+//!
+//! Rooms: `head` is a connection before DERP, `connection` one from its first byte to its last, with its
+//! rate; `door` is how many there may be and how memory ends one, `verify` who may be served; `registry`
+//! is who can be reached and what waits for whom, `router` forwards; `stun` answers beside it,
+//! [`identity`] is key and certificate on disk, `operations` a check of the registry for tests.
 
 mod connection;
 mod door;

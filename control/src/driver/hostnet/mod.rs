@@ -5,6 +5,8 @@
 //! there and carries out the difference. What others remove (a network manager that flushes rules, an
 //! interface that goes down and up) comes back that way. Dropping [`HostNet`] removes everything and
 //! waits until that is done; what a killed process left, the next start removes.
+//!
+//! Rooms: `worker` is the thread, `netlink` the kernel's messages, `table` whose table it is.
 
 mod netlink;
 mod table;

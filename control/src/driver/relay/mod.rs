@@ -10,6 +10,9 @@
 //! different: nodes of a region race ([`dial`]), a relay silent for 75 s is asked by a Ping, data
 //! unacknowledged for 15 s ends the connection, two failed redials of the home are reported at
 //! once, and reverse routes are forgotten on PeerGone and on every loss.
+//!
+//! Rooms: [`dial`] is a connection to one of a region's nodes, `link` one region's connection and its
+//! back-off, `events` what they tell the agent.
 
 mod dial;
 mod events;
