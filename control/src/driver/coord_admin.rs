@@ -109,7 +109,7 @@ pub fn give(dir: &StateDir, order: &Order) -> anyhow::Result<Done> {
         let path = dir.file("coord.sock");
         match BlockingStream::connect(&path) {
             Ok(stream) => return ask(&stream, order),
-            Err(error) if unix_socket::is_nobodys(&error) => {}
+            Err(error) if unix_socket::nobody_listens(&error) => {}
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot use {}", path.display()));
             }

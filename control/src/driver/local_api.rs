@@ -110,7 +110,7 @@ pub async fn ask(
 ) -> anyhow::Result<()> {
     let stream = match UnixStream::connect(path).await {
         Ok(stream) => stream,
-        Err(error) if unix_socket::is_nobodys(&error) => bail!(
+        Err(error) if unix_socket::nobody_listens(&error) => bail!(
             "no ringtail node runs here ({}); start one with `ringtail up`, or name its --state-dir",
             path.display()
         ),

@@ -58,12 +58,13 @@ impl std::fmt::Debug for Names {
 
 impl Default for Names {
     fn default() -> Self {
-        Self::by(|name| Ok((name, 0).to_socket_addrs()?.map(|addr| addr.ip()).collect()))
+        Self::asking(|name| Ok((name, 0).to_socket_addrs()?.map(|addr| addr.ip()).collect()))
     }
 }
 
 impl Names {
-    pub(super) fn by(
+    /// Asks this instead of the host's resolver, on a thread where it may take its time.
+    pub(super) fn asking(
         ask: impl Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static,
     ) -> Self {
         Self(Arc::new(Inner {
@@ -203,7 +204,7 @@ mod tests {
         let gate = Mutex::new(gate);
         let asked = Arc::new(AtomicUsize::new(0));
         let count = Arc::clone(&asked);
-        let names = Names::by(move |_| {
+        let names = Names::asking(move |_| {
             count.fetch_add(1, Ordering::Relaxed);
             let _ = gate.lock().unwrap().recv();
             Ok(vec![ip(1)])
@@ -224,7 +225,7 @@ mod tests {
     #[tokio::test]
     async fn a_failure_leaves_the_last_good_answer() {
         let asked = AtomicUsize::new(0);
-        let names = Names::by(move |_| match asked.fetch_add(1, Ordering::Relaxed) {
+        let names = Names::asking(move |_| match asked.fetch_add(1, Ordering::Relaxed) {
             0 => Ok(vec![ip(1)]),
             _ => Err(io::Error::other("no such host")),
         });
@@ -240,7 +241,7 @@ mod tests {
         let (r, m) = (Arc::clone(&running), Arc::clone(&most));
         let (go, gate) = mpsc::channel::<()>();
         let gate = Mutex::new(gate);
-        let names = Names::by(move |_| {
+        let names = Names::asking(move |_| {
             let now = r.fetch_add(1, Ordering::SeqCst) + 1;
             m.fetch_max(now, Ordering::SeqCst);
             let _ = gate.lock().unwrap().recv();
@@ -269,7 +270,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_names_that_are_remembered_have_a_bound() {
-        let names = Names::by(|_| Ok(vec![ip(1)]));
+        let names = Names::asking(|_| Ok(vec![ip(1)]));
         for n in 0..NAMES_MAX + 10 {
             names.look_up(&format!("n{n}"), LONG).await.unwrap();
         }

@@ -219,12 +219,12 @@ mod tests {
     }
 
     fn dns(answer: &'static [&'static str]) -> Names {
-        Names::by(move |_| Ok(answer.iter().map(|text| ip(text)).collect()))
+        Names::asking(move |_| Ok(answer.iter().map(|text| ip(text)).collect()))
     }
 
     #[tokio::test]
     async fn a_known_address_that_connects_costs_no_look_up() {
-        let names = Names::by(|_| panic!("the name was asked"));
+        let names = Names::asking(|_| panic!("the name was asked"));
         let (won, _, tried) = race(&names, &target(&["192.0.2.1"], false, true), |_| {
             Fate::Connects(1)
         })
@@ -271,7 +271,7 @@ mod tests {
         let asked = std::sync::atomic::AtomicUsize::new(0);
         let (_never, gate) = std::sync::mpsc::channel::<()>();
         let gate = std::sync::Mutex::new(gate);
-        let names = Names::by(move |_| {
+        let names = Names::asking(move |_| {
             match asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
                 0 => return Ok(vec![ip("192.0.2.9")]),
                 1 => {}
@@ -307,7 +307,7 @@ mod tests {
 
     #[tokio::test]
     async fn without_any_address_the_error_says_what_was_wrong() {
-        let names = Names::by(|_| Err(io::Error::other("no such host")));
+        let names = Names::asking(|_| Err(io::Error::other("no such host")));
         let (won, ..) = race(&names, &target(&[], true, true), |_| Fate::Hangs).await;
         let error = won.unwrap_err().to_string();
         assert_eq!(error, "cannot resolve relay.example: no such host");

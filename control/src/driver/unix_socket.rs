@@ -106,13 +106,13 @@ fn answers(path: &Path) -> anyhow::Result<bool> {
         Ok(()) => Ok(true),
         // Its queue is full: it lives, if slowly.
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(true),
-        Err(error) if is_nobodys(&error) => Ok(false),
+        Err(error) if nobody_listens(&error) => Ok(false),
         Err(error) => Err(error).with_context(|| format!("cannot look at {}", path.display())),
     }
 }
 
 /// Whether connecting failed because nobody listens there.
-pub(super) fn is_nobodys(error: &std::io::Error) -> bool {
+pub(super) fn nobody_listens(error: &std::io::Error) -> bool {
     matches!(
         error.kind(),
         ErrorKind::NotFound | ErrorKind::ConnectionRefused

@@ -125,8 +125,9 @@ struct Node {
     calls: mpsc::Receiver<Call>,
     /// The status socket's file, while there is somebody behind it.
     _socket_file: SocketFile,
-    /// The configuration socket and what is asked there; none where it could not be made.
+    /// The configuration socket; none where it could not be made.
     _configuration_socket: Option<uapi::Socket>,
+    /// What is asked there.
     configuration: Option<mpsc::Receiver<uapi::Call>>,
     handshakes: RefCell<Handshakes>,
     questions: BTreeMap<u64, Call>,
