@@ -15,9 +15,10 @@ use crate::noise::public_key;
 use crate::packet::Pool;
 use crate::packet::build::Builder;
 use crate::packet::vnet::VnetHdr;
-use crate::peer::Aim;
+use crate::peer::{Aim, Source};
 use crate::session::{Moment, Session};
 use crate::stats::Snapshot;
+use crate::sys::socket::Local;
 use crate::tun::Kinds;
 use crate::types::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, RelayBatch, Rules};
 
@@ -55,10 +56,8 @@ fn receiver() -> (UdpSocket, SocketAddr) {
 }
 
 fn shard(seat: &Seat) -> Shard<'_> {
-    let (v4, _) = receiver();
-    let sockets = Arc::new(Sockets { v4, v6: None });
     let inbox = &seat.hub.inboxes[usize::from(seat.id)];
-    Shard::new(seat, inbox, sockets, seat.hub.epoch)
+    Shard::new(seat, inbox, outlets(), seat.hub.epoch)
 }
 
 #[test]
@@ -557,6 +556,24 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> Aim {
     })
 }
 
+/// Sends so many datagrams of 100 bytes to a peer.
+fn send(shard: &mut Shard<'_>, id: PeerId, count: usize) {
+    let batch = seal::Batch {
+        kind: Kind::Data,
+        bytes: &[4; 1000][..100 * count],
+        stride: 100,
+        tos: 0,
+    };
+    let Shard { ctx, peers, tx, .. } = shard;
+    seal::Outlet::send(tx, ctx, peers.get(id).unwrap(), batch);
+}
+
+/// Sockets of loopback to send from.
+fn outlets() -> Arc<Sockets> {
+    let (v4, _) = receiver();
+    Arc::new(Sockets { v4, v6: None })
+}
+
 /// Whatever the kernel refuses is dropped under a name, nothing waits for it, and what is sent after the fault
 /// arrives. The faults are the kernel's as far as the shard can tell: a filter of system calls.
 #[test]
@@ -571,16 +588,6 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
         libc::ENOMEM,
     ];
     let (receiver, to) = receiver();
-    let send = move |shard: &mut Shard<'_>, id, count: usize| {
-        let batch = seal::Batch {
-            kind: Kind::Data,
-            bytes: &[4; 1000][..100 * count],
-            stride: 100,
-            tos: 0,
-        };
-        let Shard { ctx, peers, tx, .. } = shard;
-        seal::Outlet::send(tx, ctx, peers.get(id).unwrap(), batch);
-    };
     for errno in for_now.into_iter().chain(others) {
         let reason = if for_now.contains(&errno) {
             DropReason::SendQueueFull
@@ -596,11 +603,7 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
                 meet(&mut shard, &far);
                 let id = far[0].id;
                 aim(&mut shard, id, Some(to), false);
-                let bind = || Sockets {
-                    v4: UdpSocket::bind("127.0.0.1:0").unwrap(),
-                    v6: None,
-                };
-                let (bad, good) = (Arc::new(bind()), Arc::new(bind()));
+                let (bad, good) = (outlets(), outlets());
                 let calls = [libc::SYS_sendmsg, libc::SYS_sendmmsg];
                 let ours = u32::try_from(bad.v4.as_raw_fd()).unwrap();
                 sys::refuse::refuse(&calls, (0, libc::BPF_JEQ, ours), errno);
@@ -622,6 +625,51 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
                 assert_eq!(receiver.recv(&mut [0; 2000]).unwrap(), 100);
             }
         }
+    }
+}
+
+/// The peer follows to where answers come from: they come from elsewhere only if that is of use.
+#[test]
+fn a_local_address_is_left_only_where_sending_goes_better_without_it() {
+    let (_receiver, to) = receiver();
+    let (batches, singles) = (libc::SYS_sendmsg, libc::SYS_sendmmsg);
+    let cases = [
+        ("127.0.0.1", vec![], true),
+        ("127.0.0.1", vec![batches], true),
+        ("127.0.0.1", vec![batches, singles], true),
+        ("192.0.2.77", vec![], false),
+    ];
+    for (addr, refused, stays) in cases {
+        // The filter goes with its thread.
+        let thread = std::thread::spawn(move || {
+            let seat = Seat {
+                gso: true,
+                roam: true,
+                ..seat()
+            };
+            let mut shard = shard(&seat);
+            let far = config(PeerId(1), [9; 32]);
+            let table = PeerTable::default().changed(vec![far], &[], None, 1);
+            shard.set_peers(Arc::new(table));
+            let local = Local {
+                addr: addr.parse().unwrap(),
+                interface: 1,
+            };
+            let Shard { ctx, peers, .. } = &mut shard;
+            let peer = peers.get(PeerId(1)).unwrap();
+            peer.arrived(ctx.now, Source::Udp(to), Some(local), &mut ctx.events);
+
+            let sockets = outlets();
+            let ours = u32::try_from(sockets.v4.as_raw_fd()).unwrap();
+            sys::refuse::refuse(&refused, (0, libc::BPF_JEQ, ours), libc::EINVAL);
+            shard.tx.rebind(sockets);
+            send(&mut shard, PeerId(1), 10);
+            let way = shard.peers.get(PeerId(1)).unwrap().path.way(shard.ctx.now);
+            assert_eq!(way.local, stays.then_some(local), "{refused:?}");
+            let taken = counted(&shard).get(Meter::UdpPacketsOut);
+            assert_eq!(taken > 0, !refused.contains(&singles), "{refused:?}");
+        });
+        thread.join().unwrap();
     }
 }
 

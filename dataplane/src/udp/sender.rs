@@ -30,8 +30,8 @@ pub(crate) struct Sent {
     /// The kernel refused the batch but took its datagrams one by one: the path does not carry
     /// GSO, usually because its MTU is too small.
     pub(crate) gso_refused: bool,
-    /// The kernel refused the source asked for; the datagrams left from where routing said, if they
-    /// left.
+    /// The kernel refused the source asked for; the datagrams left from where routing said. False where
+    /// they would not leave from there either, or not as a batch.
     pub(crate) source_refused: bool,
 }
 
@@ -73,16 +73,19 @@ impl Sender {
         while !rest.is_empty() {
             let most = SEGMENTS_MAX.min(SEND_BYTES_MAX / stride).max(1) * stride;
             let (chunk, after) = rest.split_at(most.min(rest.len()));
-            let sent = self.send_chunk(&leave, chunk, stride, singly || total.gso_refused);
-            total.calls += sent.calls;
+            let singly = singly || total.gso_refused;
+            let mut sent = self.send_chunk(&leave, chunk, stride, singly);
             if leave.local.is_some()
                 && sent.datagrams == 0
                 && sent.error.is_some_and(source_refused)
             {
-                total.source_refused = true;
                 leave.local = None;
-                continue;
+                total.calls += sent.calls;
+                sent = self.send_chunk(&leave, chunk, stride, singly);
+                // Where it goes no better without the source, that was not at fault.
+                total.source_refused = sent.datagrams > 0 && !sent.gso_refused;
             }
+            total.calls += sent.calls;
             total.datagrams += sent.datagrams;
             total.failed += sent.failed;
             total.gso_refused |= sent.gso_refused;
