@@ -85,7 +85,13 @@ impl Routes {
         if matches!(to.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()) {
             return false;
         }
-        let interface = self.query.interface(local.addr, to.ip(), mark);
-        interface.ok() != Some(local.interface)
+        match self.query.interface(local.addr, to.ip(), mark) {
+            Ok(interface) => interface != local.interface,
+            // Nothing leaves by any way, and the next route is told of.
+            Err(error) => !matches!(
+                error.raw_os_error(),
+                Some(libc::ENETUNREACH | libc::EHOSTUNREACH)
+            ),
+        }
     }
 }

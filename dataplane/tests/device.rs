@@ -457,6 +457,26 @@ fn answers_do_not_stick_when_the_route_moves_to_another_interface() {
     }
 }
 
+/// Where a route is replaced by taking it away first, nothing has moved.
+#[test]
+fn answers_stick_through_a_moment_without_a_route() {
+    lab_or_skip!();
+    for setup in drivers() {
+        let pair = device(setup);
+        let b = pair.lab.name(End::B);
+        let second = addr("192.0.2.22");
+        run(&format!("ip -n {b} addr add {second}/24 dev v0"));
+        endpoint(&pair, End::A, second);
+        assert!(pair.ping(End::A, End::B.inner4(), 1));
+        let route = "192.0.2.0/24 dev v0 proto kernel scope link src 192.0.2.2";
+        run(&format!("ip -n {b} route del {route}"));
+        thread::sleep(Duration::from_millis(100));
+        run(&format!("ip -n {b} route add {route}"));
+        assert!(pair.ping(End::A, End::B.inner4(), 2));
+        sees(&pair, End::A, second);
+    }
+}
+
 /// Every inner and outer family, in super-packets.
 #[test]
 fn all_four_combinations_carry_super_packets() {
