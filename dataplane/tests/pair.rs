@@ -276,7 +276,10 @@ fn either_engine_talks_to_the_other_on_several_shards() {
 #[test]
 fn with_two_shards_either_seals_for_the_peer() {
     lab_or_skip!();
-    let pair = direct(Setup::with_shards(2));
+    let pair = direct(Setup {
+        silence_limit: HOUR,
+        ..Setup::with_shards(2)
+    });
     // The queue for a flow is that which its replies were written to, and replies are written by their
     // hash: half of these flows are sealed by one shard, half by the other.
     let sent = || {
@@ -380,7 +383,10 @@ fn quiet_flows_are_answered_beside_160000_others() {
     const ROUND: Duration = Duration::from_secs(10);
     /// On their way at once at most: less than any queue holds, however slow the machine is.
     const WINDOW: u64 = 400;
-    let pair = Pair::new(Setup::with_shards(2));
+    let pair = Pair::new(Setup {
+        silence_limit: HOUR,
+        ..Setup::with_shards(2)
+    });
     close(&pair.a);
     pair.direct();
     assert!(pair.ping(End::A, End::B.inner4(), 1));
@@ -468,6 +474,7 @@ fn no_flow_is_reordered_while_sealing_moves_to_its_shard() {
     // Pinned: the kernel itself reorders what a thread sends while it moves from one CPU to another.
     let pair = direct(Setup {
         pin: true,
+        silence_limit: HOUR,
         ..Setup::with_shards(2)
     });
     let receiver = pair.bind(End::B, End::B.inner4());

@@ -46,8 +46,8 @@ fn seat() -> Seat {
     }
 }
 
-/// A socket to send to, and its address.
-fn receiver() -> (UdpSocket, SocketAddr) {
+/// A socket of 127.0.0.1 that waits five seconds, and its address.
+fn socket() -> (UdpSocket, SocketAddr) {
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
     let patience = Some(Duration::from_secs(5));
     socket.set_read_timeout(patience).unwrap();
@@ -459,8 +459,18 @@ fn both_runs_of_a_guest_leave_with_its_grant_when_others_need_their_places() {
         shake_hands(&mut shard, far);
     }
     drop(sent(&mut shard));
-    let (there, to) = receiver();
-    aim(&mut owner, guest.id, Some(to), false);
+    let (there, to) = socket();
+    let Aim::Decided(way) = path(Some(to), false) else {
+        unreachable!("it is decided")
+    };
+    let trusted = PathDecision {
+        trust_until: Some(sys::now() + Duration::from_secs(3600)),
+        ..way
+    };
+    let now = owner.ctx.now;
+    let peer = owner.peers.get(guest.id).unwrap();
+    peer.aim(now, Aim::Decided(trusted));
+    owner.peers.touch(now, guest.id);
 
     let mut routes = table.routes.cursor();
     for tos in [0, 2] {
@@ -549,7 +559,7 @@ fn path(udp: Option<SocketAddr>, relay: bool) -> Aim {
         udp,
         local: None,
         derp: relay.then_some(REGION),
-        trust_until: (!relay).then(|| sys::now() + Duration::from_secs(3600)),
+        trust_until: None,
         silence_limit: Duration::from_secs(1),
         path_mtu: 1500,
         relayed_alone: false,
@@ -570,7 +580,7 @@ fn send(shard: &mut Shard<'_>, id: PeerId, count: usize) {
 
 /// Sockets of loopback to send from.
 fn outlets() -> Arc<Sockets> {
-    let (v4, _) = receiver();
+    let (v4, _) = socket();
     Arc::new(Sockets { v4, v6: None })
 }
 
@@ -587,7 +597,7 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
         libc::ENETUNREACH,
         libc::ENOMEM,
     ];
-    let (receiver, to) = receiver();
+    let (receiver, to) = socket();
     for errno in for_now.into_iter().chain(others) {
         let reason = if for_now.contains(&errno) {
             DropReason::SendQueueFull
@@ -631,7 +641,7 @@ fn what_the_kernel_does_not_send_is_counted_and_the_next_goes_out() {
 /// The peer follows to where answers come from: they come from elsewhere only if that is of use.
 #[test]
 fn a_local_address_is_left_only_where_sending_goes_better_without_it() {
-    let (_receiver, to) = receiver();
+    let (_receiver, to) = socket();
     let (batches, singles) = (libc::SYS_sendmsg, libc::SYS_sendmmsg);
     let cases = [
         ("127.0.0.1", vec![], true),
@@ -730,7 +740,7 @@ fn initiations_for_what_cannot_be_opened_are_limited_and_go_where_the_peer_is() 
     assert_eq!(sent(&mut shard).len(), UNOPENED_BURST as usize);
     shard.ctx.now += Duration::from_secs(1);
     // By both ways it sends twice as much.
-    let (there, at) = receiver();
+    let (there, at) = socket();
     let id = far[149].id;
     aim(&mut shard, id, Some(at), true);
     shard.unopened(id, 200);

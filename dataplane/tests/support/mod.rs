@@ -268,6 +268,9 @@ pub(crate) struct Setup {
     pub(crate) engines: [Engine; 2],
     /// Nobody tells B who may reach it.
     pub(crate) b_untold: bool,
+    /// Of all paths. A machine that stands still for so long has other shards stop sealing, which a test
+    /// that sees who seals does not want.
+    pub(crate) silence_limit: Duration,
 }
 
 impl Default for Setup {
@@ -282,6 +285,7 @@ impl Default for Setup {
             roam: false,
             engines: [Engine::Ringtail; 2],
             b_untold: false,
+            silence_limit: Duration::from_secs(1),
         }
     }
 }
@@ -305,6 +309,7 @@ pub(crate) struct Pair {
     /// Batches are carried only while this is set.
     pub(crate) relay_open: Arc<AtomicBool>,
     generation: AtomicU32,
+    silence_limit: Duration,
     started: Instant,
 }
 
@@ -356,6 +361,7 @@ impl Pair {
             relay: Some(relay),
             relay_open,
             generation: AtomicU32::new(0),
+            silence_limit: setup.silence_limit,
             started: Instant::now(),
         }
     }
@@ -388,9 +394,7 @@ impl Pair {
                     local: None,
                     derp: relay.then_some(RegionId(7)),
                     trust_until: Some(Instant::now() + trust),
-                    // Without a relay to turn to it would only keep other shards from sealing, on a
-                    // machine that stands still.
-                    silence_limit: if relay { Duration::from_secs(1) } else { HOUR },
+                    silence_limit: self.silence_limit,
                     path_mtu: 1500,
                     relayed_alone: false,
                 },
