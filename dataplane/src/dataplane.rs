@@ -426,8 +426,8 @@ impl Dataplane {
     }
 
     /// Changes peers and packet filter, which every shard takes over in one step. Until the first
-    /// call there are no peers and nothing may come in. Peers whose id and key are unchanged keep
-    /// their sessions, paths and counters; another preshared key counts from the next handshake,
+    /// call there are no peers and nothing may come in. Peers that are named with the id and key they had
+    /// keep their sessions, paths and counters; another preshared key counts from the next handshake,
     /// another keep-alive at once. Ids at or above [`PEERS_MAX`](crate::PEERS_MAX) are not used.
     /// Nothing about peers that are not named is touched.
     pub fn change_network(&self, change: NetworkChange) {

@@ -4,8 +4,8 @@
 //! A thread of its own, asleep until the kernel tells of a changed route or rule. Then it asks, for
 //! every peer with a local address, by which interface a datagram from there would leave now. If
 //! that is not the one the peer's datagrams arrive by, the address is given up, and routing chooses
-//! one until the peer is heard again. A host whose routes change all the time costs a tenth of a
-//! core at most.
+//! one until the peer is heard at another address, or at this one a second later. A host whose routes
+//! change all the time costs a tenth of a core at most.
 
 #![forbid(unsafe_code)]
 

@@ -81,7 +81,7 @@ pub struct NetworkChange {
     /// Peers that are new or have another configuration, each once. A prefix that is new for one goes
     /// to it from whoever had it, unless it is reserved; who lost it is not given it back.
     pub peers: Vec<PeerConfig>,
-    /// Peers that are no more.
+    /// Peers that are no more. Who is in `peers` too stays, and gets its prefixes anew.
     pub gone: Vec<PeerId>,
     /// What belongs to no peer even where the allowed IPs of one cover it, if that is another: own
     /// addresses, those of nodes that are held back. A longer prefix of a peer inside counts, an equal one

@@ -11,6 +11,8 @@ use crate::types::{PEERS_MAX, PeerId};
 
 /// The slots of one shard.
 pub(crate) struct Slots<T> {
+    /// Miri finds fault with these: the cell makes a box of an integer, which is a pointer without
+    /// provenance.
     slots: Box<[AtomicCell<Option<Box<T>>>]>,
     dirty: ArrayQueue<PeerId>,
 }

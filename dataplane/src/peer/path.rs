@@ -19,7 +19,8 @@
 //! *In device mode* there is no control side that knows better: the endpoint follows the peer. It is
 //! the source of the newest authentic datagram, whatever was configured, and answers leave from the
 //! local address which that datagram was sent to. An address that was given up because routes have
-//! moved, or the kernel refuses it, is not taken up again by what was under way to it.
+//! moved, or the kernel refuses it, is not taken up again for a second: what arrives there may have
+//! been under way.
 //!
 //! A renewal gives a stream that gets no answers by its nature (one-way UDP) a third of the limit
 //! more than the limit, so that heartbeats one limit apart keep it on one path.
@@ -140,7 +141,8 @@ impl Path {
         }
     }
 
-    /// Lets routing choose the local address, until the peer is heard again or the next decision.
+    /// Lets routing choose the local address until the next decision or, in device mode, until the peer is
+    /// heard at another address, or at this one a second later.
     pub(crate) fn unstick(&mut self, now: Instant) {
         if let Some(decision) = &mut self.decision {
             decision.local = None;

@@ -47,6 +47,7 @@ pub(crate) struct TunRx {
 pub(crate) struct UdpRx {
     pub(crate) buf: PacketBuf,
     pub(crate) from: SocketAddr,
+    /// Of all datagrams; `local` in device mode.
     pub(crate) ancillary: Ancillary,
 }
 

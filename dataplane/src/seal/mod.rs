@@ -2,8 +2,9 @@
 //!
 //! A run is datagrams of one length back to back, of which only the last may be shorter, for one peer
 //! and with one TOS byte: what GSO takes in one send, or in two if they are small and many. It is sent at
-//! the first shorter datagram, and at [`SEND_BYTES_MAX`] bytes or [`BATCH_MAX`] datagrams; a super-packet that does not fit whole leaves its rest in the next run, where
-//! the next super-packet joins it (48 segments are 45 and 3).
+//! the first shorter datagram, and at [`SEND_BYTES_MAX`] bytes or [`BATCH_MAX`] datagrams; a super-packet
+//! that does not fit whole leaves its rest in the next run, where the next super-packet joins it (48
+//! segments are 45 and 3).
 //!
 //! A few runs are open at once ([`RUNS_MAX`]), each for another peer or TOS byte, so that what comes by
 //! turns leaves in batches all the same. *Nothing overtakes inside a flow:* what goes to one peer with

@@ -1,8 +1,8 @@
 #![forbid(unsafe_code)]
-//! Enumerations whose variants are counted under names.
+//! Enumerations whose variants have stable names, and counts of such.
 
 /// Declares an enumeration with a stable snake_case name for each variant, in one place, so that
-/// neither can miss the other: `name()`, `Display`, and `ALL` in the order of the counters.
+/// neither can miss the other: `name()`, `Display`, and `ALL` in the order they are written in.
 #[macro_export]
 macro_rules! named {
     (
@@ -18,7 +18,7 @@ macro_rules! named {
         }
 
         impl $all {
-            /// All of them, in the order of their counters.
+            /// All of them, in the order of their declaration.
             $vis const ALL: &'static [Self] = &[$(Self::$variant,)+];
 
             /// Stable snake_case name.
