@@ -114,8 +114,16 @@ named! {
 }
 
 /// A shard's counters: plain integers, owned by the shard.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters(Snapshot);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counters {
+    words: [u64; WORDS],
+}
+
+impl Default for Counters {
+    fn default() -> Self {
+        Counters { words: [0; WORDS] }
+    }
+}
 
 const METERS: usize = Meter::ALL.len();
 const DROPS_AT: usize = METERS;
@@ -128,13 +136,13 @@ impl Counters {
     /// Adds to a counter.
     #[inline]
     pub fn add(&mut self, meter: Meter, n: u64) {
-        self.0.words[meter as usize] += n;
+        self.words[meter as usize] += n;
     }
 
     /// What they are now.
     #[cfg(test)]
     pub(crate) fn snapshot(&self) -> Snapshot {
-        self.0
+        Snapshot { words: self.words }
     }
 
     /// Counts one dropped packet.
@@ -146,20 +154,20 @@ impl Counters {
     /// Counts dropped packets.
     #[inline]
     pub fn drop_many(&mut self, reason: DropReason, n: u64) {
-        self.0.words[DROPS_AT + reason as usize] += n;
+        self.words[DROPS_AT + reason as usize] += n;
     }
 
     /// Charges processor cycles (time-stamp counter ticks) to a room.
     #[inline]
     pub fn charge(&mut self, room: Room, cycles: u64) {
-        let slot = &mut self.0.words[CYCLES_AT + room as usize];
+        let slot = &mut self.words[CYCLES_AT + room as usize];
         *slot = slot.wrapping_add(cycles);
     }
 
     /// Charges cycles that were a room's to another, but not more than it has had since it had `since`.
     /// Returns what it has now.
     pub(crate) fn recharge(&mut self, from: Room, to: Room, since: u64, cycles: u64) -> u64 {
-        let had = self.0.words[CYCLES_AT + from as usize];
+        let had = self.words[CYCLES_AT + from as usize];
         let moved = cycles.min(had.wrapping_sub(since));
         self.charge(to, moved);
         self.charge(from, moved.wrapping_neg());
@@ -181,7 +189,7 @@ impl Counters {
     #[inline]
     fn batch(&mut self, at: usize, len: usize) {
         if len > 0 {
-            self.0.words[at + batch_class(len)] += 1;
+            self.words[at + batch_class(len)] += 1;
         }
     }
 }
@@ -209,7 +217,7 @@ impl Published {
 
     /// Makes the counters visible. Only the owning shard calls this.
     pub fn publish(&self, counters: &Counters) {
-        self.0.publish(&counters.0.words);
+        self.0.publish(&counters.words);
     }
 
     /// The counters as last published.
@@ -363,11 +371,7 @@ mod tests {
             .iter()
             .for_each(|reason| counters.drop_one(*reason));
         Room::ALL.iter().for_each(|room| counters.charge(*room, 1));
-        assert!(
-            counters.0.words[..BATCH_IN_AT]
-                .iter()
-                .all(|word| *word == 1)
-        );
+        assert!(counters.words[..BATCH_IN_AT].iter().all(|word| *word == 1));
         for (index, meter) in Meter::ALL.iter().enumerate() {
             assert_eq!(*meter as usize, index);
         }
