@@ -31,7 +31,8 @@ fn family(family: i32) -> libc::sa_family_t {
 
 /// Sets an option whose value is an `int`.
 pub(crate) fn set_int(fd: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
-    set(fd, level, name, &value)
+    // SAFETY: an int points to nothing.
+    unsafe { set(fd, level, name, &value) }
 }
 
 /// Has receives tell the TOS or traffic class byte ([`Ancillary::tos`]), of the family of this address.
@@ -50,9 +51,13 @@ pub(crate) fn tell_local(fd: BorrowedFd<'_>, family_of: SocketAddr) -> io::Resul
     }
 }
 
-fn set<T>(fd: BorrowedFd<'_>, level: i32, name: i32, value: &T) -> io::Result<()> {
+/// Sets an option.
+///
+/// # Safety
+/// What the value points to is readable.
+unsafe fn set<T>(fd: BorrowedFd<'_>, level: i32, name: i32, value: &T) -> io::Result<()> {
     let (bytes, len) = (std::ptr::from_ref(value).cast(), socklen(size_of::<T>()));
-    // SAFETY: the value is readable for its length during the call.
+    // SAFETY: the value is readable for its length during the call; the rest is the caller's promise.
     let result = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, bytes, len) };
     called(result).map(drop)
 }
@@ -86,9 +91,9 @@ pub(crate) fn attach_reuseport_filter(
         len: u16::try_from(program.len()).map_err(|_| io::ErrorKind::InvalidInput)?,
         filter: program.as_ptr().cast_mut(),
     };
-    // It points to `program`, which the call copies.
     let (level, name) = (libc::SOL_SOCKET, libc::SO_ATTACH_REUSEPORT_CBPF);
-    set(fd, level, name, &fprog)
+    // SAFETY: it points to `program`, which the call copies.
+    unsafe { set(fd, level, name, &fprog) }
 }
 
 /// A socket address in the kernel's form.
@@ -350,7 +355,7 @@ pub(crate) fn send(
     let mut iov = vector(bytes);
     let message = message(name.parts(), &mut iov, &mut control, used);
     loop {
-        // SAFETY: name, vector and control outlive the call, which only reads them.
+        // SAFETY: name, vector, control and payload outlive the call, which only reads them.
         let sent = unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT) };
         if sent >= 0 {
             return Ok(());
@@ -383,7 +388,7 @@ pub(crate) fn send_each(
             .iter_mut()
             .map(|iov| one_of_many(message(name.parts(), iov, &mut control, used)))
             .collect();
-        // SAFETY: name, vectors and control outlive the call.
+        // SAFETY: name, vectors, control and payload outlive the call.
         let (left, error) = unsafe { send_messages(fd, &mut messages) };
         sent += left;
         if error.is_some() {
@@ -397,7 +402,7 @@ pub(crate) fn send_each(
 /// and the errno of the first that did not.
 ///
 /// # Safety
-/// What the messages point to is there.
+/// What the messages point to is readable until the call returns.
 unsafe fn send_messages(
     fd: BorrowedFd<'_>,
     messages: &mut [libc::mmsghdr],
@@ -443,7 +448,7 @@ pub(crate) fn send_many<const LEN: usize>(
             .collect();
         let mut rest = messages.as_mut_slice();
         while !rest.is_empty() {
-            // SAFETY: the parts outlive the call.
+            // SAFETY: the parts and the datagrams outlive the call.
             let (left, error) = unsafe { send_messages(fd, rest) };
             sent += left;
             let passed_over = match error {
