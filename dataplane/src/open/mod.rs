@@ -21,14 +21,10 @@ pub(crate) enum Run<'a> {
     Invalid(DropReason),
 }
 
-/// Splits a batch (datagrams of `stride` bytes, the last may be shorter; 0 means one datagram) into
+/// Splits a batch (datagrams of `stride` bytes, the last may be shorter; empty it is one datagram) into
 /// runs, in order.
 pub(crate) fn runs(bytes: &mut [u8], stride: usize, shard: u8, mut each: impl FnMut(Run<'_>)) {
-    let stride = if stride == 0 {
-        bytes.len().max(1)
-    } else {
-        stride
-    };
+    let stride = stride.max(1);
     let mut open: Option<(u32, usize)> = None;
     let mut at = 0;
     loop {
@@ -127,18 +123,18 @@ mod tests {
             [("data", 40), ("foreign", 3), ("data", 40), ("control", 1)]
         );
         let mut relayed = vec![0, 0, 0x7a, 0x12, 0, 0xab, 0xcd, 0];
-        runs(&mut relayed, 0, 1, |run| {
+        runs(&mut relayed, 8, 1, |run| {
             assert_eq!(run, Run::Invalid(DropReason::UnknownMessage));
         });
         let mut initiation = vec![1, 0, 0, 0];
         initiation.resize(148, 0);
-        assert_eq!(collect(&initiation, 0), [("handshake", 1)]);
+        assert_eq!(collect(&initiation, 148), [("handshake", 1)]);
     }
 
     #[test]
     fn garbage_of_any_length_is_one_invalid_datagram() {
         for len in 0..64 {
-            assert_eq!(collect(&vec![0xee; len], 0), [("invalid", 1)]);
+            assert_eq!(collect(&vec![0xee; len], len), [("invalid", 1)]);
         }
     }
 }

@@ -37,12 +37,9 @@ impl Shard<'_> {
     /// after us.
     pub(super) fn inbound(&mut self, mut batch: UdpRx, crossed: Option<ShardSet>) {
         let from = batch.from;
-        let Ancillary { stride, tos, local } = batch.ancillary;
+        let Ancillary { tos, local, .. } = batch.ancillary;
         let bytes = batch.buf.bytes_mut();
-        let stride = match usize::from(stride) {
-            0 => bytes.len().max(1),
-            stride => stride,
-        };
+        let stride = batch.ancillary.stride_of(bytes.len());
         let mut others = crossed.unwrap_or_default();
         let mut foreign = 0;
         let mut stray = None;

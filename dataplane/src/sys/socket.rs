@@ -207,6 +207,14 @@ pub(crate) struct Ancillary {
     pub(crate) local: Option<Local>,
 }
 
+impl Ancillary {
+    /// Bytes of every datagram but the last, of a payload of so many; never 0.
+    pub(crate) fn stride_of(&self, len: usize) -> usize {
+        let one = self.stride == 0;
+        if one { len.max(1) } else { self.stride.into() }
+    }
+}
+
 /// `struct in_pktinfo`: the interface (native order), the address to answer from, the address it
 /// was sent to. They differ for broadcasts, which nobody can answer from.
 fn parse_info4(data: &[u8]) -> Option<Local> {
@@ -727,6 +735,8 @@ mod tests {
             let mut bytes = [0; 100];
             let got = receive_soon(&b, &mut bytes);
             assert_eq!(&bytes[..got.len], b"hello");
+            assert_eq!(got.ancillary.stride_of(got.len), 5);
+            assert_eq!(got.ancillary.stride_of(0), 1);
             assert_eq!(got.from, a.local_addr().unwrap());
             assert_eq!(got.ancillary.tos, 2, "{ip}");
             assert!(!got.truncated);
@@ -744,6 +754,7 @@ mod tests {
         let mut bytes = [0; 1000];
         let got = receive_soon(&b, &mut bytes);
         assert_eq!((got.len, got.ancillary.stride), (250, 100));
+        assert_eq!(got.ancillary.stride_of(got.len), 100);
         assert_eq!(bytes[..250], payload);
     }
 
