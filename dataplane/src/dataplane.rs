@@ -107,13 +107,16 @@ impl Stats {
     /// Packets dropped for a reason, anywhere.
     #[must_use]
     pub fn drops(&self, reason: DropReason) -> u64 {
-        let elsewhere = [
-            (DropReason::RelayOutFull, self.relay_out_dropped),
-            (DropReason::RelayInFull, self.relay_in_dropped),
-            (DropReason::SocketFull, self.sockets_overflowed),
-        ];
-        let more = elsewhere.into_iter().find(|(of, _)| *of == reason);
-        self.total().drops(reason) + more.map_or(0, |(_, count)| count)
+        let elsewhere = if reason == DropReason::RelayOutFull {
+            self.relay_out_dropped
+        } else if reason == DropReason::RelayInFull {
+            self.relay_in_dropped
+        } else if reason == DropReason::SocketFull {
+            self.sockets_overflowed
+        } else {
+            0
+        };
+        self.total().drops(reason) + elsewhere
     }
 }
 

@@ -59,40 +59,33 @@ pub(super) fn low_bytes(n: usize) -> u128 {
     if n < 16 { !(!0 << (8 * n)) } else { !0 }
 }
 
-/// What sealing and opening have in common.
-macro_rules! of_a_message {
-    () => {
-        #[inline(always)]
-        fn key(&self) -> &[u32; 8] {
-            &self.key.words
-        }
-
-        #[inline(always)]
-        fn nonce(&self) -> [u32; 3] {
-            nonce(self.counter)
-        }
-
-        #[inline(always)]
-        fn text_len(&self) -> Option<u32> {
-            text_len(self.message)
-        }
-
-        #[inline(always)]
-        fn text(&self) -> &[u8] {
-            &self.message[HEADER_LEN..]
-        }
-
-        #[inline(always)]
-        fn text_mut(&mut self) -> &mut [u8] {
-            &mut self.message[HEADER_LEN..]
-        }
-    };
-}
-
 impl Packet for Seal<'_> {
     const SEALING: bool = true;
 
-    of_a_message!();
+    #[inline(always)]
+    fn key(&self) -> &[u32; 8] {
+        &self.key.words
+    }
+
+    #[inline(always)]
+    fn nonce(&self) -> [u32; 3] {
+        nonce(self.counter)
+    }
+
+    #[inline(always)]
+    fn text_len(&self) -> Option<u32> {
+        text_len(self.message)
+    }
+
+    #[inline(always)]
+    fn text(&self) -> &[u8] {
+        &self.message[HEADER_LEN..]
+    }
+
+    #[inline(always)]
+    fn text_mut(&mut self) -> &mut [u8] {
+        &mut self.message[HEADER_LEN..]
+    }
 
     #[inline(always)]
     fn settle(&mut self, tag: [u8; TAG_LEN]) -> bool {
@@ -106,7 +99,30 @@ impl Packet for Seal<'_> {
 impl Packet for Open<'_> {
     const SEALING: bool = false;
 
-    of_a_message!();
+    #[inline(always)]
+    fn key(&self) -> &[u32; 8] {
+        &self.key.words
+    }
+
+    #[inline(always)]
+    fn nonce(&self) -> [u32; 3] {
+        nonce(self.counter)
+    }
+
+    #[inline(always)]
+    fn text_len(&self) -> Option<u32> {
+        text_len(self.message)
+    }
+
+    #[inline(always)]
+    fn text(&self) -> &[u8] {
+        &self.message[HEADER_LEN..]
+    }
+
+    #[inline(always)]
+    fn text_mut(&mut self) -> &mut [u8] {
+        &mut self.message[HEADER_LEN..]
+    }
 
     #[inline(always)]
     fn settle(&mut self, tag: [u8; TAG_LEN]) -> bool {

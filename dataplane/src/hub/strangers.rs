@@ -22,14 +22,19 @@ pub(crate) const OF_ONE_PER_SECOND: u32 = 4;
 pub(crate) const OF_ONE_BURST: u32 = 4;
 
 /// The limits of all shards.
-pub(crate) struct Strangers(Mutex<(Sources, Bucket)>);
+pub(crate) struct Strangers(Mutex<Limits>);
+
+struct Limits {
+    sources: Sources,
+    all: Bucket,
+}
 
 impl Strangers {
     pub(crate) fn new(now: Instant) -> Strangers {
-        Strangers(Mutex::new((
-            Sources::new(now, OF_ONE_PER_SECOND, OF_ONE_BURST),
-            Bucket::new(now, PER_SECOND, BURST),
-        )))
+        Strangers(Mutex::new(Limits {
+            sources: Sources::new(now, OF_ONE_PER_SECOND, OF_ONE_BURST),
+            all: Bucket::new(now, PER_SECOND, BURST),
+        }))
     }
 
     /// Whether this one may be told of. No shard waits for another here: of two at once one is not told.
@@ -37,7 +42,6 @@ impl Strangers {
         let Ok(mut limits) = self.0.try_lock() else {
             return false;
         };
-        let (sources, all) = &mut *limits;
-        sources.allow(now, from) && all.take(now)
+        limits.sources.allow(now, from) && limits.all.take(now)
     }
 }

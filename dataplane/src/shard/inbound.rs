@@ -90,11 +90,7 @@ impl Shard<'_> {
             Run::Invalid(reason) => self.ctx.counters.drop_one(reason),
         });
         if let Some(message) = stray {
-            // Where too many wait, the oldest goes.
-            if self.hub.handshake_strays.force_push(message).is_some() {
-                self.ctx.counters.drop_one(DropReason::StrayFull);
-            }
-            self.hub.handshake_wake.signal();
+            self.stray(message);
         }
         // Each of the others opens its own and passes the batch on.
         if let Some(shard) = others.take() {
@@ -102,6 +98,14 @@ impl Shard<'_> {
             let _room = self.hand_over(shard, foreign, Handed::Udp(batch, others));
         }
         self.ctx.lap(Room::Classify);
+    }
+
+    /// Passes on the handshake message that came glued to data. Where too many wait, the oldest goes.
+    fn stray(&mut self, message: HandshakeMessage) {
+        if self.hub.handshake_strays.force_push(message).is_some() {
+            self.ctx.counters.drop_one(DropReason::StrayFull);
+        }
+        self.hub.handshake_wake.signal();
     }
 
     /// Takes batches that came by relay; no more of them once so many have brought handshake messages

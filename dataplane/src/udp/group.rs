@@ -220,12 +220,14 @@ fn probe(data: &[Arc<Sockets>], what: &str, option: i32, value: i32) -> bool {
 }
 
 fn pair_up(v4: Vec<UdpSocket>, v6: Option<Vec<UdpSocket>>) -> Vec<Arc<Sockets>> {
-    let mut v6 = v6.into_iter().flatten();
-    let pair = |v4| {
-        let v6 = v6.next();
-        Arc::new(Sockets { v4, v6 })
+    let v6: Vec<Option<UdpSocket>> = match v6 {
+        Some(v6) => v6.into_iter().map(Some).collect(),
+        None => v4.iter().map(|_| None).collect(),
     };
-    v4.into_iter().map(pair).collect()
+    v4.into_iter()
+        .zip(v6)
+        .map(|(v4, v6)| Arc::new(Sockets { v4, v6 }))
+        .collect()
 }
 
 /// Opens all members of one family's group, in order.
