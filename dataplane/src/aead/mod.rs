@@ -244,7 +244,7 @@ impl Open<'_> {
 }
 
 named! {
-    /// An implementation; the fastest first.
+    /// An implementation, in [`Self::ALL`] the fastest first.
     pub enum Backend {
         /// 16 blocks of ChaCha20 and 8 MACs at a time (AVX-512F and IFMA).
         Avx512 = "avx512",

@@ -111,7 +111,7 @@ fn classify_other(datagram: &[u8]) -> Class {
         datagram.split_first_chunk::<8>()
         && version & 0xc0 == 0
         && flags & 0x3f == 0
-        && (*protocol == GENEVE_WIREGUARD || *protocol == GENEVE_DISCO && is_disco(inner))
+        && (*protocol == GENEVE_WIREGUARD || (*protocol == GENEVE_DISCO && is_disco(inner)))
     {
         return Class::PeerRelay;
     }

@@ -12,7 +12,7 @@ use super::flows::{
 };
 use crate::packet::header::{Flow, HashKey, UDP};
 use crate::seeded;
-use crate::sys::now as start;
+use crate::sys::now;
 
 fn memory(now: Instant) -> FlowMemory {
     FlowMemory::new(now, HashKey::random(), FLOWS_MAX)
@@ -74,7 +74,7 @@ impl Two {
 /// send every 10 s by the guest, and are answered 200 ms later. Gives the answers that came and those let in.
 fn beside_a_flood(room: usize, flows: u32, per_second: u32) -> (usize, usize) {
     const QUIET: u32 = 200;
-    let now = start();
+    let now = now();
     let mut two = Two::new(now, room);
     let mut next = 0;
     let mut answers: VecDeque<(u32, Flow)> = VecDeque::new();
@@ -114,7 +114,7 @@ fn quiet_flows_get_all_their_answers_beside_a_flood_of_others() {
 
 #[test]
 fn who_seals_tells_again_before_the_owner_has_forgotten_and_not_with_every_packet() {
-    let now = start();
+    let now = now();
     let at = |tenths: u64| now + Duration::from_millis(100 * tenths);
     let mut guest = memory(now);
     let forgot = |tenths| Some(at(tenths));
@@ -133,7 +133,7 @@ fn who_seals_tells_again_before_the_owner_has_forgotten_and_not_with_every_packe
 
 #[test]
 fn a_flow_that_cannot_be_told_is_new_again_and_a_known_one_due() {
-    let now = start();
+    let now = now();
     let mut guest = memory(now);
     let tell = |new| Tell {
         reply: flow(1),
@@ -162,7 +162,7 @@ fn a_flow_that_cannot_be_told_is_new_again_and_a_known_one_due() {
 
 #[test]
 fn every_port_of_one_destination_fits() {
-    let now = start();
+    let now = now();
     let addresses: [(IpAddr, IpAddr); 2] = [
         ([100, 64, 0, 2].into(), [100, 64, 0, 1].into()),
         (
@@ -191,7 +191,7 @@ fn every_port_of_one_destination_fits() {
 
 #[test]
 fn flows_chosen_to_meet_a_victim_under_a_known_hash_do_not() {
-    let now = start();
+    let now = now();
     let victim = flow(0x8000_0000);
     let known = HashKey([3, 1, 4, 1, 5, 9]);
     for (name, hash) in [
@@ -238,7 +238,7 @@ impl Plain {
 fn a_full_table_forgets_the_flow_longest_unused_and_no_other() {
     let mut rng = seeded();
     for _ in 0..20 {
-        let mut now = start();
+        let mut now = now();
         let mut memory = FlowMemory::new(now, HashKey(rng.random()), 16);
         let mut plain = Plain::default();
         let mut evicted = 0;

@@ -13,7 +13,7 @@ use super::*;
 use crate::packet::build::{Builder, Tcp};
 use crate::route::{Table, covers, masked};
 use crate::seeded;
-use crate::sys::now as start;
+use crate::sys::now;
 use crate::types::{Prefix, Rule, Rules};
 
 const DENIED: Result<(), DropReason> = Err(DropReason::FilterDenied);
@@ -139,7 +139,7 @@ fn decisions_are_those_of_the_reference() {
         .collect();
     let packets = cases["packets"].as_array().unwrap();
     assert_eq!(packets.len(), 27);
-    let now = start();
+    let now = now();
     for row in packets {
         // Grants have no destinations and admit no packets.
         let list = cases["rules"].as_array().unwrap();
@@ -192,7 +192,7 @@ fn remember(filter: &mut Filter, now: Instant, packet: &[u8]) -> Option<Flow> {
 
 #[test]
 fn allow_all_admits_everything_and_remembers_nothing() {
-    let now = start();
+    let now = now();
     let mut filter = Filter::new(now, Arc::new(CompiledRules::allow_all()));
     let packet = between("10.0.0.1:1", "224.0.0.1:2").udp(b"x");
     assert_eq!(admit(&mut filter, now, &packet), Ok(()));
@@ -209,7 +209,7 @@ fn allow_all_admits_everything_and_remembers_nothing() {
 
 #[test]
 fn until_rules_are_given_nothing_passes() {
-    let now = start();
+    let now = now();
     let mut filter = Filter::closed();
     let (us, them) = ("10.0.0.1:1", "10.0.0.2:2");
     let tcp = |flags| between(them, us).tcp(&segment(flags), b"x");
@@ -231,7 +231,7 @@ fn until_rules_are_given_nothing_passes() {
 
 #[test]
 fn allow_all_makes_no_router_of_us_for_what_we_do_not_offer() {
-    let now = start();
+    let now = now();
     let local = ["10.0.0.1", "10.9.0.0/16"].map(prefix);
     let rules = |local: &[Prefix]| Arc::new(CompiledRules::compile(&Rules::AllowAll, Some(local)));
     let mut filter = Filter::new(now, rules(&local));
@@ -249,7 +249,7 @@ fn allow_all_makes_no_router_of_us_for_what_we_do_not_offer() {
 
 #[test]
 fn a_flow_is_forgotten_after_its_timeout_unless_it_is_used() {
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     let [out, reply] = question_and_answer();
     let second = Duration::from_secs(1);
@@ -264,7 +264,7 @@ fn a_flow_is_forgotten_after_its_timeout_unless_it_is_used() {
 
 #[test]
 fn a_flow_is_reported_when_new_and_then_once_a_minute() {
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     let mut owner = deny_all(now);
     let [out, reply] = question_and_answer();
@@ -291,7 +291,7 @@ fn a_flow_is_reported_when_new_and_then_once_a_minute() {
 
 #[test]
 fn a_flow_that_another_shard_tells_of_before_the_first_list_is_kept() {
-    let now = start();
+    let now = now();
     let (mut first, mut owner) = (deny_all(now), Filter::closed());
     let [out, reply] = question_and_answer();
     let flow = remember(&mut first, now, &out).unwrap();
@@ -309,7 +309,7 @@ fn a_flow_that_another_shard_tells_of_before_the_first_list_is_kept() {
 
 #[test]
 fn memory_of_flows_is_bounded_and_evictions_are_counted() {
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     let flows = u32::try_from(2 * FLOWS_MAX).unwrap();
     let us = "10.0.0.1:1".parse().unwrap();
@@ -334,7 +334,7 @@ fn memory_of_flows_is_bounded_and_evictions_are_counted() {
 
 #[test]
 fn tcp_connections_are_guarded_by_their_first_packet() {
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     let tcp = |flags| between("10.0.0.2:2", "10.0.0.1:1").tcp(&segment(flags), b"data");
     for (flags, want) in [
@@ -356,7 +356,7 @@ fn tcp_connections_are_guarded_by_their_first_packet() {
 
 #[test]
 fn fragments_cannot_hide_a_transport_header() {
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     let at = |fragment, len| {
         Builder {
@@ -394,7 +394,7 @@ fn fragments_cannot_hide_a_transport_header() {
 
 #[test]
 fn ipv6_fragments_and_extension_headers_are_seen_through() {
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     let builder = between("[fd7a::2]:2", "[fd7a::1]:1");
     let tcp = builder.tcp(&segment(TCP_SYN), b"")[40..].to_vec();
@@ -416,7 +416,7 @@ fn ipv6_fragments_and_extension_headers_are_seen_through() {
 
 #[test]
 fn a_transport_that_extension_headers_hide_passes_no_rule_but_allow_all() {
-    let now = start();
+    let now = now();
     let builder = between("[fd7a::9]:1000", "[fd7a::1]:2000");
     // Nine and a hundred headers in front of UDP, and one that runs past the end.
     let chain = |count: usize| {
@@ -453,7 +453,7 @@ fn a_transport_that_extension_headers_hide_passes_no_rule_but_allow_all() {
 
 #[test]
 fn icmp_of_the_other_family_is_no_icmp() {
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     let packet = between("10.0.0.2:2", "10.0.0.1:1").ip(ICMPV6, &[1, 0, 0, 0]);
     assert!(admit(&mut filter, now, &packet).is_err());
@@ -463,7 +463,7 @@ fn icmp_of_the_other_family_is_no_icmp() {
 
 #[test]
 fn link_local_and_multicast_are_refused_whatever_the_rules() {
-    let now = start();
+    let now = now();
     let every = ["0.0.0.0/0", "::/0"].map(prefix);
     let rule = Rule {
         sources: every.to_vec(),
@@ -603,7 +603,7 @@ fn compiled_rules_agree_with_rules_read_literally() {
 #[test]
 fn random_packets_never_panic() {
     let mut rng = seeded();
-    let now = start();
+    let now = now();
     let mut filter = deny_all(now);
     for _ in 0..100_000 {
         let mut bytes = vec![0u8; rng.random_range(20..100)];

@@ -285,8 +285,8 @@ impl Hub {
         }
     }
 
-    /// Puts something into a shard's inbox and wakes it. False if there is no such shard, or no room: then
-    /// `put` says so, and what is there already has rung.
+    /// Puts something into a shard's inbox and wakes it. False if there is no such shard, or if `put` says
+    /// that there is no room: what fills it has rung.
     pub(crate) fn tell(&self, shard: u8, put: impl FnOnce(&Inbox) -> bool) -> bool {
         let inbox = self.inboxes.get(usize::from(shard));
         let told = inbox.filter(|inbox| put(inbox));

@@ -131,12 +131,12 @@ mod tests {
     use rand::{SeedableRng, rngs::StdRng};
 
     use super::*;
-    use crate::sys::now as start;
+    use crate::sys::now;
 
     #[test]
     fn a_source_that_repeats_itself_as_wireguard_does_has_returned() {
         for offset in [0, 300, 700, 974] {
-            let start = start();
+            let start = now();
             let mut recent = Recent::new(start, &mut StdRng::seed_from_u64(offset));
             recent.see(start, 0);
             let mut now = start + Duration::from_millis(offset);
@@ -154,7 +154,7 @@ mod tests {
 
     #[test]
     fn few_are_taken_for_others_beside_a_flood_and_none_after_it() {
-        let mut now = start();
+        let mut now = now();
         let mut recent = Recent::new(now, &mut StdRng::seed_from_u64(1));
         for round in 0..20u32 {
             now += Duration::from_millis(300);
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn next_to_nobody_of_a_flood_from_ever_new_addresses_has_returned() {
-        let mut now = start();
+        let mut now = now();
         let mut recent = Recent::new(now, &mut StdRng::seed_from_u64(2));
         let (mut returned, mut lately) = (0, 0);
         for source in 0..8 * 200_000 {

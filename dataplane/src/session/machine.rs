@@ -598,9 +598,9 @@ impl Machine {
                         outcome.change = Change::Down;
                     }
                 }
-                Alarm::Retransmit => outcome.handshake(self.send_initiation(own, at, out)),
+                Alarm::Retransmit => outcome.set_handshake(self.send_initiation(own, at, out)),
                 Alarm::Initiate | Alarm::NewHandshake => {
-                    outcome.handshake(self.initiate(own, at, false, out));
+                    outcome.set_handshake(self.initiate(own, at, false, out));
                 }
                 Alarm::PassiveKeepalive => {
                     let another = std::mem::take(&mut self.another_keepalive);
@@ -614,7 +614,7 @@ impl Machine {
                     self.traversed(at.now);
                     outcome.message = self.keepalive_message(&own.aead, at.now, out);
                     if outcome.message.is_none() {
-                        outcome.handshake(self.initiate(own, at, false, out));
+                        outcome.set_handshake(self.initiate(own, at, false, out));
                     }
                 }
             }

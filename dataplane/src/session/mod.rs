@@ -413,7 +413,7 @@ pub struct Outcome {
 
 impl Outcome {
     /// There may be a handshake message to send.
-    fn handshake(&mut self, message: Option<usize>) {
+    fn set_handshake(&mut self, message: Option<usize>) {
         self.message = message;
         self.handshake = message.is_some();
     }

@@ -339,7 +339,7 @@ impl Tunnel {
         let fresh_since = *self.fresh_since.get_or_insert(now);
         let stale = now.saturating_duration_since(fresh_since) >= FRESH;
         if outcome.message.is_none() && self.ready && stale && quiet_for >= QUIET_LIMIT {
-            outcome.handshake(self.initiate(now, false, out));
+            outcome.set_handshake(self.initiate(now, false, out));
         }
         outcome
     }
@@ -360,10 +360,10 @@ impl Tunnel {
                 if now.saturating_duration_since(attempt.last)
                     >= REKEY_TIMEOUT + REKEY_TIMEOUT_JITTER_MAX =>
             {
-                outcome.handshake(self.initiate(now, true, out));
+                outcome.set_handshake(self.initiate(now, true, out));
             }
             None if self.keepalive && !self.ready => {
-                outcome.handshake(self.initiate(now, false, out));
+                outcome.set_handshake(self.initiate(now, false, out));
             }
             Some(_) | None => {}
         }

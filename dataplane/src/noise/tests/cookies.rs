@@ -23,7 +23,7 @@ impl Ends {
         let mut rng = seeded();
         let (a, b) = ends(&mut rng, false);
         Ends {
-            now: start(),
+            now: now(),
             rng,
             a,
             b,

@@ -30,7 +30,7 @@ impl Lab {
     fn new() -> Lab {
         let mut rng = seeded();
         let (a, b) = ends(&mut rng, false);
-        let now = start();
+        let now = now();
         let local = LocalKeys::new(b.local.private.as_bytes());
         Lab {
             now,
@@ -485,7 +485,7 @@ fn who_was_not_seen_for_five_seconds_has_returned_and_later_is_new() {
 #[test]
 fn a_flood_of_sources_fills_a_fixed_table() {
     use crate::noise::sources::Sources;
-    let now = start();
+    let now = now();
     let mut sources = Sources::new(now, 20, 5);
     let mut allowed = 0;
     for n in 0..100_000u32 {
@@ -509,7 +509,7 @@ fn a_flood_of_sources_fills_a_fixed_table() {
 #[test]
 fn time_that_stands_still_or_jumps_is_no_harm() {
     use crate::noise::sources::Sources;
-    let now = start();
+    let now = now();
     let mut sources = Sources::new(now + Duration::from_secs(5), 20, 5);
     let ip = IpAddr::from([192, 0, 2, 1]);
     for _ in 0..5 {

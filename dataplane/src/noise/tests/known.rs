@@ -82,7 +82,7 @@ fn every_byte_of_a_handshake_is_as_wireguard_go_makes_it() {
 
 #[test]
 fn every_byte_of_a_cookie_is_as_wireguard_go_makes_it() {
-    let now = start();
+    let now = now();
     let from: SocketAddr = "192.0.2.1:51820".parse().unwrap();
     for known in transcripts() {
         let initiator = LocalKeys::new(&array(&known["static_i"]));

@@ -17,7 +17,7 @@ use super::handshake::ConsumedInitiation;
 use super::*;
 use crate::seeded;
 /// Any moment to count from; virtual time goes on by addition.
-use crate::sys::now as start;
+use crate::sys::now;
 
 /// A source of randomness that says what it is told to.
 struct Dictated(Vec<u8>);

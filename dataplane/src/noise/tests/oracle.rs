@@ -155,7 +155,7 @@ fn boringtun_refuses_what_we_damage() {
 #[test]
 fn we_take_boringtuns_cookies_and_it_takes_what_we_make_of_them() {
     let mut rng = seeded();
-    let now = start();
+    let now = now();
     let ip = "192.0.2.1".parse().unwrap();
     for _ in 0..10 {
         let (a, b) = ends(&mut rng, false);
@@ -180,7 +180,7 @@ fn we_take_boringtuns_cookies_and_it_takes_what_we_make_of_them() {
 #[test]
 fn boringtun_takes_our_cookies_and_we_take_what_it_makes_of_them() {
     let mut rng = seeded();
-    let now = start();
+    let now = now();
     let from: SocketAddr = "192.0.2.1:7".parse().unwrap();
     let Pair { ours, mut theirs } = pair(&mut rng, u64::MAX);
     let local = LocalKeys::new(ours.local.private.as_bytes());
