@@ -27,7 +27,7 @@
 
 #![forbid(unsafe_code)]
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use super::{Arrived, Whereabouts};
@@ -104,7 +104,7 @@ pub(crate) struct Path {
     follow: Option<Whereabouts>,
     moved: bool,
     /// Device mode: the local address that was given up last, and when.
-    left: Option<(IpAddr, Instant)>,
+    left: Option<(Local, Instant)>,
 }
 
 fn within(now: Instant, at: Option<Instant>, limit: Duration) -> bool {
@@ -148,7 +148,7 @@ impl Path {
             decision.local = None;
         }
         if let Some(at) = self.follow {
-            self.left = at.local.map(|local| (local.addr, now)).or(self.left);
+            self.left = at.local.map(|local| (local, now)).or(self.left);
             self.move_to(Whereabouts { local: None, ..at });
         }
     }
@@ -342,7 +342,7 @@ impl Path {
                 .filter(|left| within(now, Some(left.1), UNDER_WAY));
             self.move_to(Whereabouts {
                 endpoint: Some(from),
-                local: local.filter(|local| left.is_none_or(|(addr, _)| addr != local.addr)),
+                local: local.filter(|local| left.is_none_or(|(left, _)| left != *local)),
             });
             return Arrived::Direct;
         }
@@ -615,6 +615,17 @@ mod tests {
         assert_eq!(rig.path.take_move(), at(Some(addr(3)), None), "still so");
         arrive(&mut rig.path, 1000, 3, 8);
         assert_eq!(rig.path.take_move(), at(Some(addr(3)), Some(local(8))));
+        rig.path.unstick(rig.at(2000));
+        assert_eq!(rig.path.take_move(), at(Some(addr(3)), None));
+        let elsewhere = Local {
+            interface: 4,
+            ..local(8)
+        };
+        let (now, source) = (rig.at(2010), Source::Udp(addr(3)));
+        rig.path
+            .arrived(now, PEER, source, Some(elsewhere), &mut events);
+        let moved = at(Some(addr(3)), Some(elsewhere));
+        assert_eq!(rig.path.take_move(), moved, "by another interface");
         assert!(events.is_empty(), "the control side has nothing to decide");
     }
 
