@@ -2,6 +2,7 @@
 //! the wall clock is set.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -10,7 +11,8 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use super::allowed::Allowed;
-use super::{Agent, Network, NetworkPeer, Output, short_name};
+use super::{Agent, HeldBack, Network, NetworkPeer, Output, short_name};
+use crate::netmap::wire::WireTime;
 use crate::path::PeerSetup;
 
 /// An expiry is waited for so long at most before the wall clock is looked at again.
@@ -20,6 +22,27 @@ const EXPIRY_CHECK_PERIOD_MAX: Duration = Duration::from_secs(3600);
 const CLOCK_STEP_MIN: time::Duration = time::Duration::MINUTE;
 /// Prefixes of peers that do not count and are told of at most.
 const REFUSED_TOLD_MAX: usize = 64;
+
+impl Network {
+    /// What counts of it at our wall clock `wall`: peers whose keys are good, with the prefixes that
+    /// are theirs. The other part says what does not count.
+    fn in_force(&self, wall: OffsetDateTime) -> (Self, Allowed) {
+        let mut network = self.clone();
+        let past = |expiry: Option<WireTime>| expiry.is_some_and(|expiry| expiry.0 <= wall);
+        let expired = network.peers.extract_if(.., |peer| past(peer.key_expiry));
+        let expired: Vec<HeldBack> = expired.map(|peer| HeldBack::expired(&peer)).collect();
+        network.held_back.extend(expired);
+        network.own.expired |= past(network.own.key_expiry);
+        let mut allowed = Allowed::of(&network);
+        for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
+            let counts = std::mem::take(counts);
+            if peer.allowed_ips != counts {
+                Arc::make_mut(peer).allowed_ips = counts;
+            }
+        }
+        (network, allowed)
+    }
+}
 
 impl Agent {
     /// Takes a new view of the network, whole.

@@ -10,7 +10,6 @@ use ringtail_dataplane::{Rules, named};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
-use super::allowed::Allowed;
 use crate::config::StaticNetwork;
 use crate::hostnet::Overlay;
 use crate::key::{DiscoPublic, NodePublic};
@@ -103,7 +102,7 @@ pub struct HeldBack {
 
 impl HeldBack {
     /// A peer whose key has expired since we were told of it.
-    fn expired(peer: &NetworkPeer) -> Self {
+    pub(super) fn expired(peer: &NetworkPeer) -> Self {
         Self {
             name: peer.name.clone(),
             node_key: peer.node_key,
@@ -246,25 +245,6 @@ impl Network {
                 *peer = Arc::clone(known);
             }
         }
-    }
-
-    /// What counts of it at our wall clock `wall`: peers whose keys are good, with the prefixes that
-    /// are theirs. The other part says what does not count.
-    pub(super) fn in_force(&self, wall: OffsetDateTime) -> (Self, Allowed) {
-        let mut network = self.clone();
-        let past = |expiry: Option<WireTime>| expiry.is_some_and(|expiry| expiry.0 <= wall);
-        let expired = network.peers.extract_if(.., |peer| past(peer.key_expiry));
-        let expired: Vec<HeldBack> = expired.map(|peer| HeldBack::expired(&peer)).collect();
-        network.held_back.extend(expired);
-        network.own.expired |= past(network.own.key_expiry);
-        let mut allowed = Allowed::of(&network);
-        for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
-            let counts = std::mem::take(counts);
-            if peer.allowed_ips != counts {
-                Arc::make_mut(peer).allowed_ips = counts;
-            }
-        }
-        (network, allowed)
     }
 
     /// Our wall clock was set by `step`: what is reckoned by it goes along.
