@@ -7,7 +7,7 @@
 # too, on nightly). The data plane, which has unsafe code, is built with AddressSanitizer, for which RUSTC_BOOTSTRAP
 # unlocks one compiler flag. Both have overflow checks and debug assertions.
 #
-# Begins with the seeds in fuzz/corpus, which ordinary tests replay, and keeps what it learns in target/fuzz. An
+# Begins with the seeds in control/fuzz/corpus, which ordinary tests replay, and keeps what it learns in target/fuzz. An
 # input that breaks something is left in target/fuzz/found, its path printed, and the script fails: add the input
 # to the seeds with the fix.
 set -euo pipefail
@@ -45,7 +45,7 @@ for crate in dataplane control; do
     log=target/fuzz/$target.log
     echo "$target for $SECS s"
     # A stream may be long; the seeds alone would make libFuzzer stay short.
-    if "target/fuzz/$crate/$HOST/release/$target" "target/fuzz/corpus/$target" "fuzz/corpus/$target" \
+    if "target/fuzz/$crate/$HOST/release/$target" "target/fuzz/corpus/$target" "control/fuzz/corpus/$target" \
       -artifact_prefix="target/fuzz/found/$target/" -max_total_time="$SECS" -max_len=16384 -timeout=20 \
       -rss_limit_mb=3072 -print_final_stats=1 >"$log" 2>&1; then
       grep -E '^(#.* (INITED|DONE)|stat::(number_of_executed_units|average_exec_per_sec))' "$log" || true

@@ -364,7 +364,10 @@ mod tests {
     #[test]
     fn the_corpus_holds() {
         let corpus = |target: &str| -> Vec<Vec<u8>> {
-            let path = format!("{}/../fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
+            let path = format!(
+                "{}/../control/fuzz/corpus/{target}",
+                env!("CARGO_MANIFEST_DIR")
+            );
             let entries = std::fs::read_dir(path).unwrap();
             entries
                 .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
