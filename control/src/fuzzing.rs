@@ -1,4 +1,4 @@
-//! What the fuzz targets run, as ordinary functions from bytes to nothing: `control/fuzz` feeds them
+//! What the fuzz targets run, as ordinary functions from bytes to nothing: `control/fuzz/` feeds them
 //! from a fuzzer, the test below from the seeds that the fuzzer starts with. Each checks what must
 //! hold for any input, on top of not panicking.
 //!
@@ -28,6 +28,24 @@ use crate::noise::{EarlyPayload, Initiator, RECORD_LEN_MAX, RESPONSE_LEN, respon
 use crate::stun;
 use crate::uapi::{DeviceStatus, Parser, PeerStatus, READ_LEN_MAX, Reply, Request};
 
+/// Takes any moment to count from, and an input.
+pub type Target = fn(Instant, &[u8]);
+
+/// Every target by its name.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("derp_client", derp_client),
+    ("derp_server", |_, bytes| derp_server(bytes)),
+    ("derp_parts", |_, bytes| derp_parts(bytes)),
+    ("disco", |_, bytes| disco(bytes)),
+    ("stun", |_, bytes| stun(bytes)),
+    ("noise_client", |_, bytes| noise_client(bytes)),
+    ("noise_server", |_, bytes| noise_server(bytes)),
+    ("map_stream", |_, bytes| map_stream(bytes)),
+    ("coordination", coordination),
+    ("relay", |_, bytes| relay(bytes)),
+    ("uapi", |_, bytes| uapi(bytes)),
+];
+
 /// The pieces of a stream: the input without its first byte, cut by it.
 fn pieces(input: &[u8]) -> (&[u8], Vec<&[u8]>) {
     let (cut, bytes) = input.split_first().unwrap_or((&0, &[]));
@@ -35,7 +53,7 @@ fn pieces(input: &[u8]) -> (&[u8], Vec<&[u8]>) {
 }
 
 /// What a relay says to a client, its HTTP response first. `now` is any moment.
-pub fn derp_client(now: Instant, input: &[u8]) {
+fn derp_client(now: Instant, input: &[u8]) {
     let hello = Hello {
         host: "relay.test",
         ideal_node: None,
@@ -56,7 +74,7 @@ pub fn derp_client(now: Instant, input: &[u8]) {
 }
 
 /// What a client says to a relay behind its ClientInfo.
-pub fn derp_server(input: &[u8]) {
+fn derp_server(input: &[u8]) {
     static HELLO: OnceLock<Vec<u8>> = OnceLock::new();
     let private = NodePrivate::clamped([1; 32]);
     let hello = HELLO.get_or_init(|| {
@@ -88,7 +106,7 @@ pub fn derp_server(input: &[u8]) {
 
 /// What stands around the frames of a relay: HTTP heads, the JSON of both hellos (as if the box
 /// had opened), certificates, and frames before anyone is known.
-pub fn derp_parts(input: &[u8]) {
+fn derp_parts(input: &[u8]) {
     if let Ok(Some((len, status))) = parse_response(input) {
         assert!(len <= input.len() && status < 1000);
     }
@@ -120,7 +138,7 @@ pub fn derp_parts(input: &[u8]) {
 }
 
 /// A DISCO datagram, and a plain text as if a datagram had opened to it.
-pub fn disco(input: &[u8]) {
+fn disco(input: &[u8]) {
     let class = classify(input);
     assert_eq!(class == Class::Disco, disco::sender(input).is_some());
     assert!(class != Class::Stun || stun::is_stun(input));
@@ -142,7 +160,7 @@ pub fn disco(input: &[u8]) {
 }
 
 /// A STUN datagram, at a client and at a server.
-pub fn stun(input: &[u8]) {
+fn stun(input: &[u8]) {
     if stun::parse_response(input).is_ok() {
         assert!(stun::is_stun(input));
     }
@@ -160,7 +178,7 @@ pub fn stun(input: &[u8]) {
 
 /// What a coordination server says to a client: the answer to its handshake when the first bit is
 /// set, otherwise records behind a good handshake, and what they might carry at the front.
-pub fn noise_client(input: &[u8]) {
+fn noise_client(input: &[u8]) {
     let (control, machine) = (
         MachinePrivate::clamped([1; 32]),
         MachinePrivate::clamped([2; 32]),
@@ -191,7 +209,7 @@ pub fn noise_client(input: &[u8]) {
 }
 
 /// What a client says first to a coordination server.
-pub fn noise_server(input: &[u8]) {
+fn noise_server(input: &[u8]) {
     // The key of the published vectors, so that a seed may be a handshake that opens.
     let mut control = [0; KEY_LEN];
     control
@@ -207,7 +225,7 @@ pub fn noise_server(input: &[u8]) {
 }
 
 /// The messages of a map stream, compressed when the first bit is set, and the map they make.
-pub fn map_stream(input: &[u8]) {
+fn map_stream(input: &[u8]) {
     let (_, pieces) = pieces(input);
     let codec = match input.first() {
         Some(first) if first & 1 != 0 => Codec::Zstd,
@@ -233,12 +251,12 @@ pub fn map_stream(input: &[u8]) {
 }
 
 /// A list of operations on a coordination server and its clients. `now` is any moment.
-pub fn coordination(now: Instant, input: &[u8]) {
+fn coordination(now: Instant, input: &[u8]) {
     crate::coord::operations::run(now, input);
 }
 
 /// A list of operations on a relay's registry and its connections.
-pub fn relay(input: &[u8]) {
+fn relay(input: &[u8]) {
     crate::driver::derp_server::operations::run(input);
 }
 
@@ -302,25 +320,10 @@ mod tests {
                 .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
                 .collect()
         };
-        for (target, run) in [
-            (
-                "derp_client",
-                (|bytes| derp_client(Instant::now(), bytes)) as fn(&[u8]),
-            ),
-            ("derp_server", derp_server),
-            ("derp_parts", derp_parts),
-            ("disco", disco),
-            ("stun", stun),
-            ("noise_client", noise_client),
-            ("noise_server", noise_server),
-            ("map_stream", map_stream),
-            ("relay", relay),
-            ("coordination", |bytes| coordination(Instant::now(), bytes)),
-            ("uapi", uapi),
-        ] {
+        for (target, run) in TARGETS {
             let seeds = corpus(target);
             assert!(!seeds.is_empty(), "{target} has no corpus");
-            seeds.iter().for_each(|bytes| run(bytes));
+            seeds.iter().for_each(|bytes| run(Instant::now(), bytes));
         }
     }
 }

@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! What the fuzz targets run, as ordinary functions from bytes to nothing: `dataplane/fuzz` feeds
+//! What the fuzz targets run, as ordinary functions from bytes to nothing: `control/fuzz/` feeds
 //! them from a fuzzer, the tests below from a seed. Each checks what must hold for any input, on
 //! top of not panicking. `dataplane/oracle` gets the sessions and the model of their keypairs here.
 
@@ -24,9 +24,22 @@ use crate::types::Rules;
 pub use crate::noise::public_key;
 pub use crate::session::{Change, End, Got, Known, Moment, OpenReport, Outcome};
 
+/// Takes any moment to count from, and an input.
+pub type Target = fn(Instant, &[u8]);
+
+/// Every target by its name.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("tun_read", |_, bytes| tun_read(bytes)),
+    ("datagram", |_, bytes| datagram(bytes)),
+    ("opened", opened),
+    ("handshake", handshake),
+    ("aead", |_, bytes| aead(bytes)),
+    ("session", session),
+];
+
 /// One TUN read: virtio-net header and packet. Whatever is planned is cut, and both ways of cutting
 /// agree.
-pub fn tun_read(bytes: &[u8]) {
+fn tun_read(bytes: &[u8]) {
     let Ok((vnet, packet)) = VnetHdr::split(bytes) else {
         return;
     };
@@ -43,7 +56,7 @@ pub fn tun_read(bytes: &[u8]) {
 }
 
 /// One datagram from the underlay.
-pub fn datagram(bytes: &[u8]) {
+fn datagram(bytes: &[u8]) {
     match classify(bytes) {
         Class::Data(_) => assert!(bytes.len() >= DATA_LEN_MIN),
         Class::Handshake => assert!(matches!(bytes.len(), 148 | 92 | 64)),
@@ -54,7 +67,7 @@ pub fn datagram(bytes: &[u8]) {
 
 /// Opened packets, each behind a length byte that counts in units of 8 bytes and one for the outer
 /// TOS: headers, filter, coalescer, and back through the cutter. `now` is any moment.
-pub fn opened(now: Instant, mut bytes: &[u8]) {
+fn opened(now: Instant, mut bytes: &[u8]) {
     let rules = CompiledRules::compile(&Rules::List(Vec::new()), None);
     let mut filter = Filter::new(now, Arc::new(rules));
     let mut coalescer = Coalescer::new();
@@ -114,7 +127,7 @@ static HANDSHAKE: LazyLock<Handshake> = LazyLock::new(|| {
 /// A handshake message. The first byte says what the others are: 0 the message itself; 1 and 2 what
 /// to change in a true initiation or response, which then gets a right MAC1, as an attacker can
 /// give it. Only the true ones are authentic, up to the index their sender chose and the MACs.
-pub fn handshake(now: Instant, bytes: &[u8]) {
+fn handshake(now: Instant, bytes: &[u8]) {
     let Some((&mode, change)) = bytes.split_first() else {
         return;
     };
@@ -172,7 +185,7 @@ pub fn handshake(now: Instant, bytes: &[u8]) {
 /// A batch of packets, four bytes each: which of two keys, the counter, and the length of the text
 /// in two bytes, of which a set top bit damages the packet. Every backend seals and opens it as ring
 /// does.
-pub fn aead(bytes: &[u8]) {
+fn aead(bytes: &[u8]) {
     let keys = [Key::new(&[1; 32]), Key::new(&[2; 32])];
     let (packets, _) = bytes.as_chunks::<4>();
     let packets = &packets[..packets.len().min(64)];
@@ -236,7 +249,7 @@ pub fn aead(bytes: &[u8]) {
 
 /// Two joined sessions under a list of operations, two bytes each: starts, deliveries in any order,
 /// damage, data, time. `start` is any moment.
-pub fn session(start: Instant, bytes: &[u8]) {
+fn session(start: Instant, bytes: &[u8]) {
     let _opened = crate::session::operations::run(start, bytes);
 }
 
@@ -373,17 +386,10 @@ mod tests {
                 .map(|entry| std::fs::read(entry.unwrap().path()).unwrap())
                 .collect()
         };
-        for (target, run) in [
-            ("tun_read", tun_read as fn(&[u8])),
-            ("datagram", datagram),
-            ("opened", |bytes: &[u8]| opened(sys::now(), bytes)),
-            ("session", |bytes: &[u8]| session(sys::now(), bytes)),
-            ("handshake", |bytes: &[u8]| handshake(sys::now(), bytes)),
-            ("aead", aead),
-        ] {
+        for (target, run) in TARGETS {
             let seeds = corpus(target);
             assert!(!seeds.is_empty(), "{target} has no corpus");
-            seeds.iter().for_each(|bytes| run(bytes));
+            seeds.iter().for_each(|bytes| run(sys::now(), bytes));
         }
     }
 }
