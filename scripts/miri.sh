@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs unit tests of the data plane under Miri, which finds undefined behaviour, such as a pointer that outlives what
-# it points to, and data races. Has rustup install a nightly that has Miri; builds everything anew for it.
+# it points to, and data races. Has rustup install a nightly that has Miri; builds everything anew for it. Where that
+# nightly cannot be had, says so and ends with status 75.
 #
 #   scripts/miri.sh [FILTER...]      default: the list below
 #
@@ -28,7 +29,7 @@ fi
 skip=(adversarial endless half has_most random scan spread the_latest timestamps_grow)
 
 rustup run $NIGHTLY cargo miri --version >/dev/null 2>&1 ||
-  thrice rustup toolchain install $NIGHTLY --profile minimal --component miri,rust-src --no-self-update
+  from_rust miri $NIGHTLY rustup toolchain install $NIGHTLY --profile minimal --component miri,rust-src --no-self-update
 # Without isolation tests may read the clock.
 export MIRIFLAGS="-Zmiri-disable-isolation"
 tests() { rustup run $NIGHTLY cargo miri test -p ringtail-dataplane --lib --locked -- "$@"; }
