@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# The data plane's unit tests, built for aarch64 and run under QEMU's user emulation.
+# Compiles for aarch64, and runs the data plane's unit tests under QEMU's user emulation.
 #
-#   scripts/aarch64.sh [TEST FILTER...]      default: all, but for those that the emulation cannot run
+#   scripts/aarch64.sh check                 what CI does: compiles the whole workspace, and runs nothing
+#   scripts/aarch64.sh [TEST FILTER...]      the unit tests; default: all, but for those that the emulation cannot run
 #
-# Installs Debian's cross compiler and emulator, and adds the Rust target to the active toolchain by rustup. On
-# aarch64 the AEAD is ring, and the checksum is the portable one. Some 2 minutes of one core behind the build.
+# Installs Debian's cross compiler and emulator, and adds the Rust target to the active toolchain by rustup. Where that
+# target cannot be had, says so and ends with status 75. On aarch64 the AEAD is ring, and the checksum is the portable
+# one. The tests take some 2 minutes of one core behind the build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=netns/packages.sh
 . scripts/netns/packages.sh
 
 TARGET=aarch64-unknown-linux-gnu
+[ -d "$(rustc --print sysroot)/lib/rustlib/$TARGET/lib" ] || from_rust aarch64 "$TARGET" rustup target add "$TARGET"
+# Dependencies have C and assembly in them.
 need_packages aarch64-linux-gnu-gcc=gcc-aarch64-linux-gnu \
-  /usr/aarch64-linux-gnu/include/stdio.h=libc6-dev-arm64-cross qemu-aarch64=qemu-user
-[ -d "$(rustc --print sysroot)/lib/rustlib/$TARGET" ] || rustup target add "$TARGET"
-
+  /usr/aarch64-linux-gnu/include/stdio.h=libc6-dev-arm64-cross
+if [ "$*" = check ]; then
+  exec "${CARGO:-cargo}" check --workspace --locked --target "$TARGET"
+fi
+need_packages qemu-aarch64=qemu-user
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 args=("$@")
