@@ -26,7 +26,7 @@ if [ ${#filters[@]} = 0 ]; then
   )
 fi
 # Thousands of rounds.
-skip=(adversarial endless half has_most random scan spread the_latest timestamps_grow)
+skip=(adversarial endless half has_most nothing_is_lost_between random scan spread the_latest timestamps_grow)
 
 rustup run $NIGHTLY cargo miri --version >/dev/null 2>&1 ||
   from_rust miri $NIGHTLY rustup toolchain install $NIGHTLY --profile minimal --component miri,rust-src --no-self-update
