@@ -9,7 +9,7 @@
 //!
 //! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `enforce` puts it into
 //! force; `directory` is who is who, `sources` which address to send from, `revival` whom to greet,
-//! `standing` who may not take part, `twin` a copy of us, `check` netcheck and the home region;
+//! `standing` who may not take part, `health` what does not work, `twin` a copy of us, `check` netcheck and the home region;
 //! `status`, `story` and `configuration` are what people see.
 
 mod allowed;
@@ -17,6 +17,7 @@ mod check;
 mod configuration;
 mod directory;
 mod enforce;
+mod health;
 mod network;
 mod revival;
 mod sources;
@@ -45,10 +46,12 @@ use crate::netmap::DerpMap;
 use crate::path::{self, LinkChange, Manager, PingId, Route, Via};
 
 use allowed::Allowed;
+use health::Health;
 use sources::Sources;
 use twin::Twin;
 
 pub use directory::Directory;
+pub use health::HEALTH_LINES_MAX;
 pub use network::{HeldBack, HoldReason, Network, NetworkPeer, Standing};
 pub use status::Surroundings;
 pub use story::millis;
@@ -173,6 +176,7 @@ pub struct Agent {
     allowed: Allowed,
     /// Those that do not, in sentences.
     refused: BTreeSet<String>,
+    health: Health,
     /// The wall clock as told last, when that was, and when the next key expires by it.
     wall: OffsetDateTime,
     wall_told: Option<Instant>,
@@ -231,6 +235,7 @@ impl Agent {
             network: None,
             allowed: Allowed::default(),
             refused: BTreeSet::new(),
+            health: Health::default(),
             wall: OffsetDateTime::UNIX_EPOCH,
             wall_told: None,
             times_are_right: false,

@@ -112,7 +112,8 @@ impl Agent {
         let refused = self.refused.iter().cloned();
         let all = expired.into_iter().chain(unapproved);
         let all = all.chain(self.twin.health(now));
-        all.chain(told).chain(refused).collect()
+        let all = all.chain(told).chain(refused);
+        all.chain(self.health.lines()).collect()
     }
 }
 

@@ -661,3 +661,17 @@ fn a_peer_is_answered_from_the_address_it_came_to_and_asked_from_there() {
     agent.handle_datagram(later, later, peer, None, &ping(3));
     assert!(sent(&mut agent, peer).iter().all(Option::is_none));
 }
+
+#[test]
+fn what_a_part_says_is_told_once_and_shown_until_it_says_something_else() {
+    let mut agent = agent(1, false);
+    outputs(&mut agent);
+    agent.set_health("dns", vec!["no upstream answers".into()]);
+    agent.set_health("dns", vec!["no upstream answers".into()]);
+    assert_eq!(agent.health(start()), ["no upstream answers"]);
+    agent.set_health("dns", Vec::new());
+    assert!(agent.health(start()).is_empty());
+    let told = outputs(&mut agent).into_iter();
+    let told = told.filter(|output| matches!(output, Output::Story("health", _)));
+    assert_eq!(told.count(), 2);
+}

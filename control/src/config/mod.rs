@@ -6,9 +6,11 @@
 
 mod network;
 mod node;
+mod prefs;
 
 pub use network::{StaticNetwork, StaticPeer};
 pub use node::{DriverName, EngineName, NodeConfig, ValidateMode};
+pub use prefs::{Forwarding, HostFirewall, Prefs, PrefsChange, Routes, Snat};
 
 use std::path::{Path, PathBuf};
 
@@ -39,7 +41,9 @@ pub enum ConfigError {
 }
 
 /// A list of prefixes that somebody wants routed.
-fn routes<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+fn routes<'de, D: Deserializer<'de>, R: FromIterator<IpNet>>(
+    deserializer: D,
+) -> Result<R, D::Error> {
     let texts = Vec::<String>::deserialize(deserializer)?;
     let parsed = texts.iter().map(|text| parse_route(text));
     parsed

@@ -4,9 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{ConfigError, read_toml};
+use super::{ConfigError, PrefsChange, read_toml};
 use crate::hostnet::TABLE_MAX;
-use crate::netmap::prefix::parse_route;
 
 /// Which driver moves packets in the shards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -85,9 +84,6 @@ pub struct NodeConfig {
     /// Where keys, caches and the status socket live [default: /var/lib/ringtail].
     #[arg(long, value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
-    /// Name shown to others [default: the host's].
-    #[arg(long, value_name = "NAME")]
-    pub hostname: Option<String>,
     /// Name of the TUN interface [default: ringtail0].
     #[arg(long, value_name = "NAME")]
     pub tun: Option<String>,
@@ -130,10 +126,6 @@ pub struct NodeConfig {
     /// those of 52 [default: 52, or the next that no other program uses].
     #[arg(long, value_name = "NUMBER")]
     pub table: Option<u8>,
-    /// Prefixes this node offers to route for others, separated by commas.
-    #[arg(long, value_name = "PREFIXES", value_delimiter = ',', value_parser = parse_route)]
-    #[serde(deserialize_with = "super::routes")]
-    pub advertise_routes: Vec<ipnet::IpNet>,
     /// Stay on relays: no direct paths.
     #[arg(long)]
     pub relay_only: bool,
@@ -146,6 +138,10 @@ pub struct NodeConfig {
     /// Append what happens on the paths to this file, as JSON lines.
     #[arg(long, value_name = "FILE")]
     pub events: Option<PathBuf>,
+    /// What may be changed while the node runs.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub prefs: PrefsChange,
 }
 
 /// A mark in decimal, or in hexadecimal behind `0x` as other tools print it.
@@ -171,6 +167,8 @@ impl NodeConfig {
     /// # Errors
     /// When the file cannot be read, has an unknown key, or a value of the wrong type.
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
+        // Once by themselves, for the line of what is wrong: the whole has none of these.
+        read_toml::<PrefsChange>(path)?;
         let mut config: Self = read_toml(path)?;
         let folder = path.parent().unwrap_or_else(|| Path::new("")).to_owned();
         for file in [
@@ -192,7 +190,6 @@ impl NodeConfig {
     #[must_use]
     pub fn overridden_by(self, flags: Self) -> Self {
         Self {
-            hostname: flags.hostname.or(self.hostname),
             state_dir: flags.state_dir.or(self.state_dir),
             tun: flags.tun.or(self.tun),
             listen_port: flags.listen_port.or(self.listen_port),
@@ -218,15 +215,11 @@ impl NodeConfig {
             network: flags
                 .network
                 .or_else(|| self.network.filter(|_| flags.coord.is_none())),
-            advertise_routes: if flags.advertise_routes.is_empty() {
-                self.advertise_routes
-            } else {
-                flags.advertise_routes
-            },
             relay_only: flags.relay_only || self.relay_only,
             validate: flags.validate.or(self.validate),
             retry_limit: flags.retry_limit.or(self.retry_limit),
             events: flags.events.or(self.events),
+            prefs: flags.prefs.over(self.prefs),
         }
     }
 
@@ -279,7 +272,7 @@ impl NodeConfig {
                 "tun = {tun:?} cannot name an interface; use 1 to 15 characters without '/'"
             ));
         }
-        Ok(())
+        self.prefs.check()
     }
 }
 

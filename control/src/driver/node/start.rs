@@ -139,7 +139,8 @@ impl Node {
         dataplane: Dataplane,
         kind: Kind,
     ) -> anyhow::Result<Self> {
-        let hostname = config.hostname.clone().unwrap_or_else(host_name);
+        let prefs = config.prefs.settled(&host_name(), config.network.is_some());
+        let hostname = prefs.hostname.clone();
         let mtu = config.mtu.unwrap_or(MTU_DEFAULT);
         let log = EventLog::open(config.events.as_deref(), &hostname)?;
         let (v4, v6) = dataplane.discovery_sockets()?;
@@ -151,7 +152,7 @@ impl Node {
             fwmark: config.fwmark.unwrap_or(0),
             port: dataplane.local_port(),
             tun: (dataplane.tun_name().to_owned(), tun_index),
-            offered: config.advertise_routes.clone(),
+            offered: prefs.advertise_routes.iter().copied().collect(),
         })?;
         let underlay = Underlay {
             fwmark: config.fwmark.unwrap_or(0),
@@ -194,7 +195,7 @@ impl Node {
                 local_port: dataplane.local_port(),
                 port_is_fixed: config.listen_port.is_some_and(|port| port != 0),
                 tun: dataplane.tun_name().to_owned(),
-                routes_offered: config.advertise_routes.clone(),
+                routes_offered: prefs.advertise_routes.iter().copied().collect(),
             },
             rand::random(),
         );
