@@ -36,12 +36,22 @@
 #   tailnet_stream FROM TO LABEL         50 pings a second in the background,
 #   tailnet_stream_end LABEL             until here; then LOST, SENT, and GAP_MS, the longest time without an answer
 #
+#   hosts NAME...                        lab_hosts on the internet, at 203.0.113.11 and on
+#   ready NAME...                        a check that they are in the network and know each other
+#   host_state NS, same_state NS BEFORE  what a host calls its own, and is it as it was?
+#
 # TO is a node, or an address. Inside of `( lab_within NAME; ... )` a script has a lab of its own, so that several
 # tailnets run beside each other.
 
 COORD_URL=http://10.255.0.1:8080
 # The namespace of coordination, and words that go before the command line of a node, such as `taskset -c 1`.
 COORD_NS=coord TAILNET_RUN=()
+# What a row may set before it starts Headscale, as its configuration has it: how long keys live, how it looks after two
+# routers of one prefix, where the policy is, and names.
+HS_EXPIRY=0
+HS_HA='{probe_interval: 10s, probe_timeout: 5s}'
+HS_POLICY='{mode: database}'
+HS_DNS='{magic_dns: false, override_local_dns: false, base_domain: lab.example, nameservers: {global: []}}'
 
 fail() {
   echo "error: $*" >&2
@@ -141,11 +151,11 @@ noise: {private_key_path: $LAB_DIR/noise.key}
 prefixes: {v4: 100.64.0.0/10, v6: "fd7a:115c:a1e0::/48", allocation: sequential}
 derp: {server: {enabled: false}, urls: [], paths: [$LAB_DIR/derp.yaml], auto_update_enabled: false}
 disable_check_updates: true
-node: {expiry: 0, ephemeral: {inactivity_timeout: 70s}}
+node: {expiry: $HS_EXPIRY, ephemeral: {inactivity_timeout: 70s}, routes: {ha: $HS_HA}}
 database: {type: sqlite, sqlite: {path: $LAB_DIR/headscale.sqlite}}
 log: {level: info}
-policy: {mode: database}
-dns: {magic_dns: false, override_local_dns: false, base_domain: lab.example, nameservers: {global: []}}
+policy: $HS_POLICY
+dns: $HS_DNS
 unix_socket: $LAB_DIR/headscale.sock
 unix_socket_permission: "0700"
 logtail: {enabled: false}
@@ -309,3 +319,68 @@ tailnet_stream_end() { # LABEL
     | [range(1; $at | length) as $i | $at[$i] - $at[$i - 1]] | max / 1e6 | round | "\($sent) \($sent - ($back | length)) \(.)"' "$LAB_DIR/$1.json")
   echo "$SENT sent, $LOST lost, longest silence $GAP_MS ms"
 }
+
+# ---- what rows of tailnet-test.sh share ------------------------------------------------------
+
+# hosts NAME...: on the internet, at 203.0.113.11 and on.
+hosts() {
+  local name last=11
+  for name in "$@"; do
+    lab_host "$name" "203.0.113.$((last++))"
+  done
+}
+ready() { check "$* join and know each other" tailnet_ready "$@" && ! grep -q '^FAIL' "$CHECKS"; }
+relayed() { [[ $(tailnet_path "$1" "$2") == relay* ]] && [[ $(tailnet_path "$2" "$1") == relay* ]]; }
+relayed_to() {
+  [ "$(tailnet_path a b) $(tailnet_path b a)" = "relay $1 relay $1" ] &&
+    [ "$(tailnet_path a c) $(tailnet_path c a)" = "relay $1 relay $1" ]
+}
+goes_direct() { tailnet_pings "$1" "$2" 1 && within 10 tailnet_direct "$1" "$2"; }
+goes_by() { lab_in "$1" ip route get "$2" | grep "dev $3" && tailnet_pings "$1" "$2" 1; }
+lost_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost" && [ "$LOST" -le "$2" ]; }
+# answered_within STREAM SINCE_NS MS: the first answer is there by then, and few get none from then on.
+answered_within() {
+  tailnet_stream_end "$1"
+  local ms late
+  read -r ms late < <(jq -r --argjson since "$2" --argjson most "$3" '[.echoes[] | .sent_ns = (.sent_ns - $since) / 1e6]
+    | [.[] | select(.rtt_us != null) | .sent_ns + .rtt_us / 1e3 | select(. >= 0)] as $answers
+    | [.[] | select(.rtt_us == null and .sent_ns > $most)] as $late
+    | "\($answers | min // infinite | round) \($late | length)"' "$LAB_DIR/$1.json")
+  SAID="after $ms ms, $late lost later, $LOST in all"
+  awk -v ms="$ms" -v most="$3" -v late="$late" 'BEGIN { exit !(ms <= most && late <= 5) }'
+}
+shows() { { rt "$1" status || true; } | grep -E "^$2 .*$3"; }
+knows() { tailnet_status "$1" | jq -e --arg other "$2" '.peers | has($other)' >/dev/null; }
+told() { tailnet_status "$1" | jq -e --arg other "$2" ".peers[\$other] | $3" >/dev/null; }
+has_route() { rt "$1" status --json | jq -e --arg net "$2" '[.peers[].allowed_ips[]] | index($net)' >/dev/null; }
+connects() { lab_in "$1" timeout 2 bash -c ": <>/dev/tcp/$(tailnet_ip "$2")/$3"; }
+denied() { [ "$(rt "$1" status --json | jq .drops.filter_denied)" -gt 0 ]; }
+exited() { # NODE CODE
+  local code=0
+  not lab_alive "node-$1" || return 1
+  wait "$(lab_pid "node-$1")" || code=$?
+  tail -n 1 "$LAB_DIR/node-$1.log"
+  [ $code = "$2" ]
+}
+last_words() { tail -n 1 "$LAB_DIR/node-$1.log" | grep -q "$2"; }
+# A node that knows no more than this DERP map.
+static_node() {
+  lab_stop node-static
+  printf 'addresses = ["10.77.0.1/32"]\nhome = "own"\nderp_map = "%s"\n' "$1" >"$LAB_DIR/static.toml"
+  lab_spawn c node-static "$RINGTAIL" up --network "$LAB_DIR/static.toml" --state-dir "$LAB_DIR/node-static" --tun rt1 --listen-port 0
+  within 10 rt static status >/dev/null 2>&1
+}
+relay_says() { rt static status --json | jq -e ".relays[0] | $1" >/dev/null; }
+relay_log() { grep "$1" "$LAB_DIR/relay.log"; }
+# host_state NS: all that a host calls its own, in a form that is the same when nothing was changed. Of rules without
+# their counters; of settings those of the network, but for what the kernel adds when somebody first uses conntrack.
+host_state() {
+  # shellcheck disable=SC2016 # for the other shell
+  lab_in "$1" sh -c 'ip route; ip -6 route; ip route show table 52 2>/dev/null; ip rule; ip -6 rule; nft -s list ruleset
+    sysctl -a 2>/dev/null | grep "^net\." | grep -v "\.nf_conntrack"
+    stat -c "%N %i %a %u:%g" /etc/resolv.conf; cat /etc/resolv.conf
+    for save in iptables-save ip6tables-save; do
+      ! command -v $save >/dev/null || $save 2>/dev/null | sed "/^#/d; s/ \[.*\]$//"
+    done'
+}
+same_state() { diff <(echo "$2") <(host_state "$1"); }
