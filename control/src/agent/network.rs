@@ -1,7 +1,7 @@
 //! The network as the agent needs it, whoever told us: a coordination server, the static file, or
 //! the cache of an earlier run.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use crate::config::StaticNetwork;
 use crate::hostnet::Overlay;
 use crate::key::{DiscoPublic, NodePublic};
 use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
-use crate::netmap::wire::WireTime;
+use crate::netmap::wire::{DnsConfig, UserProfile, WireTime};
 use crate::netmap::{DerpMap, Netmap, Peer};
 
 /// One whole view of the network.
@@ -41,6 +41,15 @@ pub struct Network {
     pub own: Standing,
     /// Who may reach us.
     pub rules: Rules,
+    /// Name of the network.
+    #[serde(default)]
+    pub domain: String,
+    /// Its DNS settings, if it has any.
+    #[serde(default)]
+    pub dns: Option<Arc<DnsConfig>>,
+    /// Owners of nodes by id.
+    #[serde(default)]
+    pub users: Arc<BTreeMap<i64, UserProfile>>,
 }
 
 /// How the coordination server sees this node.
@@ -55,6 +64,14 @@ pub struct Standing {
     pub unapproved: bool,
     /// Problems that the server wants to be shown.
     pub health: Vec<String>,
+    /// Our FQDN with a trailing dot; empty where nobody gave us one.
+    pub name: String,
+    /// Our owner.
+    pub user: i64,
+    /// Our `tag:…` names.
+    pub tags: Vec<String>,
+    /// Peers' names have IPv6 addresses too.
+    pub names_have_v6: bool,
 }
 
 /// One peer.
@@ -82,6 +99,30 @@ pub struct NetworkPeer {
     /// When its key expires, by our wall clock.
     #[serde(default)]
     pub key_expiry: Option<WireTime>,
+    /// What people may call it by, whatever its name is.
+    #[serde(default)]
+    pub stable_id: String,
+    /// Its owner.
+    #[serde(default)]
+    pub user: i64,
+    /// Its `tag:…` names.
+    #[serde(default)]
+    pub tags: Vec<String>,
+    /// TCP ports of its peer API at its IPv4 and IPv6 address.
+    #[serde(default)]
+    pub peerapi: [Option<u16>; 2],
+    /// It looks names up for others by its peer API.
+    #[serde(default)]
+    pub peerapi_dns: bool,
+    /// Its capability version, 0 where unknown.
+    #[serde(default)]
+    pub capver: i64,
+    /// Subnet routes that it serves as primary.
+    #[serde(default)]
+    pub primary_routes: Vec<IpNet>,
+    /// Prefixes that it offers to route, approved or not.
+    #[serde(default)]
+    pub routable: Vec<IpNet>,
 }
 
 /// A node that may not take part.
@@ -197,6 +238,14 @@ impl From<&Netmap> for Network {
                     online: peer.online,
                     last_seen: peer.last_seen.map(WireTime),
                     key_expiry: peer.key_expiry.map(WireTime),
+                    stable_id: peer.stable_id.clone(),
+                    user: peer.user,
+                    tags: peer.tags.clone(),
+                    peerapi: peer.peerapi,
+                    peerapi_dns: peer.peerapi_dns,
+                    capver: peer.capver,
+                    primary_routes: peer.primary_routes.clone(),
+                    routable: peer.routable.clone(),
                 })
                 .map(Arc::new)
                 .collect(),
@@ -222,8 +271,15 @@ impl From<&Netmap> for Network {
                 // Headscale says the same of a node whose key has expired.
                 unapproved: !map.self_node.machine_authorized && !map.self_node.expired,
                 health: map.health.clone(),
+                name: map.self_node.name.clone(),
+                user: map.self_node.user,
+                tags: map.self_node.tags.clone(),
+                names_have_v6: map.self_node.names_have_v6,
             },
             rules: map.rules.clone(),
+            domain: map.domain.clone(),
+            dns: map.dns.clone(),
+            users: Arc::clone(&map.users),
         }
     }
 }

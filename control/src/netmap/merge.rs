@@ -13,7 +13,7 @@ use serde_json::Value;
 use time::OffsetDateTime;
 
 use super::derp_map::DerpMap;
-use super::wire::{FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime};
+use super::wire::{DnsConfig, FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime};
 use crate::key::NodePublic;
 
 /// Peers kept at most; as many as the data plane holds. Further ones are left out, and nothing counts them:
@@ -68,7 +68,7 @@ pub struct MapState {
     prefixes: usize,
     pub(crate) derp_map: Arc<DerpMap>,
     filter_chunks: BTreeMap<String, Vec<FilterRule>>,
-    pub(super) dns: Option<Arc<Value>>,
+    pub(super) dns: Option<Arc<DnsConfig>>,
     pub(super) domain: String,
     pub(super) users: Arc<BTreeMap<i64, UserProfile>>,
     pub(super) health: Vec<String>,

@@ -12,8 +12,16 @@ use time::OffsetDateTime;
 use super::derp_map::DerpMap;
 use super::filter;
 use super::merge::MapState;
-use super::wire::{Node, UserProfile, WireTime};
+use super::wire::{DnsConfig, Node, UserProfile, WireTime};
 use crate::key::{DiscoPublic, NodePublic};
+
+/// Tags kept of a node.
+const TAGS_MAX: usize = 64;
+/// Services and routes that a peer announces, kept of each.
+const ANNOUNCED_MAX: usize = 64;
+/// From this capability version on every node looks names up by its peer API (`peerCanProxyDNS` in
+/// ipn/ipnlocal/local.go).
+const PEERAPI_DNS_CAP: i64 = 26;
 
 /// Ourselves, as the coordination server sees us.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +32,12 @@ pub struct SelfNode {
     pub key: NodePublic,
     /// FQDN with a trailing dot.
     pub name: String,
+    /// Our owner.
+    pub user: i64,
+    /// `tag:…` names; a node that has any is nobody's.
+    pub tags: Vec<String>,
+    /// Peers' names have IPv6 addresses too (attribute `magicdns-aaaa`).
+    pub names_have_v6: bool,
     /// Our inner addresses, a /32 and a /128 in general.
     pub addresses: Vec<IpNet>,
     /// Where the server believes that we can be reached.
@@ -65,6 +79,22 @@ pub struct Peer {
     pub key_expiry: Option<OffsetDateTime>,
     /// It may not open connections to us: inbound rules do not apply to it.
     pub jailed: bool,
+    /// What people may call it by, whatever its name is.
+    pub stable_id: String,
+    /// Its owner.
+    pub user: i64,
+    /// `tag:…` names; a node that has any is nobody's.
+    pub tags: Vec<String>,
+    /// TCP ports of its peer API at its IPv4 and IPv6 address.
+    pub peerapi: [Option<u16>; 2],
+    /// It looks names up for others by its peer API.
+    pub peerapi_dns: bool,
+    /// Its capability version, 0 where unknown.
+    pub capver: i64,
+    /// Subnet routes that it serves as primary.
+    pub primary_routes: Vec<IpNet>,
+    /// Prefixes that it offers to route, approved or not.
+    pub routable: Vec<IpNet>,
 }
 
 /// One whole state of the network as told by the coordination server.
@@ -83,9 +113,9 @@ pub struct Netmap {
     pub rules: Rules,
     /// Name of the network.
     pub domain: String,
-    /// DNS settings as received; nothing applies them yet.
-    pub dns: Option<Arc<Value>>,
-    /// Owners of nodes by id; nothing shows them yet.
+    /// DNS settings, once there are any.
+    pub dns: Option<Arc<DnsConfig>>,
+    /// Owners of nodes by id.
     pub users: Arc<BTreeMap<i64, UserProfile>>,
     /// Problems the server wants to be shown.
     pub health: Vec<String>,
@@ -101,6 +131,9 @@ impl MapState {
             id: node.id,
             key: node.key,
             name: node.name.clone(),
+            user: node.user,
+            tags: tags(node),
+            names_have_v6: has_attribute(node, "magicdns-aaaa"),
             addresses: node.addresses.clone(),
             endpoints: node.endpoints.clone(),
             key_expiry: self.own_time(node.key_expiry),
@@ -159,5 +192,39 @@ fn peer(node: &Node, server_now: OffsetDateTime, key_expiry: Option<OffsetDateTi
         expired: expired(node, server_now),
         key_expiry,
         jailed: node.is_jailed,
+        stable_id: node.stable_id.clone(),
+        user: node.user,
+        tags: tags(node),
+        peerapi: [service(node, "peerapi4"), service(node, "peerapi6")],
+        peerapi_dns: node.cap >= PEERAPI_DNS_CAP || service(node, "peerapi-dns-proxy").is_some(),
+        capver: node.cap,
+        primary_routes: node.primary_routes.iter().map(IpNet::trunc).collect(),
+        routable: announced(node, "RoutableIPs")
+            .filter_map(|route| Some(route.as_str()?.parse::<IpNet>().ok()?.trunc()))
+            .collect(),
     }
+}
+
+fn tags(node: &Node) -> Vec<String> {
+    node.tags.iter().take(TAGS_MAX).cloned().collect()
+}
+
+fn has_attribute(node: &Node, name: &str) -> bool {
+    let attributes = node.cap_map.as_ref();
+    attributes.is_some_and(|attributes| attributes.contains_key(name))
+}
+
+/// A list of what the node says of itself, as far as it is kept.
+fn announced<'a>(node: &'a Node, field: &str) -> impl Iterator<Item = &'a Value> {
+    let list = node.hostinfo.as_ref().and_then(|info| info.get(field));
+    let list = list.and_then(Value::as_array);
+    list.into_iter().flatten().take(ANNOUNCED_MAX)
+}
+
+/// The port of the first service of this kind (`Service` in tailcfg/tailcfg.go).
+fn service(node: &Node, kind: &str) -> Option<u16> {
+    let mut services = announced(node, "Services");
+    let found = services.find(|service| service["Proto"] == kind)?;
+    let port = u16::try_from(found["Port"].as_u64()?).ok()?;
+    (port != 0).then_some(port)
 }

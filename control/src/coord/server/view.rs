@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ipnet::IpNet;
-use serde_json::{Value, json};
+use serde_json::json;
 use time::OffsetDateTime;
 
 use super::presence::Presence;
@@ -15,7 +15,8 @@ use super::store::{NodeRecord, expired};
 use super::{Entry, Server, USER_ID};
 use crate::coord::routes::{self, announced};
 use crate::netmap::wire::{
-    CapMap, Debug, FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime,
+    CapMap, Debug, DnsConfig, FilterRule, MapResponse, Node, PeerChange, Resolver, UserProfile,
+    WireTime,
 };
 
 /// Nodes as peers are told of them, by id.
@@ -40,7 +41,7 @@ impl Server {
     pub(super) fn full(&self, wall: OffsetDateTime, id: i64) -> MapResponse {
         let seen = self.seen_by(id);
         let peers = seen.iter().filter(|(peer, _)| **peer != id);
-        let mut routes: BTreeMap<String, Vec<Value>> = (64..128)
+        let mut routes: BTreeMap<String, Vec<Resolver>> = (64..128)
             .map(|octet| (format!("{octet}.100.in-addr.arpa"), Vec::new()))
             .collect();
         routes.insert("0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned(), Vec::new());
@@ -49,9 +50,12 @@ impl Server {
             node: seen.get(&id).map(|wire| own_node(wire)),
             peers: Some(peers.map(|(_, wire)| Arc::clone(wire)).collect()),
             derp_map: Some((&self.config.derp_map).into()),
-            dns_config: Some(json!({
-                "Domains": [self.config.base_domain], "Proxied": true, "Routes": routes,
-            })),
+            dns_config: Some(DnsConfig {
+                search: vec![self.config.base_domain.clone()],
+                proxied: true,
+                routes,
+                ..DnsConfig::default()
+            }),
             domain: Some(self.config.domain.clone()),
             packet_filters: Some([("base".to_owned(), Some(vec![FilterRule::allow_all()]))].into()),
             user_profiles: Some(vec![UserProfile {

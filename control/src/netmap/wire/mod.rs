@@ -1,12 +1,15 @@
-//! JSON of `/machine/map`, both directions; [`register`] has that of `/machine/register` and `/key`.
+//! JSON of `/machine/map`, both directions; [`register`] has that of `/machine/register` and `/key`, [`dns`]
+//! the DNS settings.
 //!
 //! Field names are Go's (tailcfg/tailcfg.go in tailscale/tailscale v1.102.3). Absent and `null`
 //! are the same for every collection, unknown fields are ignored, elements of address lists that
 //! do not parse are skipped, and the time of year 1 means "no time"
 //! (`protocol/coordination.md`, "JSON conventions"). A zero key means "none".
 
+mod dns;
 mod register;
 
+pub use dns::*;
 pub use register::*;
 
 use std::borrow::Cow;
@@ -173,10 +176,11 @@ pub struct Node {
 }
 
 impl Node {
-    /// Prefixes of both lists.
+    /// Prefixes of all its lists.
     #[must_use]
     pub fn prefixes(&self) -> usize {
-        self.addresses.len() + self.allowed_ips.as_ref().map_or(0, Vec::len)
+        let allowed_ips = self.allowed_ips.as_ref().map_or(0, Vec::len);
+        self.addresses.len() + allowed_ips + self.primary_routes.len()
     }
 
     /// Brings a received node into the one form the rest of the program knows: home region from
@@ -438,7 +442,7 @@ pub struct MapResponse {
     pub packet_filters: Option<BTreeMap<String, Option<Vec<FilterRule>>>>,
     /// Replaces the earlier one whole.
     #[serde(rename = "DNSConfig", skip_serializing_if = "Option::is_none")]
-    pub dns_config: Option<Value>,
+    pub dns_config: Option<DnsConfig>,
     /// Name of the network.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
