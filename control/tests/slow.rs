@@ -527,7 +527,7 @@ fn local_sockets_outlast_slow_clients_of_every_stage() {
         let status = path.join("status");
         let (calls, mut called) = tokio::sync::mpsc::channel(4);
         let (listener, _file) = local_api::listen(&status)?;
-        tokio::task::spawn_local(local_api::serve(listener, calls));
+        tokio::task::spawn_local(local_api::serve(listener, local_api::Reader::Owner, calls));
         tokio::task::spawn_local(async move {
             while let Some(call) = called.recv().await {
                 let long = "x".repeat(1 << 20);

@@ -1,13 +1,17 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 //!
-//! Rooms, each a command or several: `up` the node, `query` questions to it, `coord` the coordination
-//! server, `derp` the relay, `device` a WireGuard device, `keys` those for it.
+//! Rooms, each a command or several: `up` the node, `status`, `ping` and `netcheck` questions to it, by
+//! `ask`; `coord` the coordination server, `derp` the relay, `device` a WireGuard device, `keys` those for
+//! it.
 
+mod ask;
 mod coord;
 mod derp;
 mod device;
 mod keys;
-mod query;
+mod netcheck;
+mod ping;
+mod status;
 mod up;
 
 use std::ffi::{OsStr, OsString};
@@ -57,9 +61,9 @@ enum Command {
     Device(device::DeviceArgs),
     Derp(derp::DerpArgs),
     Coord(Box<coord::CoordArgs>),
-    Status(query::StatusArgs),
-    Ping(query::PingArgs),
-    Netcheck(query::NetcheckArgs),
+    Status(status::StatusArgs),
+    Ping(ping::PingArgs),
+    Netcheck(netcheck::NetcheckArgs),
     Genkey(keys::GenkeyArgs),
     Pubkey(keys::PubkeyArgs),
 }
@@ -81,9 +85,9 @@ pub fn main() -> ExitCode {
         Command::Device(args) => device::run(args, cli.verbose > 0),
         Command::Derp(args) => derp::run(args),
         Command::Coord(args) => coord::run(*args),
-        Command::Status(args) => query::status(&args),
-        Command::Ping(args) => query::ping(&args),
-        Command::Netcheck(args) => query::netcheck(&args),
+        Command::Status(args) => status::run(&args),
+        Command::Ping(args) => ping::run(&args),
+        Command::Netcheck(args) => netcheck::run(&args),
         Command::Genkey(args) => keys::genkey(&args),
         Command::Pubkey(args) => keys::pubkey(&args),
     };

@@ -1,9 +1,12 @@
-//! The status socket: how `ringtail status`, `ping` and `netcheck` talk to a running node.
+//! The status socket: how the other commands of `ringtail` talk to a running node.
 //!
-//! A Unix stream socket (0600) in the state directory. The client writes one JSON line, the
-//! [`Request`]; the node answers with JSON lines and closes. `status` and `netcheck` get one line;
-//! `ping` one per reply. An answer that is an object with `error` is the last one.
+//! A Unix stream socket (0600) in the state directory, for its owner, who may ask everything; and one
+//! for a group where somebody wants that ([`Reader`]), who may ask what changes nothing. The client
+//! writes one JSON line, the [`Request`]; the node answers with JSON lines and closes. Most requests get
+//! one line; `ping` one per reply, `login` one whenever there is another address to visit. An answer that
+//! is an object with `error` is the last one.
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,6 +19,7 @@ use tokio::sync::mpsc;
 
 use super::accept::{self, Attention};
 use super::unix_socket::{self, SocketFile};
+use crate::config::PrefsChange;
 
 /// Longest request line in bytes.
 const REQUEST_LEN_MAX: u64 = 4096;
@@ -26,12 +30,57 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Answers queued for one client.
 const ANSWERS_MAX: usize = 16;
 
-/// What a client may ask.
+/// Who may ask by a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// Whose node it is.
+    Owner,
+    /// A group that somebody lets look at it.
+    Group,
+}
+
+/// What a client may ask. Those that a node cannot answer yet say so.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// Everything the node knows about itself.
     Status,
+    /// The settings that may change while it runs.
+    Prefs,
+    /// Changes some of them.
+    Set {
+        /// To what; the others stay.
+        change: PrefsChange,
+    },
+    /// Takes part again, after [`Self::Down`].
+    Up,
+    /// Takes no part any more; the process stays.
+    Down,
+    /// Lets the coordination server take this node in, with a person's help where it wants that.
+    Login,
+    /// Takes the node's key out of force, and this node out of the network.
+    Logout,
+    /// Inner addresses.
+    Ip {
+        /// Of this peer: name, inner address or node key; without it our own.
+        peer: Option<String>,
+    },
+    /// Who has an address, of itself or as part of a prefix that it routes.
+    Whois {
+        /// The address.
+        address: IpAddr,
+    },
+    /// How names are resolved.
+    DnsStatus,
+    /// What the network's resolver answers.
+    DnsQuery {
+        /// The name.
+        name: String,
+        /// The type of record, such as `AAAA`.
+        kind: String,
+    },
+    /// Nodes that offer to be a way out to the Internet.
+    ExitNodes,
     /// One DISCO round trip to a peer, by relay and by the direct path.
     Ping {
         /// A peer's name, inner address or node key.
@@ -41,7 +90,25 @@ pub enum Request {
     Netcheck,
 }
 
-/// A request on its way to the agent, with the way back.
+impl Request {
+    /// Whether it changes nothing: whoever may only look may ask it.
+    pub fn is_read_only(&self) -> bool {
+        match self {
+            Self::Status
+            | Self::Prefs
+            | Self::Ip { .. }
+            | Self::Whois { .. }
+            | Self::DnsStatus
+            | Self::DnsQuery { .. }
+            | Self::ExitNodes
+            | Self::Ping { .. }
+            | Self::Netcheck => true,
+            Self::Set { .. } | Self::Up | Self::Down | Self::Login | Self::Logout => false,
+        }
+    }
+}
+
+/// A request on its way to the node, with the way back.
 #[derive(Debug)]
 pub struct Call {
     /// What is asked.
@@ -60,10 +127,10 @@ pub fn listen(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
     Ok((UnixListener::from_std(listener)?, file))
 }
 
-/// Takes connections for ever and turns each into a [`Call`].
-pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
+/// Takes connections of `reader` for ever and turns each into a [`Call`], if he may ask that.
+pub async fn serve(listener: UnixListener, reader: Reader, calls: mpsc::Sender<Call>) {
     accept::serve(listener, CLIENTS_MAX, "status", |stream, attention| {
-        serve_client(stream, attention, calls.clone())
+        serve_client(stream, attention, reader, calls.clone())
     })
     .await;
 }
@@ -71,6 +138,7 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<Call>) {
 async fn serve_client(
     stream: UnixStream,
     attention: Attention,
+    reader: Reader,
     calls: mpsc::Sender<Call>,
 ) -> anyhow::Result<()> {
     let (read, mut write) = stream.into_split();
@@ -79,15 +147,20 @@ async fn serve_client(
     tokio::time::timeout(CLIENT_TIMEOUT, read.read_line(&mut line)).await??;
     attention.ours();
     let (answers, mut answered) = mpsc::channel(ANSWERS_MAX);
-    match serde_json::from_str(&line) {
+    let asked: Result<Request, String> =
+        serde_json::from_str(&line).map_err(|error| format!("bad request: {error}"));
+    match asked {
+        Ok(request) if reader == Reader::Group && !request.is_read_only() => {
+            refuse(
+                answers,
+                "this socket is for looking: only the node's owner may change it",
+            );
+        }
         Ok(request) => calls
             .send(Call { request, answers })
             .await
             .context("the node is stopping")?,
-        Err(error) => {
-            answers.try_send(serde_json::json!({"error": format!("bad request: {error}")}))?;
-            drop(answers);
-        }
+        Err(error) => refuse(answers, &error),
     }
     while let Some(answer) = answered.recv().await {
         let mut text = answer.to_string();
@@ -97,6 +170,12 @@ async fn serve_client(
         attention.ours();
     }
     Ok(())
+}
+
+/// The only answer, to a request that the node does not get to see.
+fn refuse(answers: mpsc::Sender<Value>, why: &str) {
+    // There is room for the first.
+    let _ = answers.try_send(serde_json::json!({"error": why}));
 }
 
 /// The client's side: sends one request and gives each answer to `each`.
@@ -143,7 +222,7 @@ mod tests {
         let path = dir.path().join("s");
         let (calls, mut called) = mpsc::channel(4);
         let (listener, file) = listen(&path).unwrap();
-        tokio::task::spawn_local(serve(listener, calls));
+        tokio::task::spawn_local(serve(listener, Reader::Owner, calls));
         tokio::task::spawn_local(async move {
             while let Some(Call { request, answers }) = called.recv().await {
                 for n in 0..2 {
@@ -176,6 +255,25 @@ mod tests {
         assert!(text.contains("bad request"), "{text}");
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[tokio::test(flavor = "local")]
+    async fn whoever_may_look_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (calls, mut called) = mpsc::channel(4);
+        let (listener, _file) = listen(&path).unwrap();
+        tokio::task::spawn_local(serve(listener, Reader::Group, calls));
+        let change = PrefsChange::default();
+        for request in [Request::Set { change }, Request::Down, Request::Logout] {
+            let error = ask(&path, &request, |_| Ok(())).await.unwrap_err();
+            assert!(error.to_string().contains("for looking"), "{error}");
+        }
+        assert!(called.try_recv().is_err(), "the node did not hear of it");
+        let asked = ask(&path, &Request::Ip { peer: None }, |_| Ok(()));
+        let (asked, heard) = tokio::join!(asked, async { called.recv().await.unwrap().request });
+        asked.unwrap();
+        assert_eq!(heard, Request::Ip { peer: None });
     }
 
     #[tokio::test(flavor = "local")]

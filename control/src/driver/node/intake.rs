@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::{Activity, RegionId};
+use serde_json::json;
 
 use super::{Node, SAVE_SOON, now, wall};
 use crate::agent::Network;
@@ -218,6 +219,20 @@ impl Node {
                 let question = self.next_question();
                 self.questions.insert(question, call);
                 self.agent.handle_netcheck_question(now, question);
+            }
+            local_api::Request::Prefs
+            | local_api::Request::Set { .. }
+            | local_api::Request::Up
+            | local_api::Request::Down
+            | local_api::Request::Login
+            | local_api::Request::Logout
+            | local_api::Request::Ip { .. }
+            | local_api::Request::Whois { .. }
+            | local_api::Request::DnsStatus
+            | local_api::Request::DnsQuery { .. }
+            | local_api::Request::ExitNodes => {
+                let error = json!({"error": "this node cannot answer that yet"});
+                let _ = call.answers.try_send(error);
             }
         }
     }

@@ -163,7 +163,11 @@ impl Node {
         tokio::task::spawn_local(link::watch(tun_index, link_sender));
         let (calls_sender, calls) = mpsc::channel(QUESTIONS_MAX);
         let (listener, socket_file) = local_api::listen(&state.socket())?;
-        tokio::task::spawn_local(local_api::serve(listener, calls_sender));
+        tokio::task::spawn_local(local_api::serve(
+            listener,
+            local_api::Reader::Owner,
+            calls_sender,
+        ));
         let configuration = serve_configuration(dataplane.tun_name()).inspect_err(|error| {
             tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
         });

@@ -1,17 +1,14 @@
-//! `ringtail status`, `ringtail ping` and `ringtail netcheck`: questions to a running node.
+//! `ringtail status`.
 
 use std::io::Write;
-use std::time::Duration;
 
-use anyhow::bail;
 use clap::Args;
 use serde_json::Value;
 
 use super::StateDirArg;
+use super::ask::{ask_one, joined, list, text};
 use crate::coord::NotAdmitted;
-use crate::driver::local_api::{Request, ask};
-use crate::driver::runtime;
-use crate::driver::state::StateDir;
+use crate::driver::local_api::Request;
 
 /// Show what a running node knows: itself, relays, peers and their paths, drops.
 #[derive(Debug, Args)]
@@ -23,44 +20,7 @@ pub(super) struct StatusArgs {
     json: bool,
 }
 
-/// Ping a peer below the tunnel and say which way each reply came.
-///
-/// Prints one line per reply: by relay, with the region, or direct, with the address.
-#[derive(Debug, Args)]
-pub(super) struct PingArgs {
-    /// A peer's name, inner address or node key.
-    peer: String,
-    #[command(flatten)]
-    state: StateDirArg,
-    /// Pings to send.
-    #[arg(short, long, value_name = "COUNT", default_value_t = 4)]
-    count: u32,
-    /// Seconds between them.
-    #[arg(short, long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
-    interval: f64,
-    /// Stop at the first direct reply.
-    #[arg(long)]
-    until_direct: bool,
-}
-
-/// Measure the relays and show what kind of network this node is on.
-#[derive(Debug, Args)]
-pub(super) struct NetcheckArgs {
-    #[command(flatten)]
-    state: StateDirArg,
-    /// The report as JSON.
-    #[arg(long)]
-    json: bool,
-}
-
-fn seconds(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(seconds) if (0.01..=3600.0).contains(&seconds) => Ok(seconds),
-        _ => Err("give seconds, from 0.01 to 3600".into()),
-    }
-}
-
-pub(super) fn status(args: &StatusArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
     let answer = ask_one(&args.state, &Request::Status)?;
     let mut out = std::io::stdout().lock();
     if args.json {
@@ -79,107 +39,6 @@ fn not_expired(status: &Value) -> anyhow::Result<()> {
         return Err(NotAdmitted(why).into());
     }
     Ok(())
-}
-
-pub(super) fn netcheck(args: &NetcheckArgs) -> anyhow::Result<()> {
-    let answer = ask_one(&args.state, &Request::Netcheck)?;
-    let mut out = std::io::stdout().lock();
-    if args.json {
-        writeln!(out, "{answer:#}")?;
-        return Ok(());
-    }
-    write_netcheck(&mut out, &answer)?;
-    Ok(())
-}
-
-pub(super) fn ping(args: &PingArgs) -> anyhow::Result<()> {
-    let socket = StateDir::open(&args.state.state_dir)?.socket();
-    let mut replies = 0u32;
-    let mut direct = false;
-    runtime::block_on(async |_| {
-        for n in 0..args.count {
-            if n > 0 {
-                tokio::time::sleep(Duration::from_secs_f64(args.interval)).await;
-            }
-            ask(
-                &socket,
-                &Request::Ping {
-                    peer: args.peer.clone(),
-                },
-                |answer| {
-                    let mut out = std::io::stdout().lock();
-                    let name = text(&answer["peer"]);
-                    match answer["via"].as_str() {
-                        None => writeln!(out, "no reply from {name}: {}", text(&answer["reason"]))?,
-                        Some(via) => {
-                            replies += 1;
-                            direct |= via == "direct";
-                            let ms = answer["latency_ms"].as_f64().unwrap_or_default();
-                            let place = match via {
-                                "direct" => format!("direct, {}", text(&answer["address"])),
-                                _ => format!("relay {}", text(&answer["region"])),
-                            };
-                            writeln!(out, "pong from {name} ({place}) in {ms:.3} ms")?;
-                        }
-                    }
-                    Ok(())
-                },
-            )
-            .await?;
-            if args.until_direct && direct {
-                break;
-            }
-        }
-        Ok(())
-    })?;
-    if replies == 0 {
-        bail!(
-            "{} did not answer; `ringtail status` shows what is known of it",
-            args.peer
-        );
-    }
-    if args.until_direct && !direct {
-        bail!("no direct path to {} yet", args.peer);
-    }
-    Ok(())
-}
-
-fn ask_one(state: &StateDirArg, request: &Request) -> anyhow::Result<Value> {
-    let socket = state.state_dir.join("ringtail.sock");
-    let mut answer = Value::Null;
-    runtime::block_on(async |_| {
-        ask(&socket, request, |value| {
-            answer = value;
-            Ok(())
-        })
-        .await
-    })?;
-    if answer.is_null() {
-        bail!("the node went away without an answer");
-    }
-    Ok(answer)
-}
-
-/// A string of the answer as it is, anything else as JSON, nothing as a dash.
-fn text(value: &Value) -> String {
-    match value {
-        Value::Null => "-".into(),
-        Value::String(text) => text.clone(),
-        Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
-    }
-}
-
-fn list(value: &Value) -> impl Iterator<Item = &Value> {
-    value.as_array().into_iter().flatten()
-}
-
-fn joined(value: &Value) -> String {
-    let items: Vec<String> = list(value).map(text).collect();
-    if items.is_empty() {
-        "-".into()
-    } else {
-        items.join(" ")
-    }
 }
 
 /// Bytes in the unit that leaves one to three digits before the point.
@@ -297,34 +156,6 @@ fn way_to(peer: &Value) -> String {
     format!("{} via {}", text(&path["state"]), text(&peer["home"]))
 }
 
-fn write_netcheck(out: &mut impl Write, report: &Value) -> std::io::Result<()> {
-    let unresolved = list(&report["unresolved"]).next().is_some();
-    let udp = match report["udp"].as_bool() {
-        Some(works) => works.to_string(),
-        None if unresolved => "unknown, since no relay could be asked".into(),
-        None => "-".into(),
-    };
-    writeln!(out, "UDP works: {udp}")?;
-    if unresolved {
-        let names = joined(&report["unresolved"]);
-        writeln!(out, "names of relays that do not resolve: {names}")?;
-    }
-    for (name, works, address) in [("IPv4", "ipv4", "global_v4"), ("IPv6", "ipv6", "global_v6")] {
-        let (works, address) = (text(&report[works]), text(&report[address]));
-        writeln!(out, "{name}: {works}  public address {address}")?;
-    }
-    let varies = text(&report["mapping_varies_by_dest_ip"]);
-    writeln!(out, "NAT mapping varies by destination: {varies}")?;
-    writeln!(out, "nearest relay: {}", text(&report["preferred_region"]))?;
-    for region in list(&report["regions"]) {
-        match region["latency_ms"].as_f64() {
-            Some(ms) => writeln!(out, "  {:<8} {ms:.1} ms", text(&region["region"]))?,
-            None => writeln!(out, "  {:<8} no answer", text(&region["region"]))?,
-        }
-    }
-    Ok(())
-}
-
 /// Where the network meets what the host has of its own.
 fn write_host(out: &mut impl Write, host: &Value) -> std::io::Result<()> {
     for problem in list(&host["problems"]) {
@@ -351,22 +182,6 @@ fn write_host(out: &mut impl Write, host: &Value) -> std::io::Result<()> {
 mod tests {
     use super::*;
     use serde_json::json;
-
-    #[test]
-    fn netcheck_does_not_blame_udp_for_names_that_do_not_resolve() {
-        let said = |report: &Value| {
-            let mut out = Vec::new();
-            write_netcheck(&mut out, report).unwrap();
-            String::from_utf8(out).unwrap()
-        };
-        let out = said(&json!({"udp": null, "unresolved": ["a.example", "b.example"]}));
-        let first = "UDP works: unknown, since no relay could be asked\n";
-        assert!(out.starts_with(first), "{out}");
-        let names = "do not resolve: a.example b.example\n";
-        assert!(out.contains(names), "{out}");
-        let out = said(&json!({"udp": false, "unresolved": []}));
-        assert!(out.starts_with("UDP works: false\nIPv4"), "{out}");
-    }
 
     #[test]
     fn status_shows_the_way_to_each_peer_and_only_drops_that_happened() {

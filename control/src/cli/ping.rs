@@ -1,0 +1,91 @@
+//! `ringtail ping`.
+
+use std::io::Write as _;
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::Args;
+
+use super::StateDirArg;
+use super::ask::text;
+use crate::driver::local_api::{Request, ask};
+use crate::driver::runtime;
+
+/// Ping a peer below the tunnel and say which way each reply came.
+///
+/// Prints one line per reply: by relay, with the region, or direct, with the address.
+#[derive(Debug, Args)]
+pub(super) struct PingArgs {
+    /// A peer's name, inner address or node key.
+    peer: String,
+    #[command(flatten)]
+    state: StateDirArg,
+    /// Pings to send.
+    #[arg(short, long, value_name = "COUNT", default_value_t = 4)]
+    count: u32,
+    /// Seconds between them.
+    #[arg(short, long, value_name = "SECONDS", default_value_t = 1.0, value_parser = seconds)]
+    interval: f64,
+    /// Stop at the first direct reply.
+    #[arg(long)]
+    until_direct: bool,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.01..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("give seconds, from 0.01 to 3600".into()),
+    }
+}
+
+pub(super) fn run(args: &PingArgs) -> anyhow::Result<()> {
+    let socket = args.state.state_dir.join("ringtail.sock");
+    let mut replies = 0u32;
+    let mut direct = false;
+    runtime::block_on(async |_| {
+        for n in 0..args.count {
+            if n > 0 {
+                tokio::time::sleep(Duration::from_secs_f64(args.interval)).await;
+            }
+            ask(
+                &socket,
+                &Request::Ping {
+                    peer: args.peer.clone(),
+                },
+                |answer| {
+                    let mut out = std::io::stdout().lock();
+                    let name = text(&answer["peer"]);
+                    match answer["via"].as_str() {
+                        None => writeln!(out, "no reply from {name}: {}", text(&answer["reason"]))?,
+                        Some(via) => {
+                            replies += 1;
+                            direct |= via == "direct";
+                            let ms = answer["latency_ms"].as_f64().unwrap_or_default();
+                            let place = match via {
+                                "direct" => format!("direct, {}", text(&answer["address"])),
+                                _ => format!("relay {}", text(&answer["region"])),
+                            };
+                            writeln!(out, "pong from {name} ({place}) in {ms:.3} ms")?;
+                        }
+                    }
+                    Ok(())
+                },
+            )
+            .await?;
+            if args.until_direct && direct {
+                break;
+            }
+        }
+        Ok(())
+    })?;
+    if replies == 0 {
+        bail!(
+            "{} did not answer; `ringtail status` shows what is known of it",
+            args.peer
+        );
+    }
+    if args.until_direct && !direct {
+        bail!("no direct path to {} yet", args.peer);
+    }
+    Ok(())
+}
