@@ -439,10 +439,11 @@ impl Dataplane {
             gone,
             reserved,
             rules,
+            peerapi,
         } = change;
         let rules = rules.map(|(rules, local)| CompiledRules::compile(&rules, local.as_deref()));
         let same_table = peers.is_empty() && gone.is_empty() && reserved.is_none();
-        if same_table && rules.is_none() {
+        if same_table && rules.is_none() && peerapi.is_none() {
             return;
         }
         let newest = &self.hub.network;
@@ -455,6 +456,7 @@ impl Dataplane {
         if let Some(rules) = rules {
             current.rules = Arc::new(rules);
         }
+        current.peerapi = peerapi.unwrap_or(current.peerapi);
         self.hub.outbox.free_retired();
         for inbox in &self.hub.inboxes {
             drop(inbox.network.force_push(current.clone()));

@@ -145,7 +145,7 @@ pub use routes::rest_after;
 pub use sys::{now, slept, steady_wall, steady_wall_at_least};
 pub use tun::{Kind as SuperPacketKind, Kinds as SuperPacketKinds};
 pub use types::{
-    Activity, Datagrams, Event, NetworkChange, PEERS_MAX, PathDecision, PeerConfig, PeerId, Prefix,
-    RegionId, RelayBatch, Rule, Rules,
+    Activity, Datagrams, Event, NetworkChange, PEERS_MAX, PathDecision, PeerApi, PeerConfig,
+    PeerId, Prefix, RegionId, RelayBatch, Rule, Rules,
 };
 pub use udp::set_dont_fragment;

@@ -1,6 +1,6 @@
 //! What crosses the boundary between the control thread and the shards.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -90,6 +90,31 @@ pub struct NetworkChange {
     /// Who may reach us, and our own addresses with the routes we advertise, if one of them is another:
     /// packets to others are refused, whatever the rules; `None` skips that.
     pub rules: Option<(Rules, Option<Vec<Prefix>>)>,
+    /// Where our peerapi listens, if that is another.
+    pub peerapi: Option<PeerApi>,
+}
+
+/// Where our peerapi listens by TCP: an own address of each family with its port, if it does. Every peer
+/// may connect there, whatever the rules: it judges by itself who may do what. Pings by TSMP, which are
+/// answered in any case, are told the port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerApi {
+    /// By IPv4.
+    pub v4: Option<SocketAddrV4>,
+    /// By IPv6.
+    pub v6: Option<SocketAddrV6>,
+}
+
+impl PeerApi {
+    /// The port at one of our addresses.
+    #[inline]
+    #[must_use]
+    pub fn port(&self, at: IpAddr) -> Option<u16> {
+        match at {
+            IpAddr::V4(at) => self.v4.filter(|api| *api.ip() == at).map(|api| api.port()),
+            IpAddr::V6(at) => self.v6.filter(|api| *api.ip() == at).map(|api| api.port()),
+        }
+    }
 }
 
 impl NetworkChange {
@@ -97,7 +122,8 @@ impl NetworkChange {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         let peers = self.peers.is_empty() && self.gone.is_empty();
-        peers && self.reserved.is_none() && self.rules.is_none()
+        let rules = self.rules.is_none() && self.peerapi.is_none();
+        peers && self.reserved.is_none() && rules
     }
 }
 

@@ -144,6 +144,7 @@ impl Agent {
             gone: changes.gone.clone(),
             reserved,
             rules,
+            ..NetworkChange::default()
         };
         if !change.is_empty() {
             self.out.push_back(Output::ChangeNetwork(change));

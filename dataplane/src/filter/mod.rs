@@ -15,8 +15,9 @@
 //!   the receiver cannot assemble them without the first, which was filtered.
 //! - Destination not local: dropped.
 //! - ICMP and ICMPv6: echo replies and errors pass, the rest if any rule joins the two addresses.
-//! - TCP: pure SYNs need a rule. UDP, SCTP: a remembered flow or a rule.
-//! - TSMP (99) is the node's own business and never reaches the kernel.
+//! - TCP: pure SYNs need a rule, but for the port of our [`PeerApi`], which judges for itself.
+//!   UDP, SCTP: a remembered flow or a rule.
+//! - TSMP (99) is the node's own business and never reaches the kernel; its pings are answered.
 //! - Other protocols need a rule that names them, for all ports.
 //!
 //! A filter is [closed](Filter::closed) until it is given rules: then no fragment, no answer and no
@@ -28,17 +29,19 @@
 
 mod flows;
 mod rules;
+mod tsmp;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::Instant;
 
 use crate::packet::header::{
-    Flow, Fragment, HashKey, Headers, ICMP, ICMPV6, IpVersion, SCTP, TCP, TCP_ACK, TCP_SYN, UDP,
+    Flow, Fragment, HashKey, Headers, ICMP, ICMPV6, IpVersion, SCTP, TCP, TCP_ACK, TCP_SYN, TSMP,
+    UDP,
 };
 use crate::route::Cursor;
 use crate::stats::DropReason;
-use crate::types::PeerId;
+use crate::types::{PeerApi, PeerId};
 pub(crate) use flows::flows_max;
 #[cfg(test)]
 pub(crate) use flows::{FLOW_COST, SHARD_FLOWS_MIN};
@@ -46,9 +49,8 @@ pub(crate) use flows::{FLOW_COST, SHARD_FLOWS_MIN};
 use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX};
 pub use flows::{FlowMemory, Tell};
 pub use rules::{Ask, CompiledRules};
+pub(crate) use tsmp::{PONG_LEN_MAX, pong};
 
-/// Tailscale's own message protocol between nodes.
-const TSMP: u8 = 99;
 /// The metadata address of clouds: link-local, yet routed to by subnet routers.
 const CLOUD_METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// A later fragment below this offset, in units of 8 bytes, could reach into a transport header
@@ -76,6 +78,7 @@ pub fn source_allowed(
 #[derive(Debug)]
 pub struct Filter {
     rules: Arc<CompiledRules>,
+    peerapi: PeerApi,
     /// Exists from the first rule list or flow of another shard on.
     flows: Option<FlowMemory>,
     flows_max: usize,
@@ -94,6 +97,7 @@ impl Filter {
     pub(crate) fn of_one_shard(shards: usize) -> Filter {
         Filter {
             rules: Arc::new(CompiledRules::closed()),
+            peerapi: PeerApi::default(),
             flows: None,
             flows_max: flows_max(shards),
             local_before: None,
@@ -117,6 +121,16 @@ impl Filter {
         std::mem::replace(&mut self.rules, rules)
     }
 
+    /// Says where our peerapi listens from now on.
+    pub fn set_peerapi(&mut self, peerapi: PeerApi) {
+        self.peerapi = peerapi;
+    }
+
+    /// The port of our peerapi at one of our addresses; 0 for none.
+    pub(crate) fn peerapi_port(&self, at: IpAddr) -> u16 {
+        self.peerapi.port(at).unwrap_or(0)
+    }
+
     /// Lets an opened packet in or says why not. `headers` are those of `packet`.
     ///
     /// # Errors
@@ -130,7 +144,13 @@ impl Filter {
         packet: &[u8],
     ) -> Result<(), DropReason> {
         if self.rules.is_allow_all() {
-            return self.admit_local(headers.dst);
+            self.admit_local(headers.dst)?;
+            // Where nothing is said of what is ours, this is no node of a tailnet but a plain device.
+            return if headers.protocol == TSMP && self.rules.knows_local() {
+                Err(DropReason::FilterConsumed)
+            } else {
+                Ok(())
+            };
         }
         self.decide(now, headers, packet)
     }
@@ -233,6 +253,7 @@ impl Filter {
             TCP => match headers.tcp(packet) {
                 None => truncated(headers),
                 Some(tcp) if tcp.flags & (TCP_SYN | TCP_ACK) != TCP_SYN => Ok(()),
+                Some(tcp) if self.peerapi.port(headers.dst) == Some(tcp.dst_port.get()) => Ok(()),
                 Some(tcp) => self.ask(headers, Ask::Port(TCP, tcp.dst_port.get())),
             },
             UDP | SCTP => {

@@ -106,6 +106,12 @@ impl CompiledRules {
         self.allow_all
     }
 
+    /// Whether it was said what is ours.
+    #[inline]
+    pub fn knows_local(&self) -> bool {
+        self.local.is_some()
+    }
+
     /// Whether a destination is ours or one we route for; true if that is not known.
     #[inline]
     pub fn is_local(&self, dst: IpAddr) -> bool {

@@ -208,6 +208,49 @@ fn allow_all_admits_everything_and_remembers_nothing() {
 }
 
 #[test]
+fn every_peer_may_connect_to_our_peerapi_and_to_no_other_port() {
+    let now = now();
+    let mut filter = deny_all(now);
+    let to = |dst| between("10.0.0.2:9", dst).tcp(&segment(TCP_SYN), b"");
+    let api = "10.0.0.1:7";
+    assert_eq!(admit(&mut filter, now, &to(api)), DENIED);
+    filter.set_peerapi(PeerApi {
+        v4: Some(api.parse().unwrap()),
+        v6: Some("[fd7a::1]:8".parse().unwrap()),
+    });
+    assert_eq!(admit(&mut filter, now, &to(api)), Ok(()));
+    assert_eq!(admit(&mut filter, now, &to("10.0.0.1:8")), DENIED);
+    assert_eq!(admit(&mut filter, now, &to("10.0.0.3:7")), DENIED);
+    let udp = between("10.0.0.2:9", api).udp(b"x");
+    assert_eq!(admit(&mut filter, now, &udp), DENIED);
+    let v6 = |port| {
+        let us = format!("[fd7a::1]:{port}");
+        between("[fd7a::2]:9", &us).tcp(&segment(TCP_SYN), b"")
+    };
+    assert_eq!(admit(&mut filter, now, &v6(8)), Ok(()));
+    assert_eq!(admit(&mut filter, now, &v6(7)), DENIED);
+    filter.set_peerapi(PeerApi::default());
+    assert_eq!(admit(&mut filter, now, &to(api)), DENIED);
+}
+
+#[test]
+fn tsmp_is_consumed_by_a_node_and_passed_by_a_plain_device() {
+    let now = now();
+    let packet = between("10.0.0.2:0", "10.0.0.1:0").ip(TSMP, b"p12345678");
+    let consumed = Err(DropReason::FilterConsumed);
+    let own = [prefix("10.0.0.1")];
+    for (rules, local, want) in [
+        (Rules::default(), Some(&own[..]), consumed),
+        (Rules::AllowAll, Some(&own[..]), consumed),
+        (Rules::AllowAll, None, Ok(())),
+    ] {
+        let rules = Arc::new(CompiledRules::compile(&rules, local));
+        let mut filter = Filter::new(now, rules);
+        assert_eq!(admit(&mut filter, now, &packet), want);
+    }
+}
+
+#[test]
 fn until_rules_are_given_nothing_passes() {
     let now = now();
     let mut filter = Filter::closed();

@@ -40,7 +40,7 @@ use crate::ring::{TunRx, UdpRx};
 use crate::session::Awaited;
 use crate::sys::EventFd;
 use crate::sys::socket::Local;
-use crate::types::{PeerId, RelayBatch};
+use crate::types::{PeerApi, PeerId, RelayBatch};
 use crate::udp::{Doors, Sockets};
 
 /// Batches from relays that wait for a shard at most, and the bytes of those that wait for all shards,
@@ -77,6 +77,7 @@ pub(crate) struct Settings {
 pub(crate) struct Network {
     pub(crate) table: Arc<PeerTable>,
     pub(crate) rules: Arc<CompiledRules>,
+    pub(crate) peerapi: PeerApi,
 }
 
 impl Network {
@@ -85,6 +86,7 @@ impl Network {
         Network {
             table: Arc::default(),
             rules: Arc::new(CompiledRules::closed()),
+            peerapi: PeerApi::default(),
         }
     }
 }

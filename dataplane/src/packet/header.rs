@@ -20,6 +20,8 @@ pub const TCP: u8 = 6;
 pub const UDP: u8 = 17;
 /// ICMP for IPv6.
 pub const ICMPV6: u8 = 58;
+/// Tailscale's own message protocol between nodes.
+pub const TSMP: u8 = 99;
 /// SCTP.
 pub const SCTP: u8 = 132;
 

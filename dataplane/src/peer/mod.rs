@@ -110,6 +110,8 @@ pub(crate) struct Peer {
     pub(crate) unopened: Unopened,
     /// What is left of its share in handshake messages by relay; full where there is none.
     pub(crate) relayed: Option<Bucket>,
+    /// The same of its share in answers to pings by TSMP.
+    pub(crate) pings: Option<Bucket>,
     /// The address that the handshake thread knows it by.
     heard_from: Option<SocketAddr>,
     /// An initiation was asked for when there was no way to the peer: the first way is to bring it.
@@ -320,6 +322,7 @@ impl Peer {
             waiting: Waiting::default(),
             unopened: Unopened::default(),
             relayed: None,
+            pings: None,
             heard_from: None,
             called: false,
         }

@@ -8,16 +8,18 @@ use std::net::SocketAddr;
 use arrayvec::ArrayVec;
 
 use super::{
-    HANDSHAKES_PER_TURN_MAX, RELAYED_BURST, RELAYED_PER_SECOND, RELAYED_PER_TURN_MAX, Shard, up_to,
+    HANDSHAKES_PER_TURN_MAX, PINGS_BURST, PINGS_PER_SECOND, RELAYED_BURST, RELAYED_PER_SECOND,
+    RELAYED_PER_TURN_MAX, Shard, up_to,
 };
 use crate::classify::receiver_index;
 use crate::config;
-use crate::filter::source_allowed;
+use crate::filter::{PONG_LEN_MAX, pong, source_allowed};
 use crate::hub::{HANDSHAKE_LEN_MAX, Handed, HandshakeMessage, ShardSet};
 use crate::noise::{Bucket, PeekedInitiation};
 use crate::open::{Run, groups, runs};
 use crate::packet::ecn::{CE, ECN_MASK};
 use crate::packet::header::Headers;
+use crate::packet::vnet::VNET_HDR_LEN;
 use crate::peer::Source;
 use crate::ring::UdpRx;
 use crate::session::{Change, MESSAGE_LEN_MAX};
@@ -289,6 +291,7 @@ impl Shard<'_> {
         let ctx = &mut self.ctx;
         let mut routes = self.table.routes.cursor();
         self.passed.clear();
+        let mut consumed: ArrayVec<usize, { PINGS_BURST as usize }> = ArrayVec::new();
         for i in 0..self.opened.len() {
             let packet = self.opened.packet(i, run);
             let verdict = Headers::parse(packet).and_then(|headers| {
@@ -298,7 +301,12 @@ impl Shard<'_> {
             });
             match verdict {
                 Ok(headers) => self.passed.push((i, headers)),
-                Err(reason) => ctx.counters.drop_one(reason),
+                Err(reason) => {
+                    if reason == DropReason::FilterConsumed && !consumed.is_full() {
+                        consumed.push(i);
+                    }
+                    ctx.counters.drop_one(reason);
+                }
             }
         }
         ctx.lap(Room::Filter);
@@ -316,6 +324,36 @@ impl Shard<'_> {
         if self.coalescer.is_full() {
             self.write_tun();
         }
+        if !consumed.is_empty() {
+            self.answer_pings(sender, run, &consumed);
+        }
+    }
+
+    /// Answers those of the packets that are pings by TSMP, within the sender's share.
+    fn answer_pings(&mut self, sender: PeerId, run: &[u8], consumed: &[usize]) {
+        let now = self.ctx.now;
+        for i in consumed {
+            let packet = self.opened.packet(*i, run);
+            let Ok(headers) = Headers::parse(packet) else {
+                continue;
+            };
+            let mut out = [0; VNET_HDR_LEN + PONG_LEN_MAX];
+            let (_, room) = out.split_at_mut(VNET_HDR_LEN);
+            let room = room.first_chunk_mut().expect("as long as any answer");
+            let peerapi = self.filter.peerapi_port(headers.dst);
+            let Some(len) = pong(&headers, packet, peerapi, room) else {
+                continue;
+            };
+            let share = self.peers.get(sender).map(|peer| {
+                peer.pings
+                    .get_or_insert_with(|| Bucket::new(now, PINGS_PER_SECOND, PINGS_BURST))
+            });
+            if share.is_some_and(|share| share.take(now)) {
+                self.ctx.counters.add(Meter::PingsAnswered, 1);
+                self.seal(sender, &mut out[..VNET_HDR_LEN + len]);
+            }
+        }
+        self.flush_runs_of(sender);
     }
 
     /// Writes what the coalescer holds. The kernel reads a flow on the queue that its reverse was last

@@ -64,6 +64,9 @@ const UNOPENED_BURST: u32 = 100;
 /// as the handshake thread takes before it asks for proof.
 pub(crate) const RELAYED_PER_SECOND: u32 = 2;
 pub(crate) const RELAYED_BURST: u32 = 10;
+/// Pings by TSMP that one peer has answered, so many a second and at once.
+const PINGS_PER_SECOND: u32 = 10;
+const PINGS_BURST: u32 = 10;
 /// Who is heard is not asked for a handshake because of such data.
 const UNOPENED_QUIET: Duration = Duration::from_secs(1);
 /// Counters are published this often while packets flow, and once after.
@@ -322,12 +325,22 @@ impl<'a> Shard<'a> {
 
     /// Takes over peers and rules together; no packet is looked at in between.
     fn apply_network(&mut self, network: Network) {
-        let rules = self.filter.set_rules(self.ctx.now, network.rules);
+        let Network {
+            table: newer,
+            rules,
+            peerapi,
+        } = network;
+        let rules = self.filter.set_rules(self.ctx.now, rules);
+        self.filter.set_peerapi(peerapi);
         let table = Arc::clone(&self.table);
-        if !Arc::ptr_eq(&table, &network.table) {
-            self.set_peers(network.table);
+        if !Arc::ptr_eq(&table, &newer) {
+            self.set_peers(newer);
         }
-        self.hub.outbox.retire(Network { table, rules });
+        self.hub.outbox.retire(Network {
+            table,
+            rules,
+            peerapi,
+        });
     }
 
     /// Takes over the peers that are not as they were, and routes.

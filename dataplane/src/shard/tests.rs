@@ -14,13 +14,17 @@ use crate::hub::strangers;
 use crate::noise::public_key;
 use crate::packet::Pool;
 use crate::packet::build::Builder;
+use crate::packet::header::TSMP;
+use crate::packet::segment::plan;
 use crate::packet::vnet::VnetHdr;
 use crate::peer::{Aim, Source};
 use crate::session::{Moment, Session};
 use crate::stats::Snapshot;
 use crate::sys::socket::Local;
 use crate::tun::Kinds;
-use crate::types::{Datagrams, PathDecision, PeerConfig, Prefix, RegionId, RelayBatch, Rules};
+use crate::types::{
+    Datagrams, PathDecision, PeerApi, PeerConfig, Prefix, RegionId, RelayBatch, Rules,
+};
 
 const OWN_KEY: [u8; 32] = [1; 32];
 const REGION: RegionId = RegionId(1);
@@ -117,6 +121,35 @@ impl Far {
         let (_, response) = self.hear(shard.ctx.moment(), initiation);
         comes_by_relay(shard, self.id, &[response]);
         shard.relayed();
+    }
+
+    /// Seals a packet.
+    fn seal(&mut self, at: Instant, packet: &[u8]) -> Vec<u8> {
+        let plan = plan(&VnetHdr::PLAIN, packet).unwrap();
+        let mut out = vec![0; self.engine.sealed_len(packet.len())];
+        let engine = &mut self.engine;
+        let mut packet = packet.to_vec();
+        self.session
+            .stage(engine, &plan, &mut packet, 0..1, &mut out);
+        let stride = out.len();
+        self.session.seal(engine, at, &mut out, stride).unwrap();
+        out
+    }
+
+    /// Opens a datagram; the packet in it, empty for a keep-alive.
+    fn open(&mut self, at: Instant, datagram: &[u8]) -> Vec<u8> {
+        let (mut run, mut opened) = (datagram.to_vec(), Opened::new(config::Engine::Ringtail));
+        let index = u32::from_le_bytes(*datagram[4..].first_chunk().unwrap());
+        let (engine, stride) = (&mut self.engine, datagram.len());
+        let report = self
+            .session
+            .open(engine, at, index, &mut run, stride, &mut opened, |_| {});
+        assert_eq!(report.datagrams, 1);
+        let packets = (0..opened.len()).map(|i| opened.packet(i, &run));
+        packets
+            .flat_map(|packet| &packet[..Headers::parse(packet).unwrap().total_len])
+            .copied()
+            .collect()
     }
 
     fn number(&self) -> u8 {
@@ -228,6 +261,7 @@ fn peers_and_their_rules_come_as_one() {
         Network {
             table: Arc::new(before.changed(vec![peer], &[], Some(vec![own]), 1)),
             rules: Arc::new(CompiledRules::compile(&rules, Some(&[own]))),
+            peerapi: PeerApi::default(),
         }
     };
     let from = |src: [u8; 4]| Builder::new((src, 1).into(), ([10, 0, 0, 1], 2).into()).udp(b"x");
@@ -263,6 +297,7 @@ fn told(shard: &Shard<'_>, table: PeerTable) {
     let network = Network {
         table: Arc::new(table),
         rules: Arc::new(CompiledRules::closed()),
+        peerapi: PeerApi::default(),
     };
     drop(shard.inbox.network.force_push(network));
 }
@@ -815,4 +850,55 @@ fn who_goes_on_with_keys_that_are_too_old_here_gets_an_initiation() {
     assert_eq!(dropped(&shard, DropReason::SessionExpired), 1);
     let messages = sent(&mut shard);
     assert_eq!((messages.len(), messages[0].1.len()), (1, INITIATION_LEN));
+}
+
+#[test]
+fn pings_by_tsmp_are_answered_within_a_share_and_only_where_they_are_for_us() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = joined(&mut shard);
+    let now = shard.ctx.now;
+    let confirmation = sent(&mut shard).pop().unwrap().1;
+    assert_eq!(far.open(now, &confirmation), [0; 0]);
+    let (own, theirs) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+    let prefix = |addr: [u8; 4]| Prefix {
+        addr: addr.into(),
+        bits: 32,
+    };
+    let peer = PeerConfig {
+        allowed_ips: vec![prefix(theirs)],
+        ..config(far.id, far.key)
+    };
+    let table = Arc::new(shard.table.changed(vec![peer], &[], None, 1));
+    let api = PeerApi {
+        v4: Some(std::net::SocketAddrV4::new(own.into(), 0x1234)),
+        v6: None,
+    };
+    let mut ask = |shard: &mut Shard<'_>, to: [u8; 4], count: usize| -> Vec<Vec<u8>> {
+        let ping = Builder::new((theirs, 0).into(), (to, 0).into()).ip(TSMP, b"p12345678");
+        let pings: Vec<_> = (0..count).map(|_| far.seal(now, &ping)).collect();
+        comes_by_relay(shard, far.id, &pings);
+        shard.relayed();
+        let answers = sent(shard);
+        let answers = answers.iter().map(|(_, one)| far.open(now, one));
+        answers.collect()
+    };
+    for rules in [Rules::AllowAll, Rules::default()] {
+        drop(shard.inbox.network.force_push(Network {
+            table: Arc::clone(&table),
+            rules: Arc::new(CompiledRules::compile(&rules, Some(&[prefix(own)]))),
+            peerapi: api,
+        }));
+        shard.commands();
+        shard.peers.get(PeerId(1)).unwrap().pings = None;
+        let pong = ask(&mut shard, own, 1).pop().unwrap();
+        assert_eq!(pong[20..], *b"o12345678\x12\x34");
+        assert_eq!(pong[12..20], [own, theirs].concat());
+        assert_eq!(ask(&mut shard, [10, 9, 9, 9], 1), [[0; 0]; 0]);
+        let burst = PINGS_BURST as usize;
+        assert_eq!(ask(&mut shard, own, 3 * burst).len(), burst - 1);
+    }
+    let answered = counted(&shard).get(Meter::PingsAnswered);
+    assert_eq!(answered, 2 * u64::from(PINGS_BURST));
+    assert_eq!(dropped(&shard, DropReason::FilterConsumed), 2 * 31);
 }

@@ -93,7 +93,7 @@ named! {
         FilterFragment = "filter_fragment",
         /// The filter: no rule and no remembered outbound flow lets the packet in.
         FilterDenied = "filter_denied",
-        /// Meant for the node itself (TSMP); never passed to the kernel.
+        /// Meant for the node itself (TSMP), answered or not; never passed to the kernel.
         FilterConsumed = "filter_consumed",
         /// The write to the TUN device failed.
         TunWriteFailed = "tun_write_failed",

@@ -102,6 +102,8 @@ named! {
         HandedOver = "handed_over",
         /// Datagrams sealed and sent here for peers of other shards.
         SealedForOthers = "sealed_for_others",
+        /// Pings by TSMP that were answered; what else came by TSMP is no more than counted as a drop.
+        PingsAnswered = "pings_answered",
         /// Remembered outbound flows that made room for newer ones.
         FlowsEvicted = "flows_evicted",
         /// CE marks of the underlay passed on to inner packets.
