@@ -19,7 +19,7 @@ set -euo pipefail
 . "$(dirname "$0")/begin.sh"
 lab_limit 300 'echo "admission-test: still running after 300 s"'
 
-# Everything b offers to route, and an administrator approves.
+# Everything b offers to route, as an exit node the first two, and an administrator approves.
 OFFERS=(0.0.0.0/0 ::/0 0.0.0.0/1 128.0.0.0/1 100.0.0.0/8 10.50.0.0/16)
 
 lab_ns coord a b
@@ -47,13 +47,14 @@ echoes() { lab_in a awk '/^Icmp: [0-9]/ { print $10 }' /proc/net/snmp; }
 check "the coordination server starts" start_coord
 # Started before there is anybody to let it in: nothing is up, nothing was lost.
 lab_stop coord KILL
-start_node a
+start_node a --accept-routes
 check "a node that waits for coordination says so" within 20 says node-a 'waiting for coordination'
 check "and that it has no network map" within 20 says node-a 'no coordination, and no network map yet'
 check "and nothing else" not says node-a 'node is up|stays in force'
 check "the coordination server comes back" start_coord
 check "a is let in" within 20 says node-a ' registered '
-start_node b --advertise-routes "$(IFS=,; echo "${OFFERS[*]}")"
+start_b() { start_node b --advertise-exit-node --advertise-routes "$(IFS=,; echo "${OFFERS[*]:2}")"; }
+start_b
 check "and up" within 20 says node-a 'node is up'
 check "a and b meet" within 20 lab_in a ping -qc 1 -W 1 100.64.0.2
 check "and the other way" within 20 lab_in b ping -qc 1 -W 1 100.64.0.1
@@ -102,7 +103,7 @@ check "status says what is not used, and why" said
 lab_stop node-b KILL
 offline() { status a | grep -E '^b .* offline since 20[0-9-]+T'; }
 check "a node that has gone is shown as offline" within 40 offline
-start_node b --advertise-routes "$(IFS=,; echo "${OFFERS[*]}")"
+start_b
 check "and not when it is back" within 20 not offline
 check "it answers" within 20 lab_in b ping -qc 1 -W 1 100.64.0.1
 
@@ -147,7 +148,6 @@ expired_at_b() { # with nobody else
 }
 check "its status says so, with an exit code, and has nobody" within 3 expired_at_b
 lab_stop node-b
-start_b() { start_node b --advertise-routes "$(IFS=,; echo "${OFFERS[*]}")"; }
 start_b
 check "a start with an auth key brings it back as it was" within 20 lab_in a ping -qc 1 -W 1 100.64.0.2
 check "with its route" within 5 has_route

@@ -60,7 +60,7 @@ node() { # NAME [OPTION...]
   shift
   lab_spawn "$name" "node-$name" env RUST_LOG=info "$RINGTAIL" up --coord http://10.4.0.2:8080 \
     --auth-key-file "$LAB_DIR/auth-key" --state-dir "$LAB_DIR/node-$name" --hostname "$name" \
-    --events "$LAB_DIR/$name.events" "$@"
+    --events "$LAB_DIR/$name.events" --accept-routes "$@"
 }
 status() { "$RINGTAIL" status --state-dir "$LAB_DIR/node-$1" "${@:2}"; }
 direct() { status "$1" 2>/dev/null | has "^$2 .* direct "; }
@@ -122,7 +122,7 @@ within 20 lab_in s grep -qi ":$(printf %04x 8080) 0*:0000 0A" /proc/net/tcp
 host_state a >"$LAB_DIR/before"
 { ip -n "${LAB}a" route; ip -n "${LAB}a" -6 route; } >"$LAB_DIR/main"
 host_state c >"$LAB_DIR/before-c"
-node c --advertise-routes "$OFFERED"
+node c --advertise-exit-node --advertise-routes "${OFFERED%,0.0.0.0/0}"
 node b
 check "the two that offer and wait know each other" within 30 status b
 approve() { "$RINGTAIL" coord routes approve c "$OFFERED" --state-dir "$LAB_DIR/coord"; }

@@ -4,8 +4,9 @@
 //! Whoever may send from an address is taken for its owner by every rule, so a prefix counts only
 //! where it can be nobody else's:
 //!
-//! - An exit route (`0.0.0.0/0`, or any piece too wide for a subnet) counts while its peer is the
-//!   exit node in use. There is no choosing yet, so none does.
+//! - An exit route (`0.0.0.0/0`, or any piece too wide for a subnet) does not count, but the whole of a
+//!   family does while its peer is the exit node in use.
+//! - All else but a peer's own addresses counts only if routes are accepted at all.
 //! - What no host has as its address (loopback, multicast, link-local) counts for nobody.
 //! - Own addresses, those of nodes that are held back, and the range that the network gives its
 //!   addresses from are reserved: an equal prefix does not count, and a wider one does not reach
@@ -13,7 +14,7 @@
 //! - A peer's own address is that peer's; of other equal prefixes the first peer's counts, in the
 //!   order of the network, so that the answer does not depend on which came last.
 //!
-//! tailscaled has the first and the last rule (`wgengine/wgcfg/nmcfg`), the others are ours.
+//! tailscaled has the first two and the last rule (`wgengine/wgcfg/nmcfg`), the others are ours.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -21,6 +22,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 
 use super::network::{Network, NetworkPeer};
+use crate::key::NodePublic;
 use crate::netmap::prefix::{has_no_hosts, is_exit};
 
 /// What counts.
@@ -48,8 +50,13 @@ pub(super) struct Refused {
 /// Why a prefix does not count.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Why {
-    /// It is an exit route, and the peer is not the exit node in use.
-    Exit,
+    /// It is an exit route, and the peer is not the exit node in use, if there is one.
+    Exit {
+        /// Whether another is.
+        other: bool,
+    },
+    /// It is a route, and those are not accepted.
+    NotAccepted,
     /// No host has such addresses.
     NoHosts,
     /// It is our own address, a held-back node's, or the network's range.
@@ -66,7 +73,9 @@ impl Refused {
             super::short_name(name)
         };
         let why = match self.why {
-            Why::Exit => "no exit node is chosen".to_owned(),
+            Why::Exit { other: false } => "no exit node is chosen".to_owned(),
+            Why::Exit { other: true } => "another exit node is chosen".to_owned(),
+            Why::NotAccepted => "routes are not accepted".to_owned(),
             Why::NoHosts => "no host has such addresses".to_owned(),
             Why::Reserved => "these addresses belong to the network itself".to_owned(),
             Why::Taken(by) => format!("{} has it already", name(by)),
@@ -77,8 +86,9 @@ impl Refused {
 }
 
 impl Allowed {
-    /// Judges every prefix of a network.
-    pub(super) fn of(network: &Network) -> Self {
+    /// Judges every prefix of a network, for somebody who accepts routes or not and sends what goes to
+    /// the Internet through the node `exit`.
+    pub(super) fn of(network: &Network, routes: bool, exit: Option<NodePublic>) -> Self {
         let own = network.addresses.iter().map(host);
         let held_back = network.held_back.iter().flat_map(|node| &node.addresses);
         let reserved: BTreeSet<IpNet> = own
@@ -101,8 +111,14 @@ impl Allowed {
         for (index, peer) in network.peers.iter().enumerate() {
             let mut counts: Vec<IpNet> = Vec::with_capacity(peer.allowed_ips.len());
             for prefix in peer.allowed_ips.iter().map(IpNet::trunc) {
-                let why = if is_exit(&prefix) {
-                    Some(Why::Exit)
+                let why = if prefix.prefix_len() == 0 && exit == Some(peer.node_key) {
+                    None
+                } else if is_exit(&prefix) {
+                    Some(Why::Exit {
+                        other: exit.is_some_and(|exit| exit != peer.node_key),
+                    })
+                } else if !routes && !is_own_address(peer, &prefix) {
+                    Some(Why::NotAccepted)
                 } else if has_no_hosts(&prefix) {
                     Some(Why::NoHosts)
                 } else if allowed.reserved.contains(&prefix) {
@@ -142,7 +158,6 @@ fn is_own_address(peer: &NetworkPeer, prefix: &IpNet) -> bool {
 mod tests {
     use super::*;
     use crate::agent::network::HeldBack;
-    use crate::key::NodePublic;
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()
@@ -183,10 +198,15 @@ mod tests {
             "fc00::/7",
             "192.168.7.0/24",
         ];
-        let allowed = Allowed::of(&network(vec![peer(2, &offers)]));
+        let allowed = Allowed::of(&network(vec![peer(2, &offers)]), true, None);
         let counts = ["100.64.0.2/32", "10.0.0.0/8", "fc00::/7", "192.168.7.0/24"];
         assert_eq!(allowed.peers, [counts.map(net).to_vec()]);
-        assert!(allowed.refused.iter().all(|one| one.why == Why::Exit));
+        assert!(
+            allowed
+                .refused
+                .iter()
+                .all(|one| one.why == Why::Exit { other: false })
+        );
         assert_eq!(allowed.refused.len(), offers.len() - counts.len());
     }
 
@@ -203,11 +223,11 @@ mod tests {
             "fe80::1/128",
             "::ffff:10.0.0.0/104",
         ];
-        let allowed = Allowed::of(&network(vec![peer(2, &offers)]));
+        let allowed = Allowed::of(&network(vec![peer(2, &offers)]), true, None);
         assert_eq!(allowed.peers, [vec![]]);
         assert!(allowed.refused.iter().all(|one| one.why == Why::NoHosts));
         let metadata = ["169.254.169.254/32"];
-        let allowed = Allowed::of(&network(vec![peer(2, &metadata)]));
+        let allowed = Allowed::of(&network(vec![peer(2, &metadata)]), true, None);
         assert_eq!(allowed.peers, [metadata.map(net).to_vec()]);
     }
 
@@ -228,7 +248,7 @@ mod tests {
             addresses: vec![net("100.64.0.9/32")],
             ..HeldBack::default()
         }];
-        let allowed = Allowed::of(&network);
+        let allowed = Allowed::of(&network, true, None);
         let counts = ["100.64.0.2/32", "fd7a:115c:a1e0:b1a::/64", "100.0.0.0/8"];
         assert_eq!(allowed.peers, [counts.map(net).to_vec()]);
         for taboo in ["100.64.0.1/32", "100.64.0.9/32", "100.64.0.0/10"] {
@@ -243,7 +263,7 @@ mod tests {
             peer(3, &["100.64.0.3/32", "10.1.0.0/16", "10.1.2.0/24"]),
         ];
         let network = network(peers);
-        let allowed = Allowed::of(&network);
+        let allowed = Allowed::of(&network, true, None);
         let first = ["100.64.0.2/32", "10.1.0.0/16"].map(net).to_vec();
         let second = ["100.64.0.3/32", "10.1.2.0/24"].map(net).to_vec();
         assert_eq!(allowed.peers, [first, second]);
@@ -263,7 +283,11 @@ mod tests {
 
     #[test]
     fn host_bits_do_not_hide_what_a_prefix_is() {
-        let allowed = Allowed::of(&network(vec![peer(2, &["1.2.3.4/0", "10.1.2.3/8"])]));
+        let allowed = Allowed::of(
+            &network(vec![peer(2, &["1.2.3.4/0", "10.1.2.3/8"])]),
+            true,
+            None,
+        );
         assert_eq!(allowed.peers, [vec![net("10.0.0.0/8")]]);
         assert_eq!(allowed.refused[0].prefix, net("0.0.0.0/0"));
     }

@@ -106,7 +106,7 @@ impl Agent {
             mapping_varies: report.and_then(|report| report.mapping_varies),
             working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
-            routes: self.setup.routes_offered.clone(),
+            routes: self.offers().collect(),
             corrections: self.corrections,
             ..SelfState::default()
         }

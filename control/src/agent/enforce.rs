@@ -6,12 +6,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use ringtail_dataplane::{NetworkChange, PeerId, Prefix, RegionId};
+use ringtail_dataplane::{NetworkChange, PeerId, RegionId};
 use serde_json::json;
 use time::OffsetDateTime;
 
-use super::allowed::Allowed;
+use super::allowed::{Allowed, Refused, Why};
+use super::exit::ExitNode;
 use super::{Agent, HeldBack, Network, NetworkPeer, Output, short_name};
+use crate::config::Prefs;
+use crate::hostnet::Overlay;
+use crate::key::NodePublic;
 use crate::netmap::wire::WireTime;
 use crate::path::PeerSetup;
 
@@ -24,23 +28,30 @@ const CLOCK_STEP_MIN: time::Duration = time::Duration::MINUTE;
 const REFUSED_TOLD_MAX: usize = 64;
 
 impl Network {
-    /// What counts of it at our wall clock `wall`: peers whose keys are good, with the prefixes that
-    /// are theirs. The other part says what does not count.
-    fn in_force(&self, wall: OffsetDateTime) -> (Self, Allowed) {
+    /// What counts of it at our wall clock `wall` for somebody who wants `prefs`: peers whose keys are
+    /// good, with the prefixes that are theirs. The other parts say what does not count, and what became
+    /// of the exit node; `known` is the key of the one that was chosen so far.
+    fn in_force(
+        &self,
+        wall: OffsetDateTime,
+        prefs: &Prefs,
+        known: Option<NodePublic>,
+    ) -> (Self, Allowed, ExitNode) {
         let mut network = self.clone();
         let past = |expiry: Option<WireTime>| expiry.is_some_and(|expiry| expiry.0 <= wall);
         let expired = network.peers.extract_if(.., |peer| past(peer.key_expiry));
         let expired: Vec<HeldBack> = expired.map(|peer| HeldBack::expired(&peer)).collect();
         network.held_back.extend(expired);
         network.own.expired |= past(network.own.key_expiry);
-        let mut allowed = Allowed::of(&network);
+        let exit = ExitNode::of(prefs, Some(&network), known);
+        let mut allowed = Allowed::of(&network, prefs.accept_routes, exit.key());
         for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
             let counts = std::mem::take(counts);
             if peer.allowed_ips != counts {
                 Arc::make_mut(peer).allowed_ips = counts;
             }
         }
-        (network, allowed)
+        (network, allowed, exit)
     }
 }
 
@@ -61,6 +72,29 @@ impl Agent {
     pub fn handle_map(&mut self, now: Instant, network: Network) {
         self.times_are_right = true;
         self.handle_network(now, network);
+    }
+
+    /// Takes what a person wants of this node, now or from now on.
+    pub fn handle_prefs(&mut self, now: Instant, prefs: Prefs) {
+        if self.prefs == prefs {
+            return;
+        }
+        if self.prefs.exit_node != prefs.exit_node {
+            self.exit = ExitNode::default();
+        }
+        self.prefs = prefs;
+        self.out.push_back(Output::Publish);
+        self.enforce(now);
+    }
+
+    /// Takes the subnets that the host's interfaces stand in, the tunnel left out.
+    pub fn handle_subnets(&mut self, now: Instant, subnets: BTreeSet<IpNet>) {
+        if self.subnets != subnets {
+            self.subnets = subnets;
+            if self.prefs.advertise_exit_node {
+                self.enforce(now);
+            }
+        }
     }
 
     /// Whether there is a network to take part in.
@@ -103,13 +137,20 @@ impl Agent {
 
     /// Puts into force what counts of the network by now.
     fn enforce(&mut self, now: Instant) {
-        let Some(told) = &self.told else { return };
+        let Some(told) = &self.told else {
+            self.exit = ExitNode::of(&self.prefs, None, None);
+            self.configure(self.wishes());
+            return;
+        };
         self.next_expiry = told.next_expiry(self.wall);
-        let (mut network, allowed) = told.in_force(self.wall);
+        let (mut network, allowed, exit) = told.in_force(self.wall, &self.prefs, self.exit.key());
         self.await_expiry(now);
+        self.exit = exit;
+        let local = self.local(&network);
         if let Some(before) = &self.network {
             network.share(before);
-            if *before == network && self.allowed == allowed {
+            if *before == network && self.allowed == allowed && self.local == local {
+                self.configure(network.overlay(self.wishes()));
                 return;
             }
         }
@@ -118,9 +159,10 @@ impl Agent {
         let reserved_before = std::mem::replace(&mut self.allowed, allowed).reserved;
         let changes = self.directory.update(&network.peers);
         self.tell_peers(&network, &changes.told);
+        let wishes = self.wishes();
         let before = self.network.replace(network);
         let network = self.network.as_ref().expect("it was just put there");
-        let overlay = network.overlay();
+        let overlay = network.overlay(wishes);
         let inner = network.inner_addresses();
         let map = network.derp_map.clone();
         let fixed_home = network.fixed_home;
@@ -132,10 +174,10 @@ impl Agent {
             self.set_home(RegionId(home), None);
         }
         let network = self.network.as_ref().expect("it was just put there");
-        let same_filter =
-            |b: &Network| b.rules == network.rules && b.addresses == network.addresses;
+        let same_filter = |b: &Network| b.rules == network.rules && self.local == local;
         let rules = (!before.as_ref().is_some_and(same_filter))
-            .then(|| (network.rules.clone(), Some(self.local(network))));
+            .then(|| (network.rules.clone(), Some(local.clone())));
+        self.local = local;
         let reserved = &self.allowed.reserved;
         let reserved = (*reserved != reserved_before)
             .then(|| reserved.iter().map(|net| (*net).into()).collect());
@@ -178,24 +220,29 @@ impl Agent {
         }
         self.revival.restarted(now, changes.restarted);
         self.revival.meet(now, |key| self.directory.id(key));
-        self.out.push_back(Output::Configure(overlay));
+        self.configure(overlay);
         self.settle(now);
     }
 
-    /// What is ours: own addresses and the routes we offer.
-    fn local(&self, network: &Network) -> Vec<Prefix> {
-        let own: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
-        let own = own.iter().map(|net| IpNet::from(net.addr()));
-        let offered = self.setup.routes_offered.iter().copied();
-        let all = own.chain(offered);
-        all.map(Into::into).collect()
+    /// Has the host and the discovery socket take what is wanted of them, if that is another.
+    fn configure(&mut self, overlay: Overlay) {
+        if self.overlay.as_ref() != Some(&overlay) {
+            self.overlay = Some(overlay.clone());
+            self.out.push_back(Output::Configure(overlay));
+        }
     }
 
     /// Says which prefixes do not count, each once.
     fn tell_refused(&mut self, network: &Network, allowed: &Allowed) {
         let before = std::mem::take(&mut self.refused);
-        for refused in allowed.refused.iter().take(REFUSED_TOLD_MAX) {
-            let sentence = refused.sentence(network);
+        let not_accepted = |one: &&Refused| one.why == Why::NotAccepted;
+        let routes = allowed.refused.iter().filter(not_accepted).count();
+        let routes = (routes > 0).then(|| {
+            format!("{routes} routes of other nodes are not used: --accept-routes takes them")
+        });
+        let others = allowed.refused.iter().filter(|one| !not_accepted(one));
+        let others = others.map(|refused| refused.sentence(network));
+        for sentence in routes.into_iter().chain(others).take(REFUSED_TOLD_MAX) {
             if !before.contains(&sentence) {
                 tracing::warn!("{sentence}");
             }

@@ -7,9 +7,10 @@
 //! takes the nearest as home; own endpoints go to coordination and into every CallMeMaybe; from
 //! then on the path machine decides per peer and the agent passes its decisions to the shards.
 //!
-//! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `enforce` puts it into
-//! force; `directory` is who is who, `sources` which address to send from, `revival` whom to greet,
-//! `standing` who may not take part, `health` what does not work, `twin` a copy of us, `check` netcheck and the home region;
+//! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `exit` the way out, `enforce`
+//! puts it into force; `directory` is who is who, `sources` which address to send from, `revival` whom to greet,
+//! `standing` who may not take part, `health` what does not work, `twin` a copy of us, `check` netcheck and the
+//! home region;
 //! `status`, `story` and `configuration` are what people see.
 
 mod allowed;
@@ -17,6 +18,7 @@ mod check;
 mod configuration;
 mod directory;
 mod enforce;
+mod exit;
 mod health;
 mod network;
 mod revival;
@@ -34,11 +36,12 @@ use ipnet::IpNet;
 use rand::rngs::StdRng;
 use rand::{RngExt as _, SeedableRng as _};
 use ringtail_dataplane::{
-    Activity, Class, Event, NetworkChange, PathDecision, PeerId, RegionId, classify,
+    Activity, Class, Event, NetworkChange, PathDecision, PeerId, Prefix, RegionId, classify,
 };
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
+use crate::config::Prefs;
 use crate::hostnet::Overlay;
 use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
 use crate::netcheck::{Netcheck, OwnEndpoint};
@@ -46,6 +49,7 @@ use crate::netmap::DerpMap;
 use crate::path::{self, LinkChange, Manager, PingId, Route, Via};
 
 use allowed::Allowed;
+use exit::ExitNode;
 use health::Health;
 use sources::Sources;
 use twin::Twin;
@@ -87,8 +91,6 @@ pub struct Setup {
     pub port_is_fixed: bool,
     /// Name of the TUN interface.
     pub tun: String,
-    /// Prefixes we offer to route for others.
-    pub routes_offered: Vec<IpNet>,
 }
 
 /// What the driver is to do.
@@ -168,6 +170,16 @@ pub enum Output {
 /// All of a node that decides.
 pub struct Agent {
     setup: Setup,
+    /// What a person wants.
+    prefs: Prefs,
+    /// What became of the exit node that is wanted.
+    exit: ExitNode,
+    /// Subnets of the host's interfaces.
+    subnets: BTreeSet<IpNet>,
+    /// Where peers get, as the data plane was told.
+    local: Vec<Prefix>,
+    /// What the host is to have, as it was told.
+    overlay: Option<Overlay>,
     /// The network as told.
     told: Option<Network>,
     /// What of it is in force.
@@ -231,6 +243,11 @@ impl Agent {
         );
         Self {
             setup,
+            prefs: Prefs::default(),
+            exit: ExitNode::default(),
+            subnets: BTreeSet::new(),
+            local: Vec::new(),
+            overlay: None,
             told: None,
             network: None,
             allowed: Allowed::default(),
@@ -467,7 +484,8 @@ impl Agent {
     /// Pings a peer for the question `question`; the answers follow as [`Output::Answer`].
     pub fn handle_ping(&mut self, now: Instant, question: u64, peer: &str) {
         let found = self.directory.find(peer);
-        let found = found.map_err(|unknown| self.why_held_back(peer).unwrap_or(unknown));
+        let held_back = || self.network.as_ref()?.why_held_back(peer);
+        let found = found.map_err(|unknown| held_back().unwrap_or(unknown));
         let started = found.and_then(|id| {
             if self.pings.len() >= PINGS_MAX {
                 return Err("too many pings are under way; try again".into());

@@ -321,8 +321,9 @@ impl Network {
         all.map(|expiry| expiry.0).filter(|at| *at > wall).min()
     }
 
-    /// What is wanted of the host. Addresses of peers count as theirs if they are routed to them.
-    pub fn overlay(&self) -> Overlay {
+    /// What is wanted of the host besides `wishes`. Addresses of peers count as theirs if they are routed to
+    /// them; of the exit node the wishes say.
+    pub fn overlay(&self, wishes: Overlay) -> Overlay {
         // Sets of thousands are made at once, not one by one.
         let (mut peers, mut routes) = (Vec::new(), Vec::new());
         for peer in &self.peers {
@@ -330,7 +331,7 @@ impl Network {
                 let alone = net.prefix_len() == net.max_prefix_len();
                 if alone && peer.addresses.iter().any(|own| own.addr() == net.addr()) {
                     peers.push(net.addr());
-                } else {
+                } else if net.prefix_len() > 0 {
                     routes.push(*net);
                 }
             }
@@ -339,6 +340,7 @@ impl Network {
             addresses: self.addresses.iter().map(IpNet::addr).collect(),
             peers: peers.into_iter().collect(),
             routes: routes.into_iter().collect(),
+            ..wishes
         }
     }
 

@@ -52,22 +52,6 @@ impl Agent {
         }
     }
 
-    /// Why the node that a person means takes no part; none if it is not held back.
-    pub(super) fn why_held_back(&self, text: &str) -> Option<String> {
-        let held_back = &self.network.as_ref()?.held_back;
-        let node = held_back
-            .iter()
-            .find(|node| is_meant(text, &node.name, node.node_key, &node.addresses))?;
-        let why = match node.why {
-            HoldReason::Expired => "its key has expired",
-            HoldReason::Jailed => "it may not open connections to this node",
-            HoldReason::Unreachable => "it has neither a DISCO key nor a relay",
-            HoldReason::NoAccess => "the network gives it no access",
-        };
-        let name = super::short_name(&node.name);
-        Some(format!("{name} is held back: {why}"))
-    }
-
     /// Coordination has these endpoints of us.
     pub fn handle_told_endpoints(&mut self, now: Instant, endpoints: &[SocketAddr]) {
         if self.twin.told(now, endpoints) {
@@ -114,6 +98,24 @@ impl Agent {
         let all = all.chain(self.twin.health(now));
         let all = all.chain(told).chain(refused);
         all.chain(self.health.lines()).collect()
+    }
+}
+
+impl Network {
+    /// Why the node that a person means takes no part; none if it is not held back.
+    pub(super) fn why_held_back(&self, text: &str) -> Option<String> {
+        let node = self
+            .held_back
+            .iter()
+            .find(|node| is_meant(text, &node.name, node.node_key, &node.addresses))?;
+        let why = match node.why {
+            HoldReason::Expired => "its key has expired",
+            HoldReason::Jailed => "it may not open connections to this node",
+            HoldReason::Unreachable => "it has neither a DISCO key nor a relay",
+            HoldReason::NoAccess => "the network gives it no access",
+        };
+        let name = super::short_name(&node.name);
+        Some(format!("{name} is held back: {why}"))
     }
 }
 

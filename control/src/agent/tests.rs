@@ -29,9 +29,19 @@ fn agent(seed: u8, relay_only: bool) -> Agent {
         local_port: 41641,
         port_is_fixed: true,
         tun: "tun0".into(),
-        routes_offered: vec!["10.9.0.0/16".parse().unwrap()],
     };
-    Agent::new(start(), setup, [seed; 32])
+    let mut agent = Agent::new(start(), setup, [seed; 32]);
+    agent.handle_prefs(start(), prefs());
+    let _ = outputs(&mut agent);
+    agent
+}
+
+fn prefs() -> Prefs {
+    Prefs {
+        advertise_routes: ["10.9.0.0/16".parse().unwrap()].into(),
+        accept_routes: true,
+        ..Prefs::default()
+    }
 }
 
 fn network(peer: u8) -> Network {
@@ -404,8 +414,8 @@ fn exit_routes_and_what_is_not_the_peers_reach_neither_shards_nor_interface() {
         ..HeldBack::default()
     }];
     let (_, _, out) = taken(told);
-    let text = |prefixes: &[ringtail_dataplane::Prefix]| -> Vec<String> {
-        let text = |prefix: &ringtail_dataplane::Prefix| format!("{}/{}", prefix.addr, prefix.bits);
+    let text = |prefixes: &[Prefix]| -> Vec<String> {
+        let text = |prefix: &Prefix| format!("{}/{}", prefix.addr, prefix.bits);
         prefixes.iter().map(text).collect()
     };
     let given = change(&out).unwrap();
@@ -674,4 +684,35 @@ fn what_a_part_says_is_told_once_and_shown_until_it_says_something_else() {
     let told = outputs(&mut agent).into_iter();
     let told = told.filter(|output| matches!(output, Output::Story("health", _)));
     assert_eq!(told.count(), 2);
+}
+
+#[test]
+fn routes_are_used_only_while_somebody_wants_them() {
+    let mut told = network(2);
+    Arc::make_mut(&mut told.peers[0]).allowed_ips.extend(
+        ["10.20.0.0/16", "fd7a:115c:a1e0:b1a:0:7:a01:0/112"]
+            .map(|net| net.parse::<IpNet>().unwrap()),
+    );
+    let (now, mut agent, out) = taken(told);
+    assert_eq!(configured(&out), Some([1, 1, 2]));
+    agent.handle_prefs(
+        now,
+        Prefs {
+            accept_routes: false,
+            ..prefs()
+        },
+    );
+    let out = outputs(&mut agent);
+    assert_eq!(configured(&out), Some([1, 1, 0]));
+    let change = change(&out).unwrap();
+    assert_eq!(change.peers.len(), 1);
+    assert_eq!(change.peers[0].allowed_ips.len(), 1, "nor is it a source");
+    let health = agent.health(now);
+    assert_eq!(
+        health,
+        ["2 routes of other nodes are not used: --accept-routes takes them"]
+    );
+    agent.handle_prefs(now, prefs());
+    assert_eq!(configured(&outputs(&mut agent)), Some([1, 1, 2]));
+    assert_eq!(agent.health(now), [""; 0]);
 }

@@ -158,9 +158,6 @@ fn way_to(peer: &Value) -> String {
 
 /// Where the network meets what the host has of its own.
 fn write_host(out: &mut impl Write, host: &Value) -> std::io::Result<()> {
-    for problem in list(&host["problems"]) {
-        writeln!(out, "host: {}", text(problem))?;
-    }
     for conflict in list(&host["conflicts"]) {
         writeln!(out, "host: {}", text(&conflict["text"]))?;
     }
@@ -204,7 +201,7 @@ mod tests {
                 {"name": "h", "held_back": "jailed", "path": null}],
             "drops": {"no_route": 3, "replay": 0},
             "host": {"conflicts": [{"text": "10.0.0.0/8 takes a part"}], "more_conflicts": 2,
-                     "kept_out": ["10.0.0.53"], "problems": ["no rules"]},
+                     "kept_out": ["10.0.0.53"]},
         });
         let mut out = Vec::new();
         write_status(&mut out, &status).unwrap();
@@ -221,7 +218,6 @@ mod tests {
             "h  -  held back (jailed)  -",
             "  problem: the roof leaks\n",
             "dropped: no_route 3\n",
-            "host: no rules\n",
             "host: 10.0.0.0/8 takes a part\n",
             "host: and 2 more such routes\n",
             "host: outside of the tunnel although a route covers them: 10.0.0.53\n",

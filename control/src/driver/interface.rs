@@ -1,11 +1,13 @@
 //! The TUN interface's MTU and state, and the host's own addresses, by netlink.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 
 use crate::netcheck;
 use anyhow::Context as _;
 use futures_util::TryStreamExt as _;
+use ipnet::IpNet;
+use nix::sys::socket::SockaddrStorage;
 use ringtail_dataplane::MTU_MAX;
 use rtnetlink::packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute};
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec};
@@ -130,6 +132,26 @@ pub fn interfaces() -> anyhow::Result<Vec<netcheck::Interface>> {
     Ok(found
         .into_iter()
         .map(|(name, addrs)| netcheck::Interface { name, addrs })
+        .collect())
+}
+
+/// The subnets that all interfaces but `tun` stand in, those of addresses alone left out.
+///
+/// # Errors
+/// When the system does not list them.
+pub fn subnets(tun: &str) -> anyhow::Result<BTreeSet<IpNet>> {
+    let entries = nix::ifaddrs::getifaddrs().context("cannot list interface addresses")?;
+    let others = entries.filter(|entry| entry.interface_name != tun);
+    let nets = others.filter_map(|entry| {
+        let ip = |address: SockaddrStorage| -> Option<IpAddr> {
+            let v4 = address.as_sockaddr_in().map(|a| a.ip().into());
+            v4.or_else(|| address.as_sockaddr_in6().map(|a| a.ip().into()))
+        };
+        IpNet::with_netmask(ip(entry.address?)?, ip(entry.netmask?)?).ok()
+    });
+    Ok(nets
+        .filter(|net| net.prefix_len() < net.max_prefix_len())
+        .map(|net| net.trunc())
         .collect())
 }
 

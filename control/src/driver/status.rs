@@ -77,7 +77,6 @@ fn host_network(host: &Report) -> Value {
         "conflicts": conflicts,
         "more_conflicts": host.more_conflicts,
         "kept_out": host.kept_out,
-        "problems": host.problems,
     })
 }
 

@@ -80,8 +80,6 @@ pub struct Settings {
     pub port: u16,
     /// Index of the TUN interface.
     pub tun: u32,
-    /// Prefixes that this node routes for others.
-    pub offered: Vec<IpNet>,
     /// Whether the kernel takes policy rules, IPv4 and IPv6. Where it does not, only peers' own
     /// addresses are routed, in the main table and beside what is there.
     pub rules: [bool; 2],
@@ -96,6 +94,29 @@ pub struct Overlay {
     pub peers: BTreeSet<IpAddr>,
     /// Everything else that peers route.
     pub routes: BTreeSet<IpNet>,
+    /// What this node routes for others, the Internet apart.
+    pub offered: BTreeSet<IpNet>,
+    /// Those of [`Self::offered`] into which traffic goes with an address of this host.
+    pub snat: BTreeSet<IpNet>,
+    /// Whether this node lets others out to the Internet.
+    pub offers_exit: bool,
+    /// Where those do not get that it lets out, unless it lies in one of [`Self::offered`].
+    pub shut: BTreeSet<IpNet>,
+    /// Whether rules of ours may stand before those of the host's firewall that would drop what is forwarded.
+    pub may_open_firewall: bool,
+    /// Whether forwarding may be switched on.
+    pub may_forward: bool,
+    /// The way out that somebody chose: then what goes to the Internet goes there or nowhere.
+    pub exit: Option<Exit>,
+}
+
+/// A chosen exit node.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exit {
+    /// Whether it takes IPv4, and IPv6; neither while there is no such node.
+    pub takes: [bool; 2],
+    /// Whether the networks that this host is connected to stay outside of the tunnel.
+    pub allow_lan: bool,
 }
 
 impl Overlay {
@@ -228,6 +249,18 @@ impl Conflict {
             Relation::Inside => format!("{route} takes a part of the host's {host}"),
         }
     }
+}
+
+/// What [`Problem`]s are about.
+pub const HOST_PARTS: [&str; 3] = ["host", "firewall", "forwarding"];
+
+/// Something of the host's network that is not as it should be.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Problem {
+    /// What it is about: one of [`HOST_PARTS`].
+    pub part: &'static str,
+    /// A sentence, with the command that helps if there is one.
+    pub text: String,
 }
 
 /// What [`plan`] finds.

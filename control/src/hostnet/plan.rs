@@ -28,7 +28,7 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
     for net in overlay.routes.iter().map(IpNet::trunc) {
         let itself = net.prefix_len() == net.max_prefix_len()
             && (overlay.addresses.contains(&net.addr()) || overlay.peers.contains(&net.addr()));
-        let offered = settings.offered.iter().any(|own| own.trunc() == net);
+        let offered = overlay.offered.contains(&net);
         let v6 = net.addr().is_ipv6();
         // The agent lets no exit route through; here one would take everything.
         if itself || offered || is_exit(&net) || !usable(v6) {
@@ -44,12 +44,8 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
     plan.kept_out = kept_out(overlay, host, &tunnel);
     let peers = overlay.peers.iter().copied();
     let peers = peers.filter(|ip| usable(ip.is_ipv6()) && !overlay.addresses.contains(ip));
-    let covered: Vec<IpNet> = settings
-        .offered
-        .iter()
-        .map(IpNet::trunc)
-        .filter(|net| lies_in(&tunnel, net))
-        .collect();
+    let offered = overlay.offered.iter().copied();
+    let covered: Vec<IpNet> = offered.filter(|net| lies_in(&tunnel, net)).collect();
     for ip in peers {
         let net = IpNet::from(ip);
         if let Some((theirs, relation)) = host_own(host, ip) {
@@ -255,7 +251,6 @@ mod tests {
             fwmark: super::super::MARK_DEFAULT,
             port: 41_641,
             tun: 7,
-            offered: Vec::new(),
             rules: [true; 2],
         }
     }
@@ -267,6 +262,7 @@ mod tests {
                 .collect(),
             peers: ips(peers).into_iter().collect(),
             routes: nets(routes),
+            ..Overlay::default()
         }
     }
 
@@ -384,13 +380,9 @@ mod tests {
 
     #[test]
     fn what_this_node_offers_is_not_routed_into_the_tunnel() {
-        let mut settings = settings();
-        settings.offered = vec![
-            "192.168.7.0/24".parse().unwrap(),
-            "10.5.0.0/16".parse().unwrap(),
-        ];
-        let wants = overlay(&["100.64.0.2"], &["192.168.7.0/24", "10.0.0.0/8"]);
-        let plan = plan(&settings, &wants, &host(&[], &[]));
+        let mut wants = overlay(&["100.64.0.2"], &["192.168.7.0/24", "10.0.0.0/8"]);
+        wants.offered = nets(&["192.168.7.0/24", "10.5.0.0/16"]);
+        let plan = plan(&settings(), &wants, &host(&[], &[]));
         assert_eq!(kernel(&plan, "192.168.7.9", false), "host");
         assert_eq!(kernel(&plan, "10.5.1.1", false), "host");
         assert_eq!(kernel(&plan, "10.6.1.1", false), "tunnel");

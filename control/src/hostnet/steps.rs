@@ -65,11 +65,11 @@ mod tests {
             fwmark: 0x8_0000,
             port: 41_641,
             tun: 9,
-            offered: offered.iter().map(|net| net.parse().unwrap()).collect(),
             rules: [true; 2],
         };
         let overlay = Overlay {
             routes: routes.iter().map(|net| net.parse().unwrap()).collect(),
+            offered: offered.iter().map(|net| net.parse().unwrap()).collect(),
             ..Overlay::default()
         };
         let host = Host {

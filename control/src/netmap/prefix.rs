@@ -37,6 +37,29 @@ const NO_HOSTS: [IpNet; 7] = [
 /// The metadata address of clouds: link-local, yet routed to by subnet routers.
 const CLOUD_METADATA: IpNet = v4([169, 254, 169, 254], 32);
 
+/// Both families whole: what an exit node offers.
+pub const EVERYWHERE: [IpNet; 2] = [v4([0; 4], 0), v6([0; 8], 0)];
+
+/// What is not the Internet, wherever a node stands: private networks, the ranges of networks like
+/// ours, and what no host on the Internet has.
+pub const NOT_INTERNET: [IpNet; 13] = [
+    v4([0, 0, 0, 0], 8),
+    v4([10, 0, 0, 0], 8),
+    v4([100, 64, 0, 0], 10),
+    v4([127, 0, 0, 0], 8),
+    v4([169, 254, 0, 0], 16),
+    v4([172, 16, 0, 0], 12),
+    v4([192, 168, 0, 0], 16),
+    // Multicast, and what is reserved with the broadcast address in it.
+    v4([224, 0, 0, 0], 3),
+    v6([0; 8], 8),
+    // Unique local (RFC 4193), our own range in it; link-local; site-local; multicast.
+    v6([0xfc00, 0, 0, 0, 0, 0, 0, 0], 7),
+    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
+    v6([0xfec0, 0, 0, 0, 0, 0, 0, 0], 10),
+    v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
+];
+
 const fn v4([a, b, c, d]: [u8; 4], bits: u8) -> IpNet {
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), bits))
 }
@@ -61,6 +84,35 @@ pub fn is_exit(prefix: &IpNet) -> bool {
 pub fn has_no_hosts(prefix: &IpNet) -> bool {
     let no_hosts = || NO_HOSTS.iter().any(|net| net.contains(prefix));
     *prefix != CLOUD_METADATA && (prefix.addr().is_multicast() || no_hosts())
+}
+
+/// What is left of `nets` without `except`: the fewest prefixes that have all of it and no more, in order.
+pub fn without(
+    nets: impl IntoIterator<Item = IpNet>,
+    except: impl IntoIterator<Item = IpNet>,
+) -> Vec<IpNet> {
+    let except = except.into_iter().map(|net| net.trunc()).collect();
+    let except = IpNet::aggregate(&except);
+    let mut left = Vec::new();
+    let nets = nets.into_iter().map(|net| net.trunc()).collect();
+    // Depth first, so that it comes out in order.
+    let mut open = IpNet::aggregate(&nets);
+    open.reverse();
+    while let Some(net) = open.pop() {
+        if except.iter().any(|out| out.contains(&net)) {
+            continue;
+        }
+        if !except.iter().any(|out| net.contains(out)) {
+            left.push(net);
+            continue;
+        }
+        // It holds more than one address: it holds one of those and is none of them.
+        let halves = net.subnets(net.prefix_len() + 1).into_iter().flatten();
+        let start = open.len();
+        open.extend(halves);
+        open[start..].reverse();
+    }
+    left
 }
 
 /// Reads a prefix that somebody wants routed.

@@ -7,7 +7,7 @@ row_covered() {
   lab_host r 203.0.113.21
   lab_in a sh -c 'echo 1 >/proc/sys/net/ipv4/conf/all/rp_filter'
   tailnet_tailscaled r r --advertise-routes=203.0.113.0/24,10.255.0.0/24
-  tailnet_ringtail a a
+  tailnet_ringtail a a --accept-routes
   tailnet_ringtail b b
   ready a b r || return 0
   check "the routes are approved" within 10 hs_routes r 203.0.113.0/24,10.255.0.0/24

@@ -4,9 +4,9 @@
 row_exit() {
   tailnet_up
   hosts a b c
-  tailnet_ringtail a a
+  tailnet_ringtail a a --accept-routes
   tailnet_tailscaled b b --advertise-exit-node
-  tailnet_ringtail c c --advertise-routes 0.0.0.0/0,::/0,10.66.0.0/16
+  tailnet_ringtail c c --advertise-exit-node --advertise-routes 10.66.0.0/16
   ready a b c || return 0
   hs_routes b 0.0.0.0/0,::/0
   hs_routes c 0.0.0.0/0,::/0,10.66.0.0/16

@@ -21,12 +21,10 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use ipnet::IpNet;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
-use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
-use crate::hostnet::{Conflict, DIALLED_MAX, Host, Overlay, Settings};
+use crate::hostnet::{Conflict, DIALLED_MAX, Host, Overlay, Problem, Settings};
 use netlink::{Netlink, Watch};
 use worker::Worker;
 
@@ -47,7 +45,7 @@ pub struct Report {
     /// Addresses outside of the tunnel although a route covers them.
     pub kept_out: Vec<IpAddr>,
     /// What is not as it should be.
-    pub problems: Vec<String>,
+    pub problems: Vec<Problem>,
 }
 
 /// How to start.
@@ -61,19 +59,6 @@ pub struct Options {
     pub port: u16,
     /// Name and index of the TUN.
     pub tun: (String, u32),
-    /// Prefixes that this node routes for others.
-    pub offered: Vec<IpNet>,
-    /// Where changes are noted before they are made.
-    pub ledger: Ledger,
-}
-
-/// Removes what a run that is dead left in and around a table.
-///
-/// # Errors
-/// There is no netlink.
-pub fn remove_left(table: u8) -> anyhow::Result<()> {
-    let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
-    table::remove_left(&mut netlink, table)
 }
 
 /// The host's network, as long as this lives.
@@ -91,6 +76,8 @@ pub struct Keeper(Arc<Shared>);
 struct Shared {
     wishes: Mutex<Wishes>,
     report: Mutex<Report>,
+    /// Whenever other problems are reported than before.
+    news: Notify,
     wake: UnixStream,
 }
 
@@ -150,8 +137,6 @@ impl HostNet {
         let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
         let watch = Watch::open().context("cannot watch netlink")?;
         let claim = table::claim(&mut netlink, options.table)?;
-        let table = claim.table;
-        options.ledger.before(Entry::Routes { table })?;
         let (wake, woken) = UnixStream::pair().context("cannot make a socket pair")?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
@@ -161,6 +146,7 @@ impl HostNet {
                 table: claim.table,
                 ..Report::default()
             }),
+            news: Notify::new(),
             wake,
         });
         let worker = Worker {
@@ -169,12 +155,10 @@ impl HostNet {
                 fwmark: options.fwmark,
                 port: options.port,
                 tun: options.tun.1,
-                offered: options.offered,
                 rules: [true; 2],
             },
             tun_name: options.tun.0,
             claim,
-            ledger: options.ledger,
             netlink,
             overlay: Overlay::default(),
             host: Host::default(),
@@ -183,7 +167,6 @@ impl HostNet {
             too_many: false,
             added: BTreeSet::new(),
             told: BTreeSet::new(),
-            problems: Vec::new(),
             shared: Arc::clone(&shared),
         };
         let thread = std::thread::Builder::new()
@@ -205,6 +188,11 @@ impl HostNet {
     /// How it stands.
     pub fn report(&self) -> Report {
         lock(&self.shared.report).clone()
+    }
+
+    /// Waits until [`Self::report`] has other problems.
+    pub async fn news(&self) {
+        self.shared.news.notified().await;
     }
 
     /// For whoever makes connections outside of the tunnel.

@@ -504,13 +504,13 @@ mod tests {
             fwmark: 0x8_0000,
             port: 41_641,
             tun: 9,
-            offered: vec!["10.5.0.0/16".parse().unwrap()],
             rules: [true; 2],
         };
         let overlay = Overlay {
             routes: ["10.0.0.0/8", "fd00::/48"]
                 .map(|net| net.parse().unwrap())
                 .into(),
+            offered: ["10.5.0.0/16".parse().unwrap()].into(),
             ..Overlay::default()
         };
         let host = Host {

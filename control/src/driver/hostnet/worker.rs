@@ -15,11 +15,10 @@ use rtnetlink::packet_route::route::RouteType;
 use super::netlink::{FoundRoute, Netlink, Watch};
 use super::table::Claim;
 use super::{Report, Shared};
-use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
-    Action, Conflict, Host, MAIN, Overlay, Plan, Route, Settings, State, Step, Way, lies_in, meets,
-    resolvers, steps, table_of_priority,
+    Action, Conflict, Host, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
+    lies_in, meets, resolvers, steps, table_of_priority,
 };
 
 /// The resolver's files are read this often: they tell nobody that they changed.
@@ -53,7 +52,6 @@ pub(super) struct Worker {
     pub(super) tun_name: String,
     /// Keeps the table ours.
     pub(super) claim: Claim,
-    pub(super) ledger: Ledger,
     pub(super) netlink: Netlink,
     pub(super) overlay: Overlay,
     pub(super) host: Host,
@@ -66,7 +64,6 @@ pub(super) struct Worker {
     /// Addresses that we gave the TUN.
     pub(super) added: BTreeSet<IpAddr>,
     pub(super) told: BTreeSet<Conflict>,
-    pub(super) problems: Vec<String>,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -207,22 +204,22 @@ impl Worker {
     /// Makes it as it is to be, and says how it stands.
     fn settle(&mut self) {
         let mut plan = Plan::default();
-        let mut problems = Vec::new();
+        let mut problems = Problems::default();
         for _ in 0..TRIES {
             plan = crate::hostnet::plan(&self.settings, &self.overlay, &self.host);
-            problems.clear();
+            problems.0.clear();
             let rules = self.settings.rules;
             match self.read(&plan.state) {
                 Ok((there, shared_table)) => {
                     if shared_table {
-                        problems.push(format!(
+                        problems.host(format!(
                             "another program uses table {} too; choose another with --table",
                             self.settings.table
                         ));
                     }
                     self.carry_out(&steps(&plan.state, &there), &mut problems);
                 }
-                Err(error) => problems.push(format!("cannot read the host's routes: {error}")),
+                Err(error) => problems.host(format!("cannot read the host's routes: {error}")),
             }
             if rules == self.settings.rules {
                 break;
@@ -230,19 +227,19 @@ impl Worker {
         }
         for (v6, family) in [(false, "IPv4"), (true, "IPv6")] {
             if !self.settings.rules[usize::from(v6)] && (!v6 || self.host.ipv6) {
-                problems.push(format!(
+                problems.host(format!(
                     "the kernel takes no {family} policy rules: only peers' own addresses are routed"
                 ));
             }
         }
         if self.too_many {
-            problems.push(format!(
+            problems.host(format!(
                 "over {HOST_ROUTES_MAX} of the host's routes meet the network's: the rest may be taken into the tunnel"
             ));
         }
         let into = plan.state.routes.iter().filter(|r| r.way == Way::Tunnel);
         self.tunnel = into.map(|route| route.net).collect();
-        self.publish(plan, problems);
+        self.publish(plan, problems.0);
     }
 
     /// What is there of ours, and whether somebody else uses our table.
@@ -289,7 +286,7 @@ impl Worker {
         Ok((there, shared_table))
     }
 
-    fn carry_out(&mut self, steps: &[Step], problems: &mut Vec<String>) {
+    fn carry_out(&mut self, steps: &[Step], problems: &mut Problems) {
         let mut failed = 0;
         let mut first = None;
         for step in steps {
@@ -330,7 +327,7 @@ impl Worker {
         }
         if let Some(first) = first {
             let more = failed - 1;
-            problems.push(if more > 0 {
+            problems.host(if more > 0 {
                 format!("{first}, and {more} more")
             } else {
                 first
@@ -338,7 +335,7 @@ impl Worker {
         }
     }
 
-    fn publish(&mut self, plan: Plan, problems: Vec<String>) {
+    fn publish(&mut self, plan: Plan, problems: Vec<Problem>) {
         if self.told.len() > TOLD_MAX {
             self.told.clear();
         }
@@ -350,10 +347,7 @@ impl Worker {
                 );
             }
         }
-        for problem in problems.iter().filter(|p| !self.problems.contains(p)) {
-            tracing::warn!(problem, "the host's network is not as it should be");
-        }
-        self.problems.clone_from(&problems);
+        let news = lock(&self.shared.report).problems != problems;
         *lock(&self.shared.report) = Report {
             table: self.settings.table,
             conflicts: plan.conflicts,
@@ -361,24 +355,34 @@ impl Worker {
             kept_out: plan.kept_out,
             problems,
         };
+        if news {
+            self.shared.news.notify_one();
+        }
     }
 
     fn clean_up(&mut self) {
-        let mut problems = Vec::new();
+        let mut problems = Problems::default();
         match self.read(&State::default()) {
             Ok((there, _)) => self.carry_out(&steps(&State::default(), &there), &mut problems),
-            Err(error) => problems.push(error.to_string()),
+            Err(error) => problems.host(error.to_string()),
         }
-        if problems.is_empty() {
-            let table = self.claim.table;
-            self.ledger.done(&Entry::Routes { table });
-        }
-        for problem in problems {
+        for problem in problems.0 {
             tracing::warn!(
-                problem,
+                problem = problem.text,
                 "something of ours stays behind; the next start removes it"
             );
         }
+    }
+}
+
+/// What is not as it should be.
+#[derive(Default)]
+struct Problems(Vec<Problem>);
+
+impl Problems {
+    /// One of routes, rules or addresses.
+    fn host(&mut self, text: String) {
+        self.0.push(Problem { part: "host", text });
     }
 }
 

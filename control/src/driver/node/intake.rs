@@ -12,11 +12,12 @@ use crate::agent::Network;
 use crate::config::StaticNetwork;
 use crate::coord::{CoordEvent, NotAdmitted};
 use crate::driver::device;
-use crate::driver::interface::{interfaces, source_address};
+use crate::driver::interface::{interfaces, source_address, subnets};
 use crate::driver::local_api::{self, Call};
 use crate::driver::relay::RelayEvent;
 use crate::driver::shards::FromShards;
 use crate::driver::{status, uapi};
+use crate::hostnet::HOST_PARTS;
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
 
@@ -374,6 +375,20 @@ impl Node {
                 self.agent.handle_interfaces(now, &found, os_has_ipv6);
             }
             Err(error) => tracing::warn!(%error, "own addresses stay unknown"),
+        }
+        match subnets(self.dataplane.tun_name()) {
+            Ok(found) => self.agent.handle_subnets(now, found),
+            Err(error) => tracing::warn!(%error, "own subnets stay unknown"),
+        }
+    }
+
+    /// What is not as it should be with the host's network, for people.
+    pub(super) fn take_host_news(&mut self) {
+        let mut problems = self.hostnet.report().problems;
+        for part in HOST_PARTS {
+            let of_part = problems.extract_if(.., |problem| problem.part == part);
+            let lines = of_part.map(|problem| problem.text).collect();
+            self.agent.set_health(part, lines);
         }
     }
 

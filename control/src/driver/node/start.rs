@@ -16,7 +16,7 @@ use super::caches::NETMAP_CACHE;
 use super::intake::Pace;
 use super::{Node, OVERDRAWN_MAX, SAVE_PERIOD, SAVED_MAX, now, wall};
 use crate::agent::{Agent, Network, Setup, Surroundings};
-use crate::config::{NodeConfig, StaticNetwork, ValidateMode};
+use crate::config::{NodeConfig, Prefs, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
@@ -24,7 +24,6 @@ use crate::driver::events::EventLog;
 use crate::driver::files;
 use crate::driver::hostnet::{self, HostNet};
 use crate::driver::interface::Interface;
-use crate::driver::ledger::{Announced, Ledger};
 use crate::driver::names::Names;
 use crate::driver::relay::{RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
@@ -134,7 +133,6 @@ impl Node {
     pub(super) async fn start(
         config: NodeConfig,
         state: StateDir,
-        ledger: Ledger,
         keys: Keys,
         source: Source,
         roots: Arc<RootCertStore>,
@@ -154,8 +152,6 @@ impl Node {
             fwmark: config.fwmark.unwrap_or(0),
             port: dataplane.local_port(),
             tun: (dataplane.tun_name().to_owned(), tun_index),
-            offered: prefs.advertise_routes.iter().copied().collect(),
-            ledger: ledger.clone(),
         })?;
         let underlay = Underlay {
             fwmark: config.fwmark.unwrap_or(0),
@@ -202,7 +198,6 @@ impl Node {
                 local_port: dataplane.local_port(),
                 port_is_fixed: config.listen_port.is_some_and(|port| port != 0),
                 tun: dataplane.tun_name().to_owned(),
-                routes_offered: prefs.advertise_routes.iter().copied().collect(),
             },
             rand::random(),
         );
@@ -225,8 +220,6 @@ impl Node {
             coord: None,
             coord_client: None,
             self_state: watch::Sender::default(),
-            ledger,
-            announced: None,
             hostnet,
             link_changed,
             sleep: sleep::Watch::new(),
@@ -258,15 +251,7 @@ impl Node {
             save_at: now() + SAVE_PERIOD,
             dataplane,
         };
-        if let Source::Coord { url, .. } = &source {
-            node.announced = Some(Announced {
-                url: url.clone(),
-                hostname: hostname.clone(),
-                fwmark: node.fwmark,
-                ca_file: config.ca_file.clone(),
-            });
-        }
-        node.join(source, hostname, underlay, roots)?;
+        node.join(source, prefs, underlay, roots)?;
         Ok(node)
     }
 
@@ -274,13 +259,15 @@ impl Node {
     fn join(
         &mut self,
         source: Source,
-        hostname: String,
+        prefs: Prefs,
         underlay: Underlay,
         roots: Arc<RootCertStore>,
     ) -> anyhow::Result<()> {
         let now = now();
         self.list_interfaces(now);
         self.agent.handle_wall_clock(now, wall());
+        let hostname = prefs.hostname.clone();
+        self.agent.handle_prefs(now, prefs);
         match source {
             Source::Static(network) => self.agent.handle_network(now, *network),
             Source::Coord {
