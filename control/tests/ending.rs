@@ -292,6 +292,103 @@ fn node(name: &str, dir: &Path, forbidden: Forbidden) -> Command {
     program(&args, forbidden)
 }
 
+/// The policy rules of a network namespace.
+fn rules(namespace: &std::fs::File) -> String {
+    let namespace = namespace.try_clone().unwrap();
+    let mut command = Command::new("ip");
+    command.arg("rule");
+    let enter = move || {
+        nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        Ok(())
+    };
+    // SAFETY: only a system call is made between fork and exec.
+    unsafe { command.pre_exec(enter) };
+    String::from_utf8(command.output().unwrap().stdout).unwrap()
+}
+
+/// The keeper of the node on a state directory, if it has one.
+fn keeper_of(dir: &Path) -> Option<nix::unistd::Pid> {
+    let wanted = format!("ringtail\0keeper\0--state-dir\0{}\0", dir.display());
+    let processes = std::fs::read_dir("/proc").unwrap();
+    processes.flatten().find_map(|process| {
+        let words = std::fs::read(process.path().join("cmdline")).ok()?;
+        let pid = process.file_name().to_str()?.parse().ok()?;
+        (words == wanted.as_bytes()).then(|| nix::unistd::Pid::from_raw(pid))
+    })
+}
+
+#[test]
+fn what_a_killed_node_leaves_is_taken_away_by_its_keeper_or_by_restore() {
+    if !can_run("what_a_killed_node_leaves_is_taken_away_by_its_keeper_or_by_restore") {
+        return;
+    }
+    let (name, dir) = (name(), tempfile::tempdir().unwrap());
+    let start = || {
+        let node = Running::start(node(&name, dir.path(), Forbidden::Nothing));
+        let status = ask(&dir.path().join("ringtail.sock"), STATUS);
+        assert!(status.contains("100.64.0.1"), "{status}");
+        let namespace = format!("/proc/{}/ns/net", node.0.id());
+        let namespace = std::fs::File::open(namespace).unwrap();
+        soon("no rules", || {
+            rules(&namespace).contains("lookup 52").then_some(())
+        });
+        (node, namespace)
+    };
+    let is_clean = |namespace: &std::fs::File| !rules(namespace).contains("lookup 52");
+
+    let (killed, namespace) = start();
+    let first = soon("no keeper", || keeper_of(dir.path()));
+    nix::sys::signal::kill(first, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let other = |pid: &nix::unistd::Pid| *pid != first;
+    soon("no other keeper", || keeper_of(dir.path()).filter(other));
+    killed.signal(libc::SIGKILL);
+    let (_, said) = killed.end();
+    assert!(said.contains("the keeper ended"), "{said}");
+    soon("the rules stay", || is_clean(&namespace).then_some(()));
+    soon("the keeper stays", || {
+        keeper_of(dir.path()).is_none().then_some(())
+    });
+
+    // Both at once: who is asked to does it.
+    let (killed, namespace) = start();
+    killed.signal(libc::SIGSTOP);
+    let keeper = soon("no keeper", || keeper_of(dir.path()));
+    let args = ["restore", "--state-dir", dir.path().to_str().unwrap()];
+    let early = Running::start(program(&args, Forbidden::Nothing)).end();
+    assert!(
+        !early.0.success() && early.1.contains("another ringtail node runs"),
+        "{early:?}"
+    );
+    nix::sys::signal::kill(keeper, nix::sys::signal::Signal::SIGKILL).unwrap();
+    killed.signal(libc::SIGKILL);
+    drop(killed.end());
+    assert!(!is_clean(&namespace));
+    let mut restore = Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    restore.args(args).stderr(Stdio::piped());
+    let entered = namespace.try_clone().unwrap();
+    let enter = move || {
+        nix::sched::setns(&entered, nix::sched::CloneFlags::CLONE_NEWNET)?;
+        Ok(())
+    };
+    // SAFETY: only a system call is made between fork and exec.
+    unsafe { restore.pre_exec(enter) };
+    let (ended, said) = Running::start(restore).end();
+    assert!(ended.success(), "{said}");
+    assert!(is_clean(&namespace), "{said}");
+
+    // After a tidy end no keeper is left, and nothing to restore.
+    let (node, namespace) = start();
+    node.signal(libc::SIGTERM);
+    let (ended, said) = node.end();
+    assert!(ended.success(), "{said}");
+    assert!(
+        keeper_of(dir.path()).is_none() && is_clean(&namespace),
+        "{said}"
+    );
+    let ledger = std::fs::read_to_string(dir.path().join("host.json")).unwrap();
+    assert!(ledger.contains("\"entries\": []"), "{ledger}");
+}
+
 /// The signal comes as soon as somebody listens, which is before there is anybody to answer.
 #[test]
 fn a_signal_that_comes_with_the_socket_leaves_nothing_behind() {

@@ -2,7 +2,7 @@
 //!
 //! Rooms, each a command or several: `up` the node, `status`, `ping` and `netcheck` questions to it, by
 //! `ask`; `coord` the coordination server, `derp` the relay, `device` a WireGuard device, `keys` those for
-//! it.
+//! it; `restore` what a killed node left.
 
 mod ask;
 mod coord;
@@ -11,6 +11,7 @@ mod device;
 mod keys;
 mod netcheck;
 mod ping;
+mod restore;
 mod status;
 mod up;
 
@@ -66,6 +67,9 @@ enum Command {
     Netcheck(netcheck::NetcheckArgs),
     Genkey(keys::GenkeyArgs),
     Pubkey(keys::PubkeyArgs),
+    Restore(restore::RestoreArgs),
+    #[command(hide = true)]
+    Keeper(restore::KeeperArgs),
 }
 
 /// Which running node is meant.
@@ -90,6 +94,8 @@ pub fn main() -> ExitCode {
         Command::Netcheck(args) => netcheck::run(&args),
         Command::Genkey(args) => keys::genkey(&args),
         Command::Pubkey(args) => keys::pubkey(&args),
+        Command::Restore(args) => restore::restore(&args),
+        Command::Keeper(args) => restore::keeper(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

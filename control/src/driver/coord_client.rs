@@ -103,24 +103,9 @@ impl CoordClient {
         roots: Arc<RootCertStore>,
         own_state: watch::Receiver<SelfState>,
     ) -> anyhow::Result<(Self, mpsc::Receiver<CoordEvent>)> {
-        let mut url = ControlUrl::parse(&config.url)?;
-        (url.underlay, url.roots) = (underlay, roots);
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
-        let redial = Arc::new(Notify::new());
-        let os_release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
-        let client = Client {
-            control: config.control_key,
-            os_version: os_release.unwrap_or_default().trim().to_owned(),
-            config,
-            url,
-            names,
-            own_state,
-            events,
-            redial: Arc::clone(&redial),
-            registered: false,
-            had_map: false,
-            backoff: Backoff::default(),
-        };
+        let client = Client::new(config, names, underlay, roots, own_state, events)?;
+        let redial = Arc::clone(&client.redial);
         let _task = AbortOnDrop(tokio::task::spawn_local(client.run()));
         Ok((Self { _task, redial }, receiver))
     }
@@ -129,6 +114,37 @@ impl CoordClient {
     pub fn redial(&self) {
         self.redial.notify_one();
     }
+}
+
+/// Tells the server that this node routes nothing, by a connection of its own: for a node that is no more.
+/// Of the rest the server keeps what it has.
+///
+/// # Errors
+/// It cannot be reached, or refuses.
+pub async fn withdraw(
+    config: &CoordConfig,
+    names: &Names,
+    underlay: &Underlay,
+    roots: &Arc<RootCertStore>,
+) -> anyhow::Result<()> {
+    let (_own_state, own_state) = watch::channel(SelfState::default());
+    let (events, _) = mpsc::channel(1);
+    let client = Client::new(
+        config.clone(),
+        names.clone(),
+        underlay.clone(),
+        roots.clone(),
+        own_state,
+        events,
+    )?;
+    let control = match client.control {
+        Some(control) => control,
+        None => client.fetch_key().await?,
+    };
+    let sender = client.dial(control).await?;
+    let status = client.lite_update(sender)?.await?;
+    anyhow::ensure!(status == StatusCode::OK, "HTTP {status}");
+    Ok(())
 }
 
 /// Why a connection ended.
@@ -169,6 +185,32 @@ struct Client {
 type Sender = http2::SendRequest<Full<Bytes>>;
 
 impl Client {
+    fn new(
+        config: CoordConfig,
+        names: Names,
+        underlay: Underlay,
+        roots: Arc<RootCertStore>,
+        own_state: watch::Receiver<SelfState>,
+        events: mpsc::Sender<CoordEvent>,
+    ) -> anyhow::Result<Self> {
+        let mut url = ControlUrl::parse(&config.url)?;
+        (url.underlay, url.roots) = (underlay, roots);
+        let os_release = std::fs::read_to_string("/proc/sys/kernel/osrelease");
+        Ok(Self {
+            control: config.control_key,
+            os_version: os_release.unwrap_or_default().trim().to_owned(),
+            config,
+            url,
+            names,
+            own_state,
+            events,
+            redial: Arc::default(),
+            registered: false,
+            had_map: false,
+            backoff: Backoff::default(),
+        })
+    }
+
     async fn run(mut self) {
         let redial = Arc::clone(&self.redial);
         loop {

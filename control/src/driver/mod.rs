@@ -19,6 +19,8 @@
 //! The host:
 //! - [`hostnet`]: policy rules, routes and addresses.
 //! - [`interface`]: the TUN's MTU and state, own addresses; [`link`]: changes of the network, told.
+//! - [`ledger`]: what of the host's was changed; [`keeper`]: the process that puts it back when the node
+//!   was killed.
 //! - [`clock`], `sleep`: the time, and that the machine has slept.
 //!
 //! Programs of this machine:
@@ -59,6 +61,8 @@ pub mod files;
 pub mod handshakes;
 pub mod hostnet;
 pub mod interface;
+pub mod keeper;
+pub mod ledger;
 pub mod link;
 pub mod local_api;
 pub mod names;

@@ -7,9 +7,11 @@
 //! | `endpoints.json` | validated direct addresses per peer | 0600 |
 //! | `sessions.json` | node keys of the peers that had sessions lately, to shake hands with after a restart | 0600 |
 //! | `timestamp` | how far the wall clock may have come, for the timestamps of the next run's handshakes | 0600 |
+//! | `host.json` | what of the host's was changed, to be put back ([`ledger`](super::ledger)) | 0600 |
 //! | `home.json` | the home relay that peers know of | 0600 |
 //! | `ringtail.sock` | the status socket | 0600 |
 //! | `lock` | held by the running node | 0600 |
+//! | `host.lock` | held by whoever has `host.json` open: the node, after its end its keeper | 0600 |
 //!
 //! The DISCO key is kept too, unlike Tailscale's: without coordination peers could not learn a
 //! new one. How files are read and replaced is [`files`]' matter.
@@ -80,6 +82,11 @@ impl StateDir {
         Ok(Self {
             path: path.to_owned(),
         })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// A file of the directory.

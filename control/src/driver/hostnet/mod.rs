@@ -23,6 +23,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::sync::{Notify, oneshot};
 
+use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{Conflict, DIALLED_MAX, Host, Overlay, Problem, Settings};
 use netlink::{Netlink, Watch};
@@ -59,6 +60,17 @@ pub struct Options {
     pub port: u16,
     /// Name and index of the TUN.
     pub tun: (String, u32),
+    /// Where changes are noted before they are made.
+    pub ledger: Ledger,
+}
+
+/// Removes what a run that is dead left in and around a table.
+///
+/// # Errors
+/// There is no netlink.
+pub fn remove_left(table: u8) -> anyhow::Result<()> {
+    let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
+    table::remove_left(&mut netlink, table)
 }
 
 /// The host's network, as long as this lives.
@@ -137,6 +149,8 @@ impl HostNet {
         let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
         let watch = Watch::open().context("cannot watch netlink")?;
         let claim = table::claim(&mut netlink, options.table)?;
+        let table = claim.table;
+        options.ledger.before(Entry::Routes { table })?;
         let (wake, woken) = UnixStream::pair().context("cannot make a socket pair")?;
         wake.set_nonblocking(true)?;
         woken.set_nonblocking(true)?;
@@ -159,6 +173,7 @@ impl HostNet {
             },
             tun_name: options.tun.0,
             claim,
+            ledger: options.ledger,
             netlink,
             overlay: Overlay::default(),
             host: Host::default(),

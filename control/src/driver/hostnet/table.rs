@@ -72,29 +72,7 @@ enum Hold {
 /// When the chosen table, or every one tried, is another program's or another ringtail's.
 pub(super) fn claim(netlink: &mut Netlink, chosen: Option<u8>) -> anyhow::Result<Claim> {
     for table in with_traces(netlink)? {
-        // Held until all is removed, lest another ringtail puts its own there meanwhile.
-        let held = hold(table)?;
-        let there = traces(netlink, table)?;
-        let left = match &held {
-            Hold::Ours(_) => true,
-            Hold::Stranger => !there.alive,
-            Hold::Taken => false,
-        };
-        if !left {
-            continue;
-        }
-        tracing::info!(
-            table,
-            rules = there.state.rules.len(),
-            routes = there.state.routes.len(),
-            "removing what an earlier run left"
-        );
-        for step in steps(&State::default(), &there.state) {
-            // The index is for routes into a tunnel that is no more: none is left.
-            if let Err(error) = netlink.carry_out(&step, 0) {
-                tracing::warn!(%error, ?step, "it stays");
-            }
-        }
+        remove_left(netlink, table)?;
     }
     let tried = match chosen {
         Some(table) => table..=table,
@@ -119,6 +97,37 @@ pub(super) fn claim(netlink: &mut Netlink, chosen: Option<u8>) -> anyhow::Result
         tracing::warn!("{why}: trying the next one");
     }
     bail!("no routing table is free: choose one that nobody uses with --table, 1 to {TABLE_MAX}");
+}
+
+/// Removes what a dead run left in and around a table; nothing, if a ringtail that runs has it.
+///
+/// # Errors
+/// The name cannot be tried.
+pub(super) fn remove_left(netlink: &mut Netlink, table: u8) -> anyhow::Result<()> {
+    // Held until all is removed, lest another ringtail puts its own there meanwhile.
+    let held = hold(table)?;
+    let there = traces(netlink, table)?;
+    let left = match &held {
+        Hold::Ours(_) => true,
+        Hold::Stranger => !there.alive,
+        Hold::Taken => false,
+    };
+    if !left || there.state == State::default() {
+        return Ok(());
+    }
+    tracing::info!(
+        table,
+        rules = there.state.rules.len(),
+        routes = there.state.routes.len(),
+        "removing what an earlier run left"
+    );
+    for step in steps(&State::default(), &there.state) {
+        // The index is for routes into a tunnel that is no more: none is left.
+        if let Err(error) = netlink.carry_out(&step, 0) {
+            tracing::warn!(%error, ?step, "it stays");
+        }
+    }
+    Ok(())
 }
 
 /// Holds a table's name, unless somebody does. Never waits for whoever that is.

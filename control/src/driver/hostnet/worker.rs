@@ -15,6 +15,7 @@ use rtnetlink::packet_route::route::RouteType;
 use super::netlink::{FoundRoute, Netlink, Watch};
 use super::table::Claim;
 use super::{Report, Shared};
+use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
@@ -52,6 +53,7 @@ pub(super) struct Worker {
     pub(super) tun_name: String,
     /// Keeps the table ours.
     pub(super) claim: Claim,
+    pub(super) ledger: Ledger,
     pub(super) netlink: Netlink,
     pub(super) overlay: Overlay,
     pub(super) host: Host,
@@ -365,6 +367,10 @@ impl Worker {
         match self.read(&State::default()) {
             Ok((there, _)) => self.carry_out(&steps(&State::default(), &there), &mut problems),
             Err(error) => problems.host(error.to_string()),
+        }
+        if problems.0.is_empty() {
+            let table = self.claim.table;
+            self.ledger.done(&Entry::Routes { table });
         }
         for problem in problems.0 {
             tracing::warn!(

@@ -29,6 +29,8 @@ use super::discovery::{Datagram, Discovery};
 use super::events::EventLog;
 use super::handshakes::Handshakes;
 use super::hostnet::HostNet;
+use super::keeper::{Keeper, LEDGER_WAIT};
+use super::ledger::{Announced, Entry, Ledger};
 use super::local_api::Call;
 use super::names::Names;
 use super::panics::Panics;
@@ -82,6 +84,10 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
         .unwrap_or_else(|| PathBuf::from(STATE_DIR_DEFAULT));
     let state = StateDir::open(&dir)?;
     let _lock = state.lock()?;
+    let ledger = Ledger::open(&state, LEDGER_WAIT)?;
+    for problem in ledger.restore() {
+        tracing::warn!(problem, "what an earlier run changed of the host stays");
+    }
     let keys = state.keys()?;
     let source = Source::read(&config, &state)?;
     let roots = roots::load(config.ca_file.as_deref())?;
@@ -89,8 +95,15 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
     let io_uring = dataplane.driver() == DriverKind::IoUring;
     let run = async |kind| {
         let signals = signals.listen()?;
-        let node = Node::start(config, state, keys, source, roots, dataplane, kind).await?;
-        node.run(&signals, &panics).await
+        let mut keeper = Keeper::start(&state);
+        let notes = ledger.clone();
+        let started = Node::start(config, state, notes, keys, source, roots, dataplane, kind).await;
+        let ended = match started {
+            Ok(node) => node.run(&signals, &panics, &mut keeper).await,
+            Err(error) => Err(error),
+        };
+        keeper.dismiss(&ledger);
+        ended
     };
     if io_uring {
         runtime::block_on_uring(run)
@@ -116,6 +129,9 @@ struct Node {
     coord: Option<mpsc::Receiver<CoordEvent>>,
     coord_client: Option<CoordClient>,
     self_state: watch::Sender<SelfState>,
+    ledger: Ledger,
+    /// Noted before the coordination server is told of routes.
+    announced: Option<Announced>,
     link_changed: mpsc::Receiver<()>,
     sleep: sleep::Watch,
     timestamps: Timestamps,
@@ -153,7 +169,12 @@ struct Node {
 }
 
 impl Node {
-    async fn run(mut self, signals: &Signals, panics: &Panics) -> anyhow::Result<()> {
+    async fn run(
+        mut self,
+        signals: &Signals,
+        panics: &Panics,
+        keeper: &mut Keeper,
+    ) -> anyhow::Result<()> {
         let shards = shards::news(&self.dataplane)?;
         let mut datagrams: Vec<Datagram> = Vec::new();
         tracing::info!(
@@ -184,6 +205,7 @@ impl Node {
                     Ok(Told::ReadAgain) => self.read_again(),
                     Err(error) => break Err(error),
                 },
+                () = keeper.watch() => {}
                 words = panics.first() => break Err(anyhow::anyhow!("{words}")),
                 ready = shards.readable() => {
                     let mut ready = ready?;
@@ -301,6 +323,7 @@ impl Node {
                 }
                 Output::Publish => {
                     let report = self.agent.self_report();
+                    self.note_routes(&report);
                     self.self_state.send_if_modified(|old| {
                         let changed = *old != report;
                         *old = report;
@@ -326,6 +349,18 @@ impl Node {
                     self.questions.remove(&question);
                 }
             }
+        }
+    }
+}
+
+impl Node {
+    /// Routes that are announced have to be withdrawn after any kind of end.
+    fn note_routes(&self, report: &SelfState) {
+        if let Some(announced) = self.announced.clone()
+            && !report.routes.is_empty()
+            && let Err(error) = self.ledger.before(Entry::Announced(announced))
+        {
+            tracing::warn!(%error, "if this node is killed, others will go on sending here for a while");
         }
     }
 }

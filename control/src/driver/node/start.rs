@@ -24,6 +24,7 @@ use crate::driver::events::EventLog;
 use crate::driver::files;
 use crate::driver::hostnet::{self, HostNet};
 use crate::driver::interface::Interface;
+use crate::driver::ledger::{Announced, Ledger};
 use crate::driver::names::Names;
 use crate::driver::relay::{RelayOptions, RelayPool};
 use crate::driver::runtime::Kind;
@@ -133,6 +134,7 @@ impl Node {
     pub(super) async fn start(
         config: NodeConfig,
         state: StateDir,
+        ledger: Ledger,
         keys: Keys,
         source: Source,
         roots: Arc<RootCertStore>,
@@ -152,6 +154,7 @@ impl Node {
             fwmark: config.fwmark.unwrap_or(0),
             port: dataplane.local_port(),
             tun: (dataplane.tun_name().to_owned(), tun_index),
+            ledger: ledger.clone(),
         })?;
         let underlay = Underlay {
             fwmark: config.fwmark.unwrap_or(0),
@@ -220,6 +223,8 @@ impl Node {
             coord: None,
             coord_client: None,
             self_state: watch::Sender::default(),
+            ledger,
+            announced: None,
             hostnet,
             link_changed,
             sleep: sleep::Watch::new(),
@@ -251,6 +256,14 @@ impl Node {
             save_at: now() + SAVE_PERIOD,
             dataplane,
         };
+        if let Source::Coord { url, .. } = &source {
+            node.announced = Some(Announced {
+                url: url.clone(),
+                hostname: hostname.clone(),
+                fwmark: node.fwmark,
+                ca_file: config.ca_file.clone(),
+            });
+        }
         node.join(source, prefs, underlay, roots)?;
         Ok(node)
     }

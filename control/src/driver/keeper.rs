@@ -1,0 +1,244 @@
+//! The keeper: a process beside the node that outlives it for a moment, should it be killed.
+//!
+//! It is this program once more (`ringtail keeper`), which holds one end of a socket pair and does nothing
+//! but wait until the other end closes. The kernel does that for a node however it ends. Then it waits for the
+//! process to be gone, takes the [ledger](super::ledger), puts back what is still written in there, tells
+//! the coordination server that our routes lead nowhere any more, and ends. Where the node ended tidily
+//! nothing is left to do.
+//!
+//! A keeper that dies is replaced by the node. Are both killed (a cgroup, the machine), the next start puts
+//! back what it finds, or `ringtail restore`.
+//!
+//! A new node that starts meanwhile waits for the ledger, which the keeper has for [`WITHDRAW_LIMIT`] and a
+//! little at most; is the new one first, it puts back what the killed one left, and the keeper has nothing
+//! to do.
+
+use std::io::Read as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::io::AsyncReadExt as _;
+
+use super::clock::now;
+use super::coord_client;
+use super::ledger::{Announced, Entry, Ledger};
+use super::names::Names;
+use super::runtime;
+use super::state::StateDir;
+use super::tls::roots;
+use super::underlay::Underlay;
+use crate::coord::CoordConfig;
+
+/// The node needs it no more: nothing is left to put back.
+const DISMISSED: u8 = b'.';
+/// How long a process may take to be gone after its descriptors are.
+const GONE_LIMIT_MS: u16 = 2000;
+/// Who starts waits so long for a keeper that still puts back.
+pub const LEDGER_WAIT: Duration = Duration::from_secs(6);
+/// The server is told of our end within this, or not at all.
+pub const WITHDRAW_LIMIT: Duration = Duration::from_secs(4);
+/// Between two attempts of that; the host's names may be but coming back.
+const WITHDRAW_PAUSE: Duration = Duration::from_millis(200);
+/// A keeper that died is replaced so often at most.
+const REPLACE_PERIOD: Duration = Duration::from_secs(5);
+
+/// What a node has of its keeper.
+#[derive(Debug)]
+pub struct Keeper {
+    state: std::path::PathBuf,
+    running: Option<(tokio::net::UnixStream, Child)>,
+    started: Instant,
+}
+
+impl Keeper {
+    /// Starts it, inside a runtime. A node without one goes on: the next start does its work.
+    pub fn start(state: &StateDir) -> Self {
+        let mut keeper = Self {
+            state: state.path().to_owned(),
+            running: None,
+            started: now(),
+        };
+        keeper.run();
+        keeper
+    }
+
+    fn run(&mut self) {
+        self.started = now();
+        self.running = spawn(&self.state)
+            .inspect_err(|error| {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "no keeper: if this node is killed, the host is as it was only after its next start"
+                );
+            })
+            .ok();
+    }
+
+    /// Replaces a keeper that has died; returns then. Dropping the future loses nothing.
+    pub async fn watch(&mut self) {
+        if let Some((stream, child)) = &mut self.running {
+            // It never says anything.
+            while stream.read_u8().await.is_ok() {}
+            let status = child.wait();
+            tracing::warn!(?status, "the keeper ended: starting another");
+            self.running = None;
+        }
+        super::clock::at(Some(self.started + REPLACE_PERIOD)).await;
+        self.run();
+    }
+
+    /// Lets it go after a tidy end, if nothing is left to put back; else it does what is left.
+    pub fn dismiss(self, ledger: &Ledger) {
+        let Some((stream, mut child)) = self.running else {
+            return;
+        };
+        if ledger.is_empty() && stream.try_write(&[DISMISSED]).is_ok() {
+            // It has nothing to do but to end.
+            let _ = child.wait();
+        }
+    }
+}
+
+fn spawn(state: &Path) -> anyhow::Result<(tokio::net::UnixStream, Child)> {
+    let (ours, theirs) = UnixStream::pair().context("cannot make a socket pair")?;
+    ours.set_nonblocking(true)?;
+    // The program that runs, should another stand in its place by now.
+    let child = Command::new("/proc/self/exe")
+        .arg0("ringtail")
+        .args(["keeper", "--state-dir"])
+        .arg(state)
+        .env_remove("RINGTAIL_AUTH_KEY")
+        // Not for what is typed to the node: Ctrl-C is sent to a whole group.
+        .process_group(0)
+        .stdin(OwnedFd::from(theirs))
+        .stdout(Stdio::null())
+        .spawn()
+        .context("cannot start this program once more")?;
+    Ok((tokio::net::UnixStream::from_std(ours)?, child))
+}
+
+/// The life of a keeper.
+///
+/// # Errors
+/// It was not started by a node, or cannot put back all.
+pub fn run(state: &Path) -> anyhow::Result<()> {
+    // A service manager that stops the node signals every process of it: this one ends after the node.
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
+        .into_iter()
+        .collect();
+    signals.thread_block().context("cannot block signals")?;
+    // What `ps` and `top` show.
+    let _ = std::fs::write("/proc/self/comm", "ringtail-keeper");
+    let stdin = std::io::stdin();
+    let peer = getsockopt(&stdin.as_fd(), PeerCredentials)
+        .context("a node starts its keeper by itself; did you mean `ringtail restore`?")?;
+    // None if it has ended already.
+    let process =
+        Pid::from_raw(peer.pid()).and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
+    let mut word = [0];
+    while let Ok(1) = stdin.lock().read(&mut word) {
+        if word[0] == DISMISSED {
+            return Ok(());
+        }
+    }
+    if let Some(process) = process {
+        let mut fds = [PollFd::new(process.as_fd(), PollFlags::POLLIN)];
+        // If it does not end, its hold on the ledger says so.
+        let _ = poll(&mut fds, PollTimeout::from(GONE_LIMIT_MS));
+    }
+    let state = StateDir::open(state)?;
+    let Ok(ledger) = Ledger::open(&state, Duration::ZERO) else {
+        tracing::debug!("another node has the ledger");
+        return Ok(());
+    };
+    restore(&state, &ledger)
+}
+
+/// Puts back everything that is in a ledger, and says so to the server that was told of our routes.
+///
+/// # Errors
+/// Not all could be put back; says what.
+pub fn restore(state: &StateDir, ledger: &Ledger) -> anyhow::Result<()> {
+    if ledger.is_empty() {
+        return Ok(());
+    }
+    tracing::warn!("a node was killed: putting back what it changed of this host");
+    // Beside each other: the server is not to wait for the host, nor the host for the server.
+    let withdrawn = std::thread::scope(|scope| {
+        let withdrawn = scope.spawn(|| match ledger.announced() {
+            Some(announced) => withdraw(state, announced),
+            None => Ok(()),
+        });
+        let problems = ledger.restore();
+        let withdrawn = withdrawn.join();
+        for problem in &problems {
+            tracing::warn!(problem, "something of ours stays behind");
+        }
+        let withdrawn = withdrawn.unwrap_or_else(|_| Err(anyhow::anyhow!("the thread panicked")));
+        withdrawn.and_then(|()| {
+            anyhow::ensure!(problems.is_empty(), "{}", problems.join("; "));
+            Ok(())
+        })
+    });
+    if let Some(announced) = ledger.announced()
+        && withdrawn.is_ok()
+    {
+        ledger.done(&Entry::Announced(announced));
+    }
+    withdrawn
+}
+
+/// Tells the server that no routes lead through us, until it hears that.
+fn withdraw(state: &StateDir, announced: Announced) -> anyhow::Result<()> {
+    let keys = state.keys()?;
+    let roots = roots::load(announced.ca_file.as_deref())?;
+    let control_key = keys.control.filter(|(url, _)| *url == announced.url);
+    let config = CoordConfig {
+        url: announced.url,
+        auth_key: None,
+        hostname: announced.hostname,
+        machine: keys.machine,
+        node: keys.node.public(),
+        disco: keys.disco.public(),
+        control_key: control_key.map(|(_, key)| key),
+    };
+    let underlay = Underlay {
+        fwmark: announced.fwmark,
+        keeper: None,
+    };
+    runtime::block_on(async |_| {
+        let until = now() + WITHDRAW_LIMIT;
+        let names = Names::default();
+        loop {
+            let attempt = coord_client::withdraw(&config, &names, &underlay, &roots);
+            let rest = until.saturating_duration_since(now());
+            let error = match tokio::time::timeout(rest, attempt).await {
+                Ok(Ok(())) => {
+                    tracing::info!(
+                        "the coordination server knows that no routes lead here any more"
+                    );
+                    return Ok(());
+                }
+                Ok(Err(error)) => error,
+                Err(_) => anyhow::anyhow!("no answer in time"),
+            };
+            if now() + WITHDRAW_PAUSE >= until {
+                return Err(error.context("the coordination server still sends others here"));
+            }
+            tracing::debug!(
+                error = format!("{error:#}"),
+                "the server cannot be told yet"
+            );
+            tokio::time::sleep(WITHDRAW_PAUSE).await;
+        }
+    })
+}
