@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use zeroize::Zeroizing;
 
@@ -31,6 +31,9 @@ use crate::types::{
 use crate::udp::{Group, SEND_BYTES_MAX, Wanted};
 use crate::{handshake, sys, threads};
 
+/// How long the key before a renewed one counts.
+pub const RENEWAL: Duration = Duration::from_secs(30);
+
 /// A running data plane. Dropping it stops and joins its threads and removes the interface.
 ///
 /// No method waits for a shard. All may be called from any thread; [`Dataplane::poll_event`],
@@ -47,7 +50,6 @@ pub struct Dataplane {
     offloads: OffloadsInUse,
     merging: Arc<Merging>,
     roam: bool,
-    settings: Mutex<Arc<Settings>>,
     underlay: Mutex<Underlay>,
     shards: Vec<Published>,
     handshake: Published,
@@ -164,10 +166,6 @@ impl Dataplane {
             },
             merging,
             roam: config.roam,
-            settings: Mutex::new(Arc::new(Settings {
-                private_key: config.private_key.clone(),
-                mtu: usize::from(config.mtu),
-            })),
             underlay: Mutex::new(Underlay {
                 group,
                 wanted,
@@ -176,6 +174,11 @@ impl Dataplane {
             shards: (0..config.shards).map(|_| Published::default()).collect(),
             handshake: Published::default(),
         };
+        *lock(&dataplane.hub.settings) = Arc::new(Settings {
+            private_key: config.private_key.clone(),
+            previous_key: None,
+            mtu: usize::from(config.mtu),
+        });
         // Dropping `dataplane` on the way out stops what has been started.
         dataplane.spawn(&config, device.queues.into())?;
         tracing::info!(
@@ -203,7 +206,7 @@ impl Dataplane {
             started => started,
         }?;
         let sockets = Arc::clone(&self.underlay().group.handshake);
-        let settings = Arc::clone(&lock(&self.settings));
+        let settings = Arc::clone(&lock(&self.hub.settings));
         let (hub, published) = (Arc::clone(&self.hub), self.handshake.clone());
         let shards = self.shards.clone();
         let thread = threads::spawn(&self.hub, "rt-handshake", move || {
@@ -278,7 +281,7 @@ impl Dataplane {
             gso: self.offloads.gso,
             driver: self.driver,
             cpu: cpus.get(index % cpus.len().max(1)).copied(),
-            settings: Arc::clone(&lock(&self.settings)),
+            settings: Arc::clone(&lock(&self.hub.settings)),
             roam: config.roam,
             kind: config.engine,
             published: self.shards[index].clone(),
@@ -354,28 +357,35 @@ impl Dataplane {
     /// Changes our private key, or removes it: then nothing handshakes. Sessions end; the next
     /// packet, or a persistent keep-alive, handshakes anew.
     pub fn set_private_key(&self, key: Option<&Zeroizing<[u8; 32]>>) {
-        self.change_settings(|settings| settings.private_key = key.cloned());
+        self.hub.change_settings(|settings| {
+            settings.private_key = key.cloned();
+            settings.previous_key = None;
+        });
+    }
+
+    /// Changes our private key while peers go over to the new public key one by one. Sessions live on
+    /// until the peer or we replace them; what we begin, we begin under the new key, and repeat it twice
+    /// a second where a peer does not know that yet; handshakes for the old key are answered for
+    /// [`RENEWAL`], then it is erased. The same key again begins that time anew. Without a key before, and
+    /// under boringtun, this is [`Dataplane::set_private_key`].
+    pub fn renew_key(&self, key: &Zeroizing<[u8; 32]>) {
+        let until = sys::now() + RENEWAL;
+        self.hub.change_settings(|settings| {
+            let before = settings.private_key.replace(key.clone());
+            let previous = if before.as_ref() == Some(key) {
+                settings.previous_key.take().map(|(previous, _)| previous)
+            } else {
+                before
+            };
+            settings.previous_key = previous.map(|previous| (previous, until));
+        });
     }
 
     /// Changes the largest inner packet, up to which sealing pads. The interface's MTU is the
     /// caller's to set.
     pub fn set_mtu(&self, mtu: u16) {
-        self.change_settings(|settings| settings.mtu = usize::from(mtu));
-    }
-
-    fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
-        let mut current = lock(&self.settings);
-        let mut settings = Settings::clone(&current);
-        change(&mut settings);
-        let settings = Arc::new(settings);
-        for inbox in &self.hub.inboxes {
-            drop(inbox.settings.force_push(Arc::clone(&settings)));
-            inbox.wake.ring();
-        }
-        let newest = Arc::clone(&settings);
-        drop(self.hub.handshake_settings.force_push(newest));
-        self.hub.handshake_wake.signal();
-        *current = settings;
+        self.hub
+            .change_settings(|settings| settings.mtu = usize::from(mtu));
     }
 
     /// The interface's name.

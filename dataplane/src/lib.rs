@@ -139,7 +139,7 @@ pub use config::{
     Config, DriverChoice, DriverKind, Engine, MTU_MAX, MTU_MIN, Offloads, SHARDS_MAX, StartError,
     pinned_by_default, shards_by_default,
 };
-pub use dataplane::{Dataplane, OffloadsInUse, Stats};
+pub use dataplane::{Dataplane, OffloadsInUse, RENEWAL, Stats};
 pub use noise::{SymmetricState, dh};
 pub use routes::rest_after;
 pub use sys::{now, slept, steady_wall, steady_wall_at_least};

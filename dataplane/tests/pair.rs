@@ -16,8 +16,13 @@ use std::time::{Duration, Instant};
 use ringtail_dataplane::packet::build::Builder;
 use ringtail_dataplane::packet::header::{Flow, TCP, UDP};
 use ringtail_dataplane::stats::{DropReason, Meter};
-use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, StartError};
-use support::{End, HOUR, PEER, Pair, Setup, Stop, close, lab_or_skip, run, soon, start_another};
+use ringtail_dataplane::{DriverChoice, DriverKind, Event, Offloads, PeerConfig, StartError};
+use support::{
+    End, HOUR, PEER, Pair, Setup, Stop, close, lab_or_skip, peer, run, set_peers, soon,
+    start_another,
+};
+use x25519_dalek::{PublicKey, StaticSecret};
+use zeroize::Zeroizing;
 
 /// An event is there at once, on a machine that does not stand still.
 const TOLD: Duration = Duration::from_secs(10);
@@ -695,4 +700,45 @@ fn underlay_packets_carry_the_fwmark() {
         matches!(e, Event::SendError(PEER, _, libc::EACCES))
     });
     assert!(error.is_some(), "the rule caught it");
+}
+
+#[test]
+fn a_renewed_key_drops_nothing_of_peers_that_know_it_and_those_that_do_not() {
+    lab_or_skip!();
+    let pair = direct(Setup::default());
+    pair.direct();
+    let to_a = End::A.inner4();
+    let to_b = End::B.inner4();
+    assert!(pair.ping(End::B, to_a, 2));
+    let renewed = Zeroizing::new([0x77; 32]);
+    pair.a.renew_key(&renewed);
+    let handshake = || pair.b.activity(PEER).last_handshake;
+    let before = handshake();
+    assert!(pair.ping(End::A, to_b, 3) && pair.ping(End::B, to_a, 3));
+    assert_eq!(handshake(), before, "the session goes on");
+    // The peer is told of the new key, and has no session under it: who sends first makes one.
+    for (key, first) in [(&renewed, End::A), (&Zeroizing::new([0x78; 32]), End::B)] {
+        pair.a.renew_key(key);
+        let public = PublicKey::from(&StaticSecret::from(**key));
+        set_peers(
+            &pair.b,
+            vec![PeerConfig {
+                public_key: *public.as_bytes(),
+                ..peer(End::A)
+            }],
+        );
+        pair.direct();
+        let other = first.other();
+        let (from, to) = (
+            pair.bind(first, first.inner4()),
+            pair.bind(other, other.inner4()),
+        );
+        to.set_read_timeout(Some(Duration::from_millis(20)))
+            .unwrap();
+        let told = Instant::now();
+        while to.recv(&mut [0; 8]).is_err() {
+            from.send_to(b"x", to.local_addr().unwrap()).unwrap();
+            assert!(told.elapsed() < Duration::from_secs(4), "{first:?}");
+        }
+    }
 }

@@ -35,7 +35,7 @@ use reservoir::Reservoir;
 
 use crate::classify::{COOKIE_LEN, owner_shard, receiver_index};
 use crate::hub::{HandshakeMessage, Hub, Settings};
-use crate::noise::{Gate, LocalKeys, Novelty, PeekedInitiation, Standing, Verdict};
+use crate::noise::{Gate, LocalKeys, Novelty, PeekedInitiation, Previous, Standing, Verdict};
 use crate::peer::table::PeerTable;
 use crate::stats::{Counters, DropReason, Meter, Published};
 use crate::sys::socket::{Leave, Local, Many, receive_many, send_many, wait_readable};
@@ -81,10 +81,11 @@ pub(crate) fn run(
         if budget.spent() || pressure {
             wait_readable(&fds[..1], pause_ms)?;
         } else {
-            wait_readable(&fds, FOREVER)?;
+            wait_readable(&fds, worker.wait_ms(now()))?;
         }
         hub.handshake_wake.clear();
         worker.hear(hub);
+        worker.end_renewal(now(), hub);
         if let Some(newer) = hub.handshake_sockets.pop() {
             doors = newer;
             fds = readable(hub, &doors);
@@ -143,9 +144,16 @@ fn local_keys(settings: &Settings) -> Option<Arc<LocalKeys>> {
     Some(Arc::new(LocalKeys::new(key)))
 }
 
+fn previous_keys(settings: &Settings) -> Option<Arc<Previous>> {
+    let (key, until) = settings.previous_key.as_ref()?;
+    Some(Arc::new(Previous::new(key, *until)))
+}
+
 /// What the thread works with: the gate, whom it knows, and what waits.
 struct Worker {
     gate: Gate,
+    /// When the key before ours counts no more, while there is one.
+    renewal_ends: Option<Instant>,
     rng: StdRng,
     /// Peers by public key, with their owner shards: those of `table`.
     peers: HashMap<[u8; 32], (PeerId, u8)>,
@@ -183,6 +191,7 @@ impl Worker {
     fn new(now: Instant, settings: &Settings, mut rng: StdRng) -> Worker {
         Worker {
             gate: Gate::new(now, local_keys(settings), &mut rng),
+            renewal_ends: None,
             rng,
             peers: HashMap::new(),
             table: Arc::default(),
@@ -197,9 +206,29 @@ impl Worker {
     fn hear(&mut self, hub: &Hub) {
         if let Some(settings) = hub.handshake_settings.pop() {
             self.gate.set_local(local_keys(&settings));
+            self.gate.set_previous(previous_keys(&settings));
+            self.renewal_ends = settings.previous_key.as_ref().map(|(_, until)| *until);
         }
         if let Some(table) = hub.handshake_peers.pop() {
             self.set_peers(table);
+        }
+    }
+
+    /// How long to wait for messages, in milliseconds.
+    fn wait_ms(&self, now: Instant) -> i32 {
+        self.renewal_ends.map_or(FOREVER, |until| {
+            let left = until.saturating_duration_since(now).as_millis() + 1;
+            i32::try_from(left).unwrap_or(i32::MAX)
+        })
+    }
+
+    /// Has every thread erase the key before ours once its time is over.
+    fn end_renewal(&mut self, now: Instant, hub: &Hub) {
+        if self.renewal_ends.is_some_and(|until| until <= now) {
+            self.renewal_ends = None;
+            hub.change_settings(|settings| {
+                settings.previous_key.take_if(|(_, until)| *until <= now);
+            });
         }
     }
 

@@ -19,6 +19,7 @@ fn local(n: u8) -> LocalKeys {
 fn settings(n: Option<u8>) -> Settings {
     Settings {
         private_key: n.map(|n| Zeroizing::new([n; 32])),
+        previous_key: None,
         mtu: 1420,
     }
 }
@@ -122,6 +123,33 @@ fn the_newest_key_counts() {
         let judged = worker.check(now, from(), Standing::Stranger, &message);
         assert_eq!(judged.map(|_| ()), expected);
     }
+}
+
+#[test]
+fn a_renewed_key_counts_beside_the_one_before_which_is_erased_in_time() {
+    let start = now();
+    let hub = Hub::new(start, 1).unwrap();
+    let mut worker = worker(start);
+    let until = start + Duration::from_secs(30);
+    hub.change_settings(|newest| {
+        newest.private_key = Some(Zeroizing::new([9; 32]));
+        newest.previous_key = Some((Zeroizing::new([1; 32]), until));
+    });
+    worker.hear(&hub);
+    assert!((29_900..=30_001).contains(&worker.wait_ms(start)));
+    let message = made_by(2, &mut CookieStore::default(), start);
+    let passes = |worker: &mut Worker| worker.check(start, from(), Standing::Stranger, &message);
+    assert!(passes(&mut worker).is_ok());
+    worker.end_renewal(start, &hub);
+    assert!(hub.settings.lock().unwrap().previous_key.is_some());
+    worker.end_renewal(until, &hub);
+    assert!(hub.settings.lock().unwrap().previous_key.is_none());
+    let of_the_shard = hub.inboxes[0].settings.pop().unwrap();
+    assert!(of_the_shard.previous_key.is_none());
+    worker.hear(&hub);
+    assert_eq!(worker.wait_ms(until), FOREVER);
+    let mac = Stopped::Dropped(DropReason::HandshakeMac);
+    assert_eq!(passes(&mut worker).unwrap_err(), mac);
 }
 
 #[test]

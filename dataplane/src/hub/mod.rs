@@ -15,7 +15,7 @@ pub(crate) mod strangers;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Instant;
 
 use arrayvec::ArrayVec;
@@ -27,7 +27,7 @@ pub(crate) use outbox::{EVENTS_MAX, RELAY_OUT_BYTES_MAX, RELAY_OUT_ENTRIES_MAX, 
 use strangers::Strangers;
 use zeroize::Zeroizing;
 
-use crate::channel::{Lane, Load, Slots, Wake};
+use crate::channel::{Lane, Load, Slots, Wake, lock};
 use crate::classify::owner_shard;
 use crate::config::{SHARDS_MAX, share};
 use crate::filter::CompiledRules;
@@ -64,10 +64,12 @@ pub(crate) const UNOPENED_MAX: usize = 256;
 pub(crate) const STRAYS_MAX: usize = 64;
 
 /// What may change at run time and concerns every session.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(crate) struct Settings {
     /// Without one nothing handshakes.
     pub(crate) private_key: Option<Zeroizing<[u8; 32]>>,
+    /// The key that this one has taken over from, and up to when it counts beside it.
+    pub(crate) previous_key: Option<(Zeroizing<[u8; 32]>, Instant)>,
     /// Packets are padded up to this many bytes at most.
     pub(crate) mtu: usize,
 }
@@ -235,6 +237,8 @@ pub(crate) struct Hub {
     pub(crate) epoch: Instant,
     pub(crate) stop: AtomicBool,
     pub(crate) inboxes: Box<[Inbox]>,
+    /// The newest, for who may wait for a lock: never a shard.
+    pub(crate) settings: Mutex<Arc<Settings>>,
     /// For the handshake thread: its bell, and the newest of what it works with.
     pub(crate) handshake_wake: EventFd,
     pub(crate) handshake_settings: ArrayQueue<Arc<Settings>>,
@@ -252,6 +256,20 @@ pub(crate) struct Hub {
 }
 
 impl Hub {
+    /// Changes the settings of every thread.
+    pub(crate) fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
+        let mut current = lock(&self.settings);
+        let mut settings = Settings::clone(&current);
+        change(&mut settings);
+        *current = Arc::new(settings);
+        for inbox in &self.inboxes {
+            drop(inbox.settings.force_push(Arc::clone(&current)));
+            inbox.wake.ring();
+        }
+        drop(self.handshake_settings.force_push(Arc::clone(&current)));
+        self.handshake_wake.signal();
+    }
+
     pub(crate) fn new(epoch: Instant, shards: usize) -> io::Result<Hub> {
         Ok(Hub {
             epoch,
@@ -259,6 +277,7 @@ impl Hub {
             inboxes: (0..shards)
                 .map(|_| Inbox::new(shards))
                 .collect::<io::Result<_>>()?,
+            settings: Mutex::default(),
             handshake_wake: EventFd::new()?,
             handshake_settings: ArrayQueue::new(1),
             handshake_sockets: ArrayQueue::new(1),

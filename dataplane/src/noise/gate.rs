@@ -35,12 +35,12 @@ use rand::CryptoRng;
 use super::cookie::CookieChecker;
 use super::handshake::peek_checked;
 use super::message::{
-    CookieReply, Initiation, KIND_COOKIE_REPLY, KIND_INITIATION, KIND_RESPONSE, Response,
-    check_mac1, kind_of, view,
+    CookieReply, Initiation, KIND_COOKIE_REPLY, KIND_INITIATION, KIND_RESPONSE, Response, kind_of,
+    view,
 };
 use super::recent::{Recent, Seen};
 use super::sources::{PER_SOURCE_BURST, PER_SOURCE_PER_SECOND, Sources, source};
-use super::{COOKIE_REPLY_LEN, Error, LocalKeys, PeekedInitiation};
+use super::{COOKIE_REPLY_LEN, Error, LocalKeys, Ours, PeekedInitiation, Previous};
 use crate::stats::DropReason;
 
 /// Initiations with a right MAC1 taken in a second on average before senders must prove their
@@ -141,6 +141,7 @@ impl Bucket {
 pub struct Gate {
     /// Without a key nothing passes.
     local: Option<Arc<LocalKeys>>,
+    previous: Option<Arc<Previous>>,
     load: Bucket,
     /// Under load before this.
     loaded_until: Option<Instant>,
@@ -162,6 +163,7 @@ impl Gate {
     pub fn new(now: Instant, local: Option<Arc<LocalKeys>>, rng: &mut impl CryptoRng) -> Gate {
         Gate {
             local,
+            previous: None,
             load: Bucket::new(now, LOAD_PER_SECOND, LOAD_BURST),
             loaded_until: None,
             checker: CookieChecker::default(),
@@ -179,6 +181,11 @@ impl Gate {
     /// Replaces our key. Cookies given out stay good; they prove addresses, not keys.
     pub fn set_local(&mut self, local: Option<Arc<LocalKeys>>) {
         self.local = local;
+    }
+
+    /// What is made for this key is taken too, while it counts.
+    pub fn set_previous(&mut self, previous: Option<Arc<Previous>>) {
+        self.previous = previous;
     }
 
     /// True if senders must prove their addresses.
@@ -199,7 +206,9 @@ impl Gate {
         let Some(local) = self.local.clone() else {
             return Verdict::Drop(DropReason::HandshakeNoKey);
         };
-        self.check(now, from, standing, &local, message, rng)
+        let previous = self.previous.clone();
+        let ours = Ours::at(now, &local, previous.as_deref());
+        self.check(now, from, standing, ours, message, rng)
             .unwrap_or_else(Verdict::Drop)
     }
 
@@ -208,23 +217,26 @@ impl Gate {
         now: Instant,
         from: SocketAddr,
         standing: Standing,
-        local: &LocalKeys,
+        ours: Ours<'_>,
         message: &[u8],
         rng: &mut impl CryptoRng,
     ) -> Result<Verdict, DropReason> {
         match kind_of(message).ok_or(Error::Length)? {
             KIND_INITIATION => {
                 let initiation: &Initiation = view(message, KIND_INITIATION)?;
-                match self.admit(now, from, standing, local, message, initiation, rng)? {
+                match self.admit(now, from, standing, ours, message, initiation, rng)? {
                     Some(novelty) => Ok(Verdict::Unproven(novelty)),
-                    None => Ok(Verdict::Initiation(peek_checked(local, initiation)?)),
+                    None => {
+                        let peeked = peek_checked(ours.addressed(message)?, initiation)?;
+                        Ok(Verdict::Initiation(peeked))
+                    }
                 }
             }
             KIND_RESPONSE => {
                 let response: &Response = view(message, KIND_RESPONSE)?;
                 let index = response.receiver.get();
                 self.answers(now, standing, index)?;
-                check_mac1(&local.labels.mac1, message)?;
+                ours.addressed(message)?;
                 Ok(Verdict::Response(index))
             }
             KIND_COOKIE_REPLY => {
@@ -254,26 +266,25 @@ impl Gate {
         now: Instant,
         from: SocketAddr,
         standing: Standing,
-        local: &LocalKeys,
+        ours: Ours<'_>,
         message: &[u8],
         initiation: &Initiation,
         rng: &mut impl CryptoRng,
     ) -> Result<Option<Novelty>, DropReason> {
-        let key = &local.labels.mac1;
         if !self.under_load(now) {
-            check_mac1(key, message)?;
+            ours.addressed(message)?;
             if self.load.take(now) {
                 return Ok(None);
             }
             self.loaded_until = Some(now + LOAD_LASTS);
         }
         if standing == Standing::Known && self.known.take(now, self.hasher.hash_one(from)) {
-            check_mac1(key, message)?;
+            ours.addressed(message)?;
             return Ok(None);
         }
         // Who has no cookie sends zeros: there is nothing to compute then.
         if initiation.macs.mac2 != [0; 16] {
-            check_mac1(key, message)?;
+            ours.addressed(message)?;
             if self.checker.check(now, from, message, rng) {
                 return if self.sources.allow(now, from.ip()) {
                     Ok(None)
@@ -287,7 +298,7 @@ impl Gate {
             // Looked at only if it is drawn.
             return Ok(Some(Novelty::Again));
         }
-        check_mac1(key, message)?;
+        ours.addressed(message)?;
         self.count_load(now);
         let passes = seen == Seen::Returned && self.returned.take(now);
         Ok((!passes).then_some(Novelty::New))
@@ -314,6 +325,8 @@ impl Gate {
         reply: &mut [u8; COOKIE_REPLY_LEN],
     ) -> Result<(), DropReason> {
         let local = self.local.clone().ok_or(DropReason::HandshakeNoKey)?;
+        let previous = self.previous.clone();
+        let ours = Ours::at(now, &local, previous.as_deref());
         let initiation: &Initiation = view(message, KIND_INITIATION)?;
         let rate = match class {
             Novelty::New => &mut self.new,
@@ -323,12 +336,16 @@ impl Gate {
             return Err(DropReason::HandshakeLimited);
         }
         if class == Novelty::Again {
-            check_mac1(&local.labels.mac1, message)?;
+            ours.addressed(message)?;
             self.count_load(now);
         }
+        let local = match ours.previous() {
+            Some(_) => ours.addressed(message)?,
+            None => ours.local(),
+        };
         let (sender, mac1) = (initiation.sender.get(), &initiation.macs.mac1);
         self.checker
-            .reply(now, from, &local, sender, mac1, rng, reply);
+            .reply(now, from, local, sender, mac1, rng, reply);
         Ok(())
     }
 }

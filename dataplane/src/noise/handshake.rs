@@ -95,6 +95,8 @@ impl std::fmt::Debug for Initiated {
 /// [`consume_initiation`] says so.
 pub struct PeekedInitiation {
     peer: [u8; KEY_LEN],
+    /// The key of ours that it was made for.
+    to: [u8; KEY_LEN],
     sender_index: u32,
     ephemeral: [u8; KEY_LEN],
     sealed_timestamp: [u8; Tai64n::LEN + TAG_LEN],
@@ -106,6 +108,12 @@ impl PeekedInitiation {
     #[must_use]
     pub fn peer(&self) -> &[u8; KEY_LEN] {
         &self.peer
+    }
+
+    /// Whether it was made for this key of ours.
+    #[must_use]
+    pub fn is_to(&self, local: &LocalKeys) -> bool {
+        self.to == local.public
     }
 }
 
@@ -238,6 +246,7 @@ pub(super) fn peek_checked(
     sealed_static.zeroize();
     Ok(PeekedInitiation {
         peer,
+        to: local.public,
         sender_index: message.sender.get(),
         ephemeral: message.ephemeral,
         sealed_timestamp: message.sealed_timestamp,

@@ -1,8 +1,11 @@
 //! What is computed once per key: ours and a peer's.
 
+use std::time::Instant;
+
 use x25519_dalek::{PublicKey, StaticSecret};
 use zeroize::{Zeroize as _, ZeroizeOnDrop, Zeroizing};
 
+use super::message::check_mac1;
 use super::symmetric::{dh, hash, start_hash};
 use super::{Error, KEY_LEN};
 
@@ -60,6 +63,72 @@ impl LocalKeys {
     }
 }
 
+/// The key that ours has replaced: what was made for it counts up to a moment.
+pub struct Previous {
+    local: LocalKeys,
+    until: Instant,
+}
+
+impl Previous {
+    /// Computes as [`LocalKeys::new`].
+    #[must_use]
+    pub fn new(private: &[u8; KEY_LEN], until: Instant) -> Previous {
+        Previous {
+            local: LocalKeys::new(private),
+            until,
+        }
+    }
+
+    /// The key, while it counts.
+    #[must_use]
+    pub fn at(&self, now: Instant) -> Option<&LocalKeys> {
+        (now < self.until).then_some(&self.local)
+    }
+}
+
+/// The keys of ours that a message may be made for.
+#[derive(Clone, Copy)]
+pub struct Ours<'a> {
+    local: &'a LocalKeys,
+    previous: Option<&'a LocalKeys>,
+}
+
+impl<'a> Ours<'a> {
+    /// Those that count at a moment.
+    #[must_use]
+    pub fn at(now: Instant, local: &'a LocalKeys, previous: Option<&'a Previous>) -> Ours<'a> {
+        Ours {
+            local,
+            previous: previous.and_then(|previous| previous.at(now)),
+        }
+    }
+
+    /// The one that messages are made with now.
+    #[must_use]
+    pub fn local(&self) -> &'a LocalKeys {
+        self.local
+    }
+
+    /// The one before it.
+    #[must_use]
+    pub fn previous(&self) -> Option<&'a LocalKeys> {
+        self.previous
+    }
+
+    /// The key that an initiation or response was made for, by its MAC1.
+    ///
+    /// # Errors
+    /// [`Error::Mac1`] if for none of them, [`Error::Length`] if it is too short for one.
+    pub fn addressed(&self, message: &[u8]) -> Result<&'a LocalKeys, Error> {
+        match (check_mac1(&self.local.labels.mac1, message), self.previous) {
+            (Err(Error::Mac1), Some(previous)) => {
+                check_mac1(&previous.labels.mac1, message).map(|()| previous)
+            }
+            (checked, _) => checked.map(|()| self.local),
+        }
+    }
+}
+
 /// The public key that belongs to a private one.
 #[cfg(feature = "internals")]
 #[must_use]
@@ -99,6 +168,17 @@ impl Remote {
             shared: dh(&local.private, public).ok(),
             preshared: preshared.copied().unwrap_or_default(),
             labels: Labels::new(public),
+        }
+    }
+
+    /// The same peer for another key of ours.
+    #[must_use]
+    pub fn towards(&self, local: &LocalKeys) -> Remote {
+        Remote {
+            public: self.public,
+            shared: dh(&local.private, &self.public).ok(),
+            preshared: self.preshared,
+            labels: self.labels.clone(),
         }
     }
 

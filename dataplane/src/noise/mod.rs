@@ -77,7 +77,7 @@ pub use handshake::{
 };
 #[cfg(feature = "internals")]
 pub use keys::public_key;
-pub use keys::{LocalKeys, Remote};
+pub use keys::{LocalKeys, Ours, Previous, Remote};
 pub(crate) use sources::Sources;
 pub use symmetric::{SymmetricState, dh};
 pub use tai64n::Tai64n;
@@ -106,7 +106,14 @@ macro_rules! secret {
     )*};
 }
 
-secret!(Cookie, CookieStoreState, LocalKeys, Remote, SymmetricState);
+secret!(
+    Cookie,
+    CookieStoreState,
+    LocalKeys,
+    Previous,
+    Remote,
+    SymmetricState
+);
 
 /// Why a message is not taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

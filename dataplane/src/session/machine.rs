@@ -21,7 +21,8 @@ use super::window::Window;
 use super::{
     BATCH_MAX, Change, FRESH, INITIATION_INTERVAL_MIN, KEEPALIVE_TIMEOUT, MESSAGE_LEN_MAX, Moment,
     OpenReport, Opened, Outcome, Own, QUIET_LIMIT, RECEIVE_REKEY_AFTER_TIME, REJECT_AFTER_TIME,
-    REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, Stamps, ZERO_AFTER_TIME,
+    REKEY_AFTER_TIME, REKEY_ATTEMPT_TIME, REKEY_TIMEOUT, RENEWAL_QUIET_LIMIT, RENEWAL_RETRY,
+    Stamps, ZERO_AFTER_TIME,
 };
 use crate::aead::{Aead, Open};
 use crate::classify::{
@@ -35,6 +36,10 @@ use crate::types::PeerId;
 pub(crate) struct Machine {
     pub(super) peer: PeerId,
     pub(super) remote: Remote,
+    /// Of the key of ours that `remote` and `initiated` are for, and of the one that the newest handshake
+    /// was made under.
+    generation: u32,
+    met: Option<u32>,
     pub(super) keys: Keypairs,
     /// Our outstanding initiation. It stays when the peer's is answered: whichever response comes
     /// completes a handshake, so initiations that cross stall nobody.
@@ -60,16 +65,20 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// A session without keys. A persistent keep-alive, in seconds, is due at once.
+    /// A session without keys; `remote` is for the key of ours of that `generation`. A persistent
+    /// keep-alive, in seconds, is due at once.
     pub(super) fn new(
         now: Instant,
         peer: PeerId,
         remote: Remote,
+        generation: u32,
         keepalive: Option<u16>,
     ) -> Machine {
         let mut machine = Machine {
             peer,
             remote,
+            generation,
+            met: None,
             keys: Keypairs::default(),
             initiated: None,
             attempt: None,
@@ -86,6 +95,34 @@ impl Machine {
         };
         machine.set_keepalive(now, keepalive);
         machine
+    }
+
+    /// Goes over to the key that is ours now: not when it changes, for that costs a Diffie-Hellman
+    /// computation each.
+    fn renew(&mut self, own: &mut Own, now: Instant) {
+        if self.generation == own.generation {
+            return;
+        }
+        self.remote = self.remote.towards(&own.local);
+        self.generation = own.generation;
+        if self.initiated.is_some() {
+            self.forget_initiation(own);
+            self.want_initiation(own, now);
+        }
+    }
+
+    /// Whether our key is being renewed, and the peer was not met under the new one.
+    fn renewing(&self, own: &Own, now: Instant) -> bool {
+        own.ours(now).previous().is_some() && self.met != Some(own.generation)
+    }
+
+    /// How long no initiation follows a handshake message.
+    fn retry_after(&self, own: &Own, now: Instant) -> Duration {
+        if self.renewing(own, now) {
+            RENEWAL_RETRY
+        } else {
+            REKEY_TIMEOUT
+        }
     }
 
     /// Changes the persistent keep-alive; one that begins is due at once.
@@ -182,13 +219,13 @@ impl Machine {
         let distance = if again {
             INITIATION_INTERVAL_MIN
         } else {
-            REKEY_TIMEOUT
+            self.retry_after(own, at.now)
         };
         if let Some(sent) = self.handshake_sent
             && at.now.saturating_duration_since(sent) < distance
         {
             if self.initiated.is_none() {
-                self.want_initiation(at.now);
+                self.want_initiation(own, at.now);
             } else if again {
                 self.alarms.set_no_later(Alarm::Retransmit, sent + distance);
             }
@@ -220,11 +257,12 @@ impl Machine {
     }
 
     /// Sees to it that an initiation goes out as soon as one may, unless one is outstanding.
-    fn want_initiation(&mut self, now: Instant) {
+    fn want_initiation(&mut self, own: &Own, now: Instant) {
         if self.initiated.is_none() {
+            let distance = self.retry_after(own, now);
             let earliest = self
                 .handshake_sent
-                .map_or(now, |sent| now.max(sent + REKEY_TIMEOUT));
+                .map_or(now, |sent| now.max(sent + distance));
             self.alarms.set_no_later(Alarm::Initiate, earliest);
         }
     }
@@ -236,6 +274,7 @@ impl Machine {
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Option<usize> {
         self.forget_initiation(own);
+        self.renew(own, at.now);
         self.alarms.clear(Alarm::Initiate);
         let index = own.indexes.claim(&mut own.rng, self.peer);
         let stamp = Tai64n::next(at.wall, self.stamped);
@@ -260,8 +299,8 @@ impl Machine {
         self.stamped = Some(stamp);
         self.handshake_sent = Some(at.now);
         self.attempt.get_or_insert(at.now);
-        self.alarms
-            .set(Alarm::Retransmit, at.now + REKEY_TIMEOUT + own.jitter());
+        let retry_after = self.retry_after(own, at.now) + own.jitter();
+        self.alarms.set(Alarm::Retransmit, at.now + retry_after);
         self.authentic_sent(at.now);
         Some(INITIATION_LEN)
     }
@@ -292,7 +331,8 @@ impl Machine {
                 let peeked = match peeked {
                     Some(peeked) => peeked,
                     None => {
-                        own_half = noise::peek_initiation(&own.local, message)?;
+                        let local = own.ours(at.now).addressed(message)?;
+                        own_half = noise::peek_initiation(local, message)?;
                         &own_half
                     }
                 };
@@ -316,7 +356,19 @@ impl Machine {
         peeked: &PeekedInitiation,
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
-        let received = noise::consume_initiation(peeked, &self.remote)?;
+        let renewed = peeked.is_to(&own.local);
+        let generation = own.generation.wrapping_sub(u32::from(!renewed));
+        let local = own.key_of(generation, at.now);
+        let local = local.filter(|local| peeked.is_to(local));
+        let local = local.ok_or(DropReason::HandshakeMac)?;
+        let for_other;
+        let remote = if generation == self.generation {
+            &self.remote
+        } else {
+            for_other = self.remote.towards(local);
+            &for_other
+        };
+        let received = noise::consume_initiation(peeked, remote)?;
         let timestamp = received.timestamp();
         if self.newest.is_some_and(|newest| timestamp <= newest) {
             return Err(DropReason::HandshakeReplayed);
@@ -329,9 +381,13 @@ impl Machine {
         let room = out
             .first_chunk_mut::<RESPONSE_LEN>()
             .expect("a response is the shorter message");
-        let made = noise::response(&self.remote, received, index, cookie, &mut own.rng, room);
+        let made = noise::response(remote, received, index, cookie, &mut own.rng, room);
         own.renew_rng();
         let (keys, mac1) = made.inspect_err(|_| own.indexes.release(index))?;
+        if renewed {
+            self.renew(own, at.now);
+            self.met = Some(generation);
+        }
         self.newest = Some(timestamp);
         self.answered = Some(at.now);
         self.handshake_sent = Some(at.now);
@@ -357,16 +413,19 @@ impl Machine {
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Result<Outcome, DropReason> {
         let initiated = self.initiated.as_ref().ok_or(DropReason::UnknownIndex)?;
-        let keys = noise::consume_response(&own.local, &self.remote, initiated, message)?;
+        let local = own.key_of(self.generation, at.now);
+        let local = local.ok_or(DropReason::HandshakeMac)?;
+        let keys = noise::consume_response(local, &self.remote, initiated, message)?;
         // The index goes on as the keypair's.
         self.initiated = None;
+        self.met = Some(self.generation);
         self.keys
             .completed(keypair(&keys, at.now, true), &mut own.indexes);
         self.derived(at.now);
         self.authentic_received();
         self.established(own, at.now);
         Ok(Outcome {
-            message: self.keepalive_message(&own.aead, at.now, out),
+            message: self.keepalive_message(own, at.now, out),
             handshake: false,
             change: Change::Up,
         })
@@ -419,15 +478,15 @@ impl Machine {
     /// A keep-alive, if there are keys for it.
     fn keepalive_message(
         &mut self,
-        aead: &Aead,
+        own: &Own,
         now: Instant,
         out: &mut [u8; MESSAGE_LEN_MAX],
     ) -> Option<usize> {
         let message = &mut out[..DATA_LEN_MIN];
         self.sealing()?
-            .seal(aead, now, message, DATA_LEN_MIN)
+            .seal(&own.aead, now, message, DATA_LEN_MIN)
             .ok()?;
-        self.sealed(now);
+        self.sealed(own, now);
         Some(DATA_LEN_MIN)
     }
 
@@ -447,11 +506,11 @@ impl Machine {
         let sealed = sealing.seal(&own.aead, now, messages, stride);
         if sealed.is_err() {
             // The last counters are gone, or the last second is.
-            self.want_initiation(now);
+            self.want_initiation(own, now);
             return sealed;
         }
         self.expect_answer(own, now);
-        self.sealed(now);
+        self.sealed(own, now);
         Ok(())
     }
 
@@ -478,12 +537,15 @@ impl Machine {
             }
             Some(_) => {}
         }
-        self.rekey_if_due(now);
+        self.rekey_if_due(own, now);
     }
 
     /// Data was sealed: unless something comes back, there is a new handshake.
     fn expect_answer(&mut self, own: &mut Own, now: Instant) {
-        if self.alarms.get(Alarm::NewHandshake).is_none() {
+        if self.renewing(own, now) {
+            self.alarms
+                .set_no_later(Alarm::NewHandshake, now + RENEWAL_QUIET_LIMIT);
+        } else if self.alarms.get(Alarm::NewHandshake).is_none() {
             let fresh_until = self.born(now) + FRESH + own.jitter();
             self.alarms
                 .set(Alarm::NewHandshake, (now + QUIET_LIMIT).max(fresh_until));
@@ -491,18 +553,18 @@ impl Machine {
     }
 
     /// A batch was sealed, keep-alives included.
-    fn sealed(&mut self, now: Instant) {
+    fn sealed(&mut self, own: &Own, now: Instant) {
         self.authentic_sent(now);
-        self.rekey_if_due(now);
+        self.rekey_if_due(own, now);
     }
 
     /// Who seals asks for new keys in time (§6.2).
-    fn rekey_if_due(&mut self, now: Instant) {
+    fn rekey_if_due(&mut self, own: &Own, now: Instant) {
         if self
             .sealing()
             .is_some_and(|sealing| sealing.wants_rekey(now, REKEY_AFTER_TIME))
         {
-            self.want_initiation(now);
+            self.want_initiation(own, now);
         }
     }
 
@@ -566,7 +628,7 @@ impl Machine {
         let late = |sealing: &Sealing| sealing.wants_rekey(now, RECEIVE_REKEY_AFTER_TIME);
         if !self.late_rekey && self.sealing().is_some_and(late) {
             self.late_rekey = true;
-            self.want_initiation(now);
+            self.want_initiation(own, now);
         }
         report
     }
@@ -604,7 +666,7 @@ impl Machine {
                 }
                 Alarm::PassiveKeepalive => {
                     let another = std::mem::take(&mut self.another_keepalive);
-                    outcome.message = self.keepalive_message(&own.aead, at.now, out);
+                    outcome.message = self.keepalive_message(own, at.now, out);
                     if another {
                         self.alarms
                             .set(Alarm::PassiveKeepalive, at.now + KEEPALIVE_TIMEOUT);
@@ -612,7 +674,7 @@ impl Machine {
                 }
                 Alarm::PersistentKeepalive => {
                     self.traversed(at.now);
-                    outcome.message = self.keepalive_message(&own.aead, at.now, out);
+                    outcome.message = self.keepalive_message(own, at.now, out);
                     if outcome.message.is_none() {
                         outcome.set_handshake(self.initiate(own, at, false, out));
                     }

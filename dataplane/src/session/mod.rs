@@ -75,6 +75,9 @@
 //! * A new way to the peer gets a new initiation at once ([`INITIATION_INTERVAL_MIN`]).
 //! * Data that cannot be opened makes one initiation ([`Session::initiate_once`]): a peer may go on
 //!   with keys that we have lost.
+//! * Our key can be renewed under living sessions ([`Engine::renew_key`]): we begin handshakes with the
+//!   new one, and answer those for the one before for a while. Who has no session under the new one may
+//!   have given up the old ones: initiations come sooner ([`RENEWAL_QUIET_LIMIT`], [`RENEWAL_RETRY`]).
 //! * An attempt that is given up drops its ephemeral key at once, and each retry the one before, so
 //!   none lives until §6.3 erases it.
 
@@ -129,7 +132,7 @@ pub(crate) use {keypair::keypair_cost, opened::SPANS_ROOM};
 use crate::aead::Aead;
 use crate::classify::DATA_HEADER_LEN;
 use crate::config;
-use crate::noise::{LocalKeys, PeekedInitiation, Remote, Tai64n};
+use crate::noise::{LocalKeys, Ours, PeekedInitiation, Previous, Remote, Tai64n};
 use crate::packet::segment::Plan;
 use crate::stats::DropReason;
 use crate::types::{PeerConfig, PeerId};
@@ -184,6 +187,11 @@ const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const QUIET_LIMIT: Duration = Duration::from_secs(3);
 /// And keys are fresh for this long.
 const FRESH: Duration = Duration::from_secs(15);
+/// The same, and the time between initiations, while our key is being renewed and the peer has not been
+/// met under the new one: it may have given up our sessions with the old, and learns of the new one at
+/// any moment.
+const RENEWAL_QUIET_LIMIT: Duration = Duration::from_millis(250);
+const RENEWAL_RETRY: Duration = Duration::from_millis(400);
 
 /// When a call happens: a time to reckon with, and the wall clock (since the start of 1970), which
 /// goes into initiations and nowhere else.
@@ -207,12 +215,31 @@ pub(crate) struct Engine {
 /// The parts that our own sessions use.
 struct Own {
     local: LocalKeys,
+    /// The key before it, until it is erased.
+    previous: Option<Previous>,
+    /// Grows with every renewal.
+    generation: u32,
     aead: Aead,
     rng: StdRng,
     indexes: Indexes,
 }
 
 impl Own {
+    /// The keys that messages may be made for.
+    fn ours(&self, now: Instant) -> Ours<'_> {
+        Ours::at(now, &self.local, self.previous.as_ref())
+    }
+
+    /// The key of a generation, while it counts.
+    fn key_of(&self, generation: u32, now: Instant) -> Option<&LocalKeys> {
+        let ours = self.ours(now);
+        match self.generation.wrapping_sub(generation) {
+            0 => Some(ours.local()),
+            1 => ours.previous(),
+            _ => None,
+        }
+    }
+
     /// Erases the generator and goes on with one that it has seeded. To be called when it has given
     /// an ephemeral key: a generator keeps its seed, so whoever came by it later could compute every
     /// key it ever gave.
@@ -249,6 +276,8 @@ impl Engine {
             mtu,
             own: Own {
                 local: LocalKeys::new(private_key),
+                previous: None,
+                generation: 0,
                 aead: Aead::detect(),
                 rng,
                 indexes: Indexes::new(shard, counted_bits),
@@ -257,6 +286,30 @@ impl Engine {
             tunn: (kind == config::Engine::Boringtun)
                 .then(|| Box::new(tunn::Common::new(private_key))),
         }
+    }
+
+    /// Makes messages with another private key from now on; those for the one before are answered up to a
+    /// moment. False if it cannot: boringtun's sessions have it for their life.
+    #[must_use]
+    pub(crate) fn renew_key(
+        &mut self,
+        key: &Zeroizing<[u8; 32]>,
+        previous: &Zeroizing<[u8; 32]>,
+        until: Instant,
+    ) -> bool {
+        #[cfg(feature = "boringtun")]
+        if self.tunn.is_some() {
+            return false;
+        }
+        self.own.local = LocalKeys::new(key);
+        self.own.generation = self.own.generation.wrapping_add(1);
+        self.keep_key(Some((previous, until)));
+        true
+    }
+
+    /// What is made for this key before ours is answered up to a moment.
+    pub(crate) fn keep_key(&mut self, previous: Option<(&Zeroizing<[u8; 32]>, Instant)>) {
+        self.own.previous = previous.map(|(key, until)| Previous::new(key, until));
     }
 
     /// Shows the handshake thread under which receiver indexes answers are awaited.
@@ -333,7 +386,9 @@ impl Engine {
             return Session::Boringtun(Box::new(tunnel));
         }
         let remote = Remote::new(&self.own.local, &config.public_key, preshared);
-        Session::Ours(Box::new(Machine::new(now, config.id, remote, keepalive)))
+        let generation = self.own.generation;
+        let machine = Machine::new(now, config.id, remote, generation, keepalive);
+        Session::Ours(Box::new(machine))
     }
 
     /// Ends a session.

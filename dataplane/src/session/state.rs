@@ -130,7 +130,7 @@ impl Machine {
     ) -> Option<Machine> {
         // What is too long ago for an instant is as good as never.
         let ago = |age: Option<Duration>| now.checked_sub(age?);
-        let mut machine = Machine::new(now, peer, remote, None);
+        let mut machine = Machine::new(now, peer, remote, own.generation, None);
         if let Some(bytes) = &state.initiated {
             let initiated = Initiated::import(bytes);
             own.indexes.take_up(initiated.index(), peer).then_some(())?;

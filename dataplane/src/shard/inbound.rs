@@ -401,6 +401,10 @@ impl Shard<'_> {
     /// Handles handshake messages that passed the handshake thread.
     pub(super) fn handshakes(&mut self) {
         for message in up_to(HANDSHAKES_PER_TURN_MAX, &self.inbox.handshakes) {
+            // It may have passed the handshake thread under a key that came while we were here.
+            if let Some(settings) = self.inbox.settings.pop() {
+                self.apply(settings);
+            }
             let source = Source::Udp(message.from);
             let peeked = message.peeked.as_deref();
             self.handshake(message.peer, source, message.local, &message.bytes, peeked);

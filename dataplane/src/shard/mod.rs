@@ -372,16 +372,28 @@ impl<'a> Shard<'a> {
         }
     }
 
-    /// Takes over our key and the MTU. Another key ends every session.
+    /// Takes over our keys and the MTU. Another key ends every session, but where it renews the one
+    /// before.
     fn apply(&mut self, settings: Arc<Settings>) {
         self.flush_runs();
-        let same_key = settings.private_key == self.settings.private_key;
-        self.settings = settings;
+        let before = std::mem::replace(&mut self.settings, Arc::clone(&settings));
+        let previous = settings.previous_key.as_ref();
+        let goes_on = match (&before.private_key, &settings.private_key, &mut self.engine) {
+            (old, new, Some(engine)) if old == new => {
+                engine.keep_key(previous.map(|(key, until)| (key, *until)));
+                true
+            }
+            (old, new, None) => old == new,
+            (Some(old), Some(new), Some(engine)) => previous.is_some_and(|(previous, until)| {
+                previous == old && engine.renew_key(new, previous, *until)
+            }),
+            (_, _, Some(_)) => false,
+        };
         match &mut self.engine {
-            Some(engine) if same_key => engine.set_mtu(self.settings.mtu),
-            _ if same_key => {}
+            Some(engine) if goes_on => engine.set_mtu(settings.mtu),
+            _ if goes_on => {}
             _ => {
-                self.engine = engine(self.inbox, self.id, self.kind, &self.settings);
+                self.engine = engine(self.inbox, self.id, self.kind, &settings);
                 for id in self.peers.end_sessions() {
                     self.initiate(id, false);
                 }

@@ -42,6 +42,7 @@ fn seat() -> Seat {
         cpu: None,
         settings: Arc::new(Settings {
             private_key: Some(Zeroizing::new(OWN_KEY)),
+            previous_key: None,
             mtu: 1420,
         }),
         roam: false,

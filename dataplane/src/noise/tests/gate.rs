@@ -208,6 +208,35 @@ fn a_new_private_key_counts_at_once() {
 }
 
 #[test]
+fn the_key_before_ours_counts_for_a_while_under_load_too() {
+    for load in [false, true] {
+        let mut lab = Lab::new();
+        if load {
+            lab.flood();
+        }
+        let until = lab.now + Duration::from_secs(30);
+        let old = Previous::new(lab.b.local.private.as_bytes(), until);
+        let new = LocalKeys::new(&[7; 32]);
+        let to_new = Remote::new(&lab.a.local, new.public(), None);
+        lab.gate.set_local(Some(Arc::new(new)));
+        lab.gate.set_previous(Some(Arc::new(old)));
+        for key_of_the_peer in [None, Some(to_new)] {
+            if let Some(remote) = key_of_the_peer {
+                lab.a.remote = remote;
+            }
+            // The cookie is sealed under the key that the message was for.
+            let cookie = load.then(|| lab.cookie(from(1)));
+            let message = lab.initiate(cookie.as_ref());
+            assert!(lab.passes(from(1), &message));
+        }
+        lab.a.remote = Remote::new(&lab.a.local, lab.b.local.public(), None);
+        lab.now = until;
+        let late = lab.initiate(None);
+        assert_eq!(lab.refusal(&late), DropReason::HandshakeMac);
+    }
+}
+
+#[test]
 fn under_load_only_a_cookie_opens_the_gate() {
     let mut lab = Lab::new();
     lab.flood();

@@ -919,3 +919,93 @@ fn data_sealed_elsewhere_puts_a_persistent_keepalive_off() {
     let said = pass(&mut a, 1.05, 6.0);
     assert_eq!(times(&said, Said::Keepalive), [3.0, 5.0]);
 }
+
+/// The end with the private key 1 goes over to 3.
+fn renew(end: &mut End, seconds: f64) {
+    let until = secs(seconds).now + crate::dataplane::RENEWAL;
+    assert!(end.engine.renew_key(&private(3), &private(1), until));
+}
+
+/// What the peer that knows it by its new key has.
+fn acquainted() -> End {
+    end(OURS, 2, &peer_config(3, None))
+}
+
+#[test]
+fn a_renewed_key_ends_no_session_and_both_keys_are_answered_for_thirty_seconds() {
+    let (mut a, mut b) = joined(OURS);
+    renew(&mut a, 20.0);
+    carry(20.0, &mut a, &mut b);
+    carry(20.0, &mut b, &mut a);
+    // Who does not know of it yet handshakes with the old key, and who does with the new one.
+    shake(secs(21.0), &mut b, &mut a);
+    carry(21.0, &mut a, &mut b);
+    let mut b = acquainted();
+    shake(secs(22.0), &mut b, &mut a);
+    carry(22.0, &mut a, &mut b);
+    let mut late = end(OURS, 2, &peer_config(1, None));
+    let before = late.initiate(secs(49.9));
+    assert!(a.handshake(secs(49.9), &before).is_ok());
+    let after = late.initiate(secs(50.1));
+    let refused = a.handshake(secs(50.1), &after).unwrap_err();
+    assert_eq!(refused, DropReason::HandshakeMac);
+    carry(50.1, &mut b, &mut a);
+    // Erased.
+    a.engine.keep_key(None);
+    assert!(a.handshake(secs(30.0), &after).is_err());
+}
+
+#[test]
+fn what_was_begun_with_the_key_before_is_completed_with_it() {
+    let (mut a, mut b) = pair(OURS);
+    let response = answered(secs(0.0), &mut a, &mut b);
+    renew(&mut a, 0.0);
+    let (outcome, keepalive) = a.handshake(secs(0.1), &response).unwrap();
+    assert_eq!(outcome.change, Change::Up);
+    b.open(secs(0.1), &[&keepalive]);
+    carry(0.1, &mut a, &mut b);
+    // But not by who knows the new key already.
+    let (mut a, mut b) = pair(OURS);
+    let response = answered(secs(0.0), &mut a, &mut b);
+    renew(&mut a, 0.0);
+    shake(secs(0.1), &mut acquainted(), &mut a);
+    assert!(a.handshake(secs(0.2), &response).is_err());
+}
+
+#[test]
+fn a_peer_that_gave_up_our_sessions_with_the_key_is_met_within_a_second() {
+    let (mut a, mut b) = joined(OURS);
+    renew(&mut a, 1.0);
+    // It hears nothing of what we send, and learns of the new key between two initiations.
+    let _lost = a.seal(secs(1.0), &ipv4(100));
+    let said = pass(&mut a, 1.0, 1.6);
+    let initiations = times(&said, Said::Initiation);
+    assert_eq!(initiations.len(), 1);
+    assert_near(initiations[0], 1.25, 1.25);
+    let _lost = a.seal(secs(1.6), &ipv4(100));
+    let again = a.session.poll_timeout().unwrap();
+    let again = at(again - *START);
+    let (outcome, initiation) = a.step(again);
+    assert!(outcome.handshake && again.now < secs(2.0).now);
+    let initiation = initiation.unwrap();
+    let unknown = b.handshake(again, &initiation).unwrap_err();
+    assert_eq!(unknown, DropReason::HandshakeUnknownPeer);
+    let mut b = acquainted();
+    let (_, response) = b.handshake(again, &initiation).unwrap();
+    let (outcome, _) = a.handshake(again, &response).unwrap();
+    assert_eq!(outcome.change, Change::Up);
+    // From then on the paper's times count again.
+    let _unanswered = a.seal(again, &ipv4(100));
+    assert_silent(Said::Initiation, &mut a, 2.0, 16.6);
+}
+
+#[test]
+fn an_initiation_that_is_not_authentic_takes_nobody_over_to_the_new_key() {
+    let (mut a, mut b) = pair(OURS);
+    let response = answered(secs(0.0), &mut a, &mut b);
+    renew(&mut a, 0.0);
+    let forged = end(OURS, 4, &peer_config(3, None)).initiate(secs(0.1));
+    let refused = a.handshake(secs(0.1), &forged).unwrap_err();
+    assert_eq!(refused, DropReason::HandshakeUnknownPeer);
+    assert!(a.handshake(secs(0.2), &response).is_ok());
+}
