@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ringtail::coord::admin::Order;
+use ringtail::coord::admin::Change;
 use ringtail::coord::auth_key::{self, AuthKey};
 use ringtail::coord::server::ServerConfig;
 use ringtail::coord::{CoordConfig, CoordEvent, SelfState};
@@ -283,11 +283,8 @@ async fn nodes_join_see_each_other_and_hear_of_changes_soon() {
     second
         .state
         .send_modify(|state| state.routes = vec!["10.20.0.0/16".parse().unwrap()]);
-    let approve = Order::Approve {
-        node: "node2".to_owned(),
-        routes: vec!["10.20.0.0/16".parse().unwrap()],
-    };
-    server.orders().give(approve).await.unwrap();
+    let approve = Change::Approve(vec!["10.20.0.0/16".parse().unwrap()]);
+    server.orders().give(approve.of("node2")).await.unwrap();
     let routed = first
         .netmap(|netmap| netmap.peers[0].allowed_ips.len() == 3)
         .await;
@@ -425,9 +422,8 @@ async fn a_deleted_node_ends_at_once_and_an_expired_one_has_nobody_until_it_come
     second.netmap(|netmap| all(netmap) == [1]).await;
     first.netmap(|netmap| all(netmap) == [2]).await;
 
-    let node = "node2".to_owned();
     let begun = Instant::now();
-    orders.give(Order::Expire { node }).await.unwrap();
+    orders.give(Change::Expire.of("node2")).await.unwrap();
     let own = second.netmap(|netmap| netmap.self_node.expired).await;
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     assert_eq!(all(&own), [0; 0]);
@@ -459,7 +455,7 @@ async fn a_deleted_node_ends_at_once_and_an_expired_one_has_nobody_until_it_come
 
     let node = back.self_node.addresses[0].addr().to_string();
     let begun = Instant::now();
-    orders.give(Order::Delete { node }).await.unwrap();
+    orders.give(Change::Delete.of(node)).await.unwrap();
     let gone = first.netmap(|netmap| all(netmap).is_empty());
     gone.await;
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());

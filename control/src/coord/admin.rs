@@ -2,7 +2,8 @@
 //!
 //! An [`Order`] names a node in words. [`plan`] finds it among the stored ones and says what is to
 //! be written; whoever owns the store commits that, and a running server then puts it into force
-//! by [`Server::put`](super::server::Server::put). Nothing here knows whether a server runs.
+//! by [`Server::put`](super::server::Server::put). Nothing here knows whether a server runs; whom it
+//! may let in who waits is known to a server alone.
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -12,34 +13,44 @@ use super::routes::{APPROVALS_MAX, announced};
 use super::server::{NodeRecord, Write};
 use crate::key::{MachinePublic, NodePublic};
 
-/// What is to be done. `node` is an id, a name, an inner address, a node key or a machine key.
+/// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Order {
-    /// The node is no member any more, and nothing of it stays.
-    Delete {
-        /// Which.
+    /// A stored node is changed.
+    Node {
+        /// Its id, name, an inner address, its node key or its machine key.
         node: String,
+        /// How.
+        change: Change,
     },
+    /// The machine that waits under a code is let in.
+    Admit {
+        /// As the machine's user was shown it; the URL it is in will do.
+        code: String,
+    },
+}
+
+/// What is done with a node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Change {
+    /// It is no member any more, and nothing of it stays.
+    Delete,
     /// Its key is no good from now on; it stays what it is, and comes back with an auth key.
-    Expire {
-        /// Which.
-        node: String,
-    },
-    /// These routes count when it announces them.
-    Approve {
-        /// Which.
-        node: String,
-        /// Without host bits.
-        routes: Vec<IpNet>,
-    },
-    /// These do not any more.
-    Revoke {
-        /// Which.
-        node: String,
-        /// Each of them approved.
-        routes: Vec<IpNet>,
-    },
+    Expire,
+    /// These routes, without host bits, count when it announces them.
+    Approve(Vec<IpNet>),
+    /// These, each of them approved, do not any more.
+    Revoke(Vec<IpNet>),
+}
+
+impl Change {
+    /// The order that has it done to a node.
+    pub fn of(self, node: impl Into<String>) -> Order {
+        let node = node.into();
+        Order::Node { node, change: self }
+    }
 }
 
 /// An order that was carried out: the node as it is, or was.
@@ -76,36 +87,46 @@ pub enum Refusal {
     /// It would be more than [`APPROVALS_MAX`].
     #[error("{0} would have more than {APPROVALS_MAX} approved routes")]
     TooMany(String),
+    /// No machine waits under it, not or no more.
+    #[error(
+        "no machine waits under {0:?}: a code is good for 30 minutes, and until the server stops; \
+         whoever asks again is shown another"
+    )]
+    NoSuchCode(String),
+    /// A machine that waits cannot be let in.
+    #[error("{0}")]
+    NoPlace(String),
+    /// Who waits is known to a server that runs.
+    #[error("the coordination server does not run here, so no machine waits for it")]
+    NobodyWaits,
     /// Not masked.
     #[error("{0} has bits set behind the prefix")]
     HostBits(IpNet),
 }
 
-/// What is to be written, if anything, and what is said of it afterwards.
+/// What is to be written, if anything, to change the node that goes by `node`, and what is said of it
+/// afterwards.
 ///
 /// # Errors
 /// [`Refusal`]; nothing is to be done then.
 pub fn plan<'a>(
     nodes: impl Iterator<Item = &'a NodeRecord>,
-    order: &Order,
+    node: &str,
+    change: &Change,
     wall: OffsetDateTime,
 ) -> Result<(Option<Write>, Done), Refusal> {
-    let (Order::Delete { node }
-    | Order::Expire { node }
-    | Order::Approve { node, .. }
-    | Order::Revoke { node, .. }) = order;
     let old = find(nodes, node)?;
     let mut record = old.clone();
-    match order {
-        Order::Delete { .. } => {
+    match change {
+        Change::Delete => {
             return Ok((Some(Write::Delete(old.id)), Done::of(old, true)));
         }
         // Whole seconds, as it is stored: a restart must not change it.
-        Order::Expire { .. } => {
+        Change::Expire => {
             let now = wall.replace_nanosecond(0).unwrap_or(wall);
             record.expires.get_or_insert(now);
         }
-        Order::Approve { routes, .. } => {
+        Change::Approve(routes) => {
             if let Some(bad) = routes.iter().find(|route| route.trunc() != **route) {
                 return Err(Refusal::HostBits(*bad));
             }
@@ -116,7 +137,7 @@ pub fn plan<'a>(
                 return Err(Refusal::TooMany(record.name));
             }
         }
-        Order::Revoke { routes, .. } => {
+        Change::Revoke(routes) => {
             if let Some(other) = routes.iter().find(|route| !old.approved.contains(route)) {
                 return Err(Refusal::NotApproved(record.name, *other));
             }
@@ -129,7 +150,8 @@ pub fn plan<'a>(
 }
 
 impl Done {
-    fn of(record: &NodeRecord, changed: bool) -> Self {
+    /// What is said of this node.
+    pub fn of(record: &NodeRecord, changed: bool) -> Self {
         Self {
             id: record.id,
             name: record.name.clone(),
@@ -248,30 +270,23 @@ mod tests {
     #[test]
     fn an_order_changes_the_one_thing_it_names() {
         let nodes = [node(1, "a"), node(2, "b")];
-        let orders = |order: &Order| plan(nodes.iter(), order, WALL);
-        let name = || "b".to_owned();
-        let (write, done) = orders(&Order::Delete { node: name() }).unwrap();
+        let orders = |change: &Change| plan(nodes.iter(), "b", change, WALL);
+        let (write, done) = orders(&Change::Delete).unwrap();
         assert_eq!(
             (write, done.id, done.auth_key),
             (Some(Write::Delete(2)), 2, Some(5))
         );
-        let (write, _) = orders(&Order::Expire { node: name() }).unwrap();
+        let (write, _) = orders(&Change::Expire).unwrap();
         let mut want = nodes[1].clone();
         want.expires = WALL.replace_nanosecond(0).ok();
         assert_eq!(write, Some(Write::Save(Box::new(want.clone()))));
         // Again, later: it has been so since then.
         let later = WALL + time::Duration::HOUR;
-        let again = plan([want].iter(), &Order::Expire { node: name() }, later).unwrap();
+        let again = plan([want].iter(), "b", &Change::Expire, later).unwrap();
         assert!(again.0.is_none() && !again.1.changed);
 
-        let approve = |routes: &[&str]| Order::Approve {
-            node: name(),
-            routes: nets(routes),
-        };
-        let revoke = |routes: &[&str]| Order::Revoke {
-            node: name(),
-            routes: nets(routes),
-        };
+        let approve = |routes: &[&str]| Change::Approve(nets(routes));
+        let revoke = |routes: &[&str]| Change::Revoke(nets(routes));
         let (write, done) = orders(&approve(&["10.1.0.0/16", "::/0", "10.1.0.0/16"])).unwrap();
         let mut want = nodes[1].clone();
         want.approved = nets(&["10.1.0.0/16", "::/0"]);
@@ -283,8 +298,8 @@ mod tests {
         let refused = orders(&approve(&["10.1.0.1/16"]));
         assert_eq!(refused, Err(Refusal::HostBits(nets(&["10.1.0.1/16"])[0])));
         let wide = revoke(&["10.0.0.0/8"]);
-        assert!(plan([want.clone()].iter(), &wide, WALL).is_err());
-        let (_, done) = plan([want].iter(), &revoke(&["::/0"]), WALL).unwrap();
+        assert!(plan([want.clone()].iter(), "b", &wide, WALL).is_err());
+        let (_, done) = plan([want].iter(), "b", &revoke(&["::/0"]), WALL).unwrap();
         assert_eq!(done.approved, nets(&["10.1.0.0/16"]));
     }
 }

@@ -119,17 +119,13 @@ impl KeyCheck {
         }
     }
 
-    /// The text the client gets when the key is no good; Headscale's, which clients know.
+    /// The text the client gets when the key it shows is no good; Headscale's, which clients know.
     pub fn error(&self) -> Option<&'static str> {
         match self {
-            Self::Absent => Some(
-                "auth key needed: this server lets nodes in by pre-auth key only \
-                 (ringtail coord keys create)",
-            ),
             Self::Unknown => Some("invalid pre auth key"),
             Self::Expired => Some("authkey expired"),
             Self::Used => Some("authkey already used"),
-            Self::Valid { .. } => None,
+            Self::Absent | Self::Valid { .. } => None,
         }
     }
 }

@@ -83,10 +83,6 @@ impl Outcome {
                 "authkey already used",
                 "the auth key is for one use and was used already",
             ),
-            (
-                "auth key needed",
-                "the server lets nodes in by auth key only",
-            ),
         ];
         for (text, meaning) in advice {
             if error.contains(text) {

@@ -17,12 +17,12 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use super::address::AddressPlan;
-use super::admin::{self, Order};
+use super::admin::{self, Change};
 use super::auth_key::KeyCheck;
 use super::frames::{FrameReader, encode};
 use super::server::{
-    ENDPOINTS_MAX, HOSTINFO_LEN_MAX, MapAnswer, MapRefusal, NodeRecord, OFFLINE_DELAY,
-    Registration, START_GRACE, Server, ServerConfig, SessionId, TICK, Write,
+    Code, ENDPOINTS_MAX, HOSTINFO_LEN_MAX, MapAnswer, MapRefusal, NodeRecord, OFFLINE_DELAY,
+    PENDING_TIME, Registration, START_GRACE, Server, ServerConfig, SessionId, TICK, Waits, Write,
 };
 use crate::key::{DiscoPublic, MachinePublic, NodePublic};
 use crate::netmap::wire::{MapRequest, MapResponse, Node, RegisterRequest, WireTime};
@@ -93,6 +93,8 @@ struct World {
     server: Server,
     members: BTreeMap<i64, Member>,
     streams: BTreeMap<SessionId, Stream>,
+    /// Machines that a person has to let in: with which key, and until when they wait.
+    waiting: BTreeMap<u8, (u8, Duration)>,
     /// What a store would hold, and what it was given out last.
     stored: BTreeMap<i64, NodeRecord>,
     last: (i64, u32),
@@ -111,6 +113,7 @@ pub(crate) fn run(start: Instant, bytes: &[u8]) -> usize {
         server: Server::new(start, config(), Vec::new(), 0, 0),
         members: BTreeMap::new(),
         streams: BTreeMap::new(),
+        waiting: BTreeMap::new(),
         stored: BTreeMap::new(),
         last: (0, 0),
         messages: 0,
@@ -165,6 +168,7 @@ impl World {
             12 => self.pass(Duration::from_secs(u64::from(what) * 2)),
             13 => self.save(what & 1 == 1),
             14 if what < 64 => self.restart(what & 1 == 1),
+            15 if who & 1 == 1 => self.approve(who / 2 % MACHINES),
             _ => self.settle(),
         }
     }
@@ -190,6 +194,7 @@ impl World {
             _ => KeyCheck::Valid { id: 1, ephemeral },
         };
         let valid = what & 7 > 3;
+        let code = Code::new(u64::from(of));
         let request = RegisterRequest {
             version: 130,
             node_key: key(with),
@@ -200,7 +205,7 @@ impl World {
         };
         let plan = self
             .server
-            .plan_register(self.wall(), machine(of), &request, &check);
+            .plan_register(self.wall(), machine(of), &request, &check, code);
         let found = self
             .found(of, with)
             .map(|(id, member)| (id, member.clone()));
@@ -225,6 +230,10 @@ impl World {
                 let deleted = matches!(plan, Registration::Delete(_));
                 assert!(log_out && member.ephemeral == deleted);
             }
+            Registration::Pending(applicant) => {
+                assert!(what & 7 == 0 && found.is_none() && !log_out);
+                assert_eq!((applicant.machine, applicant.code), (machine(of), code));
+            }
             Registration::Answer(answer) => {
                 let good = found.as_ref().is_some_and(|(_, member)| !member.expired);
                 let welcome = answer.error.is_empty() && !answer.node_key_expired;
@@ -235,6 +244,31 @@ impl World {
         if what == 0xff {
             return;
         }
+        self.carry_out(of, with, ephemeral, plan);
+    }
+
+    /// A person lets in a machine that waits, or would if it did.
+    fn approve(&mut self, of: u8) {
+        let code = Code::new(of.into()).to_string();
+        let plan = self.server.plan_approval(self.wall(), &code);
+        let waiting = self.waiting.get(&of).copied();
+        let Some((with, _)) = waiting.filter(|(_, until)| self.now < *until) else {
+            assert!(plan.is_err(), "{of} does not wait: {plan:?}");
+            return;
+        };
+        let mut others = self.members.values().filter(|other| other.machine != of);
+        if others.any(|other| other.key == with) {
+            assert!(plan.is_err(), "its key is another's: {plan:?}");
+            return;
+        }
+        let plan = plan.expect("it waits");
+        let rekey = matches!(plan, Registration::Rekey(..));
+        assert_eq!(self.member_of(of).is_some(), rekey, "{plan:?}");
+        self.carry_out(of, with, false, plan);
+    }
+
+    /// Puts a plan into force, and what it means for the model.
+    fn carry_out(&mut self, of: u8, with: u8, ephemeral: bool, plan: Registration) {
         // What waits is written before anything is committed, as names and keys may have moved.
         self.save(false);
         match &plan {
@@ -251,6 +285,7 @@ impl World {
                     leaves: Some((self.now + OFFLINE_DELAY, false)),
                 };
                 self.members.insert(record.id, member);
+                self.waiting.remove(&of);
             }
             Registration::Rekey(record, _) => {
                 self.stored.insert(record.id, NodeRecord::clone(record));
@@ -260,6 +295,7 @@ impl World {
                 if member.leaves.is_some_and(|(at, _)| at <= self.now) {
                     member.leaves = Some((self.now + OFFLINE_DELAY, false));
                 }
+                self.waiting.remove(&of);
             }
             Registration::Expire(record) => {
                 self.stored.insert(record.id, NodeRecord::clone(record));
@@ -269,6 +305,19 @@ impl World {
             Registration::Delete(id) => {
                 self.stored.remove(id);
                 self.members.remove(id);
+            }
+            Registration::Pending(applicant) => {
+                let source = [192, 0, 2, of].into();
+                let applicant = applicant.as_ref().clone();
+                let waits = self.server.handle_applicant(self.at(), source, applicant);
+                assert!(matches!(waits, Waits::Told(_)), "{waits:?}");
+                let until = self.now + PENDING_TIME;
+                let waiting = self.waiting.entry(of).or_insert((with, until));
+                if waiting.1 <= self.now {
+                    waiting.1 = until;
+                }
+                waiting.0 = with;
+                return;
             }
             Registration::Answer(_) => {}
         }
@@ -282,27 +331,27 @@ impl World {
         let id = ids.get(usize::from(who) % ids.len().max(1)).copied();
         let node = id.unwrap_or(99).to_string();
         let nets = routes(what >> 3).into_iter().collect();
-        let order = match what & 7 {
-            0 => Order::Delete { node },
-            1 | 2 => Order::Expire { node },
-            3 | 4 => Order::Revoke { node, routes: nets },
-            _ => Order::Approve { node, routes: nets },
+        let change = match what & 7 {
+            0 => Change::Delete,
+            1 | 2 => Change::Expire,
+            3 | 4 => Change::Revoke(nets),
+            _ => Change::Approve(nets),
         };
         self.save(false);
-        let plan = admin::plan(self.server.records(), &order, self.wall());
+        let plan = admin::plan(self.server.records(), &node, &change, self.wall());
         let Some(member) = id.and_then(|id| self.members.get_mut(&id)) else {
             assert!(plan.is_err(), "nobody goes by that");
             return;
         };
         let nets = routes(what >> 3);
-        match &order {
-            Order::Delete { .. } => {}
-            Order::Expire { .. } => member.expired = true,
-            Order::Approve { .. } => member.approved.extend(nets),
-            Order::Revoke { .. } if nets.is_subset(&member.approved) => {
+        match &change {
+            Change::Delete => {}
+            Change::Expire => member.expired = true,
+            Change::Approve(_) => member.approved.extend(nets),
+            Change::Revoke(_) if nets.is_subset(&member.approved) => {
                 member.approved.retain(|net| !nets.contains(net));
             }
-            Order::Revoke { .. } => {
+            Change::Revoke(_) => {
                 assert!(plan.is_err(), "it was not approved");
                 return;
             }
@@ -517,6 +566,7 @@ impl World {
             self.save(false);
         }
         self.streams.clear();
+        self.waiting.clear();
         let records: Vec<NodeRecord> = self.stored.values().cloned().collect();
         let (last_id, last_host) = self.last;
         self.server = Server::new(self.at(), config(), records, last_id, last_host);

@@ -21,7 +21,7 @@ use super::coord_server::Orders;
 use super::coord_store::{Database, pause};
 use super::state::StateDir;
 use super::unix_socket::{self, SocketFile};
-use crate::coord::admin::{self, Done, Order};
+use crate::coord::admin::{self, Done, Order, Refusal};
 
 /// Longest line in bytes: as many routes as can be approved fit.
 const LINE_LEN_MAX: u64 = 64 * 1024;
@@ -147,8 +147,11 @@ fn ask(stream: &BlockingStream, order: &Order) -> anyhow::Result<Done> {
 
 /// Changes the store of a server that does not run; the caller holds the directory's lock.
 fn change(mut database: Database, order: &Order) -> anyhow::Result<Done> {
+    let Order::Node { node, change } = order else {
+        return Err(Refusal::NobodyWaits.into());
+    };
     let nodes = database.load()?.nodes;
-    let (write, done) = admin::plan(nodes.iter(), order, wall())?;
+    let (write, done) = admin::plan(nodes.iter(), node, change, wall())?;
     if let Some(write) = write {
         database.write(&[write])?;
     }

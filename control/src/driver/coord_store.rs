@@ -210,15 +210,15 @@ impl Database {
     pub fn commit(&mut self, registration: &Registration, host: u32) -> anyhow::Result<bool> {
         let transaction = self.connection.transaction()?;
         let key = match registration {
-            Registration::Answer(_) => return Ok(true),
+            Registration::Answer(_) | Registration::Pending(_) => return Ok(true),
             Registration::Insert(record, key) => {
                 save(&transaction, record)?;
                 put_meta(&transaction, "next_ip", host)?;
-                Some(*key)
+                *key
             }
             Registration::Rekey(record, key) => {
                 save(&transaction, record)?;
-                Some(*key)
+                *key
             }
             Registration::Expire(record) => {
                 save(&transaction, record)?;
@@ -491,7 +491,7 @@ mod tests {
         database.put_key(&key("k", true)).unwrap();
         let id = database.find_key(&auth_key::name("k")).unwrap().unwrap().id;
         for n in [1, 2] {
-            let insert = Registration::Insert(Box::new(record(n)), id);
+            let insert = Registration::Insert(Box::new(record(n)), Some(id));
             assert!(database.commit(&insert, u32::from(n)).unwrap());
         }
         let mut changed = record(2);
@@ -501,7 +501,7 @@ mod tests {
         database.write(&writes).unwrap();
         let mut swapped = [record(3), record(4)];
         for record in &swapped {
-            let insert = Registration::Insert(Box::new(record.clone()), id);
+            let insert = Registration::Insert(Box::new(record.clone()), Some(id));
             assert!(database.commit(&insert, 2).unwrap());
         }
         let names = (swapped[0].name.clone(), swapped[1].name.clone());
@@ -525,8 +525,8 @@ mod tests {
         let mut database = Database::open(&dir.path().join("coord.db")).unwrap();
         database.put_key(&key("once", false)).unwrap();
         let id = database.keys().unwrap()[0].id;
-        let first = Registration::Insert(Box::new(record(1)), id);
-        let second = Registration::Insert(Box::new(record(2)), id);
+        let first = Registration::Insert(Box::new(record(1)), Some(id));
+        let second = Registration::Insert(Box::new(record(2)), Some(id));
         assert!(database.commit(&first, 1).unwrap());
         assert!(!database.commit(&second, 2).unwrap());
         let loaded = database.load().unwrap();

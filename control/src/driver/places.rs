@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
@@ -35,6 +35,8 @@ pub enum Why {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Standing {
     Stranger,
+    /// A stranger that may stay until then.
+    Waiting(Instant),
     Known,
     Ended(Why),
 }
@@ -236,18 +238,34 @@ impl<K: Copy + Ord, T: Clone> Place<K, T> {
         }
     }
 
-    /// Over when this has been a stranger's place for `limit` without a break.
+    /// A stranger is expected to have nothing to say before this time: it may stay for so long.
+    pub fn wait_until(&self, until: Instant) {
+        if !self.is_known() {
+            self.door.lock().set_standing(self.id, Standing::Waiting(until));
+        }
+    }
+
+    /// Over when this has been a stranger's place for `limit` without a break, or for as long as it may
+    /// wait.
     pub async fn outstayed(&self, limit: Duration) {
         let mut standing = self.standing.clone();
+        let mut since = now();
         loop {
-            let until = now() + limit;
+            let now_is = *standing.borrow_and_update();
+            let until = match now_is {
+                Standing::Stranger | Standing::Ended(_) => Some(since + limit),
+                Standing::Waiting(until) => Some(until),
+                Standing::Known => None,
+            };
             tokio::select! {
-                () = at(Some(until)) => return,
-                _ = standing.wait_for(|standing| *standing == Standing::Known) => {}
+                () = at(until) => return,
+                changed = standing.changed() => {
+                    changed.expect("the sender lives in the door for as long as the place does");
+                }
             }
-            let _ = standing
-                .wait_for(|standing| *standing != Standing::Known)
-                .await;
+            if now_is == Standing::Known {
+                since = now();
+            }
         }
     }
 }

@@ -8,13 +8,13 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::{StateArg, open};
-use crate::coord::admin::{Done, Order};
+use crate::coord::admin::{Change, Done, Order};
 use crate::coord::routes::announced;
 use crate::driver::coord_admin::give;
 use crate::driver::coord_store::Database;
 use crate::netmap::prefix::parse_route;
 
-/// List the nodes of the network, delete one, or let its key expire.
+/// List the nodes of the network, let one in, delete one, or let its key expire.
 ///
 /// NODE is the id, name, address or key of a node, as the list shows them. An order is carried out
 /// by the server if it runs, in its state if it does not.
@@ -31,6 +31,10 @@ pub(super) struct NodesArgs {
 enum NodesCommand {
     /// List the nodes, and who of them is connected or was when.
     List(StateArg),
+    /// Let a machine in that asks without an auth key.
+    ///
+    /// It was shown a URL, which has the code. The server has to run; its log names those who wait.
+    Approve(ApproveArgs),
     /// Remove a node from the network, at once and for all.
     ///
     /// Its streams end, the others drop it, and its id and approvals are gone; its addresses are
@@ -42,6 +46,14 @@ enum NodesCommand {
     /// It sees no peers any more and its peers refuse it. Once it registers with an auth key that
     /// is good it is back, as the same node with the same addresses and approvals.
     Expire(NodeArg),
+}
+
+#[derive(Debug, Args)]
+struct ApproveArgs {
+    /// What the machine was shown: AAAA-BBBB, or the URL.
+    code: String,
+    #[command(flatten)]
+    state: StateArg,
 }
 
 #[derive(Debug, Args)]
@@ -92,15 +104,18 @@ pub(super) fn nodes(args: &NodesArgs) -> anyhow::Result<()> {
     match &args.command {
         None => list(&args.state),
         Some(NodesCommand::List(state)) => list(state),
+        Some(NodesCommand::Approve(ApproveArgs { code, state })) => {
+            let code = code.clone();
+            let (_, done) = carry_out(state, &Order::Admit { code })?;
+            say(&format!("node {} ({}) is let in", done.id, done.name))
+        }
         Some(NodesCommand::Delete(NodeArg { node, state })) => {
-            let node = node.clone();
-            let (database, done) = carry_out(state, &Order::Delete { node })?;
+            let (database, done) = carry_out(state, &Change::Delete.of(node))?;
             say(&format!("node {} ({}) is deleted", done.id, done.name))?;
             tell_key(&database, &done, "as a new node")
         }
         Some(NodesCommand::Expire(NodeArg { node, state })) => {
-            let node = node.clone();
-            let (database, done) = carry_out(state, &Order::Expire { node })?;
+            let (database, done) = carry_out(state, &Change::Expire.of(node))?;
             let since = if done.changed { "" } else { " already" };
             say(&format!(
                 "the key of node {} ({}) has expired{since}",
@@ -117,13 +132,13 @@ pub(super) fn routes(args: &RoutesArgs) -> anyhow::Result<()> {
         None => list_routes(&args.state),
         Some(RoutesCommand::List(state)) => list_routes(state),
         Some(RoutesCommand::Approve(args)) => {
-            let (node, routes) = (args.node.clone(), args.routes.clone());
-            let (_, done) = carry_out(&args.state, &Order::Approve { node, routes })?;
+            let order = Change::Approve(args.routes.clone()).of(&args.node);
+            let (_, done) = carry_out(&args.state, &order)?;
             tell_routes(&done)
         }
         Some(RoutesCommand::Revoke(args)) => {
-            let (node, routes) = (args.node.clone(), args.routes.clone());
-            let (_, done) = carry_out(&args.state, &Order::Revoke { node, routes })?;
+            let order = Change::Revoke(args.routes.clone()).of(&args.node);
+            let (_, done) = carry_out(&args.state, &order)?;
             tell_routes(&done)
         }
     }

@@ -19,9 +19,10 @@
 //! Rules: `protocol/coordination-server.md` §4 to §6. Everybody may reach everybody in this
 //! version, so every node sees every other.
 //!
-//! Rooms: `register` lets nodes in and out, `reports` takes their map requests, `presence` is who is
+//! Rooms: `register` lets nodes in and out, `pending` are those a person has to let in, `reports` takes their map requests, `presence` is who is
 //! online, `sessions` what each stream was sent, `view` how a node is told of, `store` what is kept.
 
+mod pending;
 mod presence;
 mod register;
 mod reports;
@@ -29,6 +30,7 @@ mod sessions;
 mod store;
 mod view;
 
+pub use self::pending::{Applicant, Code, PENDING_TIME, Waits};
 pub use self::register::{Registration, is_logout};
 pub use self::reports::{MapAnswer, MapRefusal};
 pub use self::sessions::SessionId;
@@ -41,6 +43,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 
+use self::pending::Pending;
 use self::presence::{Presence, Rivals};
 use self::sessions::{Session, farewell};
 use self::store::expired;
@@ -97,6 +100,7 @@ pub struct Server {
     nodes: BTreeMap<i64, Entry>,
     by_key: BTreeMap<NodePublic, i64>,
     by_machine: BTreeMap<MachinePublic, i64>,
+    pending: Pending,
     /// Which node has a name.
     names: BTreeMap<String, i64>,
     /// Inner addresses that nodes have.
@@ -167,6 +171,7 @@ impl Server {
             nodes: BTreeMap::new(),
             by_key: BTreeMap::new(),
             by_machine: BTreeMap::new(),
+            pending: Pending::default(),
             names: BTreeMap::new(),
             addresses: BTreeSet::new(),
             view: View::default(),

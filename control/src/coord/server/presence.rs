@@ -69,6 +69,7 @@ pub(super) enum Presence {
 impl Server {
     /// Does what is due: nodes go offline, ephemeral ones are forgotten.
     pub fn handle_timeout(&mut self, now: Instant) {
+        self.pending.handle_timeout(now);
         let mut gone = Vec::new();
         let mut left = Vec::new();
         let due = self.node_alarms.iter().take_while(|(at, _)| *at <= now);
@@ -119,7 +120,9 @@ impl Server {
     pub fn poll_timeout(&self) -> Option<Instant> {
         let node = self.node_alarms.first().map(|(at, _)| *at);
         let stream = self.stream_alarms.first().map(|(at, _)| *at);
-        [node, stream, self.tick].into_iter().flatten().min()
+        let pending = self.pending.poll_timeout();
+        let alarms = [node, stream, self.tick, pending];
+        alarms.into_iter().flatten().min()
     }
 
     /// A node's presence or its rivals changed: so does its alarm.

@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 
+use super::pending::{Applicant, Code, Pass};
 use super::presence::Presence;
 use super::store::{NodeRecord, expired};
 use super::{HOSTINFO_LEN_MAX, OFFLINE_DELAY, Server, USER_ID};
@@ -17,19 +18,33 @@ use crate::netmap::wire::{
     RegisterLogin, RegisterRequest, RegisterResponse, RegisterUser, WireTime,
 };
 
-/// What a registration leads to; all but the answer has to be committed before [`Server::apply`].
+const BAD_HOSTINFO: &str = "Hostinfo is missing or too large";
+
+/// What a registration leads to; what changes a node has to be committed before [`Server::apply`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Registration {
     /// Nothing changes.
     Answer(RegisterResponse),
-    /// A new node, let in by this key.
-    Insert(Box<NodeRecord>, i64),
-    /// A known machine with a new node key, let in by this key.
-    Rekey(Box<NodeRecord>, i64),
+    /// A person has to let the machine in.
+    Pending(Box<Applicant>),
+    /// A new node, let in by this key, or by a person.
+    Insert(Box<NodeRecord>, Option<i64>),
+    /// A known machine with a new node key, let in by this key, or by a person.
+    Rekey(Box<NodeRecord>, Option<i64>),
     /// A log-out: the node's key expires now.
     Expire(Box<NodeRecord>),
     /// A log-out of an ephemeral node, which is forgotten.
     Delete(i64),
+}
+
+impl Registration {
+    /// The node that is let in by it, or changes.
+    pub fn record(&self) -> Option<&NodeRecord> {
+        match self {
+            Self::Answer(_) | Self::Pending(_) | Self::Delete(_) => None,
+            Self::Insert(record, _) | Self::Rekey(record, _) | Self::Expire(record) => Some(record),
+        }
+    }
 }
 
 impl Server {
@@ -45,20 +60,16 @@ impl Server {
         is_logout(wall, request) || found.is_some_and(|entry| !expired(&entry.record))
     }
 
-    /// Decides on a registration of the machine; `key` is what its auth key is worth.
+    /// Decides on a registration of the machine; `key` is what its auth key is worth. Whoever has none
+    /// waits under `code`, unless it waits under another already.
     pub fn plan_register(
         &self,
         wall: OffsetDateTime,
         machine: MachinePublic,
         request: &RegisterRequest,
         key: &KeyCheck,
+        code: Code,
     ) -> Registration {
-        let refuse = |text: &str| {
-            Registration::Answer(RegisterResponse {
-                error: text.to_owned(),
-                ..RegisterResponse::default()
-            })
-        };
         if request.node_key.is_zero() || machine.is_zero() {
             return refuse("node key missing");
         }
@@ -77,22 +88,56 @@ impl Server {
         if found.is_some_and(|entry| !expired(&entry.record)) {
             return Registration::Answer(self.welcome());
         }
-        let KeyCheck::Valid { id: key, ephemeral } = *key else {
-            if found.is_some() && *key == KeyCheck::Absent {
+        let hostinfo = request.hostinfo.clone().unwrap_or_else(|| json!({}));
+        let fits = hostinfo.is_object() && hostinfo.to_string().len() <= HOSTINFO_LEN_MAX;
+        let applicant = Applicant {
+            code: self.code_of(machine).unwrap_or(code),
+            machine,
+            node_key: request.node_key,
+            capver: request.version,
+            hostinfo,
+            followup: Code::of_url(&request.followup),
+        };
+        let pass = match *key {
+            KeyCheck::Valid { id, ephemeral } => Pass {
+                auth_key: Some(id),
+                ephemeral,
+            },
+            KeyCheck::Absent if found.is_some() => {
                 return Registration::Answer(RegisterResponse {
                     node_key_expired: true,
                     ..RegisterResponse::default()
                 });
             }
-            return refuse(key.error().unwrap_or("auth key needed"));
+            KeyCheck::Absent if fits => return Registration::Pending(Box::new(applicant)),
+            KeyCheck::Absent => return refuse(BAD_HOSTINFO),
+            KeyCheck::Unknown | KeyCheck::Expired | KeyCheck::Used => {
+                return refuse(key.error().unwrap_or_default());
+            }
         };
-        // Said only to whom we would let in: who has which key is nobody else's business.
-        if found.is_none() && self.by_key.contains_key(&request.node_key) {
-            return refuse("node key already in use by another machine");
+        if !fits {
+            return refuse(BAD_HOSTINFO);
         }
-        let hostinfo = request.hostinfo.clone().unwrap_or_else(|| json!({}));
-        if !hostinfo.is_object() || hostinfo.to_string().len() > HOSTINFO_LEN_MAX {
-            return refuse("Hostinfo is missing or too large");
+        self.admit(wall, applicant, pass).unwrap_or_else(refuse)
+    }
+
+    /// Lets a machine in, or says why not.
+    pub(super) fn admit(
+        &self,
+        wall: OffsetDateTime,
+        applicant: Applicant,
+        pass: Pass,
+    ) -> Result<Registration, &'static str> {
+        let Applicant {
+            machine, node_key, ..
+        } = applicant;
+        let Pass {
+            auth_key,
+            ephemeral,
+        } = pass;
+        // Said only to whom we would let in: who has which key is nobody else's business.
+        if self.find(machine, node_key).is_none() && self.by_key.contains_key(&node_key) {
+            return Err("node key already in use by another machine");
         }
         let known = self
             .by_machine
@@ -100,16 +145,16 @@ impl Server {
             .and_then(|id| self.nodes.get(id));
         if let Some(entry) = known {
             let mut record = entry.record.clone();
-            record.node_key = request.node_key;
+            record.node_key = node_key;
             record.expires = None;
-            record.capver = request.version;
-            record.auth_key = Some(key);
+            record.capver = applicant.capver;
+            record.auth_key = auth_key;
             record.ephemeral = ephemeral;
-            self.take_hostinfo(&mut record, hostinfo);
-            return Registration::Rekey(Box::new(record), key);
+            self.take_hostinfo(&mut record, applicant.hostinfo);
+            return Ok(Registration::Rekey(Box::new(record), auth_key));
         }
         if self.nodes.len() >= PEERS_MAX {
-            return refuse("the network is full");
+            return Err("the network is full");
         }
         let in_use = |v4: Ipv4Addr, v6: Ipv6Addr| {
             let taken = |address: IpAddr| self.addresses.contains(&address);
@@ -118,28 +163,28 @@ impl Server {
         let plan = &self.config.addresses;
         let host = plan.next(self.last_host, in_use);
         let Some((v4, v6)) = host.and_then(|host| plan.addresses(host)) else {
-            return refuse("all addresses are in use");
+            return Err("all addresses are in use");
         };
         let mut record = NodeRecord {
             id: self.next_id,
             machine,
-            node_key: request.node_key,
+            node_key,
             disco: None,
-            name: self.free_name(self.next_id, &hostinfo),
+            name: self.free_name(self.next_id, &applicant.hostinfo),
             v4,
             v6,
-            capver: request.version,
+            capver: applicant.capver,
             hostinfo: json!({}),
             endpoints: Vec::new(),
-            auth_key: Some(key),
+            auth_key,
             ephemeral,
             expires: None,
             approved: Vec::new(),
             last_seen: None,
             created: wall,
         };
-        self.take_hostinfo(&mut record, hostinfo);
-        Registration::Insert(Box::new(record), key)
+        self.take_hostinfo(&mut record, applicant.hostinfo);
+        Ok(Registration::Insert(Box::new(record), auth_key))
     }
 
     /// The host number behind a record's address: to be stored with it.
@@ -147,11 +192,14 @@ impl Server {
         self.config.addresses.number(record.v4)
     }
 
-    /// Puts a committed registration into force and gives the answer.
+    /// Puts a committed registration into force and gives the answer. One that is pending is for
+    /// [`Server::handle_applicant`]; nothing comes of it here.
     pub fn apply(&mut self, now: Instant, registration: Registration) -> RegisterResponse {
         match registration {
             Registration::Answer(answer) => answer,
+            Registration::Pending(_) => RegisterResponse::default(),
             Registration::Insert(record, _) => {
+                self.waits_no_more(record.machine);
                 self.last_host = self.host_number(&record);
                 self.next_id = self.next_id.max(record.id + 1);
                 let id = record.id;
@@ -163,6 +211,7 @@ impl Server {
             }
             Registration::Rekey(record, _) => {
                 let id = record.id;
+                self.waits_no_more(record.machine);
                 self.replace(now, *record);
                 self.starts_anew(now, id);
                 self.welcome()
@@ -237,6 +286,13 @@ impl Server {
             self.names.get(name).is_some_and(|other| *other != id)
         })
     }
+}
+
+fn refuse(text: &str) -> Registration {
+    Registration::Answer(RegisterResponse {
+        error: text.to_owned(),
+        ..RegisterResponse::default()
+    })
 }
 
 /// Whether a registration is a log-out: an expiry in the past asks for that, and wins over everything

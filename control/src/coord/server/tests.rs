@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::presence::TURNS_TIME;
 use super::reports::is_endpoint;
 use super::*;
-use crate::coord::admin::{Order, Refusal, plan};
+use crate::coord::admin::{Change, Refusal, plan};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::frames::{Codec, FrameReader, encode};
 use crate::coord::operations::{self, WALL, comparable};
@@ -100,7 +100,9 @@ impl Lab {
     }
 
     fn plan(&self, n: u8, request: &RegisterRequest, key: &KeyCheck) -> Registration {
-        self.server.plan_register(WALL, machine(n), request, key)
+        let code = Code::new(n.into());
+        self.server
+            .plan_register(WALL, machine(n), request, key, code)
     }
 
     fn ask(&mut self, n: u8, request: &MapRequest) -> Result<MapAnswer, MapRefusal> {
@@ -114,8 +116,16 @@ impl Lab {
     }
 
     fn register_by(&mut self, n: u8, by: &RegisterRequest, key: &KeyCheck) -> RegisterResponse {
-        let plan = self.plan(n, by, key);
-        self.server.apply(self.now, plan)
+        let applicant = match self.plan(n, by, key) {
+            Registration::Pending(applicant) => applicant,
+            plan => return self.server.apply(self.now, plan),
+        };
+        let source = IpAddr::from([192, 0, 2, n]);
+        let waits = self.server.handle_applicant(self.now, source, *applicant);
+        let Waits::Told(answer) = waits else {
+            panic!("{waits:?}");
+        };
+        answer
     }
 
     /// Another server takes over what is stored.
@@ -156,8 +166,8 @@ impl Lab {
     }
 
     /// An administrator's order, carried out as a running server does.
-    fn order(&mut self, order: &Order) -> Result<(), Refusal> {
-        let (write, _) = plan(self.server.records(), order, WALL)?;
+    fn change(&mut self, node: &str, change: &Change) -> Result<(), Refusal> {
+        let (write, _) = plan(self.server.records(), node, change, WALL)?;
         if let Some(write) = write {
             self.server.put(self.now, write);
         }
@@ -165,23 +175,21 @@ impl Lab {
     }
 
     fn delete(&mut self, id: i64) {
-        let node = id.to_string();
-        self.order(&Order::Delete { node }).unwrap();
+        self.change(&id.to_string(), &Change::Delete).unwrap();
     }
 
     fn expire(&mut self, id: i64) {
-        let node = id.to_string();
-        self.order(&Order::Expire { node }).unwrap();
+        self.change(&id.to_string(), &Change::Expire).unwrap();
     }
 
     fn approve(&mut self, id: i64, routes: &[&str]) {
-        let (node, routes) = (id.to_string(), nets(routes));
-        self.order(&Order::Approve { node, routes }).unwrap();
+        let change = Change::Approve(nets(routes));
+        self.change(&id.to_string(), &change).unwrap();
     }
 
     fn revoke(&mut self, id: i64, routes: &[&str]) {
-        let (node, routes) = (id.to_string(), nets(routes));
-        self.order(&Order::Revoke { node, routes }).unwrap();
+        let change = Change::Revoke(nets(routes));
+        self.change(&id.to_string(), &change).unwrap();
     }
 
     /// A node says what it offers.
@@ -302,7 +310,6 @@ fn nets(texts: &[&str]) -> Vec<IpNet> {
 fn registrations_are_decided_as_the_page_says() {
     let mut lab = Lab::new();
     for (key, error) in [
-        (KeyCheck::Absent, "auth key needed"),
         (KeyCheck::Unknown, "invalid pre auth key"),
         (KeyCheck::Expired, "authkey expired"),
         (KeyCheck::Used, "authkey already used"),
@@ -323,10 +330,12 @@ fn registrations_are_decided_as_the_page_says() {
     }
     assert!(lab.server.needs_no_key(WALL, machine(1), &registration(1)));
     // Somebody else with that node key, which is confirmed only to whom we would let in.
-    for key in [KeyCheck::Absent, KeyCheck::Unknown, KeyCheck::Used] {
+    for key in [KeyCheck::Unknown, KeyCheck::Used] {
         let answer = answered(lab.plan(2, &registration(1), &key));
         assert_eq!(answer.error, key.error().unwrap());
     }
+    let plan = lab.plan(2, &registration(1), &KeyCheck::Absent);
+    assert!(matches!(plan, Registration::Pending(_)), "{plan:?}");
     let answer = answered(lab.plan(2, &registration(1), &VALID));
     assert!(answer.error.contains("another machine"));
     // The same machine with a new node key keeps id, name and addresses.
@@ -334,9 +343,7 @@ fn registrations_are_decided_as_the_page_says() {
     let mut request = registration(1);
     request.node_key = node_key(9);
     let plan = lab.plan(1, &request, &KeyCheck::Absent);
-    assert!(
-        matches!(plan, Registration::Answer(answer) if answer.error.contains("auth key needed"))
-    );
+    assert!(matches!(plan, Registration::Pending(_)), "{plan:?}");
     let plan = lab.plan(1, &request, &VALID);
     assert!(matches!(plan, Registration::Rekey(..)));
     lab.server.apply(lab.now, plan);
@@ -413,12 +420,16 @@ fn a_stranger_is_told_nothing_and_changes_nothing_whatever_it_asks_for() {
                         old_node_key: old,
                         ..registration(named)
                     };
-                    let answer = answered(lab.plan(asker, &request, &key));
+                    let plan = lab.plan(asker, &request, &key);
                     let error = match (expiry, key.error()) {
                         (Some(_), _) => "node not found",
                         (None, Some(error)) => error,
-                        (None, None) => unreachable!(),
+                        (None, None) => {
+                            assert!(matches!(plan, Registration::Pending(_)), "{plan:?}");
+                            continue;
+                        }
                     };
+                    let answer = answered(plan);
                     // The text alone: no user, no login, nothing authorised.
                     let expected = RegisterResponse {
                         error: error.to_owned(),
@@ -868,8 +879,7 @@ fn routes_that_are_announced_past_the_bound_are_counted_and_approvals_end_at_the
     let all: Vec<&str> = many.iter().map(String::as_str).collect();
     lab.approve(1, &all[..200]);
     lab.approve(1, &all[..256]);
-    let (node, routes) = ("1".to_owned(), nets(&all[256..257]));
-    let refused = lab.order(&Order::Approve { node, routes });
+    let refused = lab.change("1", &Change::Approve(nets(&all[256..257])));
     assert_eq!(refused, Err(Refusal::TooMany("host1".to_owned())));
     assert_eq!(lab.server.nodes[&1].routes.len(), 256);
 }
@@ -993,15 +1003,15 @@ fn a_deleted_node_is_told_once_loses_its_streams_and_is_refused_from_then_on() {
     }
     assert!(!lab.server.is_member(node_key(2)));
     assert!(!lab.server.needs_no_key(WALL, machine(2), &registration(2)));
-    for key in [KeyCheck::Absent, KeyCheck::Used, KeyCheck::Expired] {
+    for key in [KeyCheck::Used, KeyCheck::Expired] {
         let answer = lab.register(2, &key);
         assert!(!answer.error.is_empty(), "{key:?}: {answer:?}");
     }
+    assert!(!lab.register(2, &KeyCheck::Absent).machine_authorized);
     assert!(lab.server.take_writes().contains(&Write::Delete(2)));
     // Who is named so is unknown now.
-    let node = "host2".to_owned();
     assert_eq!(
-        lab.order(&Order::Delete { node }),
+        lab.change("host2", &Change::Delete),
         Err(Refusal::Unknown("host2".to_owned()))
     );
 }
@@ -1058,9 +1068,9 @@ fn an_expired_node_is_told_of_itself_alone_and_changes_nothing_until_it_register
     // A clock that is set back makes the key no better.
     let yesterday = WALL - Duration::from_secs(86_400);
     let (machine, again) = (machine(2), registration(2));
-    let answer = lab
-        .server
-        .plan_register(yesterday, machine, &again, &KeyCheck::Absent);
+    let answer =
+        lab.server
+            .plan_register(yesterday, machine, &again, &KeyCheck::Absent, Code::new(0));
     assert!(matches!(answer, Registration::Answer(answer) if answer.node_key_expired));
     // An auth key does: the same node, and its stream hears of everybody again.
     assert_eq!(lab.register(2, &VALID).error, "");

@@ -5,18 +5,18 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::counters::Counters;
 use super::{Client, Shared};
-use crate::coord::admin::{Done, Order};
+use crate::coord::admin::{Change, Done, Order, Refusal};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::server::{
-    MapAnswer, MapRefusal, Registration, Server, SessionId, Write, is_logout,
+    Applicant, Code, MapAnswer, MapRefusal, Registration, Server, SessionId, Waits, Write, is_logout,
 };
 use crate::coord::{admin, auth_key};
 use crate::driver::clock::{at, now, wall};
-use crate::driver::coord_store::Store;
+use crate::driver::coord_store::{Database, Store};
 use crate::driver::places::Door;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::DerpMap;
@@ -53,7 +53,12 @@ pub(super) enum Ask {
 
 #[derive(Debug)]
 pub(super) enum Registered {
+    /// In place of a URL it has the code that belongs there.
     Answer(RegisterResponse),
+    /// A person has to approve it, before this time: ask again when the sender is gone.
+    Wait(watch::Receiver<()>, Instant),
+    /// Too many wait for that.
+    Crowded(Duration),
     TooMany(Duration),
     StoreFailed,
 }
@@ -74,7 +79,16 @@ pub(super) struct Actor {
     streams: BTreeMap<SessionId, mpsc::Sender<MapResponse>>,
     failures: FailureLimit,
     refusals: LogLimit,
+    applications: LogLimit,
+    /// Dropped when a code is settled.
+    waiting: BTreeMap<Code, watch::Sender<()>>,
     write_at: Option<Instant>,
+}
+
+/// What a host calls itself, fit for a log.
+fn host_name(hostinfo: &serde_json::Value) -> String {
+    let name = hostinfo["Hostname"].as_str().unwrap_or_default();
+    name.chars().take(63).collect()
 }
 
 impl Actor {
@@ -88,6 +102,8 @@ impl Actor {
             streams: BTreeMap::new(),
             failures: FailureLimit::default(),
             refusals: LogLimit::default(),
+            applications: LogLimit::default(),
+            waiting: BTreeMap::new(),
             write_at: None,
         }
     }
@@ -117,6 +133,9 @@ impl Actor {
                 () = at(self.write_at) => self.write().await,
             }
             self.tell_left_out();
+            for code in self.server.take_settled() {
+                self.waiting.remove(&code);
+            }
             self.pump();
             self.forget();
             timeout = self.server.poll_timeout();
@@ -142,7 +161,9 @@ impl Actor {
                 // What could not be stored is to be tried again: there is something to do.
                 let refused = match &registered {
                     Registered::Answer(answer) => !answer.error.is_empty(),
-                    Registered::TooMany(_) => true,
+                    Registered::TooMany(_) | Registered::Crowded(_) => true,
+                    // There is a new time to look at.
+                    Registered::Wait(..) => false,
                     Registered::StoreFailed => false,
                 };
                 let _ = answer.send(registered);
@@ -228,19 +249,55 @@ impl Actor {
             }
             Some(_) | None => KeyCheck::Absent,
         };
-        let plan = self.server.plan_register(wall, machine, request, &key);
+        let code = Code::new(rand::random());
+        let plan = self
+            .server
+            .plan_register(wall, machine, request, &key, code);
         if let KeyCheck::Unknown | KeyCheck::Expired | KeyCheck::Used = key {
             self.failures.handle_failure(now(), source);
         }
-        let (record, host) = match &plan {
+        match &plan {
             Registration::Answer(answer) => return Registered::Answer(answer.clone()),
-            Registration::Insert(record, _) => (record, self.server.host_number(record)),
-            Registration::Rekey(record, _) | Registration::Expire(record) => (record, 0),
-            Registration::Delete(_) => return self.commit(plan, 0).await,
-        };
-        tracing::info!(node = record.id, name = record.name, machine = %machine.short(),
-                       key = %record.node_key.short(), "registration");
-        self.commit(plan, host).await
+            Registration::Pending(applicant) => {
+                return self.put_off(source, Applicant::clone(applicant));
+            }
+            Registration::Insert(record, _)
+            | Registration::Rekey(record, _)
+            | Registration::Expire(record) => {
+                tracing::info!(node = record.id, name = record.name, machine = %machine.short(),
+                               key = %record.node_key.short(), "registration");
+            }
+            Registration::Delete(_) => {}
+        }
+        match self.commit(plan).await {
+            Ok(Some(answer)) => Registered::Answer(answer),
+            Ok(None) => Registered::Answer(RegisterResponse {
+                error: KeyCheck::Used.error().unwrap_or_default().to_owned(),
+                ..RegisterResponse::default()
+            }),
+            Err(error) => self.store_failed(&error),
+        }
+    }
+
+    /// Has a machine wait for a person.
+    fn put_off(&mut self, source: IpAddr, applicant: Applicant) -> Registered {
+        let code = applicant.code;
+        let name = host_name(&applicant.hostinfo);
+        match self.server.handle_applicant(now(), source, applicant) {
+            Waits::Told(answer) => {
+                if let Some(left_out) = self.applications.admit(now()) {
+                    tracing::info!(%source, ?name, left_out, "a machine asks to be let in: \
+                                   ringtail coord nodes approve {code}");
+                }
+                Registered::Answer(answer)
+            }
+            Waits::Until(code, until) => {
+                let settled = self.waiting.entry(code);
+                let settled = settled.or_insert_with(|| watch::Sender::new(()));
+                Registered::Wait(settled.subscribe(), until)
+            }
+            Waits::Full(wait) => Registered::Crowded(wait),
+        }
     }
 
     /// Writes to the log whom we did not let in and why; never the key that was shown.
@@ -259,17 +316,14 @@ impl Actor {
                 "its key has expired, and it shows no auth key"
             }
             Registered::TooMany(_) => "too many bad auth keys from this address",
-            // Let in, logged out, or in the log already.
-            Registered::Answer(_) | Registered::StoreFailed => return,
+            Registered::Crowded(_) => "too many machines wait for approval",
+            // Let in, logged out, waiting, or in the log already.
+            Registered::Answer(_) | Registered::Wait(..) | Registered::StoreFailed => return,
         };
         let Some(left_out) = self.refusals.admit(now()) else {
             return;
         };
-        let name = request
-            .hostinfo
-            .as_ref()
-            .and_then(|info| info["Hostname"].as_str());
-        let name: String = name.unwrap_or_default().chars().take(63).collect();
+        let name = request.hostinfo.as_ref().map(host_name).unwrap_or_default();
         tracing::warn!(%source, ?name, machine = %machine.short(), why, "a join was refused");
         if left_out > 0 {
             tracing::warn!(
@@ -281,17 +335,10 @@ impl Actor {
 
     /// Plans an order, commits it, then puts it into force.
     async fn carry_out(&mut self, order: &Order) -> Result<Done, String> {
-        let planned = admin::plan(self.server.records(), order, wall());
-        let (write, done) = planned.map_err(|refusal| refusal.to_string())?;
-        if let Some(write) = write {
-            self.write().await;
-            let copy = [write.clone()];
-            if let Err(error) = self.store.call(move |database| database.write(&copy)).await {
-                self.store_failed(&error);
-                return Err(format!("the server cannot store this now: {error:#}"));
-            }
-            self.server.put(now(), write);
-        }
+        let done = match order {
+            Order::Node { node, change } => self.change(node, change).await,
+            Order::Admit { code } => self.let_in(code).await,
+        }?;
         self.counters.orders.add(1);
         tracing::info!(
             node = done.id,
@@ -302,6 +349,31 @@ impl Actor {
         Ok(done)
     }
 
+    /// Lets a machine in that waits.
+    async fn let_in(&mut self, code: &str) -> Result<Done, String> {
+        let plan = self.server.plan_approval(wall(), code);
+        let plan = plan.map_err(|refusal| refusal.to_string())?;
+        let done = plan.record().map(|record| Done::of(record, true));
+        match self.commit(plan).await {
+            Ok(_) => done.ok_or_else(|| Refusal::NoSuchCode(code.to_owned()).to_string()),
+            Err(error) => Err(self.cannot_store(&error)),
+        }
+    }
+
+    async fn change(&mut self, node: &str, change: &Change) -> Result<Done, String> {
+        let planned = admin::plan(self.server.records(), node, change, wall());
+        let (write, done) = planned.map_err(|refusal| refusal.to_string())?;
+        if let Some(write) = write {
+            self.write().await;
+            let copy = [write.clone()];
+            if let Err(error) = self.store.call(move |database| database.write(&copy)).await {
+                return Err(self.cannot_store(&error));
+            }
+            self.server.put(now(), write);
+        }
+        Ok(done)
+    }
+
     /// Counts the routes that some node announced in vain.
     fn tell_left_out(&mut self) {
         let left_out = self.server.take_left_out();
@@ -309,23 +381,21 @@ impl Actor {
         self.counters.routes_left_out.add(more);
     }
 
-    /// Commits, then applies. What waits to be written goes first, so that names and addresses
-    /// that became free are free in the store too.
-    async fn commit(&mut self, plan: Registration, host: u32) -> Registered {
+    /// Commits, then applies; none when the auth key is used up by now. What waits to be written goes
+    /// first, so that names and addresses that became free are free in the store too.
+    async fn commit(&mut self, plan: Registration) -> anyhow::Result<Option<RegisterResponse>> {
         self.write().await;
+        let host = plan.record().map_or(0, |new| self.server.host_number(new));
         let copy = plan.clone();
-        let committed = self
-            .store
-            .call(move |database| database.commit(&copy, host))
-            .await;
-        match committed {
-            Ok(true) => Registered::Answer(self.server.apply(now(), plan)),
-            Ok(false) => Registered::Answer(RegisterResponse {
-                error: KeyCheck::Used.error().unwrap_or_default().to_owned(),
-                ..RegisterResponse::default()
-            }),
-            Err(error) => self.store_failed(&error),
-        }
+        let commit = move |database: &mut Database| database.commit(&copy, host);
+        let committed = self.store.call(commit).await?;
+        Ok(committed.then(|| self.server.apply(now(), plan)))
+    }
+
+    /// What an administrator is told then.
+    fn cannot_store(&self, error: &anyhow::Error) -> String {
+        self.store_failed(error);
+        format!("the server cannot store this now: {error:#}")
     }
 
     fn store_failed(&self, error: &anyhow::Error) -> Registered {

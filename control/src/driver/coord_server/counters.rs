@@ -33,6 +33,10 @@ counters! {
         timed_out,
         /// Connections that could not be accepted.
         accept_errors,
+        /// Machines that were told that a person has to let them in.
+        asked_for_approval,
+        /// Registrations put off because too many wait for that.
+        crowded,
         /// Registrations that succeeded.
         registrations,
         /// Nodes that logged out.

@@ -67,6 +67,8 @@ const STRANGER_WINDOW: u32 = 64 * 1024;
 pub(super) struct Upgrade {
     pub(super) on: hyper::upgrade::OnUpgrade,
     pub(super) initiation: Vec<u8>,
+    /// How it calls this server: scheme, host and port.
+    pub(super) base: String,
 }
 
 /// Noise and HTTP/2 on an upgraded connection.
@@ -134,6 +136,7 @@ pub(super) async fn inner(
         shared: Arc::clone(&shared),
         client,
         source,
+        base: upgrade.base,
         at_work: Semaphore::new(AT_WORK_MAX),
     });
     let service = service_fn(move |request| {
@@ -152,6 +155,7 @@ struct Inner {
     shared: Arc<Shared>,
     client: Client,
     source: IpAddr,
+    base: String,
     at_work: Semaphore,
 }
 
@@ -180,11 +184,25 @@ impl Inner {
             return Err(text(StatusCode::BAD_REQUEST, &why));
         }
         let is_logout = is_logout(wall(), &request);
-        let ask =
-            |answer| Ask::Register(self.client.clone(), self.source, Box::new(request), answer);
-        match self.ask(ask).await {
-            Some(Registered::Answer(answer)) => {
+        let registered = loop {
+            let request = Box::new(request.clone());
+            let ask = |answer| Ask::Register(self.client.clone(), self.source, request, answer);
+            match self.ask(ask).await {
+                // As long as the person takes. Then it is another question: the code is gone.
+                Some(Registered::Wait(mut settled, until)) => {
+                    self.client.place.wait_until(until + STRANGER_BODY_TIMEOUT);
+                    let _ = settled.changed().await;
+                }
+                registered => break registered,
+            }
+        };
+        match registered {
+            Some(Registered::Answer(mut answer)) => {
+                if !answer.auth_url.is_empty() {
+                    answer.auth_url = format!("{}/register/{}", self.base, answer.auth_url);
+                }
                 let counter = match (answer.error.is_empty(), answer.node_key_expired) {
+                    (true, false) if !answer.auth_url.is_empty() => &counters.asked_for_approval,
                     (true, false) => &counters.registrations,
                     (true, true) if is_logout => &counters.log_outs,
                     (true, true) | (false, _) => &counters.refused_registration,
@@ -195,13 +213,13 @@ impl Inner {
             }
             Some(Registered::TooMany(wait)) => {
                 counters.rate_limited.add(1);
-                let why = "too many bad auth keys from this address\n";
-                let mut answer = text(StatusCode::TOO_MANY_REQUESTS, why);
-                let seconds = http::HeaderValue::from(wait.as_secs() + 1);
-                answer.headers_mut().insert(header::RETRY_AFTER, seconds);
-                Err(answer)
+                Err(later("too many bad auth keys from this address\n", wait))
             }
-            Some(Registered::StoreFailed) | None => Err(text(
+            Some(Registered::Crowded(wait)) => {
+                counters.crowded.add(1);
+                Err(later("too many machines wait for approval\n", wait))
+            }
+            Some(Registered::Wait(..) | Registered::StoreFailed) | None => Err(text(
                 StatusCode::INTERNAL_SERVER_ERROR,
                 "the server cannot store this now\n",
             )),
@@ -281,6 +299,14 @@ impl Inner {
             )
         })
     }
+}
+
+/// Has a client come again.
+fn later(why: &str, wait: Duration) -> Answer {
+    let mut answer = text(StatusCode::TOO_MANY_REQUESTS, why);
+    let seconds = http::HeaderValue::from(wait.as_secs() + 1);
+    answer.headers_mut().insert(header::RETRY_AFTER, seconds);
+    answer
 }
 
 /// The never-ending body of a map stream; when it is dropped, the session ends.

@@ -22,6 +22,7 @@ use super::answer::{Answer, STRANGER_BODY_TIMEOUT, json, read_body, text};
 use super::inner::{Upgrade, inner};
 use super::metered::Metered;
 use super::{HANDSHAKE_TIMEOUT, HEADER_LEN_MAX, Shared};
+use crate::coord::server::{Code, PENDING_TIME};
 use crate::driver::control_url::ByteStream;
 use crate::driver::descriptors;
 use crate::driver::noise_stream::{HANDSHAKE, UPGRADE};
@@ -41,6 +42,9 @@ const STRANGER_BYTES_MAX: usize = 256 * 1024;
 
 /// Body of a `/verify` request.
 const VERIFY_LEN_MAX: usize = 4096;
+
+/// Where people are sent who are to have their machine let in.
+const REGISTER: &str = "/register/";
 
 pub(super) async fn accept(
     listener: TcpListener,
@@ -93,6 +97,8 @@ async fn connection(
 ) {
     // Small messages on long-lived connections.
     let _ = stream.set_nodelay(true);
+    let scheme = if tls.is_some() { "https" } else { "http" };
+    let own = stream.local_addr().map(|own| own.to_string());
     let stream = Metered::new(stream, Arc::clone(&place), STRANGER_BYTES_MAX);
     let stream: Box<dyn ByteStream> = match tls {
         None => Box::new(stream),
@@ -107,6 +113,8 @@ async fn connection(
         shared: Arc::clone(&shared),
         upgrades,
         source: source.ip(),
+        scheme,
+        own: own.unwrap_or_default(),
     });
     let service = service_fn(|request| {
         let outer = Arc::clone(&outer);
@@ -134,6 +142,9 @@ struct Outer {
     shared: Arc<Shared>,
     upgrades: mpsc::Sender<Upgrade>,
     source: IpAddr,
+    scheme: &'static str,
+    /// The address we are reached by.
+    own: String,
 }
 
 impl Outer {
@@ -147,6 +158,7 @@ impl Outer {
                 let answer = self.verify(request).await;
                 answer.unwrap_or_else(|refusal| refusal)
             }
+            (&Method::GET, path) if path.starts_with(REGISTER) => register_page(path),
             (&Method::GET, "/metrics") if self.source.to_canonical().is_loopback() => {
                 let lines = self.shared.list();
                 let lines = lines
@@ -196,9 +208,17 @@ impl Outer {
         let Some(initiation) = initiation else {
             return refuse("invalid tailscale handshake header\n");
         };
+        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let host = host.filter(|host| is_host(host)).unwrap_or(&self.own);
+        let base = format!("{}://{host}", self.scheme);
         let on = hyper::upgrade::on(&mut request);
         // A connection has one upgrade; a second request cannot follow the first 101.
-        if self.upgrades.try_send(Upgrade { on, initiation }).is_err() {
+        let upgrade = Upgrade {
+            on,
+            initiation,
+            base,
+        };
+        if self.upgrades.try_send(upgrade).is_err() {
             return refuse("upgraded already\n");
         }
         Response::builder()
@@ -230,4 +250,26 @@ impl Outer {
         let allow = self.shared.ask(false, ask).await.unwrap_or(false);
         Ok(json(format!(r#"{{"Allow":{allow}}}"#)))
     }
+}
+
+/// Says how a machine is let in. Whether one waits under the code is for the administrator to know.
+fn register_page(path: &str) -> Answer {
+    let code = path.strip_prefix(REGISTER).unwrap_or_default();
+    let Ok(code) = code.parse::<Code>() else {
+        return text(StatusCode::NOT_FOUND, "this is not a code of a machine that waits\n");
+    };
+    let page = format!(
+        "A machine asks to join this network. Whoever runs the network lets it in by this command, on the\n\
+         host of the coordination server (with its --state-dir, if it was given one):\n\n    \
+         ringtail coord nodes approve {code}\n\n\
+         The code is good for {} minutes. Let in only what you know to be yours.\n",
+        PENDING_TIME.as_secs() / 60
+    );
+    text(StatusCode::OK, &page)
+}
+
+/// Whether this may stand in a URL as host and port.
+fn is_host(text: &str) -> bool {
+    let fits = |letter: u8| letter.is_ascii_alphanumeric() || b".-:[]_".contains(&letter);
+    (1..=260).contains(&text.len()) && text.bytes().all(fits)
 }
