@@ -14,6 +14,7 @@
 //! - `path`: per peer, which way packets take: candidates, Pings, scores.
 //! - `netmap`: peers, DERP map and rules as coordination tells them, and merging what changes.
 //! - `netcheck`: what the NAT is like, own endpoints, the home region.
+//! - `policy`: a file that says who may reach what, and what it means for each node.
 //! - `coord`: registration and the map stream, both ends.
 //! - `uapi`: the configuration protocol of userspace WireGuard.
 //! - `device`: the device it configures.
@@ -46,6 +47,7 @@ pub mod netmap;
 pub mod noise;
 pub mod path;
 pub mod places;
+pub mod policy;
 pub mod rate;
 pub mod stun;
 #[cfg(test)]
