@@ -7,6 +7,8 @@
 #   make_derp_map LABEL...               the DERP map of these relays
 #   start_headscale                      coordination by Headscale, users alice and bob, keys in auth-key and bob-key
 #   start_coord                          coordination by `ringtail coord`, at the same address
+#   our_server                           our relay, its map, and `ringtail coord`
+#   ours COMMAND...                      `ringtail coord COMMAND` on its state
 #   tailnet_up                           all of that at once: internet, our relay, Headscale
 #
 # Both servers are at $COORD_URL, and what lets nodes in is in $LAB_DIR/auth-key.
@@ -19,11 +21,13 @@
 #
 #   tailnet_ringtail NAME NS [OPTION...]     a node: `ringtail up OPTION...` in namespace NS
 #   tailnet_tailscaled NAME NS [OPTION...]   a node: tailscaled on a TUN, and `tailscale up OPTION...`
+#                                        (TAILNET_KEY: the file with its auth key, or none)
 #   tailnet_stop NAME [SIGNAL]           ends it (KILL: as a crash does); its state stays
 #   tailnet_start NAME                   starts it again as it was
 #   rt NAME COMMAND..., ts NAME COMMAND...   its command line: `ringtail COMMAND`, `tailscale COMMAND`
 #   tailnet_status NAME                  its status in one form for both kinds, see there
 #
+#   asks_for_login NAME                  does this tailscaled?
 #   tailnet_online NAME...               are they in the network?         (for `within`)
 #   tailnet_knows NAME OTHER...          has NAME the OTHERs in its map, online and with a home?
 #   tailnet_ready NAME...                waits until each is in the network and knows all the others
@@ -127,6 +131,9 @@ start_coord() {
   [ -e "$LAB_DIR/auth-key" ] || "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key"
 }
 
+ours() { "$RINGTAIL" coord "$@" --state-dir "$LAB_DIR/coord"; }
+our_server() { start_relay relay relay 203.0.113.1 900 own && make_derp_map relay && start_coord; }
+
 start_headscale() {
   local user
   # YAML takes JSON; Headscale wants the names in lower case and the regions' numbers bare.
@@ -191,10 +198,12 @@ tailnet_node() { # KIND NAME NS [OPTION...]
 }
 
 tailnet_start() {
-  local name=$1 ns=${TAILNET_NS[$1]} at=$LAB_DIR/node-$1 options
+  local name=$1 ns=${TAILNET_NS[$1]} at=$LAB_DIR/node-$1 options key=${TAILNET_KEY:-$LAB_DIR/auth-key}
   eval "options=(${TAILNET_OPTIONS[$name]})"
+  local ours=(--auth-key-file "$key") theirs=("--auth-key=file:$key")
+  [ "$key" != none ] || ours=() theirs=()
   if [ "${TAILNET_KIND[$name]}" = ringtail ]; then
-    lab_spawn "$ns" "node-$name" "${TAILNET_RUN[@]}" "$RINGTAIL" up --coord "$COORD_URL" --auth-key-file "${TAILNET_KEY:-$LAB_DIR/auth-key}" \
+    lab_spawn "$ns" "node-$name" "${TAILNET_RUN[@]}" "$RINGTAIL" up --coord "$COORD_URL" "${ours[@]}" \
       --state-dir "$at" --hostname "$name" --events "${TAILNET_EVENTS:-$LAB_DIR}/$name.events" "${options[@]}"
     return
   fi
@@ -211,9 +220,11 @@ tailnet_start() {
   [ -z "$known" ] || return 0
   # shellcheck disable=SC2016 # for the other shell
   lab_spawn "$ns" "up-$name" sh -c 'until [ -S "$0" ]; do sleep 0.1; done; exec "$@"' "$at/sock" \
-    tailscale --socket="$at/sock" up --login-server="$COORD_URL" --auth-key="file:${TAILNET_KEY:-$LAB_DIR/auth-key}" \
+    tailscale --socket="$at/sock" up --login-server="$COORD_URL" "${theirs[@]}" \
     --hostname="$name" --timeout=60s --accept-dns=false "${options[@]}"
 }
+
+asks_for_login() { ts "$1" status --json 2>/dev/null | jq -e '.BackendState == "NeedsLogin"' >/dev/null; }
 
 tailnet_stop() { lab_stop "node-$1" "${2:-TERM}"; }
 

@@ -241,7 +241,9 @@ impl<K: Copy + Ord, T: Clone> Place<K, T> {
     /// A stranger is expected to have nothing to say before this time: it may stay for so long.
     pub fn wait_until(&self, until: Instant) {
         if !self.is_known() {
-            self.door.lock().set_standing(self.id, Standing::Waiting(until));
+            self.door
+                .lock()
+                .set_standing(self.id, Standing::Waiting(until));
         }
     }
 

@@ -31,13 +31,10 @@ row_ourserver() {
   check "the log-out of a tailscaled is told" logged_out b
   check "no log of ours holds the key" not grep -qF -f "$LAB_DIR/auth-key" "$LAB_DIR"/{coord,relay,node-c,node-d}.log
 }
-ours() { "$RINGTAIL" coord "$@" --state-dir "$LAB_DIR/coord"; }
-asks_for_login() { ts "$1" status --json 2>/dev/null | jq -e '.BackendState == "NeedsLogin"' >/dev/null; }
 back_as_it_was() {
   ts "$1" up --login-server="$COORD_URL" --auth-key="file:$LAB_DIR/auth-key" --hostname="$1" --timeout=20s --accept-dns=false &&
     within 10 tailnet_pings c "$1" 1
 }
-our_server() { start_relay relay relay 203.0.113.1 900 own && make_derp_map relay && start_coord; }
 measured() {
   ts "$1" netcheck 2>/dev/null | tee "$LAB_DIR/netcheck"
   grep -q 'UDP: true' "$LAB_DIR/netcheck" && grep -q 'Nearest DERP: own' "$LAB_DIR/netcheck"

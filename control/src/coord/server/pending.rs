@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::Range;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -55,15 +56,12 @@ impl Code {
 
 impl fmt::Display for Code {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let digits = (0..DIGITS).rev().map(|at| (self.0 >> (5 * at)) & 31);
-        for (at, digit) in digits.enumerate() {
-            if at == 4 {
-                f.write_str("-")?;
-            }
-            let digit = usize::try_from(digit).expect("it is below 32");
-            write!(f, "{}", char::from(ALPHABET[digit]))?;
-        }
-        Ok(())
+        let digit = |at: u32| {
+            let [low, ..] = (self.0 >> (5 * at)).to_le_bytes();
+            char::from(ALPHABET[usize::from(low & 31)])
+        };
+        let part = |of: Range<u32>| of.rev().map(digit).collect::<String>();
+        write!(f, "{}-{}", part(4..DIGITS), part(0..4))
     }
 }
 
@@ -236,11 +234,7 @@ impl Server {
     ///
     /// # Errors
     /// [`Refusal`], when none does or there is no place for it.
-    pub fn plan_approval(
-        &self,
-        wall: OffsetDateTime,
-        code: &str,
-    ) -> Result<Registration, Refusal> {
+    pub fn plan_approval(&self, wall: OffsetDateTime, code: &str) -> Result<Registration, Refusal> {
         let unknown = || Refusal::NoSuchCode(code.to_owned());
         let code = Code::of_url(code.trim()).ok_or_else(unknown)?;
         let mut waiting = self.pending.waiting.values();
@@ -306,7 +300,15 @@ mod tests {
         }
         let url = "https://[fd00::1]:8443/register/28T5-CY4T";
         assert_eq!(Code::of_url(url), Some(code));
-        for text in ["", "-", "28T5-CY4", "28T5-CY4TT", "28T5-CY4U", "28T5 CY4T", "\u{0661}"] {
+        for text in [
+            "",
+            "-",
+            "28T5-CY4",
+            "28T5-CY4TT",
+            "28T5-CY4U",
+            "28T5 CY4T",
+            "\u{0661}",
+        ] {
             assert_eq!(text.parse::<Code>(), Err(()), "{text}");
         }
     }
@@ -341,7 +343,11 @@ mod tests {
         server.handle_applicant(now, host(2), second.clone());
         server.handle_timeout(until);
         assert_eq!(server.take_settled(), [second.code]);
-        assert!(server.plan_approval(WALL, &second.code.to_string()).is_err());
+        assert!(
+            server
+                .plan_approval(WALL, &second.code.to_string())
+                .is_err()
+        );
     }
 
     #[test]

@@ -116,9 +116,9 @@ impl Lab {
     }
 
     fn register_by(&mut self, n: u8, by: &RegisterRequest, key: &KeyCheck) -> RegisterResponse {
-        let applicant = match self.plan(n, by, key) {
-            Registration::Pending(applicant) => applicant,
-            plan => return self.server.apply(self.now, plan),
+        let plan = self.plan(n, by, key);
+        let Registration::Pending(applicant) = plan else {
+            return self.server.apply(self.now, plan);
         };
         let source = IpAddr::from([192, 0, 2, n]);
         let waits = self.server.handle_applicant(self.now, source, *applicant);

@@ -12,7 +12,8 @@ use super::{Client, Shared};
 use crate::coord::admin::{Change, Done, Order, Refusal};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::server::{
-    Applicant, Code, MapAnswer, MapRefusal, Registration, Server, SessionId, Waits, Write, is_logout,
+    Applicant, Code, MapAnswer, MapRefusal, Registration, Server, SessionId, Waits, Write,
+    is_logout,
 };
 use crate::coord::{admin, auth_key};
 use crate::driver::clock::{at, now, wall};

@@ -208,7 +208,9 @@ impl Outer {
         let Some(initiation) = initiation else {
             return refuse("invalid tailscale handshake header\n");
         };
-        let host = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let host = headers
+            .get(header::HOST)
+            .and_then(|host| host.to_str().ok());
         let host = host.filter(|host| is_host(host)).unwrap_or(&self.own);
         let base = format!("{}://{host}", self.scheme);
         let on = hyper::upgrade::on(&mut request);
@@ -256,7 +258,10 @@ impl Outer {
 fn register_page(path: &str) -> Answer {
     let code = path.strip_prefix(REGISTER).unwrap_or_default();
     let Ok(code) = code.parse::<Code>() else {
-        return text(StatusCode::NOT_FOUND, "this is not a code of a machine that waits\n");
+        return text(
+            StatusCode::NOT_FOUND,
+            "this is not a code of a machine that waits\n",
+        );
     };
     let page = format!(
         "A machine asks to join this network. Whoever runs the network lets it in by this command, on the\n\
