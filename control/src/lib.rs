@@ -18,7 +18,8 @@
 //! - `coord`: registration and the map stream, both ends.
 //! - `uapi`: the configuration protocol of userspace WireGuard.
 //! - `device`: the device it configures.
-//! - `hostnet`: the routes, rules and resolvers that the host should have.
+//! - `dns`: names, and what the host's resolver is to ask.
+//! - `hostnet`: the routes and rules that the host should have.
 //! - `config`: what a person gives a node: options and the file of a static network.
 //!
 //! The rim:
@@ -37,6 +38,7 @@ pub mod coord;
 pub mod derp;
 pub mod device;
 pub mod disco;
+pub mod dns;
 pub mod driver;
 #[cfg(any(test, feature = "internals"))]
 pub mod fuzzing;

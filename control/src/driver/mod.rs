@@ -18,6 +18,7 @@
 //!
 //! The host:
 //! - [`hostnet`]: policy rules, routes and addresses.
+//! - [`dns_host`]: whom the host's resolver asks.
 //! - [`interface`]: the TUN's MTU and state, own addresses; [`link`]: changes of the network, told.
 //! - [`ledger`]: what of the host's was changed; [`keeper`]: the process that puts it back when the node
 //!   was killed.
@@ -56,6 +57,7 @@ pub mod derp_server;
 pub mod descriptors;
 pub mod device;
 pub mod discovery;
+pub mod dns_host;
 pub mod events;
 pub mod files;
 pub mod handshakes;

@@ -16,7 +16,7 @@ use crate::driver::interface::{interfaces, source_address, subnets};
 use crate::driver::local_api::{self, Call};
 use crate::driver::relay::RelayEvent;
 use crate::driver::shards::FromShards;
-use crate::driver::{status, uapi};
+use crate::driver::{dns_host, status, uapi};
 use crate::hostnet::HOST_PARTS;
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
@@ -390,6 +390,12 @@ impl Node {
             let lines = of_part.map(|problem| problem.text).collect();
             self.agent.set_health(part, lines);
         }
+    }
+
+    /// The host's resolver is set to other servers, or does not ask ours as it should.
+    pub(super) fn take_resolver_news(&mut self, report: dns_host::Report) {
+        self.agent.set_health("resolver", report.problems);
+        self.hostnet.set_resolvers(report.outside);
     }
 
     pub(super) fn resolve(&self, host: String) {

@@ -20,6 +20,7 @@ use crate::config::{NodeConfig, Prefs, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
+use crate::driver::dns_host::HostResolver;
 use crate::driver::events::EventLog;
 use crate::driver::files;
 use crate::driver::hostnet::{self, HostNet};
@@ -156,6 +157,9 @@ impl Node {
             tun: (dataplane.tun_name().to_owned(), tun_index),
             ledger: ledger.clone(),
         })?;
+        let tun = (dataplane.tun_name(), tun_index);
+        let resolver = HostResolver::start(tun, &state, ledger.clone())?;
+        hostnet.set_resolvers(resolver.report().outside);
         let underlay = Underlay {
             fwmark: config.fwmark.unwrap_or(0),
             keeper: Some(hostnet.keeper()),
@@ -225,6 +229,7 @@ impl Node {
             self_state: watch::Sender::default(),
             ledger,
             announced: None,
+            resolver,
             hostnet,
             link_changed,
             sleep: sleep::Watch::new(),
