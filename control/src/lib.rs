@@ -16,10 +16,10 @@
 //! - `netcheck`: what the NAT is like, own endpoints, the home region.
 //! - `policy`: a file that says who may reach what, and what it means for each node.
 //! - `coord`: registration and the map stream, both ends.
+//! - `dns`: names: what is answered for, what is passed on, what the host's resolver is to ask.
 //! - `uapi`: the configuration protocol of userspace WireGuard.
 //! - `device`: the device it configures.
-//! - `dns`: names, and what the host's resolver is to ask.
-//! - `hostnet`: the routes and rules that the host should have.
+//! - `hostnet`: the routes, rules and resolvers that the host should have.
 //! - `config`: what a person gives a node: options and the file of a static network.
 //!
 //! The rim:

@@ -107,6 +107,7 @@ impl Agent {
             working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
             routes: self.offers().collect(),
+            peerapi: self.services(),
             corrections: self.corrections,
             ..SelfState::default()
         }

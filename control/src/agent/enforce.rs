@@ -186,7 +186,7 @@ impl Agent {
             gone: changes.gone.clone(),
             reserved,
             rules,
-            ..NetworkChange::default()
+            peerapi: self.new_peerapi(),
         };
         if !change.is_empty() {
             self.out.push_back(Output::ChangeNetwork(change));
@@ -224,12 +224,13 @@ impl Agent {
         self.settle(now);
     }
 
-    /// Has the host and the discovery socket take what is wanted of them, if that is another.
+    /// Has the host, the discovery socket and the DNS service take what is wanted of them, if that is another.
     fn configure(&mut self, overlay: Overlay) {
         if self.overlay.as_ref() != Some(&overlay) {
             self.overlay = Some(overlay.clone());
             self.out.push_back(Output::Configure(overlay));
         }
+        self.tell_names();
     }
 
     /// Says which prefixes do not count, each once.

@@ -9,7 +9,7 @@
 //!
 //! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `exit` the way out, `enforce`
 //! puts it into force; `directory` is who is who, `sources` which address to send from, `revival` whom to greet,
-//! `standing` who may not take part, `health` what does not work, `twin` a copy of us, `check` netcheck and the
+//! `naming` what names come to, `standing` who may not take part, `health` what does not work, `twin` a copy of us, `check` netcheck and the
 //! home region;
 //! `status`, `story` and `configuration` are what people see.
 
@@ -20,6 +20,7 @@ mod directory;
 mod enforce;
 mod exit;
 mod health;
+mod naming;
 mod network;
 mod revival;
 mod sources;
@@ -30,6 +31,7 @@ mod twin;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -42,6 +44,7 @@ use serde_json::{Value, json};
 use time::OffsetDateTime;
 
 use crate::config::Prefs;
+use crate::dns::Wish;
 use crate::hostnet::Overlay;
 use crate::key::{DiscoPrivate, DiscoPublic, NodePublic};
 use crate::netcheck::{Netcheck, OwnEndpoint};
@@ -51,6 +54,7 @@ use crate::path::{self, LinkChange, Manager, PingId, Route, Via};
 use allowed::Allowed;
 use exit::ExitNode;
 use health::Health;
+use naming::Named;
 use sources::Sources;
 use twin::Twin;
 
@@ -91,6 +95,8 @@ pub struct Setup {
     pub port_is_fixed: bool,
     /// Name of the TUN interface.
     pub tun: String,
+    /// TCP ports of our peer API, IPv4 and IPv6.
+    pub peerapi: [Option<u16>; 2],
 }
 
 /// What the driver is to do.
@@ -114,6 +120,8 @@ pub enum Output {
     },
     /// Give the TUN these addresses, and the host routes into it.
     Configure(Overlay),
+    /// Answer for names by this, and have the host's resolver ask for them.
+    SetDns(Arc<Wish>),
     /// Send a DISCO datagram from the discovery socket; a failure goes to
     /// [`Agent::handle_send_error`].
     Datagram {
@@ -189,6 +197,8 @@ pub struct Agent {
     /// Those that do not, in sentences.
     refused: BTreeSet<String>,
     health: Health,
+    /// Names, as they were told last.
+    named: Named,
     /// The wall clock as told last, when that was, and when the next key expires by it.
     wall: OffsetDateTime,
     wall_told: Option<Instant>,
@@ -253,6 +263,7 @@ impl Agent {
             allowed: Allowed::default(),
             refused: BTreeSet::new(),
             health: Health::default(),
+            named: Named::default(),
             wall: OffsetDateTime::UNIX_EPOCH,
             wall_told: None,
             times_are_right: false,

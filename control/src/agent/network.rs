@@ -340,8 +340,16 @@ impl Network {
             addresses: self.addresses.iter().map(IpNet::addr).collect(),
             peers: peers.into_iter().collect(),
             routes: routes.into_iter().collect(),
+            services: self.services(),
             ..wishes
         }
+    }
+
+    /// Where this host asks for names, if the network has any.
+    fn services(&self) -> BTreeSet<IpAddr> {
+        let answers = self.dns.is_some() && !self.own.expired;
+        let services: [IpAddr; 2] = [DNS_SERVICE_V4.into(), DNS_SERVICE_V6.into()];
+        services.into_iter().filter(|_| answers).collect()
     }
 
     /// Every node's own address inside the tunnel. Nothing is pinged there; a prefix that a node routes is

@@ -29,6 +29,7 @@ fn agent(seed: u8, relay_only: bool) -> Agent {
         local_port: 41641,
         port_is_fixed: true,
         tun: "tun0".into(),
+        peerapi: [Some(4001), Some(4002)],
     };
     let mut agent = Agent::new(start(), setup, [seed; 32]);
     agent.handle_prefs(start(), prefs());

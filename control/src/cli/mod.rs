@@ -1,6 +1,6 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 //!
-//! Rooms, each a command or several: `up` the node, `status`, `ping` and `netcheck` questions to it, by
+//! Rooms, each a command or several: `up` the node, `status`, `ping`, `dns` and `netcheck` questions to it, by
 //! `ask`; `coord` the coordination server, `derp` the relay, `device` a WireGuard device, `keys` those for
 //! it; `restore` what a killed node left.
 
@@ -8,6 +8,7 @@ mod ask;
 mod coord;
 mod derp;
 mod device;
+mod dns;
 mod keys;
 mod netcheck;
 mod ping;
@@ -65,6 +66,7 @@ enum Command {
     Status(status::StatusArgs),
     Ping(ping::PingArgs),
     Netcheck(netcheck::NetcheckArgs),
+    Dns(dns::DnsArgs),
     Genkey(keys::GenkeyArgs),
     Pubkey(keys::PubkeyArgs),
     Restore(restore::RestoreArgs),
@@ -92,6 +94,7 @@ pub fn main() -> ExitCode {
         Command::Status(args) => status::run(&args),
         Command::Ping(args) => ping::run(&args),
         Command::Netcheck(args) => netcheck::run(&args),
+        Command::Dns(args) => dns::run(&args),
         Command::Genkey(args) => keys::genkey(&args),
         Command::Pubkey(args) => keys::pubkey(&args),
         Command::Restore(args) => restore::restore(&args),

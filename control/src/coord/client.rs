@@ -253,6 +253,10 @@ pub fn hostinfo(config: &CoordConfig, state: &SelfState, os_version: &str) -> Va
     if state.shields_up {
         fields.insert("ShieldsUp".to_owned(), json!(true));
     }
+    let services = services(state);
+    if !services.is_empty() {
+        fields.insert("Services".to_owned(), json!(services));
+    }
     if let Some(net_info) = net_info(state) {
         fields.insert("NetInfo".to_owned(), net_info);
     }
@@ -260,6 +264,20 @@ pub fn hostinfo(config: &CoordConfig, state: &SelfState, os_version: &str) -> Va
         fields.extend(more.clone());
     }
     info
+}
+
+/// What peers may ask us: our peer API, and that it looks names up (`tailcfg.Service`).
+fn services(state: &SelfState) -> Vec<Value> {
+    let service = |kind: &str, port: u16| json!({"Proto": kind, "Port": port});
+    let [v4, v6] = state.peerapi;
+    let v4 = v4.map(|port| service("peerapi4", port));
+    let v6 = v6.map(|port| service("peerapi6", port));
+    let mut services: Vec<Value> = v4.into_iter().chain(v6).collect();
+    if !services.is_empty() {
+        // Tailscale has 1 for "yes".
+        services.push(service("peerapi-dns-proxy", 1));
+    }
+    services
 }
 
 /// Measured facts about our network; none before the first netcheck, so that the server keeps what

@@ -77,6 +77,8 @@ pub struct SelfState {
     pub routes: Vec<IpNet>,
     /// Refuse all inbound connections.
     pub shields_up: bool,
+    /// TCP ports of our peer API, IPv4 and IPv6.
+    pub peerapi: [Option<u16>; 2],
     /// Grows when the server is to be told all this again, because what it has is not what we gave it.
     pub corrections: u32,
     /// Further `Hostinfo` fields as a JSON object; they win over ours of the same name.

@@ -1,8 +1,14 @@
-//! Names: what the network wants of the host's resolver, and what the host has.
+//! Names: what is answered for, what is passed on, and what the host's resolver is to ask.
 //!
-//! Rooms: `wish` is what the network wants of the host's resolver, `host` how that host is told.
+//! Rooms: `zones` decides what becomes of a question, `upstream` is whom it is passed on to, `message` the
+//! bytes, `wish` what the network wants of all this.
 
-pub mod host;
+pub mod message;
+mod upstream;
 mod wish;
+mod zones;
 
-pub use wish::HostDns;
+pub use message::{MESSAGE_LEN_MAX, Question, Read};
+pub use upstream::Upstream;
+pub use wish::{HostDns, Wish};
+pub use zones::{Decision, Exit, Own, Zones};

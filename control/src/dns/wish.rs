@@ -1,6 +1,187 @@
-//! What the network wants of the host's resolver.
+//! What the network wants: of the service, of the host's resolver, and for peers that leave by us.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
+use std::sync::Arc;
+
+use hickory_proto::rr::Name;
+use ipnet::IpNet;
+use ringtail_dataplane::Rules;
+use serde_json::{Value, json};
+
+use super::zones::own_suffixes;
+use super::{Exit, Own, Upstream, Zones};
+use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
+use crate::netmap::wire::DnsConfig;
+
+/// Addresses of the Internet; whoever may ask for names there may have us do it for him.
+const FAR_AWAY: [IpAddr; 2] = [
+    IpAddr::V4(std::net::Ipv4Addr::new(8, 8, 8, 8)),
+    IpAddr::V6(std::net::Ipv6Addr::new(
+        0x2001, 0x4860, 0x4860, 0, 0, 0, 0, 0x8888,
+    )),
+];
+/// The port of DNS, and the protocols it is asked by.
+const DNS_PORT: u16 = 53;
+const DNS_PROTOCOLS: [u8; 2] = [6, 17];
+
+/// All of it at one moment; by default nothing is wanted.
+#[derive(Debug, Default)]
+pub struct Wish {
+    /// What becomes of questions.
+    pub zones: Zones,
+    /// What the host's resolver is to be told; nothing if it is none of our business.
+    pub host: Option<HostDns>,
+    /// What the host's resolver asks may be behind the tunnel.
+    pub behind_tunnel: bool,
+    /// Peers by address, and whether they are their owner's who is ours too.
+    pub peers: HashMap<IpAddr, bool>,
+    /// What may come in, while peers may leave by us.
+    pub lets_out: Option<Rules>,
+    /// What the network says, while it says anything.
+    config: Option<Arc<DnsConfig>>,
+    own_addresses: Vec<IpNet>,
+    own_suffix: String,
+}
+
+impl Wish {
+    /// What a network with these settings wants, of a host whose resolver may be told of it or not.
+    pub fn new<'a>(
+        config: &Arc<DnsConfig>,
+        own: Own<'a>,
+        nodes: impl Iterator<Item = (&'a str, &'a [IpNet])>,
+        exit: &Exit,
+        accepted: bool,
+    ) -> Self {
+        let zones = Zones::new(config, own, nodes, exit);
+        let mut match_domains: Vec<String> = config.routes.keys().cloned().collect();
+        if config.proxied {
+            match_domains.extend(own_suffixes(own.name));
+        }
+        match_domains.retain(|domain| !domain.is_empty());
+        match_domains.sort_unstable();
+        match_domains.dedup();
+        let v4 = own.addresses.iter().any(|net| net.addr().is_ipv4());
+        let server = if v4 {
+            DNS_SERVICE_V4.into()
+        } else {
+            DNS_SERVICE_V6.into()
+        };
+        let host = HostDns {
+            servers: vec![server],
+            search: config.search.clone(),
+            match_domains,
+            default: zones.for_all_names().is_some(),
+        };
+        let empty = host.search.is_empty() && host.match_domains.is_empty() && !host.default;
+        Self {
+            zones,
+            host: (accepted && !empty).then_some(host),
+            config: Some(Arc::clone(config)),
+            own_addresses: own.addresses.to_vec(),
+            own_suffix: own_suffixes(own.name).next().unwrap_or_default(),
+            ..Self::default()
+        }
+    }
+
+    /// Where questions are answered.
+    pub fn service(&self) -> Vec<IpAddr> {
+        let mut service: Vec<IpAddr> = Vec::new();
+        if self.config.is_some() {
+            service.push(DNS_SERVICE_V4.into());
+            if self.own_addresses.iter().any(|net| net.addr().is_ipv6()) {
+                service.push(DNS_SERVICE_V6.into());
+            }
+        }
+        service
+    }
+
+    /// Whether a peer may have us look names up: one that leaves by us, and may ask the Internet.
+    pub fn lets_look_up(&self, peer: IpAddr) -> bool {
+        let (Some(rules), Some(ours)) = (&self.lets_out, self.peers.get(&peer)) else {
+            return false;
+        };
+        *ours || FAR_AWAY.iter().any(|to| admits(rules, peer, *to))
+    }
+
+    /// Whether this is a name that we do not look up for others.
+    pub fn is_filtered(&self, name: &Name) -> bool {
+        let name = name.to_lowercase().to_ascii();
+        let name = name.trim_end_matches('.');
+        let filtered = self
+            .config
+            .iter()
+            .flat_map(|config| &config.exit_node_filtered_set);
+        filtered
+            .into_iter()
+            .any(|entry| match entry.strip_prefix('.') {
+                Some(_) => name.ends_with(entry.as_str()),
+                None => name == entry,
+            })
+    }
+
+    /// What of the network's wishes cannot be had, in sentences.
+    pub fn problems(&self) -> impl Iterator<Item = String> {
+        let parts =
+            self.config.as_ref().map_or(0, |config| config.left_out) + self.zones.left_out();
+        let left_out = (parts > 0).then(|| {
+            format!("{parts} parts of the network's DNS settings mean nothing, or are too many, and are left out")
+        });
+        self.zones.unusable().iter().cloned().chain(left_out)
+    }
+
+    /// For people.
+    pub fn status(&self) -> Value {
+        let Some(config) = &self.config else {
+            return json!({"answers": false});
+        };
+        let shown = |upstreams: &[Upstream]| -> Vec<String> {
+            upstreams.iter().map(Upstream::to_string).collect()
+        };
+        let routes: serde_json::Map<String, Value> = config
+            .routes
+            .iter()
+            .map(|(suffix, resolvers)| {
+                let resolvers = resolvers.iter().map(|resolver| resolver.addr.as_str());
+                (suffix.clone(), resolvers.collect())
+            })
+            .collect();
+        json!({
+            "answers": true,
+            "addresses": self.service(),
+            "magic_dns": config.proxied,
+            "suffix": self.own_suffix,
+            "search": config.search,
+            "routes": routes,
+            "resolvers": self.zones.for_all_names().map(shown),
+            "extra_records": config.extra_records.len(),
+            "host": self.host.as_ref().map(|host| json!({
+                "servers": host.servers, "for_all_names": host.default,
+            })),
+        })
+    }
+}
+
+/// Whether rules let a peer ask for names there.
+fn admits(rules: &Rules, peer: IpAddr, to: IpAddr) -> bool {
+    let holds = |net: IpNet, ip: &IpAddr| net.contains(ip);
+    match rules {
+        Rules::AllowAll => true,
+        Rules::List(rules) => rules.iter().any(|rule| {
+            let ports = |first, last| (first..=last).contains(&DNS_PORT);
+            let mut destinations = rule.destinations.iter();
+            DNS_PROTOCOLS
+                .iter()
+                .any(|protocol| rule.protocols.contains(protocol))
+                && rule
+                    .sources
+                    .iter()
+                    .any(|source| holds((*source).into(), &peer))
+                && destinations
+                    .any(|(net, first, last)| holds((*net).into(), &to) && ports(*first, *last))
+        }),
+    }
+}
 
 /// Whom the host's resolver is to ask, and what for. Without servers it is no wish at all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -11,6 +11,7 @@
 //! - [`relay`]: connections to relays.
 //! - [`coord_client`]: the connection to the coordination server; [`control_url`]: where that is.
 //! - [`discovery`]: the UDP sockets of DISCO and STUN.
+//! - [`dns`]: questions for names, from this host and from peers that leave by us.
 //! - [`tls`]: relays' TLS, who may vouch for a certificate, what a relay has to show.
 //! - [`noise_stream`]: coordination's Noise as a byte stream.
 //! - [`names`]: look-ups; `race`: a connection to the first address that takes one; [`underlay`]: TCP
@@ -18,7 +19,6 @@
 //!
 //! The host:
 //! - [`hostnet`]: policy rules, routes and addresses.
-//! - [`dns_host`]: whom the host's resolver asks.
 //! - [`interface`]: the TUN's MTU and state, own addresses; [`link`]: changes of the network, told.
 //! - [`ledger`]: what of the host's was changed; [`keeper`]: the process that puts it back when the node
 //!   was killed.
@@ -57,7 +57,7 @@ pub mod derp_server;
 pub mod descriptors;
 pub mod device;
 pub mod discovery;
-pub mod dns_host;
+pub mod dns;
 pub mod events;
 pub mod files;
 pub mod handshakes;

@@ -1,5 +1,5 @@
 //! Host names to addresses, by the system's resolver (`getaddrinfo`), which knows the hosts file and
-//! whatever else this host asks.
+//! whatever else this host asks; past it ([`direct`]) while what it asks may be behind the tunnel.
 //!
 //! It blocks, and a DNS server that does not answer holds it for ten seconds and longer. So each
 //! look-up has a thread of its own, [`THREADS_MAX`] at most, and the names beyond that wait; whoever
@@ -10,11 +10,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::net::{IpAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::watch;
+
+use super::dns::direct;
 
 /// Look-ups at a time.
 pub const THREADS_MAX: usize = 16;
@@ -25,6 +27,15 @@ pub const NAMES_MAX: usize = 1024;
 #[derive(Clone)]
 pub struct Names(Arc<Inner>);
 
+/// How names are asked for past the system's resolver.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Past {
+    /// The servers that it asked before it asked us.
+    pub servers: Vec<SocketAddr>,
+    /// Mark of the sockets; 0 is none.
+    pub fwmark: u32,
+}
+
 /// Blocks until it knows the addresses of a name.
 type Ask = Box<dyn Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync>;
 
@@ -33,6 +44,7 @@ type Answer = Result<Vec<IpAddr>, String>;
 
 struct Inner {
     ask: Ask,
+    past: Arc<Mutex<Option<Past>>>,
     state: Mutex<State>,
 }
 
@@ -58,19 +70,41 @@ impl std::fmt::Debug for Names {
 
 impl Default for Names {
     fn default() -> Self {
-        Self::asking(|name| Ok((name, 0).to_socket_addrs()?.map(|addr| addr.ip()).collect()))
+        let past: Arc<Mutex<Option<Past>>> = Arc::default();
+        let asked = Arc::clone(&past);
+        let ask = move |name: &str| {
+            let past = super::lock(&asked).clone();
+            match past {
+                Some(past) if !past.servers.is_empty() => {
+                    direct::look_up(name, &past.servers, past.fwmark)
+                }
+                Some(_) | None => Ok((name, 0).to_socket_addrs()?.map(|addr| addr.ip()).collect()),
+            }
+        };
+        Self(Arc::new(Inner {
+            ask: Box::new(ask),
+            past,
+            state: Mutex::default(),
+        }))
     }
 }
 
 impl Names {
     /// Asks this instead of the host's resolver, on a thread where it may take its time.
+    #[cfg(test)]
     pub(super) fn asking(
         ask: impl Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static,
     ) -> Self {
         Self(Arc::new(Inner {
             ask: Box::new(ask),
+            past: Arc::default(),
             state: Mutex::default(),
         }))
+    }
+
+    /// Asks past the system's resolver from now on, or no more.
+    pub fn set_past(&self, past: Option<Past>) {
+        *super::lock(&self.0.past) = past;
     }
 
     /// Looks a name up, and waits so long for the answer; what comes later is the answer to whoever

@@ -2,7 +2,8 @@
 //! map, the settings and what the host has; difference to what is there; nothing is read or
 //! written here. `driver/hostnet/` does that, on a thread of its own.
 //!
-//! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about.
+//! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about,
+//! `resolvers` whom the host asks.
 //!
 //! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
 //! table of our own (52 unless told otherwise), and one rule of each family leads there, among
@@ -36,6 +37,7 @@
 //! get a file in `driver/` each.
 
 mod plan;
+mod resolvers;
 mod steps;
 
 use std::collections::BTreeSet;
@@ -45,6 +47,7 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use plan::{lies_in, meets, plan};
+pub use resolvers::resolvers;
 pub use steps::{Step, steps};
 
 /// Route and rule protocol number (`RTA_PROTOCOL`, `FRA_PROTOCOL`) of what is ours.
@@ -89,6 +92,9 @@ pub struct Overlay {
     pub addresses: BTreeSet<IpAddr>,
     /// Peers' own inner addresses.
     pub peers: BTreeSet<IpAddr>,
+    /// Addresses at which services of the network are to be had on this host itself, unless another program
+    /// has them already.
+    pub services: BTreeSet<IpAddr>,
     /// Everything else that peers route.
     pub routes: BTreeSet<IpNet>,
     /// What this node routes for others, the Internet apart.

@@ -23,6 +23,19 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
             None => {}
         }
     }
+    for ip in overlay
+        .services
+        .iter()
+        .copied()
+        .filter(|ip| usable(ip.is_ipv6()))
+    {
+        let net = IpNet::from(ip);
+        if host.routes.contains(&net) {
+            tell.conflict(net, net, Relation::Same);
+        } else {
+            plan.state.addresses.insert(ip);
+        }
+    }
     let own: BTreeSet<IpNet> = host.connected.union(&host.routes).copied().collect();
     let mut tunnel: BTreeSet<IpNet> = BTreeSet::new();
     for net in overlay.routes.iter().map(IpNet::trunc) {

@@ -11,7 +11,9 @@ use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
     NetlinkPayload,
 };
-use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use rtnetlink::packet_route::address::{
+    AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo,
+};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -20,6 +22,7 @@ use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
 use crate::hostnet::{Action, MAIN, PROTOCOL, Route, Rule, Step, Way};
+use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
 
 /// One answer, or a part of a long one.
 const BUFFER_LEN: usize = 64 << 10;
@@ -462,6 +465,14 @@ fn address_message(ip: IpAddr, tun: u32) -> AddressMessage {
     message.header.prefix_len = if ip.is_ipv6() { 128 } else { 32 };
     message.header.index = tun;
     message.attributes = vec![AddressAttribute::Local(ip), AddressAttribute::Address(ip)];
+    // Where a service is to be had, and nobody's source: of this host alone, and not preferred.
+    if ip == DNS_SERVICE_V4 {
+        message.header.scope = AddressScope::Host;
+    } else if ip == DNS_SERVICE_V6 {
+        let mut times = CacheInfo::default();
+        times.ifa_valid = u32::MAX;
+        message.attributes.push(AddressAttribute::CacheInfo(times));
+    }
     if ip.is_ipv6() {
         let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
         message.attributes.push(AddressAttribute::Flags(flags));

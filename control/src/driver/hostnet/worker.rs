@@ -19,11 +19,11 @@ use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
-    lies_in, meets, steps, table_of_priority,
+    lies_in, meets, resolvers, steps, table_of_priority,
 };
 
-/// Whoever asks for our table is turned away this often.
-const CLAIM_PERIOD: Duration = Duration::from_secs(10);
+/// The resolver's files are read this often: they tell nobody that they changed.
+const FILES_PERIOD: Duration = Duration::from_secs(10);
 /// The table of the host's own addresses, which is asked before any other.
 const LOCAL: u32 = 255;
 /// Host routes remembered at most, of those that meet ours.
@@ -32,6 +32,13 @@ const HOST_ROUTES_MAX: usize = 65_536;
 const TOLD_MAX: usize = 1024;
 /// Times the rules are tried, as each family may turn out not to have any.
 const TRIES: usize = 3;
+/// Where the resolver's servers stand, and, if that names but a stub on this host, those of
+/// systemd-resolved and NetworkManager.
+const RESOLV_CONF: [&str; 3] = [
+    "/etc/resolv.conf",
+    "/run/systemd/resolve/resolv.conf",
+    "/run/NetworkManager/no-stub-resolv.conf",
+];
 /// `ENODEV`, `ESRCH`, `ENOENT`, `EADDRNOTAVAIL`: what a deletion meets when it is gone already.
 const GONE: [i32; 4] = [
     nix::libc::ENODEV,
@@ -74,7 +81,7 @@ impl Worker {
         let (mut rest_until, mut rest_until_address) = (Instant::now(), Instant::now());
         loop {
             let start = Instant::now();
-            let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host);
+            let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host.dialled);
             if taken.stop {
                 break;
             }
@@ -104,10 +111,10 @@ impl Worker {
             let timeout = if look {
                 rest_until.saturating_duration_since(Instant::now())
             } else {
-                CLAIM_PERIOD
+                FILES_PERIOD
             };
             match wait(watch, woken, timeout) {
-                Woken::Wish | Woken::Nothing => {}
+                Woken::Wish => {}
                 Woken::News => {
                     let news = watch.take();
                     for route in &news.routes {
@@ -118,6 +125,7 @@ impl Worker {
                         rest_until = rest_until.min(rest_until_address);
                     }
                 }
+                Woken::Nothing => look = look || Self::resolvers() != self.host.resolvers,
             }
             drain(woken);
         }
@@ -129,6 +137,7 @@ impl Worker {
         let tun = self.settings.tun;
         let file = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.tun_name);
         self.host.ipv6 = std::fs::read_to_string(file).is_ok_and(|text| text.trim() == "0");
+        self.host.resolvers = Self::resolvers();
         if let Ok(addresses) = self.netlink.addresses() {
             let others = addresses.iter().filter(|found| found.interface != tun);
             self.host.connected = others.filter_map(|found| found.subnet).collect();
@@ -136,7 +145,8 @@ impl Worker {
         self.host.routes.clear();
         self.tables = BTreeSet::from([MAIN.into()]);
         self.too_many = false;
-        let nets = self.overlay.nets();
+        let mut nets = self.overlay.nets();
+        nets.extend(self.overlay.services.iter().copied().map(IpNet::from));
         for v6 in [false, true] {
             // A family that is not there has none.
             let rules = self.netlink.rules(v6).unwrap_or_default();
@@ -181,6 +191,17 @@ impl Worker {
                 tracing::debug!(%error, ?step, "the look that follows tries again");
             }
         }
+    }
+
+    /// The servers of the first file that names any.
+    fn resolvers() -> Vec<IpAddr> {
+        let files = RESOLV_CONF
+            .iter()
+            .map(|path| std::fs::read_to_string(path).unwrap_or_default());
+        files
+            .map(|text| resolvers(&text))
+            .find(|found| !found.is_empty())
+            .unwrap_or_default()
     }
 
     /// Makes it as it is to be, and says how it stands.
@@ -329,12 +350,16 @@ impl Worker {
                 );
             }
         }
-        let news = lock(&self.shared.report).problems != problems;
+        let news = {
+            let before = lock(&self.shared.report);
+            before.problems != problems || before.resolvers != self.host.resolvers
+        };
         *lock(&self.shared.report) = Report {
             table: self.settings.table,
             conflicts: plan.conflicts,
             more_conflicts: plan.more_conflicts,
             kept_out: plan.kept_out,
+            resolvers: self.host.resolvers.clone(),
             problems,
         };
         if news {

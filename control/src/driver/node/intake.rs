@@ -14,9 +14,10 @@ use crate::coord::{CoordEvent, NotAdmitted};
 use crate::driver::device;
 use crate::driver::interface::{interfaces, source_address, subnets};
 use crate::driver::local_api::{self, Call};
+use crate::driver::names::Past;
 use crate::driver::relay::RelayEvent;
 use crate::driver::shards::FromShards;
-use crate::driver::{dns_host, status, uapi};
+use crate::driver::{status, uapi};
 use crate::hostnet::HOST_PARTS;
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
@@ -221,6 +222,17 @@ impl Node {
                 self.questions.insert(question, call);
                 self.agent.handle_netcheck_question(now, question);
             }
+            local_api::Request::DnsStatus => {
+                let _ = call.answers.try_send(self.dns.status());
+            }
+            local_api::Request::DnsQuery { name, kind } => {
+                let answer = self.dns.query(name, kind);
+                tokio::task::spawn_local(async move {
+                    if let Ok(answer) = answer.await {
+                        let _ = call.answers.send(answer).await;
+                    }
+                });
+            }
             local_api::Request::Prefs
             | local_api::Request::Set { .. }
             | local_api::Request::Up
@@ -229,8 +241,6 @@ impl Node {
             | local_api::Request::Logout
             | local_api::Request::Ip { .. }
             | local_api::Request::Whois { .. }
-            | local_api::Request::DnsStatus
-            | local_api::Request::DnsQuery { .. }
             | local_api::Request::ExitNodes => {
                 let error = json!({"error": "this node cannot answer that yet"});
                 let _ = call.answers.try_send(error);
@@ -383,19 +393,24 @@ impl Node {
     }
 
     /// What is not as it should be with the host's network, for people.
+    /// What names are for, or whom the host asks, is another.
+    pub(super) fn names_changed(&mut self) {
+        let fwmark = self.fwmark;
+        let past = self.dns.past().map(|servers| Past { servers, fwmark });
+        self.names.set_past(past);
+        self.agent.set_health("dns", self.dns.problems());
+    }
+
     pub(super) fn take_host_news(&mut self) {
-        let mut problems = self.hostnet.report().problems;
+        let report = self.hostnet.report();
+        self.dns.set_host_resolvers(report.resolvers.into_iter());
+        self.names_changed();
+        let mut problems = report.problems;
         for part in HOST_PARTS {
             let of_part = problems.extract_if(.., |problem| problem.part == part);
             let lines = of_part.map(|problem| problem.text).collect();
             self.agent.set_health(part, lines);
         }
-    }
-
-    /// The host's resolver is set to other servers, or does not ask ours as it should.
-    pub(super) fn take_resolver_news(&mut self, report: dns_host::Report) {
-        self.agent.set_health("resolver", report.problems);
-        self.hostnet.set_resolvers(report.outside);
     }
 
     pub(super) fn resolve(&self, host: String) {

@@ -26,7 +26,7 @@ use tokio::sync::{mpsc, watch};
 use super::clock::{at, now, thread_time, wall};
 use super::coord_client::CoordClient;
 use super::discovery::{Datagram, Discovery};
-use super::dns_host::HostResolver;
+use super::dns::Dns;
 use super::events::EventLog;
 use super::handshakes::Handshakes;
 use super::hostnet::HostNet;
@@ -115,10 +115,9 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
 
 struct Node {
     agent: Agent,
-    /// Dropped while what it points to still answers.
-    resolver: HostResolver,
     /// Dropped before the TUN goes.
     hostnet: HostNet,
+    dns: Dns,
     dataplane: Dataplane,
     discovery: Discovery,
     /// What the discovery socket may cost, and what local programs may.
@@ -254,7 +253,6 @@ impl Node {
                 }
                 Some(finding) = self.findings.1.recv() => self.take_finding(finding),
                 () = self.hostnet.news() => self.take_host_news(),
-                report = self.resolver.changed() => self.take_resolver_news(report),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
                 () = at(self.minor_change.due()) => self.link_changed(),
                 () = at(due) => {
@@ -298,6 +296,10 @@ impl Node {
                 Output::Configure(overlay) => {
                     self.discovery.set_inner(overlay.addresses.clone());
                     self.hostnet.set_overlay(overlay);
+                }
+                Output::SetDns(wish) => {
+                    self.dns.set_wish(wish);
+                    self.names_changed();
                 }
                 Output::Datagram {
                     peer,

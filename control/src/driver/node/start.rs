@@ -20,7 +20,7 @@ use crate::config::{NodeConfig, Prefs, StaticNetwork, ValidateMode};
 use crate::coord::CoordConfig;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
-use crate::driver::dns_host::HostResolver;
+use crate::driver::dns::Dns;
 use crate::driver::events::EventLog;
 use crate::driver::files;
 use crate::driver::hostnet::{self, HostNet};
@@ -157,9 +157,6 @@ impl Node {
             tun: (dataplane.tun_name().to_owned(), tun_index),
             ledger: ledger.clone(),
         })?;
-        let tun = (dataplane.tun_name(), tun_index);
-        let resolver = HostResolver::start(tun, &state, ledger.clone())?;
-        hostnet.set_resolvers(resolver.report().outside);
         let underlay = Underlay {
             fwmark: config.fwmark.unwrap_or(0),
             keeper: Some(hostnet.keeper()),
@@ -178,6 +175,7 @@ impl Node {
             tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
         });
         let (_configuration_socket, configuration) = configuration.ok().unzip();
+        let dns = Dns::start(dataplane.tun_name())?;
         let names = Names::default();
         let (relays, relay_events) = RelayPool::new(RelayOptions {
             names: names.clone(),
@@ -205,6 +203,7 @@ impl Node {
                 local_port: dataplane.local_port(),
                 port_is_fixed: config.listen_port.is_some_and(|port| port != 0),
                 tun: dataplane.tun_name().to_owned(),
+                peerapi: dns.peerapi(),
             },
             rand::random(),
         );
@@ -229,8 +228,8 @@ impl Node {
             self_state: watch::Sender::default(),
             ledger,
             announced: None,
-            resolver,
             hostnet,
+            dns,
             link_changed,
             sleep: sleep::Watch::new(),
             timestamps: Timestamps::open(state.file(TIMESTAMP_FILE)),

@@ -1,0 +1,175 @@
+//! Names: what the DNS service answers, what the host's resolver is told, and what the peer API is for.
+
+use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::sync::Arc;
+
+use ipnet::IpNet;
+use ringtail_dataplane::{NetworkChange, PeerApi, Rules};
+
+use super::network::apart;
+use super::{Agent, Network, NetworkPeer, Output};
+use crate::dns::{Exit, Own, Upstream, Wish};
+use crate::netmap::wire::DnsConfig;
+
+/// Where an exit node's peer API looks names up.
+const DNS_PATH: &str = "/dns-query";
+
+/// What was told last was made of this.
+#[derive(Debug, Default)]
+pub(super) struct Named {
+    basis: Basis,
+    peers: Vec<Arc<NetworkPeer>>,
+    peerapi: PeerApi,
+}
+
+/// What names depend on beside the peers.
+#[derive(Debug, Default, PartialEq)]
+struct Basis {
+    config: Option<Arc<DnsConfig>>,
+    name: String,
+    addresses: Vec<IpNet>,
+    names_have_v6: bool,
+    /// Our owner, unless we are nobody's.
+    owner: Option<i64>,
+    held_back: Vec<(String, Vec<IpNet>)>,
+    exit: Exit,
+    accepted: bool,
+    lets_out: Option<Rules>,
+}
+
+impl Agent {
+    /// Has names answered for as the network and a person want it now, if that is otherwise than before.
+    pub(super) fn tell_names(&mut self) {
+        if let Some(peerapi) = self.new_peerapi() {
+            self.out.push_back(Output::ChangeNetwork(NetworkChange {
+                peerapi: Some(peerapi),
+                ..NetworkChange::default()
+            }));
+        }
+        let none = Network::default();
+        let network = self.network.as_ref().unwrap_or(&none);
+        let basis = self.basis(network);
+        let (before, after) = apart(&self.named.peers, &network.peers);
+        let same_peers = before.len() == after.len()
+            && before.iter().zip(after).all(|(a, b)| names_the_same(a, b));
+        if self.named.basis != basis || !same_peers {
+            let wish = wish(&basis, &network.peers);
+            self.out.push_back(Output::SetDns(Arc::new(wish)));
+        }
+        self.named.peers.clone_from(&network.peers);
+        self.named.basis = basis;
+    }
+
+    /// Where our peer API is to be had, if that is elsewhere than the data plane was told.
+    pub(super) fn new_peerapi(&mut self) -> Option<PeerApi> {
+        let own = self.network.as_ref().map(|network| &network.addresses);
+        let peerapi = self.peerapi(own.map_or(&[], Vec::as_slice));
+        let new = self.named.peerapi != peerapi;
+        self.named.peerapi = peerapi;
+        new.then_some(peerapi)
+    }
+
+    fn basis(&self, network: &Network) -> Basis {
+        let own = &network.own;
+        let prefs = &self.prefs;
+        let held_back = network.held_back.iter();
+        Basis {
+            // Whom nobody lets in has no use for servers inside of the network.
+            config: network.dns.clone().filter(|_| !own.expired),
+            name: own.name.clone(),
+            addresses: network.addresses.clone(),
+            names_have_v6: own.names_have_v6,
+            owner: own.tags.is_empty().then_some(own.user),
+            held_back: held_back
+                .map(|node| (node.name.clone(), node.addresses.clone()))
+                .collect(),
+            exit: self.exit_for_names(network),
+            accepted: prefs.accept_dns,
+            lets_out: prefs.advertise_exit_node.then(|| network.rules.clone()),
+        }
+    }
+
+    /// What coordination is told of our peer API: its ports.
+    pub(super) fn services(&self) -> [Option<u16>; 2] {
+        let open = !self.prefs.shields_up;
+        self.setup.peerapi.map(|port| port.filter(|_| open))
+    }
+
+    /// Where our peer API is to be had.
+    fn peerapi(&self, own: &[IpNet]) -> PeerApi {
+        let [v4, v6] = self.services();
+        let mut api = PeerApi::default();
+        for net in own {
+            match net.addr() {
+                IpAddr::V4(ip) => api.v4 = api.v4.or_else(|| Some(SocketAddrV4::new(ip, v4?))),
+                IpAddr::V6(ip) => {
+                    api.v6 = api.v6.or_else(|| Some(SocketAddrV6::new(ip, v6?, 0, 0)));
+                }
+            }
+        }
+        api
+    }
+
+    /// What the way out means for names.
+    fn exit_for_names(&self, network: &Network) -> Exit {
+        if self.prefs.exit_node.is_none() {
+            return Exit::None;
+        }
+        let key = self.exit.key();
+        let peer = network.peers.iter().find(|peer| Some(peer.node_key) == key);
+        let Some(peer) = peer.filter(|peer| peer.peerapi_dns) else {
+            return Exit::Silent;
+        };
+        let family = |v6: bool| move |net: &&IpNet| net.addr().is_ipv6() == v6;
+        let at = |v6: bool| {
+            let port = peer.peerapi[usize::from(v6)]?;
+            network.addresses.iter().find(family(v6))?;
+            let there = peer.addresses.iter().find(family(v6))?;
+            Some(SocketAddr::new(there.addr(), port))
+        };
+        match at(false).or_else(|| at(true)) {
+            Some(there) => Exit::Resolver(Upstream::Http(there, DNS_PATH.to_owned())),
+            None => Exit::Silent,
+        }
+    }
+}
+
+fn names_the_same(a: &NetworkPeer, b: &NetworkPeer) -> bool {
+    let owner = |peer: &NetworkPeer| (peer.user, peer.tags.is_empty());
+    a.name == b.name && a.addresses == b.addresses && owner(a) == owner(b)
+}
+
+fn wish(basis: &Basis, peers: &[Arc<NetworkPeer>]) -> Wish {
+    let mut wish = match &basis.config {
+        Some(config) => {
+            let own = Own {
+                name: &basis.name,
+                addresses: &basis.addresses,
+                names_have_v6: basis.names_have_v6,
+            };
+            let nodes = peers
+                .iter()
+                .map(|peer| (peer.name.as_str(), peer.addresses.as_slice()));
+            let held_back = basis.held_back.iter();
+            let held_back = held_back.map(|(name, nets)| (name.as_str(), nets.as_slice()));
+            Wish::new(
+                config,
+                own,
+                nodes.chain(held_back),
+                &basis.exit,
+                basis.accepted,
+            )
+        }
+        None => Wish::default(),
+    };
+    let ours = |peer: &NetworkPeer| peer.tags.is_empty() && Some(peer.user) == basis.owner;
+    let addresses = |peer: &Arc<NetworkPeer>| {
+        let ours = ours(peer);
+        let addresses: Vec<IpAddr> = peer.addresses.iter().map(IpNet::addr).collect();
+        addresses.into_iter().map(move |ip| (ip, ours))
+    };
+    wish.peers = peers.iter().flat_map(addresses).collect();
+    wish.lets_out.clone_from(&basis.lets_out);
+    wish.behind_tunnel = wish.host.is_some() || basis.exit != Exit::None;
+    wish
+}

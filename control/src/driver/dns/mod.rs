@@ -1,0 +1,279 @@
+//! Names, answered: the DNS service of the network on this host, and the peer API, which looks them up
+//! for those who leave by us.
+//!
+//! A thread of its own, so that no flood of questions costs the node more than that thread. What is
+//! answered and what is passed on decides [`crate::dns`]; the codec is hickory's. Its server is not used: it
+//! makes a message of its own of what a resolver answers, where this one hands on the resolver's, and
+//! bounds neither connections nor questions at work.
+//!
+//! Rooms: `server` takes questions, `forward` passes them on, `peerapi` is what peers reach; `direct` looks
+//! up, past the tunnel, what the tunnel needs.
+
+pub(in crate::driver) mod direct;
+mod forward;
+mod peerapi;
+mod server;
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use hickory_proto::op::{Message, Query};
+use hickory_proto::rr::{Name, RecordType};
+use serde_json::{Value, json};
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle as Task;
+
+use crate::dns::{Upstream, Wish};
+use crate::driver::lock;
+use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
+use forward::Over;
+use peerapi::PeerApi;
+use server::{Resolver, Sockets};
+
+/// When the service's addresses are taken, it is tried again after this.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What questions are decided by.
+#[derive(Debug, Default)]
+struct Settings {
+    wish: Arc<Wish>,
+    /// Whom the host asked before it asked us.
+    host: Arc<[Upstream]>,
+}
+
+/// The service, as long as this lives.
+pub struct Dns {
+    settings: watch::Sender<Arc<Settings>>,
+    resolver: Arc<Resolver>,
+    problem: Arc<Mutex<Option<String>>>,
+    ports: [Option<u16>; 2],
+    runtime: tokio::runtime::Handle,
+    /// Dropped to end the thread.
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Dns {
+    /// Starts the thread, and opens the peer API on the tunnel's interface. Until there is a wish, nothing is
+    /// answered.
+    ///
+    /// # Errors
+    /// When a thread cannot be had.
+    pub fn start(tun: &str) -> anyhow::Result<Self> {
+        let api = PeerApi::open(tun);
+        let ports = api.ports();
+        let (settings, wished) = watch::channel(Arc::new(Settings::default()));
+        let resolver = Arc::new(Resolver::new(wished.clone()));
+        let problem = Arc::new(Mutex::new(None));
+        let (stop, stopped) = oneshot::channel();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("cannot start the runtime of the DNS service")?;
+        let handle = runtime.handle().clone();
+        let thread = std::thread::Builder::new().name("dns".into()).spawn({
+            let (resolver, problem) = (Arc::clone(&resolver), Arc::clone(&problem));
+            let tun = tun.to_owned();
+            move || {
+                runtime.block_on(async {
+                    tokio::select! {
+                        _ = stopped => {}
+                        () = api.serve(wished.clone(), Arc::clone(&resolver)) => {}
+                        () = run(&tun, wished.clone(), Arc::clone(&resolver), &problem) => {}
+                    }
+                });
+            }
+        });
+        Ok(Self {
+            settings,
+            resolver,
+            problem,
+            ports,
+            runtime: handle,
+            stop: Some(stop),
+            thread: Some(thread.context("cannot start the thread of the DNS service")?),
+        })
+    }
+
+    /// TCP ports of the peer API, IPv4 and IPv6.
+    pub fn peerapi(&self) -> [Option<u16>; 2] {
+        self.ports
+    }
+
+    /// Answers by this from now on.
+    pub fn set_wish(&self, wish: Arc<Wish>) {
+        self.settings.send_modify(|settings| {
+            *settings = Arc::new(Settings {
+                wish,
+                host: Arc::clone(&settings.host),
+            });
+        });
+    }
+
+    /// Whom the host asked before it asked us.
+    pub fn set_host_resolvers(&self, servers: impl Iterator<Item = IpAddr>) {
+        let ours = |ip: &IpAddr| *ip == DNS_SERVICE_V4 || *ip == DNS_SERVICE_V6;
+        let host: Arc<[Upstream]> = servers.filter(|ip| !ours(ip)).map(Upstream::from).collect();
+        self.settings.send_if_modified(|settings| {
+            let changed = settings.host != host;
+            if changed {
+                *settings = Arc::new(Settings {
+                    wish: Arc::clone(&settings.wish),
+                    host: host.clone(),
+                });
+            }
+            changed
+        });
+    }
+
+    /// Whom to ask past the tunnel for the names that it needs, while what the host asks may be behind it.
+    pub fn past(&self) -> Option<Vec<SocketAddr>> {
+        let settings = self.settings.borrow();
+        let outside = settings.host.iter().map(Upstream::address);
+        let outside = outside
+            .filter(|server| !server.ip().is_loopback())
+            .collect();
+        settings.wish.behind_tunnel.then_some(outside)
+    }
+
+    /// What is not as it should be, in sentences.
+    pub fn problems(&self) -> Vec<String> {
+        let settings = Arc::clone(&self.settings.borrow());
+        let mut problems: Vec<String> = lock(&self.problem).iter().cloned().collect();
+        problems.extend(settings.wish.problems());
+        problems
+    }
+
+    /// How it stands, for people.
+    pub fn status(&self) -> Value {
+        let settings = Arc::clone(&self.settings.borrow());
+        let mut status = settings.wish.status();
+        let host = settings.host.iter().map(Upstream::to_string);
+        status["host_resolvers"] = host.collect();
+        status["problems"] = self.problems().into();
+        let counters = self.resolver.counters.snapshot();
+        status["counters"] = counters
+            .into_iter()
+            .map(|(name, n)| (name.to_owned(), n.into()))
+            .collect::<serde_json::Map<_, _>>()
+            .into();
+        status
+    }
+
+    /// Looks a name up as the host would; the answer, for people, is at the end of the task.
+    pub fn query(&self, name: &str, kind: &str) -> Task<Value> {
+        let asked = read_kind(name, kind).and_then(|(name, kind)| question(&name, kind));
+        let resolver = Arc::clone(&self.resolver);
+        self.runtime.spawn(async move {
+            let question = match asked {
+                Ok(question) => question,
+                Err(error) => return json!({"error": error}),
+            };
+            let answer = resolver.answer(&question, Over::Stream).await;
+            match answer.map(|answer| Message::from_vec(&answer)) {
+                Some(Ok(answer)) => describe(&answer),
+                Some(Err(error)) => json!({"error": error.to_string()}),
+                None => json!({"error": "no answer"}),
+            }
+        })
+    }
+}
+
+impl Drop for Dns {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // If it panicked, that has been printed.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Dns {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Dns")
+    }
+}
+
+/// Listens while there is something to answer for.
+async fn run(
+    tun: &str,
+    mut wished: watch::Receiver<Arc<Settings>>,
+    resolver: Arc<Resolver>,
+    problem: &Mutex<Option<String>>,
+) {
+    loop {
+        let addresses = wished.borrow_and_update().wish.service();
+        let sockets = if addresses.is_empty() {
+            Ok(None)
+        } else {
+            Sockets::open(&addresses, tun).map(Some)
+        };
+        let error = sockets.as_ref().err().cloned();
+        if *lock(problem) != error {
+            if let Some(error) = &error {
+                tracing::warn!(error, "names are not answered for");
+            }
+            (*lock(problem)).clone_from(&error);
+        }
+        let serve = async {
+            match sockets {
+                Ok(Some(sockets)) => sockets.serve(Arc::clone(&resolver)).await,
+                Ok(None) => std::future::pending().await,
+                Err(_) => tokio::time::sleep(RETRY).await,
+            }
+        };
+        let another = async {
+            while wished.changed().await.is_ok() {
+                if wished.borrow_and_update().wish.service() != addresses {
+                    return true;
+                }
+            }
+            false
+        };
+        tokio::select! {
+            () = serve => {}
+            go_on = another => if !go_on { return },
+        }
+    }
+}
+
+/// The type of record that a person means; an address stands for the name that it has.
+fn read_kind(name: &str, kind: &str) -> Result<(String, RecordType), String> {
+    let kind = kind.to_ascii_uppercase();
+    let kind: RecordType = kind
+        .parse()
+        .map_err(|_| format!("{kind:?} is no type of record"))?;
+    match (kind, name.parse::<IpAddr>()) {
+        (RecordType::PTR, Ok(ip)) => Ok((Name::from(ip).to_ascii(), kind)),
+        _ => Ok((name.to_owned(), kind)),
+    }
+}
+
+/// A question as a message.
+fn question(name: &str, kind: RecordType) -> Result<Vec<u8>, String> {
+    let mut name = Name::from_str_relaxed(name).map_err(|error| format!("{name:?}: {error}"))?;
+    name.set_fqdn(true);
+    let mut message = Message::query();
+    message.metadata.recursion_desired = true;
+    message.add_query(Query::query(name, kind));
+    message.to_vec().map_err(|error| error.to_string())
+}
+
+fn describe(answer: &Message) -> Value {
+    let records = answer.answers.iter().map(|record| {
+        json!({
+            "name": record.name.to_string(),
+            "type": record.record_type().to_string(),
+            "ttl_s": record.ttl,
+            "data": record.data.to_string(),
+        })
+    });
+    json!({
+        "code": answer.metadata.response_code.to_string(),
+        "answers": records.collect::<Vec<_>>(),
+    })
+}

@@ -1,0 +1,375 @@
+//! Answering questions, however they came: by UDP and TCP on the service's addresses, by a peer, by a
+//! person.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hickory_proto::op::ResponseCode;
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+use super::Settings;
+use super::forward::{Over, forward, read_framed, write_framed};
+use crate::dns::{Decision, MESSAGE_LEN_MAX, Question, Read, Upstream, message};
+use crate::driver::counters::{self, counters};
+use crate::driver::lock;
+
+/// Questions that are passed on at a time. Each costs a descriptor and some kilobytes.
+const FORWARDED_MAX: usize = 512;
+/// To the same resolvers: slow ones leave room for others.
+const FORWARDED_ALIKE_MAX: usize = FORWARDED_MAX / 2;
+/// Questions that came by UDP and are at work at a time.
+const AT_WORK_MAX: usize = 1024;
+/// Connections by TCP.
+const CONNECTIONS_MAX: usize = 64;
+/// A connection that is silent for so long is closed.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How long nothing is taken after that failed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Bytes that the kernel keeps of questions.
+const RECEIVE_BUFFER: usize = 1 << 20;
+/// The port of the service.
+const PORT: u16 = 53;
+
+counters! {
+    /// What became of questions.
+    pub(super) struct Counters(counters::Shared) {
+        /// Questions of this host.
+        questions,
+        /// Questions of peers that use us as their exit node.
+        peer_questions,
+        /// Answered here.
+        answered,
+        /// Passed on.
+        forwarded,
+        /// Passed on and not answered.
+        forward_failed,
+        /// Nobody to pass them on to.
+        nobody_to_ask,
+        /// Not taken: too many at a time.
+        too_many,
+        /// Not messages that are answered.
+        junk,
+        /// Connections by TCP that found no place.
+        connections_refused,
+    }
+}
+
+/// Answers questions by what is wished at the time.
+pub(super) struct Resolver {
+    settings: watch::Receiver<Arc<Settings>>,
+    under_way: Mutex<UnderWay>,
+    pub(super) counters: Counters,
+}
+
+/// A question without its number, and how it came.
+type Key = (Arc<[u8]>, Over);
+
+/// Questions that are passed on at the moment.
+#[derive(Default)]
+struct UnderWay {
+    answers: HashMap<Key, watch::Receiver<Option<Answer>>>,
+    /// How many by who is asked.
+    alike: HashMap<Arc<[Upstream]>, usize>,
+}
+
+impl UnderWay {
+    fn has_room(&self, upstreams: &Arc<[Upstream]>) -> bool {
+        let alike = self.alike.get(upstreams).copied().unwrap_or(0);
+        self.answers.len() < FORWARDED_MAX && alike < FORWARDED_ALIKE_MAX
+    }
+
+    fn end(&mut self, key: &Key, upstreams: &Arc<[Upstream]>) {
+        self.answers.remove(key);
+        if let Some(alike) = self.alike.get_mut(upstreams) {
+            *alike -= 1;
+            if *alike == 0 {
+                self.alike.remove(upstreams);
+            }
+        }
+    }
+}
+
+/// What became of a question that was passed on; nothing if nobody answered.
+type Answer = Option<Arc<[u8]>>;
+
+impl Resolver {
+    pub(super) fn new(settings: watch::Receiver<Arc<Settings>>) -> Self {
+        Self {
+            settings,
+            under_way: Mutex::default(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Answers a question of this host; nothing where none is due.
+    pub(super) async fn answer(self: &Arc<Self>, bytes: &[u8], over: Over) -> Option<Vec<u8>> {
+        self.counters.questions.add(1);
+        let question = self.read(bytes)?;
+        let question = match question {
+            Ok(question) => question,
+            Err(answer) => return Some(answer),
+        };
+        let settings = Arc::clone(&self.settings.borrow());
+        let query = &question.query;
+        let decision = settings.wish.zones.decide(query.name(), query.query_type());
+        let upstreams = match decision {
+            Decision::Forward(upstreams) => upstreams,
+            Decision::ForwardToHost => Arc::clone(&settings.host),
+            ours @ (Decision::Addresses(_)
+            | Decision::Pointer(_)
+            | Decision::NoData
+            | Decision::NoName
+            | Decision::NotImplemented) => {
+                self.counters.answered.add(1);
+                let answer = question.answer(&settings.wish.zones, &ours)?;
+                return fitted(&question, answer.to_vec().ok()?, over);
+            }
+        };
+        self.pass_on(upstreams, &question, bytes, over).await
+    }
+
+    /// Answers a question of a peer that leaves by us: what the host would find out.
+    pub(super) async fn answer_peer(self: &Arc<Self>, bytes: &[u8]) -> Option<Vec<u8>> {
+        self.counters.peer_questions.add(1);
+        let question = match self.read(bytes)? {
+            Ok(question) => question,
+            Err(answer) => return Some(answer),
+        };
+        let settings = Arc::clone(&self.settings.borrow());
+        if settings.wish.is_filtered(question.query.name()) {
+            return question.failed(ResponseCode::Refused).to_vec().ok();
+        }
+        let upstreams = match settings.wish.zones.for_all_names() {
+            Some(upstreams) if settings.host.is_empty() => upstreams.into(),
+            Some(_) | None => Arc::clone(&settings.host),
+        };
+        self.pass_on(upstreams, &question, bytes, Over::Stream)
+            .await
+    }
+
+    fn read(&self, bytes: &[u8]) -> Option<Result<Question, Vec<u8>>> {
+        match message::read(bytes) {
+            Read::Question(question) => Some(Ok(question)),
+            Read::Answer(answer) => {
+                self.counters.junk.add(1);
+                Some(Err(answer))
+            }
+            Read::Nothing => {
+                self.counters.junk.add(1);
+                None
+            }
+        }
+    }
+
+    async fn pass_on(
+        self: &Arc<Self>,
+        upstreams: Arc<[Upstream]>,
+        question: &Question,
+        bytes: &[u8],
+        over: Over,
+    ) -> Option<Vec<u8>> {
+        let failed = || question.failed(ResponseCode::ServFail).to_vec().ok();
+        if upstreams.is_empty() {
+            self.counters.nobody_to_ask.add(1);
+            return failed();
+        }
+        let Some(mut answer) = self.under_way(upstreams, bytes, over) else {
+            self.counters.too_many.add(1);
+            return failed();
+        };
+        let answer = answer.wait_for(Option::is_some).await.ok()?.clone();
+        match answer.flatten() {
+            Some(answer) => {
+                let answer = message::with_id(&answer, message::id(bytes));
+                fitted(question, answer, over)
+            }
+            None => failed(),
+        }
+    }
+
+    /// Where the answer to a question will be. Whoever asks what is being asked already joins in: so a
+    /// question that comes back to us, through whatever resolver, goes round no second time.
+    fn under_way(
+        self: &Arc<Self>,
+        upstreams: Arc<[Upstream]>,
+        bytes: &[u8],
+        over: Over,
+    ) -> Option<watch::Receiver<Option<Answer>>> {
+        let key = (Arc::from(message::with_id(bytes, [0; 2])), over);
+        let mut under_way = lock(&self.under_way);
+        if let Some(answer) = under_way.answers.get(&key) {
+            return Some(answer.clone());
+        }
+        if !under_way.has_room(&upstreams) {
+            return None;
+        }
+        self.counters.forwarded.add(1);
+        let (sender, answer) = watch::channel(None);
+        under_way.answers.insert(key.clone(), answer.clone());
+        *under_way.alike.entry(Arc::clone(&upstreams)).or_default() += 1;
+        let this = Arc::clone(self);
+        tokio::spawn(async move {
+            let question = Arc::clone(&key.0);
+            let found = forward(Arc::clone(&upstreams), question, over).await;
+            if let Err(error) = &found {
+                this.counters.forward_failed.add(1);
+                tracing::debug!(%error, "no answer to a question that was passed on");
+            }
+            lock(&this.under_way).end(&key, &upstreams);
+            sender.send_replace(Some(found.ok().map(Arc::from)));
+        });
+        Some(answer)
+    }
+}
+
+/// An answer, or that it is too long for whoever asked.
+fn fitted(question: &Question, answer: Vec<u8>, over: Over) -> Option<Vec<u8>> {
+    let max = match over {
+        Over::Udp => question.udp_len_max(),
+        Over::Stream => MESSAGE_LEN_MAX,
+    };
+    if answer.len() <= max {
+        return Some(answer);
+    }
+    question.truncated().to_vec().ok()
+}
+
+/// Sockets on the service's addresses, which need not be there yet, and on the tunnel's interface. What this host
+/// sends to addresses of that interface counts as come by it, whatever it says of the loopback one; what peers
+/// send there, the data plane keeps out; and what others send comes by another.
+pub(super) struct Sockets {
+    udp: Vec<UdpSocket>,
+    tcp: Vec<TcpListener>,
+}
+
+impl Sockets {
+    /// Opens them.
+    ///
+    /// # Errors
+    /// For people, when not even one address can be listened on.
+    pub(super) fn open(addresses: &[IpAddr], tun: &str) -> Result<Self, String> {
+        let mut sockets = Self {
+            udp: Vec::new(),
+            tcp: Vec::new(),
+        };
+        let mut refused = None;
+        for address in addresses {
+            let addr = SocketAddr::new(*address, PORT);
+            match Self::pair(addr, tun) {
+                Ok((udp, tcp)) => {
+                    sockets.udp.push(udp);
+                    sockets.tcp.push(tcp);
+                }
+                Err(error) => refused = Some(format!("cannot answer for names on {addr}: {error}")),
+            }
+        }
+        match refused {
+            Some(refused) if sockets.udp.is_empty() => Err(refused),
+            Some(_) | None => Ok(sockets),
+        }
+    }
+
+    fn pair(addr: SocketAddr, tun: &str) -> io::Result<(UdpSocket, TcpListener)> {
+        let udp = own_socket(addr, tun, Type::DGRAM, Protocol::UDP)?;
+        let tcp = own_socket(addr, tun, Type::STREAM, Protocol::TCP)?;
+        tcp.listen(64)?;
+        Ok((
+            UdpSocket::from_std(udp.into())?,
+            TcpListener::from_std(tcp.into())?,
+        ))
+    }
+
+    /// Answers until it is dropped.
+    pub(super) async fn serve(self, resolver: Arc<Resolver>) {
+        let mut work = JoinSet::new();
+        for socket in self.udp {
+            work.spawn(serve_udp(Arc::new(socket), Arc::clone(&resolver)));
+        }
+        for listener in self.tcp {
+            work.spawn(serve_tcp(listener, Arc::clone(&resolver)));
+        }
+        while work.join_next().await.is_some() {}
+    }
+}
+
+fn own_socket(addr: SocketAddr, tun: &str, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let socket = Socket::new(
+        Domain::for_address(addr),
+        kind.nonblocking(),
+        Some(protocol),
+    )?;
+    match addr {
+        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(_) => {
+            socket.set_only_v6(true)?;
+            socket.set_freebind_v6(true)?;
+        }
+    }
+    if kind == Type::STREAM {
+        // A restart does not wait for the connections of the run before.
+        socket.set_reuse_address(true)?;
+    }
+    // A burst of questions is not lost; what the kernel does not give is not needed.
+    let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
+    socket.bind_device(Some(tun.as_bytes()))?;
+    socket.bind(&addr.into())?;
+    Ok(socket)
+}
+
+async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>) {
+    let mut buffer = vec![0; MESSAGE_LEN_MAX];
+    let mut work = JoinSet::new();
+    loop {
+        while work.try_join_next().is_some() {}
+        // An error is that of an answer to somebody who is gone.
+        let Ok((len, from)) = socket.recv_from(&mut buffer).await else {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        if work.len() >= AT_WORK_MAX {
+            resolver.counters.too_many.add(1);
+            continue;
+        }
+        let (question, resolver) = (buffer[..len].to_vec(), Arc::clone(&resolver));
+        let socket = Arc::clone(&socket);
+        work.spawn(async move {
+            if let Some(answer) = resolver.answer(&question, Over::Udp).await {
+                // Who asked may be gone.
+                let _ = socket.send_to(&answer, from).await;
+            }
+        });
+    }
+}
+
+async fn serve_tcp(listener: TcpListener, resolver: Arc<Resolver>) {
+    let mut work = JoinSet::new();
+    loop {
+        while work.try_join_next().is_some() {}
+        match listener.accept().await {
+            Ok(_) if work.len() >= CONNECTIONS_MAX => resolver.counters.connections_refused.add(1),
+            Ok((stream, _)) => {
+                work.spawn(connection(stream, Arc::clone(&resolver)));
+            }
+            Err(_) => tokio::time::sleep(ACCEPT_PAUSE).await,
+        }
+    }
+}
+
+async fn connection(mut stream: TcpStream, resolver: Arc<Resolver>) {
+    while let Ok(Ok(question)) = timeout(SILENCE_MAX, read_framed(&mut stream)).await {
+        let Some(answer) = resolver.answer(&question, Over::Stream).await else {
+            return;
+        };
+        match timeout(SILENCE_MAX, write_framed(&mut stream, &answer)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
