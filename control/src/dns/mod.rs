@@ -1,8 +1,9 @@
 //! Names: what is answered for, what is passed on, and what the host's resolver is to ask.
 //!
 //! Rooms: `zones` decides what becomes of a question, `upstream` is whom it is passed on to, `message` the
-//! bytes, `wish` what the network wants of all this.
+//! bytes, `wish` what the network wants of all this; `host` is how the host's resolver is told.
 
+pub mod host;
 pub mod message;
 mod upstream;
 mod wish;

@@ -54,12 +54,6 @@ impl Upstream {
     }
 }
 
-impl From<IpAddr> for Upstream {
-    fn from(ip: IpAddr) -> Self {
-        Self::Plain(SocketAddr::new(ip, PORT))
-    }
-}
-
 impl std::fmt::Display for Upstream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

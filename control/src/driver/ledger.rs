@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use super::files::{self, Readers};
 use super::state::StateDir;
-use super::{hostnet, lock};
+use super::{dns_host, hostnet, lock};
 
 /// Entries at most; more changes are refused.
 pub const ENTRIES_MAX: usize = 1024;
@@ -54,6 +54,8 @@ pub enum Entry {
     /// The coordination server has been told of routes that lead through us: others send there until
     /// it is told otherwise.
     Announced(Announced),
+    /// The host's resolver asks ours.
+    Resolver(dns_host::Change),
 }
 
 /// How to reach the server that was told of our routes; the keys are in `keys.json`.
@@ -76,7 +78,11 @@ impl Entry {
             (Self::Sysctl { path: one, .. }, Self::Sysctl { path: two, .. }) => one == two,
             (Self::Routes { table: one }, Self::Routes { table: two }) => one == two,
             (Self::Announced(_), Self::Announced(_)) => true,
-            (Self::Sysctl { .. } | Self::Routes { .. } | Self::Announced(_), _) => false,
+            (Self::Resolver(one), Self::Resolver(two)) => one == two,
+            (
+                Self::Sysctl { .. } | Self::Routes { .. } | Self::Announced(_) | Self::Resolver(_),
+                _,
+            ) => false,
         }
     }
 
@@ -91,7 +97,7 @@ impl Entry {
     fn outlives_the_kernel(&self) -> bool {
         match self {
             Self::Sysctl { .. } | Self::Routes { .. } => false,
-            Self::Announced(_) => true,
+            Self::Announced(_) | Self::Resolver(_) => true,
         }
     }
 }
@@ -103,6 +109,7 @@ fn put_back(entry: &Entry) -> anyhow::Result<()> {
         Entry::Routes { table } => hostnet::remove_left(*table),
         // By who has a network: `keeper`.
         Entry::Announced(_) => Ok(()),
+        Entry::Resolver(change) => dns_host::put_back(change),
     }
 }
 
@@ -248,7 +255,7 @@ impl Ledger {
         let inner = lock(&self.0);
         inner.entries.iter().find_map(|entry| match entry {
             Entry::Announced(announced) => Some(announced.clone()),
-            Entry::Sysctl { .. } | Entry::Routes { .. } => None,
+            Entry::Sysctl { .. } | Entry::Routes { .. } | Entry::Resolver(_) => None,
         })
     }
 

@@ -19,6 +19,7 @@
 //!
 //! The host:
 //! - [`hostnet`]: policy rules, routes and addresses.
+//! - [`dns_host`]: whom the host's resolver asks.
 //! - [`interface`]: the TUN's MTU and state, own addresses; [`link`]: changes of the network, told.
 //! - [`ledger`]: what of the host's was changed; [`keeper`]: the process that puts it back when the node
 //!   was killed.
@@ -58,6 +59,7 @@ pub mod descriptors;
 pub mod device;
 pub mod discovery;
 pub mod dns;
+pub mod dns_host;
 pub mod events;
 pub mod files;
 pub mod handshakes;

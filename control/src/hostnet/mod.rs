@@ -2,8 +2,7 @@
 //! map, the settings and what the host has; difference to what is there; nothing is read or
 //! written here. `driver/hostnet/` does that, on a thread of its own.
 //!
-//! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about,
-//! `resolvers` whom the host asks.
+//! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about.
 //!
 //! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
 //! table of our own (52 unless told otherwise), and one rule of each family leads there, among
@@ -37,7 +36,6 @@
 //! get a file in `driver/` each.
 
 mod plan;
-mod resolvers;
 mod steps;
 
 use std::collections::BTreeSet;
@@ -47,7 +45,6 @@ use ipnet::IpNet;
 use serde::Serialize;
 
 pub use plan::{lies_in, meets, plan};
-pub use resolvers::resolvers;
 pub use steps::{Step, steps};
 
 /// Route and rule protocol number (`RTA_PROTOCOL`, `FRA_PROTOCOL`) of what is ours.

@@ -28,7 +28,6 @@ use tokio::task::JoinHandle as Task;
 
 use crate::dns::{Upstream, Wish};
 use crate::driver::lock;
-use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
 use forward::Over;
 use peerapi::PeerApi;
 use server::{Resolver, Sockets};
@@ -114,9 +113,8 @@ impl Dns {
     }
 
     /// Whom the host asked before it asked us.
-    pub fn set_host_resolvers(&self, servers: impl Iterator<Item = IpAddr>) {
-        let ours = |ip: &IpAddr| *ip == DNS_SERVICE_V4 || *ip == DNS_SERVICE_V6;
-        let host: Arc<[Upstream]> = servers.filter(|ip| !ours(ip)).map(Upstream::from).collect();
+    pub fn set_host_resolvers(&self, servers: Vec<SocketAddr>) {
+        let host: Arc<[Upstream]> = servers.into_iter().map(Upstream::Plain).collect();
         self.settings.send_if_modified(|settings| {
             let changed = settings.host != host;
             if changed {

@@ -45,8 +45,6 @@ pub struct Report {
     pub more_conflicts: usize,
     /// Addresses outside of the tunnel although a route covers them.
     pub kept_out: Vec<IpAddr>,
-    /// Servers that the host's resolver asks.
-    pub resolvers: Vec<IpAddr>,
     /// What is not as it should be.
     pub problems: Vec<Problem>,
 }
@@ -98,6 +96,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Wishes {
     overlay: Option<Overlay>,
+    resolvers: Option<Vec<IpAddr>>,
     asked: Vec<(IpAddr, oneshot::Sender<()>)>,
     stop: bool,
 }
@@ -107,7 +106,7 @@ struct Wishes {
 struct Taken {
     /// Whether to end.
     stop: bool,
-    /// Whether the network wants something else now.
+    /// Whether the network wants something else now, or the host asks other servers.
     overlay: bool,
     /// Whether there is an address that was not kept out before.
     dialled: bool,
@@ -116,9 +115,9 @@ struct Taken {
 }
 
 impl Wishes {
-    /// Takes all of them, the addresses to the front of `dialled`: the one that nobody dialled for
+    /// Takes all of them, the addresses to the front of those dialled: the one that nobody dialled for
     /// longest goes.
-    fn take(&mut self, overlay: &mut Overlay, dialled: &mut Vec<IpAddr>) -> Taken {
+    fn take(&mut self, overlay: &mut Overlay, host: &mut Host) -> Taken {
         let mut taken = Taken {
             stop: self.stop,
             ..Taken::default()
@@ -127,6 +126,11 @@ impl Wishes {
             *overlay = wanted;
             taken.overlay = true;
         }
+        if let Some(resolvers) = self.resolvers.take() {
+            host.resolvers = resolvers;
+            taken.overlay = true;
+        }
+        let dialled = &mut host.dialled;
         for (address, done) in self.asked.drain(..) {
             match dialled.iter().position(|known| *known == address) {
                 Some(place) => dialled[..=place].rotate_right(1),
@@ -202,6 +206,12 @@ impl HostNet {
         self.shared.wake();
     }
 
+    /// Takes the servers that the host's resolver asks: they stay outside of the tunnel.
+    pub fn set_resolvers(&self, resolvers: Vec<IpAddr>) {
+        lock(&self.shared.wishes).resolvers = Some(resolvers);
+        self.shared.wake();
+    }
+
     /// How it stands.
     pub fn report(&self) -> Report {
         lock(&self.shared.report).clone()
@@ -265,47 +275,50 @@ mod tests {
 
     #[test]
     fn a_wish_that_is_taken_is_told_of_whenever_it_came() {
-        let (mut overlay, mut dialled) = (Overlay::default(), Vec::new());
+        let (mut overlay, mut host) = (Overlay::default(), Host::default());
         let mut wishes = Wishes::default();
-        let taken = wishes.take(&mut overlay, &mut dialled);
+        let taken = wishes.take(&mut overlay, &mut host);
         assert!(!taken.overlay && !taken.dialled && !taken.stop);
         let wanted = Overlay {
             peers: BTreeSet::from([[100, 64, 0, 2].into()]),
             ..Overlay::default()
         };
         wishes.overlay = Some(wanted.clone());
-        assert!(wishes.take(&mut overlay, &mut dialled).overlay);
+        assert!(wishes.take(&mut overlay, &mut host).overlay);
         assert_eq!(overlay, wanted);
-        assert!(!wishes.take(&mut overlay, &mut dialled).overlay);
+        assert!(!wishes.take(&mut overlay, &mut host).overlay);
         assert_eq!(overlay, wanted);
     }
 
     #[test]
     fn what_is_dialled_again_stays_and_nobody_is_told_too_early() {
-        let (mut overlay, mut dialled) = (Overlay::default(), Vec::new());
+        let (mut overlay, mut host) = (Overlay::default(), Host::default());
         let mut wishes = Wishes::default();
         let server = [10, 4, 0, 2];
         let mut first = asking(&mut wishes, server);
         // The same address twice, before it is kept out: both wait.
         let mut second = asking(&mut wishes, server);
-        let taken = wishes.take(&mut overlay, &mut dialled);
+        let taken = wishes.take(&mut overlay, &mut host);
         assert!(taken.dialled);
         assert_eq!(taken.waiting.len(), 2);
         assert!(first.try_recv().is_err() && second.try_recv().is_err());
         for other in 0..3 * DIALLED_MAX {
             let other = [10, 9, 0, u8::try_from(other).unwrap()];
             drop(asking(&mut wishes, other));
-            assert!(wishes.take(&mut overlay, &mut dialled).dialled);
-            assert_eq!(dialled[0], IpAddr::from(other));
+            assert!(wishes.take(&mut overlay, &mut host).dialled);
+            assert_eq!(host.dialled[0], IpAddr::from(other));
             if other[3] % 32 == 0 {
                 drop(asking(&mut wishes, server));
-                let again = wishes.take(&mut overlay, &mut dialled);
+                let again = wishes.take(&mut overlay, &mut host);
                 assert!(!again.dialled, "it was kept out all the time");
                 assert_eq!(again.waiting.len(), 1);
-                assert_eq!(dialled[..2], [IpAddr::from(server), IpAddr::from(other)]);
+                assert_eq!(
+                    host.dialled[..2],
+                    [IpAddr::from(server), IpAddr::from(other)]
+                );
             }
         }
-        assert_eq!(dialled.len(), DIALLED_MAX);
-        assert!(dialled.contains(&server.into()));
+        assert_eq!(host.dialled.len(), DIALLED_MAX);
+        assert!(host.dialled.contains(&server.into()));
     }
 }

@@ -19,11 +19,11 @@ use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
-    lies_in, meets, resolvers, steps, table_of_priority,
+    lies_in, meets, steps, table_of_priority,
 };
 
-/// The resolver's files are read this often: they tell nobody that they changed.
-const FILES_PERIOD: Duration = Duration::from_secs(10);
+/// Whoever asks for our table is turned away this often.
+const CLAIM_PERIOD: Duration = Duration::from_secs(10);
 /// The table of the host's own addresses, which is asked before any other.
 const LOCAL: u32 = 255;
 /// Host routes remembered at most, of those that meet ours.
@@ -32,13 +32,6 @@ const HOST_ROUTES_MAX: usize = 65_536;
 const TOLD_MAX: usize = 1024;
 /// Times the rules are tried, as each family may turn out not to have any.
 const TRIES: usize = 3;
-/// Where the resolver's servers stand, and, if that names but a stub on this host, those of
-/// systemd-resolved and NetworkManager.
-const RESOLV_CONF: [&str; 3] = [
-    "/etc/resolv.conf",
-    "/run/systemd/resolve/resolv.conf",
-    "/run/NetworkManager/no-stub-resolv.conf",
-];
 /// `ENODEV`, `ESRCH`, `ENOENT`, `EADDRNOTAVAIL`: what a deletion meets when it is gone already.
 const GONE: [i32; 4] = [
     nix::libc::ENODEV,
@@ -81,7 +74,7 @@ impl Worker {
         let (mut rest_until, mut rest_until_address) = (Instant::now(), Instant::now());
         loop {
             let start = Instant::now();
-            let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host.dialled);
+            let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host);
             if taken.stop {
                 break;
             }
@@ -111,10 +104,10 @@ impl Worker {
             let timeout = if look {
                 rest_until.saturating_duration_since(Instant::now())
             } else {
-                FILES_PERIOD
+                CLAIM_PERIOD
             };
             match wait(watch, woken, timeout) {
-                Woken::Wish => {}
+                Woken::Wish | Woken::Nothing => {}
                 Woken::News => {
                     let news = watch.take();
                     for route in &news.routes {
@@ -125,7 +118,6 @@ impl Worker {
                         rest_until = rest_until.min(rest_until_address);
                     }
                 }
-                Woken::Nothing => look = look || Self::resolvers() != self.host.resolvers,
             }
             drain(woken);
         }
@@ -137,7 +129,6 @@ impl Worker {
         let tun = self.settings.tun;
         let file = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.tun_name);
         self.host.ipv6 = std::fs::read_to_string(file).is_ok_and(|text| text.trim() == "0");
-        self.host.resolvers = Self::resolvers();
         if let Ok(addresses) = self.netlink.addresses() {
             let others = addresses.iter().filter(|found| found.interface != tun);
             self.host.connected = others.filter_map(|found| found.subnet).collect();
@@ -191,17 +182,6 @@ impl Worker {
                 tracing::debug!(%error, ?step, "the look that follows tries again");
             }
         }
-    }
-
-    /// The servers of the first file that names any.
-    fn resolvers() -> Vec<IpAddr> {
-        let files = RESOLV_CONF
-            .iter()
-            .map(|path| std::fs::read_to_string(path).unwrap_or_default());
-        files
-            .map(|text| resolvers(&text))
-            .find(|found| !found.is_empty())
-            .unwrap_or_default()
     }
 
     /// Makes it as it is to be, and says how it stands.
@@ -350,16 +330,12 @@ impl Worker {
                 );
             }
         }
-        let news = {
-            let before = lock(&self.shared.report);
-            before.problems != problems || before.resolvers != self.host.resolvers
-        };
+        let news = lock(&self.shared.report).problems != problems;
         *lock(&self.shared.report) = Report {
             table: self.settings.table,
             conflicts: plan.conflicts,
             more_conflicts: plan.more_conflicts,
             kept_out: plan.kept_out,
-            resolvers: self.host.resolvers.clone(),
             problems,
         };
         if news {

@@ -17,7 +17,7 @@ use crate::driver::local_api::{self, Call};
 use crate::driver::names::Past;
 use crate::driver::relay::RelayEvent;
 use crate::driver::shards::FromShards;
-use crate::driver::{status, uapi};
+use crate::driver::{dns_host, status, uapi};
 use crate::hostnet::HOST_PARTS;
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
@@ -402,15 +402,20 @@ impl Node {
     }
 
     pub(super) fn take_host_news(&mut self) {
-        let report = self.hostnet.report();
-        self.dns.set_host_resolvers(report.resolvers.into_iter());
-        self.names_changed();
-        let mut problems = report.problems;
+        let mut problems = self.hostnet.report().problems;
         for part in HOST_PARTS {
             let of_part = problems.extract_if(.., |problem| problem.part == part);
             let lines = of_part.map(|problem| problem.text).collect();
             self.agent.set_health(part, lines);
         }
+    }
+
+    /// The host's resolver is set to other servers, or does not ask ours as it should.
+    pub(super) fn take_resolver_news(&mut self, report: dns_host::Report) {
+        self.agent.set_health("resolver", report.problems);
+        self.dns.set_host_resolvers(report.base.servers);
+        self.names_changed();
+        self.hostnet.set_resolvers(report.outside);
     }
 
     pub(super) fn resolve(&self, host: String) {

@@ -27,6 +27,7 @@ use super::clock::{at, now, thread_time, wall};
 use super::coord_client::CoordClient;
 use super::discovery::{Datagram, Discovery};
 use super::dns::Dns;
+use super::dns_host::HostResolver;
 use super::events::EventLog;
 use super::handshakes::Handshakes;
 use super::hostnet::HostNet;
@@ -115,6 +116,8 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
 
 struct Node {
     agent: Agent,
+    /// Dropped while what it points to still answers.
+    resolver: HostResolver,
     /// Dropped before the TUN goes.
     hostnet: HostNet,
     dns: Dns,
@@ -253,6 +256,7 @@ impl Node {
                 }
                 Some(finding) = self.findings.1.recv() => self.take_finding(finding),
                 () = self.hostnet.news() => self.take_host_news(),
+                report = self.resolver.changed() => self.take_resolver_news(report),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
                 () = at(self.minor_change.due()) => self.link_changed(),
                 () = at(due) => {
@@ -298,6 +302,7 @@ impl Node {
                     self.hostnet.set_overlay(overlay);
                 }
                 Output::SetDns(wish) => {
+                    self.resolver.set(wish.host.clone().unwrap_or_default());
                     self.dns.set_wish(wish);
                     self.names_changed();
                 }

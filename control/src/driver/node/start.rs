@@ -21,6 +21,7 @@ use crate::coord::CoordConfig;
 use crate::driver::coord_client::CoordClient;
 use crate::driver::discovery::Discovery;
 use crate::driver::dns::Dns;
+use crate::driver::dns_host::HostResolver;
 use crate::driver::events::EventLog;
 use crate::driver::files;
 use crate::driver::hostnet::{self, HostNet};
@@ -157,6 +158,11 @@ impl Node {
             tun: (dataplane.tun_name().to_owned(), tun_index),
             ledger: ledger.clone(),
         })?;
+        let tun = (dataplane.tun_name(), tun_index);
+        let resolver = HostResolver::start(tun, &state, ledger.clone())?;
+        hostnet.set_resolvers(resolver.report().outside);
+        let dns = Dns::start(dataplane.tun_name())?;
+        dns.set_host_resolvers(resolver.report().base.servers);
         let underlay = Underlay {
             fwmark: config.fwmark.unwrap_or(0),
             keeper: Some(hostnet.keeper()),
@@ -175,7 +181,6 @@ impl Node {
             tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
         });
         let (_configuration_socket, configuration) = configuration.ok().unzip();
-        let dns = Dns::start(dataplane.tun_name())?;
         let names = Names::default();
         let (relays, relay_events) = RelayPool::new(RelayOptions {
             names: names.clone(),
@@ -228,6 +233,7 @@ impl Node {
             self_state: watch::Sender::default(),
             ledger,
             announced: None,
+            resolver,
             hostnet,
             dns,
             link_changed,
