@@ -139,7 +139,8 @@ impl Agent {
     fn enforce(&mut self, now: Instant) {
         let Some(told) = &self.told else {
             self.exit = ExitNode::of(&self.prefs, None, None);
-            self.configure(self.wishes());
+            self.tell_exit();
+            self.configure(self.wishes(None));
             return;
         };
         self.next_expiry = told.next_expiry(self.wall);
@@ -150,7 +151,8 @@ impl Agent {
         if let Some(before) = &self.network {
             network.share(before);
             if *before == network && self.allowed == allowed && self.local == local {
-                self.configure(network.overlay(self.wishes()));
+                self.tell_exit();
+                self.configure(network.overlay(self.wishes(Some(&network))));
                 return;
             }
         }
@@ -159,7 +161,7 @@ impl Agent {
         let reserved_before = std::mem::replace(&mut self.allowed, allowed).reserved;
         let changes = self.directory.update(&network.peers);
         self.tell_peers(&network, &changes.told);
-        let wishes = self.wishes();
+        let wishes = self.wishes(Some(&network));
         let before = self.network.replace(network);
         let network = self.network.as_ref().expect("it was just put there");
         let overlay = network.overlay(wishes);
@@ -220,6 +222,7 @@ impl Agent {
         }
         self.revival.restarted(now, changes.restarted);
         self.revival.meet(now, |key| self.directory.id(key));
+        self.tell_exit();
         self.configure(overlay);
         self.settle(now);
     }

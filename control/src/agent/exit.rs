@@ -11,9 +11,10 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 use ringtail_dataplane::Prefix;
+use serde_json::{Value, json};
 
 use super::directory::is_meant;
-use super::{Agent, Network, NetworkPeer};
+use super::{Agent, Network, NetworkPeer, short_name, standing};
 use crate::config::{Forwarding, HostFirewall, Prefs};
 use crate::hostnet::{Exit, Overlay};
 use crate::key::NodePublic;
@@ -87,8 +88,48 @@ impl ExitNode {
 }
 
 impl Agent {
+    /// Says what is wrong with the exit node that somebody chose.
+    pub(super) fn tell_exit(&mut self) {
+        let line = match &self.exit {
+            ExitNode::None => None,
+            ExitNode::Missing(why) => Some(format!("{why}: nothing goes out to the Internet")),
+            ExitNode::Found { .. } => self.exit_peer().and_then(|peer| {
+                if peer.online != Some(false) {
+                    return None;
+                }
+                let since = standing::text(peer.last_seen);
+                let since = since.map_or_else(String::new, |at| format!(" since {at}"));
+                let name = short_name(&peer.name);
+                Some(format!(
+                    "exit node {name} is offline{since}: nothing goes out to the Internet"
+                ))
+            }),
+        };
+        self.set_health("exit", line.into_iter().collect());
+    }
+
+    /// The exit node in use.
+    pub fn exit_peer(&self) -> Option<&NetworkPeer> {
+        let id = self.directory.id(&self.exit.key()?)?;
+        self.directory.peer(id)
+    }
+
+    /// The exit node for people: none where nobody chose one.
+    pub(super) fn exit_status(&self) -> Value {
+        let Some(wanted) = &self.prefs.exit_node else {
+            return Value::Null;
+        };
+        let [v4, v6] = match self.exit {
+            ExitNode::Found { takes, .. } => takes,
+            ExitNode::None | ExitNode::Missing(_) => [false; 2],
+        };
+        let node = self.exit_peer().map(|peer| short_name(&peer.name));
+        let allow_lan = self.prefs.exit_node_allow_lan_access;
+        json!({"wanted": wanted, "node": node, "ipv4": v4, "ipv6": v6, "allow_lan": allow_lan})
+    }
+
     /// What a person wants of the host, whatever the network says.
-    pub(super) fn wishes(&self) -> Overlay {
+    pub(super) fn wishes(&self, network: Option<&Network>) -> Overlay {
         let prefs = &self.prefs;
         let offered = prefs.advertise_routes.iter().copied();
         let takes = match &self.exit {
@@ -102,7 +143,7 @@ impl Agent {
                 .collect(),
             offered: prefs.advertise_routes.clone(),
             offers_exit: prefs.advertise_exit_node,
-            shut: self.shut().into_iter().collect(),
+            shut: self.shut(network).into_iter().collect(),
             may_open_firewall: prefs.host_firewall == HostFirewall::Open,
             may_forward: prefs.forwarding == Forwarding::On,
             exit: takes.map(|takes| Exit {
@@ -121,25 +162,124 @@ impl Agent {
     }
 
     /// Where those do not get that this node lets out to the Internet.
-    fn shut(&self) -> Vec<IpNet> {
+    fn shut(&self, network: Option<&Network>) -> Vec<IpNet> {
         if !self.prefs.advertise_exit_node {
             return Vec::new();
         }
         let near = NOT_INTERNET.iter().chain(&self.subnets).copied();
-        without(near, self.prefs.advertise_routes.iter().copied())
+        let open = network.into_iter().flat_map(|network| self.served(network));
+        without(near, open)
+    }
+
+    /// The routes that we serve: what we offer; for an exit node, whom others reach whatever routes they
+    /// have, only what is approved.
+    fn served(&self, network: &Network) -> impl Iterator<Item = IpNet> {
+        let approved = network.own.allowed_ips.as_ref();
+        let approved = approved.filter(|_| self.prefs.advertise_exit_node);
+        let offered = self.prefs.advertise_routes.iter().copied();
+        offered.filter(move |net| approved.is_none_or(|approved| approved.contains(net)))
     }
 
     /// Where peers get: to this node itself, to what it routes, and if it is a way out to the Internet.
     pub(super) fn local(&self, network: &Network) -> Vec<Prefix> {
         let own: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
         let own = own.iter().map(|net| IpNet::from(net.addr()));
-        let offered = self.prefs.advertise_routes.iter().copied();
         let out = if self.prefs.advertise_exit_node {
             let near = NOT_INTERNET.iter().chain(&self.subnets).copied();
             without(EVERYWHERE, near)
         } else {
             Vec::new()
         };
-        own.chain(offered).chain(out).map(Into::into).collect()
+        let all = own.chain(self.served(network)).chain(out);
+        all.map(Into::into).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn peer(number: u8, name: &str, allowed: &[&str]) -> Arc<NetworkPeer> {
+        Arc::new(NetworkPeer {
+            name: format!("{name}.tail.test."),
+            node_key: NodePublic([number; 32]),
+            addresses: vec![net(&format!("100.64.0.{number}/32"))],
+            allowed_ips: allowed.iter().map(|text| net(text)).collect(),
+            ..NetworkPeer::default()
+        })
+    }
+
+    fn network(peers: Vec<Arc<NetworkPeer>>) -> Network {
+        Network {
+            addresses: vec![net("100.64.0.1/32")],
+            peers,
+            ..Network::default()
+        }
+    }
+
+    fn wants(name: &str) -> Prefs {
+        Prefs {
+            hostname: "a".into(),
+            exit_node: Some(name.into()),
+            ..Prefs::default()
+        }
+    }
+
+    #[test]
+    fn an_exit_node_is_found_by_name_or_address_and_else_it_is_said_why_not() {
+        let mut told = network(vec![
+            peer(2, "b", &["100.64.0.2/32", "0.0.0.0/0", "::/0"]),
+            peer(3, "c", &["100.64.0.3/32", "0.0.0.0/0"]),
+            peer(4, "d", &["100.64.0.4/32", "0.0.0.0/1", "10.0.0.0/8"]),
+        ]);
+        told.held_back = vec![crate::agent::HeldBack {
+            name: "e.tail.test.".into(),
+            node_key: NodePublic([5; 32]),
+            addresses: vec![net("100.64.0.5/32")],
+            ..crate::agent::HeldBack::default()
+        }];
+        let key = |number| NodePublic([number; 32]);
+        for (name, number, takes) in [
+            ("b", 2, [true, true]),
+            ("B.tail.test", 2, [true, true]),
+            ("100.64.0.3", 3, [true, false]),
+        ] {
+            let found = ExitNode::of(&wants(name), Some(&told), None);
+            let key = key(number);
+            assert_eq!(found, ExitNode::Found { key, takes }, "{name}");
+        }
+        for (name, why) in [
+            ("a", "that is this node itself"),
+            ("100.64.0.1", "that is this node itself"),
+            ("d", "no administrator has approved it"),
+            ("e", "its key has expired"),
+            ("100.64.0.5", "its key has expired"),
+            ("z", "no such node is in the network"),
+        ] {
+            let found = ExitNode::of(&wants(name), Some(&told), None);
+            let ExitNode::Missing(said) = found else {
+                panic!("{name} {found:?}");
+            };
+            assert!(said.starts_with(&format!("exit node {name}: ")), "{said}");
+            assert!(said.ends_with(why), "{said}");
+        }
+        let early = ExitNode::of(&wants("b"), None, None);
+        assert!(matches!(early, ExitNode::Missing(_)));
+        assert_eq!(ExitNode::of(&Prefs::default(), None, None), ExitNode::None);
+    }
+
+    #[test]
+    fn the_node_that_was_meant_stays_it_when_names_change() {
+        let exit = ["0.0.0.0/0", "::/0"];
+        let told = network(vec![peer(2, "was-b", &exit), peer(3, "b", &exit)]);
+        let known = Some(NodePublic([2; 32]));
+        assert_eq!(ExitNode::of(&wants("b"), Some(&told), known).key(), known);
+        let told = network(vec![peer(3, "b", &exit)]);
+        let other = Some(NodePublic([3; 32]));
+        assert_eq!(ExitNode::of(&wants("b"), Some(&told), known).key(), other);
     }
 }

@@ -78,6 +78,7 @@ impl Agent {
                 "state": state,
             },
             "home": {"id": self.home.map(|id| id.0), "region": self.home.map(|id| self.region_code(id))},
+            "exit": self.exit_status(),
             "endpoints": self.endpoints.iter().map(|own| own.addr).collect::<Vec<_>>(),
             "netcheck": self.netcheck_status(),
             "peers": peers,

@@ -717,3 +717,102 @@ fn routes_are_used_only_while_somebody_wants_them() {
     assert_eq!(configured(&outputs(&mut agent)), Some([1, 1, 2]));
     assert_eq!(agent.health(now), [""; 0]);
 }
+
+#[test]
+fn a_chosen_exit_node_is_the_way_out_or_there_is_none() {
+    let exit_of = |out: &[Output]| {
+        out.iter().rev().find_map(|o| {
+            let Output::Configure(overlay) = o else {
+                return None;
+            };
+            Some(overlay.exit.map(|exit| exit.takes))
+        })
+    };
+    let (now, mut agent) = (start(), agent(1, false));
+    let wants = Prefs {
+        exit_node: Some("b".into()),
+        ..prefs()
+    };
+    agent.handle_prefs(now, wants);
+    assert_eq!(exit_of(&outputs(&mut agent)), Some(Some([false; 2])));
+    let mut told = network(2);
+    let all = ["0.0.0.0/0", "::/0"].map(|net| net.parse::<IpNet>().unwrap());
+    Arc::make_mut(&mut told.peers[0]).allowed_ips.extend(all);
+    agent.handle_network(now, told.clone());
+    let out = outputs(&mut agent);
+    assert_eq!(exit_of(&out), Some(Some([true; 2])));
+    assert_eq!(configured(&out), Some([1, 1, 0]));
+    assert_eq!(change(&out).unwrap().peers[0].allowed_ips.len(), 3);
+    assert_eq!(agent.health(now), [""; 0]);
+    Arc::make_mut(&mut told.peers[0]).online = Some(false);
+    agent.handle_network(now, told.clone());
+    assert!(agent.health(now)[0].starts_with("exit node b is offline"));
+    assert_eq!(exit_of(&outputs(&mut agent)), None, "it may come back");
+    told.peers.clear();
+    agent.handle_network(now, told);
+    assert!(agent.health(now)[0].contains("no such node"));
+    assert_eq!(exit_of(&outputs(&mut agent)), Some(Some([false; 2])));
+    agent.handle_prefs(now, prefs());
+    assert_eq!(exit_of(&outputs(&mut agent)), Some(None));
+    assert_eq!(agent.health(now), [""; 0]);
+}
+
+#[test]
+fn an_exit_node_lets_nobody_into_networks_of_its_own_but_what_is_approved() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let net = |text: &str| text.parse::<IpNet>().unwrap();
+    agent.handle_prefs(
+        now,
+        Prefs {
+            advertise_exit_node: true,
+            advertise_routes: ["10.9.0.0/16", "203.0.113.0/25"].map(net).into(),
+            ..prefs()
+        },
+    );
+    assert_eq!(agent.self_report().routes.len(), 4);
+    let subnets = ["203.0.113.0/24", "192.168.7.0/24"].map(net);
+    agent.handle_subnets(now, subnets.into());
+    let mut told = network(2);
+    let inside = |prefixes: &[Prefix], ip: &str| {
+        let ip: IpAddr = ip.parse().unwrap();
+        prefixes.iter().any(|p| IpNet::from(*p).contains(&ip))
+    };
+    for (approved, reaches) in [
+        (&["0.0.0.0/0"][..], false),
+        (&["10.9.0.0/16", "203.0.113.0/25"], true),
+    ] {
+        told.own.allowed_ips = Some(approved.iter().map(|text| net(text)).collect());
+        agent.handle_network(now, told.clone());
+        let out = outputs(&mut agent);
+        let (_, local) = change(&out).unwrap().rules.clone().unwrap();
+        let local = local.unwrap();
+        for (ip, right) in [
+            ("8.8.8.8", true),
+            ("2600::1", true),
+            ("10.7.0.1", true),
+            ("10.9.1.1", reaches),
+            ("203.0.113.7", reaches),
+            ("203.0.113.200", false),
+            ("192.168.7.1", false),
+            ("192.168.8.1", false),
+            ("fd00::1", false),
+        ] {
+            assert_eq!(inside(&local, ip), right, "{ip} {approved:?}");
+        }
+        let shut = out.iter().find_map(|o| {
+            let Output::Configure(overlay) = o else {
+                return None;
+            };
+            Some(overlay.shut.clone())
+        });
+        let shut = shut.unwrap();
+        for (ip, right) in [
+            ("8.8.8.8", false),
+            ("10.9.1.1", !reaches),
+            ("192.168.7.1", true),
+        ] {
+            let ip: IpAddr = ip.parse().unwrap();
+            assert_eq!(shut.iter().any(|net| net.contains(&ip)), right, "{ip}");
+        }
+    }
+}

@@ -79,6 +79,15 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
         text(&status["home"]["region"]),
         joined(&status["endpoints"])
     )?;
+    let exit = &status["exit"];
+    if let Some(node) = exit["node"].as_str() {
+        let families = match (exit["ipv4"].as_bool(), exit["ipv6"].as_bool()) {
+            (Some(true), Some(true)) => "",
+            (Some(true), _) => ", and IPv6 goes nowhere",
+            (_, _) => ", and IPv4 goes nowhere",
+        };
+        writeln!(out, "  exit node: {node}{families}")?;
+    }
     for problem in list(&status["health"]) {
         writeln!(out, "  problem: {}", text(problem))?;
     }

@@ -105,15 +105,15 @@ pub struct PrefsChange {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snat_subnet_routes: Option<Snat>,
     /// Use the routes that other nodes offer: true or false [default: false, and true with --network].
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", hide = true)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accept_routes: Option<bool>,
     /// Send what goes to the Internet through this node; an empty text is none.
-    #[arg(long, value_name = "NAME|IP", hide = true)]
+    #[arg(long, value_name = "NAME|IP")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_node: Option<String>,
     /// With an exit node, keep the local subnets outside of the tunnel: true or false [default: false].
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", hide = true)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_node_allow_lan_access: Option<bool>,
     /// Have the host ask the network's names and resolvers: true or false [default: true].

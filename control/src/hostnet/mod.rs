@@ -29,8 +29,14 @@
 //! have no port of their own, and the host's resolver no mark: these few addresses are thrown back
 //! to the host one by one, and only where one of our routes covers them.
 //!
+//! **An exit node** has both families whole in our table, whatever defaults the host has: what it does not
+//! take goes nowhere ([`Way::Unreachable`]) and never to the host's own default. Then, the other way
+//! round, little of the host's is thrown: networks of guests on this host, what means something on a link
+//! only, the addresses that our TCP connections go to; and its subnets and routes if somebody wants the local
+//! networks to stay outside, though never one that is as wide as the Internet. Resolvers are not.
+//!
 //! **Never installed:** what this node itself offers, and what the agent does not let through (exit
-//! routes, whole or in pieces, and addresses that no host has).
+//! routes of others, whole or in pieces, and addresses that no host has).
 //!
 //! Later parts of the host (nftables, sysctl values, the resolver) join [`State`] and [`steps`] here, and
 //! get a file in `driver/` each.
@@ -44,7 +50,9 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Serialize;
 
-pub use plan::{lies_in, meets, plan};
+use crate::netmap::prefix::EVERYWHERE;
+
+pub use plan::{lies_in, meets, plan, stays};
 pub use steps::{Step, steps};
 
 /// Route and rule protocol number (`RTA_PROTOCOL`, `FRA_PROTOCOL`) of what is ours.
@@ -120,10 +128,15 @@ pub struct Exit {
 }
 
 impl Overlay {
-    /// Everything that leads into the tunnel, if nothing speaks against it.
+    /// Everything that leads into the tunnel, if nothing speaks against it; the Internet only where something can.
     pub fn nets(&self) -> BTreeSet<IpNet> {
         let peers = self.peers.iter().copied().map(IpNet::from);
-        peers.chain(self.routes.iter().map(IpNet::trunc)).collect()
+        let exit = self.exit.filter(|exit| exit.allow_lan).map(|_| EVERYWHERE);
+        let routes = self.routes.iter().map(IpNet::trunc);
+        peers
+            .chain(routes)
+            .chain(exit.into_iter().flatten())
+            .collect()
     }
 }
 
@@ -132,6 +145,8 @@ impl Overlay {
 pub struct Host {
     /// Subnets of its addresses, those of our TUN left out.
     pub connected: BTreeSet<IpNet>,
+    /// Those of them that are for guests on this host alone: virtual machines and containers.
+    pub guests: BTreeSet<IpNet>,
     /// Destinations in the tables that its rules lead to, those by our TUN left out.
     pub routes: BTreeSet<IpNet>,
     /// Servers that its resolver asks.
@@ -197,6 +212,8 @@ pub struct Route {
 pub enum Way {
     /// Back to the rules behind our table.
     Throw,
+    /// Nowhere: who sends is told at once.
+    Unreachable,
     /// Into the tunnel.
     Tunnel,
     /// Elsewhere: what an earlier run left.
@@ -261,6 +278,28 @@ pub struct Problem {
     pub part: &'static str,
     /// A sentence, with the command that helps if there is one.
     pub text: String,
+}
+
+/// A network interface, as far as it says who is behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its index.
+    pub index: u32,
+    /// The bridge it is a port of.
+    pub bridge: Option<u32>,
+    /// Whether it is a bridge.
+    pub is_bridge: bool,
+    /// Whether its other end is on this host: a pair's, or a program's.
+    pub is_virtual: bool,
+}
+
+/// The bridges that nobody is on but guests of this host.
+pub fn guest_bridges(links: &[Link]) -> BTreeSet<u32> {
+    let real = links.iter().filter(|link| !link.is_virtual);
+    let real: BTreeSet<u32> = real.filter_map(|link| link.bridge).collect();
+    let bridges = links.iter().filter(|link| link.is_bridge);
+    let all: BTreeSet<u32> = bridges.map(|link| link.index).collect();
+    all.difference(&real).copied().collect()
 }
 
 /// What [`plan`] finds.
@@ -331,6 +370,29 @@ pub fn table_of_priority(priority: u32) -> Option<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_bridge_with_a_real_port_is_no_guests() {
+        let link = |index, bridge, is_bridge, is_virtual| Link {
+            index,
+            bridge,
+            is_bridge,
+            is_virtual,
+        };
+        let links = [
+            link(1, None, false, false),
+            link(2, Some(10), false, false),
+            link(3, Some(10), false, true),
+            link(4, Some(11), false, true),
+            link(10, None, true, false),
+            link(11, None, true, false),
+            link(12, None, true, false),
+            // A bridge in a bridge: what is behind it is not known.
+            link(13, Some(14), true, false),
+            link(14, None, true, false),
+        ];
+        assert_eq!(guest_bridges(&links), BTreeSet::from([11, 12, 13]));
+    }
 
     #[test]
     fn every_table_has_places_of_its_own_and_the_first_eight_jump_over_each_other() {

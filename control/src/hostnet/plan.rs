@@ -9,7 +9,17 @@ use super::{
     Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, MAIN, Overlay, Places, Plan, Relation,
     Route, Rule, Settings, Way,
 };
-use crate::netmap::prefix::{V4_RANGE, V6_RANGE, is_exit};
+use crate::netmap::prefix::{EVERYWHERE, V4_RANGE, V6_RANGE, is_exit, v4, v6};
+
+/// What is never sent to an exit node: it means something on a link only. An address is got and neighbours
+/// are found there.
+const NEAR: [IpNet; 3] = [
+    v4([169, 254, 0, 0], 16),
+    v4([255; 4], 32),
+    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10),
+];
+/// What goes with local networks.
+const NEAR_LAN: [IpNet; 2] = [v4([224, 0, 0, 0], 4), v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8)];
 
 /// Computes what is to be there, and tells where it meets what the host has.
 pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
@@ -36,7 +46,12 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
             plan.state.addresses.insert(ip);
         }
     }
-    let own: BTreeSet<IpNet> = host.connected.union(&host.routes).copied().collect();
+    let connected = match overlay.exit {
+        Some(exit) if !exit.allow_lan => &host.guests,
+        Some(_) | None => &host.connected,
+    };
+    let routes = host.routes.iter().filter(|net| stays(overlay, host, net));
+    let own: BTreeSet<IpNet> = connected.iter().chain(routes).copied().collect();
     let mut tunnel: BTreeSet<IpNet> = BTreeSet::new();
     for net in overlay.routes.iter().map(IpNet::trunc) {
         let itself = net.prefix_len() == net.max_prefix_len()
@@ -47,11 +62,33 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
         if itself || offered || is_exit(&net) || !usable(v6) {
             continue;
         }
-        if let Some(subnet) = longest_around(&host.connected, &net) {
+        if let Some(subnet) = longest_around(connected, &net) {
             tell.conflict(net, subnet, Relation::InsideConnected);
         } else if settings.rules[usize::from(v6)] {
             meet(&mut tell, &own, &net);
             tunnel.insert(net);
+        }
+    }
+    let mut nowhere: BTreeSet<IpNet> = BTreeSet::new();
+    if let Some(exit) = overlay.exit {
+        for net in EVERYWHERE {
+            let v6 = net.addr().is_ipv6();
+            if settings.rules[usize::from(v6)] {
+                tunnel.insert(net);
+                if !exit.takes[usize::from(v6)] || !usable(v6) {
+                    nowhere.insert(net);
+                }
+            }
+        }
+        // Of what stays the host's, subnets are what somebody asked for; other routes may surprise, but for those
+        // to a single address.
+        let single = |net: &&IpNet| net.prefix_len() == net.max_prefix_len();
+        let others = own
+            .iter()
+            .filter(|net| !single(net) && !lies_in(connected, net));
+        for net in others {
+            let all = EVERYWHERE[usize::from(net.addr().is_ipv6())];
+            tell.conflict(all, *net, Relation::Covers);
         }
     }
     plan.kept_out = kept_out(overlay, host, &tunnel);
@@ -75,9 +112,14 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
     let kept_out = plan.kept_out.iter().copied().map(IpNet::from);
     let with_rules = |net: &IpNet| settings.rules[usize::from(net.addr().is_ipv6())];
     let theirs = tunnel.iter().flat_map(|net| within(&own, net)).copied();
+    let near = overlay.exit.iter().flat_map(|exit| {
+        let lan = NEAR_LAN.iter().filter(|_| exit.allow_lan);
+        NEAR.iter().chain(lan).copied()
+    });
     let throw: BTreeSet<IpNet> = kept_out
         .chain(covered)
         .chain(theirs)
+        .chain(near)
         .filter(with_rules)
         .collect();
     plan.state.rules = rules(settings);
@@ -92,13 +134,27 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
     };
     let into = tunnel
         .difference(&throw)
-        .map(|net| route(*net, Way::Tunnel));
+        .map(|net| match nowhere.contains(net) {
+            true => route(*net, Way::Unreachable),
+            false => route(*net, Way::Tunnel),
+        });
     plan.state.routes = into.collect();
     let back = throw.iter().map(|net| route(*net, Way::Throw));
     plan.state.routes.extend(back);
     plan.conflicts = tell.told;
     plan.more_conflicts = tell.more;
     plan
+}
+
+/// Whether a route of the host stays in force where it meets ours, as far as the exit node is concerned:
+/// beside one, nothing that leads to the Internet does, and only what its guests need unless local networks
+/// stay outside.
+pub fn stays(overlay: &Overlay, host: &Host, net: &IpNet) -> bool {
+    match overlay.exit {
+        None => true,
+        Some(exit) if exit.allow_lan => !is_exit(net),
+        Some(_) => lies_in(&host.guests, net),
+    }
 }
 
 /// The rules for both families.
@@ -151,9 +207,9 @@ fn rules(settings: &Settings) -> BTreeSet<Rule> {
 /// The addresses that are thrown back to the host's table.
 fn kept_out(overlay: &Overlay, host: &Host, tunnel: &BTreeSet<IpNet>) -> Vec<IpAddr> {
     let dialled = host.dialled.iter().take(DIALLED_MAX);
-    let mut found: Vec<IpAddr> = host
-        .resolvers
-        .iter()
+    // Who asks for names tells where he goes: with an exit node that is for it alone to hear.
+    let resolvers = host.resolvers.iter().filter(|_| overlay.exit.is_none());
+    let mut found: Vec<IpAddr> = resolvers
         .chain(dialled)
         .copied()
         // A server that is a peer is meant to be reached through the tunnel.
@@ -206,9 +262,9 @@ fn within<'a>(nets: &'a BTreeSet<IpNet>, net: &'a IpNet) -> impl Iterator<Item =
         .filter(|inside| net.contains(*inside))
 }
 
-/// The longest prefix in `nets` that is shorter than `net` and holds it; default routes do not count.
+/// The longest prefix in `nets` that is shorter than `net` and holds it.
 fn longest_around(nets: &BTreeSet<IpNet>, net: &IpNet) -> Option<IpNet> {
-    (1..net.prefix_len())
+    (0..net.prefix_len())
         .rev()
         .filter_map(|len| IpNet::new(net.addr(), len).ok())
         .map(|around| around.trunc())
@@ -249,6 +305,7 @@ impl Teller {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hostnet::Exit;
 
     fn nets(list: &[&str]) -> BTreeSet<IpNet> {
         list.iter().map(|net| net.parse().unwrap()).collect()
@@ -306,8 +363,10 @@ mod tests {
                     let longest = ours
                         .filter(|route| route.net.contains(&ip))
                         .max_by_key(|route| route.net.prefix_len());
-                    if longest.is_some_and(|route| route.way == Way::Tunnel) {
-                        return "tunnel";
+                    match longest.map(|route| route.way) {
+                        Some(Way::Tunnel) => return "tunnel",
+                        Some(Way::Unreachable) => return "nowhere",
+                        Some(Way::Throw | Way::Stale) | None => {}
                     }
                 }
             }
@@ -389,6 +448,89 @@ mod tests {
         );
         let plan = plan(&settings(), &wants, &host(&[], &[]));
         assert_eq!(plan.state.routes, BTreeSet::new());
+    }
+
+    fn with_exit(takes: [bool; 2], allow_lan: bool) -> Overlay {
+        Overlay {
+            exit: Some(Exit { takes, allow_lan }),
+            ..overlay(&["100.64.0.2"], &["10.20.0.0/16"])
+        }
+    }
+
+    /// A host on a LAN, with guests on a bridge, static routes and another VPN's halves of the Internet.
+    fn busy_host() -> Host {
+        let lan = ["192.168.1.0/24", "2001:db8:1::/64", "172.17.0.0/16"];
+        let routes = [
+            "192.168.1.0/24",
+            "172.17.0.0/16",
+            "10.50.0.0/16",
+            "10.20.7.0/24",
+            "0.0.0.0/1",
+            "128.0.0.0/1",
+        ];
+        Host {
+            guests: nets(&["172.17.0.0/16"]),
+            resolvers: ips(&["192.168.1.1", "8.8.8.8"]),
+            dialled: ips(&["203.0.113.9", "2001:db8:9::9"]),
+            ..host(&lan, &routes)
+        }
+    }
+
+    #[test]
+    fn with_an_exit_node_all_goes_there_but_the_underlay_and_what_stays_near() {
+        for (ip, shut, lan) in [
+            ("8.8.8.8", "tunnel", "tunnel"),
+            ("200.1.1.1", "tunnel", "tunnel"),
+            ("2600::1", "tunnel", "tunnel"),
+            ("192.168.1.7", "tunnel", "host"),
+            ("192.168.1.1", "tunnel", "host"),
+            ("2001:db8:1::7", "tunnel", "host"),
+            ("10.50.0.1", "tunnel", "host"),
+            ("10.20.7.1", "tunnel", "host"),
+            ("10.20.8.1", "tunnel", "tunnel"),
+            ("100.64.0.2", "tunnel", "tunnel"),
+            ("172.17.0.2", "host", "host"),
+            ("203.0.113.9", "host", "host"),
+            ("2001:db8:9::9", "host", "host"),
+            ("169.254.1.1", "host", "host"),
+            ("255.255.255.255", "host", "host"),
+            ("224.0.0.251", "tunnel", "host"),
+            ("fe80::1", "host", "host"),
+        ] {
+            for (allow_lan, table) in [(false, shut), (true, lan)] {
+                let plan = plan(&settings(), &with_exit([true; 2], allow_lan), &busy_host());
+                assert_eq!(kernel(&plan, ip, false), table, "{ip} {allow_lan}");
+                assert_eq!(kernel(&plan, ip, true), "host", "{ip} with our mark");
+                assert_eq!(plan.kept_out, ips(&["203.0.113.9", "2001:db8:9::9"]));
+            }
+        }
+        let told = plan(&settings(), &with_exit([true; 2], true), &busy_host()).conflicts;
+        let told: Vec<String> = told.iter().map(Conflict::describe).collect();
+        assert!(
+            told.contains(&"0.0.0.0/0: the host's 10.50.0.0/16 inside stays in force".to_owned()),
+            "{told:?}"
+        );
+    }
+
+    #[test]
+    fn what_the_exit_node_does_not_take_goes_nowhere() {
+        for takes in [[true, false], [false, true], [false, false]] {
+            for ipv6 in [false, true] {
+                let mut has = busy_host();
+                has.ipv6 = ipv6;
+                let plan = plan(&settings(), &with_exit(takes, false), &has);
+                let way = |net: &str| {
+                    let net: IpNet = net.parse().unwrap();
+                    let found = plan.state.routes.iter().find(|route| route.net == net);
+                    found.map(|route| route.way)
+                };
+                let right = |takes| Some(if takes { Way::Tunnel } else { Way::Unreachable });
+                assert_eq!(way("0.0.0.0/0"), right(takes[0]), "{takes:?}");
+                assert_eq!(way("::/0"), right(takes[1] && ipv6), "{takes:?} {ipv6}");
+                assert_eq!(kernel(&plan, "203.0.113.9", false), "host");
+                assert_eq!(kernel(&plan, "100.64.0.2", false), "tunnel");
+            }
+        }
     }
 
     #[test]

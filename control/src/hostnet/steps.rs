@@ -57,7 +57,7 @@ fn rank(rule: &Rule) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hostnet::{Host, Overlay, Settings, Way, plan};
+    use crate::hostnet::{Exit, Host, Overlay, Settings, Way, plan};
 
     fn plan_of(routes: &[&str], offered: &[&str]) -> State {
         let settings = Settings {
@@ -103,7 +103,7 @@ mod tests {
             }
             for state in [from, to] {
                 for throw in state.routes.iter().filter(|r| r.way == Way::Throw) {
-                    let covers = |r: &&Route| r.way == Way::Tunnel && r.net.contains(&throw.net);
+                    let covers = |r: &&Route| r.way > Way::Throw && r.net.contains(&throw.net);
                     if state == to
                         && now
                             .routes
@@ -120,7 +120,33 @@ mod tests {
 
     #[test]
     fn nothing_is_bare_on_the_way_between_any_two_states() {
+        let exit = |takes| {
+            let settings = Settings {
+                table: 52,
+                fwmark: 0x8_0000,
+                port: 41_641,
+                tun: 9,
+                rules: [true; 2],
+            };
+            let overlay = Overlay {
+                exit: Some(Exit {
+                    takes,
+                    allow_lan: true,
+                }),
+                ..Overlay::default()
+            };
+            let host = Host {
+                ipv6: true,
+                connected: ["192.168.1.0/24".parse().unwrap()].into(),
+                dialled: vec!["203.0.113.9".parse().unwrap()],
+                ..Host::default()
+            };
+            plan(&settings, &overlay, &host).state
+        };
         let states = [
+            exit([true, true]),
+            exit([true, false]),
+            exit([false, false]),
             State::default(),
             plan_of(&["10.0.0.0/8", "fd00::/48"], &["10.5.0.0/16"]),
             plan_of(
@@ -134,6 +160,26 @@ mod tests {
                 walk(from, to);
             }
         }
-        assert_eq!(steps(&states[1], &states[1]), []);
+        assert_eq!(steps(&states[4], &states[4]), []);
+        // From one way out to none, and back: at every moment something says where the Internet is.
+        let defaults = |state: &State| {
+            let all = state.routes.iter();
+            all.filter(|route| route.net.prefix_len() == 0 && !route.net.addr().is_ipv6())
+                .count()
+        };
+        for (from, to) in [(0, 2), (2, 0)] {
+            let mut now = states[from].clone();
+            for step in steps(&states[to], &states[from]) {
+                match step {
+                    Step::AddRoute(route) => _ = now.routes.insert(route),
+                    Step::DeleteRoute(route) => _ = now.routes.remove(&route),
+                    Step::AddAddress(_)
+                    | Step::DeleteAddress(_)
+                    | Step::AddRule(_)
+                    | Step::DeleteRule(_) => {}
+                }
+                assert!(defaults(&now) >= 1, "{step:?}");
+            }
+        }
     }
 }

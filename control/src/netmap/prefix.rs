@@ -60,11 +60,13 @@ pub const NOT_INTERNET: [IpNet; 13] = [
     v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8),
 ];
 
-const fn v4([a, b, c, d]: [u8; 4], bits: u8) -> IpNet {
+/// An IPv4 prefix without bits behind it.
+pub(crate) const fn v4([a, b, c, d]: [u8; 4], bits: u8) -> IpNet {
     IpNet::V4(Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), bits))
 }
 
-const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], bits: u8) -> IpNet {
+/// An IPv6 prefix without bits behind it.
+pub(crate) const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], bits: u8) -> IpNet {
     IpNet::V6(Ipv6Net::new_assert(
         Ipv6Addr::new(a, b, c, d, e, f, g, h),
         bits,
@@ -168,6 +170,54 @@ fn unmapped(net: IpNet) -> Option<IpNet> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_without_some_prefixes_is_exact_and_in_order() {
+        let nets =
+            |list: &[&str]| -> Vec<IpNet> { list.iter().map(|net| net.parse().unwrap()).collect() };
+        let left = without(
+            nets(&["10.0.0.0/8"]),
+            nets(&["10.64.0.0/10", "10.192.0.0/10"]),
+        );
+        assert_eq!(left, nets(&["10.0.0.0/10", "10.128.0.0/10"]));
+        assert_eq!(without(EVERYWHERE, EVERYWHERE), []);
+        assert_eq!(without(EVERYWHERE, []), EVERYWHERE);
+        assert_eq!(without(nets(&["10.1.2.3/32"]), nets(&["10.1.2.3/32"])), []);
+        assert_eq!(
+            without(nets(&["fd00::/8"]), nets(&["10.0.0.0/8"])),
+            nets(&["fd00::/8"])
+        );
+        let lan = nets(&["203.0.113.0/24", "2001:db8:1::/64", "192.168.7.0/24"]);
+        let out = without(EVERYWHERE, NOT_INTERNET.iter().chain(&lan).copied());
+        for (ip, inside) in [
+            ("8.8.8.8", true),
+            ("203.0.112.255", true),
+            ("203.0.113.0", false),
+            ("203.0.113.255", false),
+            ("203.0.114.0", true),
+            ("192.168.7.1", false),
+            ("192.168.8.1", false),
+            ("192.167.255.255", true),
+            ("192.169.0.0", true),
+            ("100.100.100.100", false),
+            ("255.255.255.255", false),
+            ("2001:db8:1::5", false),
+            ("2001:db8:2::5", true),
+            ("fd7a:115c:a1e0::1", false),
+            ("fe80::1", false),
+            ("::1", false),
+        ] {
+            let ip: IpAddr = ip.parse().unwrap();
+            assert_eq!(
+                out.iter().filter(|net| net.contains(&ip)).count(),
+                usize::from(inside),
+                "{ip}"
+            );
+        }
+        assert!(out.len() < 250, "{}", out.len());
+        let back = without(nets(&["192.168.0.0/16"]), nets(&["192.168.7.0/24"]));
+        assert_eq!(back.len(), 8);
+    }
 
     #[test]
     fn a_route_is_taken_as_it_stands_or_refused_with_the_right_one() {

@@ -14,6 +14,7 @@ use rtnetlink::packet_core::{
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo,
 };
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -21,7 +22,7 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, Rule
 use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
-use crate::hostnet::{Action, MAIN, PROTOCOL, Route, Rule, Step, Way};
+use crate::hostnet::{Action, Link, MAIN, PROTOCOL, Route, Rule, Step, Way};
 use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
 
 /// One answer, or a part of a long one.
@@ -126,6 +127,18 @@ impl Netlink {
         self.dump(question, &mut |message| {
             if let RouteNetlinkMessage::NewAddress(message) = message {
                 found.extend(parse_address(&message));
+            }
+        })?;
+        Ok(found)
+    }
+
+    /// All interfaces.
+    pub(super) fn links(&mut self) -> io::Result<Vec<Link>> {
+        let mut found = Vec::new();
+        let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        self.dump(question, &mut |message| {
+            if let RouteNetlinkMessage::NewLink(message) = message {
+                found.push(parse_link(&message));
             }
         })?;
         Ok(found)
@@ -416,6 +429,13 @@ fn route_message(route: &Route, tun: u32) -> RouteMessage {
             header.scope = near;
             message.attributes.push(RouteAttribute::Oif(tun));
         }
+        Way::Unreachable => {
+            header.kind = RouteType::Unreachable;
+            header.scope = near;
+            if v6 {
+                message.attributes.push(RouteAttribute::Oif(LOOPBACK));
+            }
+        }
         // Only ever deleted: whatever it is, scope "nowhere" stands for any.
         Way::Stale => header.scope = RouteScope::NoWhere,
     }
@@ -503,10 +523,38 @@ fn parse_address(message: &AddressMessage) -> Option<FoundAddress> {
     })
 }
 
+fn parse_link(message: &LinkMessage) -> Link {
+    let mut link = Link {
+        index: message.header.index,
+        bridge: None,
+        is_bridge: false,
+        is_virtual: false,
+    };
+    #[expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "interfaces have dozens of attributes"
+    )]
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::Controller(index) => link.bridge = Some(*index),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::Kind(kind) = info {
+                        link.is_bridge = *kind == InfoKind::Bridge;
+                        link.is_virtual = matches!(kind, InfoKind::Veth | InfoKind::Tun);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hostnet::{Host, Overlay, Settings, plan};
+    use crate::hostnet::{Exit, Host, Overlay, Settings, plan};
 
     #[test]
     fn rules_and_routes_are_read_back_as_they_were_written() {
@@ -522,6 +570,10 @@ mod tests {
                 .map(|net| net.parse().unwrap())
                 .into(),
             offered: ["10.5.0.0/16".parse().unwrap()].into(),
+            exit: Some(Exit {
+                takes: [true, false],
+                allow_lan: false,
+            }),
             ..Overlay::default()
         };
         let host = Host {
@@ -529,17 +581,23 @@ mod tests {
             ..Host::default()
         };
         let state = plan(&settings, &overlay, &host).state;
-        assert_eq!((state.rules.len(), state.routes.len()), (8, 3));
+        assert_eq!((state.rules.len(), state.routes.len()), (8, 8));
         for rule in &state.rules {
             let found = parse_rule(&rule_message(rule)).unwrap();
             assert_eq!((found.rule, found.ours), (*rule, true));
         }
         for route in &state.routes {
             let found = parse_route(&route_message(route, 9)).unwrap();
-            let throw = found.kind == RouteType::Throw;
-            assert_eq!((found.net, throw), (route.net, route.way == Way::Throw));
+            let kind = match route.way {
+                Way::Throw => RouteType::Throw,
+                Way::Unreachable => RouteType::Unreachable,
+                Way::Tunnel | Way::Stale => RouteType::Unicast,
+            };
+            assert_eq!((found.net, found.kind), (route.net, kind));
             assert_eq!((found.table, found.ours), (52, true));
-            assert_eq!(found.interface, (!throw).then_some(9));
+            if kind == RouteType::Unicast {
+                assert_eq!(found.interface, Some(9));
+            }
         }
     }
 }

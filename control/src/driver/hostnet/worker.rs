@@ -19,7 +19,7 @@ use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
-    lies_in, meets, steps, table_of_priority,
+    guest_bridges, lies_in, meets, stays, steps, table_of_priority,
 };
 
 /// Whoever asks for our table is turned away this often.
@@ -52,7 +52,7 @@ pub(super) struct Worker {
     pub(super) host: Host,
     /// Tables that the host's rules lead to.
     pub(super) tables: BTreeSet<u32>,
-    /// What leads into the tunnel.
+    /// What leads into the tunnel, or nowhere.
     pub(super) tunnel: BTreeSet<IpNet>,
     /// More host routes meet ours than are remembered.
     pub(super) too_many: bool,
@@ -130,8 +130,11 @@ impl Worker {
         let file = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.tun_name);
         self.host.ipv6 = std::fs::read_to_string(file).is_ok_and(|text| text.trim() == "0");
         if let Ok(addresses) = self.netlink.addresses() {
-            let others = addresses.iter().filter(|found| found.interface != tun);
-            self.host.connected = others.filter_map(|found| found.subnet).collect();
+            let others = || addresses.iter().filter(|found| found.interface != tun);
+            self.host.connected = others().filter_map(|found| found.subnet).collect();
+            let bridges = guest_bridges(&self.netlink.links().unwrap_or_default());
+            let theirs = others().filter(|found| bridges.contains(&found.interface));
+            self.host.guests = theirs.filter_map(|found| found.subnet).collect();
         }
         self.host.routes.clear();
         self.tables = BTreeSet::from([MAIN.into()]);
@@ -164,7 +167,8 @@ impl Worker {
     fn throw_at_once(&mut self, found: &FoundRoute) {
         let net = found.net;
         let rules = self.settings.rules[usize::from(net.addr().is_ipv6())];
-        let concerns = of_host(found, &self.tables, self.settings.tun);
+        let concerns = of_host(found, &self.tables, self.settings.tun)
+            && stays(&self.overlay, &self.host, &net);
         if !rules || !concerns || !lies_in(&self.tunnel, &net) {
             return;
         }
@@ -213,6 +217,11 @@ impl Worker {
                 problems.host(format!(
                     "the kernel takes no {family} policy rules: only peers' own addresses are routed"
                 ));
+                if self.overlay.exit.is_some() {
+                    problems.host(format!(
+                        "{family} does not go to the exit node, but out of this host as ever"
+                    ));
+                }
             }
         }
         if self.too_many {
@@ -220,7 +229,7 @@ impl Worker {
                 "over {HOST_ROUTES_MAX} of the host's routes meet the network's: the rest may be taken into the tunnel"
             ));
         }
-        let into = plan.state.routes.iter().filter(|r| r.way == Way::Tunnel);
+        let into = plan.state.routes.iter().filter(|r| r.way != Way::Throw);
         self.tunnel = into.map(|route| route.net).collect();
         self.publish(plan, problems.0);
     }
@@ -413,6 +422,7 @@ fn drain(mut woken: &UnixStream) {
 fn route(found: &FoundRoute, table: u8, tun: u32) -> Route {
     let way = match (found.kind, found.interface) {
         (RouteType::Throw, _) => Way::Throw,
+        (RouteType::Unreachable, _) => Way::Unreachable,
         (RouteType::Unicast, Some(index)) if index == tun => Way::Tunnel,
         _ => Way::Stale,
     };

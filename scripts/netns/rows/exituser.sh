@@ -1,0 +1,102 @@
+# shellcheck shell=bash
+
+# a sends what goes to the Internet through a tailscaled b. w is somewhere on the Internet and says whom it sees, p is on
+# a's LAN, and g a guest on a's bridge.
+#
+#   p -- 192.168.7.0/24 -- a -- internet -- b, w        g -- 172.17.0.0/16 -- a
+row_exituser() {
+  local before
+  tailnet_up
+  exit_hosts b a
+  lab_ns lan p g
+  lab_lan lan lan a=192.168.7.1/24 p=192.168.7.9/24
+  lab_lan a eth0 g=172.17.0.2/16
+  ip -n "${LAB}a" addr add 172.17.0.1/16 dev br0
+  before=$(host_state a)
+  exit_watch a
+  tailnet_tailscaled b b --advertise-exit-node
+  tailnet_ringtail a a --exit-node b
+  ready a b || return 0
+  check "an exit node that nobody approved is told of" within 10 problem a 'exit node b: .* approved'
+  check "and nothing goes out" seen a 203.0.113.50 ''
+  check "the exit node is approved" hs_routes b 0.0.0.0/0,::/0
+  check "then the Internet sees its address" within 10 seen a 203.0.113.50 203.0.113.12
+  check "over IPv6 as well" within 10 seen a 2001:db8::50 2001:db8::12
+  check "status says which it is" uses_exit a b
+  check "the LAN is not reached outside of the tunnel" not lab_in a ping -qc 1 -W 1 192.168.7.9
+  check "guests are" lab_in a ping -qc 1 -W 1 172.17.0.2
+  check "coordination and the relay stay" tailnet_online a
+  check "both are direct" goes_direct a b
+  tailnet_stop a
+  check "an end leaves the host as it was" same_state a "$before"
+  TAILNET_OPTIONS[a]='--exit-node 100.64.0.1 --exit-node-allow-lan-access'
+  [ "$(tailnet_ip b)" = 100.64.0.1 ] || TAILNET_OPTIONS[a]="--exit-node $(tailnet_ip b) --exit-node-allow-lan-access"
+  tailnet_start a
+  check "chosen by address it is the same" within 20 seen a 203.0.113.50 203.0.113.12
+  check "and the LAN is reached, where that is wanted" lab_in a ping -qc 1 -W 1 192.168.7.9
+  tailnet_stop b KILL
+  # Headscale waits 10 s for a node to come back.
+  check "an exit node that goes away is told of" within 25 problem a 'exit node b is offline since 20'
+  check "nothing goes out then" seen a 203.0.113.50 ''
+  check "nor over IPv6" seen a 2001:db8::50 ''
+  check "coordination stays" tailnet_online a
+  tailnet_stop a
+  tailnet_start a
+  within 20 rt a status >/dev/null 2>&1
+  check "nor when started without it" seen a 203.0.113.50 ''
+  tailnet_start b
+  check "until it is back" within 30 seen a 203.0.113.50 203.0.113.12
+  check "an exit node that is no longer approved" hs_routes b ''
+  check "is told of" within 10 problem a 'exit node .*: .* approved'
+  check "and nothing goes out any more" seen a 203.0.113.50 ''
+  tailnet_stop a KILL
+  check "a kill leaves the host as it was" within 5 same_state a "$before"
+  check "nothing but the underlay left the host in all this" exit_watched a
+}
+
+# exit_hosts EXIT USER...: on the Internet, with both families; w says whom it sees at port 7000, and EXIT forwards.
+exit_hosts() {
+  local name last=12
+  lab_host w 203.0.113.50 2001:db8::50
+  lab_spawn w whom python3 -c '
+import socket
+server = socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    client, address = server.accept()
+    client.sendall(address[0].removeprefix("::ffff:").encode())
+    client.close()'
+  for name in "$@"; do
+    lab_host "$name" "203.0.113.$last" "2001:db8::$last"
+    last=$((last + 1))
+  done
+  lab_in "$1" sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding'
+}
+# seen FROM AT ADDRESS: the Internet sees this address; nobody is seen where it is empty.
+seen() {
+  # shellcheck disable=SC2016 # for the other shell
+  SAID=$(lab_in "$1" timeout 2 bash -c 'exec 3<>"/dev/tcp/$0/7000" && cat <&3' "$2" 2>/dev/null || true)
+  [ "$SAID" = "$3" ]
+}
+uses_exit() { rt "$1" status | grep "exit node: $2"; }
+problem() { rt "$1" status | grep -E "problem: $2"; }
+# exit_watch HOST: counts what comes from it that is neither a peer's tunnel, nor the relay's or coordination's
+# connection, nor finds neighbours; exit_watched HOST: was there nothing?
+exit_watch() {
+  lab_in inet nft -f - <<NFT
+table inet watch_$1 {
+  chain pass { type filter hook prerouting priority raw;
+    iifname != "p_$1" return
+    udp sport 41641 return
+    ip daddr { 203.0.113.1, 10.255.0.1 } return
+    ip6 daddr 2001:db8::1 return
+    ip6 saddr fe80::/10 return
+    icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } return
+    counter
+  }
+}
+NFT
+}
+exit_watched() {
+  SAID=$(lab_in inet nft list table inet "watch_$1" | grep -o 'counter packets [0-9]*')
+  [ "$SAID" = "counter packets 0" ]
+}
