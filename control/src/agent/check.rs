@@ -108,6 +108,7 @@ impl Agent {
             working_ipv6: report.map(|report| report.ipv6),
             routes: self.offers().collect(),
             peerapi: self.services(),
+            shields_up: self.prefs.shields_up,
             corrections: self.corrections,
             ..SelfState::default()
         }

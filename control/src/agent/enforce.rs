@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use ringtail_dataplane::{NetworkChange, PeerId, RegionId};
+use ringtail_dataplane::{NetworkChange, PeerId, RegionId, Rules};
 use serde_json::json;
 use time::OffsetDateTime;
 
@@ -148,9 +148,10 @@ impl Agent {
         self.await_expiry(now);
         self.exit = exit;
         let local = self.local(&network);
+        let same_gate = self.local == local && self.shielded == self.prefs.shields_up;
         if let Some(before) = &self.network {
             network.share(before);
-            if *before == network && self.allowed == allowed && self.local == local {
+            if *before == network && self.allowed == allowed && same_gate {
                 self.tell_exit();
                 self.configure(network.overlay(self.wishes(Some(&network))));
                 return;
@@ -176,10 +177,17 @@ impl Agent {
             self.set_home(RegionId(home), None);
         }
         let network = self.network.as_ref().expect("it was just put there");
-        let same_filter = |b: &Network| b.rules == network.rules && self.local == local;
-        let rules = (!before.as_ref().is_some_and(same_filter))
-            .then(|| (network.rules.clone(), Some(local.clone())));
+        let same_filter = |b: &Network| b.rules == network.rules && same_gate;
+        let rules = (!before.as_ref().is_some_and(same_filter)).then(|| {
+            let rules = if self.prefs.shields_up {
+                Rules::default()
+            } else {
+                network.rules.clone()
+            };
+            (rules, Some(local.clone()))
+        });
         self.local = local;
+        self.shielded = self.prefs.shields_up;
         let reserved = &self.allowed.reserved;
         let reserved = (*reserved != reserved_before)
             .then(|| reserved.iter().map(|net| (*net).into()).collect());

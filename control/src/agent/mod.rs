@@ -186,6 +186,8 @@ pub struct Agent {
     subnets: BTreeSet<IpNet>,
     /// Where peers get, as the data plane was told.
     local: Vec<Prefix>,
+    /// Whether it was told that nobody may begin anything, whatever the rules.
+    shielded: bool,
     /// What the host is to have, as it was told.
     overlay: Option<Overlay>,
     /// The network as told.
@@ -257,6 +259,7 @@ impl Agent {
             exit: ExitNode::default(),
             subnets: BTreeSet::new(),
             local: Vec::new(),
+            shielded: false,
             overlay: None,
             told: None,
             network: None,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ringtail_dataplane::Rules;
+use ringtail_dataplane::{Rule, Rules};
 
 use super::*;
 use crate::disco;
@@ -815,4 +815,32 @@ fn an_exit_node_lets_nobody_into_networks_of_its_own_but_what_is_approved() {
             assert_eq!(shut.iter().any(|net| net.contains(&ip)), right, "{ip}");
         }
     }
+}
+
+#[test]
+fn behind_shields_no_rule_counts_and_the_map_keeps_them_for_later() {
+    let (now, mut agent, out) = taken(network(2));
+    let rules = |out: &[Output]| Some(change(out)?.rules.clone()?.0);
+    assert_eq!(rules(&out), Some(Rules::AllowAll));
+    let up = Prefs {
+        shields_up: true,
+        ..prefs()
+    };
+    agent.handle_prefs(now, up);
+    let out = outputs(&mut agent);
+    assert_eq!(rules(&out), Some(Rules::default()));
+    assert!(agent.self_report().shields_up);
+    // A map with other rules changes nothing for who would get in.
+    let mut other = network(2);
+    other.rules = Rules::List(vec![Rule {
+        sources: vec![],
+        destinations: vec![],
+        protocols: vec![6],
+    }]);
+    agent.handle_network(now, other.clone());
+    let out = outputs(&mut agent);
+    assert!(rules(&out).is_none_or(|rules| rules == Rules::default()));
+    agent.handle_prefs(now, prefs());
+    assert_eq!(rules(&outputs(&mut agent)), Some(other.rules));
+    assert!(!agent.self_report().shields_up);
 }

@@ -121,7 +121,7 @@ pub struct PrefsChange {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accept_dns: Option<bool>,
     /// Refuse whatever others begin: true or false [default: false].
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", hide = true)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shields_up: Option<bool>,
     /// Where the host's firewall drops what is forwarded [default: open].

@@ -289,6 +289,27 @@ mod tests {
     }
 
     #[test]
+    fn application_grants_admit_nobody_and_do_no_harm_whatever_is_in_them() {
+        let values = vec![serde_json::json!({"kind": "x".repeat(1000)}); 1000];
+        let grant = serde_json::json!([
+            {"Dsts": ["*"], "CapMap": {"example.com/cap": values}, "Caps": ["any"]},
+        ]);
+        let read = |text: String| serde_json::from_str::<FilterRule>(&text).unwrap();
+        let alone = read(format!(r#"{{"SrcIPs": ["*"], "CapGrant": {grant}}}"#));
+        let ports = r#"[{"IP": "*", "Ports": {"First": 22, "Last": 22}}]"#;
+        let beside = format!(r#"{{"SrcIPs": ["*"], "DstPorts": {ports}, "CapGrant": {grant}}}"#);
+        let local: Vec<IpNet> = vec!["100.64.0.1/32".parse().unwrap()];
+        let none: [Arc<Node>; 0] = [];
+        let rules = [alone, read(beside)];
+        let Rules::List(list) = compile(rules.iter(), &local, none.iter()) else {
+            panic!("a list");
+        };
+        let ports = list.iter().flat_map(|rule| &rule.destinations);
+        let ports: Vec<_> = ports.map(|(_, first, last)| (*first, *last)).collect();
+        assert_eq!(ports, [(22, 22)]);
+    }
+
+    #[test]
     fn a_range_becomes_the_fewest_prefixes_and_host_bits_are_refused() {
         let texts =
             |text: &str| -> Vec<String> { parse(text).iter().map(IpNet::to_string).collect() };

@@ -303,7 +303,8 @@ pub struct PortDestination {
     pub ports: PortRange,
 }
 
-/// One rule of the packet filter (`protocol/coordination-map.md` §9).
+/// One rule of the packet filter (`protocol/coordination-map.md` §9). Application grants (`CapGrant`), of
+/// any size, are not read: they admit no packets.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 pub struct FilterRule {
@@ -329,9 +330,6 @@ pub struct FilterRule {
         skip_serializing_if = "Vec::is_empty"
     )]
     pub ip_proto: Vec<i64>,
-    /// Application grants; they admit no packets.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub cap_grant: Option<Value>,
 }
 
 impl FilterRule {
