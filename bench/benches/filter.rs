@@ -38,6 +38,73 @@ fn rules() -> Rules {
     )
 }
 
+/// So many rules, of which the last lets everybody in by UDP at port 53, ping, and send GRE; the others
+/// are about other ports, other hosts of ours, and single peers.
+fn many(count: u32) -> Rules {
+    let prefix = |addr: IpAddr, bits| Prefix { addr, bits };
+    let every = || vec![prefix(IpAddr::from([0, 0, 0, 0]), 0)];
+    let us = prefix(IpAddr::from([100, 64, 0, 1]), 32);
+    let host = |i: u32| prefix(IpAddr::V4((0x0a00_0000 + i).into()), 32);
+    let port = |i: u32| u16::try_from(1000 + 3 * (i % 10_000)).unwrap_or(u16::MAX);
+    let other = |i| Rule {
+        sources: if i % 3 == 0 { vec![host(i)] } else { every() },
+        destinations: vec![if i % 3 == 1 {
+            (host(i), 1, 1000)
+        } else {
+            (us, port(i), port(i))
+        }],
+        protocols: vec![6, 17, 1, 58],
+    };
+    let last = [(vec![6, 17, 1, 58], 53, 53), (vec![47], 0, u16::MAX)];
+    let last = last.map(|(protocols, first, last)| Rule {
+        sources: every(),
+        destinations: vec![(us, first, last)],
+        protocols,
+    });
+    Rules::List((1..count).map(other).chain(last).collect())
+}
+
+/// What a known flow costs with one rule and with ten thousand: alone, and taking turns with another, so
+/// that the rules are asked every time.
+fn known_flows(c: &mut Criterion) {
+    let mut group = c.benchmark_group("filter: a known flow");
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a bench is a driver: any moment to count from"
+    )]
+    let now = Instant::now();
+    let us = SocketAddr::from(([100, 64, 0, 1], 53));
+    let from = |last| Builder::new(SocketAddr::from(([100, 64, 0, last], 5000)), us);
+    let kinds = [
+        ("udp", [9, 10].map(|last| from(last).udp(&[1; 200]))),
+        ("ping", [9, 10].map(|last| from(last).icmp(8, 0, &[1; 56]))),
+        ("gre", [9, 10].map(|last| from(last).ip(47, &[1; 200]))),
+    ];
+    for count in [1, 10_000] {
+        let rules = Arc::new(CompiledRules::compile(&many(count), None));
+        let mut filter = Filter::new(now, rules);
+        for (name, packets) in &kinds {
+            let headers = packets.each_ref().map(|packet| Headers::parse(packet));
+            let [Ok(one), Ok(other)] = headers else {
+                continue;
+            };
+            let headers = [one, other];
+            assert!(filter.admit(now, &headers[0], &packets[0]).is_ok());
+            group.bench_function(format!("{name}, {count} rules"), |b| {
+                b.iter(|| filter.admit(now, black_box(&headers[0]), black_box(&packets[0])));
+            });
+            let mut turn = 0;
+            group.bench_function(format!("{name} by turns, {count} rules"), |b| {
+                b.iter(|| {
+                    turn ^= 1;
+                    filter.admit(now, black_box(&headers[turn]), black_box(&packets[turn]))
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
 fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group("filter");
     #[expect(
@@ -100,5 +167,5 @@ fn bench(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, bench);
+criterion_group!(benches, bench, known_flows);
 criterion_main!(benches);

@@ -11,9 +11,9 @@
 //! keeps no TCP state: what is not a pure SYN passes and dies at a host without such a connection.
 //!
 //! - Destination multicast or link-local (but 169.254.169.254): dropped.
+//! - Destination not local: dropped.
 //! - Later fragments pass from 80 bytes on (nothing below can have a transport header overwritten);
 //!   the receiver cannot assemble them without the first, which was filtered.
-//! - Destination not local: dropped.
 //! - ICMP and ICMPv6: echo replies and errors pass, the rest if any rule joins the two addresses.
 //! - TCP: pure SYNs need a rule, but for the port of our [`PeerApi`], which judges for itself.
 //!   UDP, SCTP: a remembered flow or a rule.
@@ -23,12 +23,16 @@
 //! A filter is [closed](Filter::closed) until it is given rules: then no fragment, no answer and no
 //! TCP segment passes either, since nothing is ours.
 //!
+//! A change of rules counts from the next packet on, also for flows that the old ones let in: what is
+//! remembered across a change are flows that began here, and nothing that a rule has said.
+//!
 //! With [`Rules::AllowAll`](crate::types::Rules) both `admit` and `remember` return at once, and
 //! no memory of flows exists. Flows are then remembered from the moment a list is installed, here or
 //! at a shard that has it a moment before us and tells us of a flow.
 
 mod flows;
 mod rules;
+mod table;
 mod tsmp;
 
 use std::net::{IpAddr, Ipv4Addr};
@@ -50,6 +54,8 @@ use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX};
 pub use flows::{FlowMemory, Tell};
 pub use rules::{Ask, CompiledRules};
 pub(crate) use tsmp::{PONG_LEN_MAX, pong};
+#[cfg(test)]
+pub(crate) use {rules::TABLE_PARTS_MAX, table::PART_COST};
 
 /// The metadata address of clouds: link-local, yet routed to by subnet routers.
 const CLOUD_METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -82,8 +88,10 @@ pub struct Filter {
     /// Exists from the first rule list or flow of another shard on.
     flows: Option<FlowMemory>,
     flows_max: usize,
-    /// The last destination found to be ours, under these rules: nearly every packet has it again.
+    /// The last destination found to be ours, and the last thing asked that was let in, under these
+    /// rules: nearly every packet is the same again.
     local_before: Option<IpAddr>,
+    let_in_before: Option<(Ask, IpAddr, IpAddr)>,
 }
 
 impl Filter {
@@ -101,6 +109,7 @@ impl Filter {
             flows: None,
             flows_max: flows_max(shards),
             local_before: None,
+            let_in_before: None,
         }
     }
 
@@ -118,6 +127,7 @@ impl Filter {
             self.memory(now);
         }
         self.local_before = None;
+        self.let_in_before = None;
         std::mem::replace(&mut self.rules, rules)
     }
 
@@ -238,15 +248,13 @@ impl Filter {
         if !destination_allowed(headers.dst) {
             return Err(DropReason::FilterDestination);
         }
+        self.admit_local(headers.dst)?;
         if let Fragment::Later(offset) = headers.fragment {
             return if offset < FRAGMENT_OFFSET_MIN {
                 Err(DropReason::FilterFragment)
             } else {
                 Ok(())
             };
-        }
-        if !self.rules.is_local(headers.dst) {
-            return Err(DropReason::FilterNotLocal);
         }
         match headers.protocol {
             ICMP | ICMPV6 => self.decide_icmp(headers, packet),
@@ -281,7 +289,7 @@ impl Filter {
         }
     }
 
-    fn decide_icmp(&self, headers: &Headers, packet: &[u8]) -> Result<(), DropReason> {
+    fn decide_icmp(&mut self, headers: &Headers, packet: &[u8]) -> Result<(), DropReason> {
         let Some((kind, _)) = headers.icmp(packet) else {
             return truncated(headers);
         };
@@ -298,12 +306,16 @@ impl Filter {
         }
     }
 
-    fn ask(&self, headers: &Headers, ask: Ask) -> Result<(), DropReason> {
-        if self.rules.matches(ask, headers.src, headers.dst) {
-            Ok(())
-        } else {
-            Err(DropReason::FilterDenied)
+    fn ask(&mut self, headers: &Headers, ask: Ask) -> Result<(), DropReason> {
+        let asked = (ask, headers.src, headers.dst);
+        if self.let_in_before == Some(asked) {
+            return Ok(());
         }
+        if !self.rules.matches(ask, headers.src, headers.dst) {
+            return Err(DropReason::FilterDenied);
+        }
+        self.let_in_before = Some(asked);
+        Ok(())
     }
 }
 

@@ -4,12 +4,23 @@
 //! Sources are found by longest prefix: every distinct source prefix of a family is a node with the
 //! rules that name it, linked to the next shorter prefix that covers it. A lookup walks from the
 //! longest match to the root, so it sees every rule whose sources cover the address and no other.
+//!
+//! What a node's rules let through stands in a [`Table`] by destination, which all nodes with the same
+//! rules share, so that what a packet costs does not grow with their number. Tables can be larger
+//! than the rules they are made of: where they would hold more than [`TABLE_PARTS_MAX`], the nodes that
+//! are left ask their rules one by one.
+//!
 //! Compile on the control side and share the result by `Arc`.
 
+use std::collections::HashMap;
 use std::net::IpAddr;
 
+use super::table::Table;
 use crate::route::{PrefixMap, covers, masked};
 use crate::types::{Prefix, Rules};
+
+/// Destinations that all tables of a filter hold at most.
+pub(crate) const TABLE_PARTS_MAX: usize = 1 << 17;
 
 /// Compiled [`Rules`]. Immutable.
 #[derive(Clone, Debug)]
@@ -18,22 +29,57 @@ pub struct CompiledRules {
     local: Option<PrefixMap<()>>,
     sources: PrefixMap<u32>,
     nodes: Vec<Node>,
+    tables: Vec<Table>,
     rules: Vec<CompiledRule>,
 }
 
-/// The rules that name one source prefix.
+/// One source prefix.
 #[derive(Clone, Debug)]
 struct Node {
-    rules: Vec<u32>,
+    lets_in: LetsIn,
     /// The node of the next shorter prefix that covers this one.
     parent: Option<u32>,
 }
 
+/// What the rules that name a source let through.
 #[derive(Clone, Debug)]
-struct CompiledRule {
+enum LetsIn {
+    /// By this table.
+    Table(u32),
+    /// Each of these rules is to be asked.
+    Rules(Vec<u32>),
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct CompiledRule {
     /// One bit per protocol number.
-    protocols: [u64; 4],
-    destinations: Vec<(Prefix, u16, u16)>,
+    pub(super) protocols: Protocols,
+    pub(super) destinations: Vec<(Prefix, u16, u16)>,
+}
+
+/// A set of protocols: one bit for each number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Protocols([u64; 4]);
+
+impl Protocols {
+    fn of(protocols: &[u8]) -> Protocols {
+        let mut bits = [0; 4];
+        for protocol in protocols {
+            bits[usize::from(protocol >> 6)] |= 1 << (protocol & 63);
+        }
+        Protocols(bits)
+    }
+
+    #[inline]
+    pub(super) fn contains(&self, protocol: u8) -> bool {
+        self.0[usize::from(protocol >> 6)] & (1 << (protocol & 63)) != 0
+    }
+
+    pub(super) fn add(&mut self, others: &Protocols) {
+        for (bits, others) in self.0.iter_mut().zip(others.0) {
+            *bits |= others;
+        }
+    }
 }
 
 /// What a packet asks of the rules.
@@ -41,7 +87,7 @@ struct CompiledRule {
 pub enum Ask {
     /// Any rule between the addresses, whatever its protocols and ports (ICMP).
     Any,
-    /// A rule with this protocol and destination port.
+    /// A rule with this protocol (TCP, UDP or SCTP) and destination port.
     Port(u8, u16),
     /// A rule with this protocol and all ports: protocols without ports.
     AllPorts(u8),
@@ -73,6 +119,7 @@ impl CompiledRules {
             }),
             sources: PrefixMap::default(),
             nodes: Vec::new(),
+            tables: Vec::new(),
             rules: Vec::new(),
         };
         let Rules::List(list) = rules else {
@@ -82,7 +129,7 @@ impl CompiledRules {
         for rule in list {
             let index = index_u32(compiled.rules.len());
             compiled.rules.push(CompiledRule {
-                protocols: protocol_bits(&rule.protocols),
+                protocols: Protocols::of(&rule.protocols),
                 destinations: rule
                     .destinations
                     .iter()
@@ -97,6 +144,7 @@ impl CompiledRules {
         for (prefix, rule) in named {
             compiled.add_source(prefix, rule);
         }
+        compiled.make_tables();
         compiled
     }
 
@@ -125,11 +173,13 @@ impl CompiledRules {
         let mut at = self.sources.lookup(src);
         while let Some(index) = at {
             let node = &self.nodes[index as usize];
-            if node
-                .rules
-                .iter()
-                .any(|rule| self.rules[*rule as usize].matches(ask, dst))
-            {
+            let lets_in = match &node.lets_in {
+                LetsIn::Table(table) => self.tables[*table as usize].matches(ask, dst),
+                LetsIn::Rules(rules) => rules
+                    .iter()
+                    .any(|rule| self.rules[*rule as usize].matches(ask, dst)),
+            };
+            if lets_in {
                 return true;
             }
             at = node.parent;
@@ -145,19 +195,53 @@ impl CompiledRules {
                 // Only shorter or equally long prefixes are in the map, and equal ones are not.
                 let parent = self.sources.lookup(prefix.addr);
                 self.nodes.push(Node {
-                    rules: Vec::new(),
+                    lets_in: LetsIn::Rules(Vec::new()),
                     parent,
                 });
                 self.sources.insert(prefix, node);
                 node
             }
         };
-        self.nodes[node as usize].rules.push(rule);
+        if let LetsIn::Rules(rules) = &mut self.nodes[node as usize].lets_in {
+            rules.push(rule);
+        }
+    }
+
+    /// Puts tables in the place of rules, one for all nodes with the same, while there is room.
+    fn make_tables(&mut self) {
+        let mut made: HashMap<Vec<u32>, u32> = HashMap::new();
+        let mut room = TABLE_PARTS_MAX;
+        let mut left = false;
+        for node in &mut self.nodes {
+            let LetsIn::Rules(rules) = &mut node.lets_in else {
+                continue;
+            };
+            let table = match made.get(rules.as_slice()) {
+                Some(table) => *table,
+                None => {
+                    let of = rules.iter().map(|rule| &self.rules[*rule as usize]);
+                    let parts = of.clone().map(|rule| rule.destinations.len()).sum();
+                    let Some(rest) = room.checked_sub(parts) else {
+                        left = true;
+                        continue;
+                    };
+                    room = rest;
+                    let table = index_u32(self.tables.len());
+                    self.tables.push(Table::new(of));
+                    made.insert(std::mem::take(rules), table);
+                    table
+                }
+            };
+            node.lets_in = LetsIn::Table(table);
+        }
+        if !left {
+            self.rules = Vec::new();
+        }
     }
 }
 
 impl CompiledRule {
-    fn matches(&self, ask: Ask, dst: IpAddr) -> bool {
+    pub(super) fn matches(&self, ask: Ask, dst: IpAddr) -> bool {
         let port_fits = |first: u16, last: u16| match ask {
             Ask::Any => true,
             Ask::Port(_, port) => first <= port && port <= last,
@@ -165,9 +249,7 @@ impl CompiledRule {
         };
         let protocol_fits = match ask {
             Ask::Any => true,
-            Ask::Port(protocol, _) | Ask::AllPorts(protocol) => {
-                self.protocols[usize::from(protocol >> 6)] & (1 << (protocol & 63)) != 0
-            }
+            Ask::Port(protocol, _) | Ask::AllPorts(protocol) => self.protocols.contains(protocol),
         };
         protocol_fits
             && self
@@ -177,14 +259,17 @@ impl CompiledRule {
     }
 }
 
-fn protocol_bits(protocols: &[u8]) -> [u64; 4] {
-    let mut bits = [0; 4];
-    for protocol in protocols {
-        bits[usize::from(protocol >> 6)] |= 1 << (protocol & 63);
-    }
-    bits
+pub(super) fn index_u32(index: usize) -> u32 {
+    u32::try_from(index).expect("a filter of four billion rules does not fit into memory")
 }
 
-fn index_u32(index: usize) -> u32 {
-    u32::try_from(index).expect("a filter of four billion rules does not fit into memory")
+#[cfg(test)]
+impl CompiledRules {
+    /// Of each node, whether it has a table.
+    pub(super) fn tables(&self) -> Vec<bool> {
+        let nodes = self.nodes.iter();
+        nodes
+            .map(|node| matches!(node.lets_in, LetsIn::Table(_)))
+            .collect()
+    }
 }

@@ -607,32 +607,48 @@ fn random_prefix(rng: &mut StdRng) -> Prefix {
 #[test]
 fn compiled_rules_agree_with_rules_read_literally() {
     let mut rng = seeded();
-    for _ in 0..200 {
-        let rules: Vec<Rule> = (0..rng.random_range(0..8))
+    // With ports, and without.
+    let protocols = [TCP, UDP, SCTP, 0, 65, 255];
+    for round in 0..300 {
+        // A few ports, or so many ranges that they are searched, or have a bit for each port.
+        let (rules_max, few) = [(8, 4), (8, 40), (4, 800)][round % 3];
+        let ports = 4 * u16::try_from(few).unwrap();
+        let rules: Vec<Rule> = (0..rng.random_range(0..rules_max))
             .map(|_| Rule {
                 sources: (0..rng.random_range(0..4))
                     .map(|_| random_prefix(&mut rng))
                     .collect(),
-                destinations: (0..rng.random_range(0..4))
+                destinations: (0..rng.random_range(0..few))
                     .map(|_| {
-                        let first = rng.random_range(0..3);
-                        let last = [first, 3, u16::MAX][rng.random_range(0..3)];
-                        (random_prefix(&mut rng), first, last)
+                        let first = rng.random_range(0..ports);
+                        let far = rng.random_bool(0.05);
+                        let last = if far { u16::MAX } else { first };
+                        let first = if far && rng.random() { 0 } else { first };
+                        let everywhere = few > 100 && rng.random_bool(0.9);
+                        let to = if everywhere {
+                            prefix("10.0.0.0/8")
+                        } else {
+                            random_prefix(&mut rng)
+                        };
+                        (to, first, last)
                     })
                     .collect(),
-                protocols: (0..rng.random_range(0..3))
-                    .map(|_| rng.random_range(0..4) * 65)
+                protocols: (0..rng.random_range(0..4))
+                    .map(|_| protocols[rng.random_range(0..protocols.len())])
                     .collect(),
             })
             .collect();
         let compiled = CompiledRules::compile(&Rules::List(rules.clone()), None);
         for _ in 0..200 {
             let (src, dst) = (random_addr(&mut rng), random_addr(&mut rng));
-            let protocol = rng.random_range(0..4) * 65;
-            let ask = match rng.random_range(0..3) {
+            let protocol = protocols[rng.random_range(0..protocols.len())];
+            let ask = match rng.random_range(0..6) {
                 0 => Ask::Any,
-                1 => Ask::Port(protocol, rng.random_range(0..5)),
-                _ => Ask::AllPorts(protocol),
+                1 => Ask::AllPorts(protocol),
+                _ => Ask::Port(
+                    protocols[rng.random_range(0..3)],
+                    rng.random_range(0..ports + 2),
+                ),
             };
             assert_eq!(
                 compiled.matches(ask, src, dst),
@@ -641,6 +657,95 @@ fn compiled_rules_agree_with_rules_read_literally() {
             );
         }
     }
+}
+
+/// Two lists of the same rules are a table; what has no room for one is asked rule by rule.
+#[test]
+fn rules_that_no_table_has_room_for_count_all_the_same() {
+    let to = |net: u32, count: usize| -> Vec<_> {
+        let hosts = (0..u32::try_from(count).unwrap()).map(|host| (net + host, 7));
+        let host = |(bits, port)| (IpAddr::V4(Ipv4Addr::from_bits(bits)), port);
+        let place = |(addr, port)| (Prefix { addr, bits: 32 }, port, port);
+        hosts.map(host).map(place).collect()
+    };
+    let rule = |sources: &[&str], net| Rule {
+        sources: sources.iter().map(|text| prefix(text)).collect(),
+        destinations: to(net, TABLE_PARTS_MAX / 2 + 1),
+        protocols: vec![UDP],
+    };
+    let rules = [
+        rule(&["10.0.0.1", "10.0.0.2"], 0x0b00_0000),
+        rule(&["10.0.0.2"], 0x0c00_0000),
+    ];
+    let filter = CompiledRules::compile(&Rules::List(rules.to_vec()), None);
+    assert_eq!(filter.tables(), [true, false]);
+    for (src, dst, want) in [
+        ("10.0.0.1", "11.0.200.1", true),
+        ("10.0.0.1", "12.0.200.1", false),
+        ("10.0.0.2", "11.0.200.1", true),
+        ("10.0.0.2", "12.0.200.1", true),
+        ("10.0.0.2", "13.0.200.1", false),
+    ] {
+        let (src, dst) = (src.parse().unwrap(), dst.parse().unwrap());
+        let found = filter.matches(Ask::Port(UDP, 7), src, dst);
+        assert_eq!(found, want, "{src} to {dst}");
+        assert!(!filter.matches(Ask::Port(UDP, 8), src, dst));
+    }
+}
+
+#[test]
+fn a_flow_that_a_rule_let_in_is_asked_for_again_when_the_rules_change() {
+    let now = now();
+    let (us, them) = ("10.0.0.1:7", "10.0.0.2:2");
+    let from = between(them, us);
+    let packets = [
+        from.udp(b"x"),
+        from.tcp(&segment(TCP_SYN), b""),
+        from.ip(SCTP, &[0, 2, 0, 7, 0, 0, 0, 0, 0, 0, 0, 0]),
+        from.ip(47, b"gre"),
+        from.icmp(8, 0, b"echo"),
+    ];
+    let rules = |src: &str, local: &str| {
+        let rule = Rule {
+            sources: vec![prefix(src)],
+            destinations: vec![(prefix("10.0.0.0/24"), 0, u16::MAX)],
+            protocols: vec![UDP, TCP, SCTP, 47, ICMP],
+        };
+        let local = [prefix(local)];
+        Arc::new(CompiledRules::compile(
+            &Rules::List(vec![rule]),
+            Some(&local),
+        ))
+    };
+    for packet in packets {
+        let mut filter = Filter::new(now, rules("10.0.0.2", "10.0.0.1"));
+        for _ in 0..3 {
+            assert_eq!(admit(&mut filter, now, &packet), Ok(()));
+        }
+        filter.set_rules(now, rules("10.0.0.3", "10.0.0.1"));
+        assert_eq!(admit(&mut filter, now, &packet), DENIED);
+        filter.set_rules(now, rules("10.0.0.2", "10.0.0.1"));
+        assert_eq!(admit(&mut filter, now, &packet), Ok(()));
+        filter.set_rules(now, rules("10.0.0.2", "10.0.0.9"));
+        assert_eq!(admit(&mut filter, now, &packet), NOT_LOCAL);
+    }
+}
+
+#[test]
+fn a_later_fragment_goes_nowhere_but_to_what_is_ours() {
+    let now = now();
+    let local = [prefix("10.0.0.1")];
+    let rules = CompiledRules::compile(&Rules::default(), Some(&local));
+    let mut filter = Filter::new(now, Arc::new(rules));
+    let to = |dst| {
+        Builder {
+            fragment: 100,
+            ..between("10.0.0.2:2", dst)
+        }
+        .ip(UDP, &[0; 64])
+    };
+    assert_eq!(admit(&mut filter, now, &to("10.0.0.1:1")), Ok(()));
+    assert_eq!(admit(&mut filter, now, &to("192.168.0.1:1")), NOT_LOCAL);
 }
 
 #[test]
