@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, ToSocketAddrs as _};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ pub struct Names(Arc<Inner>);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Past {
     /// The servers that it asked before it asked us.
-    pub servers: Vec<SocketAddr>,
+    pub servers: Vec<IpAddr>,
     /// Mark of the sockets; 0 is none.
     pub fwmark: u32,
 }

@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # variables for tailnet.sh
 
 DNS=$ROOT/scripts/netns/dns.py
 
@@ -11,7 +11,9 @@ as_tailscaled() {
   local ours theirs
   ours=$(asked a "$@" 2>&1) && theirs=$(asked b "$@" 2>&1)
   SAID=$ours
-  [ -n "$ours" ] && [ "$ours" = "$theirs" ] || { echo "ours: $ours, tailscaled: $theirs"; return 1; }
+  [ "$ours" != "$theirs" ] || return 0
+  echo "ours: $ours, tailscaled: $theirs"
+  return 1
 }
 # dns_config GLOBAL: Headscale's settings with these resolvers for all names.
 dns_config() {
@@ -110,4 +112,63 @@ row_dns_faults() {
   SAID=$(cat "$LAB_DIR/flood.log")
   check "each of the thousand is told in time" grep -q '^SERVFAIL:1000$' "$LAB_DIR/flood.log"
   check "the node is well" tailnet_online a
+}
+
+# peerapi NAME: the URL of its peer API, as b has it.
+peerapi() { ts b status --json | jq -er ".Peer[] | select(.HostName == \"$1\") | .PeerAPIURL[0]"; }
+# looked_up ANSWER HOST FROM URL NAME: by DNS over HTTP.
+looked_up() { SAID=$(lab_in "$2" "$DNS" http "$4/dns-query" "$5" A "$(tailnet_ip "$3")" 2>&1) && [ "$SAID" = "$1" ]; }
+exit_in_use() { ts b status --json | jq -e '.ExitNodeStatus.Online' >/dev/null; }
+
+# The peer API, ours on a, and tailscaled's on b: that it is there, and names for those who leave by a node. The hosts ask
+# 203.0.113.53, which c cannot reach but through b.
+row_peerapi() {
+  local url name
+  HS_DNS='{magic_dns: true, override_local_dns: false, base_domain: lab.example, nameservers: {global: []}}'
+  tailnet_up
+  lab_host dns 203.0.113.53
+  lab_spawn dns dns-53 "$DNS" serve 203.0.113.53 plain "$LAB_DIR/asked"
+  hosts a b c d
+  echo 'nameserver 203.0.113.53' >"$LAB_DIR/resolv.conf"
+  mkdir -p "$LAB_DIR/node-b" && cp "$LAB_DIR/resolv.conf" "$LAB_DIR/node-b/"
+  for name in a c d; do cp "$LAB_DIR/resolv.conf" "$LAB_DIR/resolv-$name.conf"; done
+  # shellcheck disable=SC2016 # for the other shell
+  with_resolver() { TAILNET_RUN=(sh -c 'mount --bind "$0" /etc/resolv.conf && exec "$@"' "$LAB_DIR/resolv-$1.conf"); }
+  with_resolver a
+  tailnet_ringtail a a --advertise-exit-node
+  with_resolver d
+  TAILNET_KEY=$LAB_DIR/bob-key tailnet_ringtail d d
+  TAILNET_RUN=()
+  tailnet_tailscaled b b --advertise-exit-node
+  ready a b d || return 0
+  hs_routes a 0.0.0.0/0,::/0
+  hs_routes b 0.0.0.0/0,::/0
+  check "tailscaled pings it" within 10 ts b ping --peerapi -c 1 "$(tailnet_ip a)"
+  url=$(peerapi a)
+  check "names are looked up for peers that may leave by it" within 10 looked_up "NOERROR 198.51.100.14" b b "$url" other.example
+  check "also for a peer of somebody else, whom the filter lets out" looked_up "NOERROR 198.51.100.14" d d "$url" other.example
+  check "but by no node that is no way out" looked_up 403 b b "$(peerapi d)" other.example
+  check "its own host is no peer" not looked_up "NOERROR 198.51.100.14" a a "$url" other.example
+  hs_policy <<<'{"acls": [{"action": "accept", "src": ["alice@"], "dst": ["*:*"]}, {"action": "accept", "src": ["bob@"], "dst": ["alice@:22"]}]}'
+  check "nor is it for whom the filter does not let out" within 5 looked_up 403 d d "$url" other.example
+  check "a host asks the network first" within 5 grep -q '^nameserver 100.100.100.100' "$LAB_DIR/resolv-a.conf"
+  ts b set --accept-dns=true --exit-node="$(tailnet_ip a)"
+  check "tailscaled leaves by it" within 10 exit_in_use
+  check "and finds names" within 10 says "NOERROR 198.51.100.15" b others.example A
+  check "those of the network too" says "NOERROR $(tailnet_ip a)" b a.lab.example A
+  ts b set --exit-node=
+  with_resolver c
+  tailnet_ringtail c c --exit-node b
+  TAILNET_RUN=()
+  check "ours leaves by tailscaled" within 30 tailnet_knows c b
+  lab_in inet nft -f - <<NFT
+table inet no_dns { chain pass { type filter hook forward priority filter; iifname "p_c" meta l4proto { tcp, udp } th dport 53 reject; }; }
+NFT
+  check "and finds names there" within 10 says "NOERROR 198.51.100.16" c outside.example A
+  check "and those of the network" says "NOERROR $(tailnet_ip b)" c b.lab.example A
+  tailnet_stop b KILL
+  check "when the way out is gone, names outside are not to be had" within 10 says SERVFAIL c gone.example A
+  for name in a c d; do tailnet_stop $name; done
+  check "each host has its resolver back" cmp "$LAB_DIR/resolv.conf" "$LAB_DIR/resolv-a.conf"
+  check "also after an exit" cmp "$LAB_DIR/resolv.conf" "$LAB_DIR/resolv-c.conf"
 }

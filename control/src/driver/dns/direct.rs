@@ -22,6 +22,7 @@ const LIES_MAX: usize = 16;
 /// What an answer may be long; longer ones are cut off by the kernel, and are none.
 const ANSWER_LEN_MAX: usize = 4096;
 const HOSTS: &str = "/etc/hosts";
+const PORT: u16 = 53;
 
 /// Looks a name up; blocks.
 ///
@@ -29,7 +30,7 @@ const HOSTS: &str = "/etc/hosts";
 /// Nobody knows it.
 pub(in crate::driver) fn look_up(
     name: &str,
-    servers: &[SocketAddr],
+    servers: &[IpAddr],
     fwmark: u32,
 ) -> io::Result<Vec<IpAddr>> {
     let hosts = std::fs::read_to_string(HOSTS).unwrap_or_default();
@@ -37,6 +38,11 @@ pub(in crate::driver) fn look_up(
     if !found.is_empty() {
         return Ok(found);
     }
+    let servers: Vec<SocketAddr> = servers.iter().map(|ip| (*ip, PORT).into()).collect();
+    ask_for_all(name, &servers, fwmark)
+}
+
+fn ask_for_all(name: &str, servers: &[SocketAddr], fwmark: u32) -> io::Result<Vec<IpAddr>> {
     let mut found = Vec::new();
     let mut failed = io::Error::from(io::ErrorKind::HostUnreachable);
     for kind in [RecordType::A, RecordType::AAAA] {
@@ -188,7 +194,7 @@ mod tests {
                 server.send_to(&answer.to_vec().unwrap(), from).unwrap();
             }
         });
-        let found = look_up("relay.example", &[away, there], 0).unwrap();
+        let found = ask_for_all("relay.example", &[away, there], 0).unwrap();
         assert_eq!(found, [IpAddr::from([192, 0, 2, 7])]);
         serve.join().unwrap();
     }

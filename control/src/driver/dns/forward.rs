@@ -30,6 +30,8 @@ const STAGGER: Duration = Duration::from_millis(300);
 const AT_A_TIME: usize = 2;
 /// A question is sent again by UDP after this, and given up there after twice as long.
 const UDP_RETRY: Duration = Duration::from_secs(1);
+/// Longest answer by UDP in bytes; whoever asks for longer ones gets them by TCP.
+const UDP_ANSWER_LEN_MAX: usize = 4096;
 /// Wrong answers to one question before we stop listening.
 const LIES_MAX: usize = 64;
 
@@ -109,7 +111,7 @@ async fn by_udp(to: SocketAddr, question: &[u8]) -> io::Result<Vec<u8>> {
     let socket = UdpSocket::bind(any).await?;
     // The kernel lets nobody else's datagrams in from now on.
     socket.connect(to).await?;
-    let mut buffer = vec![0; MESSAGE_LEN_MAX];
+    let mut buffer = vec![0; UDP_ANSWER_LEN_MAX + 1];
     for _ in 0..2 {
         socket.send(question).await?;
         let heard = timeout(UDP_RETRY, async {
@@ -122,11 +124,11 @@ async fn by_udp(to: SocketAddr, question: &[u8]) -> io::Result<Vec<u8>> {
             io::Result::Ok(None)
         });
         match heard.await {
-            Ok(Ok(Some(len))) => {
+            Ok(Ok(Some(len))) if len <= UDP_ANSWER_LEN_MAX => {
                 buffer.truncate(len);
                 return Ok(buffer);
             }
-            Ok(Ok(None)) => return Err(io::ErrorKind::InvalidData.into()),
+            Ok(Ok(_)) => return Err(io::ErrorKind::InvalidData.into()),
             Ok(Err(error)) => return Err(error),
             Err(_) => {}
         }

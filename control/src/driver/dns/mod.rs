@@ -127,14 +127,9 @@ impl Dns {
         });
     }
 
-    /// Whom to ask past the tunnel for the names that it needs, while what the host asks may be behind it.
-    pub fn past(&self) -> Option<Vec<SocketAddr>> {
-        let settings = self.settings.borrow();
-        let outside = settings.host.iter().map(Upstream::address);
-        let outside = outside
-            .filter(|server| !server.ip().is_loopback())
-            .collect();
-        settings.wish.behind_tunnel.then_some(outside)
+    /// Whether what the host's resolver asks may be behind the tunnel.
+    pub fn is_behind_tunnel(&self) -> bool {
+        self.settings.borrow().wish.behind_tunnel
     }
 
     /// What is not as it should be, in sentences.

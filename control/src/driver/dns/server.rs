@@ -26,6 +26,8 @@ const FORWARDED_MAX: usize = 512;
 const FORWARDED_ALIKE_MAX: usize = FORWARDED_MAX / 2;
 /// Questions that came by UDP and are at work at a time.
 const AT_WORK_MAX: usize = 1024;
+/// Longest question by UDP in bytes.
+const UDP_QUESTION_LEN_MAX: usize = 4096;
 /// Connections by TCP.
 const CONNECTIONS_MAX: usize = 64;
 /// A connection that is silent for so long is closed.
@@ -324,7 +326,7 @@ fn own_socket(addr: SocketAddr, tun: &str, kind: Type, protocol: Protocol) -> io
 }
 
 async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>) {
-    let mut buffer = vec![0; MESSAGE_LEN_MAX];
+    let mut buffer = vec![0; UDP_QUESTION_LEN_MAX + 1];
     let mut work = JoinSet::new();
     loop {
         while work.try_join_next().is_some() {}
@@ -333,6 +335,10 @@ async fn serve_udp(socket: Arc<UdpSocket>, resolver: Arc<Resolver>) {
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
+        if len > UDP_QUESTION_LEN_MAX {
+            resolver.counters.junk.add(1);
+            continue;
+        }
         if work.len() >= AT_WORK_MAX {
             resolver.counters.too_many.add(1);
             continue;

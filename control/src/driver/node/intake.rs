@@ -198,6 +198,7 @@ impl Node {
         let now = now();
         match &call.request {
             local_api::Request::Status => {
+                self.names_changed();
                 let dataplane = &self.dataplane;
                 let kernel_drops = self.dataplane.discovery_drops();
                 let mut status = self
@@ -395,8 +396,10 @@ impl Node {
     /// What is not as it should be with the host's network, for people.
     /// What names are for, or whom the host asks, is another.
     pub(super) fn names_changed(&mut self) {
-        let fwmark = self.fwmark;
-        let past = self.dns.past().map(|servers| Past { servers, fwmark });
+        let past = self.dns.is_behind_tunnel().then(|| Past {
+            servers: self.resolver.report().outside,
+            fwmark: self.fwmark,
+        });
         self.names.set_past(past);
         self.agent.set_health("dns", self.dns.problems());
     }

@@ -272,6 +272,7 @@ impl Node {
                     }
                     self.agent.handle_wall_clock(now(), wall());
                     self.save();
+                    self.names_changed();
                     self.save_at = now() + SAVE_PERIOD;
                 }
             }
