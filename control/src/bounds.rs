@@ -8,13 +8,16 @@ use ringtail_dataplane::{PEERS_MAX, Prefix};
 
 use crate::coord::frames::{JSON_LEN_MAX, MESSAGE_LEN_MAX};
 use crate::derp::routes::ROUTES_MAX;
+use crate::driver::dns::{FORWARDED_MAX, UDP_ANSWER_LEN_MAX};
 use crate::driver::relay::{
     DATA_QUEUE_BYTES, DISCO_QUEUE_BYTES, EVENT_BYTES_MAX, EVENTS_MAX, LINKS_MAX, RelayEvent,
 };
 use crate::driver::tls::CLIENT_INBOX_MAX;
 use crate::key::NodePublic;
 use crate::netmap::filter::COMPILED_MAX;
-use crate::netmap::wire::{Node, UserProfile};
+use crate::netmap::wire::{
+    DNS_RECORDS_MAX, DNS_RESOLVERS_MAX, DNS_SUFFIXES_MAX, Node, UserProfile,
+};
 use crate::netmap::{
     DerpNode, ENDPOINTS_MAX, FILTER_LEN_MAX, PREFIXES_MAX, Peer, REGIONS_MAX, RELAYS_MAX, USERS_MAX,
 };
@@ -27,6 +30,8 @@ use crate::path::{
 const PREFIXES: usize = 2;
 const ENDPOINTS: usize = 8;
 const TEXT: usize = 256;
+/// A name with its addresses, as it is looked for by, and a resolver's address.
+const NAME: usize = 256;
 /// The largest datagram of the path machines: a probe of the MTU of an Ethernet link.
 const DATAGRAM: usize = 1500;
 
@@ -64,6 +69,20 @@ fn rows(peers: usize) -> Vec<Row> {
             "DERP map",
             format!("{REGIONS_MAX} regions of {RELAYS_MAX} relays"),
             REGIONS_MAX * RELAYS_MAX * (size_of::<DerpNode>() + TEXT),
+        ),
+        row(
+            "names of the network",
+            format!(
+                "a name of each peer and node held back, {DNS_RECORDS_MAX} extra records, {DNS_SUFFIXES_MAX} suffixes with {DNS_RESOLVERS_MAX} resolvers each"
+            ),
+            peers * 2 * NAME
+                + DNS_RECORDS_MAX * 2 * NAME
+                + DNS_SUFFIXES_MAX * DNS_RESOLVERS_MAX * 2 * NAME,
+        ),
+        row(
+            "questions for names that are passed on (thread `dns`)",
+            format!("{FORWARDED_MAX}, half of them to the same resolvers; two resolvers at a time"),
+            FORWARDED_MAX * 2 * 2 * UDP_ANSWER_LEN_MAX,
         ),
         row(
             "candidates",

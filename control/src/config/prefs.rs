@@ -117,7 +117,7 @@ pub struct PrefsChange {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exit_node_allow_lan_access: Option<bool>,
     /// Have the host ask the network's names and resolvers: true or false [default: true].
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", hide = true)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub accept_dns: Option<bool>,
     /// Refuse whatever others begin: true or false [default: false].

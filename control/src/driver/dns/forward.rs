@@ -31,7 +31,7 @@ const AT_A_TIME: usize = 2;
 /// A question is sent again by UDP after this, and given up there after twice as long.
 const UDP_RETRY: Duration = Duration::from_secs(1);
 /// Longest answer by UDP in bytes; whoever asks for longer ones gets them by TCP.
-const UDP_ANSWER_LEN_MAX: usize = 4096;
+pub(crate) const UDP_ANSWER_LEN_MAX: usize = 4096;
 /// Wrong answers to one question before we stop listening.
 const LIES_MAX: usize = 64;
 

@@ -29,7 +29,11 @@ use tokio::task::JoinHandle as Task;
 use crate::dns::{Upstream, Wish};
 use crate::driver::lock;
 use forward::Over;
+#[cfg(test)]
+pub(crate) use forward::UDP_ANSWER_LEN_MAX;
 use peerapi::PeerApi;
+#[cfg(test)]
+pub(crate) use server::FORWARDED_MAX;
 use server::{Resolver, Sockets};
 
 /// When the service's addresses are taken, it is tried again after this.

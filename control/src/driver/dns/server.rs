@@ -21,7 +21,7 @@ use crate::driver::counters::{self, counters};
 use crate::driver::lock;
 
 /// Questions that are passed on at a time. Each costs a descriptor and some kilobytes.
-const FORWARDED_MAX: usize = 512;
+pub(crate) const FORWARDED_MAX: usize = 512;
 /// To the same resolvers: slow ones leave room for others.
 const FORWARDED_ALIKE_MAX: usize = FORWARDED_MAX / 2;
 /// Questions that came by UDP and are at work at a time.
