@@ -11,7 +11,8 @@
 #   lab_within NAME                in a subshell: a lab inside of this one, which goes away with it
 #   lab_ns NAME...                 make namespaces
 #   lab_in NAME COMMAND...         run in a namespace, in the foreground
-#   lab_spawn NAME LABEL CMD...    run in a namespace, in the background; log in $LAB_DIR/LABEL.log
+#   lab_spawn NAME LABEL CMD...    run in a namespace, in the background; log in $LAB_DIR/LABEL.log. Its /etc/resolv.conf is
+#                                  $LAB_DIR/NAME.resolv.conf: namespaces share /etc, and a node writes there
 #   lab_pid LABEL                  its process id
 #   lab_stop LABEL [SIGNAL]        end it and wait
 #   lab_run COMMAND...             run in the foreground, but interruptible by signals
@@ -90,7 +91,13 @@ lab_note_pid() {
 lab_spawn() {
   local ns=$1 label=$2
   shift 2
-  ip netns exec "$LAB$ns" "$@" </dev/null >>"$LAB_DIR/$label.log" 2>&1 &
+  local resolv_conf=$LAB_DIR/$ns.resolv.conf
+  if [ ! -e "$resolv_conf" ]; then
+    cat "/etc/netns/$LAB$ns/resolv.conf" >"$resolv_conf" 2>/dev/null || echo "nameserver 203.0.113.254" >"$resolv_conf"
+  fi
+  # shellcheck disable=SC2016 # for the other shell
+  ip netns exec "$LAB$ns" sh -c 'mount --bind "$0" /etc/resolv.conf && exec "$@"' "$resolv_conf" "$@" \
+    </dev/null >>"$LAB_DIR/$label.log" 2>&1 &
   echo $! >"$LAB_DIR/$label.pid"
   lab_note_pid $! "$label"
 }

@@ -211,11 +211,8 @@ tailnet_start() {
     TS_ASSUME_NETWORK_UP_FOR_TEST=1 TS_LOGS_DIR="$at" TS_DEBUG_FIREWALL_MODE=nftables)
   [ ! -e "$at/tailscaled.state" ] || known=1
   mkdir -p "$at" && rm -f "$at/sock"
-  # Namespaces share /etc; this one's is its own, so that nothing can be written into the host's.
-  [ -e "$at/resolv.conf" ] || echo "nameserver 203.0.113.254" >"$at/resolv.conf"
-  # shellcheck disable=SC2016 # for the other shell
-  lab_spawn "$ns" "node-$name" "${TAILNET_RUN[@]}" sh -c 'mount --bind "$0" /etc/resolv.conf && exec env "$@"' "$at/resolv.conf" \
-    "${env[@]}" tailscaled --tun=ts0 --statedir="$at" --socket="$at/sock" --port=41641 --no-logs-no-support
+  lab_spawn "$ns" "node-$name" "${TAILNET_RUN[@]}" env "${env[@]}" \
+    tailscaled --tun=ts0 --statedir="$at" --socket="$at/sock" --port=41641 --no-logs-no-support
   # It remembers what it was told.
   [ -z "$known" ] || return 0
   # shellcheck disable=SC2016 # for the other shell
