@@ -29,7 +29,7 @@ pub(super) fn restore(args: &RestoreArgs) -> anyhow::Result<()> {
     let _lock = state.lock()?;
     // A keeper may be at it.
     let ledger = Ledger::open(&state, keeper::LEDGER_WAIT)?;
-    keeper::restore(&state, &ledger)
+    keeper::restore(&state, &ledger, &|| false)
 }
 
 pub(super) fn keeper(args: &KeeperArgs) -> anyhow::Result<()> {

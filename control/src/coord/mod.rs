@@ -75,6 +75,9 @@ pub struct SelfState {
     pub working_ipv6: Option<bool>,
     /// Prefixes we offer to route, masked.
     pub routes: Vec<IpNet>,
+    /// None of the prefixes that we are to route can be reached: then the server's probes, by which it finds out
+    /// which router of a prefix to choose, are not answered.
+    pub routes_lost: bool,
     /// Refuse all inbound connections.
     pub shields_up: bool,
     /// TCP ports of our peer API, IPv4 and IPv6.

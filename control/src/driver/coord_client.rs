@@ -26,7 +26,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls::RootCertStore;
 use serde::Serialize;
 use tokio::io::AsyncReadExt as _;
-use tokio::sync::{Notify, mpsc, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -85,6 +85,7 @@ const CONNECTION_WINDOW: u32 = 8 << 20;
 pub struct CoordClient {
     _task: AbortOnDrop,
     redial: Arc<Notify>,
+    leave: Leave,
 }
 
 impl CoordClient {
@@ -106,13 +107,30 @@ impl CoordClient {
         let (events, receiver) = mpsc::channel(EVENTS_MAX);
         let client = Client::new(config, names, underlay, roots, own_state, events)?;
         let redial = Arc::clone(&client.redial);
+        let leave = client.leave.0.clone();
         let _task = AbortOnDrop(tokio::task::spawn_local(client.run()));
-        Ok((Self { _task, redial }, receiver))
+        let client = Self {
+            _task,
+            redial,
+            leave,
+        };
+        Ok((client, receiver))
     }
 
     /// The network changed: drop the connection and dial again at once.
     pub fn redial(&self) {
         self.redial.notify_one();
+    }
+
+    /// Tells the server that this node routes nothing any more, whatever its own state says; returns when the server
+    /// has taken that. For a node that is about to leave.
+    ///
+    /// # Errors
+    /// It cannot be told.
+    pub async fn leave(&self) -> anyhow::Result<()> {
+        let (done, taken) = oneshot::channel();
+        self.leave.send(done).await?;
+        Ok(taken.await?)
     }
 }
 
@@ -142,7 +160,7 @@ pub async fn withdraw(
         None => client.fetch_key().await?,
     };
     let sender = client.dial(control).await?;
-    let status = client.lite_update(sender)?.await?;
+    let status = client.lite_update(sender, &SelfState::default())?.await?;
     anyhow::ensure!(status == StatusCode::OK, "HTTP {status}");
     Ok(())
 }
@@ -172,6 +190,8 @@ struct Client {
     own_state: watch::Receiver<SelfState>,
     events: mpsc::Sender<CoordEvent>,
     redial: Arc<Notify>,
+    /// Who is about to leave waits until the server knows.
+    leave: (Leave, mpsc::Receiver<oneshot::Sender<()>>),
     os_version: String,
     /// The server's key, configured or seen.
     control: Option<MachinePublic>,
@@ -182,6 +202,7 @@ struct Client {
     backoff: Backoff,
 }
 
+type Leave = mpsc::Sender<oneshot::Sender<()>>;
 type Sender = http2::SendRequest<Full<Bytes>>;
 
 impl Client {
@@ -205,6 +226,7 @@ impl Client {
             own_state,
             events,
             redial: Arc::default(),
+            leave: mpsc::channel(1),
             registered: false,
             had_map: false,
             backoff: Backoff::default(),
@@ -563,7 +585,20 @@ impl Client {
                 }
                 () = at(lite_due) => {
                     if lite.poll_send(now()) {
-                        in_flight = Some(tokio::task::spawn_local(self.lite_update(sender.clone())?));
+                        let update = self.lite_update(sender.clone(), &reported)?;
+                        in_flight = Some(tokio::task::spawn_local(update));
+                    }
+                }
+                Some(done) = self.leave.1.recv() => {
+                    let leaving = SelfState { routes: Vec::new(), ..reported.clone() };
+                    // Behind what is on its way, which says otherwise.
+                    if let Some(before) = in_flight.take() {
+                        let _ = before.await;
+                    }
+                    let status = self.lite_update(sender.clone(), &leaving)?.await?;
+                    if status == StatusCode::OK {
+                        // Who asked may have given up.
+                        let _ = done.send(());
                     }
                 }
                 result = done(&mut in_flight), if in_flight.is_some() => {
@@ -625,13 +660,13 @@ impl Client {
             .context("cannot build a request")
     }
 
-    /// Reports our current state; the answer has no body worth reading.
+    /// Reports our state; the answer has no body worth reading.
     fn lite_update(
         &self,
         mut sender: Sender,
+        state: &SelfState,
     ) -> anyhow::Result<impl Future<Output = anyhow::Result<StatusCode>> + use<>> {
-        let state = self.own_state.borrow().clone();
-        let request = map_request(&self.config, &state, &self.os_version, false);
+        let request = map_request(&self.config, state, &self.os_version, false);
         let request = self.request("/machine/map", &request)?;
         Ok(async move {
             let response = timeout(REQUEST_TIMEOUT, sender.send_request(request)).await??;
@@ -647,6 +682,12 @@ impl Client {
             return;
         };
         if ping.url.is_empty() || ping.url == *answered {
+            return;
+        }
+        if ping.types.is_empty() && self.own_state.borrow().routes_lost {
+            tracing::debug!(
+                "a probe is not answered: what this node offers to route is out of its reach"
+            );
             return;
         }
         answered.clone_from(&ping.url);

@@ -9,9 +9,9 @@
 //! A keeper that dies is replaced by the node. Are both killed (a cgroup, the machine), the next start puts
 //! back what it finds, or `ringtail restore`.
 //!
-//! A new node that starts meanwhile waits for the ledger, which the keeper has for [`WITHDRAW_LIMIT`] and a
-//! little at most; is the new one first, it puts back what the killed one left, and the keeper has nothing
-//! to do.
+//! A new node that starts meanwhile waits for the ledger, but not for the coordination server, which it will tell
+//! by itself what it routes; is the new one first, it puts back what the killed one left, and the keeper has
+//! nothing to do.
 
 use std::io::Read as _;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -47,7 +47,7 @@ pub const LEDGER_WAIT: Duration = Duration::from_secs(6);
 /// The server is told of our end within this, or not at all.
 pub const WITHDRAW_LIMIT: Duration = Duration::from_secs(4);
 /// Between two attempts of that; the host's names may be but coming back.
-const WITHDRAW_PAUSE: Duration = Duration::from_millis(200);
+const WITHDRAW_PAUSE: Duration = Duration::from_millis(100);
 /// A keeper that died is replaced so often at most.
 const REPLACE_PERIOD: Duration = Duration::from_secs(5);
 
@@ -160,14 +160,19 @@ pub fn run(state: &Path) -> anyhow::Result<()> {
         tracing::debug!("another node has the ledger");
         return Ok(());
     };
-    restore(&state, &ledger)
+    restore(&state, &ledger, &|| state.is_in_use().unwrap_or(false))
 }
 
-/// Puts back everything that is in a ledger, and says so to the server that was told of our routes.
+/// Puts back everything that is in a ledger, and says so to the server that was told of our routes, unless a new node
+/// has begun.
 ///
 /// # Errors
 /// Not all could be put back; says what.
-pub fn restore(state: &StateDir, ledger: &Ledger) -> anyhow::Result<()> {
+pub fn restore(
+    state: &StateDir,
+    ledger: &Ledger,
+    has_begun: &(dyn Fn() -> bool + Sync),
+) -> anyhow::Result<()> {
     if ledger.is_empty() {
         return Ok(());
     }
@@ -175,7 +180,7 @@ pub fn restore(state: &StateDir, ledger: &Ledger) -> anyhow::Result<()> {
     // Beside each other: the server is not to wait for the host, nor the host for the server.
     let withdrawn = std::thread::scope(|scope| {
         let withdrawn = scope.spawn(|| match ledger.announced() {
-            Some(announced) => withdraw(state, announced),
+            Some(announced) => withdraw(state, announced, has_begun),
             None => Ok(()),
         });
         let problems = ledger.restore();
@@ -198,7 +203,11 @@ pub fn restore(state: &StateDir, ledger: &Ledger) -> anyhow::Result<()> {
 }
 
 /// Tells the server that no routes lead through us, until it hears that.
-fn withdraw(state: &StateDir, announced: Announced) -> anyhow::Result<()> {
+fn withdraw(
+    state: &StateDir,
+    announced: Announced,
+    has_begun: &dyn Fn() -> bool,
+) -> anyhow::Result<()> {
     let keys = state.keys()?;
     let roots = roots::load(announced.ca_file.as_deref())?;
     let control_key = keys.control.filter(|(url, _)| *url == announced.url);
@@ -218,27 +227,35 @@ fn withdraw(state: &StateDir, announced: Announced) -> anyhow::Result<()> {
     runtime::block_on(async |_| {
         let until = now() + WITHDRAW_LIMIT;
         let names = Names::default();
-        loop {
-            let attempt = coord_client::withdraw(&config, &names, &underlay, &roots);
-            let rest = until.saturating_duration_since(now());
-            let error = match tokio::time::timeout(rest, attempt).await {
-                Ok(Ok(())) => {
-                    tracing::info!(
-                        "the coordination server knows that no routes lead here any more"
-                    );
-                    return Ok(());
+        let heard = async {
+            loop {
+                match coord_client::withdraw(&config, &names, &underlay, &roots).await {
+                    Ok(()) => break,
+                    Err(error) => {
+                        tracing::debug!(
+                            error = format!("{error:#}"),
+                            "the server cannot be told yet"
+                        );
+                    }
                 }
-                Ok(Err(error)) => error,
-                Err(_) => anyhow::anyhow!("no answer in time"),
-            };
-            if now() + WITHDRAW_PAUSE >= until {
-                return Err(error.context("the coordination server still sends others here"));
+                tokio::time::sleep(WITHDRAW_PAUSE).await;
             }
-            tracing::debug!(
-                error = format!("{error:#}"),
-                "the server cannot be told yet"
-            );
-            tokio::time::sleep(WITHDRAW_PAUSE).await;
+        };
+        let given_up = async {
+            while now() < until && !has_begun() {
+                tokio::time::sleep(WITHDRAW_PAUSE).await;
+            }
+        };
+        tokio::select! {
+            () = heard => {
+                tracing::info!("the coordination server knows that no routes lead here any more");
+                Ok(())
+            }
+            // A new node tells it.
+            () = given_up => {
+                anyhow::ensure!(has_begun(), "the coordination server still sends others here");
+                Ok(())
+            }
         }
     })
 }

@@ -104,6 +104,10 @@ impl Server {
             self.unsaved.insert(session.node);
             self.presence_unsaved = true;
             self.set_alarm(session.node);
+            if self.routers.contains(&session.node) {
+                // Another router of the same prefixes takes over at once.
+                self.refresh_routes(now);
+            }
         }
     }
 

@@ -731,7 +731,7 @@ fn after_a_restart_nodes_are_not_called_offline_before_they_could_come_back() {
 fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
     let mut lab = Lab::new();
     let route = "10.20.0.0/16";
-    let [first, ..] = [1, 2, 9].map(|n| lab.join(n));
+    let [first, second, _] = [1, 2, 9].map(|n| lab.join(n));
     for n in [1, 2] {
         let routes = json!([route, "0.0.0.0/0", "10.99.0.0/16", "10.20.0.1/16", 7]);
         lab.announce(n, routes);
@@ -748,11 +748,25 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
     );
     assert_eq!(wire.primary_routes, nets(&[route]));
     lab.end(first);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(route), [2], "at once, for another is there");
     lab.wait(OFFLINE_DELAY);
+    let again = |lab: &mut Lab, n: u8| {
+        let mut request = poll(n);
+        request.hostinfo = Some(json!({"Hostname": format!("host{n}"), "RoutableIPs": [route]}));
+        lab.open_by(n, &request)
+    };
+    let first = again(&mut lab, 1);
+    lab.wait(TICK);
     lab.wait(TICK);
     assert_eq!(lab.routers(route), [2]);
-    lab.open(1);
+    // A short break of all of them moves nothing.
+    lab.end(first);
+    lab.end(second);
     lab.wait(TICK);
+    assert_eq!(lab.routers(route), [2]);
+    again(&mut lab, 2);
+    again(&mut lab, 1);
     lab.wait(TICK);
     assert_eq!(lab.routers(route), [2]);
     lab.check("after the switch");

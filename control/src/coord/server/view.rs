@@ -91,22 +91,28 @@ impl Server {
         self.mark_dirty(now, id);
     }
 
-    /// Chooses the router of every prefix among the nodes that are online.
+    /// Chooses the router of every prefix among the nodes that have a stream (or could not come back yet since we
+    /// started); where there is none, among those whose stream has only just ended.
     pub(super) fn refresh_routes(&mut self, now: Instant) {
-        let online = |presence: Presence| {
+        let nodes = &self.nodes;
+        let counts = |id: &i64| nodes.get(id).is_some_and(|entry| !entry.routes.is_empty());
+        self.routers.retain(counts);
+        let candidates = |counts: fn(Presence) -> bool| {
+            self.routers.iter().filter_map(move |id| {
+                let entry = nodes.get(id).filter(|entry| counts(entry.presence))?;
+                Some((*id, &entry.routes[..]))
+            })
+        };
+        let connected =
+            |presence| matches!(presence, Presence::Online | Presence::Leaving(_, None));
+        let online = |presence| {
             matches!(
                 presence,
                 Presence::Online | Presence::Leaving(_, None | Some(true))
             )
         };
-        let nodes = &self.nodes;
-        let counts = |id: &i64| nodes.get(id).is_some_and(|entry| !entry.routes.is_empty());
-        self.routers.retain(counts);
-        let candidates = self.routers.iter().filter_map(|id| {
-            let entry = nodes.get(id).filter(|entry| online(entry.presence))?;
-            Some((*id, &entry.routes[..]))
-        });
-        let new = routes::primaries(&self.primaries, candidates);
+        let mut new = routes::primaries(&self.primaries, candidates(online));
+        new.extend(routes::primaries(&self.primaries, candidates(connected)));
         let old = std::mem::replace(&mut self.primaries, new);
         if old != self.primaries {
             let touched = old.values().chain(self.primaries.values()).copied();

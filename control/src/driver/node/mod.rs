@@ -72,6 +72,9 @@ const OVERDRAWN_MAX: Duration = Duration::from_millis(50);
 /// Packets count as being relayed so long after the last.
 const RELAYING: Duration = Duration::from_millis(100);
 
+/// A node that ends waits so long for the server to hear that it routes nothing any more.
+const LEAVE_LIMIT: Duration = Duration::from_millis(300);
+
 /// Runs a node until it is told to stop.
 ///
 /// # Errors
@@ -278,6 +281,7 @@ impl Node {
             }
         };
         self.save();
+        self.leave().await;
         self.timestamps.close();
         ended
     }
@@ -366,6 +370,18 @@ impl Node {
 }
 
 impl Node {
+    /// Others are not to send here any more. Should the server not hear of it in time, the keeper goes on.
+    async fn leave(&self) {
+        let (Some(announced), Some(coord)) = (self.ledger.announced(), &self.coord_client) else {
+            return;
+        };
+        match tokio::time::timeout(LEAVE_LIMIT, coord.leave()).await {
+            Ok(Ok(())) => self.ledger.done(&Entry::Announced(announced)),
+            Ok(Err(error)) => tracing::debug!(error = format!("{error:#}"), "left to the keeper"),
+            Err(_) => tracing::debug!("left to the keeper"),
+        }
+    }
+
     /// Routes that are announced have to be withdrawn after any kind of end.
     fn note_routes(&self, report: &SelfState) {
         if let Some(announced) = self.announced.clone()
