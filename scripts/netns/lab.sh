@@ -11,8 +11,9 @@
 #   lab_within NAME                in a subshell: a lab inside of this one, which goes away with it
 #   lab_ns NAME...                 make namespaces
 #   lab_in NAME COMMAND...         run in a namespace, in the foreground
-#   lab_spawn NAME LABEL CMD...    run in a namespace, in the background; log in $LAB_DIR/LABEL.log. Its /etc/resolv.conf is
-#                                  $LAB_DIR/NAME.resolv.conf: namespaces share /etc, and a node writes there
+#   lab_spawn NAME LABEL CMD...    run in a namespace, in the background; log in $LAB_DIR/LABEL.log. What it writes
+#                                  in /etc is in $LAB_DIR/LABEL.etc/upper, also when it is spawned again; its resolv.conf
+#                                  is at first $LAB_DIR/NAME.resolv.conf, if there is one
 #   lab_pid LABEL                  its process id
 #   lab_stop LABEL [SIGNAL]        end it and wait
 #   lab_run COMMAND...             run in the foreground, but interruptible by signals
@@ -91,12 +92,18 @@ lab_note_pid() {
 lab_spawn() {
   local ns=$1 label=$2
   shift 2
-  local resolv_conf=$LAB_DIR/$ns.resolv.conf
-  if [ ! -e "$resolv_conf" ]; then
-    cat "/etc/netns/$LAB$ns/resolv.conf" >"$resolv_conf" 2>/dev/null || echo "nameserver 203.0.113.254" >"$resolv_conf"
+  local etc=$LAB_DIR/$label.etc
+  if [ ! -e "$etc" ]; then
+    mkdir -p "$etc/upper" "$etc/work"
+    cat "$LAB_DIR/$ns.resolv.conf" >"$etc/upper/resolv.conf" 2>/dev/null ||
+      cat "/etc/netns/$LAB$ns/resolv.conf" >"$etc/upper/resolv.conf" 2>/dev/null ||
+      echo "nameserver 203.0.113.254" >"$etc/upper/resolv.conf"
   fi
+  # Namespaces share /etc, and nodes write there. A file that is mounted on another would not do: it goes away when
+  # the other is renamed, be it in another namespace.
   # shellcheck disable=SC2016 # for the other shell
-  ip netns exec "$LAB$ns" sh -c 'mount --bind "$0" /etc/resolv.conf && exec "$@"' "$resolv_conf" "$@" \
+  ip netns exec "$LAB$ns" sh -c 'umount /etc/resolv.conf 2>/dev/null
+    mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" /etc && exec "$@"' "$etc" "$@" \
     </dev/null >>"$LAB_DIR/$label.log" 2>&1 &
   echo $! >"$LAB_DIR/$label.pid"
   lab_note_pid $! "$label"

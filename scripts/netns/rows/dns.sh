@@ -144,7 +144,7 @@ row_peerapi() {
   check "its own host is no peer" not looked_up "NOERROR 198.51.100.14" a a "$url" other.example
   hs_policy <<<'{"acls": [{"action": "accept", "src": ["alice@"], "dst": ["*:*"]}, {"action": "accept", "src": ["bob@"], "dst": ["alice@:22"]}]}'
   check "nor is it for whom the filter does not let out" within 5 looked_up 403 d d "$url" other.example
-  check "a host asks the network first" within 5 grep -q '^nameserver 100.100.100.100' "$LAB_DIR/a.resolv.conf"
+  check "a host asks the network first" within 5 grep -q '^nameserver 100.100.100.100' "$LAB_DIR/node-a.etc/upper/resolv.conf"
   ts b set --accept-dns=true --advertise-exit-node=false --exit-node="$(tailnet_ip a)"
   check "tailscaled leaves by it" within 10 exit_in_use
   check "and finds names" within 10 says "NOERROR 198.51.100.15" b others.example A
@@ -160,6 +160,6 @@ NFT
   tailnet_stop b KILL
   check "when the way out is gone, names outside are not to be had" within 10 says SERVFAIL c gone.example A
   for name in a c d; do tailnet_stop $name; done
-  check "each host has its resolver back" cmp "$LAB_DIR/resolv.conf" "$LAB_DIR/a.resolv.conf"
-  check "also after an exit" cmp "$LAB_DIR/resolv.conf" "$LAB_DIR/c.resolv.conf"
+  check "each host has its resolver back" cmp "$LAB_DIR/resolv.conf" "$LAB_DIR/node-a.etc/upper/resolv.conf"
+  check "also after an exit" cmp "$LAB_DIR/resolv.conf" "$LAB_DIR/node-c.etc/upper/resolv.conf"
 }
