@@ -22,8 +22,10 @@ use crate::derp::upgrade::{Port, parse_request, parse_response};
 use crate::derp::{cert, server};
 use crate::device::Device;
 use crate::disco::{self, Message, SharedKey};
+use crate::dns::{Decision, Exit, Own, Read, Wish, message};
 use crate::key::{DiscoPrivate, KEY_LEN, MachinePrivate, NodePrivate, NodePublic};
 use crate::netmap::MapState;
+use crate::netmap::wire::{DNS_RECORDS_MAX, DNS_SUFFIXES_MAX, DnsConfig};
 use crate::noise::{EarlyPayload, Initiator, RECORD_LEN_MAX, RESPONSE_LEN, respond};
 use crate::stun;
 use crate::uapi::{DeviceStatus, Parser, PeerStatus, READ_LEN_MAX, Reply, Request};
@@ -44,6 +46,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("coordination", coordination),
     ("relay", |_, bytes| relay(bytes)),
     ("uapi", |_, bytes| uapi(bytes)),
+    ("dns_question", |_, bytes| dns_question(bytes)),
+    ("dns_settings", |_, bytes| dns_settings(bytes)),
 ];
 
 /// The pieces of a stream: the input without its first byte, cut by it.
@@ -285,6 +289,62 @@ pub fn uapi(input: &[u8]) {
         device.peers_len(),
         "an id was given out twice"
     );
+}
+
+/// A network of one name.
+fn dns_wish(config: DnsConfig) -> Wish {
+    let addresses: [IpNet; 1] = [IpNet::from(std::net::IpAddr::from([100, 64, 0, 1]))];
+    let own = Own {
+        name: "a.lab.example.",
+        addresses: &addresses,
+        names_have_v6: false,
+    };
+    Wish::new(&config.into(), own, std::iter::empty(), &Exit::None, true)
+}
+
+/// A question for a name.
+fn dns_question(input: &[u8]) {
+    static WISH: OnceLock<Wish> = OnceLock::new();
+    let wish = WISH.get_or_init(|| {
+        dns_wish(DnsConfig {
+            proxied: true,
+            ..DnsConfig::default()
+        })
+    });
+    match message::read(input) {
+        Read::Question(question) => {
+            let query = &question.query;
+            let decision = wish.zones.decide(query.name(), query.query_type());
+            if let Some(answer) = question.answer(&wish.zones, &decision) {
+                let answer = answer.to_vec().expect("an answer of ours can be written");
+                assert!(message::answers(input, &answer));
+            }
+            let failed = question.truncated().to_vec();
+            assert!(failed.is_ok_and(|failed| message::is_truncated(&failed)));
+        }
+        Read::Answer(answer) => assert_eq!(message::id(&answer), message::id(input)),
+        Read::Nothing => {}
+    }
+}
+
+/// What a network says about names.
+fn dns_settings(input: &[u8]) {
+    let Ok(config) = serde_json::from_slice::<DnsConfig>(input) else {
+        return;
+    };
+    assert!(config.extra_records.len() <= DNS_RECORDS_MAX);
+    assert!(config.routes.len() <= DNS_SUFFIXES_MAX);
+    let text = serde_json::to_string(&config).expect("it can be written");
+    let again: DnsConfig = serde_json::from_str(&text).expect("and be read");
+    assert_eq!(again.left_out, 0);
+    let wish = dns_wish(config);
+    assert!(wish.problems().count() <= 32);
+    let name = hickory_proto::rr::Name::from_ascii("a.lab.example.").expect("a name");
+    let decision = wish.zones.decide(&name, hickory_proto::rr::RecordType::A);
+    assert!(matches!(
+        decision,
+        Decision::Addresses(_) | Decision::NoData
+    ));
 }
 
 fn uapi_requests(parser: &mut Parser, device: &mut Device) {

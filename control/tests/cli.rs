@@ -34,6 +34,7 @@ fn help_teaches_the_first_network() {
         "status",
         "ping",
         "netcheck",
+        "dns",
         "genkey",
         "pubkey",
         "--auth-key-file",

@@ -173,3 +173,107 @@ fn wish(basis: &Basis, peers: &[Arc<NetworkPeer>]) -> Wish {
     wish.behind_tunnel = wish.host.is_some() || basis.exit != Exit::None;
     wish
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use serde_json::json;
+
+    use super::super::tests::{agent, network, outputs};
+    use super::*;
+    use crate::config::Prefs;
+    use crate::dns::Decision;
+
+    fn named() -> Network {
+        let mut network = network(2);
+        let config = json!({"Proxied": true, "Domains": ["tail.test"]});
+        network.dns = Some(serde_json::from_value(config).unwrap());
+        network.own.name = "a.tail.test.".into();
+        network
+    }
+
+    fn told(out: &[Output]) -> Option<Arc<Wish>> {
+        out.iter().rev().find_map(|output| {
+            let Output::SetDns(wish) = output else {
+                return None;
+            };
+            Some(Arc::clone(wish))
+        })
+    }
+
+    fn taken(agent: &mut Agent, now: Instant, network: Network) -> Option<Arc<Wish>> {
+        agent.handle_network(now, network);
+        told(&outputs(agent))
+    }
+
+    fn asked(wish: &Wish, name: &str) -> Decision {
+        let name = name.parse().unwrap();
+        wish.zones.decide(&name, hickory_proto::rr::RecordType::A)
+    }
+
+    #[test]
+    fn names_are_told_when_they_change_and_not_for_anything_else() {
+        let now = crate::testing::start();
+        let mut agent = agent(1, false);
+        let wish = taken(&mut agent, now, named()).unwrap();
+        assert_eq!(
+            asked(&wish, "b.tail.test."),
+            Decision::Addresses(vec![[10, 7, 0, 2].into()])
+        );
+        assert!(wish.host.is_some() && wish.behind_tunnel);
+        let change = |change: fn(&mut NetworkPeer)| {
+            let mut network = named();
+            change(Arc::make_mut(&mut network.peers[0]));
+            network
+        };
+        let online = change(|peer| peer.online = Some(true));
+        assert!(taken(&mut agent, now, online).is_none());
+        let renamed = change(|peer| peer.name = "c.tail.test.".into());
+        let wish = taken(&mut agent, now, renamed).unwrap();
+        assert_eq!(asked(&wish, "b.tail.test."), Decision::NoName);
+        let mut expired = named();
+        expired.own.expired = true;
+        let wish = taken(&mut agent, now, expired).unwrap();
+        assert!(wish.host.is_none() && wish.service().is_empty());
+    }
+
+    #[test]
+    fn with_an_exit_node_names_go_there_or_nowhere_else_that_the_host_knew() {
+        let now = crate::testing::start();
+        let mut agent = agent(1, false);
+        let mut prefs = Prefs {
+            exit_node: Some("b".into()),
+            accept_dns: true,
+            ..Prefs::default()
+        };
+        agent.handle_prefs(now, prefs.clone());
+        let mut network = named();
+        let peer = Arc::make_mut(&mut network.peers[0]);
+        peer.allowed_ips.extend(crate::netmap::prefix::EVERYWHERE);
+        (peer.peerapi, peer.peerapi_dns) = ([Some(4321), None], true);
+        let wish = taken(&mut agent, now, network.clone()).unwrap();
+        let Decision::Forward(to) = asked(&wish, "example.org.") else {
+            panic!("names outside are not passed on");
+        };
+        assert_eq!(to[0].to_string(), "http://10.7.0.2:4321/dns-query");
+        assert!(wish.host.as_ref().is_some_and(|host| host.default));
+        Arc::make_mut(&mut network.peers[0]).peerapi = [None; 2];
+        let wish = taken(&mut agent, now, network).unwrap();
+        assert_eq!(asked(&wish, "example.org."), Decision::ForwardToHost);
+        assert!(wish.behind_tunnel);
+        prefs.exit_node = None;
+        prefs.shields_up = true;
+        agent.handle_prefs(now, prefs);
+        let out = outputs(&mut agent);
+        assert_eq!(
+            asked(&told(&out).unwrap(), "example.org."),
+            Decision::ForwardToHost
+        );
+        let shut = out.iter().any(|output| {
+            matches!(output, Output::ChangeNetwork(change) if change.peerapi == Some(PeerApi::default()))
+        });
+        assert!(shut, "nobody may reach us any more");
+        assert_eq!(agent.services(), [None; 2]);
+    }
+}

@@ -18,7 +18,7 @@ fn node(seed: u8) -> (NodePublic, DiscoPrivate) {
     )
 }
 
-fn agent(seed: u8, relay_only: bool) -> Agent {
+pub(super) fn agent(seed: u8, relay_only: bool) -> Agent {
     let (node_key, disco_key) = node(seed);
     let setup = Setup {
         node_key,
@@ -41,11 +41,12 @@ fn prefs() -> Prefs {
     Prefs {
         advertise_routes: ["10.9.0.0/16".parse().unwrap()].into(),
         accept_routes: true,
+        accept_dns: true,
         ..Prefs::default()
     }
 }
 
-fn network(peer: u8) -> Network {
+pub(super) fn network(peer: u8) -> Network {
     let (node_key, disco_key) = node(peer);
     let derp_map = r#"{"Regions":{"900":{"RegionID":900,"RegionCode":"nyc","Nodes":[
         {"Name":"900a","RegionID":900,"HostName":"198.51.100.1","IPv4":"198.51.100.1"}]}}}"#;
@@ -68,7 +69,7 @@ fn network(peer: u8) -> Network {
     }
 }
 
-fn outputs(agent: &mut Agent) -> Vec<Output> {
+pub(super) fn outputs(agent: &mut Agent) -> Vec<Output> {
     std::iter::from_fn(|| agent.poll_output()).collect()
 }
 

@@ -195,3 +195,104 @@ pub struct HostDns {
     /// They are asked for all other names as well.
     pub default: bool,
 }
+
+#[cfg(test)]
+mod tests {
+    use ringtail_dataplane::Rule;
+
+    use super::*;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn wish(config: Value, accepted: bool) -> Wish {
+        let config: DnsConfig = serde_json::from_value(config).unwrap();
+        let addresses = [net("100.64.0.1/32"), net("fd7a:115c:a1e0::1/128")];
+        let own = Own {
+            name: "a.lab.example.",
+            addresses: &addresses,
+            names_have_v6: false,
+        };
+        Wish::new(
+            &config.into(),
+            own,
+            std::iter::empty(),
+            &Exit::None,
+            accepted,
+        )
+    }
+
+    #[test]
+    fn the_host_is_told_of_suffixes_and_of_all_names_only_where_there_is_somebody_to_ask() {
+        let split = json!({"Proxied": true, "Domains": ["lab.example"],
+            "Routes": {"corp.example": [{"Addr": "10.0.0.53"}], ".": []}});
+        let host = wish(split.clone(), true).host.unwrap();
+        assert_eq!(host.servers, [IpAddr::from(DNS_SERVICE_V4)]);
+        assert_eq!(host.search, ["lab.example"]);
+        assert!(!host.default);
+        for suffix in ["lab.example", "corp.example", "64.100.in-addr.arpa"] {
+            assert!(
+                host.match_domains.iter().any(|domain| domain == suffix),
+                "{suffix}"
+            );
+        }
+        assert!(host.match_domains.iter().all(|domain| !domain.is_empty()));
+        let all = json!({"Resolvers": [{"Addr": "192.0.2.1"}]});
+        assert!(wish(all, true).host.unwrap().default);
+        let none_that_can_be_asked = json!({"Resolvers": [{"Addr": "https://dns.example/q"}]});
+        let unusable = wish(none_that_can_be_asked, true);
+        assert_eq!(unusable.host, None);
+        assert_eq!(unusable.problems().count(), 1);
+        assert_eq!(wish(split.clone(), false).host, None, "nobody wants that");
+        assert_eq!(
+            wish(split, false).service().len(),
+            2,
+            "it answers all the same"
+        );
+        assert!(Wish::default().service().is_empty());
+    }
+
+    #[test]
+    fn names_are_looked_up_for_those_who_may_leave_by_us() {
+        let [ours, let_out, kept_in, stranger] =
+            [2, 3, 4, 5].map(|n| IpAddr::from([100, 64, 0, n]));
+        let mut wish = wish(json!({}), true);
+        wish.peers = [(ours, true), (let_out, false), (kept_in, false)].into();
+        let asked =
+            |wish: &Wish| [ours, let_out, kept_in, stranger].map(|ip| wish.lets_look_up(ip));
+        assert_eq!(asked(&wish), [false; 4], "this is no way out");
+        let rule = |source: &str, to: &str, first, last, protocol| Rule {
+            sources: vec![net(source).into()],
+            destinations: vec![(net(to).into(), first, last)],
+            protocols: vec![protocol],
+        };
+        wish.lets_out = Some(Rules::List(vec![
+            rule("100.64.0.3/32", "8.0.0.0/7", 0, 65535, 17),
+            rule("100.64.0.4/32", "8.0.0.0/7", 0, 52, 17),
+            rule("100.64.0.4/32", "8.0.0.0/7", 0, 65535, 1),
+            rule("100.64.0.0/10", "100.64.0.1/32", 0, 65535, 6),
+        ]));
+        assert_eq!(asked(&wish), [true, true, false, false]);
+        wish.lets_out = Some(Rules::AllowAll);
+        assert_eq!(asked(&wish), [true, true, true, false]);
+    }
+
+    #[test]
+    fn some_names_are_not_looked_up_for_others() {
+        let wish = wish(
+            json!({"ExitNodeFilteredSet": [".secret.example", "one.example."]}),
+            true,
+        );
+        for (name, filtered) in [
+            ("a.Secret.example.", true),
+            ("secret.example.", false),
+            ("ONE.example", true),
+            ("a.one.example", false),
+            ("notsecret.example", false),
+        ] {
+            let name = Name::from_str_relaxed(name).unwrap();
+            assert_eq!(wish.is_filtered(&name), filtered, "{name}");
+        }
+    }
+}
