@@ -13,9 +13,10 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
 
 use crate::dns::host::written_for;
@@ -25,6 +26,12 @@ use crate::driver::files::{self, Readers};
 pub(super) const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// What a name of ours ends in while what was there waits under it.
 const ASIDE: &str = ".before-ringtail";
+/// Where `ip netns` keeps its networks, and how many of them are looked at.
+const NETNS_DIR: &str = "/run/netns";
+const NETNS_MAX: usize = 4096;
+/// Tries to be the only ringtail at work there, and the time between them.
+const LOCK_TRIES: u32 = 50;
+const LOCK_PERIOD: Duration = Duration::from_millis(20);
 /// Bytes read of it at most.
 const LEN_MAX: u64 = 1 << 20;
 
@@ -93,6 +100,7 @@ impl Place {
     /// # Errors
     /// It cannot be written: says why. What was there is there as it was.
     pub(super) fn put(&self, text: &str) -> io::Result<()> {
+        let _lock = self.lock()?;
         match self.look() {
             There::Ours(there) if there == text => Ok(()),
             There::Ours(_) if self.copy.exists() && !self.aside().exists() => {
@@ -132,6 +140,7 @@ impl Place {
     /// # Errors
     /// Ours is still there.
     pub(super) fn restore(&self) -> io::Result<()> {
+        let _lock = self.lock()?;
         let aside = self.aside();
         match self.look() {
             There::Theirs(_) | There::Another(_) => {}
@@ -149,6 +158,25 @@ impl Place {
         }
         self.forget();
         Ok(())
+    }
+
+    /// Keeps others of our kind from doing what we do at the same time, two of whom would lose what was there.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a driver: who waits here has nothing else to do"
+    )]
+    fn lock(&self) -> io::Result<Flock<File>> {
+        let folder = self.conf.parent().unwrap_or_else(|| Path::new("/"));
+        let mut folder = File::open(folder)?;
+        for _ in 0..LOCK_TRIES {
+            match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
+                Ok(locked) => return Ok(locked),
+                Err((back, Errno::EWOULDBLOCK)) => folder = back,
+                Err((_, errno)) => return Err(errno.into()),
+            }
+            std::thread::sleep(LOCK_PERIOD);
+        }
+        Err(io::Error::other("another program has the folder locked"))
     }
 
     /// Where what was there waits.
@@ -201,25 +229,45 @@ impl Place {
     }
 }
 
-/// Whether what is at `path` is also what the first process has there, whose network is another than ours: a namespace
-/// of the network that shares the host's files. What we are in here is nothing there.
+/// Whether `path` belongs to another network than ours: we are in a namespace of the network that shares the host's
+/// files, as `ip netns exec` makes them. What we are in here is nothing there.
 pub(super) fn is_of_another_network(path: &Path) -> bool {
-    let inode = |path: &Path| {
-        let found = std::fs::metadata(path).ok()?;
-        Some((found.dev(), found.ino()))
-    };
+    is_of_the_first_process(path) || is_in_named_network() && !is_mounted(path)
+}
+
+fn inode(path: &Path) -> Option<(u64, u64)> {
+    let found = std::fs::metadata(path).ok()?;
+    Some((found.dev(), found.ino()))
+}
+
+/// Whether the first process has the same there, and another network. Only root may look, and not everywhere.
+fn is_of_the_first_process(path: &Path) -> bool {
     let network = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/net")).ok();
     let (ours, first) = (network("self"), network("1"));
-    let other = ours.is_some() && first.is_some() && ours != first;
+    if ours.is_none() || first.is_none() || ours == first {
+        return false;
+    }
     let outside = Path::new("/proc/1/root").join(path.strip_prefix("/").unwrap_or(path));
-    // A file that is not there yet is in a folder that is.
-    let same = |inside: &Path, outside: &Path| {
-        let (inside, outside) = (inode(inside), inode(outside));
-        inside.is_some() && inside == outside
-    };
-    let folders = path.parent().zip(outside.parent());
-    let in_same_folder = || folders.is_some_and(|(inside, outside)| same(inside, outside));
-    other && (same(path, &outside) || inode(path).is_none() && in_same_folder())
+    match inode(path) {
+        Some(inside) => inode(&outside) == Some(inside),
+        // A file that is not there yet is in a folder that is.
+        None => path.parent().and_then(inode) == outside.parent().and_then(inode),
+    }
+}
+
+/// Whether our network is one that `ip netns` has given a name.
+fn is_in_named_network() -> bool {
+    let ours = inode(Path::new("/proc/self/ns/net"));
+    let named = std::fs::read_dir(NETNS_DIR).into_iter().flatten().flatten();
+    let mut named = named.take(NETNS_MAX).map(|entry| inode(&entry.path()));
+    ours.is_some() && named.any(|found| found == ours)
+}
+
+/// Whether something is mounted on it or on its folder: then it may be ours alone.
+fn is_mounted(path: &Path) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut points = mounts.lines().filter_map(|line| line.split(' ').nth(4));
+    points.any(|point| Path::new(point) == path || path.parent() == Some(Path::new(point)))
 }
 
 /// What is there, as far as it can be read: a link that leads nowhere is empty.

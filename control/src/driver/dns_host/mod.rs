@@ -37,7 +37,7 @@ use file::{Place, RESOLV_CONF, There};
 use resolved::Resolved;
 
 /// In the state directory: the text of a file that is written in place.
-const COPY: &str = "resolv.conf";
+const COPY: &str = "resolv.conf.before";
 const NSSWITCH: &str = "/etc/nsswitch.conf";
 /// The servers behind systemd-resolved's stub, and those behind a stub of NetworkManager's.
 const BEHIND_RESOLVED: &str = "/run/systemd/resolve/resolv.conf";
