@@ -71,7 +71,7 @@ lab_or_skip
 BEGAN=$SECONDS
 lab_init
 [ -z "$KEEP" ] || : >"$LAB_DIR/keep"
-lab_run need_packages ip=iproute2 nft=nftables ping=iputils-ping awk=mawk jq=jq python3=python3-minimal \
+lab_run need_packages ip=iproute2 nft=nftables ping=iputils-ping awk=mawk jq=jq python3=python3-minimal wg=wireguard-tools \
   cc=gcc /usr/include/stdio.h=libc6-dev
 lab_run install_peers "${TAILNET_PEERS[@]}"
 for program in "${TAILNET_PEERS[@]}"; do

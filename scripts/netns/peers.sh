@@ -11,7 +11,7 @@
 # headscale, tailscaled, tailscale, derper. What is on the PATH is used as it is.
 
 WIREGUARD_PEERS=(wireguard-go boringtun-cli gotatun)
-TAILNET_PEERS=(tailscaled tailscale derper headscale)
+TAILNET_PEERS=(tailscaled tailscale derper headscale wireguard-go)
 # The versions that ringtail is held against.
 TAILSCALE_VERSION=v1.102.3 HEADSCALE_VERSION=v0.29.2
 

@@ -6,7 +6,8 @@
 //!
 //! - An exit route (`0.0.0.0/0`, or any piece too wide for a subnet) does not count, but the whole of a
 //!   family does while its peer is the exit node in use.
-//! - All else but a peer's own addresses counts only if routes are accepted at all.
+//! - All else but a peer's own addresses counts only if routes are accepted at all, or it is a plain peer
+//!   of the settings file.
 //! - What no host has as its address (loopback, multicast, link-local) counts for nobody.
 //! - Own addresses, those of nodes that are held back, and the range that the network gives its
 //!   addresses from are reserved: an equal prefix does not count, and a wider one does not reach
@@ -117,7 +118,7 @@ impl Allowed {
                     Some(Why::Exit {
                         other: exit.is_some_and(|exit| exit != peer.node_key),
                     })
-                } else if !routes && !is_own_address(peer, &prefix) {
+                } else if !routes && peer.plain.is_none() && !is_own_address(peer, &prefix) {
                     Some(Why::NotAccepted)
                 } else if has_no_hosts(&prefix) {
                     Some(Why::NoHosts)

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use ringtail_dataplane::{Activity, PeerId};
 
 use super::Agent;
+use crate::path::Status;
 use crate::uapi::{DeviceStatus, PeerStatus, Reply};
 
 impl Agent {
@@ -25,6 +26,7 @@ impl Agent {
         let mut reply = Reply::to_get(device, peers, allowed_ips.sum());
         for (id, peer) in self.directory.iter() {
             let (activity, last_handshake) = traffic(id);
+            let plain = peer.plain.as_ref();
             let path = self.paths.status(now, id);
             let best = path.as_ref().and_then(|path| path.best);
             let mut extras = vec![("name", super::short_name(&peer.name))];
@@ -38,12 +40,12 @@ impl Agent {
             extras.push(("rx_relay_bytes", activity.rx_relay_bytes.to_string()));
             let status = PeerStatus {
                 public_key: peer.node_key,
-                preshared_key: None,
-                endpoint: best.map(|best| best.addr),
+                preshared_key: plain.and_then(|plain| plain.preshared_key.as_ref()),
+                endpoint: path.as_ref().and_then(Status::address),
                 last_handshake,
                 tx_bytes: activity.tx_bytes,
                 rx_bytes: activity.rx_bytes,
-                keepalive: 0,
+                keepalive: plain.map_or(0, |plain| plain.keepalive),
                 extras,
             };
             reply.peer(&status, peer.allowed_ips.iter().map(|net| (*net).into()));

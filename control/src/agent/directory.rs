@@ -11,6 +11,8 @@ use std::sync::Arc;
 use ipnet::IpNet;
 use ringtail_dataplane::{PEERS_MAX, PeerConfig, PeerId};
 
+use zeroize::Zeroizing;
+
 use super::network::{NetworkPeer, apart};
 use crate::key::NodePublic;
 
@@ -32,7 +34,7 @@ pub struct Directory {
 pub struct Changes {
     /// Who is new, or of whom something else is told.
     pub told: Vec<PeerId>,
-    /// Of those, who is new or has other allowed IPs.
+    /// Of those, who is new or another to the data plane.
     pub routed: Vec<PeerId>,
     /// Of those, who has another DISCO key than before. Of tailscaled every process has one of its own.
     pub restarted: Vec<PeerId>,
@@ -91,7 +93,10 @@ impl Directory {
                 continue;
             }
             changes.told.push(id);
-            if before.is_none_or(|before| before.allowed_ips != peer.allowed_ips) {
+            let same = |before: &Arc<NetworkPeer>| {
+                before.allowed_ips == peer.allowed_ips && before.plain == peer.plain
+            };
+            if !before.is_some_and(same) {
                 changes.routed.push(id);
             }
             if let Some((before, after)) = before.and_then(|b| b.disco_key).zip(peer.disco_key)
@@ -143,9 +148,15 @@ impl Directory {
     pub fn peer_configs(&self, ids: &[PeerId]) -> Vec<PeerConfig> {
         let peers = ids.iter().filter_map(|id| Some((*id, self.peer(*id)?)));
         peers
-            .map(|(id, peer)| PeerConfig {
-                allowed_ips: peer.allowed_ips.iter().map(|net| (*net).into()).collect(),
-                ..PeerConfig::new(id, peer.node_key.0)
+            .map(|(id, peer)| {
+                let plain = peer.plain.as_ref();
+                let preshared_key = plain.and_then(|plain| plain.preshared_key.as_ref());
+                PeerConfig {
+                    preshared_key: preshared_key.map(|key| Zeroizing::new(key.0)),
+                    persistent_keepalive: plain.map(|p| p.keepalive).filter(|s| *s > 0),
+                    allowed_ips: peer.allowed_ips.iter().map(|net| (*net).into()).collect(),
+                    ..PeerConfig::new(id, peer.node_key.0)
+                }
             })
             .collect()
     }

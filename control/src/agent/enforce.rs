@@ -27,16 +27,29 @@ const CLOCK_STEP_MIN: time::Duration = time::Duration::MINUTE;
 /// Prefixes of peers that do not count and are told of at most.
 const REFUSED_TOLD_MAX: usize = 64;
 
+/// What counts of a network.
+struct InForce {
+    network: Network,
+    /// What does not.
+    allowed: Allowed,
+    /// What became of the exit node.
+    exit: ExitNode,
+    /// Plain peers that are left out, in sentences.
+    clashes: Vec<String>,
+}
+
 impl Network {
     /// What counts of it at our wall clock `wall` for somebody who wants `prefs`: peers whose keys are
-    /// good, with the prefixes that are theirs. The other parts say what does not count, and what became
-    /// of the exit node; `known` is the key of the one that was chosen so far.
+    /// good, with the prefixes that are theirs, and the `plain` ones beside them; `own` is our key, and `known`
+    /// that of the exit node that was chosen so far.
     fn in_force(
         &self,
         wall: OffsetDateTime,
         prefs: &Prefs,
         known: Option<NodePublic>,
-    ) -> (Self, Allowed, ExitNode) {
+        plain: &[Arc<NetworkPeer>],
+        own: NodePublic,
+    ) -> InForce {
         let mut network = self.clone();
         let past = |expiry: Option<WireTime>| expiry.is_some_and(|expiry| expiry.0 <= wall);
         let expired = network.peers.extract_if(.., |peer| past(peer.key_expiry));
@@ -44,6 +57,8 @@ impl Network {
         network.held_back.extend(expired);
         network.own.expired |= past(network.own.key_expiry);
         let exit = ExitNode::of(prefs, Some(&network), known);
+        // After the exit node was chosen: none of these becomes it.
+        let clashes = network.add_plain(plain, own);
         let mut allowed = Allowed::of(&network, prefs.accept_routes, exit.key());
         for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
             let counts = std::mem::take(counts);
@@ -51,7 +66,13 @@ impl Network {
                 Arc::make_mut(peer).allowed_ips = counts;
             }
         }
-        (network, allowed, exit)
+        network.filter_plain();
+        InForce {
+            network,
+            allowed,
+            exit,
+            clashes,
+        }
     }
 }
 
@@ -136,7 +157,7 @@ impl Agent {
     }
 
     /// Puts into force what counts of the network by now.
-    fn enforce(&mut self, now: Instant) {
+    pub(super) fn enforce(&mut self, now: Instant) {
         let Some(told) = &self.told else {
             self.exit = ExitNode::of(&self.prefs, None, None);
             self.tell_exit();
@@ -144,7 +165,19 @@ impl Agent {
             return;
         };
         self.next_expiry = told.next_expiry(self.wall);
-        let (mut network, allowed, exit) = told.in_force(self.wall, &self.prefs, self.exit.key());
+        let InForce {
+            mut network,
+            allowed,
+            exit,
+            clashes,
+        } = told.in_force(
+            self.wall,
+            &self.prefs,
+            self.exit.key(),
+            &self.plain,
+            self.setup.node_key,
+        );
+        self.set_health("plain", clashes);
         self.await_expiry(now);
         self.exit = exit;
         let local = self.local(&network);
@@ -218,9 +251,10 @@ impl Agent {
         self.paths.set_peers(now, &setups, &changes.gone);
         if !same_keys {
             let peers = || self.directory.iter().map(|(_, peer)| peer);
+            let of_network = peers().filter(|peer| peer.plain.is_none());
             let disco = peers().filter_map(|peer| peer.disco_key);
             self.out.push_back(Output::SetPeers {
-                nodes: peers().map(|peer| peer.node_key).collect(),
+                nodes: of_network.map(|peer| peer.node_key).collect(),
                 disco: disco.filter(|_| !self.setup.relay_only).collect(),
             });
         }
@@ -268,7 +302,7 @@ impl Agent {
             node_key: peer.node_key,
             disco_key: peer.disco_key,
             home: peer.home.map(RegionId),
-            endpoints: if self.setup.relay_only {
+            endpoints: if self.setup.relay_only && peer.plain.is_none() {
                 Vec::new()
             } else {
                 peer.endpoints.clone()

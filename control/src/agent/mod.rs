@@ -22,6 +22,7 @@ mod exit;
 mod health;
 mod naming;
 mod network;
+mod plain;
 mod revival;
 mod sources;
 mod standing;
@@ -61,6 +62,7 @@ use twin::Twin;
 pub use directory::Directory;
 pub use health::HEALTH_LINES_MAX;
 pub use network::{HeldBack, HoldReason, Network, NetworkPeer, Standing};
+pub use plain::Plain;
 pub use status::Surroundings;
 pub use story::millis;
 
@@ -190,6 +192,8 @@ pub struct Agent {
     shielded: bool,
     /// What the host is to have, as it was told.
     overlay: Option<Overlay>,
+    /// The settings file's own peers.
+    plain: Vec<Arc<NetworkPeer>>,
     /// The network as told.
     told: Option<Network>,
     /// What of it is in force.
@@ -261,6 +265,7 @@ impl Agent {
             local: Vec::new(),
             shielded: false,
             overlay: None,
+            plain: Vec::new(),
             told: None,
             network: None,
             allowed: Allowed::default(),

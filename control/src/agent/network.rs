@@ -10,6 +10,7 @@ use ringtail_dataplane::{Rules, named};
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use super::plain::Plain;
 use crate::config::StaticNetwork;
 use crate::hostnet::Overlay;
 use crate::key::{DiscoPublic, NodePublic};
@@ -126,6 +127,9 @@ pub struct NetworkPeer {
     /// Prefixes that it offers to route, approved or not.
     #[serde(default)]
     pub routable: Vec<IpNet>,
+    /// It is a plain WireGuard peer of the settings file.
+    #[serde(skip)]
+    pub plain: Option<Plain>,
 }
 
 /// A node that may not take part.
@@ -249,6 +253,7 @@ impl From<&Netmap> for Network {
                     capver: peer.capver,
                     primary_routes: peer.primary_routes.clone(),
                     routable: peer.routable.clone(),
+                    plain: None,
                 })
                 .map(Arc::new)
                 .collect(),

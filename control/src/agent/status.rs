@@ -97,7 +97,7 @@ impl Agent {
             json!({
                 "state": status.state.name(),
                 "since_s": status.since.as_secs_f64(),
-                "address": best.map(|best| best.addr),
+                "address": status.address(),
                 "latency_ms": best.map(|best| millis(best.rtt)),
                 "jitter_ms": best.map(|best| millis(best.jitter)),
                 "loss_pct": best.map(|best| best.loss_pct),

@@ -6,10 +6,12 @@
 
 mod network;
 mod node;
+mod plain;
 mod prefs;
 
 pub use network::{StaticNetwork, StaticPeer};
 pub use node::{DriverName, EngineName, NodeConfig, ValidateMode};
+pub use plain::{Endpoint, PLAIN_PEERS_MAX, PlainPeer};
 pub use prefs::{Forwarding, HostFirewall, Prefs, PrefsChange, Routes, Snat};
 
 use std::path::{Path, PathBuf};

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use super::{ConfigError, PrefsChange, read_toml};
+use super::{ConfigError, PlainPeer, PrefsChange, plain, read_toml};
 use crate::hostnet::TABLE_MAX;
 
 /// Which driver moves packets in the shards.
@@ -142,6 +142,10 @@ pub struct NodeConfig {
     #[command(flatten)]
     #[serde(flatten)]
     pub prefs: PrefsChange,
+    /// Plain WireGuard peers beside the network; of the file only.
+    #[arg(skip)]
+    #[serde(rename = "peer")]
+    pub peers: Vec<PlainPeer>,
 }
 
 /// A mark in decimal, or in hexadecimal behind `0x` as other tools print it.
@@ -183,6 +187,13 @@ impl NodeConfig {
         {
             *file = folder.join(&file);
         }
+        let keys = config
+            .peers
+            .iter_mut()
+            .flat_map(|peer| &mut peer.preshared_key_file);
+        for file in keys {
+            *file = folder.join(&file);
+        }
         Ok(config)
     }
 
@@ -220,6 +231,7 @@ impl NodeConfig {
             retry_limit: flags.retry_limit.or(self.retry_limit),
             events: flags.events.or(self.events),
             prefs: flags.prefs.over(self.prefs),
+            peers: self.peers,
         }
     }
 
@@ -272,6 +284,7 @@ impl NodeConfig {
                 "tun = {tun:?} cannot name an interface; use 1 to 15 characters without '/'"
             ));
         }
+        plain::check(&self.peers)?;
         self.prefs.check()
     }
 }

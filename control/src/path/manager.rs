@@ -12,6 +12,7 @@ use ringtail_dataplane::{Activity, Class, PEERS_MAX, PathDecision, PeerId, Regio
 use super::candidate::candidates_max;
 use super::limit::{KEY_OPENS_PER_S, Limit, OPENS_RESERVE};
 use super::peer::{Peer, PeerKey};
+use super::plain::Plain;
 use super::seen::Seen;
 use super::shared::Shared;
 use super::{
@@ -29,6 +30,8 @@ pub struct Manager {
     shared: Shared,
     disco: DiscoPrivate,
     peers: BTreeMap<PeerId, Peer>,
+    /// Those that are but WireGuard peers; nobody is here and there.
+    plain: BTreeMap<PeerId, Plain>,
     /// Of each of them.
     candidates_max: usize,
     by_node: BTreeMap<NodePublic, PeerId>,
@@ -65,6 +68,7 @@ impl Manager {
             shared: Shared::new(now, config, node_key, disco.public(), rng),
             disco,
             peers: BTreeMap::new(),
+            plain: BTreeMap::new(),
             candidates_max: candidates_max(0),
             by_node: BTreeMap::new(),
             by_disco: BTreeMap::new(),
@@ -93,12 +97,18 @@ impl Manager {
             }
         }
         for setup in peers {
-            let known = self.peers.get(&setup.id);
-            if known.is_some_and(|known| known.node_key != setup.node_key) {
+            let plain = self.plain.get(&setup.id).map(|known| known.node_key);
+            let known = self.peers.get(&setup.id).map(|known| known.node_key);
+            let another = known.or(plain).is_some_and(|key| key != setup.node_key);
+            if another || plain.is_some() != setup.is_plain() {
                 self.forget(setup.id);
             }
             let known = self.peers.get(&setup.id);
-            if known.is_none() && self.peers.len() >= PEERS_MAX {
+            if known.is_none() && self.peers.len() + self.plain.len() >= PEERS_MAX {
+                continue;
+            }
+            if setup.is_plain() {
+                self.set_plain(now, setup);
                 continue;
             }
             let before = known.and_then(Peer::disco_key);
@@ -123,8 +133,30 @@ impl Manager {
         }
     }
 
+    fn set_plain(&mut self, now: Instant, setup: &PeerSetup) {
+        let new = || Plain::new(now, setup.node_key);
+        let plain = self.plain.entry(setup.id).or_insert_with(new);
+        let admission = &self.shared.admission;
+        let moved = plain.set(now, setup, |addr| admission.admits(addr));
+        self.by_node.insert(setup.node_key, setup.id);
+        self.tell_plain(setup.id, moved);
+    }
+
+    /// Gives the decision about a plain peer that has moved.
+    fn tell_plain(&mut self, id: PeerId, moved: bool) {
+        if let Some(plain) = self.plain.get(&id).filter(|_| moved)
+            && self.undelivered.insert(id, plain.decision()).is_none()
+        {
+            self.decisions.push_back(id);
+        }
+    }
+
     /// Whether this peer is known, by these keys.
     pub fn has(&self, setup: &PeerSetup) -> bool {
+        if setup.is_plain() {
+            let known = self.plain.get(&setup.id);
+            return known.is_some_and(|known| known.node_key == setup.node_key);
+        }
         let known = self.peers.get(&setup.id);
         known.is_some_and(|known| {
             known.node_key == setup.node_key && known.disco_key() == setup.disco_key
@@ -165,6 +197,12 @@ impl Manager {
     }
 
     fn forget(&mut self, id: PeerId) {
+        if let Some(plain) = self.plain.remove(&id) {
+            self.undelivered.remove(&id);
+            if self.by_node.get(&plain.node_key) == Some(&id) {
+                self.by_node.remove(&plain.node_key);
+            }
+        }
         let Some(peer) = self.peers.remove(&id) else {
             return;
         };
@@ -260,6 +298,11 @@ impl Manager {
             }
             ringtail_dataplane::Event::NewSource(id, from) => {
                 let from = canonical(from);
+                let admits = self.shared.admission.admits(from);
+                if let Some(plain) = self.plain.get_mut(&id).filter(|_| admits) {
+                    let moved = plain.move_to(now, from);
+                    self.tell_plain(id, moved);
+                }
                 self.with(now, id, |peer, shared| peer.new_source(now, shared, from));
             }
             ringtail_dataplane::Event::SendError(id, to, errno) => {
@@ -339,9 +382,10 @@ impl Manager {
 
     /// How a peer is reached now.
     pub fn status(&self, now: Instant, peer: PeerId) -> Option<Status> {
-        self.peers
-            .get(&peer)
-            .map(|peer| peer.status(now, &self.shared))
+        let plain = || self.plain.get(&peer).map(|plain| plain.status(now));
+        let peer = self.peers.get(&peer);
+        peer.map(|peer| peer.status(now, &self.shared))
+            .or_else(plain)
     }
 
     /// The id of a node.
@@ -354,6 +398,10 @@ impl Manager {
     /// index by address would be some 20 MiB for 10,000 peers.
     pub fn peer_at(&self, addr: SocketAddr) -> Option<PeerId> {
         let addr = canonical(addr);
+        let is_there = |(_, plain): &(&PeerId, &Plain)| plain.at == Some(addr);
+        if let Some((id, _)) = self.plain.iter().find(is_there) {
+            return Some(*id);
+        }
         let mut candidate_of = None;
         for (id, peer) in &self.peers {
             if peer.best_addr() == Some(addr) {

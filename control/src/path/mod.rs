@@ -35,7 +35,7 @@
 //! Rooms: `manager` is all peers, `shared` what they have in common; `peer` is one peer's machine, in
 //! `state` (transitions, decision, trust begun and renewed), `round` (Pings out and in which order,
 //! announcing), `receive` (DISCO in) and `timer` (ticks, trust that ends, silence); `candidate`, `pings`,
-//! `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `limit` holds rates and the
+//! `validation`, `quality` and `mtu` are its parts; `score` ranks addresses; `plain` is a peer that has none of this; `limit` holds rates and the
 //! names of what is dropped, `seen` what was received already. `sim` is the tests' networks.
 
 use std::net::SocketAddr;
@@ -51,6 +51,7 @@ mod manager;
 mod mtu;
 mod peer;
 mod pings;
+mod plain;
 mod quality;
 mod score;
 mod seen;
@@ -193,12 +194,20 @@ pub struct PeerSetup {
     pub id: PeerId,
     /// Its WireGuard key and DERP address.
     pub node_key: NodePublic,
-    /// Its DISCO key; without one it is reached by relay alone.
+    /// Its DISCO key; without one it is reached by relay alone, and without that either at the first of its
+    /// endpoints or where it is heard from.
     pub disco_key: Option<DiscoPublic>,
     /// Its home region.
     pub home: Option<RegionId>,
     /// Its endpoints.
     pub endpoints: Vec<SocketAddr>,
+}
+
+impl PeerSetup {
+    /// Whether it is but a WireGuard peer.
+    fn is_plain(&self) -> bool {
+        self.disco_key.is_none() && self.home.is_none()
+    }
 }
 
 /// A path that worked, worth trying first after a restart. The driver stores it with wall-clock time.
@@ -451,6 +460,8 @@ named! {
         Fallback = "fallback",
         /// By relay; trying has been given up for a while.
         Held = "held",
+        /// To the one address of a peer that speaks no DISCO and has no relay.
+        Plain = "plain",
     }
 }
 
@@ -519,6 +530,14 @@ pub struct Status {
     pub candidates: Vec<(SocketAddr, Option<Duration>)>,
     /// How often the best address changed or was lost.
     pub switches: u32,
+}
+
+impl Status {
+    /// The address that is sent to or that is best known.
+    pub fn address(&self) -> Option<SocketAddr> {
+        let plain = self.decision.udp.filter(|_| self.state == StateName::Plain);
+        self.best.map(|best| best.addr).or(plain)
+    }
 }
 
 /// Quality of a best address.

@@ -19,6 +19,7 @@ use crate::driver::relay::RelayEvent;
 use crate::driver::shards::FromShards;
 use crate::driver::{dns_host, status, uapi};
 use crate::hostnet::HOST_PARTS;
+use crate::key::NodePublic;
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
 
@@ -41,6 +42,7 @@ const MINOR_WINDOW: Duration = Duration::from_secs(15);
 pub(super) enum Finding {
     Resolved(String, Vec<IpAddr>),
     HttpsLatency(RegionId, Option<(Duration, SocketAddr)>),
+    PlainPeer(NodePublic, SocketAddr),
 }
 
 impl Node {
@@ -298,6 +300,7 @@ impl Node {
             Finding::HttpsLatency(region, measured) => {
                 self.agent.handle_https_latency(now(), region, measured);
             }
+            Finding::PlainPeer(key, at) => self.agent.handle_plain_endpoint(now(), &key, at),
         }
     }
 

@@ -7,10 +7,12 @@
 //! when the TUN is taken away, when coordination says for good that it may not join, when a thread of
 //! the data plane fails, or when anything panics.
 //!
-//! Rooms: `start` builds it, `intake` takes what comes from every side, `caches` is its memory on disk.
+//! Rooms: `start` builds it, `intake` takes what comes from every side, `plain` is what the settings
+//! file says of plain peers, `caches` its memory on disk.
 
 mod caches;
 mod intake;
+mod plain;
 mod start;
 
 use std::cell::RefCell;

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
 use super::intake::Pace;
+use super::plain;
 use super::{Node, OVERDRAWN_MAX, SAVE_PERIOD, SAVED_MAX, now, wall};
 use crate::agent::{Agent, Network, Setup, Surroundings};
 use crate::config::{NodeConfig, Prefs, StaticNetwork, ValidateMode};
@@ -189,7 +190,7 @@ impl Node {
             io: kind,
             roots: roots.clone(),
         });
-        let agent = Agent::new(
+        let mut agent = Agent::new(
             now(),
             Setup {
                 node_key: keys.node.public(),
@@ -212,6 +213,9 @@ impl Node {
             },
             rand::random(),
         );
+        agent.set_plain_peers(plain::peers(&config.peers)?);
+        let findings = mpsc::channel(RESULTS_MAX);
+        plain::follow_names(&config.peers, &names, &findings.0);
         let surroundings = Surroundings {
             mtu,
             shards: dataplane.stats().shards.len(),
@@ -249,7 +253,7 @@ impl Node {
             handshakes: RefCell::default(),
             questions: BTreeMap::new(),
             questions_asked: 0,
-            findings: mpsc::channel(RESULTS_MAX),
+            findings,
             log,
             state,
             keys,

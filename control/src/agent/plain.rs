@@ -1,0 +1,247 @@
+//! Plain WireGuard peers of the settings file, beside those of the network, as if they were of it: the
+//! same tables, paths and filter. Where both name a key or a prefix, the network's counts.
+
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use ipnet::IpNet;
+use ringtail_dataplane::{Prefix, Rule, Rules};
+
+use super::{Agent, Network, NetworkPeer};
+use crate::key::NodePublic;
+use crate::netmap::prefix::without;
+use crate::uapi::PresharedKey;
+
+/// What there is of a plain peer besides what others have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Plain {
+    /// The preshared key, if there is one.
+    pub preshared_key: Option<PresharedKey>,
+    /// Seconds between packets that keep a NAT open; 0 is off.
+    pub keepalive: u16,
+    /// It may open connections to us.
+    pub allow_in: bool,
+}
+
+impl Agent {
+    /// Takes the settings file's peers, before there is a network.
+    pub fn set_plain_peers(&mut self, peers: Vec<NetworkPeer>) {
+        self.plain = peers.into_iter().map(Arc::new).collect();
+    }
+
+    /// A plain peer's host has been looked up.
+    pub fn handle_plain_endpoint(&mut self, now: Instant, key: &NodePublic, endpoint: SocketAddr) {
+        let peer = self.plain.iter_mut().find(|peer| peer.node_key == *key);
+        if let Some(peer) = peer.filter(|peer| peer.endpoints != [endpoint]) {
+            Arc::make_mut(peer).endpoints = vec![endpoint];
+            self.enforce(now);
+        }
+    }
+}
+
+impl Network {
+    /// Adds the settings file's peers, but for those whose key another node has, `own` or one of the network.
+    /// Gives a sentence for each of these.
+    pub(super) fn add_plain(&mut self, plain: &[Arc<NetworkPeer>], own: NodePublic) -> Vec<String> {
+        if plain.is_empty() {
+            return Vec::new();
+        }
+        let peers = self.peers.iter().map(|peer| peer.node_key);
+        let held_back = self.held_back.iter().map(|node| node.node_key);
+        let taken: HashSet<NodePublic> = peers.chain(held_back).chain([own]).collect();
+        let (clashing, others): (Vec<_>, Vec<_>) = plain
+            .iter()
+            .partition(|peer| taken.contains(&peer.node_key));
+        self.peers.extend(others.into_iter().cloned());
+        let sentence = |peer: &&Arc<NetworkPeer>| {
+            format!(
+                "the settings file's peer {} is left out: the network has a node of that key",
+                peer.name
+            )
+        };
+        clashing.iter().map(sentence).collect()
+    }
+
+    /// Fits the filter to the plain peers, whose prefixes are those that count by now: what is for
+    /// everybody is not for them, unless they may come in. A rule that names their addresses is.
+    pub(super) fn filter_plain(&mut self) {
+        let may_come_in = |peer: &NetworkPeer| peer.plain.as_ref().map(|plain| plain.allow_in);
+        let nets = |wanted: Option<bool>| {
+            let peers = self
+                .peers
+                .iter()
+                .filter(move |peer| may_come_in(peer) == wanted);
+            peers.flat_map(|peer| peer.allowed_ips.iter().copied())
+        };
+        let named: Vec<IpNet> = nets(Some(false)).collect();
+        // A narrower prefix is whoever's it is.
+        let inside = |net: &IpNet| named.iter().any(|named| named.contains(net));
+        let others = nets(None).chain(nets(Some(true))).filter(inside);
+        let shut = without(named.clone(), others);
+        let open: Vec<Prefix> = nets(Some(true)).map(Prefix::from).collect();
+        if shut.is_empty() && (open.is_empty() || self.rules == Rules::AllowAll) {
+            return;
+        }
+        let everything: [IpNet; 2] = [IpNet::V4(Default::default()), IpNet::V6(Default::default())];
+        let anything = |sources: Vec<Prefix>| Rule {
+            sources,
+            destinations: everything.map(|net| (net.into(), 0, u16::MAX)).to_vec(),
+            protocols: (0..=u8::MAX).collect(),
+        };
+        let mut rules = match &self.rules {
+            Rules::AllowAll => vec![anything(everything.map(Prefix::from).to_vec())],
+            Rules::List(rules) => rules.clone(),
+        };
+        for rule in &mut rules {
+            let wider = |source: &Prefix| {
+                let source = IpNet::from(*source);
+                let narrower = |named: &IpNet| source != *named && source.contains(named);
+                named.iter().any(narrower)
+            };
+            let (wide, mut sources): (Vec<Prefix>, Vec<Prefix>) =
+                rule.sources.iter().partition(|source| wider(source));
+            if !wide.is_empty() {
+                let left = without(wide.into_iter().map(IpNet::from), shut.clone());
+                sources.extend(left.into_iter().map(Prefix::from));
+                rule.sources = sources;
+            }
+        }
+        if !open.is_empty() {
+            rules.push(anything(open));
+        }
+        self.rules = Rules::List(rules);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+    use crate::agent::network::HeldBack;
+
+    fn net(text: &str) -> IpNet {
+        text.parse().unwrap()
+    }
+
+    fn peer(number: u8, allowed_ips: &[&str], allow_in: Option<bool>) -> Arc<NetworkPeer> {
+        Arc::new(NetworkPeer {
+            name: format!("p{number}"),
+            node_key: NodePublic([number; 32]),
+            allowed_ips: allowed_ips.iter().map(|text| net(text)).collect(),
+            plain: allow_in.map(|allow_in| Plain {
+                allow_in,
+                ..Plain::default()
+            }),
+            ..NetworkPeer::default()
+        })
+    }
+
+    fn admits(network: &Network, source: &str) -> bool {
+        let source: IpAddr = source.parse().unwrap();
+        match &network.rules {
+            Rules::AllowAll => true,
+            Rules::List(rules) => rules.iter().any(|rule| {
+                let mut sources = rule.sources.iter();
+                sources.any(|net| IpNet::from(*net).contains(&source))
+            }),
+        }
+    }
+
+    fn rule(sources: &[&str]) -> Rule {
+        Rule {
+            sources: sources.iter().map(|text| net(text).into()).collect(),
+            destinations: vec![(net("0.0.0.0/0").into(), 0, 65535)],
+            protocols: vec![6],
+        }
+    }
+
+    #[test]
+    fn the_network_s_own_nodes_win_over_the_settings_file() {
+        let mut network = Network {
+            peers: vec![peer(1, &["100.64.0.1/32"], None)],
+            held_back: vec![HeldBack {
+                node_key: NodePublic([2; 32]),
+                ..HeldBack::default()
+            }],
+            ..Network::default()
+        };
+        let plain: Vec<_> = [1, 2, 3, 4]
+            .map(|n| peer(n, &["10.9.0.0/24"], Some(false)))
+            .into();
+        let said = network.add_plain(&plain, NodePublic([4; 32]));
+        assert_eq!(said.len(), 3);
+        assert!(said[0].contains("p1"), "{said:?}");
+        let names: Vec<&str> = network
+            .peers
+            .iter()
+            .map(|peer| peer.name.as_str())
+            .collect();
+        assert_eq!(names, ["p1", "p3"]);
+    }
+
+    #[test]
+    fn what_is_for_everybody_is_not_for_a_plain_peer_but_what_names_it_is() {
+        let peers = vec![
+            peer(1, &["100.64.0.1/32", "10.9.1.0/24"], None),
+            peer(2, &["10.9.0.0/16", "fd09::/64"], Some(false)),
+            peer(3, &["10.8.0.0/16"], Some(true)),
+        ];
+        for rules in [
+            Rules::AllowAll,
+            Rules::List(vec![rule(&["0.0.0.0/0", "::/0"])]),
+            Rules::List(vec![
+                rule(&["10.0.0.0/8", "100.64.0.0/10"]),
+                rule(&["::/0"]),
+            ]),
+        ] {
+            let mut network = Network {
+                peers: peers.clone(),
+                rules,
+                ..Network::default()
+            };
+            network.filter_plain();
+            for (source, may) in [
+                ("100.64.0.1", true),
+                ("10.9.1.7", true),
+                ("10.9.2.7", false),
+                ("10.9.0.1", false),
+                ("fd09::7", false),
+                ("fd0a::7", true),
+                ("10.8.3.4", true),
+            ] {
+                assert_eq!(
+                    admits(&network, source),
+                    may,
+                    "{source}: {:?}",
+                    network.rules
+                );
+            }
+        }
+        let mut network = Network {
+            peers,
+            rules: Rules::List(vec![rule(&["10.9.0.0/16", "10.9.2.7/32"])]),
+            ..Network::default()
+        };
+        network.filter_plain();
+        assert!(
+            admits(&network, "10.9.3.1"),
+            "the policy names exactly this"
+        );
+        assert!(!admits(&network, "fd09::7"));
+    }
+
+    #[test]
+    fn without_plain_peers_the_filter_is_left_as_it_is() {
+        let rules = Rules::List(vec![rule(&["0.0.0.0/0"])]);
+        let mut network = Network {
+            peers: vec![peer(1, &["100.64.0.1/32"], None)],
+            rules: rules.clone(),
+            ..Network::default()
+        };
+        network.filter_plain();
+        assert_eq!(network.rules, rules);
+    }
+}

@@ -1,0 +1,161 @@
+//! Plain WireGuard peers of the settings file: their keys, and where those that are named by host are.
+
+use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use ipnet::IpNet;
+use tokio::sync::mpsc;
+use zeroize::Zeroizing;
+
+use super::intake::Finding;
+use crate::agent::{NetworkPeer, Plain};
+use crate::config::{Endpoint, PlainPeer};
+use crate::driver::files::{self, Readers};
+use crate::driver::names::Names;
+use crate::key::NodePublic;
+use crate::uapi::PresharedKey;
+
+/// Names are looked up again this often, and so soon where there was no answer.
+const LOOK_UP_PERIOD: Duration = Duration::from_secs(60);
+const RETRY: Duration = Duration::from_secs(5);
+const LOOK_UP_LIMIT: Duration = Duration::from_secs(10);
+
+/// The peers as the agent takes them.
+///
+/// # Errors
+/// A preshared key cannot be read, is open to others, or is none.
+pub(super) fn peers(settings: &[PlainPeer]) -> anyhow::Result<Vec<NetworkPeer>> {
+    let peer = |peer: &PlainPeer| -> anyhow::Result<NetworkPeer> {
+        let file = peer.preshared_key_file.as_deref();
+        let alone = |net: &&IpNet| net.prefix_len() == net.max_prefix_len();
+        Ok(NetworkPeer {
+            name: peer.label(),
+            node_key: peer.public_key,
+            addresses: peer.allowed_ips.iter().filter(alone).copied().collect(),
+            allowed_ips: peer.allowed_ips.clone(),
+            endpoints: match &peer.endpoint {
+                Some(Endpoint::Address(address)) => vec![*address],
+                Some(Endpoint::Name(..)) | None => Vec::new(),
+            },
+            plain: Some(Plain {
+                preshared_key: file.map(preshared_key).transpose()?,
+                keepalive: peer.persistent_keepalive,
+                allow_in: peer.allow_in,
+            }),
+            ..NetworkPeer::default()
+        })
+    };
+    settings.iter().map(peer).collect()
+}
+
+fn preshared_key(path: &Path) -> anyhow::Result<PresharedKey> {
+    let none = || {
+        format!(
+            "{} holds no preshared key, which `wg genpsk` makes",
+            path.display()
+        )
+    };
+    let text = files::read(path, Readers::Nobody)?;
+    let text = text.with_context(|| format!("there is no {}", path.display()))?;
+    let bytes = STANDARD.decode(text.trim_ascii()).map(Zeroizing::new);
+    let bytes = bytes.ok().with_context(none)?;
+    let key = bytes.as_slice().try_into().ok().with_context(none)?;
+    Ok(PresharedKey(key))
+}
+
+/// Looks up the hosts that peers are at, again and again: most have one address, which may change.
+pub(super) fn follow_names(
+    settings: &[PlainPeer],
+    names: &Names,
+    findings: &mpsc::Sender<Finding>,
+) {
+    for peer in settings {
+        if let Some(Endpoint::Name(host, port)) = &peer.endpoint {
+            let (key, host, port) = (peer.public_key, host.clone(), *port);
+            let (names, findings) = (names.clone(), findings.clone());
+            tokio::task::spawn_local(
+                async move { follow(key, &host, port, &names, &findings).await },
+            );
+        }
+    }
+}
+
+async fn follow(
+    key: NodePublic,
+    host: &str,
+    port: u16,
+    names: &Names,
+    findings: &mpsc::Sender<Finding>,
+) {
+    let mut at: Option<IpAddr> = None;
+    loop {
+        let found = names.look_up(host, LOOK_UP_LIMIT).await.unwrap_or_default();
+        // While its address is among the answers, their order says nothing.
+        let stays = at.filter(|at| found.contains(at));
+        let first = stays.or_else(|| found.first().copied());
+        if let Some(first) = first
+            && at.replace(first) != Some(first)
+        {
+            tracing::info!(host, address = %first, "a plain peer's host is found");
+            let found = Finding::PlainPeer(key, SocketAddr::new(first, port));
+            if findings.send(found).await.is_err() {
+                return;
+            }
+        }
+        let wait = if first.is_some() {
+            LOOK_UP_PERIOD
+        } else {
+            RETRY
+        };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_preshared_key_is_read_from_a_file_of_ours_alone_and_never_printed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("psk");
+        let settings = |path: &Path| {
+            vec![PlainPeer {
+                name: "office".into(),
+                public_key: NodePublic([1; 32]),
+                preshared_key_file: Some(path.to_owned()),
+                allowed_ips: vec![
+                    "10.9.0.0/24".parse().unwrap(),
+                    "10.9.1.1/32".parse().unwrap(),
+                ],
+                endpoint: None,
+                persistent_keepalive: 25,
+                allow_in: false,
+            }]
+        };
+        let error = |path: &Path| format!("{:#}", peers(&settings(path)).unwrap_err());
+        assert!(error(&path).contains("there is no"));
+        let text = STANDARD.encode([7; 32]);
+        std::fs::write(&path, format!("{text}\n")).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        assert!(error(&path).contains("open to others"));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).unwrap();
+        let found = peers(&settings(&path)).unwrap();
+        let plain = found[0].plain.as_ref().unwrap();
+        assert_eq!(plain.preshared_key, Some(PresharedKey([7; 32])));
+        assert_eq!(found[0].addresses, ["10.9.1.1/32".parse().unwrap()]);
+        assert!(!format!("{found:?}").contains("7, 7"));
+        std::fs::write(&path, "Bwc=").unwrap();
+        let said = error(&path);
+        assert!(
+            said.contains("no preshared key") && !said.contains("Bwc="),
+            "{said}"
+        );
+    }
+}
