@@ -13,7 +13,8 @@
 #   lab_in NAME COMMAND...         run in a namespace, in the foreground
 #   lab_spawn NAME LABEL CMD...    run in a namespace, in the background; log in $LAB_DIR/LABEL.log. What it writes
 #                                  in /etc is in $LAB_DIR/LABEL.etc/upper, also when it is spawned again; its resolv.conf
-#                                  is at first $LAB_DIR/NAME.resolv.conf, if there is one
+#                                  is at first $LAB_DIR/NAME.resolv.conf, if there is one. (Where somebody made an
+#                                  /etc/netns/$LAB$NAME, that counts instead.)
 #   lab_pid LABEL                  its process id
 #   lab_stop LABEL [SIGNAL]        end it and wait
 #   lab_run COMMAND...             run in the foreground, but interruptible by signals
@@ -96,15 +97,14 @@ lab_spawn() {
   if [ ! -e "$etc" ]; then
     mkdir -p "$etc/upper" "$etc/work"
     cat "$LAB_DIR/$ns.resolv.conf" >"$etc/upper/resolv.conf" 2>/dev/null ||
-      cat "/etc/netns/$LAB$ns/resolv.conf" >"$etc/upper/resolv.conf" 2>/dev/null ||
       echo "nameserver 203.0.113.254" >"$etc/upper/resolv.conf"
   fi
   # Namespaces share /etc, and nodes write there. A file that is mounted on another would not do: it goes away when
   # the other is renamed, be it in another namespace.
   # shellcheck disable=SC2016 # for the other shell
-  ip netns exec "$LAB$ns" sh -c 'umount /etc/resolv.conf 2>/dev/null
-    mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" /etc && exec "$@"' "$etc" "$@" \
-    </dev/null >>"$LAB_DIR/$label.log" 2>&1 &
+  local own=(sh -c 'mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" /etc && exec "$@"' "$etc")
+  [ ! -e "/etc/netns/$LAB$ns" ] || own=()
+  ip netns exec "$LAB$ns" "${own[@]}" "$@" </dev/null >>"$LAB_DIR/$label.log" 2>&1 &
   echo $! >"$LAB_DIR/$label.pid"
   lab_note_pid $! "$label"
 }
