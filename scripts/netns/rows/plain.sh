@@ -67,7 +67,7 @@ plain_keys() {
 plain_key_of() {
   local hex
   hex=$(sed -n 's/^node_key = "nodekey:\([0-9a-f]*\)"$/\1/p' "$LAB_DIR/$1.keys")
-  # shellcheck disable=SC2059 # bytes by their numbers
+  # shellcheck disable=SC2059,SC2001 # bytes by their numbers
   printf "$(sed 's/../\\x&/g' <<<"$hex")" | base64
 }
 plain_file() {

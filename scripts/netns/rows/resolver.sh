@@ -4,6 +4,7 @@
 # tailscaled whose name is asked for; the server that a asked before is at 203.0.113.53.
 row_resolver() {
   local before
+  # shellcheck disable=SC2034 # for tailnet.sh
   HS_DNS='{magic_dns: true, override_local_dns: false, base_domain: lab.example, nameservers: {global: []}}'
   tailnet_up
   hosts a b
@@ -59,6 +60,17 @@ nameserver 203.0.113.53" >/run/theirs; ln -sf ../run/theirs /etc/resolv.conf'
   resolver_end
   check "read-only: nothing has changed" same_resolver "$before"
   a_in mount -o remount,rw,bind /etc
+  for how in resolvconf openresolv; do
+    check "$how can be had" resolver_program $how
+    before=$(a_in sh -c 'readlink -f /etc/resolv.conf; cat /etc/resolv.conf')
+    resolver_start
+    check "$how: a peer is found" within 20 finds b
+    check "$how: and all else" found www.example.net 198.51.100.7
+    check "$how: it was told, and keeps the file" a_in sh -c 'grep resolvconf /etc/resolv.conf && grep 100.100.100.100 /etc/resolv.conf && ! ls /etc/*ringtail'
+    resolver_end KILL
+    check "$how: all is as before when killed" within 3 same_program "$before"
+    a_in sh -c 'umount -l /usr/sbin /usr/lib; rm -rf /etc/resolvconf* /etc/resolv.conf /run/resolvconf'
+  done
   check "systemd-resolved can be had" resolver_daemon
   resolver_start
   check "systemd-resolved: a peer is found" within 20 finds b
@@ -80,6 +92,7 @@ resolver_etc() {
 }
 a_in() { nsenter -t "$(lab_pid etc)" -m -n "$@"; }
 resolver_start() {
+  # shellcheck disable=SC2034,SC2154 # for tailnet.sh
   TAILNET_KIND[a]=ringtail TAILNET_NS[a]=a
   lab_spawn a node-a nsenter -t "$(lab_pid etc)" -m "$RINGTAIL" up --coord "$COORD_URL" --auth-key-file "$LAB_DIR/auth-key" \
     --state-dir "$LAB_DIR/node-a" --hostname a
@@ -93,6 +106,17 @@ resolver_state() { a_in sh -c 'stat -c "%N %i %a %u:%g" /etc/resolv.conf; cat /e
 same_resolver() { diff <(echo "$1") <(resolver_state); }
 resolver_says() { rt a status --json | jq -e --arg what "$1" '.health[] | select(contains($what))'; }
 
+# resolver_program PACKAGE: this resolvconf keeps the file, as if the package were installed.
+resolver_program() {
+  local at=$CACHE/debian-$1
+  unpack_package "$1" "$at" || return 1
+  # shellcheck disable=SC2016 # for the other shell
+  a_in sh -c 'mount -t overlay lib -o lowerdir="$0/lib:/usr/lib" /usr/lib && mount -t overlay sbin -o lowerdir="$0/sbin:/usr/sbin" /usr/sbin &&
+    cp -a "$0"/etc/resolvconf* /etc/ && if [ "$1" = resolvconf ]; then
+      mkdir -p /run/resolvconf/interface && resolvconf --enable-updates && ln -sfT /run/resolvconf/resolv.conf /etc/resolv.conf
+    fi && echo "nameserver 203.0.113.53" | resolvconf -a eth0.inet && grep resolvconf /etc/resolv.conf' "$at" "$1"
+}
+same_program() { diff <(echo "$1") <(a_in sh -c 'readlink -f /etc/resolv.conf; cat /etc/resolv.conf'); }
 # A systemd-resolved of a's own on a bus of its own; its package is unpacked, not installed.
 resolver_daemon() {
   local at=$CACHE/debian-systemd-resolved
