@@ -386,9 +386,11 @@ host_state() {
   # shellcheck disable=SC2016 # for the other shell
   lab_in "$1" sh -c 'ip route; ip -6 route; ip route show table 52 2>/dev/null; ip rule; ip -6 rule; nft -s list ruleset
     sysctl -a 2>/dev/null | grep "^net\." | grep -v "\.nf_conntrack"
-    stat -c "%N %i %a %u:%g" /etc/resolv.conf; cat /etc/resolv.conf
     for save in iptables-save ip6tables-save; do
       ! command -v $save >/dev/null || $save 2>/dev/null | sed "/^#/d; s/ \[.*\]$//"
     done'
+  # What the node has in /etc, of the name that others in the lab have besides; as lab_spawn makes it, before it is there.
+  cat "$LAB_DIR/node-$1.etc/upper/resolv.conf" 2>/dev/null || cat "$LAB_DIR/$1.resolv.conf" 2>/dev/null || echo "nameserver 203.0.113.254"
+  find "$LAB_DIR/node-$1.etc/upper" -name '*resolv*' -not -name resolv.conf 2>/dev/null
 }
 same_state() { diff <(echo "$2") <(host_state "$1"); }
