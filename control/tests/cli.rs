@@ -30,8 +30,14 @@ fn help_teaches_the_first_network() {
     assert!(out.status.success());
     for word in [
         "up",
+        "down",
+        "login",
+        "logout",
+        "set",
+        "get",
         "device",
         "status",
+        "whois",
         "ping",
         "netcheck",
         "dns",
@@ -97,6 +103,14 @@ fn errors_say_what_to_do() {
         (vec!["device", "wg0", "--shards", "0"], "1 to 64"),
         (vec!["status", "--state-dir", state], "ringtail up"),
         (vec!["ping", "b", "--state-dir", state], "ringtail up"),
+        (vec!["down", "--state-dir", state], "ringtail up"),
+        (vec!["login", "--state-dir", state], "ringtail up"),
+        (vec!["set", "--state-dir", state], "nothing to set"),
+        (vec!["whois", "b", "--state-dir", state], "b is no address"),
+        (
+            vec!["up", "--network", "n.toml", "--hostname", "a b"],
+            "without blanks",
+        ),
     ] {
         let out = ringtail(&args, "");
         assert_eq!(out.status.code(), Some(1), "{args:?}");

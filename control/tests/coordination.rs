@@ -142,6 +142,8 @@ impl Node {
             hostname: format!("node{seed}"),
             machine: MachinePrivate::clamped([seed; 32]),
             node: NodePrivate::clamped([seed ^ 0x80; 32]).public(),
+            old_node: None,
+            followup: None,
             disco: DiscoPrivate::clamped([seed ^ 0xc0; 32]).public(),
             control_key: None,
         }

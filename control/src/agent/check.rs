@@ -101,6 +101,7 @@ impl Agent {
         let endpoints = self.endpoints.iter().map(|own| (own.addr, own.kind));
         SelfState {
             endpoints: endpoints.collect(),
+            hostname: Some(self.prefs.hostname.clone()).filter(|name| !name.is_empty()),
             home_derp: self.home.map(|id| id.0),
             derp_latency,
             mapping_varies: report.and_then(|report| report.mapping_varies),

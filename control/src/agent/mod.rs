@@ -9,9 +9,8 @@
 //!
 //! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `exit` the way out, `enforce`
 //! puts it into force; `directory` is who is who, `sources` which address to send from, `revival` whom to greet,
-//! `naming` what names come to, `standing` who may not take part, `health` what does not work, `twin` a copy of us, `check` netcheck and the
-//! home region;
-//! `status`, `story` and `configuration` are what people see.
+//! `naming` what names come to, `standing` who may not take part, `health` what does not work, `twin` a copy of us,
+//! `check` netcheck and the home region; `status`, `story`, `whois` and `configuration` are what people see.
 
 mod allowed;
 mod check;
@@ -29,6 +28,7 @@ mod standing;
 mod status;
 mod story;
 mod twin;
+mod whois;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::net::{IpAddr, SocketAddr};
@@ -85,8 +85,6 @@ pub struct Setup {
     pub node_key: NodePublic,
     /// What DISCO is sealed with.
     pub disco_key: DiscoPrivate,
-    /// Name for people.
-    pub hostname: String,
     /// How paths are judged.
     pub paths: path::Config,
     /// No direct paths at all.

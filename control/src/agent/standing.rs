@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use serde_json::json;
+use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::directory::is_meant;
@@ -13,7 +14,7 @@ use crate::key::NodePublic;
 use crate::netmap::wire::WireTime;
 
 /// What a person whose node's key has expired is to do.
-const RENEW: &str = "start ringtail again with an auth key (--auth-key-file), or have an \
+const RENEW: &str = "`ringtail login`, start ringtail again with an auth key (--auth-key-file), or have an \
                      administrator extend the key";
 
 impl Agent {
@@ -80,6 +81,25 @@ impl Agent {
             tracing::error!("{problem}");
             self.story("twin", json!({"problem": problem}));
         }
+    }
+
+    /// When our key expires, by our wall clock, unless it has or never does.
+    pub fn key_expiry(&self) -> Option<OffsetDateTime> {
+        let own = &self.network.as_ref()?.own;
+        own.key_expiry.filter(|_| !own.expired)?.get()
+    }
+
+    /// Whether it has.
+    pub fn key_has_expired(&self) -> bool {
+        let network = self.network.as_ref();
+        network.is_some_and(|network| network.own.expired)
+    }
+
+    /// We have another node key from now on.
+    pub fn handle_own_key(&mut self, node_key: NodePublic) {
+        self.setup.node_key = node_key;
+        self.paths.set_own_key(node_key);
+        self.story("key", json!({"node_key": node_key}));
     }
 
     /// What is wrong, for people; nothing where all is well.

@@ -6,6 +6,7 @@ use ringtail_dataplane::{Activity, PeerId};
 use serde_json::{Value, json};
 
 use super::{Agent, HeldBack, HoldReason, millis, standing};
+use crate::netmap::wire::WireTime;
 
 /// What the agent is told about its surroundings, for people only.
 #[derive(Clone, Debug)]
@@ -36,7 +37,9 @@ impl Agent {
             .flat_map(|n| &n.addresses)
             .map(|net| net.addr().to_string())
             .collect();
-        let own = self.network.as_ref().map(|network| &network.own);
+        let network = self.network.as_ref();
+        let own = network.map(|network| &network.own);
+        let owner = |user: i64, tags: &[String]| network.and_then(|known| known.owner(user, tags));
         let mut state = around.coordination_state.clone();
         if own.is_some_and(|own| own.expired) {
             state.push_str("; this node's key has expired");
@@ -62,12 +65,16 @@ impl Agent {
         drops.insert("peers_refused".into(), self.directory.refused().into());
         json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "hostname": self.setup.hostname,
+            "state": "up",
+            "hostname": self.prefs.hostname,
+            "dns_name": own.and_then(|own| full_name(&own.name)),
+            "owner": own.and_then(|own| owner(own.user, &own.tags)),
             "node_key": self.setup.node_key,
             "disco_key": self.setup.disco_key.public(),
             "addresses": addresses,
             "expired": own.is_some_and(|own| own.expired),
             "key_expiry": own.and_then(|own| standing::text(own.key_expiry)),
+            "key_expires_in_s": own.and_then(|own| self.expires_in_s(own.key_expiry)),
             "health": self.health(now),
             "tun": {"name": self.setup.tun, "mtu": around.mtu},
             "shards": around.shards,
@@ -84,6 +91,11 @@ impl Agent {
             "peers": peers,
             "drops": drops,
         })
+    }
+
+    /// Seconds until a key expires, by our wall clock; below zero when it has.
+    fn expires_in_s(&self, expiry: Option<WireTime>) -> Option<i64> {
+        Some((expiry?.get()? - self.wall).whole_seconds())
     }
 
     fn peer_status(&self, now: Instant, id: PeerId, activity: &Activity) -> Value {
@@ -115,6 +127,8 @@ impl Agent {
         });
         json!({
             "name": super::short_name(&peer.name),
+            "dns_name": full_name(&peer.name),
+            "owner": self.network.as_ref().and_then(|known| known.owner(peer.user, &peer.tags)),
             "node_key": peer.node_key,
             "addresses": peer.addresses.iter().map(|net| net.addr().to_string()).collect::<Vec<_>>(),
             "allowed_ips": peer.allowed_ips,
@@ -122,6 +136,9 @@ impl Agent {
             "online": peer.online,
             "last_seen": standing::text(peer.last_seen),
             "key_expiry": standing::text(peer.key_expiry),
+            "key_expires_in_s": self.expires_in_s(peer.key_expiry),
+            "exit_node": peer.routable.iter().any(|net| net.prefix_len() == 0),
+            "primary_routes": peer.primary_routes,
             "expired": false,
             "held_back": null,
             "path": path,
@@ -133,6 +150,12 @@ impl Agent {
             "last_received_s": since(activity.last_received),
         })
     }
+}
+
+/// A name in full, without the last dot; nothing where there is but one label.
+fn full_name(name: &str) -> Option<&str> {
+    let name = name.trim_end_matches('.');
+    name.contains('.').then_some(name)
 }
 
 /// A peer that may not take part, so that nobody wonders where it went.

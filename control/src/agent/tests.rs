@@ -23,7 +23,6 @@ pub(super) fn agent(seed: u8, relay_only: bool) -> Agent {
     let setup = Setup {
         node_key,
         disco_key,
-        hostname: format!("n{seed}"),
         paths: path::Config::default(),
         relay_only,
         local_port: 41641,

@@ -6,8 +6,7 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
-use super::StateDirArg;
-use super::ask::{ask_one, joined, list, text};
+use super::ask::{NodeArg, ask_one, joined, list, text};
 use crate::driver::local_api::Request;
 
 /// Say how names are resolved, or look one up.
@@ -22,7 +21,7 @@ enum What {
     /// What the network says about names, and whom this node asks for which.
     Status {
         #[command(flatten)]
-        state: StateDirArg,
+        node: NodeArg,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -35,7 +34,7 @@ enum What {
         #[arg(default_value = "A")]
         kind: String,
         #[command(flatten)]
-        state: StateDirArg,
+        node: NodeArg,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -45,8 +44,8 @@ enum What {
 pub(super) fn run(args: &DnsArgs) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     match &args.what {
-        What::Status { state, json } => {
-            let status = ask_one(state, &Request::DnsStatus)?;
+        What::Status { node, json } => {
+            let status = ask_one(node, &Request::DnsStatus)?;
             if *json {
                 writeln!(out, "{status:#}")?;
                 return Ok(());
@@ -56,11 +55,11 @@ pub(super) fn run(args: &DnsArgs) -> anyhow::Result<()> {
         What::Query {
             name,
             kind,
-            state,
+            node,
             json,
         } => {
             let (name, kind) = (name.clone(), kind.clone());
-            let answer = ask_one(state, &Request::DnsQuery { name, kind })?;
+            let answer = ask_one(node, &Request::DnsQuery { name, kind })?;
             if *json {
                 writeln!(out, "{answer:#}")?;
                 return Ok(());

@@ -1,20 +1,24 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 //!
-//! Rooms, each a command or several: `up` the node, `status`, `ping`, `dns` and `netcheck` questions to it, by
-//! `ask`; `coord` the coordination server, `derp` the relay, `device` a WireGuard device, `keys` those for
-//! it; `restore` what a killed node left.
+//! Rooms, each a command or several: `up` the node; `down`, `login`, `set`, `status`, `whois`, `ping`,
+//! `dns` and `netcheck` what it is told and asked, by `ask`; `coord` the coordination server, `derp` the relay,
+//! `device` a WireGuard device, `keys` those for it, `restore` what a killed node left.
 
 mod ask;
 mod coord;
 mod derp;
 mod device;
 mod dns;
+mod down;
 mod keys;
+mod login;
 mod netcheck;
 mod ping;
 mod restore;
+mod set;
 mod status;
 mod up;
+mod whois;
 
 use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal as _;
@@ -60,10 +64,17 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Up(Box<up::UpArgs>),
+    Down(down::DownArgs),
+    Login(login::LoginArgs),
+    Logout(down::LogoutArgs),
+    Set(set::SetArgs),
+    Get(set::GetArgs),
     Device(device::DeviceArgs),
     Derp(derp::DerpArgs),
     Coord(Box<coord::CoordArgs>),
     Status(status::StatusArgs),
+    Ip(whois::IpArgs),
+    Whois(whois::WhoisArgs),
     Ping(ping::PingArgs),
     Netcheck(netcheck::NetcheckArgs),
     Dns(dns::DnsArgs),
@@ -88,10 +99,17 @@ pub fn main() -> ExitCode {
     start_log(level(&cli));
     let result = match cli.command {
         Command::Up(args) => up::run(*args),
+        Command::Down(args) => down::down(&args),
+        Command::Login(args) => login::run(&args),
+        Command::Logout(args) => down::logout(&args),
+        Command::Set(args) => set::set(args),
+        Command::Get(args) => set::get(&args),
         Command::Device(args) => device::run(args, cli.verbose > 0),
         Command::Derp(args) => derp::run(args),
         Command::Coord(args) => coord::run(*args),
         Command::Status(args) => status::run(&args),
+        Command::Ip(args) => whois::ip(&args),
+        Command::Whois(args) => whois::whois(&args),
         Command::Ping(args) => ping::run(&args),
         Command::Netcheck(args) => netcheck::run(&args),
         Command::Dns(args) => dns::run(&args),

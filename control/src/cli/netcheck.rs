@@ -5,22 +5,21 @@ use std::io::Write;
 use clap::Args;
 use serde_json::Value;
 
-use super::StateDirArg;
-use super::ask::{ask_one, joined, list, text};
+use super::ask::{NodeArg, ask_one, joined, list, text};
 use crate::driver::local_api::Request;
 
 /// Measure the relays and show what kind of network this node is on.
 #[derive(Debug, Args)]
 pub(super) struct NetcheckArgs {
     #[command(flatten)]
-    state: StateDirArg,
+    node: NodeArg,
     /// The report as JSON.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &NetcheckArgs) -> anyhow::Result<()> {
-    let answer = ask_one(&args.state, &Request::Netcheck)?;
+    let answer = ask_one(&args.node, &Request::Netcheck)?;
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{answer:#}")?;

@@ -6,8 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use clap::Args;
 
-use super::StateDirArg;
-use super::ask::text;
+use super::ask::{NodeArg, text};
 use crate::driver::local_api::{Request, ask};
 use crate::driver::runtime;
 
@@ -19,7 +18,7 @@ pub(super) struct PingArgs {
     /// A peer's name, inner address or node key.
     peer: String,
     #[command(flatten)]
-    state: StateDirArg,
+    node: NodeArg,
     /// Pings to send.
     #[arg(short, long, value_name = "COUNT", default_value_t = 4)]
     count: u32,
@@ -39,7 +38,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn run(args: &PingArgs) -> anyhow::Result<()> {
-    let socket = args.state.state_dir.join("ringtail.sock");
+    let socket = args.node.path();
     let mut replies = 0u32;
     let mut direct = false;
     runtime::block_on(async |_| {

@@ -2,11 +2,11 @@
 
 use std::io::Write;
 
+use anyhow::bail;
 use clap::Args;
 use serde_json::Value;
 
-use super::StateDirArg;
-use super::ask::{ask_one, joined, list, text};
+use super::ask::{NodeArg, ask_one, joined, list, text};
 use crate::coord::NotAdmitted;
 use crate::driver::local_api::Request;
 
@@ -14,29 +14,32 @@ use crate::driver::local_api::Request;
 #[derive(Debug, Args)]
 pub(super) struct StatusArgs {
     #[command(flatten)]
-    state: StateDirArg,
+    node: NodeArg,
     /// Everything, as JSON: also counters per shard and every named drop.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn run(args: &StatusArgs) -> anyhow::Result<()> {
-    let answer = ask_one(&args.state, &Request::Status)?;
+    let answer = ask_one(&args.node, &Request::Status)?;
     let mut out = std::io::stdout().lock();
     if args.json {
         writeln!(out, "{answer:#}")?;
-        return not_expired(&answer);
+    } else {
+        write_status(&mut out, &answer)?;
     }
-    write_status(&mut out, &answer)?;
-    not_expired(&answer)
+    takes_part(&answer)
 }
 
-/// A node whose key has expired is out of its network: scripts that watch it are told by the exit
-/// code.
-fn not_expired(status: &Value) -> anyhow::Result<()> {
+/// A node that is down, or whose key has expired, is out of its network: scripts that watch it are told by
+/// the exit code.
+fn takes_part(status: &Value) -> anyhow::Result<()> {
+    let why = || text(&status["health"][0]);
     if status["expired"].as_bool() == Some(true) {
-        let why = text(&status["health"][0]);
-        return Err(NotAdmitted(why).into());
+        return Err(NotAdmitted(why()).into());
+    }
+    if status["state"].as_str().is_some_and(|state| state != "up") {
+        bail!(why());
     }
     Ok(())
 }
@@ -54,6 +57,9 @@ fn bytes(value: &Value) -> String {
 }
 
 fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
+    if let Some(state) = status["state"].as_str().filter(|state| *state != "up") {
+        return writeln!(out, "{}  {state}", text(&status["hostname"]));
+    }
     writeln!(
         out,
         "{}  {}  {}",
@@ -79,6 +85,11 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
         text(&status["home"]["region"]),
         joined(&status["endpoints"])
     )?;
+    if let Some(name) = status["dns_name"].as_str() {
+        let owner = text(&status["owner"]);
+        let expiry = expiry(status).map_or_else(String::new, |expiry| format!(", {expiry}"));
+        writeln!(out, "  {name}, owned by {owner}{expiry}")?;
+    }
     let exit = &status["exit"];
     if let Some(node) = exit["node"].as_str() {
         let families = match (exit["ipv4"].as_bool(), exit["ipv6"].as_bool()) {
@@ -113,11 +124,12 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
         };
         writeln!(
             out,
-            "{}  {}  {way}  {latency}  tx {} rx {}",
+            "{}  {}  {way}  {latency}  tx {} rx {}{}",
             text(&peer["name"]),
             joined(&peer["addresses"]),
             bytes(&peer["tx_bytes"]),
-            bytes(&peer["rx_bytes"])
+            bytes(&peer["rx_bytes"]),
+            remarks(peer)
         )?;
     }
     write_host(out, &status["host"])?;
@@ -132,6 +144,42 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
         writeln!(out, "dropped: {}", drops.join(", "))?;
     }
     Ok(())
+}
+
+/// A peer's key is told of when it expires within this, in seconds.
+const EXPIRES_SOON_S: i64 = 7 * 86_400;
+
+/// What else there is to say of a peer.
+fn remarks(peer: &Value) -> String {
+    let mut remarks = String::new();
+    if let Some(owner) = peer["owner"].as_str() {
+        remarks += &format!("  {owner}");
+    }
+    if peer["exit_node"] == true {
+        remarks += ", offers an exit";
+    }
+    if list(&peer["primary_routes"]).next().is_some() {
+        remarks += &format!(", routes {}", joined(&peer["primary_routes"]));
+    }
+    let soon = peer["key_expires_in_s"].as_i64();
+    if soon.is_some_and(|left| left < EXPIRES_SOON_S)
+        && let Some(expiry) = expiry(peer)
+    {
+        remarks += &format!(", {expiry}");
+    }
+    remarks
+}
+
+/// When a key expires that has not yet.
+fn expiry(node: &Value) -> Option<String> {
+    let left = node["key_expires_in_s"].as_i64().filter(|left| *left > 0)?;
+    let left = match left {
+        0..120 => format!("{left} s"),
+        120..7200 => format!("{} min", left / 60),
+        7200..172_800 => format!("{} h", left / 3600),
+        _ => format!("{} days", left / 86_400),
+    };
+    Some(format!("key expires in {left}"))
 }
 
 /// Whom we heard within this time is there, whatever coordination thinks; a session in use is never
@@ -193,7 +241,8 @@ mod tests {
     fn status_shows_the_way_to_each_peer_and_only_drops_that_happened() {
         let status = json!({
             "hostname": "a", "addresses": ["10.7.0.1"], "home": {"region": "nyc"},
-            "health": ["the roof leaks"],
+            "health": ["the roof leaks"], "dns_name": "a.example", "owner": "alice",
+            "key_expires_in_s": 179 * 86_400 + 5,
             "peers": [
                 {"name": "b", "addresses": ["10.7.0.2"], "home": "fra", "tx_bytes": 12345,
                  "path": {"state": "direct", "address": "192.0.2.2:41641", "latency_ms": 1.25}},
@@ -207,7 +256,9 @@ mod tests {
                 {"name": "f", "home": "fra", "online": false, "path": {"state": "relay"}},
                 {"name": "g", "held_back": "expired", "expired": true, "path": null,
                  "key_expiry": "2026-11-29T12:00:00Z"},
-                {"name": "h", "held_back": "jailed", "path": null}],
+                {"name": "h", "held_back": "jailed", "path": null},
+                {"name": "i", "home": "fra", "path": {"state": "relay"}, "owner": "bob",
+                 "exit_node": true, "primary_routes": ["10.0.0.0/8"], "key_expires_in_s": 7300}],
             "drops": {"no_route": 3, "replay": 0},
             "host": {"conflicts": [{"text": "10.0.0.0/8 takes a part"}], "more_conflicts": 2,
                      "kept_out": ["10.0.0.53"]},
@@ -225,6 +276,8 @@ mod tests {
             "f  -  offline  -",
             "g  -  key expired at 2026-11-29T12:00:00Z  -",
             "h  -  held back (jailed)  -",
+            "i  -  relay via fra  -  tx 0 B rx 0 B  bob, offers an exit, routes 10.0.0.0/8, key expires in 2 h\n",
+            "  a.example, owned by alice, key expires in 179 days\n",
             "  problem: the roof leaks\n",
             "dropped: no_route 3\n",
             "host: 10.0.0.0/8 takes a part\n",

@@ -4,13 +4,15 @@
 //! is in the network comes from a coordination server or from a static network file, never both.
 //! Unknown keys are errors, so that a misspelt one is not silently ignored.
 
+mod layers;
 mod network;
 mod node;
 mod plain;
 mod prefs;
 
+pub use layers::Layers;
 pub use network::{StaticNetwork, StaticPeer};
-pub use node::{DriverName, EngineName, NodeConfig, ValidateMode};
+pub use node::{AuthKey, DriverName, EngineName, NodeConfig, ValidateMode};
 pub use plain::{Endpoint, PLAIN_PEERS_MAX, PlainPeer};
 pub use prefs::{Forwarding, HostFirewall, Prefs, PrefsChange, Routes, Snat};
 

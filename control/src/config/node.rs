@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use zeroize::Zeroizing;
 
 use super::{ConfigError, PlainPeer, PrefsChange, plain, read_toml};
 use crate::hostnet::TABLE_MAX;
@@ -61,6 +62,22 @@ pub enum ValidateMode {
     Fast,
 }
 
+/// A pre-auth key. It is wiped, and never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct AuthKey(pub Zeroizing<String>);
+
+impl std::fmt::Debug for AuthKey {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AuthKey(..)")
+    }
+}
+
+impl From<&str> for AuthKey {
+    fn from(text: &str) -> Self {
+        Self(Zeroizing::new(text.trim().to_owned()))
+    }
+}
+
 /// Settings of `ringtail up`, as options and as keys of its file. Every one may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
@@ -68,9 +85,18 @@ pub struct NodeConfig {
     /// URL of the coordination server, such as https://coord.example or http://10.0.0.1:8080.
     #[arg(long, value_name = "URL")]
     pub coord: Option<String>,
-    /// File with a pre-auth key, needed the first time.
+    /// File with a pre-auth key, needed the first time where no person is to let the node in; the environment
+    /// variable RINGTAIL_AUTH_KEY may hold the key too.
     #[arg(long, value_name = "FILE")]
     pub auth_key_file: Option<PathBuf>,
+    /// The pre-auth key itself, which every user of this host can read here.
+    #[arg(long, value_name = "KEY", conflicts_with = "auth_key_file")]
+    // Of the command line only: a settings file may be open to many.
+    #[serde(skip)]
+    pub auth_key: Option<AuthKey>,
+    /// Let this group of the host look at the node, by /run/ringtail/TUN.sock.
+    #[arg(long, value_name = "GROUP")]
+    pub status_group: Option<String>,
     /// Accept only this key (mkey:…) from the coordination server.
     #[arg(long, value_name = "KEY")]
     pub control_key: Option<String>,
@@ -197,6 +223,15 @@ impl NodeConfig {
         Ok(config)
     }
 
+    /// Whether it says nothing, but where the state is.
+    pub fn is_bare(&self) -> bool {
+        let nothing = Self {
+            state_dir: self.state_dir.clone(),
+            ..Self::default()
+        };
+        *self == nothing
+    }
+
     /// Takes what `flags` says and fills the rest from `self`.
     #[must_use]
     pub fn overridden_by(self, flags: Self) -> Self {
@@ -220,7 +255,12 @@ impl NodeConfig {
                 .coord
                 .clone()
                 .or_else(|| self.coord.filter(|_| flags.network.is_none())),
-            auth_key_file: flags.auth_key_file.or(self.auth_key_file),
+            // A key on the command line is meant, whatever file the settings name.
+            auth_key_file: flags
+                .auth_key_file
+                .or_else(|| self.auth_key_file.filter(|_| flags.auth_key.is_none())),
+            auth_key: flags.auth_key,
+            status_group: flags.status_group.or(self.status_group),
             control_key: flags.control_key.or(self.control_key),
             ca_file: flags.ca_file.or(self.ca_file),
             network: flags

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::netmap::prefix::parse_route;
 
+/// As names of DNS (RFC 1035 §2.3.4).
+const HOSTNAME_LEN_MAX: usize = 253;
+
 /// Prefixes; written as one text they are separated by commas, and an empty text is none.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -160,6 +163,14 @@ impl PrefsChange {
     /// # Errors
     /// A sentence that says what to change.
     pub fn check(&self) -> Result<(), String> {
+        let strange = |letter: char| letter.is_whitespace() || letter.is_control();
+        if let Some(name) = &self.hostname
+            && (name.is_empty() || name.len() > HOSTNAME_LEN_MAX || name.contains(strange))
+        {
+            return Err(format!(
+                "hostname = {name:?} is no name; use 1 to {HOSTNAME_LEN_MAX} characters without blanks"
+            ));
+        }
         let routes = self
             .advertise_routes
             .iter()
@@ -274,6 +285,8 @@ mod tests {
     fn contradictions_are_refused_with_a_sentence() {
         for text in [
             "advertise_routes = [\"0.0.0.0/0\"]",
+            "hostname = \"\"",
+            "hostname = \"a b\"",
             "advertise_exit_node = true\nexit_node = \"a\"",
         ] {
             assert!(parse(text).check().is_err(), "{text}");

@@ -10,10 +10,11 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
+use time::OffsetDateTime;
 
 use super::{Backoff, CoordConfig, STAYED_AWAY, SelfState};
 use crate::netmap::wire::{
-    CAPABILITY_VERSION, MapRequest, RegisterAuth, RegisterRequest, RegisterResponse,
+    CAPABILITY_VERSION, MapRequest, RegisterAuth, RegisterRequest, RegisterResponse, WireTime,
 };
 
 /// A node asks so often whether the server still knows it, where it has nothing to report: Headscale
@@ -34,6 +35,8 @@ pub enum Outcome {
     Registered(String),
     /// A human must visit this address; then the registration is repeated with it.
     AskHuman(String),
+    /// The node's key has expired: only another one can be let in.
+    KeyExpired,
     /// Refused for good: what to tell the user.
     Fatal(String),
     /// Refused for now.
@@ -56,11 +59,7 @@ impl Outcome {
             );
         }
         if answer.node_key_expired {
-            return Self::Fatal(
-                "the coordination server says that this node's key has expired: start again with \
-                 an auth key (--auth-key-file), or have an administrator extend the key"
-                    .to_owned(),
-            );
+            return Self::KeyExpired;
         }
         if !answer.auth_url.is_empty() {
             return Self::AskHuman(answer.auth_url.clone());
@@ -240,7 +239,7 @@ pub fn hostinfo(config: &CoordConfig, state: &SelfState, os_version: &str) -> Va
         "IPNVersion": concat!(env!("CARGO_PKG_VERSION"), "-ringtail"),
         "OS": "linux",
         "OSVersion": os_version,
-        "Hostname": config.hostname,
+        "Hostname": state.hostname.as_ref().unwrap_or(&config.hostname),
         "App": "ringtail",
         "GoArch": match std::env::consts::ARCH { "x86_64" => "amd64", "aarch64" => "arm64", other => other },
         "Machine": std::env::consts::ARCH,
@@ -324,12 +323,28 @@ pub fn register_request(
     RegisterRequest {
         version: i64::from(CAPABILITY_VERSION),
         node_key: config.node,
+        old_node_key: config.old_node,
         auth: config.auth_key.as_ref().map(|key| RegisterAuth {
             auth_key: key.clone(),
         }),
         followup: followup.to_owned(),
         hostinfo: Some(hostinfo(config, state, os_version)),
         ..RegisterRequest::default()
+    }
+}
+
+/// The request to take our key out of force: with an expiry in the past, which Tailscale's clients put
+/// there too (Unix time 123), and without an auth key, since that might let us in again.
+pub fn log_out_request(
+    config: &CoordConfig,
+    state: &SelfState,
+    os_version: &str,
+) -> RegisterRequest {
+    let past = OffsetDateTime::UNIX_EPOCH + Duration::from_secs(123);
+    RegisterRequest {
+        auth: None,
+        expiry: Some(WireTime(past)),
+        ..register_request(config, state, os_version, "")
     }
 }
 
@@ -385,12 +400,14 @@ mod tests {
                 serde_json::from_value(exchange["response"].clone()).unwrap();
             let outcome = Outcome::of(&answer);
             let case = exchange["case"].as_str().unwrap();
-            let fatal = !answer.error.is_empty() || answer.node_key_expired;
+            let fatal = !answer.error.is_empty();
             match &outcome {
                 Outcome::Fatal(_) => assert!(fatal, "{case}"),
+                Outcome::KeyExpired => assert!(!fatal && answer.node_key_expired, "{case}"),
                 Outcome::AskHuman(url) => assert_eq!(*url, answer.auth_url, "{case}"),
                 Outcome::Registered(user) => {
-                    assert!(!fatal && answer.auth_url.is_empty(), "{case}");
+                    let expired = answer.node_key_expired;
+                    assert!(!fatal && !expired && answer.auth_url.is_empty(), "{case}");
                     assert_eq!(user, "u", "{case}");
                 }
                 Outcome::Retry(_) => panic!("{case}: {outcome:?}"),
@@ -465,6 +482,8 @@ mod tests {
             hostname: "edge1".to_owned(),
             machine: MachinePrivate::clamped([1; 32]),
             node: NodePublic([2; 32]),
+            old_node: None,
+            followup: None,
             disco: DiscoPublic([3; 32]),
             control_key: None,
         };

@@ -5,7 +5,8 @@
 //!
 //! Rooms: `client` is a node's side, `server` the other; there `address` says which addresses and name
 //! a node gets, `auth_key` what lets a machine in, `admin` what an administrator orders, `routes` who
-//! carries which prefix. `frames` cuts a map stream into messages, `backoff` spaces attempts,
+//! carries which prefix. `frames` cuts a map stream into messages, `renewal` says when a key is
+//! renewed, `backoff` spaces attempts,
 //! `operations` is what the fuzzer and the tests do with a server.
 
 pub mod address;
@@ -16,6 +17,7 @@ pub mod client;
 pub mod frames;
 #[cfg(any(test, feature = "internals"))]
 pub(crate) mod operations;
+pub mod renewal;
 pub mod routes;
 pub mod server;
 
@@ -50,6 +52,11 @@ pub struct CoordConfig {
     pub machine: MachinePrivate,
     /// Our WireGuard public key.
     pub node: NodePublic,
+    /// The WireGuard public key that it takes the place of, while that is renewed.
+    pub old_node: Option<NodePublic>,
+    /// The address that a person was to visit when an earlier connection, or run, ended: the registration
+    /// goes on there.
+    pub followup: Option<String>,
     /// Our disco public key.
     pub disco: DiscoPublic,
     /// The server's key, when it is known already: another one is refused. With it, a TLS
@@ -78,6 +85,8 @@ pub struct SelfState {
     /// None of the prefixes that we are to route can be reached: then the server's probes, by which it finds out
     /// which router of a prefix to choose, are not answered.
     pub routes_lost: bool,
+    /// Name for people, where it is another than [`CoordConfig::hostname`] by now.
+    pub hostname: Option<String>,
     /// Refuse all inbound connections.
     pub shields_up: bool,
     /// TCP ports of our peer API, IPv4 and IPv6.
@@ -103,6 +112,8 @@ pub enum CoordEvent {
     Netmap(Arc<Netmap>),
     /// A human must visit this address to let the node in.
     AuthUrl(String),
+    /// Our key has expired, and the server wants to see another one. Nothing more will be tried with it.
+    KeyExpired,
     /// The server cannot be reached or said no for now; the last netmap stays in force.
     Lost {
         /// Cause, for people.

@@ -36,8 +36,8 @@ use super::names::Names;
 use super::noise_stream::{HANDSHAKE, NoiseStream, UPGRADE};
 use super::underlay::Underlay;
 use crate::coord::client::{
-    AfterMap, LiteGate, Outcome, WATCHDOG, after_map_status, map_request, register_request,
-    removed, worth_reporting,
+    AfterMap, LiteGate, Outcome, WATCHDOG, after_map_status, log_out_request, map_request,
+    register_request, removed, worth_reporting,
 };
 use crate::coord::frames::{Codec, FrameReader};
 use crate::coord::{Backoff, CoordConfig, CoordEvent, SelfState};
@@ -66,8 +66,12 @@ const ANSWER_LEN_MAX: usize = 1 << 20;
 /// Body of `/key` at most.
 const KEY_LEN_MAX: usize = 64 * 1024;
 
-/// Addresses a human may be asked to visit in one attempt.
-const AUTH_URLS_MAX: usize = 5;
+/// A person has not been waited for as long as this: a server that has another address to visit so soon
+/// is asked again later.
+const VISIT_MIN: Duration = Duration::from_secs(60);
+
+/// Dial, handshake and request of a log-out together.
+const LOG_OUT_LIMIT: Duration = Duration::from_secs(15);
 
 /// Events that may wait for the agent; netmaps do not queue, the newest replaces the older one.
 const EVENTS_MAX: usize = 16;
@@ -165,10 +169,30 @@ pub async fn withdraw(
     Ok(())
 }
 
+/// Takes the node's key out of force at the coordination server, which forgets an ephemeral node.
+///
+/// # Errors
+/// It could not be told, or refuses.
+pub async fn log_out(
+    config: CoordConfig,
+    names: Names,
+    underlay: Underlay,
+    roots: Arc<RootCertStore>,
+) -> anyhow::Result<()> {
+    let (events, _) = mpsc::channel(EVENTS_MAX);
+    let (_, own_state) = watch::channel(SelfState::default());
+    let client = Client::new(config, names, underlay, roots, own_state, events)?;
+    timeout(LOG_OUT_LIMIT, client.log_out())
+        .await
+        .unwrap_or_else(|_| Err(anyhow!("no answer within 15 s")))
+}
+
 /// Why a connection ended.
 enum Failure {
     /// No use trying again.
     Fatal(String),
+    /// No use trying again with this key.
+    KeyExpired,
     /// Try again after the backoff, or after the time the server asked for.
     Retry(anyhow::Error, Option<Duration>),
     /// Try again at once.
@@ -233,6 +257,26 @@ impl Client {
         })
     }
 
+    async fn log_out(self) -> anyhow::Result<()> {
+        let control = match self.control {
+            Some(control) => control,
+            None => self.fetch_key().await?,
+        };
+        let mut sender = self.dial(control).await?;
+        let state = self.own_state.borrow().clone();
+        let request = log_out_request(&self.config, &state, &self.os_version);
+        let request = self.request("/machine/register", &request)?;
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let body = read_body(response.into_body(), ANSWER_LEN_MAX).await?;
+        // Whom it does not know, it does not let in either.
+        if !status.is_success() && status != StatusCode::NOT_FOUND {
+            let text = String::from_utf8_lossy(&body);
+            anyhow::bail!("HTTP {status} {}", text.trim());
+        }
+        Ok(())
+    }
+
     async fn run(mut self) {
         let redial = Arc::clone(&self.redial);
         loop {
@@ -248,6 +292,10 @@ impl Client {
                 Failure::Redial => continue,
                 Failure::Fatal(text) => {
                     let _ = self.events.send(CoordEvent::Fatal(text)).await;
+                    return;
+                }
+                Failure::KeyExpired => {
+                    let _ = self.events.send(CoordEvent::KeyExpired).await;
                     return;
                 }
                 Failure::Retry(error, wait) => (error, wait),
@@ -448,8 +496,15 @@ impl Client {
 
     /// Registers; with a human's help when the server asks for it.
     async fn register(&mut self, sender: &mut Sender) -> Result<(), Failure> {
-        let mut followup = String::new();
-        for _ in 0..=AUTH_URLS_MAX {
+        // An auth key needs no person.
+        let known = self.config.followup.clone();
+        let known = known.filter(|_| self.config.auth_key.is_none());
+        let mut followup = known.unwrap_or_default();
+        if !followup.is_empty() {
+            self.emit(CoordEvent::AuthUrl(followup.clone())).await?;
+        }
+        loop {
+            let asked = now();
             let state = self.own_state.borrow().clone();
             let request = register_request(&self.config, &state, &self.os_version, &followup);
             let request = self.request("/machine/register", &request)?;
@@ -476,23 +531,25 @@ impl Client {
             match Outcome::of(&answer) {
                 Outcome::Registered(user) => {
                     self.registered = true;
+                    self.config.followup = None;
                     return self.emit(CoordEvent::Registered { user }).await;
                 }
                 Outcome::AskHuman(url) => {
-                    if url == followup {
-                        tokio::time::sleep(self.backoff.fail(rand::random())).await;
-                    } else {
+                    if url != followup {
                         self.emit(CoordEvent::AuthUrl(url.clone())).await?;
                     }
+                    if !followup.is_empty() && now() < asked + VISIT_MIN {
+                        tokio::time::sleep(self.backoff.fail(rand::random())).await;
+                    }
+                    // It is still good when the connection is lost meanwhile.
+                    self.config.followup = Some(url.clone());
                     followup = url;
                 }
+                Outcome::KeyExpired => return Err(Failure::KeyExpired),
                 Outcome::Fatal(text) => return Err(Failure::Fatal(text)),
                 Outcome::Retry(text) => return Err(anyhow!(text).into()),
             }
         }
-        Err(Failure::Fatal(
-            "nobody let this node in; start again, or use an auth key".to_owned(),
-        ))
     }
 
     /// Asks for the map stream.

@@ -217,6 +217,8 @@ fn withdraw(
         hostname: announced.hostname,
         machine: keys.machine,
         node: keys.node.public(),
+        old_node: None,
+        followup: None,
         disco: keys.disco.public(),
         control_key: control_key.map(|(_, key)| key),
     };

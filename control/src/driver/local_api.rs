@@ -11,8 +11,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use nix::unistd::Group;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
@@ -21,10 +22,15 @@ use super::accept::{self, Attention};
 use super::unix_socket::{self, SocketFile};
 use crate::config::PrefsChange;
 
-/// Longest request line in bytes.
-const REQUEST_LEN_MAX: u64 = 4096;
-/// Requests being served at once.
+/// The owner's socket, in the state directory.
+pub const SOCKET_NAME: &str = "ringtail.sock";
+/// Where the sockets for groups are, by the name of the TUN interface.
+pub const GROUP_SOCKET_DIR: &str = "/run/ringtail";
+/// Longest request line in bytes: thousands of routes to offer.
+const REQUEST_LEN_MAX: u64 = 128 << 10;
+/// Requests being served at once: of the owner, and of a group, which may be many.
 const CLIENTS_MAX: usize = 32;
+const GROUP_CLIENTS_MAX: usize = 128;
 /// How long a client may take to send its line, and to take each answer.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Answers queued for one client.
@@ -117,6 +123,31 @@ pub struct Call {
     pub answers: mpsc::Sender<Value>,
 }
 
+impl Call {
+    /// Gives an answer that others may follow. A client that does not read its answers loses them.
+    pub fn tell(&self, answer: Value) {
+        let _ = self.answers.try_send(answer);
+    }
+
+    /// Gives the last answer.
+    pub fn answer(self, answer: Value) {
+        self.tell(answer);
+    }
+
+    /// Gives what went wrong as the last answer.
+    pub fn refuse(self, why: &str) {
+        self.tell(json!({"error": why}));
+    }
+
+    /// Gives either as the last answer.
+    pub fn answer_result(self, result: anyhow::Result<Value>) {
+        match result {
+            Ok(answer) => self.answer(answer),
+            Err(error) => self.refuse(&format!("{error:#}")),
+        }
+    }
+}
+
 /// Opens the socket, taking the place of one left behind by a killed node. The caller holds the state
 /// directory's lock.
 ///
@@ -127,9 +158,32 @@ pub fn listen(path: &Path) -> anyhow::Result<(UnixListener, SocketFile)> {
     Ok((UnixListener::from_std(listener)?, file))
 }
 
+/// The same for a group, which may look ([`Reader::Group`]). The folder is made, open to everybody, if it is
+/// missing.
+///
+/// # Errors
+/// There is no such group, or the socket cannot be made.
+pub fn listen_for_group(path: &Path, group: &str) -> anyhow::Result<(UnixListener, SocketFile)> {
+    let found = Group::from_name(group).with_context(|| format!("cannot look up {group}"))?;
+    let gid = found
+        .with_context(|| format!("there is no group {group}"))?
+        .gid;
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    let (listener, file) = unix_socket::bind(path)?;
+    file.open_to(gid.as_raw())?;
+    Ok((UnixListener::from_std(listener)?, file))
+}
+
 /// Takes connections of `reader` for ever and turns each into a [`Call`], if he may ask that.
 pub async fn serve(listener: UnixListener, reader: Reader, calls: mpsc::Sender<Call>) {
-    accept::serve(listener, CLIENTS_MAX, "status", |stream, attention| {
+    let most = match reader {
+        Reader::Owner => CLIENTS_MAX,
+        Reader::Group => GROUP_CLIENTS_MAX,
+    };
+    accept::serve(listener, most, "status", |stream, attention| {
         serve_client(stream, attention, reader, calls.clone())
     })
     .await;
@@ -175,7 +229,7 @@ async fn serve_client(
 /// The only answer, to a request that the node does not get to see.
 fn refuse(answers: mpsc::Sender<Value>, why: &str) {
     // There is room for the first.
-    let _ = answers.try_send(serde_json::json!({"error": why}));
+    let _ = answers.try_send(json!({"error": why}));
 }
 
 /// The client's side: sends one request and gives each answer to `each`.
@@ -226,9 +280,7 @@ mod tests {
         tokio::task::spawn_local(async move {
             while let Some(Call { request, answers }) = called.recv().await {
                 for n in 0..2 {
-                    let _ = answers
-                        .send(serde_json::json!({"n": n, "echo": request}))
-                        .await;
+                    let _ = answers.send(json!({"n": n, "echo": request})).await;
                 }
             }
         });

@@ -2,13 +2,15 @@
 //!
 //! | file | holds | mode |
 //! |---|---|---|
-//! | `keys.json` | machine, node and DISCO private keys, the pinned control key | 0600 |
+//! | `keys.json` | machine, node and DISCO private keys, the pinned control key, the node key to come | 0600 |
 //! | `netmap.json` | the last network map, so that a node comes up while coordination is down | 0600 |
 //! | `endpoints.json` | validated direct addresses per peer | 0600 |
 //! | `sessions.json` | node keys of the peers that had sessions lately, to shake hands with after a restart | 0600 |
 //! | `timestamp` | how far the wall clock may have come, for the timestamps of the next run's handshakes | 0600 |
 //! | `host.json` | what of the host's was changed, to be put back ([`ledger`](super::ledger)) | 0600 |
 //! | `home.json` | the home relay that peers know of | 0600 |
+//! | `set.toml` | what `ringtail set` changed | 0600 |
+//! | `login.json` | the address that a person is to visit, while that is waited for | 0600 |
 //! | `ringtail.sock` | the status socket | 0600 |
 //! | `lock` | held by the running node | 0600 |
 //! | `host.lock` | held by whoever has `host.json` open: the node, after its end its keeper | 0600 |
@@ -25,10 +27,15 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::files::{self, Readers};
+use super::local_api::SOCKET_NAME;
+use crate::config::PrefsChange;
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 
 /// Where a node keeps its state unless told otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/ringtail";
+
+/// What `ringtail set` changed.
+const SET_FILE: &str = "set.toml";
 
 /// See `driver/timestamps.rs`.
 pub const TIMESTAMP_FILE: &str = "timestamp";
@@ -40,6 +47,10 @@ pub struct Keys {
     pub machine: MachinePrivate,
     /// WireGuard identity.
     pub node: NodePrivate,
+    /// What is to take its place, while that is not certain.
+    pub next: Option<NodePrivate>,
+    /// When the node key was let in, in seconds since 1970, where that is known.
+    pub since: Option<u64>,
     /// What DISCO messages are sealed with.
     pub disco: DiscoPrivate,
     /// The coordination server's key, once it has been seen, with the URL it belongs to.
@@ -52,6 +63,10 @@ pub struct Keys {
 struct KeysFile {
     machine_key: Zeroizing<String>,
     node_key: Zeroizing<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    next_node_key: Option<Zeroizing<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    node_key_since: Option<u64>,
     disco_key: Zeroizing<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     control_url: Option<String>,
@@ -60,7 +75,7 @@ struct KeysFile {
 }
 
 /// An open state directory.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct StateDir {
     path: PathBuf,
 }
@@ -96,7 +111,7 @@ impl StateDir {
 
     /// The status socket.
     pub fn socket(&self) -> PathBuf {
-        self.file("ringtail.sock")
+        self.file(SOCKET_NAME)
     }
 
     /// Takes the lock of the directory.
@@ -149,6 +164,8 @@ impl StateDir {
             let keys = Keys {
                 machine: MachinePrivate::generate(),
                 node: NodePrivate::generate(),
+                next: None,
+                since: None,
                 disco: DiscoPrivate::generate(),
                 control: None,
             };
@@ -164,9 +181,12 @@ impl StateDir {
             )
         })?;
         let which = |name: &str| format!("{}: {name}", path.display());
+        let next = file.next_node_key.as_ref().map(|text| text.parse());
         Ok(Keys {
             machine: (file.machine_key.parse()).with_context(|| which("machine_key"))?,
             node: (file.node_key.parse()).with_context(|| which("node_key"))?,
+            next: next.transpose().with_context(|| which("next_node_key"))?,
+            since: file.node_key_since,
             disco: (file.disco_key.parse()).with_context(|| which("disco_key"))?,
             control: file.control_url.zip(file.control_key),
         })
@@ -181,12 +201,55 @@ impl StateDir {
         let file = KeysFile {
             machine_key: keys.machine.to_text(),
             node_key: keys.node.to_text(),
+            next_node_key: keys.next.as_ref().map(NodePrivate::to_text),
+            node_key_since: keys.since,
             disco_key: keys.disco.to_text(),
             control_url,
             control_key,
         };
         let text = Zeroizing::new(serde_json::to_vec_pretty(&file)?);
         files::write(&self.file("keys.json"), &text)
+    }
+
+    /// Reads what was `set` in the node's settings.
+    ///
+    /// # Errors
+    /// The file is damaged or another's: without it the node may do what it was told not to.
+    pub fn read_set(&self) -> anyhow::Result<PrefsChange> {
+        let path = self.file(SET_FILE);
+        let Some(text) = files::read(&path, Readers::Anybody)? else {
+            return Ok(PrefsChange::default());
+        };
+        let text = std::str::from_utf8(&text).ok();
+        let set = text.and_then(|text| toml::from_str(text).ok());
+        set.with_context(|| {
+            let path = path.display();
+            format!(
+                "{path} is damaged; remove it, and what `ringtail set` had changed is as before"
+            )
+        })
+    }
+
+    /// Remembers what was `set`.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write_set(&self, set: &PrefsChange) -> anyhow::Result<()> {
+        files::write(&self.file(SET_FILE), toml::to_string(set)?.as_bytes())
+    }
+
+    /// Removes a file, if it is there.
+    ///
+    /// # Errors
+    /// When it stays.
+    pub fn remove(&self, name: &str) -> anyhow::Result<()> {
+        let path = self.file(name);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove {}", path.display()))
+            }
+            Ok(()) | Err(_) => Ok(()),
+        }
     }
 
     /// Reads a cache, or nothing when it is missing, of another shape, or may be somebody else's
@@ -228,8 +291,12 @@ mod tests {
         let mut keys = state.keys().unwrap();
         assert_eq!(state.keys().unwrap().node.public(), keys.node.public());
         keys.control = Some(("http://10.0.0.1".into(), keys.machine.public()));
+        let next = NodePrivate::generate();
+        (keys.next, keys.since) = (Some(next.clone()), Some(1_800_000_000));
         state.save_keys(&keys).unwrap();
         let again = state.keys().unwrap();
+        let public = again.next.map(|key| key.public());
+        assert_eq!((public, again.since), (Some(next.public()), keys.since));
         assert_eq!(
             (again.control, again.disco.public()),
             (keys.control, keys.disco.public())
@@ -265,6 +332,25 @@ mod tests {
         assert_eq!(state.read_cache::<u32>("home.json"), None);
         state.write_cache("home.json", &8).unwrap();
         assert_eq!(state.read_cache("home.json"), Some(8));
+    }
+
+    #[test]
+    fn what_was_set_is_read_back_and_a_damaged_file_is_no_setting() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        assert_eq!(state.read_set().unwrap(), PrefsChange::default());
+        let set = PrefsChange {
+            exit_node: Some("b".into()),
+            advertise_routes: Some("10.0.0.0/8".parse().unwrap()),
+            ..PrefsChange::default()
+        };
+        state.write_set(&set).unwrap();
+        assert_eq!(state.read_set().unwrap(), set);
+        std::fs::write(state.file(SET_FILE), "exit_node = 7").unwrap();
+        let error = state.read_set().unwrap_err().to_string();
+        assert!(error.contains("set.toml is damaged"), "{error}");
+        state.remove(SET_FILE).unwrap();
+        state.remove(SET_FILE).unwrap();
     }
 
     #[test]

@@ -6,8 +6,9 @@
 //! replaced, and so is a link, which is not followed; one that somebody listens on is his, and what is
 //! no socket is not ours to remove.
 
+use std::fs::Permissions;
 use std::io::ErrorKind;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, lchown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -35,6 +36,21 @@ impl SocketFile {
     /// Whether the file is still there and still ours.
     pub fn is_there(&self) -> bool {
         identity(&self.path) == Some(self.identity)
+    }
+}
+
+impl SocketFile {
+    /// Lets a group connect too. The folder is one that only we can write to, lest what is changed be
+    /// another file.
+    ///
+    /// # Errors
+    /// We may not give it away.
+    pub fn open_to(&self, group: u32) -> anyhow::Result<()> {
+        let open = || {
+            lchown(&self.path, None, Some(group))?;
+            std::fs::set_permissions(&self.path, Permissions::from_mode(0o660))
+        };
+        open().with_context(|| format!("cannot open {} to a group", self.path.display()))
     }
 }
 

@@ -151,6 +151,11 @@ impl Manager {
         }
     }
 
+    /// We have another node key from now on.
+    pub fn set_own_key(&mut self, node_key: NodePublic) {
+        self.shared.node_key = node_key;
+    }
+
     /// Whether this peer is known, by these keys.
     pub fn has(&self, setup: &PeerSetup) -> bool {
         if setup.is_plain() {

@@ -85,6 +85,8 @@ pub(super) fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
         hostname: args.hostname.clone(),
         machine,
         node,
+        old_node: None,
+        followup: None,
         disco,
         control_key: args.control_key,
     };
@@ -131,6 +133,7 @@ fn describe(event: &CoordEvent) -> serde_json::Value {
         CoordEvent::Registered { user } => json!({"event": "registered", "user": user}),
         CoordEvent::Netmap(netmap) => describe_netmap(netmap),
         CoordEvent::AuthUrl(url) => json!({"event": "auth_url", "url": url}),
+        CoordEvent::KeyExpired => json!({"event": "key_expired"}),
         CoordEvent::Lost { error, retry_in } => {
             json!({"event": "lost", "error": error, "retry_in_s": retry_in.as_secs_f64()})
         }

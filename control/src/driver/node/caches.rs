@@ -18,6 +18,9 @@ const HOME_CACHE: &str = "home.json";
 const SESSIONS_CACHE: &str = "sessions.json";
 const ENDPOINTS_CACHE: &str = "endpoints.json";
 
+/// All of them, but [`HOME_CACHE`]: what was known of a network that this node is in no more.
+pub(super) const CACHES: [&str; 3] = [NETMAP_CACHE, SESSIONS_CACHE, ENDPOINTS_CACHE];
+
 /// A path that answers again and again is written anew so often: how old paths are counts in hours
 /// ([`CACHED_PATH_AGE_MAX`](crate::path::CACHED_PATH_AGE_MAX)).
 const PATH_AGE_STEP: Duration = Duration::from_secs(15 * 60);
@@ -53,7 +56,7 @@ impl Node {
     }
 
     /// Replaces a cache; whether that is done. What it is about, with its verb, is for the log.
-    fn write(&self, name: &str, value: &impl Serialize, what: &str) -> bool {
+    pub(super) fn write(&self, name: &str, value: &impl Serialize, what: &str) -> bool {
         let written = self.state.write_cache(name, value);
         if let Err(error) = &written {
             tracing::warn!(error = format!("{error:#}"), "{what} not saved");

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 use ringtail_dataplane::{Activity, RegionId};
 use serde_json::json;
 
-use super::{Node, SAVE_SOON, now, wall};
+use super::desk::Desk;
+use super::renew::Old;
+use super::{Ended, Node, SAVE_SOON, now, wall};
 use crate::agent::Network;
 use crate::config::StaticNetwork;
 use crate::coord::{CoordEvent, NotAdmitted};
@@ -33,6 +35,10 @@ const LOOK_UP_LIMIT: Duration = Duration::from_secs(4);
 /// How it stands with coordination while its map stream runs.
 const CONNECTED: &str = "connected";
 
+/// The server does not take our key any more.
+const KEY_EXPIRED: &str =
+    "the coordination server says that this node's key has expired: a new one has to be let in";
+
 /// So many minor changes of the host's network are looked into,
 const MINOR_BURST: usize = 3;
 /// in this time.
@@ -43,6 +49,8 @@ pub(super) enum Finding {
     Resolved(String, Vec<IpAddr>),
     HttpsLatency(RegionId, Option<(Duration, SocketAddr)>),
     PlainPeer(NodePublic, SocketAddr),
+    /// What the coordination server said to our leaving.
+    LoggedOut(Result<(), String>),
 }
 
 impl Node {
@@ -90,7 +98,13 @@ impl Node {
                     .agent
                     .handle_relay_out(batch.peer, batch.region, packets)
                 {
-                    self.relays.send_data(batch.region, &key, &batch.datagrams);
+                    // Who does not know our new key yet takes it for a stranger's, and knows the old one.
+                    for relays in [Some(&self.relays), self.renewal.relays()]
+                        .into_iter()
+                        .flatten()
+                    {
+                        relays.send_data(batch.region, &key, &batch.datagrams);
+                    }
                 }
                 self.dataplane.recycle(batch.datagrams);
             }
@@ -110,6 +124,14 @@ impl Node {
             } else {
                 None
             };
+        }
+    }
+
+    /// What peers send that do not know our new key yet; how the connections stand is nobody's matter any
+    /// more.
+    pub(super) fn take_from_relays_before(&mut self, event: RelayEvent) {
+        if !matches!(event, RelayEvent::News { .. }) {
+            self.take_relay_event(now(), event);
         }
     }
 
@@ -137,19 +159,22 @@ impl Node {
         }
     }
 
-    /// An error means that the node may not join, and says why.
-    pub(super) fn take_from_coord(&mut self, event: CoordEvent) -> anyhow::Result<()> {
+    /// An error means that the node may not stay in the network, and says why.
+    pub(super) fn take_from_coord(&mut self, event: CoordEvent) -> anyhow::Result<Option<Ended>> {
         match event {
             CoordEvent::ControlKey(key) => {
                 if let Some(url) = self.surroundings.coordination.clone() {
                     self.keys.control = Some((url, key));
                     self.state.save_keys(&self.keys)?;
                 }
+                if let Some(coordination) = &mut self.coordination {
+                    coordination.config.control_key = Some(key);
+                }
             }
             CoordEvent::Registered { user } => {
                 self.coordination(true);
                 self.surroundings.coordination_state = format!("registered as {user}");
-                tracing::info!(%user, "registered");
+                self.let_in(user);
             }
             CoordEvent::Netmap(map) => {
                 self.coordination(true);
@@ -161,10 +186,11 @@ impl Node {
                     .handle_told_endpoints(now(), &map.self_node.endpoints);
                 self.unsaved = Some(network);
                 self.tell_up();
+                self.look_at_key();
             }
             CoordEvent::AuthUrl(url) => {
                 self.surroundings.coordination_state = format!("waiting for approval at {url}");
-                tracing::warn!(%url, "a person must let this node in: visit the address");
+                self.ask_person(self.keys.node.public(), url);
             }
             CoordEvent::Lost { error, retry_in } => {
                 self.coordination(false);
@@ -177,9 +203,25 @@ impl Node {
                 };
                 tracing::warn!(%error, ?retry_in, "{what}");
             }
-            CoordEvent::Fatal(text) => return Err(NotAdmitted(text).into()),
+            CoordEvent::KeyExpired => {
+                self.surroundings.coordination_state = KEY_EXPIRED.into();
+                tracing::error!("{KEY_EXPIRED}");
+                self.coordination(false);
+                self.renewal.old = Old::Ended;
+                self.renew(true);
+            }
+            CoordEvent::Fatal(text) => return self.not_admitted(text),
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Whom this run never let in may try again, as somebody wishes; whom it let in is out.
+    pub(super) fn not_admitted(&mut self, why: String) -> anyhow::Result<Option<Ended>> {
+        self.refused(&why);
+        if self.login.is_in() {
+            return Err(NotAdmitted(why).into());
+        }
+        Ok(Some(Ended::Refused(why)))
     }
 
     /// Somebody tells us where peers are, and them where we are, or nobody does.
@@ -196,7 +238,8 @@ impl Node {
         }
     }
 
-    pub(super) fn take_call(&mut self, call: Call) {
+    /// Answers a question, or does what is wanted.
+    pub(super) fn take_call(&mut self, call: Call, desk: &mut Desk) -> Option<Ended> {
         let now = now();
         match &call.request {
             local_api::Request::Status => {
@@ -213,7 +256,7 @@ impl Node {
                 let host = self.hostnet.report();
                 status::complete(&mut status, &relays, &shards, &host, offloads, lost);
                 status["drops"]["discovery_kernel"] = kernel_drops.into();
-                let _ = call.answers.try_send(status);
+                call.answer(status);
             }
             local_api::Request::Ping { peer } => {
                 let (question, peer) = (self.next_question(), peer.clone());
@@ -226,7 +269,8 @@ impl Node {
                 self.agent.handle_netcheck_question(now, question);
             }
             local_api::Request::DnsStatus => {
-                let _ = call.answers.try_send(self.dns.status());
+                let status = self.dns.status();
+                call.answer(status);
             }
             local_api::Request::DnsQuery { name, kind } => {
                 let answer = self.dns.query(name, kind);
@@ -236,19 +280,38 @@ impl Node {
                     }
                 });
             }
-            local_api::Request::Prefs
-            | local_api::Request::Set { .. }
-            | local_api::Request::Up
-            | local_api::Request::Down
-            | local_api::Request::Login
-            | local_api::Request::Logout
-            | local_api::Request::Ip { .. }
-            | local_api::Request::Whois { .. }
-            | local_api::Request::ExitNodes => {
-                let error = json!({"error": "this node cannot answer that yet"});
-                let _ = call.answers.try_send(error);
+            local_api::Request::Prefs => call.answer(desk.tell_prefs()),
+            local_api::Request::Set { change } => {
+                let answer = desk.set(change);
+                if answer.is_ok() {
+                    self.agent.handle_prefs(now, desk.prefs());
+                }
+                call.answer_result(answer);
             }
+            local_api::Request::Up => {
+                let by_key = self
+                    .coordination
+                    .as_ref()
+                    .and_then(|to| to.config.auth_key.as_ref());
+                if self.agent.key_has_expired() && by_key.is_some() {
+                    self.renew(false);
+                }
+                call.answer(json!({"state": "up"}));
+            }
+            local_api::Request::Down => return Some(Ended::Down(call)),
+            local_api::Request::Login => self.take_login(call),
+            local_api::Request::Logout => self.take_logout(call),
+            local_api::Request::Ip { peer } => {
+                let answer = self.agent.addresses_of(peer.as_deref());
+                call.answer_result(answer.map_err(anyhow::Error::msg));
+            }
+            local_api::Request::Whois { address } => {
+                let answer = self.agent.whois(*address);
+                call.answer_result(answer.map_err(anyhow::Error::msg));
+            }
+            local_api::Request::ExitNodes => call.refuse("this node cannot answer that yet"),
         }
+        None
     }
 
     /// Answers on the configuration socket. Coordination, or the network file, owns everything that
@@ -294,14 +357,16 @@ impl Node {
         self.questions_asked
     }
 
-    pub(super) fn take_finding(&mut self, finding: Finding) {
+    pub(super) fn take_finding(&mut self, finding: Finding) -> Option<Ended> {
         match finding {
+            Finding::LoggedOut(told) => return self.logged_out(told),
             Finding::Resolved(host, found) => self.agent.handle_resolved(now(), &host, found),
             Finding::HttpsLatency(region, measured) => {
                 self.agent.handle_https_latency(now(), region, measured);
             }
             Finding::PlainPeer(key, at) => self.agent.handle_plain_endpoint(now(), &key, at),
         }
+        None
     }
 
     /// Reads the static network file again; one that is wrong changes nothing. All else is read at the

@@ -7,12 +7,18 @@
 //! when the TUN is taken away, when coordination says for good that it may not join, when a thread of
 //! the data plane fails, or when anything panics.
 //!
-//! Rooms: `start` builds it, `intake` takes what comes from every side, `plain` is what the settings
-//! file says of plain peers, `caches` its memory on disk.
+//! Rooms: `life` is the process, in which a node may come and go, `desk` what of it stays meanwhile; `start`
+//! builds the node, `intake` takes what comes from every side, `plain` is what the settings file says of plain
+//! peers, `login` lets it into its network and out, `renew` gives it another key, `caches` is its memory on
+//! disk.
 
 mod caches;
+mod desk;
 mod intake;
+mod life;
+mod login;
 mod plain;
+mod renew;
 mod start;
 
 use std::cell::RefCell;
@@ -21,9 +27,9 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use ringtail_dataplane::{Dataplane, DriverKind, Engine, TimeBudget};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
 use super::clock::{at, now, thread_time, wall};
 use super::coord_client::CoordClient;
@@ -47,15 +53,18 @@ use super::state::{Keys, STATE_DIR_DEFAULT, StateDir};
 use super::timestamps::Timestamps;
 use super::tls::roots;
 use super::uapi;
-use super::unix_socket::SocketFile;
 use crate::agent::{Agent, Network, Output, Surroundings};
-use crate::config::NodeConfig;
+use crate::config::{Layers, NodeConfig, PrefsChange};
 use crate::coord::{CoordEvent, SelfState};
 use crate::key::NodePublic;
 use crate::netcheck::Interface;
 use caches::StoredPath;
+use desk::Desk;
 use intake::{Finding, Pace};
-use start::{Source, dataplane_config, underlay_mark};
+use life::{Life, Parts};
+use login::{Coordination, Login};
+use renew::Renewal;
+use start::{auth_key, host_name, underlay_mark};
 
 /// Caches are written this often when they changed.
 const SAVE_PERIOD: Duration = Duration::from_secs(10);
@@ -77,11 +86,12 @@ const RELAYING: Duration = Duration::from_millis(100);
 /// A node that ends waits so long for the server to hear that it routes nothing any more.
 const LEAVE_LIMIT: Duration = Duration::from_millis(300);
 
-/// Runs a node until it is told to stop.
+/// Runs a node until it is told to stop; of the settings that may change, `flags` says what stands on the
+/// command line.
 ///
 /// # Errors
 /// When it cannot start, or cannot go on.
-pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
+pub fn run(mut config: NodeConfig, flags: PrefsChange) -> anyhow::Result<()> {
     let signals = Blocked::new()?;
     let panics = Panics::watch();
     config.fwmark = Some(underlay_mark(config.fwmark));
@@ -95,20 +105,30 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
     for problem in ledger.restore() {
         tracing::warn!(problem, "what an earlier run changed of the host stays");
     }
-    let keys = state.keys()?;
-    let source = Source::read(&config, &state)?;
+    let layers = Layers::new(flags, state.read_set()?, config.prefs.clone());
+    let layers = layers.map_err(anyhow::Error::msg)?;
+    for name in layers.hidden() {
+        tracing::warn!("{name} is given on the command line, and counts for what was `set`");
+    }
+    let auth_key = auth_key(&config)?;
     let roots = roots::load(config.ca_file.as_deref())?;
-    let dataplane = Dataplane::start(dataplane_config(&config, &keys)).context("cannot start")?;
-    let io_uring = dataplane.driver() == DriverKind::IoUring;
+    let parts = Parts::make(&config, &state, auth_key.clone())?;
+    let io_uring = parts.dataplane.driver() == DriverKind::IoUring;
     let run = async |kind| {
         let signals = signals.listen()?;
         let mut keeper = Keeper::start(&state);
-        let notes = ledger.clone();
-        let started = Node::start(config, state, notes, keys, source, roots, dataplane, kind).await;
-        let ended = match started {
-            Ok(node) => node.run(&signals, &panics, &mut keeper).await,
-            Err(error) => Err(error),
+        let life = Life {
+            config,
+            state,
+            ledger: ledger.clone(),
+            auth_key,
+            roots,
+            kind,
+            signals: &signals,
+            panics: &panics,
+            keeper: &mut keeper,
         };
+        let ended = life.run(layers, parts).await;
         keeper.dismiss(&ledger);
         ended
     };
@@ -117,6 +137,18 @@ pub fn run(mut config: NodeConfig) -> anyhow::Result<()> {
     } else {
         runtime::block_on(run)
     }
+}
+
+/// Why a node has ended, and its process goes on, or ends without a fault.
+enum Ended {
+    /// The process was told to end.
+    Told,
+    /// Somebody took it down.
+    Down(Call),
+    /// Somebody took it out of the network.
+    LoggedOut(Call),
+    /// The network did not let it in.
+    Refused(String),
 }
 
 struct Node {
@@ -138,6 +170,10 @@ struct Node {
     relay_events: RelayEvents,
     coord: Option<mpsc::Receiver<CoordEvent>>,
     coord_client: Option<CoordClient>,
+    /// How the coordination server is reached; nothing where the network comes from a file.
+    coordination: Option<Coordination>,
+    login: Login,
+    renewal: Renewal,
     self_state: watch::Sender<SelfState>,
     ledger: Ledger,
     /// Noted before the coordination server is told of routes.
@@ -148,9 +184,6 @@ struct Node {
     minor_change: Pace,
     new_address: Pace,
     addresses: Vec<Interface>,
-    calls: mpsc::Receiver<Call>,
-    /// The status socket's file, while there is somebody behind it.
-    _socket_file: SocketFile,
     /// The configuration socket; none where it could not be made.
     _configuration_socket: Option<uapi::Socket>,
     /// What is asked there.
@@ -159,6 +192,8 @@ struct Node {
     questions: BTreeMap<u64, Call>,
     questions_asked: u64,
     findings: (mpsc::Sender<Finding>, mpsc::Receiver<Finding>),
+    /// What runs beside and ends with the node.
+    _tasks: JoinSet<()>,
     log: EventLog,
     state: StateDir,
     keys: Keys,
@@ -181,10 +216,11 @@ struct Node {
 impl Node {
     async fn run(
         mut self,
+        desk: &mut Desk,
         signals: &Signals,
         panics: &Panics,
         keeper: &mut Keeper,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Ended> {
         let shards = shards::news(&self.dataplane)?;
         let mut datagrams: Vec<Datagram> = Vec::new();
         tracing::info!(
@@ -211,7 +247,7 @@ impl Node {
             let calls_open = self.call_budget.opens(turn, share(CALL_SHARES));
             tokio::select! {
                 told = signals.next() => match told {
-                    Ok(Told::End(_)) => break Ok(()),
+                    Ok(Told::End(_)) => break Ok(Ended::Told),
                     Ok(Told::ReadAgain) => self.read_again(),
                     Err(error) => break Err(error),
                 },
@@ -245,21 +281,34 @@ impl Node {
                     tokio::task::yield_now().await;
                 }
                 event = next(&mut self.coord) => {
-                    if let Some(event) = event && let Err(error) = self.take_from_coord(event) {
-                        break Err(error);
+                    let ended = event.map_or(Ok(None), |event| self.take_from_coord(event));
+                    if let Some(ended) = ended.transpose() {
+                        break ended;
                     }
                 }
-                Some(call) = after(calls_open, self.calls.recv()) => {
+                news = self.renewal.next() => {
+                    if let Some(ended) = self.take_renewal_news(news).transpose() {
+                        break ended;
+                    }
+                }
+                Some(call) = after(calls_open, desk.calls.recv()) => {
                     let began = thread_time();
-                    self.take_call(call);
+                    let ended = self.take_call(call, desk);
                     self.call_budget.spend(thread_time().saturating_sub(began));
+                    if let Some(ended) = ended {
+                        break Ok(ended);
+                    }
                 }
                 Some(call) = after(calls_open, next(&mut self.configuration)) => {
                     let began = thread_time();
                     self.take_configuration_call(call);
                     self.call_budget.spend(thread_time().saturating_sub(began));
                 }
-                Some(finding) = self.findings.1.recv() => self.take_finding(finding),
+                Some(finding) = self.findings.1.recv() => {
+                    if let Some(ended) = self.take_finding(finding) {
+                        break Ok(ended);
+                    }
+                }
                 () = self.hostnet.news() => self.take_host_news(),
                 report = self.resolver.changed() => self.take_resolver_news(report),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
@@ -300,6 +349,9 @@ impl Node {
                 }
                 Output::Initiate(peer) => self.dataplane.initiate(peer),
                 Output::SetPeers { nodes, disco } => {
+                    if let Some(before) = self.renewal.relays() {
+                        before.set_peers(nodes.clone());
+                    }
                     self.relays.set_peers(nodes);
                     self.discovery.set_peers(disco);
                 }
@@ -333,7 +385,14 @@ impl Node {
                         self.agent.handle_stun_error(now(), to, errno);
                     }
                 }
-                Output::Relay { region, to, bytes } => self.relays.send_disco(region, &to, &bytes),
+                Output::Relay { region, to, bytes } => {
+                    for relays in [Some(&self.relays), self.renewal.relays()]
+                        .into_iter()
+                        .flatten()
+                    {
+                        relays.send_disco(region, &to, &bytes);
+                    }
+                }
                 Output::SetDerpMap(map) => self.relays.set_map(&map),
                 Output::SetHome(region) => {
                     self.relays.set_home(Some(region));
@@ -359,8 +418,7 @@ impl Node {
                 Output::Story(event, fields) => self.log.write(event, fields),
                 Output::Answer(question, answer) => {
                     if let Some(call) = self.questions.get(&question) {
-                        // A client that does not read its answers loses them.
-                        let _ = call.answers.try_send(answer);
+                        call.tell(answer);
                     }
                 }
                 Output::AnswerEnd(question) => {

@@ -6,20 +6,23 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use ringtail_dataplane::{Config, Dataplane, Offloads, TimeBudget};
+use ringtail_dataplane::{Config, Offloads, TimeBudget};
 use rustls::RootCertStore;
 use socket2::SockRef;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
 use super::caches::NETMAP_CACHE;
 use super::intake::Pace;
+use super::life::Parts;
+use super::login::{Coordination, Login, coord_config};
 use super::plain;
+use super::renew::Renewal;
 use super::{Node, OVERDRAWN_MAX, SAVE_PERIOD, SAVED_MAX, now, wall};
 use crate::agent::{Agent, Network, Setup, Surroundings};
-use crate::config::{NodeConfig, Prefs, StaticNetwork, ValidateMode};
-use crate::coord::CoordConfig;
-use crate::driver::coord_client::CoordClient;
+use crate::config::{AuthKey, NodeConfig, Prefs, StaticNetwork, ValidateMode};
+use crate::driver::control_url::ControlUrl;
 use crate::driver::discovery::Discovery;
 use crate::driver::dns::Dns;
 use crate::driver::dns_host::HostResolver;
@@ -34,13 +37,15 @@ use crate::driver::runtime::Kind;
 use crate::driver::state::{Keys, StateDir, TIMESTAMP_FILE};
 use crate::driver::timestamps::Timestamps;
 use crate::driver::underlay::Underlay;
-use crate::driver::{link, local_api, sleep, uapi};
+use crate::driver::{link, sleep, uapi};
 use crate::hostnet::MARK_DEFAULT;
 use crate::key::MachinePublic;
 use crate::path::{self, Validate};
 
-/// Questions of the status socket that wait for an answer.
+/// Questions of the configuration socket that wait for an answer.
 const QUESTIONS_MAX: usize = 64;
+/// The environment variable with an auth key. Programs that a node starts do not get it.
+const AUTH_KEY_VARIABLE: &str = "RINGTAIL_AUTH_KEY";
 /// Results of look-ups and measurements that wait for the loop.
 const RESULTS_MAX: usize = 64;
 /// Inner MTU unless told otherwise: what every Tailscale node uses.
@@ -59,7 +64,15 @@ pub(super) enum Source {
 }
 
 impl Source {
-    pub(super) fn read(config: &NodeConfig, state: &StateDir) -> anyhow::Result<Self> {
+    /// Reads who it is; `auth_key` is what may let us in.
+    ///
+    /// # Errors
+    /// A file or a key is wrong.
+    pub(super) fn read(
+        config: &NodeConfig,
+        keys: &Keys,
+        auth_key: Option<Zeroizing<String>>,
+    ) -> anyhow::Result<Self> {
         if let Some(path) = &config.network {
             return Ok(Self::Static(Box::new(StaticNetwork::read(path)?.into())));
         }
@@ -67,21 +80,35 @@ impl Source {
             .coord
             .clone()
             .context("neither --coord nor --network is given")?;
-        let auth_key = config.auth_key_file.as_deref();
-        let auth_key = auth_key.map(files::read_auth_key).transpose()?;
         let given = config.control_key.as_deref().map(str::parse).transpose();
         let given = given.context("--control-key")?;
-        let stored = state
-            .keys()?
-            .control
-            .filter(|(of, _)| *of == url)
-            .map(|(_, key)| key);
+        let stored = keys.control.as_ref().filter(|(of, _)| *of == url);
         Ok(Self::Coord {
             url,
             auth_key,
-            control_key: given.or(stored),
+            control_key: given.or_else(|| stored.map(|(_, key)| *key)),
         })
     }
+}
+
+/// The auth key, from where somebody has put it: the command line, a file, the environment.
+///
+/// # Errors
+/// The file cannot be read.
+pub(super) fn auth_key(config: &NodeConfig) -> anyhow::Result<Option<Zeroizing<String>>> {
+    if let Some(AuthKey(key)) = &config.auth_key {
+        tracing::warn!(
+            "the auth key stands on the command line, where every user of this host can read it: \
+             better give --auth-key-file or {AUTH_KEY_VARIABLE}"
+        );
+        return Ok(Some(key.clone()));
+    }
+    if let Some(file) = &config.auth_key_file {
+        return files::read_auth_key(file).map(Some);
+    }
+    let key = std::env::var(AUTH_KEY_VARIABLE).map(Zeroizing::new);
+    let key = key.ok().map(|key| Zeroizing::new(key.trim().to_owned()));
+    Ok(key.filter(|key| !key.is_empty()))
 }
 
 /// The mark of underlay sockets: the chosen one, or the default where this process may set marks.
@@ -123,7 +150,8 @@ pub(super) fn dataplane_config(config: &NodeConfig, keys: &Keys) -> Config {
     }
 }
 
-fn host_name() -> String {
+/// The host's name, which a node has unless told otherwise.
+pub(super) fn host_name() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let name = name.trim();
     if name.is_empty() {
@@ -138,13 +166,16 @@ impl Node {
         config: NodeConfig,
         state: StateDir,
         ledger: Ledger,
-        keys: Keys,
-        source: Source,
+        prefs: Prefs,
+        parts: Parts,
         roots: Arc<RootCertStore>,
-        dataplane: Dataplane,
         kind: Kind,
     ) -> anyhow::Result<Self> {
-        let prefs = config.prefs.settled(&host_name(), config.network.is_some());
+        let Parts {
+            keys,
+            source,
+            dataplane,
+        } = parts;
         let hostname = prefs.hostname.clone();
         let mtu = config.mtu.unwrap_or(MTU_DEFAULT);
         let log = EventLog::open(config.events.as_deref(), &hostname)?;
@@ -168,19 +199,14 @@ impl Node {
             fwmark: config.fwmark.unwrap_or(0),
             keeper: Some(hostnet.keeper()),
         };
-        tokio::task::spawn_local(async move { interface.keep_mtu_capped().await });
+        let mut tasks = JoinSet::new();
+        tasks.spawn_local(async move { interface.keep_mtu_capped().await });
         let (link_sender, link_changed) = mpsc::channel(1);
-        tokio::task::spawn_local(link::watch(tun_index, link_sender));
-        let (calls_sender, calls) = mpsc::channel(QUESTIONS_MAX);
-        let (listener, socket_file) = local_api::listen(&state.socket())?;
-        tokio::task::spawn_local(local_api::serve(
-            listener,
-            local_api::Reader::Owner,
-            calls_sender,
-        ));
-        let configuration = serve_configuration(dataplane.tun_name()).inspect_err(|error| {
-            tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
-        });
+        tasks.spawn_local(link::watch(tun_index, link_sender));
+        let configuration =
+            serve_configuration(dataplane.tun_name(), &mut tasks).inspect_err(|error| {
+                tracing::warn!(error = format!("{error:#}"), "`wg` will not see this node");
+            });
         let (_configuration_socket, configuration) = configuration.ok().unzip();
         let names = Names::default();
         let (relays, relay_events) = RelayPool::new(RelayOptions {
@@ -195,7 +221,6 @@ impl Node {
             Setup {
                 node_key: keys.node.public(),
                 disco_key: keys.disco.clone(),
-                hostname: hostname.clone(),
                 paths: path::Config {
                     tunnel_mtu: mtu,
                     validate: match config.validate.unwrap_or_default() {
@@ -234,6 +259,9 @@ impl Node {
             relay_events,
             coord: None,
             coord_client: None,
+            coordination: None,
+            login: Login::default(),
+            renewal: Renewal::new(),
             self_state: watch::Sender::default(),
             ledger,
             announced: None,
@@ -246,14 +274,13 @@ impl Node {
             minor_change: Pace::default(),
             new_address: Pace::default(),
             addresses: Vec::new(),
-            calls,
-            _socket_file: socket_file,
             _configuration_socket,
             configuration,
             handshakes: RefCell::default(),
             questions: BTreeMap::new(),
             questions_asked: 0,
             findings,
+            _tasks: tasks,
             log,
             state,
             keys,
@@ -295,14 +322,9 @@ impl Node {
         self.agent.handle_wall_clock(now, wall());
         let hostname = prefs.hostname.clone();
         self.agent.handle_prefs(now, prefs);
-        match source {
-            Source::Static(network) => self.agent.handle_network(now, *network),
-            Source::Coord {
-                url,
-                auth_key,
-                control_key,
-            } => {
-                self.surroundings.coordination = Some(url.clone());
+        match (coord_config(&source, &self.keys, &hostname), source) {
+            (Some(config), _) => {
+                self.surroundings.coordination = Some(config.url.clone());
                 self.surroundings.coordination_state = "connecting".into();
                 self.relays.set_alone(true);
                 self.load_home();
@@ -313,25 +335,19 @@ impl Node {
                     );
                     self.agent.handle_network(now, network);
                 }
-                let config = CoordConfig {
-                    url,
-                    auth_key,
-                    hostname,
-                    machine: self.keys.machine.clone(),
-                    node: self.keys.node.public(),
-                    disco: self.keys.disco.public(),
-                    control_key,
-                };
-                let (client, events) = CoordClient::start(
+                // A URL that is none is told before anything else happens.
+                ControlUrl::parse(&config.url)?;
+                self.coordination = Some(Coordination {
                     config,
-                    self.names.clone(),
                     underlay,
                     roots,
-                    self.self_state.subscribe(),
-                )?;
-                self.coord = Some(events);
-                self.coord_client = Some(client);
+                });
+                if !self.resume_renewal() {
+                    self.connect_coordination();
+                }
             }
+            (None, Source::Static(network)) => self.agent.handle_network(now, *network),
+            (None, Source::Coord { .. }) => {}
         }
         self.load_paths(now);
         self.load_sessions(now);
@@ -343,9 +359,10 @@ impl Node {
 /// namespaces may have interfaces of one name, and only the first of them gets the socket.
 fn serve_configuration(
     interface: &str,
+    tasks: &mut JoinSet<()>,
 ) -> anyhow::Result<(uapi::Socket, mpsc::Receiver<uapi::Call>)> {
     let socket = uapi::Socket::bind(Path::new(uapi::SOCKET_DIR), interface)?;
     let (sender, calls) = mpsc::channel(QUESTIONS_MAX);
-    tokio::task::spawn_local(uapi::serve(socket.listener()?, sender));
+    tasks.spawn_local(uapi::serve(socket.listener()?, sender));
     Ok((socket, calls))
 }

@@ -6,6 +6,7 @@
 //! the winner goes first the next time.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -38,10 +39,10 @@ pub(super) const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 pub(super) const READ_LEN: usize = 256 << 10;
 
 /// Where and how to dial.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Dialler {
     pub(super) names: Names,
-    pub(super) verifiers: Verifiers,
+    pub(super) verifiers: Arc<Verifiers>,
     pub(super) underlay: Underlay,
     pub(super) kind: Kind,
 }

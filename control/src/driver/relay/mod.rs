@@ -228,7 +228,7 @@ impl RelayPool {
             private: options.private,
             dialler: Dialler {
                 names: options.names,
-                verifiers: Verifiers::new(options.roots),
+                verifiers: Arc::new(Verifiers::new(options.roots)),
                 underlay: options.underlay,
                 kind: options.io,
             },
@@ -243,6 +243,29 @@ impl RelayPool {
             good_nodes: RefCell::default(),
         };
         (Self(Rc::new(inner)), RelayEvents(events))
+    }
+
+    /// The same under another key, beside this one: it has the same map, peers and home, which it dials at
+    /// once.
+    pub fn beside(&self, private: NodePrivate) -> (Self, RelayEvents) {
+        let own = &self.0;
+        let events = Rc::new(EventQueue::default());
+        let inner = Inner {
+            private,
+            dialler: own.dialler.clone(),
+            events: events.clone(),
+            counters: Counters::default(),
+            peers: own.peers.clone(),
+            map: own.map.clone(),
+            home: Cell::new(None),
+            alone: own.alone.clone(),
+            links: RefCell::default(),
+            routes: RefCell::default(),
+            good_nodes: own.good_nodes.clone(),
+        };
+        let pool = Self(Rc::new(inner));
+        pool.set_home(own.home.get());
+        (pool, RelayEvents(events))
     }
 
     /// Replaces the DERP map. Connections to regions whose definition changed are closed, and

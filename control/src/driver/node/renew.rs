@@ -1,0 +1,346 @@
+//! Another node key under a running node: before the old one expires by an auth key, and at any time by a
+//! person (`ringtail login`).
+//!
+//! The order loses nothing: the next key is on disk before anybody hears of it; the home relay is connected
+//! under it too; the server takes it in the place of the old one, which moves neither name nor address; then
+//! the data plane goes over under living sessions. Peers hear of it one by one, so for a while packets go and
+//! come by relay under both keys. A registration that fails leaves the old key as it is. If the process dies
+//! in between, the next start asks for the next key first: the server may know no other by then.
+
+use std::time::{Duration, Instant};
+
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use tokio::sync::mpsc;
+use zeroize::Zeroizing;
+
+use super::login::pending;
+use super::{Ended, Node, now, wall};
+use crate::coord::CoordEvent;
+use crate::coord::renewal::{Due, KeyLife};
+use crate::driver::clock::{at, since_1970};
+use crate::driver::coord_client::CoordClient;
+use crate::driver::relay::{RelayEvent, RelayEvents, RelayPool};
+use crate::key::NodePrivate;
+
+/// So long relays know us by the key before too. Peers hear of the new one within a second or two.
+const BOTH_KEYS: Duration = Duration::from_secs(10);
+/// An attempt that has not succeeded by then has failed, where no person is waited for.
+const ATTEMPT_LIMIT: Duration = Duration::from_secs(60);
+
+/// How it stands with the next key.
+#[derive(Default)]
+pub(super) struct Renewal {
+    /// What the server says to the next key.
+    events: Option<mpsc::Receiver<CoordEvent>>,
+    attempt: Option<Attempt>,
+    before: Option<Before>,
+    /// When to look again, and at which expiry we looked last.
+    due: Option<Instant>,
+    seen: Option<OffsetDateTime>,
+    /// Of this node, from 0 to 1.
+    random: f64,
+    /// Whom the old key's registration waits for, or what has ended it.
+    pub(super) old: Old,
+}
+
+/// How it stands with the registration of the old key while the next one is registered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Old {
+    /// It goes on.
+    #[default]
+    Stands,
+    /// It waits for what becomes of the next one, which the server may know already.
+    Waits,
+    /// The server has no use for the old key: without the next one this node is out.
+    Ended,
+}
+
+/// A registration of the next key.
+struct Attempt {
+    key: NodePrivate,
+    by_person: bool,
+    client: CoordClient,
+    relays: RelayPool,
+    relay_events: RelayEvents,
+    limit: Option<Instant>,
+}
+
+/// What happens while a key is renewed.
+pub(super) enum News {
+    /// What the server says to the next key.
+    Server(CoordEvent),
+    /// What comes by relay for the key before.
+    Relayed(RelayEvent),
+    /// It is time to look again.
+    Due,
+}
+
+/// Relays that know us by the key before.
+struct Before {
+    relays: RelayPool,
+    events: RelayEvents,
+    until: Instant,
+}
+
+impl Renewal {
+    pub(super) fn new() -> Self {
+        Self {
+            random: rand::random(),
+            ..Self::default()
+        }
+    }
+
+    /// What happens next. Dropping the future loses nothing.
+    pub(super) async fn next(&mut self) -> News {
+        let limit = self.attempt.as_ref().and_then(|attempt| attempt.limit);
+        let until = self.before.as_ref().map(|before| before.until);
+        let due = [self.due, limit, until].into_iter().flatten().min();
+        let before = self.before.as_mut();
+        let relayed = async {
+            match before {
+                Some(before) => before.events.recv().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            Some(event) = super::next(&mut self.events) => News::Server(event),
+            Some(event) = relayed => News::Relayed(event),
+            () = at(due) => News::Due,
+        }
+    }
+
+    /// The relays by which peers reach us that know us by the key before.
+    pub(super) fn relays(&self) -> Option<&RelayPool> {
+        self.before.as_ref().map(|before| &before.relays)
+    }
+}
+
+impl Node {
+    /// There is a next key from the run before: whoever is asked first, the server may know no other. True if
+    /// the old key waits for what becomes of it.
+    pub(super) fn resume_renewal(&mut self) -> bool {
+        let Some(next) = self.keys.next.as_ref().map(NodePrivate::public) else {
+            return false;
+        };
+        let asked = self.coordination.as_ref().map(|to| to.config_of(next));
+        let visited = asked.and_then(|config| pending(&self.state, &config));
+        self.renew(visited.is_some());
+        let waits = visited.is_none() && self.renewal.attempt.is_some();
+        if waits {
+            self.renewal.old = Old::Waits;
+        }
+        waits
+    }
+
+    /// Registers the next key beside the old one, by the auth key or by a person.
+    pub(super) fn renew(&mut self, by_person: bool) {
+        let Some(to) = self
+            .coordination
+            .clone()
+            .filter(|_| self.renewal.attempt.is_none())
+        else {
+            return;
+        };
+        let key = self
+            .keys
+            .next
+            .get_or_insert_with(NodePrivate::generate)
+            .clone();
+        if let Err(error) = self.state.save_keys(&self.keys) {
+            self.renewal_failed(&format!("{error:#}"));
+            return;
+        }
+        let mut config = to.config_of(key.public());
+        config.old_node = Some(self.keys.node.public());
+        if by_person {
+            config.auth_key = None;
+            config.followup = pending(&self.state, &config);
+        }
+        let (relays, relay_events) = self.relays.beside(key.clone());
+        let own_state = self.self_state.subscribe();
+        let started =
+            CoordClient::start(config, self.names.clone(), to.underlay, to.roots, own_state);
+        match started {
+            Ok((client, events)) => {
+                tracing::info!(next = %key.public(), by_person, "renewing this node's key");
+                self.renewal.events = Some(events);
+                self.renewal.attempt = Some(Attempt {
+                    key,
+                    by_person,
+                    client,
+                    relays,
+                    relay_events,
+                    limit: (!by_person).then(|| now() + ATTEMPT_LIMIT),
+                });
+            }
+            Err(error) => self.renewal_failed(&format!("{error:#}")),
+        }
+    }
+
+    /// # Errors
+    /// This node is out of the network; says why.
+    pub(super) fn take_renewal_news(&mut self, news: News) -> anyhow::Result<Option<Ended>> {
+        match news {
+            News::Server(event) => return self.take_from_renewal(event),
+            News::Relayed(event) => self.take_from_relays_before(event),
+            News::Due => self.look_at_key(),
+        }
+        Ok(None)
+    }
+
+    fn take_from_renewal(&mut self, event: CoordEvent) -> anyhow::Result<Option<Ended>> {
+        let Some(attempt) = &self.renewal.attempt else {
+            return Ok(None);
+        };
+        match event {
+            CoordEvent::Registered { user } => self.renewed(user),
+            CoordEvent::AuthUrl(url) if attempt.by_person => {
+                self.ask_person(attempt.key.public(), url);
+            }
+            CoordEvent::AuthUrl(_) => self.renewal_failed("the server wants a person to do it"),
+            CoordEvent::KeyExpired => self.renewal_failed("the server has the new key as expired"),
+            CoordEvent::Fatal(why) if self.renewal.old == Old::Ended => {
+                return self.not_admitted(why);
+            }
+            CoordEvent::Fatal(why) => self.renewal_failed(&why),
+            CoordEvent::Lost { error, .. } => {
+                tracing::debug!(error, "the next key is not registered yet");
+            }
+            CoordEvent::ControlKey(_) | CoordEvent::Netmap(_) => {}
+        }
+        Ok(None)
+    }
+
+    /// The server knows the next key, and the old one no more.
+    fn renewed(&mut self, user: String) {
+        let Some(attempt) = self.renewal.attempt.take() else {
+            return;
+        };
+        self.keys.node = attempt.key;
+        (self.keys.next, self.keys.since) = (None, Some(since_1970().as_secs()));
+        if let Err(error) = self.state.save_keys(&self.keys) {
+            // It stands there as the next one, which the next start asks for first.
+            tracing::warn!(
+                error = format!("{error:#}"),
+                "the new key is not saved as ours"
+            );
+        }
+        let public = self.keys.node.public();
+        let key = Zeroizing::new(*self.keys.node.as_bytes());
+        self.dataplane.renew_key(&key);
+        self.agent.handle_own_key(public);
+        self.renewal.before = Some(Before {
+            relays: std::mem::replace(&mut self.relays, attempt.relays),
+            events: std::mem::replace(&mut self.relay_events, attempt.relay_events),
+            until: now() + BOTH_KEYS,
+        });
+        self.coord_client = Some(attempt.client);
+        self.coord = self.renewal.events.take();
+        if let Some(to) = &mut self.coordination {
+            to.config.node = public;
+        }
+        self.renewal.old = Old::Stands;
+        self.agent.set_health("key", Vec::new());
+        tracing::info!(node_key = %public, "this node's key is renewed");
+        self.let_in(user);
+        self.look_at_key();
+    }
+
+    /// The old key stays; there is another attempt later, if no person is needed for it.
+    fn renewal_failed(&mut self, why: &str) {
+        (self.renewal.attempt, self.renewal.events) = (None, None);
+        self.keys.next = None;
+        if let Err(error) = self.state.save_keys(&self.keys) {
+            tracing::debug!(error = format!("{error:#}"), "the next key stays on disk");
+        }
+        self.refused(why);
+        if self.renewal.old == Old::Waits {
+            self.renewal.old = Old::Stands;
+            self.connect_coordination();
+            return;
+        }
+        let until = self.key_life().map(|life| life.until);
+        let until = until.map_or_else(String::new, |until| {
+            format!(", which expires at {}", text(until))
+        });
+        self.agent.set_health(
+            "key",
+            vec![format!(
+                "this node's key{until}, could not be renewed: {why}"
+            )],
+        );
+        let retry = self.key_life().map(|life| life.retry(wall()));
+        self.renewal.due = retry.map(|wait| now() + wait);
+    }
+
+    /// When our key was let in and when it expires, if it does.
+    fn key_life(&self) -> Option<KeyLife> {
+        let until = self.agent.key_expiry()?;
+        let since = self.keys.since.and_then(|secs| i64::try_from(secs).ok());
+        let since = since.and_then(|secs| OffsetDateTime::from_unix_timestamp(secs).ok());
+        Some(KeyLife {
+            since: since.unwrap_or_else(wall),
+            until,
+        })
+    }
+
+    /// Renews the key if that is due, or has a person told of its end. To be called when the map is another,
+    /// and whenever it is due.
+    pub(super) fn look_at_key(&mut self) {
+        let turn = now();
+        if self
+            .renewal
+            .before
+            .as_ref()
+            .is_some_and(|before| before.until <= turn)
+        {
+            self.renewal.before = None;
+        }
+        let limit = self
+            .renewal
+            .attempt
+            .as_ref()
+            .and_then(|attempt| attempt.limit);
+        if limit.is_some_and(|limit| limit <= turn) {
+            self.renewal_failed("the coordination server does not answer");
+            return;
+        }
+        let expiry = self.agent.key_expiry();
+        if std::mem::replace(&mut self.renewal.seen, expiry) != expiry {
+            self.renewal.due = None;
+        }
+        if self.renewal.due.is_some_and(|due| turn < due) || self.renewal.attempt.is_some() {
+            return;
+        }
+        self.renewal.due = None;
+        let by_key = self
+            .coordination
+            .as_ref()
+            .is_some_and(|to| to.config.auth_key.is_some());
+        let Some(life) = self.key_life().filter(|_| self.coordination.is_some()) else {
+            return;
+        };
+        match life.due(wall(), by_key, self.renewal.random) {
+            Due::Later(wait) => {
+                self.renewal.due = Some(turn + wait);
+                self.agent.set_health("key", Vec::new());
+            }
+            Due::Told(wait) => {
+                self.renewal.due = Some(turn + wait);
+                let line = format!(
+                    "this node's key expires at {}: `ringtail login` renews it, and so does a start with a \
+                     valid auth key; or an administrator extends it",
+                    text(life.until)
+                );
+                self.agent.set_health("key", vec![line]);
+            }
+            Due::Renew => self.renew(false),
+        }
+    }
+}
+
+fn text(time: OffsetDateTime) -> String {
+    let time = time.replace_nanosecond(0).unwrap_or(time);
+    time.format(&Rfc3339).unwrap_or_default()
+}
