@@ -1,0 +1,41 @@
+# shellcheck shell=bash
+
+# Keys that live for a minute and a half: an auth key renews them in place, while the tunnel is in use; without one a
+# person is told.
+row_renew() {
+  local key next
+  HS_EXPIRY=90s
+  tailnet_up
+  hosts a b c
+  tailnet_ringtail a a
+  # Keys of nodes with a tag live for ever.
+  hs_key 1 --tags tag:far >"$LAB_DIR/tag-key"
+  TAILNET_KEY=$LAB_DIR/tag-key tailnet_tailscaled b b
+  tailnet_ringtail c c --relay-only
+  ready a b c || return 0
+  check "status says when the key expires" shows_state a 'key expires in'
+  key=$(own_key a)
+  tailnet_stream a b out
+  tailnet_stream b a in
+  check "a and b go direct" within 15 tailnet_direct a b
+  tailnet_stream c b relayed
+  check "the key of a is another before it expires" within 100 has_another_key a "$key"
+  check "and that of c" within 30 log_says c "key is renewed"
+  pause 5
+  check "a has its address still" [ "$(rt a ip -4)" = "$(tailnet_ip a)" ]
+  check "from a nothing is silent for a second" silent_at_most out 1000
+  check "to a neither" silent_at_most in 1000
+  check "nor by relay" silent_at_most relayed 2000
+  check "Headscale has the new key and no other node" [ "$(hs nodes list -o json | jq '[.[] | select(.name == "a")] | length')" = 1 ]
+  check "status is in order" rt a status
+  next=$(own_key a)
+  tailnet_stop a KILL
+  tailnet_start a
+  check "after a kill it has its new key" within 20 tailnet_pings b a 1
+  check "and no older one" [ "$(own_key a)" = "$next" ]
+}
+own_key() { rt "$1" status --json 2>/dev/null | jq -r .node_key; }
+has_another_key() { local now; now=$(own_key "$1") && [ -n "$now" ] && [ "$now" != "$2" ]; }
+log_says() { grep -q "$2" "$LAB_DIR/node-$1.log"; }
+shows_state() { rt "$1" status | grep -F "$2"; }
+silent_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost, $GAP_MS ms" && [ "$GAP_MS" -le "$2" ]; }
