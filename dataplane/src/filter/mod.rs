@@ -29,6 +29,9 @@
 //! With [`Rules::AllowAll`](crate::types::Rules) both `admit` and `remember` return at once, and
 //! no memory of flows exists. Flows are then remembered from the moment a list is installed, here or
 //! at a shard that has it a moment before us and tells us of a flow.
+//!
+//! Rooms: `rules` is whose packets a rule is about, `table` where it lets them; `flows` remembers what
+//! began here, `tsmp` answers what ends in the node.
 
 mod flows;
 mod rules;
@@ -59,6 +62,10 @@ pub(crate) use {rules::TABLE_PARTS_MAX, table::PART_COST};
 
 /// The metadata address of clouds: link-local, yet routed to by subnet routers.
 const CLOUD_METADATA: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// What was asked of the rules, for a source and a destination.
+type Asked = (Ask, IpAddr, IpAddr);
+/// Things that were let in and are known again.
+const LET_IN_PLACES: usize = 64;
 /// A later fragment below this offset, in units of 8 bytes, could reach into a transport header
 /// (60 bytes of IPv4 header and 20 of TCP).
 const FRAGMENT_OFFSET_MIN: u16 = 10;
@@ -88,10 +95,11 @@ pub struct Filter {
     /// Exists from the first rule list or flow of another shard on.
     flows: Option<FlowMemory>,
     flows_max: usize,
-    /// The last destination found to be ours, and the last thing asked that was let in, under these
-    /// rules: nearly every packet is the same again.
+    /// The last destination found to be ours, under these rules: nearly every packet has it again.
     local_before: Option<IpAddr>,
-    let_in_before: Option<(Ask, IpAddr, IpAddr)>,
+    /// Things asked that these rules let in, each at its place by hash: the packets of a flow ask the same
+    /// again.
+    let_in_before: Box<[Option<Asked>; LET_IN_PLACES]>,
 }
 
 impl Filter {
@@ -109,7 +117,7 @@ impl Filter {
             flows: None,
             flows_max: flows_max(shards),
             local_before: None,
-            let_in_before: None,
+            let_in_before: Box::new([None; LET_IN_PLACES]),
         }
     }
 
@@ -127,7 +135,7 @@ impl Filter {
             self.memory(now);
         }
         self.local_before = None;
-        self.let_in_before = None;
+        self.let_in_before.fill(None);
         std::mem::replace(&mut self.rules, rules)
     }
 
@@ -308,15 +316,35 @@ impl Filter {
 
     fn ask(&mut self, headers: &Headers, ask: Ask) -> Result<(), DropReason> {
         let asked = (ask, headers.src, headers.dst);
-        if self.let_in_before == Some(asked) {
+        let before = &mut self.let_in_before[place_of(&asked)];
+        if *before == Some(asked) {
             return Ok(());
         }
         if !self.rules.matches(ask, headers.src, headers.dst) {
             return Err(DropReason::FilterDenied);
         }
-        self.let_in_before = Some(asked);
+        *before = Some(asked);
         Ok(())
     }
+}
+
+/// Who looks for another thing with the same place makes the rules be asked, and no more.
+#[inline]
+#[expect(clippy::cast_possible_truncation, reason = "any bits of the hash do")]
+fn place_of((ask, src, dst): &Asked) -> usize {
+    let (protocol, dst_port) = match *ask {
+        Ask::Any => (ICMP, 0),
+        Ask::Port(protocol, port) => (protocol, port),
+        Ask::AllPorts(protocol) => (protocol, 0),
+    };
+    let flow = Flow {
+        src: *src,
+        dst: *dst,
+        protocol,
+        src_port: 0,
+        dst_port,
+    };
+    flow.hash() as usize % LET_IN_PLACES
 }
 
 /// A packet that ends inside its transport header; as a first fragment it is an attempt to hide the

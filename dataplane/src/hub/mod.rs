@@ -256,20 +256,6 @@ pub(crate) struct Hub {
 }
 
 impl Hub {
-    /// Changes the settings of every thread.
-    pub(crate) fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
-        let mut current = lock(&self.settings);
-        let mut settings = Settings::clone(&current);
-        change(&mut settings);
-        *current = Arc::new(settings);
-        for inbox in &self.inboxes {
-            drop(inbox.settings.force_push(Arc::clone(&current)));
-            inbox.wake.ring();
-        }
-        drop(self.handshake_settings.force_push(Arc::clone(&current)));
-        self.handshake_wake.signal();
-    }
-
     pub(crate) fn new(epoch: Instant, shards: usize) -> io::Result<Hub> {
         Ok(Hub {
             epoch,
@@ -289,6 +275,20 @@ impl Hub {
             routes_wake: EventFd::new()?,
             strangers: Strangers::new(epoch),
         })
+    }
+
+    /// Changes the settings of every thread.
+    pub(crate) fn change_settings(&self, change: impl FnOnce(&mut Settings)) {
+        let mut current = lock(&self.settings);
+        let mut settings = Settings::clone(&current);
+        change(&mut settings);
+        *current = Arc::new(settings);
+        for inbox in &self.inboxes {
+            drop(inbox.settings.force_push(Arc::clone(&current)));
+            inbox.wake.ring();
+        }
+        drop(self.handshake_settings.force_push(Arc::clone(&current)));
+        self.handshake_wake.signal();
     }
 
     /// Up to when a shard's filter has forgotten flows for want of room, if it has.

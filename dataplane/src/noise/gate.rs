@@ -5,7 +5,7 @@
 //! 2. An answer (response or cookie reply) passes if its receiver index is one that we await an answer
 //!    under ([`Standing::Awaited`]), and a response's MAC1 is right; no more than a few for one index.
 //!    It needs no proof of an address: who was not told the index guesses one of 16 million.
-//! 3. MAC1 of an initiation: the sender knows our public key. It costs about half a microsecond.
+//! 3. MAC1 of an initiation: the sender knows our public key, or for a while the one before it. It costs about half a microsecond.
 //! 4. Load. Initiations with a right MAC1 make it, because they lead to Diffie-Hellman computations,
 //!    here and in the shard of their peer. [`LOAD_PER_SECOND`] on average and [`LOAD_BURST`] at once
 //!    are taken; when there are more, we are under load until a second has passed without any above
