@@ -508,6 +508,11 @@ impl Agent {
                 return Err("too many pings are under way; try again".into());
             }
             let name = self.peer_name(id);
+            if self.paths.is_plain(id) {
+                return Err(format!(
+                    "{name} is but a WireGuard peer: ping an address that it has inside the tunnel"
+                ));
+            }
             self.paths
                 .ping(now, id)
                 .ok_or_else(|| format!("{name} has neither a relay nor an address to ping"))

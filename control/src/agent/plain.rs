@@ -120,7 +120,11 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
+    use crate::agent::Output;
     use crate::agent::network::HeldBack;
+    use crate::agent::tests::{agent, network, outputs};
+    use crate::config::Prefs;
+    use crate::testing::start;
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()
@@ -231,6 +235,66 @@ mod tests {
             "the policy names exactly this"
         );
         assert!(!admits(&network, "fd09::7"));
+    }
+
+    #[test]
+    fn a_plain_peer_is_told_with_its_secret_where_it_is_and_to_no_relay() {
+        let (now, mut agent) = (start(), agent(1, true));
+        let plain = |key: u8, allowed_ips: &[&str]| NetworkPeer {
+            endpoints: vec!["203.0.113.9:51820".parse().unwrap()],
+            plain: Some(Plain {
+                preshared_key: Some(PresharedKey([7; 32])),
+                keepalive: 25,
+                allow_in: false,
+            }),
+            ..(*peer(key, allowed_ips, None)).clone()
+        };
+        // The second is the network's own node, by its key.
+        let node = network(2).peers[0].node_key;
+        let twin = NetworkPeer {
+            node_key: node,
+            ..plain(8, &["10.8.0.0/16"])
+        };
+        let allowed = ["10.5.0.0/16", "10.7.0.2/32", "10.7.0.1/32", "0.0.0.0/0"];
+        agent.set_plain_peers(vec![plain(9, &allowed), twin]);
+        agent.handle_prefs(now, Prefs::default());
+        agent.handle_network(now, network(2));
+        let out = outputs(&mut agent);
+        let id = agent.directory.id(&NodePublic([9; 32])).unwrap();
+        let change = out.iter().find_map(|output| {
+            let Output::ChangeNetwork(change) = output else {
+                return None;
+            };
+            Some(change)
+        });
+        let told = &change.unwrap().peers;
+        assert_eq!(told.len(), 2);
+        let told = told.iter().find(|peer| peer.id == id).unwrap();
+        // Not what the network's node, we or the Internet have; routes need not be accepted for it.
+        assert_eq!(told.allowed_ips, [net("10.5.0.0/16").into()]);
+        assert_eq!(told.preshared_key.as_deref(), Some(&[7; 32]));
+        assert_eq!(told.persistent_keepalive, Some(25));
+        let at = |out: &[Output]| {
+            out.iter().find_map(|output| {
+                let Output::SetPath(of, decision) = output else {
+                    return None;
+                };
+                (*of == id).then_some((decision.udp, decision.derp))
+            })
+        };
+        let endpoint = |text: &str| Some(text.parse().unwrap());
+        assert_eq!(at(&out), Some((endpoint("203.0.113.9:51820"), None)));
+        let to_relays =
+            |output: &Output| matches!(output, Output::SetPeers { nodes, .. } if *nodes == [node]);
+        assert!(out.iter().any(to_relays));
+        // Its name leads elsewhere.
+        let moved = "203.0.113.10:51820".parse().unwrap();
+        agent.handle_plain_endpoint(now, &NodePublic([9; 32]), moved);
+        assert_eq!(at(&outputs(&mut agent)), Some((Some(moved), None)));
+        // DISCO is not its language.
+        agent.handle_ping(now, 1, "p9");
+        let said = format!("{:?}", outputs(&mut agent));
+        assert!(said.contains("WireGuard peer"), "{said}");
     }
 
     #[test]

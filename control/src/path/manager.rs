@@ -385,6 +385,11 @@ impl Manager {
         sent.unwrap_or(false).then_some(id)
     }
 
+    /// Whether a peer speaks no DISCO and has no relay.
+    pub fn is_plain(&self, peer: PeerId) -> bool {
+        self.plain.contains_key(&peer)
+    }
+
     /// How a peer is reached now.
     pub fn status(&self, now: Instant, peer: PeerId) -> Option<Status> {
         let plain = || self.plain.get(&peer).map(|plain| plain.status(now));

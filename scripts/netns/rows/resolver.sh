@@ -23,6 +23,11 @@ nameserver 203.0.113.53" >/run/theirs; ln -sf ../run/theirs /etc/resolv.conf'
   check "in a file that says whose it is" a_in grep -q "^# Written by ringtail for ringtail0" /etc/resolv.conf
   a_in sh -c 'echo "nameserver 203.0.113.53" >/etc/new; mv /etc/new /etc/resolv.conf'
   check "what another program writes is replaced" within 5 finds b
+  for try in 1 2 3 4 5; do
+    a_in sh -c "echo 'nameserver 203.0.113.53' >/etc/new; mv /etc/new /etc/resolv.conf"
+    pause 0.4
+  done
+  check "but not for ever, and status says so" within 5 resolver_says "another program keeps writing"
   resolver_end
   check "and is what is there in the end" [ "$(a_in cat /etc/resolv.conf)" = "nameserver 203.0.113.53" ]
   a_in ln -sfT ../run/theirs /etc/resolv.conf
@@ -80,8 +85,11 @@ nameserver 203.0.113.53" >/run/theirs; ln -sf ../run/theirs /etc/resolv.conf'
   lab_stop resolved
   resolver_spawn
   check "started anew it is told again" within 10 finds b
-  resolver_end KILL
-  check "killed: it has forgotten" within 2 resolver_forgot
+  kill -STOP "$(lab_pid resolved)"
+  kill "$(lab_pid node-a)"
+  check "it ends although systemd-resolved hangs" within 3 not lab_alive node-a
+  kill -CONT "$(lab_pid resolved)"
+  check "which has forgotten it" within 2 resolver_forgot
 }
 # A file system namespace with /etc and /run of its own, which outlives the node; a_in COMMAND... runs there.
 resolver_etc() {
