@@ -25,8 +25,9 @@ use crate::disco::{self, Message, SharedKey};
 use crate::dns::{Decision, Exit, Own, Read, Wish, message};
 use crate::key::{DiscoPrivate, KEY_LEN, MachinePrivate, NodePrivate, NodePublic};
 use crate::netmap::MapState;
-use crate::netmap::wire::{DNS_RECORDS_MAX, DNS_SUFFIXES_MAX, DnsConfig};
+use crate::netmap::wire::{DNS_RECORDS_MAX, DNS_SUFFIXES_MAX, DnsConfig, FilterRule};
 use crate::noise::{EarlyPayload, Initiator, RECORD_LEN_MAX, RESPONSE_LEN, respond};
+use crate::policy::{Compiled, PARTS_MAX, Policy, PolicyNode};
 use crate::stun;
 use crate::uapi::{DeviceStatus, Parser, PeerStatus, READ_LEN_MAX, Reply, Request};
 
@@ -48,6 +49,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("uapi", |_, bytes| uapi(bytes)),
     ("dns_question", |_, bytes| dns_question(bytes)),
     ("dns_settings", |_, bytes| dns_settings(bytes)),
+    ("policy", |_, bytes| policy(bytes)),
 ];
 
 /// The pieces of a stream: the input without its first byte, cut by it.
@@ -361,6 +363,46 @@ fn uapi_requests(parser: &mut Parser, device: &mut Device) {
                 }
             }
             Request::Set(Err(errno)) => drop(Reply::to_set(Err(errno))),
+        }
+    }
+}
+
+/// A policy file, and what it makes of a few nodes.
+fn policy(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let policy = match Policy::parse(text) {
+        Ok(policy) => policy,
+        Err(error) => {
+            let line = text.split('\n').nth(error.line - 1);
+            let columns = line.expect("it is a line of the text").chars().count() + 1;
+            assert!((1..=columns).contains(&error.column), "{error}");
+            return;
+        }
+    };
+    let node = |id: u8, user: &str, tags: &[&str], routes: &[&str]| PolicyNode {
+        id: id.into(),
+        addresses: [
+            [100, 64, 0, id].into(),
+            [0xfd7a, 0, 0, 0, 0, 0, 0, id.into()].into(),
+        ],
+        user: user.to_owned(),
+        tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
+        routes: routes.iter().filter_map(|net| net.parse().ok()).collect(),
+    };
+    let nodes = vec![
+        node(1, "ann", &[], &[]),
+        node(2, "bob", &[], &["0.0.0.0/0", "::/0"]),
+        node(3, "ann", &["tag:a", "tag:b"], &["10.20.0.0/16"]),
+        node(4, "ann", &[], &[]),
+    ];
+    let compiled = Compiled::new(&policy, nodes);
+    for viewer in 1..=4 {
+        let weight: usize = compiled.filter(viewer).iter().map(FilterRule::weight).sum();
+        assert!(weight <= 3 * PARTS_MAX, "{weight}");
+        for peer in 1..=4 {
+            assert_eq!(compiled.sees(viewer, peer), compiled.sees(peer, viewer));
         }
     }
 }

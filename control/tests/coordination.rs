@@ -58,6 +58,8 @@ fn put_key_of_kind(dir: &Path, text: &str, reusable: bool, ephemeral: bool) {
         hash: auth_key::hash(text),
         reusable,
         ephemeral,
+        user: 1,
+        tags: Vec::new(),
         used: false,
         expires: None,
         created: OffsetDateTime::now_utc(),
@@ -116,12 +118,15 @@ fn serve_on(listener: TcpListener, dir: &Path, control: [u8; 32]) -> (CoordServe
         database: database(dir),
         server: ServerConfig {
             base_domain: "tail.test".to_owned(),
-            user: "ringtail".to_owned(),
+            users: std::collections::BTreeMap::new(),
+            dns: ringtail::netmap::wire::DnsConfig::default(),
+            key_expiry: None,
             domain: "tail.test".to_owned(),
             addresses: ringtail::coord::address::AddressPlan::default(),
             derp_map: derp_map(),
             ephemeral_timeout: Duration::from_secs(1),
         },
+        policy: None,
     });
     (server.unwrap(), address)
 }

@@ -9,9 +9,11 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use time::OffsetDateTime;
 
+use super::address;
 use super::routes::{APPROVALS_MAX, announced};
 use super::server::{NodeRecord, Write};
 use crate::key::{MachinePublic, NodePublic};
+use crate::policy::is_tag;
 
 /// What is to be done.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +30,8 @@ pub enum Order {
     Admit {
         /// As the machine's user was shown it; the URL it is in will do.
         code: String,
+        /// Whose node it is from now on.
+        user: Option<String>,
     },
 }
 
@@ -39,6 +43,10 @@ pub enum Change {
     Delete,
     /// Its key is no good from now on; it stays what it is, and comes back with an auth key.
     Expire,
+    /// It is called this from now on, whatever its host is.
+    Rename(String),
+    /// It has these tags and no others; with none it is its user's.
+    Tag(Vec<String>),
     /// These routes, without host bits, count when it announces them.
     Approve(Vec<IpNet>),
     /// These, each of them approved, do not any more.
@@ -68,6 +76,8 @@ pub struct Done {
     pub announced: Vec<IpNet>,
     /// What is approved for it.
     pub approved: Vec<IpNet>,
+    /// Its tags.
+    pub tags: Vec<String>,
 }
 
 /// Why an order is not carried out.
@@ -93,6 +103,20 @@ pub enum Refusal {
          whoever asks again is shown another"
     )]
     NoSuchCode(String),
+    /// Nobody of that name.
+    #[error("no user is {0:?}: `ringtail coord users` lists them, and `users add` makes one")]
+    NoSuchUser(String),
+    /// Not fit for the name of a node.
+    #[error(
+        "{0:?} cannot be a node's name: write 1 to 63 letters, digits and -, none of these at an end"
+    )]
+    BadName(String),
+    /// Another node has it.
+    #[error("node {1} has the name {0:?} already")]
+    NameTaken(String, i64),
+    /// Not fit for a tag.
+    #[error("{0:?} is no tag: write tag: and a name that begins with a letter")]
+    BadTag(String),
     /// A machine that waits cannot be let in.
     #[error("{0}")]
     NoPlace(String),
@@ -110,12 +134,12 @@ pub enum Refusal {
 /// # Errors
 /// [`Refusal`]; nothing is to be done then.
 pub fn plan<'a>(
-    nodes: impl Iterator<Item = &'a NodeRecord>,
+    nodes: impl Iterator<Item = &'a NodeRecord> + Clone,
     node: &str,
     change: &Change,
     wall: OffsetDateTime,
 ) -> Result<(Option<Write>, Done), Refusal> {
-    let old = find(nodes, node)?;
+    let old = find(nodes.clone(), node)?;
     let mut record = old.clone();
     match change {
         Change::Delete => {
@@ -125,6 +149,28 @@ pub fn plan<'a>(
         Change::Expire => {
             let now = wall.replace_nanosecond(0).unwrap_or(wall);
             record.expires.get_or_insert(now);
+        }
+        Change::Rename(name) => {
+            let name = name.to_ascii_lowercase();
+            if address::name(&name, |_| false) != name {
+                return Err(Refusal::BadName(name));
+            }
+            let taken = |other: &&NodeRecord| other.name == name && other.id != old.id;
+            if let Some(other) = nodes.clone().find(taken) {
+                return Err(Refusal::NameTaken(name, other.id));
+            }
+            (record.name, record.name_fixed) = (name, true);
+        }
+        Change::Tag(tags) => {
+            if let Some(bad) = tags.iter().find(|tag| !is_tag(tag)) {
+                return Err(Refusal::BadTag(bad.clone()));
+            }
+            record.tags.clone_from(tags);
+            record.tags.sort_unstable();
+            record.tags.dedup();
+            if !tags.is_empty() {
+                record.good_until = None;
+            }
         }
         Change::Approve(routes) => {
             if let Some(bad) = routes.iter().find(|route| route.trunc() != **route) {
@@ -159,6 +205,7 @@ impl Done {
             auth_key: record.auth_key,
             announced: announced(&record.hostinfo),
             approved: record.approved.clone(),
+            tags: record.tags.clone(),
         }
     }
 }
@@ -208,7 +255,10 @@ mod tests {
             machine: MachinePublic([id; 32]),
             node_key: NodePublic([id ^ 0x80; 32]),
             disco: None,
+            user: 1,
+            tags: Vec::new(),
             name: name.to_owned(),
+            name_fixed: false,
             v4: [100, 64, 0, id].into(),
             v6: Ipv6Addr::from_bits(id.into()),
             capver: 130,
@@ -217,6 +267,7 @@ mod tests {
             auth_key: Some(5),
             ephemeral: false,
             expires: None,
+            good_until: None,
             approved: Vec::new(),
             last_seen: None,
             created: WALL,

@@ -67,6 +67,10 @@ pub struct AuthKey {
     pub reusable: bool,
     /// Its nodes are forgotten when they stay away.
     pub ephemeral: bool,
+    /// Who owns the nodes it lets in, if it gives them no tags.
+    pub user: i64,
+    /// What it gives them.
+    pub tags: Vec<String>,
     /// Has let a machine in.
     pub used: bool,
     /// No good from then on.
@@ -92,6 +96,10 @@ pub enum KeyCheck {
         id: i64,
         /// Its nodes are forgotten when they stay away.
         ephemeral: bool,
+        /// Who owns them.
+        user: i64,
+        /// Their tags.
+        tags: Vec<String>,
     },
 }
 
@@ -116,6 +124,8 @@ impl KeyCheck {
         Self::Valid {
             id: key.id,
             ephemeral: key.ephemeral,
+            user: key.user,
+            tags: key.tags.clone(),
         }
     }
 
@@ -143,6 +153,8 @@ mod tests {
             hash: hash(text),
             reusable: false,
             ephemeral: false,
+            user: 1,
+            tags: Vec::new(),
             used: false,
             expires: None,
             created: NOW,
@@ -170,6 +182,8 @@ mod tests {
         let valid = KeyCheck::Valid {
             id: 7,
             ephemeral: false,
+            user: 1,
+            tags: Vec::new(),
         };
         assert_eq!(check(&key), valid);
         assert_eq!(KeyCheck::of("secrex", Some(&key), NOW), KeyCheck::Unknown);

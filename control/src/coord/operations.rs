@@ -21,11 +21,12 @@ use super::admin::{self, Change};
 use super::auth_key::KeyCheck;
 use super::frames::{FrameReader, encode};
 use super::server::{
-    Code, ENDPOINTS_MAX, HOSTINFO_LEN_MAX, MapAnswer, MapRefusal, NodeRecord, OFFLINE_DELAY,
-    PENDING_TIME, Registration, START_GRACE, Server, ServerConfig, SessionId, TICK, Waits, Write,
+    Code, ENDPOINTS_MAX, FIRST_USER, HOSTINFO_LEN_MAX, MapAnswer, MapRefusal, NodeRecord,
+    OFFLINE_DELAY, PENDING_TIME, Registration, START_GRACE, Server, ServerConfig, SessionId, TICK,
+    Waits, Write,
 };
 use crate::key::{DiscoPublic, MachinePublic, NodePublic};
-use crate::netmap::wire::{MapRequest, MapResponse, Node, RegisterRequest, WireTime};
+use crate::netmap::wire::{DnsConfig, MapRequest, MapResponse, Node, RegisterRequest, WireTime};
 use crate::netmap::{DerpMap, MapState};
 
 pub(super) const WALL: OffsetDateTime = time::macros::datetime!(2026-11-22 05:00 UTC);
@@ -64,6 +65,9 @@ struct Member {
     ephemeral: bool,
     announced: BTreeSet<IpNet>,
     approved: BTreeSet<IpNet>,
+    /// What an administrator has named it.
+    name: Option<String>,
+    tags: Vec<String>,
     /// Without a stream: when peers are told, and whether it counts as there until then.
     leaves: Option<(Duration, bool)>,
 }
@@ -129,11 +133,13 @@ pub(crate) fn run(start: Instant, bytes: &[u8]) -> usize {
 pub(super) fn config() -> ServerConfig {
     ServerConfig {
         base_domain: "tail.test".to_owned(),
-        user: "ringtail".to_owned(),
+        users: [(FIRST_USER, "ringtail".to_owned())].into(),
         domain: "tail.test".to_owned(),
         addresses: AddressPlan::default(),
         derp_map: DerpMap::default(),
+        dns: DnsConfig::default(),
         ephemeral_timeout: EPHEMERAL_TIMEOUT,
+        key_expiry: None,
     }
 }
 
@@ -191,7 +197,12 @@ impl World {
             1 => KeyCheck::Unknown,
             2 => KeyCheck::Expired,
             3 => KeyCheck::Used,
-            _ => KeyCheck::Valid { id: 1, ephemeral },
+            _ => KeyCheck::Valid {
+                id: 1,
+                ephemeral,
+                user: FIRST_USER,
+                tags: Vec::new(),
+            },
         };
         let valid = what & 7 > 3;
         let code = Code::new(u64::from(of));
@@ -250,7 +261,7 @@ impl World {
     /// A person lets in a machine that waits, or would if it did.
     fn approve(&mut self, of: u8) {
         let code = Code::new(of.into()).to_string();
-        let plan = self.server.plan_approval(self.wall(), &code);
+        let plan = self.server.plan_approval(self.wall(), &code, None);
         let waiting = self.waiting.get(&of).copied();
         let Some((with, _)) = waiting.filter(|(_, until)| self.now < *until) else {
             assert!(plan.is_err(), "{of} does not wait: {plan:?}");
@@ -282,6 +293,8 @@ impl World {
                     ephemeral,
                     announced: BTreeSet::new(),
                     approved: BTreeSet::new(),
+                    name: None,
+                    tags: Vec::new(),
                     leaves: Some((self.now + OFFLINE_DELAY, false)),
                 };
                 self.members.insert(record.id, member);
@@ -331,9 +344,13 @@ impl World {
         let id = ids.get(usize::from(who) % ids.len().max(1)).copied();
         let node = id.unwrap_or(99).to_string();
         let nets = routes(what >> 3).into_iter().collect();
+        let other = format!("name{}", what >> 6);
+        let tags = vec![format!("tag:t{}", what >> 6)];
         let change = match what & 7 {
             0 => Change::Delete,
-            1 | 2 => Change::Expire,
+            1 => Change::Expire,
+            2 if what & 8 == 8 => Change::Rename(other.clone()),
+            2 => Change::Tag(tags.clone()),
             3 | 4 => Change::Revoke(nets),
             _ => Change::Approve(nets),
         };
@@ -347,6 +364,15 @@ impl World {
         match &change {
             Change::Delete => {}
             Change::Expire => member.expired = true,
+            Change::Rename(_) => {
+                let other = self.stored.values().find(|of| of.name == other);
+                if other.is_some_and(|other| Some(other.id) != id) {
+                    assert!(plan.is_err(), "the name is taken");
+                    return;
+                }
+                member.name = Some(format!("name{}", what >> 6));
+            }
+            Change::Tag(_) => member.tags = tags,
             Change::Approve(_) => member.approved.extend(nets),
             Change::Revoke(_) if nets.is_subset(&member.approved) => {
                 member.approved.retain(|net| !nets.contains(net));
@@ -498,7 +524,7 @@ impl World {
     /// Gives every stream whose reader is awake what is due.
     fn pump(&mut self) {
         let (at, wall) = (self.at(), self.wall());
-        self.server.handle_timeout(at);
+        self.server.handle_timeout(at, wall);
         let due = self.server.tick_is_due(at);
         let mut asleep = false;
         for id in self.server.due_sessions(at) {
@@ -587,6 +613,8 @@ impl World {
                     .into_iter()
                     .collect(),
                 approved: record.approved.iter().copied().collect(),
+                name: record.name_fixed.then(|| record.name.clone()),
+                tags: record.tags.clone(),
                 leaves: Some((self.now + START_GRACE, true)),
             };
             if let Some(known) = known {
@@ -598,7 +626,9 @@ impl World {
                         ephemeral,
                         ..
                     } = *member;
-                    (machine, key, expired, ephemeral, member.approved.clone())
+                    let (name, tags) = (member.name.clone(), member.tags.clone());
+                    let given = (member.approved.clone(), name, tags);
+                    (machine, key, expired, ephemeral, given)
                 };
                 assert_eq!(of(known), of(&member), "what was committed");
                 assert!(killed || known.announced == member.announced);
@@ -626,6 +656,8 @@ impl World {
             assert!(record.endpoints.len() <= ENDPOINTS_MAX);
             let approved: BTreeSet<IpNet> = record.approved.iter().copied().collect();
             assert_eq!(approved, member.approved);
+            assert_eq!(record.tags, member.tags);
+            assert!(member.name.as_ref().is_none_or(|name| record.name == *name));
         }
         let count = records.len();
         let unique = |of: BTreeSet<String>| assert_eq!(of.len(), count, "{of:?}");
@@ -706,6 +738,7 @@ impl World {
             for node in nodes {
                 let member = &self.members[&node.id];
                 assert_eq!((node.key, node.expired), (key(member.key), member.expired));
+                assert_eq!(node.tags, member.tags);
                 let counting = member.counting();
                 let allowed = node.allowed_ips.iter().flatten();
                 let other = allowed.filter(|net| !node.addresses.contains(net));

@@ -4,6 +4,7 @@
 //! file survives `kill -9` at any point (WAL, `synchronous=NORMAL`). Auth keys live only here, so
 //! that `ringtail coord keys` may add one beside a running server.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::mpsc;
@@ -12,18 +13,21 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use ipnet::IpNet;
 use rusqlite::types::FromSql;
-use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, ToSql, Transaction, params};
+use rusqlite::{
+    Connection, ErrorCode, OptionalExtension as _, Row, ToSql, Transaction, TransactionBehavior,
+    params,
+};
 use time::OffsetDateTime;
 use tokio::sync::oneshot;
 
 use super::clock::{now, wall};
 use super::files;
 use crate::coord::auth_key::AuthKey;
-use crate::coord::server::{NodeRecord, Registration, Write};
+use crate::coord::server::{NodeRecord, Registration, USERS_MAX, Write};
 use crate::key::{DiscoPublic, KEY_LEN, MachinePublic, NodePublic};
 
 /// Version of the tables below; a newer file is refused.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
 CREATE TABLE IF NOT EXISTS meta (k TEXT PRIMARY KEY, v BLOB NOT NULL);
@@ -42,7 +46,7 @@ CREATE TABLE IF NOT EXISTS nodes (
     ipv4 TEXT NOT NULL UNIQUE, ipv6 TEXT NOT NULL UNIQUE,
     capver INTEGER NOT NULL, hostinfo TEXT NOT NULL, endpoints TEXT NOT NULL,
     approved_routes TEXT NOT NULL DEFAULT '[]', authkey_id INTEGER, ephemeral INTEGER NOT NULL,
-    expires INTEGER, last_seen INTEGER, created INTEGER NOT NULL);
+    expires INTEGER, last_seen INTEGER, created INTEGER NOT NULL, good_until INTEGER);
 CREATE UNIQUE INDEX IF NOT EXISTS nodes_owner ON nodes(machine_key, IFNULL(user_id, 0));
 CREATE TABLE IF NOT EXISTS policy (
     id INTEGER PRIMARY KEY, body TEXT NOT NULL, created INTEGER NOT NULL);
@@ -68,6 +72,8 @@ pub struct Loaded {
     pub last_host: u32,
     /// Whether any auth key was ever made.
     pub has_keys: bool,
+    /// Names of users.
+    pub users: BTreeMap<i64, String>,
 }
 
 impl Database {
@@ -112,7 +118,7 @@ impl Database {
         let mut statement = self.connection.prepare(
             "SELECT id, machine_key, node_key, disco_key, name, ipv4, ipv6, capver, hostinfo,
                     endpoints, authkey_id, ephemeral, expires, last_seen, created,
-                    approved_routes
+                    approved_routes, IFNULL(user_id, 1), tags, name_fixed, good_until
              FROM nodes ORDER BY id",
         )?;
         let nodes = statement.query_map([], |row| Ok(node_of(row)))?;
@@ -123,7 +129,34 @@ impl Database {
             last_id: number("SELECT seq FROM sqlite_sequence WHERE name = 'nodes'")?,
             last_host: u32::try_from(number("SELECT v FROM meta WHERE k = 'next_ip'")?)?,
             has_keys: number("SELECT COUNT(*) FROM authkeys")? > 0,
+            users: self.users()?,
         })
+    }
+
+    /// Names of users, by id.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn users(&self) -> anyhow::Result<BTreeMap<i64, String>> {
+        let mut statement = self.connection.prepare("SELECT id, name FROM users")?;
+        let users = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
+        Ok(users.collect::<Result<_, _>>()?)
+    }
+
+    /// Adds a user; false when there is one of that name.
+    ///
+    /// # Errors
+    /// When the file cannot be written, or there are [`USERS_MAX`].
+    pub fn add_user(&self, name: &str, now: OffsetDateTime) -> anyhow::Result<bool> {
+        anyhow::ensure!(
+            self.users()?.len() < USERS_MAX,
+            "there are {USERS_MAX} users, and no more can be"
+        );
+        let rows = self.connection.execute(
+            "INSERT OR IGNORE INTO users (name, created) VALUES (?1, ?2)",
+            params![name, now.unix_timestamp()],
+        )?;
+        Ok(rows == 1)
     }
 
     /// The nodes that were connected when a server wrote last; true only while it runs.
@@ -171,9 +204,9 @@ impl Database {
     /// When the file cannot be written.
     pub fn put_key(&self, key: &AuthKey) -> anyhow::Result<()> {
         self.connection.execute(
-            "INSERT INTO authkeys (prefix, hash, user_id, reusable, ephemeral, used, expires,
-                                   created)
-             VALUES (?1, ?2, 1, ?3, ?4, ?5, ?6, ?7)
+            "INSERT INTO authkeys (prefix, hash, reusable, ephemeral, used, expires, created,
+                                   user_id, tags)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
              ON CONFLICT (prefix) DO UPDATE SET hash = excluded.hash,
                  reusable = excluded.reusable, ephemeral = excluded.ephemeral,
                  expires = excluded.expires",
@@ -185,6 +218,8 @@ impl Database {
                 key.used,
                 key.expires.map(OffsetDateTime::unix_timestamp),
                 key.created.unix_timestamp(),
+                key.user,
+                serde_json::to_string(&key.tags)?,
             ],
         )?;
         Ok(())
@@ -273,7 +308,8 @@ impl Database {
     }
 }
 
-const KEY_COLUMNS: &str = "SELECT id, prefix, hash, reusable, ephemeral, used, expires, created
+const KEY_COLUMNS: &str = "SELECT id, prefix, hash, reusable, ephemeral, used, expires, created,
+                                  IFNULL(user_id, 1), tags
                            FROM authkeys";
 
 /// Makes the tables where they are missing, any number of times; gives the version of the schema.
@@ -291,9 +327,23 @@ fn set_up(connection: &Connection) -> rusqlite::Result<i64> {
         "INSERT OR IGNORE INTO users (id, name, created) VALUES (1, 'ringtail', ?1)",
         [wall().unix_timestamp()],
     )?;
-    connection.query_row("SELECT v FROM meta WHERE k = 'schema'", [], |row| {
-        row.get(0)
-    })
+    let version = |connection: &Connection| {
+        connection.query_row("SELECT v FROM meta WHERE k = 'schema'", [], |row| {
+            row.get::<_, i64>(0)
+        })
+    };
+    if version(connection)? == 1 {
+        // Of two that do this, one waits, and finds it done.
+        let lock = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)?;
+        if version(&lock)? == 1 {
+            lock.execute_batch(
+                "ALTER TABLE nodes ADD COLUMN good_until INTEGER;
+                 UPDATE meta SET v = 2 WHERE k = 'schema';",
+            )?;
+        }
+        lock.commit()?;
+    }
+    version(connection)
 }
 
 #[expect(clippy::disallowed_methods, reason = "a blocking driver's pause")]
@@ -314,16 +364,20 @@ fn put_meta(
 
 fn save(transaction: &Transaction<'_>, record: &NodeRecord) -> anyhow::Result<()> {
     transaction.execute(
-        "INSERT INTO nodes (id, machine_key, node_key, disco_key, user_id, name, ipv4, ipv6,
+        "INSERT INTO nodes (id, machine_key, node_key, disco_key, name, ipv4, ipv6,
                             capver, hostinfo, endpoints, authkey_id, ephemeral, expires,
-                            last_seen, created, approved_routes)
-         VALUES (?1, ?2, ?3, ?4, 1, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)
+                            last_seen, created, approved_routes, user_id, tags, name_fixed,
+                            good_until)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18,
+                 ?19, ?20)
          ON CONFLICT (id) DO UPDATE SET node_key = excluded.node_key,
              disco_key = excluded.disco_key, name = excluded.name, capver = excluded.capver,
              hostinfo = excluded.hostinfo, endpoints = excluded.endpoints,
              authkey_id = excluded.authkey_id, ephemeral = excluded.ephemeral,
              expires = excluded.expires, last_seen = excluded.last_seen,
-             approved_routes = excluded.approved_routes",
+             approved_routes = excluded.approved_routes, user_id = excluded.user_id,
+             tags = excluded.tags, name_fixed = excluded.name_fixed,
+             good_until = excluded.good_until",
         params![
             record.id,
             record.machine.0,
@@ -341,6 +395,10 @@ fn save(transaction: &Transaction<'_>, record: &NodeRecord) -> anyhow::Result<()
             record.last_seen.map(OffsetDateTime::unix_timestamp),
             record.created.unix_timestamp(),
             serde_json::to_string(&record.approved)?,
+            record.user,
+            serde_json::to_string(&record.tags)?,
+            record.name_fixed,
+            record.good_until.map(OffsetDateTime::unix_timestamp),
         ],
     )?;
     Ok(())
@@ -361,6 +419,8 @@ fn key_of(row: &Row<'_>) -> anyhow::Result<AuthKey> {
         used: row.get(5)?,
         expires: expires.map(time_of).transpose()?,
         created: time_of(row.get(7)?)?,
+        user: row.get(8)?,
+        tags: serde_json::from_str(&row.get::<_, String>(9)?)?,
     })
 }
 
@@ -374,12 +434,16 @@ fn node_of(row: &Row<'_>) -> anyhow::Result<NodeRecord> {
     approved.sort_unstable();
     let expires: Option<i64> = row.get(12)?;
     let last_seen: Option<i64> = row.get(13)?;
+    let good_until: Option<i64> = row.get(19)?;
     Ok(NodeRecord {
         id: row.get(0)?,
         machine: MachinePublic(row.get(1)?),
         node_key: NodePublic(row.get(2)?),
         disco: disco.map(DiscoPublic),
+        user: row.get(16)?,
+        tags: serde_json::from_str(&row.get::<_, String>(17)?)?,
         name: row.get(4)?,
+        name_fixed: row.get(18)?,
         v4: v4.parse()?,
         v6: v6.parse()?,
         capver: row.get(7)?,
@@ -388,6 +452,7 @@ fn node_of(row: &Row<'_>) -> anyhow::Result<NodeRecord> {
         auth_key: row.get(10)?,
         ephemeral: row.get(11)?,
         expires: expires.map(time_of).transpose()?,
+        good_until: good_until.map(time_of).transpose()?,
         approved,
         last_seen: last_seen.map(time_of).transpose()?,
         created: time_of(row.get(14)?)?,
@@ -454,7 +519,10 @@ mod tests {
             machine: MachinePublic([id; 32]),
             node_key: NodePublic([id; 32]),
             disco: Some(DiscoPublic([id; 32])),
+            user: 1,
+            tags: Vec::new(),
             name: format!("n{id}"),
+            name_fixed: false,
             v4: [100, 64, 0, id].into(),
             v6: std::net::Ipv6Addr::from_bits(u128::from(id)),
             capver: 130,
@@ -463,6 +531,7 @@ mod tests {
             auth_key: Some(1),
             ephemeral: false,
             expires: None,
+            good_until: None,
             approved: vec!["10.20.0.0/16".parse().unwrap()],
             last_seen: Some(NOW),
             created: NOW,
@@ -476,6 +545,8 @@ mod tests {
             hash: auth_key::hash(text),
             reusable,
             ephemeral: false,
+            user: 1,
+            tags: Vec::new(),
             used: false,
             expires: None,
             created: NOW,
@@ -562,13 +633,42 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_the_version_before_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("coord.db");
+        let mut database = Database::open(&path).unwrap();
+        let mut node = record(1);
+        database
+            .write(&[Write::Save(Box::new(node.clone()))])
+            .unwrap();
+        let before = "ALTER TABLE nodes DROP COLUMN good_until;
+                      UPDATE meta SET v = 1 WHERE k = 'schema'";
+        database.connection.execute_batch(before).unwrap();
+        drop(database);
+        let mut database = Database::open(&path).unwrap();
+        assert_eq!(database.load().unwrap().nodes, [node.clone()]);
+        node.good_until = Some(NOW);
+        node.tags = vec!["tag:web".to_owned()];
+        (node.user, node.name_fixed) = (2, true);
+        assert!(database.add_user("ann", NOW).unwrap() && !database.add_user("ann", NOW).unwrap());
+        database
+            .write(&[Write::Save(Box::new(node.clone()))])
+            .unwrap();
+        let loaded = Database::open(&path).unwrap().load().unwrap();
+        assert_eq!(
+            (&loaded.nodes[..], &loaded.users[&2][..]),
+            (&[node][..], "ann")
+        );
+    }
+
+    #[test]
     fn a_file_of_another_version_or_kind_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("coord.db");
         let database = Database::open(&path).unwrap();
         database
             .connection
-            .execute("UPDATE meta SET v = 2 WHERE k = 'schema'", [])
+            .execute("UPDATE meta SET v = 3 WHERE k = 'schema'", [])
             .unwrap();
         drop(database);
         assert!(Database::open(&path).is_err());

@@ -11,9 +11,12 @@ use time::format_description::well_known::Rfc3339;
 use zeroize::Zeroizing;
 
 use super::{StateArg, open};
+use crate::coord::admin::Refusal;
 use crate::coord::auth_key::{self, AuthKey, KeySeed};
+use crate::coord::server::FIRST_USER;
 use crate::driver::coord_store::Database;
 use crate::driver::files;
+use crate::policy::is_tag;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum KeysCommand {
@@ -36,6 +39,12 @@ pub(super) struct CreateArgs {
     /// Forget the nodes it lets in when they stay away.
     #[arg(long)]
     ephemeral: bool,
+    /// Whose the nodes are that it lets in.
+    #[arg(long, value_name = "NAME", default_value = "ringtail")]
+    user: String,
+    /// Tags the nodes get that it lets in, by comma: they are no user's then.
+    #[arg(long, value_name = "TAG", value_delimiter = ',', value_parser = parse_tag)]
+    tags: Vec<String>,
     /// How long it is good: 90s, 10m, 1h, 7d, or never.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = parse_time)]
     expires: Time,
@@ -48,6 +57,11 @@ pub(super) struct ExpireArgs {
     state: StateArg,
     /// The key's name, as `keys list` prints it.
     name: String,
+}
+
+pub(super) fn parse_tag(text: &str) -> Result<String, String> {
+    let fits = is_tag(text).then(|| text.to_owned());
+    fits.ok_or_else(|| "write tag: and a name that begins with a letter".to_owned())
 }
 
 /// A length of time, or for ever.
@@ -80,11 +94,31 @@ pub(super) fn run(command: &KeysCommand) -> anyhow::Result<()> {
     }
 }
 
+/// What a new key does.
+#[derive(Debug)]
+pub(super) struct Kind {
+    pub(super) reusable: bool,
+    pub(super) ephemeral: bool,
+    pub(super) user: i64,
+    pub(super) tags: Vec<String>,
+}
+
+impl Kind {
+    /// Nodes of the first user, which stay.
+    pub(super) fn plain(reusable: bool) -> Self {
+        Self {
+            reusable,
+            ephemeral: false,
+            user: FIRST_USER,
+            tags: Vec::new(),
+        }
+    }
+}
+
 /// Makes a key and stores what recognises it.
 pub(super) fn new_key(
     database: &Database,
-    reusable: bool,
-    ephemeral: bool,
+    kind: Kind,
     expires: Time,
 ) -> anyhow::Result<Zeroizing<String>> {
     let text = std::iter::repeat_with(|| auth_key::make(&KeySeed::new(rand::random())))
@@ -96,8 +130,10 @@ pub(super) fn new_key(
         id: 0,
         name: auth_key::name(&text),
         hash: auth_key::hash(&text),
-        reusable,
-        ephemeral,
+        reusable: kind.reusable,
+        ephemeral: kind.ephemeral,
+        user: kind.user,
+        tags: kind.tags,
         used: false,
         expires: expires.0.map(|wait| created + wait),
         created,
@@ -107,7 +143,16 @@ pub(super) fn new_key(
 
 fn keys_create(args: &CreateArgs) -> anyhow::Result<()> {
     let (_, database) = open(&args.state)?;
-    let text = new_key(&database, args.reusable, args.ephemeral, args.expires)?;
+    let users = database.users()?;
+    let user = users.iter().find(|(_, name)| **name == args.user);
+    let (user, _) = user.ok_or_else(|| Refusal::NoSuchUser(args.user.clone()))?;
+    let kind = Kind {
+        reusable: args.reusable,
+        ephemeral: args.ephemeral,
+        user: *user,
+        tags: args.tags.clone(),
+    };
+    let text = new_key(&database, kind, args.expires)?;
     writeln!(std::io::stdout().lock(), "{}", *text)?;
     Ok(())
 }
@@ -115,6 +160,7 @@ fn keys_create(args: &CreateArgs) -> anyhow::Result<()> {
 fn keys_list(state: &StateArg) -> anyhow::Result<()> {
     let (_, database) = open(state)?;
     let now = OffsetDateTime::now_utc();
+    let users = database.users()?;
     let mut out = std::io::stdout().lock();
     for key in database.keys()? {
         let kind = match (key.reusable, key.ephemeral) {
@@ -129,7 +175,12 @@ fn keys_list(state: &StateArg) -> anyhow::Result<()> {
             Some(at) => format!("good until {}", at.format(&Rfc3339)?),
             None => "good".to_owned(),
         };
-        writeln!(out, "{}  {kind}  {state}", key.name)?;
+        let whose = if key.tags.is_empty() {
+            users.get(&key.user).cloned().unwrap_or_default()
+        } else {
+            key.tags.join(",")
+        };
+        writeln!(out, "{}  {kind}  {state}  {whose}", key.name)?;
     }
     Ok(())
 }
@@ -155,7 +206,7 @@ pub(super) fn read_key_file(path: &Path) -> anyhow::Result<Zeroizing<String>> {
 
 pub(super) fn accept_key_file(database: &Database, path: &Path) -> anyhow::Result<()> {
     if !path.exists() {
-        let key = new_key(database, true, false, Time(None))?;
+        let key = new_key(database, Kind::plain(true), Time(None))?;
         return files::write(path, key.as_bytes());
     }
     let key = read_key_file(path)?;
@@ -165,6 +216,8 @@ pub(super) fn accept_key_file(database: &Database, path: &Path) -> anyhow::Resul
         hash: auth_key::hash(&key),
         reusable: true,
         ephemeral: false,
+        user: FIRST_USER,
+        tags: Vec::new(),
         used: false,
         expires: None,
         created: OffsetDateTime::now_utc(),

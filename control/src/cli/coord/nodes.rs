@@ -14,7 +14,7 @@ use crate::driver::coord_admin::give;
 use crate::driver::coord_store::Database;
 use crate::netmap::prefix::parse_route;
 
-/// List the nodes of the network, let one in, delete one, or let its key expire.
+/// List the nodes of the network, let one in, rename or tag one, delete one, or let its key expire.
 ///
 /// NODE is the id, name, address or key of a node, as the list shows them. An order is carried out
 /// by the server if it runs, in its state if it does not.
@@ -35,6 +35,12 @@ enum NodesCommand {
     ///
     /// It was shown a URL, which has the code. The server has to run; its log names those who wait.
     Approve(ApproveArgs),
+    /// Call a node something else, whatever its host is called from then on.
+    Rename(RenameArgs),
+    /// Give a node tags, in place of those it has.
+    ///
+    /// With tags it is nobody's: a policy speaks of its tags, and its key does not expire.
+    Tag(TagArgs),
     /// Remove a node from the network, at once and for all.
     ///
     /// Its streams end, the others drop it, and its id and approvals are gone; its addresses are
@@ -52,6 +58,30 @@ enum NodesCommand {
 struct ApproveArgs {
     /// What the machine was shown: AAAA-BBBB, or the URL.
     code: String,
+    /// Whose node it is. Without, it is whose it was, or of the user ringtail.
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+    #[command(flatten)]
+    state: StateArg,
+}
+
+#[derive(Debug, Args)]
+struct RenameArgs {
+    /// Id, name, address or key of the node.
+    node: String,
+    /// Its new name: letters, digits and -.
+    name: String,
+    #[command(flatten)]
+    state: StateArg,
+}
+
+#[derive(Debug, Args)]
+struct TagArgs {
+    /// Id, name, address or key of the node.
+    node: String,
+    /// Tags such as tag:web, by comma; `none` gives it back to its user.
+    #[arg(required = true, value_name = "TAG", value_delimiter = ',')]
+    tags: Vec<String>,
     #[command(flatten)]
     state: StateArg,
 }
@@ -104,10 +134,23 @@ pub(super) fn nodes(args: &NodesArgs) -> anyhow::Result<()> {
     match &args.command {
         None => list(&args.state),
         Some(NodesCommand::List(state)) => list(state),
-        Some(NodesCommand::Approve(ApproveArgs { code, state })) => {
-            let code = code.clone();
-            let (_, done) = carry_out(state, &Order::Admit { code })?;
+        Some(NodesCommand::Approve(ApproveArgs { code, user, state })) => {
+            let (code, user) = (code.clone(), user.clone());
+            let (_, done) = carry_out(state, &Order::Admit { code, user })?;
             say(&format!("node {} ({}) is let in", done.id, done.name))
+        }
+        Some(NodesCommand::Rename(RenameArgs { node, name, state })) => {
+            let (_, done) = carry_out(state, &Change::Rename(name.clone()).of(node))?;
+            say(&format!("node {} is called {}", done.id, done.name))
+        }
+        Some(NodesCommand::Tag(TagArgs { node, tags, state })) => {
+            let tags = tags.iter().filter(|tag| *tag != "none").cloned().collect();
+            let (_, done) = carry_out(state, &Change::Tag(tags).of(node))?;
+            let tags = match &done.tags[..] {
+                [] => "no tags: it is its user's".to_owned(),
+                tags => tags.join(", "),
+            };
+            say(&format!("node {} ({}) has {tags}", done.id, done.name))
         }
         Some(NodesCommand::Delete(NodeArg { node, state })) => {
             let (database, done) = carry_out(state, &Change::Delete.of(node))?;
@@ -196,7 +239,13 @@ fn list(state: &StateArg) -> anyhow::Result<()> {
         Vec::new()
     };
     let mut out = std::io::stdout().lock();
-    for node in database.load()?.nodes {
+    let loaded = database.load()?;
+    for node in loaded.nodes {
+        let whose = if node.tags.is_empty() {
+            loaded.users.get(&node.user).cloned().unwrap_or_default()
+        } else {
+            node.tags.join(",")
+        };
         let seen = node.last_seen.map(|at| at.format(&Rfc3339)).transpose()?;
         let seen = match seen {
             _ if online.contains(&node.id) => "online".to_owned(),
@@ -204,10 +253,15 @@ fn list(state: &StateArg) -> anyhow::Result<()> {
             None => "last seen never".to_owned(),
         };
         let expired = node.expires.map(|at| at.format(&Rfc3339)).transpose()?;
-        let expired = expired.map_or_else(String::new, |at| format!("  key expired {at}"));
+        let until = node.good_until.map(|at| at.format(&Rfc3339)).transpose()?;
+        let expired = match (expired, until) {
+            (Some(at), _) => format!("  key expired {at}"),
+            (None, Some(at)) => format!("  key good until {at}"),
+            (None, None) => String::new(),
+        };
         writeln!(
             out,
-            "{}  {}  {}  {}  {}  {seen}{expired}",
+            "{}  {}  {}  {}  {}  {whose}  {seen}{expired}",
             node.id, node.name, node.v4, node.v6, node.node_key,
         )?;
     }

@@ -1,5 +1,6 @@
 //! The server itself: what it is told, where it listens, what it says at its start.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -13,13 +14,15 @@ use rustls_pki_types::pem::PemObject as _;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use zeroize::Zeroizing;
 
-use super::keys::{Time, accept_key_file, new_key, parse_time};
-use super::{FOR_EVER, STATE_DIR, StateArg, open};
+use super::keys::{Kind, Time, accept_key_file, new_key, parse_time};
+use super::names::NamesArgs;
+use super::policy::read_policy;
+use super::{FOR_EVER, STATE_DIR, StateArg, open, read_text};
 use crate::coord::address::AddressPlan;
 use crate::coord::routes::announced;
 use crate::coord::server::{NodeRecord, ServerConfig};
 use crate::driver::control_url::is_private;
-use crate::driver::coord_server::{CoordServer, CoordServerConfig};
+use crate::driver::coord_server::{CoordServer, CoordServerConfig, Settings};
 use crate::driver::coord_store::Database;
 use crate::driver::files::Readers;
 use crate::driver::signals::{Blocked, Told};
@@ -28,6 +31,7 @@ use crate::driver::{coord_admin, files, tls};
 use crate::key::{MachinePrivate, MachinePublic};
 use crate::netmap::DerpMap;
 use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
+use crate::policy::Policy;
 
 /// Turns of tasks after which a thread asks the sockets for news, at the latest: a turn may seal and
 /// write much of a map, or look at what changed for thousands of streams, and whoever comes waits for so
@@ -55,6 +59,15 @@ pub(super) struct ServeArgs {
     /// written there when the file is missing.
     #[arg(long, value_name = "FILE")]
     auth_key_file: Option<PathBuf>,
+    /// Who may reach what: a policy file in HuJSON, as Headscale reads it (groups, hosts, tagOwners, acls,
+    /// autoApprovers). Without one all may reach all. Read again on SIGHUP.
+    #[arg(long, value_name = "FILE")]
+    policy: Option<PathBuf>,
+    #[command(flatten)]
+    names: NamesArgs,
+    /// How long a node's key is good: then it has to be let in again. Nodes with tags keep theirs.
+    #[arg(long, value_name = "TIME", default_value = "never", value_parser = parse_time)]
+    key_expiry: Time,
     /// Suffix of all node names.
     #[arg(long, value_name = "DOMAIN", default_value = "tail.internal")]
     base_domain: String,
@@ -121,6 +134,11 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
              give --derp-map FILE"
         );
     }
+    let policy = args.policy.as_deref().map(read_policy).transpose()?;
+    if let Some(policy) = &policy {
+        tell_unknown_users(policy, &database)?;
+    }
+    let dns = args.names.config()?;
     let addresses = AddressPlan::new(args.prefix4, args.prefix6).map_err(anyhow::Error::msg)?;
     let mut listeners = Vec::new();
     let mut urls = Vec::new();
@@ -136,11 +154,13 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     announce(&database, &urls, public, first_start, &args.state.state_dir)?;
     let server = ServerConfig {
         base_domain: args.base_domain.trim_matches('.').to_owned(),
-        user: "ringtail".to_owned(),
+        users: BTreeMap::new(),
         domain: args.base_domain.trim_matches('.').to_owned(),
         addresses,
         derp_map,
+        dns,
         ephemeral_timeout: args.ephemeral_timeout.0.unwrap_or(FOR_EVER),
+        key_expiry: args.key_expiry.0,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -156,6 +176,7 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             control,
             database,
             server,
+            policy,
         })?;
         let _socket = coord_admin::listen(&dir, server.orders())?;
         let signals = signals.listen()?;
@@ -167,28 +188,54 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
             if told != Told::ReadAgain {
                 break;
             }
-            let Some(file) = &args.derp_map else {
-                tracing::info!("SIGHUP: there is no DERP map to read again");
-                continue;
-            };
-            match read_derp_map(file) {
-                Ok(map) => {
-                    tracing::info!(
-                        regions = map.regions.len(),
-                        "SIGHUP: the DERP map was read again"
-                    );
-                    server.set_derp_map(map).await;
-                }
-                Err(error) => {
-                    let error = format!("{error:#}");
-                    tracing::error!(error, "SIGHUP: the old DERP map stays in force");
-                }
-            }
+            server.set(read_again(args)).await;
         }
         tracing::info!(counters = ?server.counters(), "stopping");
         server.stop().await;
         Ok(())
     })
+}
+
+/// Reads the files again that may change. One that makes no sense changes nothing.
+fn read_again(args: &ServeArgs) -> Settings {
+    fn read<T>(what: &str, read: Option<anyhow::Result<T>>) -> Option<T> {
+        match read? {
+            Ok(new) => {
+                tracing::info!("SIGHUP: {what} was read again");
+                Some(new)
+            }
+            Err(error) => {
+                let error = format!("{error:#}");
+                tracing::error!(error, "SIGHUP: {what} stays as it was");
+                None
+            }
+        }
+    }
+    let names = args.names.has_file().then(|| args.names.config());
+    Settings {
+        derp_map: read("the DERP map", args.derp_map.as_deref().map(read_derp_map)),
+        dns: read("the list of extra records", names),
+        policy: read("the policy", args.policy.as_deref().map(read_policy)),
+    }
+}
+
+/// A user that nobody has added may be a slip.
+fn tell_unknown_users(policy: &Policy, database: &Database) -> anyhow::Result<()> {
+    let users = database.users()?;
+    let known = |user: &&str| users.values().any(|name| name == user);
+    let unknown: Vec<&str> = policy
+        .users()
+        .into_iter()
+        .filter(|user| !known(user))
+        .collect();
+    if !unknown.is_empty() {
+        let users = unknown.join(", ");
+        tracing::warn!(
+            users,
+            "the policy names users that there are not, or not yet"
+        );
+    }
+    Ok(())
 }
 
 /// Says that nodes announce what nobody approved for them.
@@ -221,7 +268,11 @@ fn announce(
     writeln!(out, "coordination server at {}", urls.join(", "))?;
     writeln!(out, "control key {public}")?;
     if first_start && std::io::stdout().is_terminal() {
-        let key = new_key(database, true, false, Time(Some(Duration::from_secs(3600))))?;
+        let key = new_key(
+            database,
+            Kind::plain(true),
+            Time(Some(Duration::from_secs(3600))),
+        )?;
         writeln!(
             out,
             "\nAny machine may join within the next hour with this key:\n"
@@ -264,14 +315,7 @@ fn control_key(dir: &StateDir) -> anyhow::Result<MachinePrivate> {
 
 fn read_derp_map(path: &Path) -> anyhow::Result<DerpMap> {
     let wrong = |why: String| anyhow!("{} is no DERP map: {why}", path.display());
-    let len = std::fs::metadata(path)
-        .with_context(|| format!("cannot read {}", path.display()))?
-        .len();
-    if len > DERP_MAP_LEN_MAX {
-        bail!("{} is too long for a DERP map", path.display());
-    }
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let text = read_text(path, DERP_MAP_LEN_MAX)?;
     let is_toml = path
         .extension()
         .is_some_and(|extension| extension == "toml");

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args;
+use ipnet::IpNet;
 use tokio::sync::watch;
 
 use super::FOR_EVER;
@@ -19,6 +20,7 @@ use crate::driver::underlay::Underlay;
 use crate::driver::{runtime, tls};
 use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 use crate::netmap::Netmap;
+use crate::netmap::prefix::parse_route;
 use crate::netmap::wire::EndpointKind;
 
 /// Join a network without moving packets, and print what its coordination server says.
@@ -50,6 +52,9 @@ pub(super) struct WatchArgs {
     /// Home relay region to report.
     #[arg(long, value_name = "REGION")]
     home: Option<u32>,
+    /// Prefixes to offer to route, by comma.
+    #[arg(long, value_name = "PREFIX", value_delimiter = ',', value_parser = parse_route)]
+    advertise_routes: Vec<IpNet>,
     /// End after so many seconds.
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
@@ -98,6 +103,7 @@ pub(super) fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
                 .map(|endpoint| (*endpoint, EndpointKind::Configured))
                 .collect(),
             home_derp: args.home,
+            routes: args.advertise_routes.clone(),
             ..SelfState::default()
         };
         let (_state, own_state) = watch::channel(state);

@@ -16,17 +16,18 @@
 //! is told of itself and of nobody else, and what it reports is not taken; it counts as a peer that
 //! has expired until it registers anew. What an administrator orders is planned in [`super::admin`].
 //!
-//! Rules: `protocol/coordination-server.md` §4 to §6. Everybody may reach everybody in this
-//! version, so every node sees every other.
+//! Rules: `protocol/coordination-server.md` §4 to §6. Without a policy everybody may reach everybody, so
+//! every node sees every other, and all streams share one view; with one, each has its own.
 //!
 //! Rooms: `register` lets nodes in and out, `pending` are those a person has to let in, `reports` takes their map requests, `presence` is who is
-//! online, `sessions` what each stream was sent, `view` how a node is told of, `store` what is kept.
+//! online, `sessions` what each stream was sent, `sight` who is told of whom, `view` how a node is told of, `store` what is kept.
 
 mod pending;
 mod presence;
 mod register;
 mod reports;
 mod sessions;
+mod sight;
 mod store;
 mod view;
 
@@ -46,13 +47,14 @@ use ipnet::IpNet;
 use self::pending::Pending;
 use self::presence::{Presence, Rivals};
 use self::sessions::{Session, farewell};
+use self::sight::Sight;
 use self::store::expired;
 use self::view::{View, effective};
 use crate::coord::address::AddressPlan;
 use crate::coord::routes::left_out;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::DerpMap;
-use crate::netmap::wire::MapResponse;
+use crate::netmap::wire::{DnsConfig, MapResponse};
 
 /// Clients below this capability version are refused, as Headscale 0.29 does.
 pub const CAPABILITY_VERSION_MIN: i64 = 113;
@@ -73,24 +75,35 @@ pub const ENDPOINTS_MAX: usize = 64;
 /// `Hostinfo` at most, as JSON bytes: every peer gets a copy.
 pub const HOSTINFO_LEN_MAX: usize = 16 * 1024;
 
-/// The one owner of all nodes of this version.
-const USER_ID: i64 = 1;
+/// Who owns a node when nobody is named. There always is this one.
+pub const FIRST_USER: i64 = 1;
+
+/// Whom nodes with tags are shown to belong to; the number is Headscale's, which clients have seen.
+const TAGGED_USER: i64 = 2_147_455_555;
+const TAGGED_USER_NAME: &str = "tagged-devices";
+
+/// Users at most.
+pub const USERS_MAX: usize = 1000;
 
 /// What a server is told at its start.
 #[derive(Clone, Debug)]
 pub struct ServerConfig {
     /// Suffix of all names, without dots at the ends.
     pub base_domain: String,
-    /// Name of the owner of all nodes.
-    pub user: String,
+    /// Names of the owners of nodes.
+    pub users: BTreeMap<i64, String>,
     /// Shown to clients as the network's name.
     pub domain: String,
     /// Where addresses come from.
     pub addresses: AddressPlan,
     /// The relays.
     pub derp_map: DerpMap,
+    /// Resolvers, suffixes with others, and names beside those of nodes.
+    pub dns: DnsConfig,
     /// An ephemeral node is forgotten when it stays away for this long.
     pub ephemeral_timeout: Duration,
+    /// How long a node's key is good; none: for ever. Nodes with tags keep theirs.
+    pub key_expiry: Option<Duration>,
 }
 
 /// See the module's text.
@@ -101,6 +114,7 @@ pub struct Server {
     by_key: BTreeMap<NodePublic, i64>,
     by_machine: BTreeMap<MachinePublic, i64>,
     pending: Pending,
+    sight: Sight,
     /// Which node has a name.
     names: BTreeMap<String, i64>,
     /// Inner addresses that nodes have.
@@ -150,6 +164,8 @@ struct Entry {
     presence: Presence,
     /// Its open streams, the oldest first.
     streams: Vec<SessionId>,
+    /// When its key is looked at, if that is to expire.
+    expires_at: Option<Instant>,
     /// What stands in [`Server::node_alarms`].
     alarm: Option<Instant>,
     /// Routes that count.
@@ -172,6 +188,7 @@ impl Server {
             by_key: BTreeMap::new(),
             by_machine: BTreeMap::new(),
             pending: Pending::default(),
+            sight: Sight::default(),
             names: BTreeMap::new(),
             addresses: BTreeSet::new(),
             view: View::default(),
@@ -202,6 +219,7 @@ impl Server {
             server.next_id = server.next_id.max(record.id + 1);
             let id = record.id;
             server.insert(record, Presence::Leaving(now + START_GRACE, None));
+            server.watch_expiry(now, id);
             server.rebuild(now, id);
         }
         server
@@ -209,10 +227,35 @@ impl Server {
 
     /// Replaces the relays; every open stream is told by a full message.
     pub fn set_derp_map(&mut self, now: Instant, derp_map: DerpMap) {
-        if self.config.derp_map == derp_map {
-            return;
+        if self.config.derp_map != derp_map {
+            self.config.derp_map = derp_map;
+            self.begin_anew(now);
         }
-        self.config.derp_map = derp_map;
+    }
+
+    /// Replaces resolvers and extra names; every open stream is told by a full message.
+    pub fn set_dns(&mut self, now: Instant, dns: DnsConfig) {
+        if self.config.dns != dns {
+            self.config.dns = dns;
+            self.begin_anew(now);
+        }
+    }
+
+    /// Who may own nodes now; they never go.
+    pub fn set_users(&mut self, users: BTreeMap<i64, String>) {
+        self.config.users = users;
+    }
+
+    /// Whether there is this user.
+    pub fn knows_user(&self, id: i64) -> bool {
+        self.config.users.contains_key(&id)
+    }
+
+    fn user_name(&self, id: i64) -> &str {
+        self.config.users.get(&id).map_or("", String::as_str)
+    }
+
+    fn begin_anew(&mut self, now: Instant) {
         for session in self.sessions.values_mut() {
             session.started = false;
         }
@@ -255,10 +298,12 @@ impl Server {
             rivals: Rivals::default(),
             presence,
             streams: Vec::new(),
+            expires_at: None,
             alarm: None,
             routes,
         };
         self.nodes.insert(id, entry);
+        self.sight.stale = true;
         self.set_alarm(id);
     }
 
@@ -277,30 +322,47 @@ impl Server {
             self.names.remove(&entry.record.name);
             self.names.insert(record.name.clone(), id);
         }
-        entry.routes = effective(&record);
+        let routes = std::mem::replace(&mut entry.routes, effective(&record));
+        let judged_by = |of: &NodeRecord| (of.user, of.tags.clone());
+        let judged_anew = routes != entry.routes || judged_by(&entry.record) != judged_by(&record);
         if !entry.routes.is_empty() {
             self.routers.insert(id);
         }
         let sight_changes = expired(&entry.record) != expired(&record);
         entry.record = record;
         self.unsaved.insert(id);
+        self.watch_expiry(now, id);
+        if judged_anew && self.has_policy() {
+            self.look_again(now);
+        }
         self.rebuild(now, id);
         if sight_changes {
             self.look_around(now, id);
         }
     }
 
+    /// Has a node's key looked at that is to expire.
+    fn watch_expiry(&mut self, now: Instant, id: i64) {
+        if let Some(entry) = self.nodes.get_mut(&id) {
+            entry.expires_at = entry.record.good_until.map(|_| now);
+            self.set_alarm(id);
+        }
+    }
+
     /// Puts into force what an administrator ordered; it is in the store.
     pub fn put(&mut self, now: Instant, order: Write) {
         match order {
-            Write::Save(record) => self.replace(now, *record),
+            Write::Save(mut record) => {
+                self.approve_own(&mut record);
+                self.replace(now, *record);
+            }
             Write::Delete(id) => self.delete(now, id),
             Write::Online(_) => {}
         }
     }
 
     /// Every node as it is stored, by ascending id.
-    pub fn records(&self) -> impl Iterator<Item = &NodeRecord> {
+    pub fn records(&self) -> impl Iterator<Item = &NodeRecord> + Clone {
         self.nodes.values().map(|entry| &entry.record)
     }
 
@@ -325,6 +387,7 @@ impl Server {
         }
         self.unsaved.remove(&id);
         self.deleted.insert(id);
+        self.sight.stale = true;
         if let Some(wire) = Arc::make_mut(&mut self.view).remove(&id) {
             let own = entry.streams.iter().filter_map(|session| {
                 let state = self.sessions.get(session)?;

@@ -108,11 +108,14 @@ pub struct Applicant {
 }
 
 /// What lets a machine in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Pass {
     /// None: a person does.
     pub(super) auth_key: Option<i64>,
     pub(super) ephemeral: bool,
+    /// None: whose it is already, or the first user's.
+    pub(super) user: Option<i64>,
+    pub(super) tags: Vec<String>,
 }
 
 /// Those who wait.
@@ -234,18 +237,33 @@ impl Server {
     ///
     /// # Errors
     /// [`Refusal`], when none does or there is no place for it.
-    pub fn plan_approval(&self, wall: OffsetDateTime, code: &str) -> Result<Registration, Refusal> {
+    pub fn plan_approval(
+        &self,
+        wall: OffsetDateTime,
+        code: &str,
+        user: Option<&str>,
+    ) -> Result<Registration, Refusal> {
         let unknown = || Refusal::NoSuchCode(code.to_owned());
         let code = Code::of_url(code.trim()).ok_or_else(unknown)?;
         let mut waiting = self.pending.waiting.values();
         let found = waiting.find(|one| one.applicant.code == code);
         let applicant = found.ok_or_else(unknown)?.applicant.clone();
+        let user = match user {
+            None => None,
+            Some(name) => {
+                let mut users = self.config.users.iter();
+                let found = users.find(|(_, other)| *other == name);
+                let unknown = || Refusal::NoSuchUser(name.to_owned());
+                Some(*found.ok_or_else(unknown)?.0)
+            }
+        };
         let pass = Pass {
             auth_key: None,
             ephemeral: false,
+            user,
+            tags: Vec::new(),
         };
-        self.admit(wall, applicant, pass)
-            .map_err(|why| Refusal::NoPlace(why.to_owned()))
+        self.admit(wall, applicant, pass).map_err(Refusal::NoPlace)
     }
 
     /// A machine is in, however it came: it waits no more.
@@ -330,22 +348,24 @@ mod tests {
         let waits = server.handle_applicant(now + PENDING_TIME / 2, host(1), again);
         assert_eq!(waits, Waits::Until(first.code, until));
         assert_eq!(server.poll_timeout(), Some(until));
-        assert!(server.plan_approval(WALL, "ZZZZ-ZZZZ").is_err());
-        let plan = server.plan_approval(WALL, &first.code.to_string()).unwrap();
+        assert!(server.plan_approval(WALL, "ZZZZ-ZZZZ", None).is_err());
+        let plan = server
+            .plan_approval(WALL, &first.code.to_string(), None)
+            .unwrap();
         assert_eq!(plan.record().unwrap().node_key, NodePublic([9; 32]));
         assert_eq!(plan.record().unwrap().auth_key, None);
         server.apply(now, plan);
         assert_eq!(server.take_settled(), [first.code]);
-        let twice = server.plan_approval(WALL, &first.code.to_string());
+        let twice = server.plan_approval(WALL, &first.code.to_string(), None);
         assert!(matches!(twice, Err(Refusal::NoSuchCode(_))), "{twice:?}");
 
         let second = applicant(2, None);
         server.handle_applicant(now, host(2), second.clone());
-        server.handle_timeout(until);
+        server.handle_timeout(until, WALL);
         assert_eq!(server.take_settled(), [second.code]);
         assert!(
             server
-                .plan_approval(WALL, &second.code.to_string())
+                .plan_approval(WALL, &second.code.to_string(), None)
                 .is_err()
         );
     }

@@ -4,7 +4,13 @@ use std::collections::{BTreeSet, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use time::OffsetDateTime;
+
+use super::store::expired;
 use super::{Entry, Server, TICK};
+
+/// The host's clock is looked at so often, at least, while keys are to expire by it.
+const EXPIRY_LOOK: Duration = Duration::from_secs(60);
 
 /// Ephemeral nodes that stayed away and would be told so, at most: the latest.
 const STAYED_AWAY_MAX: usize = 1024;
@@ -67,11 +73,12 @@ pub(super) enum Presence {
 }
 
 impl Server {
-    /// Does what is due: nodes go offline, ephemeral ones are forgotten.
-    pub fn handle_timeout(&mut self, now: Instant) {
+    /// Does what is due: nodes go offline, ephemeral ones are forgotten, keys expire.
+    pub fn handle_timeout(&mut self, now: Instant, wall: OffsetDateTime) {
         self.pending.handle_timeout(now);
         let mut gone = Vec::new();
         let mut left = Vec::new();
+        let mut ripe = Vec::new();
         let due = self.node_alarms.iter().take_while(|(at, _)| *at <= now);
         let due: BTreeSet<i64> = due.map(|(_, id)| *id).collect();
         #[cfg(test)]
@@ -99,7 +106,13 @@ impl Server {
                 Presence::Offline(Some(at)) if at <= now => gone.push(*id),
                 Presence::Online | Presence::Leaving(..) | Presence::Offline(_) => {}
             }
+            if entry.expires_at.is_some_and(|at| at <= now) {
+                ripe.push(*id);
+            }
             self.set_alarm(*id);
+        }
+        for id in ripe {
+            self.see_expiry(now, wall, id);
         }
         for id in left {
             self.rebuild(now, id);
@@ -114,6 +127,25 @@ impl Server {
             }
             self.delete(now, id);
         }
+    }
+
+    /// A key may have expired by the host's clock, which may have been set meanwhile.
+    fn see_expiry(&mut self, now: Instant, wall: OffsetDateTime, id: i64) {
+        let Some(entry) = self.nodes.get_mut(&id) else {
+            return;
+        };
+        entry.expires_at = None;
+        let Some(until) = entry.record.good_until.filter(|_| !expired(&entry.record)) else {
+            return self.set_alarm(id);
+        };
+        let left = Duration::try_from(until - wall).unwrap_or_default();
+        if left.is_zero() {
+            let mut record = entry.record.clone();
+            record.expires = Some(until);
+            return self.replace(now, record);
+        }
+        entry.expires_at = Some(now + left.min(EXPIRY_LOOK));
+        self.set_alarm(id);
     }
 
     /// When [`Server::handle_timeout`] or [`Server::poll_session`] has something to do next.
@@ -145,6 +177,7 @@ impl Entry {
             Presence::Leaving(at, _) | Presence::Offline(Some(at)) => Some(at),
             Presence::Online | Presence::Offline(None) => None,
         };
-        presence.into_iter().chain(self.rivals.poll_timeout()).min()
+        let own = [presence, self.rivals.poll_timeout(), self.expires_at];
+        own.into_iter().flatten().min()
     }
 }

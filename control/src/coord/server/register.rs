@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use super::pending::{Applicant, Code, Pass};
 use super::presence::Presence;
 use super::store::{NodeRecord, expired};
-use super::{HOSTINFO_LEN_MAX, OFFLINE_DELAY, Server, USER_ID};
+use super::{FIRST_USER, HOSTINFO_LEN_MAX, OFFLINE_DELAY, Server, TAGGED_USER, TAGGED_USER_NAME};
 use crate::coord::address;
 use crate::coord::auth_key::KeyCheck;
 use crate::key::MachinePublic;
@@ -86,7 +86,7 @@ impl Server {
             };
         }
         if found.is_some_and(|entry| !expired(&entry.record)) {
-            return Registration::Answer(self.welcome());
+            return Registration::Answer(self.welcome(found.map(|entry| &entry.record)));
         }
         let hostinfo = request.hostinfo.clone().unwrap_or_else(|| json!({}));
         let fits = hostinfo.is_object() && hostinfo.to_string().len() <= HOSTINFO_LEN_MAX;
@@ -99,9 +99,16 @@ impl Server {
             followup: Code::of_url(&request.followup),
         };
         let pass = match *key {
-            KeyCheck::Valid { id, ephemeral } => Pass {
+            KeyCheck::Valid {
+                id,
+                ephemeral,
+                user,
+                ref tags,
+            } => Pass {
                 auth_key: Some(id),
                 ephemeral,
+                user: Some(user),
+                tags: tags.clone(),
             },
             KeyCheck::Absent if found.is_some() => {
                 return Registration::Answer(RegisterResponse {
@@ -118,7 +125,8 @@ impl Server {
         if !fits {
             return refuse(BAD_HOSTINFO);
         }
-        self.admit(wall, applicant, pass).unwrap_or_else(refuse)
+        let plan = self.admit(wall, applicant, pass);
+        plan.unwrap_or_else(|why| refuse(&why))
     }
 
     /// Lets a machine in, or says why not.
@@ -127,17 +135,14 @@ impl Server {
         wall: OffsetDateTime,
         applicant: Applicant,
         pass: Pass,
-    ) -> Result<Registration, &'static str> {
+    ) -> Result<Registration, String> {
         let Applicant {
             machine, node_key, ..
         } = applicant;
-        let Pass {
-            auth_key,
-            ephemeral,
-        } = pass;
+        let auth_key = pass.auth_key;
         // Said only to whom we would let in: who has which key is nobody else's business.
         if self.find(machine, node_key).is_none() && self.by_key.contains_key(&node_key) {
-            return Err("node key already in use by another machine");
+            return Err("node key already in use by another machine".to_owned());
         }
         let known = self
             .by_machine
@@ -149,12 +154,19 @@ impl Server {
             record.expires = None;
             record.capver = applicant.capver;
             record.auth_key = auth_key;
-            record.ephemeral = ephemeral;
+            record.ephemeral = pass.ephemeral;
+            // Approvals are an owner's; another's node has none.
+            if pass.user.is_some_and(|user| user != record.user) {
+                record.approved.clear();
+                record.tags.clear();
+            }
+            self.give(&mut record, pass, &applicant.hostinfo, wall)?;
             self.take_hostinfo(&mut record, applicant.hostinfo);
+            self.approve_own(&mut record);
             return Ok(Registration::Rekey(Box::new(record), auth_key));
         }
         if self.nodes.len() >= PEERS_MAX {
-            return Err("the network is full");
+            return Err("the network is full".to_owned());
         }
         let in_use = |v4: Ipv4Addr, v6: Ipv6Addr| {
             let taken = |address: IpAddr| self.addresses.contains(&address);
@@ -163,28 +175,72 @@ impl Server {
         let plan = &self.config.addresses;
         let host = plan.next(self.last_host, in_use);
         let Some((v4, v6)) = host.and_then(|host| plan.addresses(host)) else {
-            return Err("all addresses are in use");
+            return Err("all addresses are in use".to_owned());
         };
         let mut record = NodeRecord {
             id: self.next_id,
             machine,
             node_key,
             disco: None,
+            user: FIRST_USER,
+            tags: Vec::new(),
             name: self.free_name(self.next_id, &applicant.hostinfo),
+            name_fixed: false,
             v4,
             v6,
             capver: applicant.capver,
             hostinfo: json!({}),
             endpoints: Vec::new(),
             auth_key,
-            ephemeral,
+            ephemeral: pass.ephemeral,
             expires: None,
+            good_until: None,
             approved: Vec::new(),
             last_seen: None,
             created: wall,
         };
+        self.give(&mut record, pass, &applicant.hostinfo, wall)?;
         self.take_hostinfo(&mut record, applicant.hostinfo);
+        self.approve_own(&mut record);
         Ok(Registration::Insert(Box::new(record), auth_key))
+    }
+
+    /// Gives a node its owner and tags, and its key a time. Tags that it asks for itself are of its auth
+    /// key, or its owner may give them by the policy.
+    fn give(
+        &self,
+        record: &mut NodeRecord,
+        pass: Pass,
+        hostinfo: &Value,
+        wall: OffsetDateTime,
+    ) -> Result<(), String> {
+        record.user = pass.user.unwrap_or(record.user);
+        if !pass.tags.is_empty() {
+            record.tags = pass.tags;
+        }
+        let asked = hostinfo["RequestTags"]
+            .as_array()
+            .map_or(&[][..], Vec::as_slice);
+        let mut asked: Vec<&str> = asked.iter().filter_map(Value::as_str).collect();
+        asked.sort_unstable();
+        asked.dedup();
+        let has = |tag: &&str| record.tags.iter().any(|own| own == tag);
+        if !asked.iter().all(has) {
+            let may = |tag: &&str| pass.auth_key.is_none() && self.may_tag(record.user, tag);
+            let refused: Vec<&str> = asked.iter().filter(|tag| !may(tag)).copied().collect();
+            if !refused.is_empty() {
+                // Headscale's text, which clients know.
+                let refused = refused.join(" ");
+                return Err(format!(
+                    "requested tags [{refused}] are invalid or not permitted"
+                ));
+            }
+            record.tags = asked.into_iter().map(ToOwned::to_owned).collect();
+        }
+        let time = self.config.key_expiry.filter(|_| record.tags.is_empty());
+        // Whole seconds, as it is stored.
+        record.good_until = time.and_then(|time| (wall + time).replace_nanosecond(0).ok());
+        Ok(())
     }
 
     /// The host number behind a record's address: to be stored with it.
@@ -206,21 +262,23 @@ impl Server {
                 // Not connected yet, and nobody was told otherwise.
                 let presence = Presence::Leaving(now + OFFLINE_DELAY, Some(false));
                 self.insert(*record, presence);
+                self.watch_expiry(now, id);
                 self.rebuild(now, id);
-                self.welcome()
+                self.welcome_to(id)
             }
             Registration::Rekey(record, _) => {
                 let id = record.id;
                 self.waits_no_more(record.machine);
                 self.replace(now, *record);
                 self.starts_anew(now, id);
-                self.welcome()
+                self.welcome_to(id)
             }
             Registration::Expire(record) => {
+                let id = record.id;
                 self.replace(now, *record);
                 RegisterResponse {
                     node_key_expired: true,
-                    ..self.welcome()
+                    ..self.welcome_to(id)
                 }
             }
             Registration::Delete(id) => {
@@ -244,17 +302,26 @@ impl Server {
         }
     }
 
-    fn welcome(&self) -> RegisterResponse {
+    fn welcome_to(&self, id: i64) -> RegisterResponse {
+        self.welcome(self.nodes.get(&id).map(|entry| &entry.record))
+    }
+
+    fn welcome(&self, record: Option<&NodeRecord>) -> RegisterResponse {
+        let owned = record.filter(|record| record.tags.is_empty());
+        let (id, name) = match owned.map(|record| record.user) {
+            Some(id) => (id, self.user_name(id)),
+            None => (TAGGED_USER, TAGGED_USER_NAME),
+        };
         RegisterResponse {
             user: RegisterUser {
-                id: USER_ID,
-                display_name: self.config.user.clone(),
+                id,
+                display_name: name.to_owned(),
             },
             login: RegisterLogin {
-                id: USER_ID,
+                id,
                 provider: String::new(),
-                login_name: self.config.user.clone(),
-                display_name: self.config.user.clone(),
+                login_name: name.to_owned(),
+                display_name: name.to_owned(),
             },
             machine_authorized: true,
             ..RegisterResponse::default()
@@ -273,7 +340,7 @@ impl Server {
                 hostinfo["NetInfo"] = kept;
             }
         }
-        if hostinfo.get("Hostname") != record.hostinfo.get("Hostname") {
+        if !record.name_fixed && hostinfo.get("Hostname") != record.hostinfo.get("Hostname") {
             record.name = self.free_name(record.id, &hostinfo);
         }
         record.hostinfo = hostinfo;

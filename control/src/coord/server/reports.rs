@@ -93,6 +93,7 @@ impl Server {
                 return Err(MapRefusal::Hostinfo);
             }
             self.take_hostinfo(&mut record, hostinfo);
+            self.approve_own(&mut record);
         }
         if entry.record != record {
             self.replace(now, record);
@@ -101,6 +102,7 @@ impl Server {
             if request.omit_peers {
                 return Ok(MapAnswer::Taken);
             }
+            self.look();
             return Ok(MapAnswer::Once(Box::new(self.full(wall, id))));
         }
         Ok(MapAnswer::Stream(

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
 use super::presence::{Presence, Rivals, TWO_MACHINES};
-use super::view::{View, difference_of, own_node};
+use super::sight::{FilterHash, hash_of};
+use super::view::{View, difference_of, filters, own_node};
 use super::{OFFLINE_DELAY, Server, TICK};
 use crate::netmap::wire::{MapRequest, MapResponse, Node, WireTime};
 
@@ -29,6 +30,10 @@ pub(super) struct Session {
     /// Nodes that may differ from what was sent, beside [`Server::changed`].
     pub(super) dirty: BTreeSet<i64>,
     pub(super) sent: View,
+    /// Which filter it was sent, of which compiled policy, and how many users.
+    pub(super) filter: FilterHash,
+    pub(super) epoch: u64,
+    pub(super) users: usize,
     /// It was told of two machines.
     pub(super) told_rivals: bool,
     pub(super) next_keep_alive: Instant,
@@ -55,6 +60,9 @@ impl Server {
             started: false,
             dirty: BTreeSet::new(),
             sent: View::default(),
+            filter: FilterHash::default(),
+            epoch: 0,
+            users: 0,
             told_rivals: false,
             next_keep_alive: now + period,
             period,
@@ -163,6 +171,7 @@ impl Server {
         let alive_due = session.next_keep_alive <= now;
         // One whose node was removed has had its last message.
         self.nodes.get(&node)?;
+        self.look();
         let message = if !started {
             Some(self.full_for(now, wall, id))
         } else if self.tick_is_due(now) {
@@ -216,6 +225,8 @@ impl Server {
         }
         let told_rivals = rivals.is_some_and(|rivals| rivals.seen);
         let sent = self.seen_by(node);
+        let filter = hash_of(&self.filter_of(node));
+        let (epoch, users) = (self.sight.epoch, self.config.users.len());
         self.young.remove(&id);
         self.stale.remove(&id);
         if !self.changed.is_empty() && !self.tick_is_due(now) {
@@ -230,6 +241,7 @@ impl Server {
                 message.peers_removed = Some(gone);
             }
             session.sent = sent;
+            (session.filter, session.epoch, session.users) = (filter, epoch, users);
             session.told_rivals = told_rivals;
             session.dirty.clear();
             session.started = true;
@@ -239,40 +251,72 @@ impl Server {
 
     /// What changed for a session since its last message; none when nothing did.
     fn difference(&mut self, wall: OffsetDateTime, id: SessionId) -> Option<MapResponse> {
-        let seen = self.seen_by(self.sessions.get(&id)?.node);
         self.stale.remove(&id);
         let session = self.sessions.get_mut(&id)?;
-        let (mut changed, mut patches, mut removed) = (Vec::new(), Vec::new(), Vec::new());
-        let mut own = None;
+        let viewer = session.node;
         let mut dirty = std::mem::take(&mut session.dirty);
+        let mut sent = std::mem::take(&mut session.sent);
+        let (epoch, users) = (session.epoch, session.users);
         dirty.extend(&self.changed);
+        if epoch != self.sight.epoch {
+            dirty.extend(self.view.keys().chain(sent.keys()));
+        }
+        let (mut changed, mut patches, mut removed) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut own, mut news) = (None, Vec::new());
         for id in dirty {
-            let old = session.sent.get(&id);
-            let Some(wire) = seen.get(&id) else {
-                if old.is_some() && id != session.node {
+            let old = sent.get(&id);
+            let Some(wire) = self.seen(viewer, id) else {
+                if old.is_some() && id != viewer {
                     removed.push(id);
+                    news.push((id, None));
                 }
                 continue;
             };
-            if old.is_some_and(|old| Arc::ptr_eq(old, wire)) {
+            if old.is_some_and(|old| Arc::ptr_eq(old, &wire) || **old == *wire) {
                 continue;
             }
-            if id == session.node {
-                own = Some(own_node(wire));
-                continue;
+            if id == viewer {
+                own = Some(own_node(&wire));
+            } else {
+                match old.and_then(|old| difference_of(old, &wire)) {
+                    Some(patch) => patches.push(patch),
+                    None => changed.push(Arc::clone(&wire)),
+                }
             }
-            match old.and_then(|old| difference_of(old, wire)) {
-                Some(patch) => patches.push(patch),
-                None => changed.push(Arc::clone(wire)),
+            news.push((id, Some(wire)));
+        }
+        if self.sees_all(viewer) {
+            sent = Arc::clone(&self.view);
+        } else {
+            let sent = Arc::make_mut(&mut sent);
+            for (id, wire) in news {
+                match wire {
+                    Some(wire) => drop(sent.insert(id, wire)),
+                    None => drop(sent.remove(&id)),
+                }
             }
         }
-        session.sent = seen;
+        let filter = (epoch != self.sight.epoch).then(|| self.filter_of(viewer));
+        let filter = filter.map(|filter| (hash_of(&filter), filter));
+        let new_users = users != self.config.users.len() && !changed.is_empty();
+        let profiles = new_users.then(|| self.profiles());
+        let (epoch, users) = (self.sight.epoch, self.config.users.len());
+        let session = self.sessions.get_mut(&id)?;
+        session.sent = sent;
+        session.epoch = epoch;
+        if new_users {
+            session.users = users;
+        }
+        let filter = filter.and_then(|(hash, filter)| {
+            let is_new = std::mem::replace(&mut session.filter, hash) != hash;
+            is_new.then(|| filters(filter))
+        });
         let rivals = self.nodes.get(&session.node).map(|entry| &entry.rivals);
         let rivals = rivals.filter(|rivals| rivals.seen != session.told_rivals);
         let health = rivals.map(Rivals::health);
         session.told_rivals ^= health.is_some();
         let nodes_stay = changed.is_empty() && patches.is_empty() && removed.is_empty();
-        if own.is_none() && nodes_stay && health.is_none() {
+        if own.is_none() && nodes_stay && health.is_none() && filter.is_none() {
             return None;
         }
         Some(MapResponse {
@@ -281,6 +325,8 @@ impl Server {
             peers_changed: (!changed.is_empty()).then_some(changed),
             peers_removed: (!removed.is_empty()).then_some(removed),
             peers_changed_patch: (!patches.is_empty()).then_some(patches),
+            packet_filters: filter,
+            user_profiles: profiles,
             health,
             ..MapResponse::default()
         })

@@ -21,8 +21,14 @@ pub struct NodeRecord {
     pub node_key: NodePublic,
     /// Its disco key, once reported.
     pub disco: Option<DiscoPublic>,
+    /// Its owner, of no matter while it has tags.
+    pub user: i64,
+    /// Its tags, sorted.
+    pub tags: Vec<String>,
     /// First label of its name.
     pub name: String,
+    /// The name was given by an administrator, and does not follow the host's.
+    pub name_fixed: bool,
     /// Inner address.
     pub v4: Ipv4Addr,
     /// Inner address.
@@ -40,6 +46,8 @@ pub struct NodeRecord {
     /// When the key became no good, if it did. Always a moment that has come: a clock that is set
     /// back brings nobody back.
     pub expires: Option<OffsetDateTime>,
+    /// When it will, by itself.
+    pub good_until: Option<OffsetDateTime>,
     /// Routes that count when it announces them; sorted, without host bits.
     pub approved: Vec<IpNet>,
     /// End of its last stream.

@@ -35,11 +35,15 @@ fn node_key(n: u8) -> NodePublic {
 const VALID: KeyCheck = KeyCheck::Valid {
     id: 1,
     ephemeral: false,
+    user: FIRST_USER,
+    tags: Vec::new(),
 };
 
 const EPHEMERAL: KeyCheck = KeyCheck::Valid {
     id: 2,
     ephemeral: true,
+    user: FIRST_USER,
+    tags: Vec::new(),
 };
 
 fn registration(n: u8) -> RegisterRequest {
@@ -216,7 +220,7 @@ impl Lab {
     /// Gives every stream what is due; returns the messages that are no keep-alives.
     fn pump(&mut self) -> Vec<(u8, MapResponse)> {
         let mut out = Vec::new();
-        self.server.handle_timeout(self.now);
+        self.server.handle_timeout(self.now, WALL);
         for id in self.server.due_sessions(self.now) {
             let Some(message) = self.server.poll_session(self.now, WALL, id) else {
                 continue;
@@ -578,7 +582,7 @@ fn a_short_interruption_disturbs_nobody_and_a_long_one_means_offline() {
     lab.end(again);
     assert_eq!(lab.wait(Duration::from_secs(9)), []);
     lab.now += Duration::from_secs(1);
-    lab.server.handle_timeout(lab.now);
+    lab.server.handle_timeout(lab.now, WALL);
     let (_, message) = lab.wait(TICK).pop().unwrap();
     let patch = &message.peers_changed_patch.unwrap()[0];
     assert_eq!(
@@ -704,10 +708,10 @@ fn an_ephemeral_node_is_forgotten_five_minutes_after_it_left_also_over_a_restart
 
     let mut restarted = Server::new(lab.now, config(), records, 2, 2);
     let later = lab.now + START_GRACE;
-    restarted.handle_timeout(later);
-    restarted.handle_timeout(later + Duration::from_secs(299));
+    restarted.handle_timeout(later, WALL);
+    restarted.handle_timeout(later + Duration::from_secs(299), WALL);
     assert_eq!(restarted.counts().0, 2);
-    restarted.handle_timeout(later + Duration::from_secs(300));
+    restarted.handle_timeout(later + Duration::from_secs(300), WALL);
     assert_eq!(restarted.counts().0, 1);
 }
 
@@ -908,7 +912,10 @@ fn records(count: u32) -> Vec<NodeRecord> {
             machine: MachinePublic(key),
             node_key: NodePublic(key),
             disco: None,
+            user: 1,
+            tags: Vec::new(),
             name: format!("n{n}"),
+            name_fixed: false,
             v4: Ipv4Addr::from_bits(0x6440_0000 + n),
             v6: Ipv6Addr::from_bits(n.into()),
             capver: 130,
@@ -917,6 +924,7 @@ fn records(count: u32) -> Vec<NodeRecord> {
             auth_key: None,
             ephemeral: false,
             expires: None,
+            good_until: None,
             approved: Vec::new(),
             last_seen: None,
             created: WALL,
@@ -1148,7 +1156,7 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
             match random(8) {
                 0 if !known => {
                     let ephemeral = random(3) == 0;
-                    let key = KeyCheck::Valid { id: 1, ephemeral };
+                    let key = if ephemeral { EPHEMERAL } else { VALID };
                     lab.register(n, &key);
                 }
                 1 | 2 if known => {
@@ -1208,4 +1216,253 @@ fn merged_state_equals_the_servers_view_after_any_operations() {
         let names: BTreeSet<&String> = lab.server.records().map(|record| &record.name).collect();
         assert_eq!(names.len(), lab.server.nodes.len(), "names are unique");
     }
+}
+
+fn with_policy(lab: &mut Lab, text: &str) {
+    let policy = crate::policy::Policy::parse(text).unwrap();
+    lab.server.set_policy(lab.now, Some(policy));
+}
+
+fn of_user(user: i64, tags: &[&str]) -> KeyCheck {
+    KeyCheck::Valid {
+        id: 1,
+        ephemeral: false,
+        user,
+        tags: tags.iter().map(|tag| (*tag).to_owned()).collect(),
+    }
+}
+
+/// Users ann, 2, and bob, 3.
+fn lab_of_users() -> Lab {
+    let mut lab = Lab::new();
+    let users = [(1, "ringtail"), (2, "ann"), (3, "bob")];
+    let users = users.map(|(id, name)| (id, name.to_owned()));
+    lab.server.set_users(users.into());
+    lab
+}
+
+#[test]
+fn a_node_is_called_what_an_administrator_says_whatever_its_host_is_called() {
+    let mut lab = Lab::of(&[1, 2]);
+    lab.wait(TICK);
+    lab.change("1", &Change::Rename("Web-1".to_owned()))
+        .unwrap();
+    let messages = lab.wait(TICK);
+    let changed = to(&messages, 2).peers_changed.as_ref().unwrap();
+    assert_eq!(changed[0].name, "web-1.tail.test.");
+    let own = to(&messages, 1).node.as_ref().unwrap();
+    assert_eq!(own.name, "web-1.tail.test.");
+    // Its host may be called anything now.
+    let mut request = lite(1, "192.0.2.1:9");
+    request.hostinfo = Some(json!({"Hostname": "other"}));
+    lab.report(1, &request);
+    assert_eq!(lab.record(1).name, "web-1");
+    let mut refused = |name: &str| lab.change("2", &Change::Rename(name.to_owned()));
+    assert_eq!(
+        refused("web-1"),
+        Err(Refusal::NameTaken("web-1".to_owned(), 1))
+    );
+    for bad in ["", "a b", "-a", "a-", "a.b", "\u{e9}", &"a".repeat(64)] {
+        assert_eq!(refused(bad), Err(Refusal::BadName(bad.to_owned())), "{bad}");
+    }
+    // A new node with that host name gets another.
+    let mut request = registration(3);
+    request.hostinfo = Some(json!({"Hostname": "web-1"}));
+    lab.register_by(3, &request, &VALID);
+    assert_eq!(lab.record(3).name, "web-1-1");
+}
+
+#[test]
+fn nodes_are_their_users_or_their_tags() {
+    let mut lab = lab_of_users();
+    let answer = lab.register(1, &of_user(2, &[]));
+    assert_eq!(
+        (answer.user.id, answer.login.login_name.as_str()),
+        (2, "ann")
+    );
+    let answer = lab.register(2, &of_user(2, &["tag:web"]));
+    assert_eq!(answer.login.login_name, "tagged-devices");
+    lab.open(1);
+    lab.pump();
+    let message = lab.server.full(WALL, 1);
+    let profiles = message.user_profiles.unwrap();
+    let peer = &message.peers.unwrap()[0];
+    assert_eq!(peer.tags, ["tag:web"]);
+    assert!(profiles.iter().any(|profile| profile.id == peer.user));
+    lab.change("2", &Change::Tag(Vec::new())).unwrap();
+    let messages = lab.wait(TICK);
+    let changed = &to(&messages, 1).peers_changed.as_ref().unwrap()[0];
+    assert_eq!((changed.user, changed.tags.len()), (2, 0));
+    let bad = Change::Tag(vec!["web".to_owned()]);
+    assert_eq!(
+        lab.change("2", &bad),
+        Err(Refusal::BadTag("web".to_owned()))
+    );
+    // Another's key makes it another's, and what was approved was its owner's.
+    lab.approve(1, &["10.20.0.0/16"]);
+    let mut request = registration(1);
+    request.node_key = node_key(9);
+    lab.register_by(1, &request, &of_user(3, &[]));
+    let record = lab.record(1);
+    assert_eq!((record.user, record.approved.len()), (3, 0));
+}
+
+#[test]
+fn tags_a_node_asks_for_are_its_key_s_or_its_user_s_to_give() {
+    let mut lab = lab_of_users();
+    with_policy(&mut lab, r#"{"tagOwners": {"tag:web": ["ann@"]}}"#);
+    let mut request = registration(1);
+    request.hostinfo = Some(json!({"Hostname": "h", "RequestTags": ["tag:web", "tag:web"]}));
+    let answer = lab.register_by(1, &request, &of_user(2, &[]));
+    assert_eq!(
+        answer.error,
+        "requested tags [tag:web] are invalid or not permitted"
+    );
+    assert_eq!(
+        lab.register_by(1, &request, &of_user(2, &["tag:web"]))
+            .error,
+        ""
+    );
+    assert_eq!(lab.record(1).tags, ["tag:web"]);
+    // Who is let in by a person gets what the policy lets its user give.
+    request.node_key = node_key(2);
+    let code = lab.register_by(2, &request, &KeyCheck::Absent).auth_url;
+    let refused = lab.server.plan_approval(WALL, &code, Some("bob"));
+    assert!(matches!(refused, Err(Refusal::NoPlace(_))), "{refused:?}");
+    let nobody = lab.server.plan_approval(WALL, &code, Some("cem"));
+    assert_eq!(nobody, Err(Refusal::NoSuchUser("cem".to_owned())));
+    let plan = lab.server.plan_approval(WALL, &code, Some("ann")).unwrap();
+    lab.server.apply(lab.now, plan);
+    let record = lab.record(2);
+    assert_eq!((record.user, record.tags), (2, vec!["tag:web".to_owned()]));
+}
+
+#[test]
+fn a_key_expires_in_its_time_and_those_of_tagged_nodes_do_not() {
+    let mut lab = lab_of_users();
+    lab.server.config.key_expiry = Some(Duration::from_secs(3600));
+    lab.register(1, &of_user(2, &[]));
+    lab.register(2, &of_user(2, &["tag:web"]));
+    lab.open(1);
+    lab.open(2);
+    let messages = lab.pump();
+    let until = WALL + Duration::from_secs(3600);
+    let until = until.replace_nanosecond(0).unwrap();
+    let own = to(&messages, 1).node.as_ref().unwrap();
+    assert_eq!(own.key_expiry, Some(WireTime(until)));
+    assert_eq!(to(&messages, 2).node.as_ref().unwrap().key_expiry, None);
+    assert_eq!(lab.record(2).good_until, None);
+    // The host's clock decides, whenever it is looked at.
+    let soon = lab.now + Duration::from_secs(120);
+    lab.server
+        .handle_timeout(soon, until - Duration::from_secs(1));
+    assert!(lab.record(1).expires.is_none());
+    assert!(
+        lab.server
+            .poll_timeout()
+            .is_some_and(|at| at <= soon + Duration::from_secs(1))
+    );
+    lab.server
+        .handle_timeout(soon + Duration::from_secs(1), until);
+    assert_eq!(lab.record(1).expires, Some(until));
+    assert!(!lab.server.is_member(node_key(1)) && lab.server.is_member(node_key(2)));
+    // A new key, and it is good for as long again.
+    let mut request = registration(1);
+    request.node_key = node_key(9);
+    request.old_node_key = Some(node_key(1));
+    lab.register_by(1, &request, &of_user(2, &[]));
+    let record = lab.record(1);
+    assert_eq!(
+        (record.id, record.expires, record.good_until),
+        (1, None, Some(until))
+    );
+}
+
+#[test]
+fn with_a_policy_each_is_told_of_its_own_peers_and_filter() {
+    let mut lab = lab_of_users();
+    lab.register(1, &of_user(2, &[]));
+    lab.register(2, &of_user(3, &[]));
+    lab.register(3, &of_user(3, &[]));
+    for n in 1..=3 {
+        lab.open(n);
+    }
+    lab.pump();
+    lab.wait(TICK);
+    let to_bob = r#"{"acls": [{"action": "accept", "src": ["ann@"], "dst": ["bob@:22"]}]}"#;
+    with_policy(&mut lab, to_bob);
+    let messages = lab.wait(TICK);
+    // The two of bob lose each other, and have a rule for what ann does.
+    for (n, other) in [(2, 3), (3, 2)] {
+        let message = to(&messages, n);
+        assert_eq!(message.peers_removed, Some(vec![other]));
+        let filters = message.packet_filters.as_ref().unwrap();
+        let rules = filters["base"].as_ref().unwrap();
+        assert_eq!(rules.len(), 1);
+        assert_eq!(rules[0].src_ips, ["100.64.0.1", "fd7a:115c:a1e0::1"]);
+    }
+    let message = to(&messages, 1);
+    assert!(message.peers_removed.is_none());
+    let filters = message.packet_filters.as_ref().unwrap();
+    assert_eq!(filters["base"].as_ref().unwrap().len(), 0);
+    // The same again says nothing; a new node of ann's changes what bob's accept.
+    with_policy(&mut lab, to_bob);
+    assert!(lab.wait(TICK).is_empty());
+    lab.register(4, &of_user(2, &[]));
+    lab.open(4);
+    let messages = lab.wait(TICK);
+    let filters = to(&messages, 2).packet_filters.as_ref().unwrap();
+    assert_eq!(filters["base"].as_ref().unwrap()[0].src_ips.len(), 4);
+    assert!(
+        messages
+            .iter()
+            .all(|(n, message)| *n != 1 || message.peers_changed.is_none())
+    );
+    let seen: Vec<i64> = lab.server.seen_by(4).keys().copied().collect();
+    assert_eq!(seen, [2, 3, 4]);
+    // Routes are told to whom a rule lets use them.
+    lab.announce(2, ["10.20.0.0/16"]);
+    lab.approve(2, &["10.20.0.0/16"]);
+    let routes = |lab: &Lab, viewer: i64| lab.server.seen(viewer, 2).unwrap().primary_routes.len();
+    lab.server.look();
+    assert_eq!((routes(&lab, 1), routes(&lab, 2)), (0, 1));
+    let more = r#"{"acls": [{"action": "accept", "src": ["ann@"], "dst": ["bob@:22", "10.20.0.0/16:*"]}]}"#;
+    with_policy(&mut lab, more);
+    lab.wait(TICK);
+    assert_eq!(routes(&lab, 1), 1);
+    lab.server.set_policy(lab.now, None);
+    let messages = lab.wait(TICK);
+    assert_eq!(to(&messages, 2).peers_changed.as_ref().unwrap().len(), 1);
+    for (viewer, _) in lab.streams.values() {
+        assert_eq!(lab.server.seen_by((*viewer).into()).len(), 4);
+    }
+}
+
+#[test]
+fn routes_count_at_once_for_whom_the_policy_says_so() {
+    let mut lab = lab_of_users();
+    let approve = r#"{"tagOwners": {"tag:router": []}, "autoApprovers":
+        {"routes": {"10.0.0.0/8": ["tag:router"]}, "exitNode": ["ann@"]}}"#;
+    with_policy(&mut lab, approve);
+    lab.register(1, &of_user(2, &["tag:router"]));
+    lab.register(2, &of_user(2, &[]));
+    for n in 1..=2 {
+        lab.open(n);
+        lab.announce(n, ["10.20.0.0/16", "0.0.0.0/0", "::/0", "192.168.0.0/24"]);
+    }
+    assert_eq!(lab.record(1).approved, nets(&["10.20.0.0/16"]));
+    assert_eq!(lab.record(2).approved, nets(&["0.0.0.0/0", "::/0"]));
+    // A tag given later, and a policy that comes later.
+    lab.change("2", &Change::Tag(vec!["tag:router".to_owned()]))
+        .unwrap();
+    assert!(lab.record(2).approved.contains(&nets(&["10.20.0.0/16"])[0]));
+    let wider = approve.replace("10.0.0.0/8", "0.0.0.0/0");
+    with_policy(&mut lab, &wider);
+    assert!(
+        lab.record(1)
+            .approved
+            .contains(&nets(&["192.168.0.0/24"])[0])
+    );
+    assert!(!lab.record(1).approved.contains(&nets(&["0.0.0.0/0"])[0]));
+    assert!(lab.server.has_writes());
 }

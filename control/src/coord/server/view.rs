@@ -12,57 +12,35 @@ use time::OffsetDateTime;
 
 use super::presence::Presence;
 use super::store::{NodeRecord, expired};
-use super::{Entry, Server, USER_ID};
+use super::{Entry, Server, TAGGED_USER, TAGGED_USER_NAME};
 use crate::coord::routes::{self, announced};
 use crate::netmap::wire::{
-    CapMap, Debug, DnsConfig, FilterRule, MapResponse, Node, PeerChange, Resolver, UserProfile,
-    WireTime,
+    CapMap, Debug, FilterRule, MapResponse, Node, PeerChange, UserProfile, WireTime,
 };
 
 /// Nodes as peers are told of them, by id.
 pub(super) type View = Arc<BTreeMap<i64, Arc<Node>>>;
 
 impl Server {
-    /// Whether a node sees its peers, and not itself alone.
-    fn sees_peers(&self, id: i64) -> bool {
-        let entry = self.nodes.get(&id);
-        entry.is_some_and(|entry| !expired(&entry.record))
-    }
-
-    /// What a node is told of: itself, and its peers.
-    pub(super) fn seen_by(&self, id: i64) -> View {
-        if self.sees_peers(id) {
-            return Arc::clone(&self.view);
-        }
-        let own = self.view.get(&id);
-        Arc::new(own.map(|wire| (id, Arc::clone(wire))).into_iter().collect())
-    }
-
     pub(super) fn full(&self, wall: OffsetDateTime, id: i64) -> MapResponse {
         let seen = self.seen_by(id);
         let peers = seen.iter().filter(|(peer, _)| **peer != id);
-        let mut routes: BTreeMap<String, Vec<Resolver>> = (64..128)
-            .map(|octet| (format!("{octet}.100.in-addr.arpa"), Vec::new()))
-            .collect();
-        routes.insert("0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned(), Vec::new());
+        let mut dns = self.config.dns.clone();
+        dns.search.insert(0, self.config.base_domain.clone());
+        dns.proxied = true;
+        let reverse = (64..128).map(|octet| format!("{octet}.100.in-addr.arpa"));
+        let reverse = reverse.chain(["0.e.1.a.c.5.1.1.a.7.d.f.ip6.arpa".to_owned()]);
+        dns.routes
+            .extend(reverse.map(|suffix| (suffix, Vec::new())));
         MapResponse {
             control_time: Some(WireTime(wall)),
             node: seen.get(&id).map(|wire| own_node(wire)),
             peers: Some(peers.map(|(_, wire)| Arc::clone(wire)).collect()),
             derp_map: Some((&self.config.derp_map).into()),
-            dns_config: Some(DnsConfig {
-                search: vec![self.config.base_domain.clone()],
-                proxied: true,
-                routes,
-                ..DnsConfig::default()
-            }),
+            dns_config: Some(dns),
             domain: Some(self.config.domain.clone()),
-            packet_filters: Some([("base".to_owned(), Some(vec![FilterRule::allow_all()]))].into()),
-            user_profiles: Some(vec![UserProfile {
-                id: USER_ID,
-                login_name: self.config.user.clone(),
-                display_name: self.config.user.clone(),
-            }]),
+            packet_filters: Some(filters(self.filter_of(id))),
+            user_profiles: Some(self.profiles()),
             collect_services: Some(false),
             debug: Some(Debug {
                 disable_log_tail: true,
@@ -122,6 +100,22 @@ impl Server {
         }
     }
 
+    /// All owners of nodes.
+    pub(super) fn profiles(&self) -> Vec<UserProfile> {
+        let users = self
+            .config
+            .users
+            .iter()
+            .map(|(id, name)| (*id, name.as_str()));
+        let users = users.chain([(TAGGED_USER, TAGGED_USER_NAME)]);
+        let profiles = users.map(|(id, name)| UserProfile {
+            id,
+            login_name: name.to_owned(),
+            display_name: name.to_owned(),
+        });
+        profiles.collect()
+    }
+
     fn wire(&self, entry: &Entry) -> Node {
         let record = &entry.record;
         let addresses: Vec<IpNet> = vec![
@@ -150,9 +144,14 @@ impl Server {
             id: record.id,
             stable_id: record.id.to_string(),
             name: format!("{}.{}.", record.name, self.config.base_domain),
-            user: USER_ID,
+            user: if record.tags.is_empty() {
+                record.user
+            } else {
+                TAGGED_USER
+            },
+            tags: record.tags.clone(),
             key: record.node_key,
-            key_expiry: record.expires.map(WireTime),
+            key_expiry: record.expires.or(record.good_until).map(WireTime),
             machine: Some(record.machine),
             disco_key: record.disco,
             addresses,
@@ -180,6 +179,11 @@ pub(super) fn effective(record: &NodeRecord) -> Vec<IpNet> {
     let mut routes = announced(&record.hostinfo);
     routes.retain(|route| record.approved.binary_search(route).is_ok());
     routes
+}
+
+/// As a map has them.
+pub(super) fn filters(rules: Vec<FilterRule>) -> BTreeMap<String, Option<Vec<FilterRule>>> {
+    [("base".to_owned(), Some(rules))].into()
 }
 
 /// The node as itself is told of it.

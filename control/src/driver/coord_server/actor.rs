@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::counters::Counters;
-use super::{Client, Shared};
+use super::{Client, Settings, Shared};
 use crate::coord::admin::{Change, Done, Order, Refusal};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::server::{
@@ -20,7 +20,6 @@ use crate::driver::clock::{at, now, wall};
 use crate::driver::coord_store::{Database, Store};
 use crate::driver::places::Door;
 use crate::key::{MachinePublic, NodePublic};
-use crate::netmap::DerpMap;
 use crate::netmap::wire::{MapRequest, MapResponse, RegisterRequest, RegisterResponse};
 use crate::places::limit::{FailureLimit, LogLimit};
 
@@ -47,7 +46,7 @@ pub(super) enum Ask {
         oneshot::Sender<Result<Mapped, MapRefusal>>,
     ),
     Verify(NodePublic, oneshot::Sender<bool>),
-    DerpMap(DerpMap),
+    Settings(Box<Settings>),
     Order(Order, oneshot::Sender<Result<Done, String>>),
     Stop(oneshot::Sender<()>),
 }
@@ -130,7 +129,7 @@ impl Actor {
                     None => return,
                 },
                 Some(id) = ends.recv() => self.end(id),
-                () = at(timeout) => self.server.handle_timeout(now()),
+                () = at(timeout) => self.server.handle_timeout(now(), wall()),
                 () = at(self.write_at) => self.write().await,
             }
             self.tell_left_out();
@@ -198,8 +197,22 @@ impl Actor {
                 let _ = answer.send(member);
                 false
             }
-            Ask::DerpMap(derp_map) => {
-                self.server.set_derp_map(now(), derp_map);
+            Ask::Settings(settings) => {
+                let Settings {
+                    derp_map,
+                    dns,
+                    policy,
+                } = *settings;
+                if let Some(derp_map) = derp_map {
+                    self.server.set_derp_map(now(), derp_map);
+                }
+                if let Some(dns) = dns {
+                    self.server.set_dns(now(), dns);
+                }
+                if let Some(policy) = policy {
+                    self.learn_users().await;
+                    self.server.set_policy(now(), Some(policy));
+                }
                 true
             }
             Ask::Order(order, answer) => {
@@ -250,6 +263,11 @@ impl Actor {
             }
             Some(_) | None => KeyCheck::Absent,
         };
+        if let KeyCheck::Valid { user, .. } = key
+            && !self.server.knows_user(user)
+        {
+            self.learn_users().await;
+        }
         let code = Code::new(rand::random());
         let plan = self
             .server
@@ -277,6 +295,14 @@ impl Actor {
                 ..RegisterResponse::default()
             }),
             Err(error) => self.store_failed(&error),
+        }
+    }
+
+    /// Users are added in the store, beside a running server.
+    async fn learn_users(&mut self) {
+        match self.store.call(|database| database.users()).await {
+            Ok(users) => self.server.set_users(users),
+            Err(error) => drop(self.store_failed(&error)),
         }
     }
 
@@ -338,7 +364,7 @@ impl Actor {
     async fn carry_out(&mut self, order: &Order) -> Result<Done, String> {
         let done = match order {
             Order::Node { node, change } => self.change(node, change).await,
-            Order::Admit { code } => self.let_in(code).await,
+            Order::Admit { code, user } => self.let_in(code, user.as_deref()).await,
         }?;
         self.counters.orders.add(1);
         tracing::info!(
@@ -351,8 +377,9 @@ impl Actor {
     }
 
     /// Lets a machine in that waits.
-    async fn let_in(&mut self, code: &str) -> Result<Done, String> {
-        let plan = self.server.plan_approval(wall(), code);
+    async fn let_in(&mut self, code: &str, user: Option<&str>) -> Result<Done, String> {
+        self.learn_users().await;
+        let plan = self.server.plan_approval(wall(), code, user);
         let plan = plan.map_err(|refusal| refusal.to_string())?;
         let done = plan.record().map(|record| Done::of(record, true));
         match self.commit(plan).await {

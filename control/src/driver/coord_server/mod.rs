@@ -45,8 +45,10 @@ use crate::driver::coord_store::{Database, Store};
 use crate::driver::places::{Door, Place};
 use crate::driver::{descriptors, sleep};
 use crate::key::{MachinePrivate, MachinePublic};
+use crate::netmap::wire::DnsConfig;
 use crate::netmap::{DerpMap, PEERS_MAX};
 use crate::places::{Bounds, Limits};
+use crate::policy::Policy;
 
 /// Connections at most: every node that there can be has one, and another that takes its place.
 const LIMITS: Limits = Limits {
@@ -90,8 +92,21 @@ pub struct CoordServerConfig {
     pub control: MachinePrivate,
     /// Its state file.
     pub database: Database,
-    /// Names, addresses, relays.
+    /// Names, addresses, relays. Users are those of the state file.
     pub server: ServerConfig,
+    /// Who may reach what; none: all may do everything.
+    pub policy: Option<Policy>,
+}
+
+/// What may be replaced while a server runs: none of it stays as it is.
+#[derive(Debug, Default)]
+pub struct Settings {
+    /// The relays.
+    pub derp_map: Option<DerpMap>,
+    /// Resolvers and extra names.
+    pub dns: Option<DnsConfig>,
+    /// Who may reach what.
+    pub policy: Option<Policy>,
 }
 
 /// A running server; dropping it ends every connection at once, [`CoordServer::stop`] writes what
@@ -164,13 +179,18 @@ impl CoordServer {
             "connections at most"
         );
         let now = now();
-        let server = Server::new(
+        let users = loaded.users;
+        let mut server = Server::new(
             now,
-            config.server,
+            ServerConfig {
+                users,
+                ..config.server
+            },
             loaded.nodes,
             loaded.last_id,
             loaded.last_host,
         );
+        server.set_policy(now, config.policy);
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let (ended, ends) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
@@ -211,9 +231,13 @@ impl CoordServer {
         self.shared.counters.snapshot()
     }
 
-    /// Replaces the relays; all nodes are told.
-    pub async fn set_derp_map(&self, derp_map: DerpMap) {
-        let _ = self.shared.asks.send(Ask::DerpMap(derp_map)).await;
+    /// Replaces what is given; all nodes are told.
+    pub async fn set(&self, settings: Settings) {
+        let _ = self
+            .shared
+            .asks
+            .send(Ask::Settings(Box::new(settings)))
+            .await;
     }
 
     /// The way by which administrators' orders reach it.
