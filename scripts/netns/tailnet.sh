@@ -6,7 +6,8 @@
 #   start_relay NS LABEL ADDRESS ID CODE [IPV6]    `ringtail derp`;  start_derper: derper in its place
 #   make_derp_map LABEL...               the DERP map of these relays
 #   start_headscale                      coordination by Headscale, users alice and bob, keys in auth-key and bob-key
-#   start_coord                          coordination by `ringtail coord`, at the same address
+#   start_coord                          coordination by `ringtail coord`, at the same address; with the options of
+#                                        the array COORD_OPTIONS
 #   our_server                           our relay, its map, and `ringtail coord`
 #   ours COMMAND...                      `ringtail coord COMMAND` on its state
 #   tailnet_up                           all of that at once: internet, our relay, Headscale
@@ -126,7 +127,7 @@ make_derp_map() {
 
 start_coord() {
   lab_spawn "$COORD_NS" coord "$RINGTAIL" coord --addr "${COORD_URL#http://}" --state-dir "$LAB_DIR/coord" \
-    --derp-map "$LAB_DIR/derp-map.json"
+    --derp-map "$LAB_DIR/derp-map.json" ${COORD_OPTIONS[@]+"${COORD_OPTIONS[@]}"}
   within 20 tailnet_listens "$COORD_NS" 8080 || return 1
   [ -e "$LAB_DIR/auth-key" ] || "$RINGTAIL" coord keys create --reusable --state-dir "$LAB_DIR/coord" >"$LAB_DIR/auth-key"
 }
