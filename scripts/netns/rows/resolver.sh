@@ -37,8 +37,22 @@ nameserver 203.0.113.53" >/run/theirs; ln -sf ../run/theirs /etc/resolv.conf'
   before=$(resolver_state)
   resolver_start
   within 20 finds b
+  rt a set --accept-dns=false
+  check "told to leave it alone it puts all back" within 5 same_resolver "$before"
+  rt a set --accept-dns=true
+  check "and takes it again" within 5 finds b
+  rt a down
+  check "down: the link and all else is there" within 5 same_resolver "$before"
+  rt a up
+  check "up: it is asked again" within 20 finds b
   resolver_end KILL
   check "killed: the link and all else is there within 2 s" within 2 same_resolver "$before"
+  resolver_start
+  within 20 finds b
+  pkill -KILL -P "$(lab_pid node-a)" -f keeper
+  resolver_end KILL
+  a_in "$RINGTAIL" restore --state-dir "$LAB_DIR/node-a"
+  check "killed with its keeper: ringtail restore puts it back" same_resolver "$before"
   for how in missing dangling; do
     case $how in
       missing) a_in rm /etc/resolv.conf ;;
