@@ -68,6 +68,11 @@ row_filter2() {
   lab_spawn s listen7000 python3 -m http.server 7000
   check "and nobody reaches it, though the policy allows it" shielded
   check "while another of the same owner is reached" tailnet_pings a c 1
+  check "until that one is set behind shields too, as it runs" rt c set --shields-up
+  check "which counts within a second" within 1 not tailnet_pings a c 1
+  check "though not for what it begins itself" tailnet_pings c r 1
+  check "and they come down again" rt c set --shields-up=false
+  check "as fast" within 1 tailnet_pings a c 1
 }
 # open_to PROTOCOL_AND_DESTINATION...: alice may, and may reach her own nodes by everything; and nobody else.
 open_to() {
