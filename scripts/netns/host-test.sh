@@ -45,9 +45,7 @@ for host in a b c; do
   lab_in "$host" sh -c 'for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 1 >$file; done'
 done
 # The resolver of a, which nobody asks.
-mkdir -p "/etc/netns/${LAB}a"
-echo "nameserver 10.4.0.53" >"/etc/netns/${LAB}a/resolv.conf"
-echo "/etc/netns/${LAB}a/resolv.conf" >>"$LAB_DIR/files"
+echo "nameserver 10.4.0.53" >"$LAB_DIR/a.resolv.conf"
 
 relay() { lab_spawn s relay "$RINGTAIL" derp --hostname 10.4.0.2 --addr 10.4.0.2:443 --stun-port 3478 \
   --state-dir "$LAB_DIR/relay" --region-id 900 --region-code nyc; }

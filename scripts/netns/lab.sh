@@ -13,8 +13,7 @@
 #   lab_in NAME COMMAND...         run in a namespace, in the foreground
 #   lab_spawn NAME LABEL CMD...    run in a namespace, in the background; log in $LAB_DIR/LABEL.log. What it writes
 #                                  in /etc is in $LAB_DIR/LABEL.etc/upper, also when it is spawned again; its resolv.conf
-#                                  is at first $LAB_DIR/NAME.resolv.conf, if there is one. (Where somebody made an
-#                                  /etc/netns/$LAB$NAME, that counts instead.)
+#                                  is at first $LAB_DIR/NAME.resolv.conf, if there is one
 #   lab_pid LABEL                  its process id
 #   lab_stop LABEL [SIGNAL]        end it and wait
 #   lab_run COMMAND...             run in the foreground, but interruptible by signals
@@ -103,7 +102,6 @@ lab_spawn() {
   # the other is renamed, be it in another namespace.
   # shellcheck disable=SC2016 # for the other shell
   local own=(sh -c 'mount -t overlay overlay -o "lowerdir=/etc,upperdir=$0/upper,workdir=$0/work" /etc && exec "$@"' "$etc")
-  [ ! -e "/etc/netns/$LAB$ns" ] || own=()
   ip netns exec "$LAB$ns" "${own[@]}" "$@" </dev/null >>"$LAB_DIR/$label.log" 2>&1 &
   echo $! >"$LAB_DIR/$label.pid"
   lab_note_pid $! "$label"

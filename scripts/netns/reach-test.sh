@@ -20,13 +20,8 @@ set -euo pipefail
 . "$(dirname "$0")/begin.sh"
 [ "${1:-}" != --keep ] || shift
 
-# resolver NAME ADDRESS...: the DNS servers of a namespace, which `ip netns exec` puts in place and the lab takes away.
-resolver() {
-  local name=$1 address
-  shift
-  mkdir -p "/etc/netns/$LAB$name"
-  for address in "$@"; do echo "nameserver $address"; done >"/etc/netns/$LAB$name/resolv.conf"
-}
+# resolver NAME ADDRESS...: the DNS servers of what is spawned in a namespace.
+resolver() { printf 'nameserver %s\n' "${@:2}" >"$LAB_DIR/$1.resolv.conf"; }
 # relay NAME: the relay "relay.lab" in that namespace, the same wherever it runs.
 relay() {
   lab_spawn "$1" relay "$RINGTAIL" derp --hostname relay.lab --addr '[::]:443' --state-dir "$LAB_DIR/relay" \
