@@ -589,6 +589,27 @@ mod tests {
     }
 
     #[test]
+    fn a_service_of_the_network_is_on_this_host_unless_another_program_has_it() {
+        let mut wants = overlay(&["100.64.0.2"], &[]);
+        wants.services = ips(&["100.100.100.100", "fd7a:115c:a1e0::53"])
+            .into_iter()
+            .collect();
+        let free = plan(&settings(), &wants, &host(&[], &[]));
+        assert!(wants.services.is_subset(&free.state.addresses));
+        assert!(free.conflicts.is_empty());
+        let taken = plan(&settings(), &wants, &host(&[], &["100.100.100.100/32"]));
+        let left: Vec<&IpAddr> = wants
+            .services
+            .intersection(&taken.state.addresses)
+            .collect();
+        assert_eq!(left, [&"fd7a:115c:a1e0::53".parse::<IpAddr>().unwrap()]);
+        assert_eq!(
+            taken.conflicts[0].route,
+            "100.100.100.100/32".parse().unwrap()
+        );
+    }
+
+    #[test]
     fn resolvers_and_dialled_addresses_stay_outside_but_peers_do_not() {
         let wants = overlay(&["100.64.0.2", "10.9.9.9", "10.9.9.53"], &["10.0.0.0/8"]);
         let mut has = host(&[], &[]);

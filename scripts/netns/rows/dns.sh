@@ -15,6 +15,12 @@ as_tailscaled() {
   echo "ours: $ours, tailscaled: $theirs"
   return 1
 }
+# complains NAME TEXT: its status does, which fails then.
+complains() {
+  local told
+  told=$(rt "$1" status --json) || true
+  jq -e --arg text "$2" '[.health[] | select(contains($text))] | length > 0' <<<"$told" >/dev/null
+}
 # dns_config GLOBAL: Headscale's settings with these resolvers for all names.
 dns_config() {
   cat <<JSON
@@ -25,7 +31,7 @@ dns_config() {
 JSON
 }
 
-# Names of the network: ours on a (and on c, where the host's resolver is left alone), tailscaled's on b, with resolvers
+# Names of the network: ours on a (and on c, where the host's resolver is left alone), tailscaled's on b, both on e, with resolvers
 # of every kind at 203.0.113.53 and on. p shares a LAN with a and is in no network.
 row_dns() {
   local before name question
@@ -37,7 +43,7 @@ row_dns() {
     lab_in dns ip addr replace "203.0.113.${name%:*}/32" dev lo
     lab_spawn dns "dns-${name%:*}" "$DNS" serve "203.0.113.${name%:*}" "${name#*:}" "$LAB_DIR/asked-${name%:*}"
   done
-  hosts a b c
+  hosts a b c e
   lab_ns lan p
   lab_lan lan lan a=192.168.78.1/24 p=192.168.78.9/24
   ip -n "${LAB}p" route add 100.100.100.100 via 192.168.78.1
@@ -74,6 +80,14 @@ row_dns() {
   check "nor a connection" not lab_in p "$DNS" ask 100.100.100.100 b.lab.example A tcp
   check "nobody's questions went to a resolver that is not theirs" not grep -q 'lab.example' "$LAB_DIR/asked-53"
   check "people can ask" sh -c "$(printf '%q ' "$RINGTAIL") dns query --state-dir $(printf %q "$LAB_DIR/node-a") b.lab.example | grep -q $(tailnet_ip b)"
+  tailnet_tailscaled te e
+  within 30 tailnet_online te
+  ts te set --accept-dns=true
+  check "tailscaled answers for names on another host" within 10 says "NOERROR $(tailnet_ip b)" e b.lab.example A
+  tailnet_ringtail e e
+  check "ours beside it does not take its place" within 20 complains e 'another program on this host answers for names'
+  check "and names are answered as before" says "NOERROR $(tailnet_ip b)" e b.lab.example A
+  check "nor is its host's resolver told of ours" not grep -q 100.100 "$LAB_DIR/node-e.etc/upper/resolv.conf"
   tailnet_stop a
   check "the host is left as it was found" same_state a "$before"
   check "and nobody answers any more" not lab_in a "$DNS" ask 100.100.100.100 b.lab.example A

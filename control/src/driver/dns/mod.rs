@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle as Task;
 
-use crate::dns::{Upstream, Wish};
+use crate::dns::{HostDns, Upstream, Wish};
 use crate::driver::lock;
 use forward::Over;
 #[cfg(test)]
@@ -129,6 +129,11 @@ impl Dns {
             }
             changed
         });
+    }
+
+    /// What the network wants of the host's resolver, if anything.
+    pub fn host_wish(&self) -> Option<HostDns> {
+        self.settings.borrow().wish.host.clone()
     }
 
     /// Whether what the host's resolver asks may be behind the tunnel.

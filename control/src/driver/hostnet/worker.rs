@@ -339,7 +339,10 @@ impl Worker {
                 );
             }
         }
-        let news = lock(&self.shared.report).problems != problems;
+        let news = {
+            let before = lock(&self.shared.report);
+            before.problems != problems || before.conflicts != plan.conflicts
+        };
         *lock(&self.shared.report) = Report {
             table: self.settings.table,
             conflicts: plan.conflicts,

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use ringtail_dataplane::{Activity, RegionId};
 use serde_json::json;
 
@@ -22,6 +23,7 @@ use crate::driver::shards::FromShards;
 use crate::driver::{dns_host, status, uapi};
 use crate::hostnet::HOST_PARTS;
 use crate::key::NodePublic;
+use crate::netmap::prefix::DNS_SERVICE_V4;
 use crate::path::LinkChange;
 use crate::uapi::{DeviceStatus, Errno, Reply, Request};
 
@@ -461,18 +463,30 @@ impl Node {
         }
     }
 
-    /// What is not as it should be with the host's network, for people.
-    /// What names are for, or whom the host asks, is another.
+    /// What names are for, whom the host asks, or who else answers for names on it, may be another.
     pub(super) fn names_changed(&mut self) {
         let past = self.dns.is_behind_tunnel().then(|| Past {
             servers: self.resolver.report().outside,
             fwmark: self.fwmark,
         });
         self.names.set_past(past);
-        self.agent.set_health("dns", self.dns.problems());
+        let service = IpNet::from(IpAddr::from(DNS_SERVICE_V4));
+        let conflicts = self.hostnet.report().conflicts;
+        let taken = conflicts.iter().any(|conflict| conflict.route == service);
+        let mut problems = self.dns.problems();
+        if taken {
+            problems.push(format!(
+                "another program on this host answers for names on {DNS_SERVICE_V4}: the host's resolver is not told of ours"
+            ));
+        }
+        let wished = self.dns.host_wish().filter(|_| !taken);
+        self.resolver.set(wished.unwrap_or_default());
+        self.agent.set_health("dns", problems);
     }
 
+    /// What is not as it should be with the host's network, for people.
     pub(super) fn take_host_news(&mut self) {
+        self.names_changed();
         let mut problems = self.hostnet.report().problems;
         for part in HOST_PARTS {
             let of_part = problems.extract_if(.., |problem| problem.part == part);

@@ -361,7 +361,6 @@ impl Node {
                     self.hostnet.set_overlay(overlay);
                 }
                 Output::SetDns(wish) => {
-                    self.resolver.set(wish.host.clone().unwrap_or_default());
                     self.dns.set_wish(wish);
                     self.names_changed();
                 }
