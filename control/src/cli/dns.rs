@@ -110,15 +110,18 @@ fn tell_status(out: &mut impl std::io::Write, status: &Value) -> anyhow::Result<
         let others = &status[if own { "host_resolvers" } else { "resolvers" }];
         writeln!(out, "all else            {}", joined(others))?;
     }
-    let host = &status["host"];
-    let told = if host.is_null() {
-        "is left alone"
-    } else if host["for_all_names"] == true {
-        "asks us for all names"
+    let (host, told) = (&status["host"], &status["told"]);
+    let by = text(&told["by"]);
+    let asks = if host.is_null() {
+        "is left alone".to_owned()
+    } else if told.is_null() {
+        "does not ask us; see `ringtail status`".to_owned()
+    } else if host["for_all_names"] == true || told["splits"] != true {
+        format!("asks us for all names, by {by}")
     } else {
-        "asks us for names of the network"
+        format!("asks us for names of the network, by {by}")
     };
-    writeln!(out, "the host's resolver {told}")?;
+    writeln!(out, "the host's resolver {asks}")?;
     for problem in list(&status["problems"]) {
         writeln!(out, "problem: {}", text(problem))?;
     }

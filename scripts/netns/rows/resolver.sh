@@ -20,10 +20,11 @@ nameserver 203.0.113.53" >/run/theirs; ln -sf ../run/theirs /etc/resolv.conf'
   ready a b || return 0
   check "a link: the host finds a peer by its name" within 10 finds b
   check "and all else by the server it asked before" found www.example.net 198.51.100.7
+  check "as dns status says" resolver_told "asks us for all names, by /etc/resolv.conf"
   check "in a file that says whose it is" a_in grep -q "^# Written by ringtail for ringtail0" /etc/resolv.conf
   a_in sh -c 'echo "nameserver 203.0.113.53" >/etc/new; mv /etc/new /etc/resolv.conf'
   check "what another program writes is replaced" within 5 finds b
-  for try in 1 2 3 4 5; do
+  for _ in 1 2 3 4 5; do
     a_in sh -c "echo 'nameserver 203.0.113.53' >/etc/new; mv /etc/new /etc/resolv.conf"
     pause 0.4
   done
@@ -96,6 +97,7 @@ nameserver 203.0.113.53" >/run/theirs; ln -sf ../run/theirs /etc/resolv.conf'
   check "and all else" found www.example.net 198.51.100.7
   check "the file is left as it is" [ "$(a_in readlink /etc/resolv.conf)" = ../run/systemd/resolve/stub-resolv.conf ]
   check "it asks ours for the network's names only" resolver_splits
+  check "and dns status says so" resolver_told "asks us for names of the network, by systemd-resolved"
   lab_stop resolved
   resolver_spawn
   check "started anew it is told again" within 10 finds b
@@ -126,6 +128,7 @@ finds() { found "$1" "$(tailnet_ip "$1")"; }
 # The name as it is, what it leads to, and what stands beside it.
 resolver_state() { a_in sh -c 'stat -c "%N %i %a %u:%g" /etc/resolv.conf; cat /etc/resolv.conf; ls -A /etc | grep -i resolv' 2>&1; }
 same_resolver() { diff <(echo "$1") <(resolver_state); }
+resolver_told() { "$RINGTAIL" dns status --state-dir "$LAB_DIR/node-a" | grep -F "$1"; }
 resolver_says() { rt a status --json | jq -e --arg what "$1" '.health[] | select(contains($what))'; }
 
 # resolver_program PACKAGE: this resolvconf keeps the file, as if the package were installed.

@@ -271,7 +271,11 @@ impl Node {
                 self.agent.handle_netcheck_question(now, question);
             }
             local_api::Request::DnsStatus => {
-                let status = self.dns.status();
+                let mut status = self.dns.status();
+                let told = self.resolver.report().manager;
+                status["told"] = json!(told.map(|manager| json!({
+                    "by": manager.name(), "splits": manager.splits(),
+                })));
                 call.answer(status);
             }
             local_api::Request::DnsQuery { name, kind } => {
