@@ -54,6 +54,26 @@ impl Agent {
         Ok(json!({"addresses": addresses.collect::<Vec<_>>()}))
     }
 
+    /// The nodes that offer to be a way out to the Internet, for each family whether an administrator has
+    /// approved that.
+    pub fn exit_nodes(&self) -> Value {
+        let used = self.exit_peer().map(|peer| peer.node_key);
+        let network = self.told.as_ref();
+        let peers = network.into_iter().flat_map(|network| &network.peers);
+        let offering = peers.filter(|peer| everywhere(&peer.routable) != [false; 2]);
+        let nodes = offering.map(|peer| {
+            let [ipv4, ipv6] = everywhere(&peer.allowed_ips);
+            json!({
+                "name": peer.name.trim_end_matches('.'),
+                "addresses": peer.addresses.iter().map(IpNet::addr).collect::<Vec<_>>(),
+                "online": peer.online,
+                "approved": {"ipv4": ipv4, "ipv6": ipv6},
+                "in_use": used == Some(peer.node_key),
+            })
+        });
+        json!({"nodes": nodes.collect::<Vec<_>>()})
+    }
+
     /// Who has this address, or routes the narrowest prefix that holds it.
     ///
     /// # Errors
@@ -100,6 +120,15 @@ impl Agent {
     }
 }
 
+/// Whether these hold everything of IPv4, and of IPv6.
+fn everywhere(nets: &[IpNet]) -> [bool; 2] {
+    let whole = |net: &IpNet| net.prefix_len() == 0;
+    [false, true].map(|v6| {
+        nets.iter()
+            .any(|net| whole(net) && net.addr().is_ipv6() == v6)
+    })
+}
+
 /// What is known before the first map.
 const NO_NETWORK: &str = "there is no network map yet: `ringtail status` says why";
 
@@ -123,6 +152,28 @@ mod tests {
             user: 7,
             ..NetworkPeer::default()
         })
+    }
+
+    #[test]
+    fn exit_nodes_are_listed_with_what_is_approved_of_them() {
+        let mut agent = agent(1, false);
+        assert_eq!(agent.exit_nodes()["nodes"], json!([]));
+        let mut exit = (*peer(2, "b.lab.example.", &["100.64.0.2/32"], &["0.0.0.0/0"])).clone();
+        exit.routable = vec!["0.0.0.0/0".parse().unwrap(), "::/0".parse().unwrap()];
+        let plain = peer(3, "c.lab.example.", &["100.64.0.3/32"], &["100.64.0.3/32"]);
+        agent.handle_network(
+            start(),
+            Network {
+                peers: vec![Arc::new(exit), plain],
+                ..Network::default()
+            },
+        );
+        let listed = agent.exit_nodes();
+        assert_eq!(listed["nodes"].as_array().unwrap().len(), 1);
+        let node = &listed["nodes"][0];
+        assert_eq!(node["name"], "b.lab.example");
+        assert_eq!(node["approved"], json!({"ipv4": true, "ipv6": false}));
+        assert_eq!(node["in_use"], false);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The command line: arguments in, text out. Printing to standard output happens only here.
 //!
 //! Rooms, each a command or several: `up` the node; `down`, `login`, `set`, `status`, `whois`, `ping`,
-//! `dns` and `netcheck` what it is told and asked, by `ask`; `coord` the coordination server, `derp` the relay,
+//! `dns`, `exit-node` and `netcheck` what it is told and asked, by `ask`; `coord` the coordination server, `derp` the relay,
 //! `device` a WireGuard device, `keys` those for it, `restore` what a killed node left.
 
 mod ask;
@@ -10,6 +10,7 @@ mod derp;
 mod device;
 mod dns;
 mod down;
+mod exit_node;
 mod keys;
 mod login;
 mod netcheck;
@@ -78,6 +79,7 @@ enum Command {
     Ping(ping::PingArgs),
     Netcheck(netcheck::NetcheckArgs),
     Dns(dns::DnsArgs),
+    ExitNode(exit_node::ExitNodeArgs),
     Genkey(keys::GenkeyArgs),
     Pubkey(keys::PubkeyArgs),
     Restore(restore::RestoreArgs),
@@ -113,6 +115,7 @@ pub fn main() -> ExitCode {
         Command::Ping(args) => ping::run(&args),
         Command::Netcheck(args) => netcheck::run(&args),
         Command::Dns(args) => dns::run(&args),
+        Command::ExitNode(args) => exit_node::run(&args),
         Command::Genkey(args) => keys::genkey(&args),
         Command::Pubkey(args) => keys::pubkey(&args),
         Command::Restore(args) => restore::restore(&args),

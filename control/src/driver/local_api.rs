@@ -45,7 +45,7 @@ pub enum Reader {
     Group,
 }
 
-/// What a client may ask. Those that a node cannot answer yet say so.
+/// What a client may ask.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {

@@ -48,6 +48,8 @@ row_login() {
 }
 keyless() { # NODE
   TAILNET_KIND[$1]=ringtail TAILNET_NS[$1]=$1
+  # What a killed one left: its file says nothing of the new one.
+  rm -f "$LAB_DIR/node-$1/ringtail.sock"
   lab_spawn "$1" "node-$1" "$RINGTAIL" up --coord "$COORD_URL" --state-dir "$LAB_DIR/node-$1" --hostname "$1"
 }
 address_to_visit() { grep -o "$COORD_URL/register/[^ ]*" "$LAB_DIR/node-$1.log" | tail -n 1 | grep .; }

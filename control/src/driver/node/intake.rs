@@ -315,7 +315,7 @@ impl Node {
                 let answer = self.agent.whois(*address);
                 call.answer_result(answer.map_err(anyhow::Error::msg));
             }
-            local_api::Request::ExitNodes => call.refuse("this node cannot answer that yet"),
+            local_api::Request::ExitNodes => call.answer(self.agent.exit_nodes()),
         }
         None
     }
