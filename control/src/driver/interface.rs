@@ -112,6 +112,14 @@ impl Interface {
     }
 }
 
+/// The name of an interface, if there is one by this index.
+pub fn interface_name(index: u32) -> Option<String> {
+    nix::net::if_::if_indextoname(index)
+        .ok()?
+        .into_string()
+        .ok()
+}
+
 /// All interfaces that are up, with their addresses of both families.
 ///
 /// # Errors

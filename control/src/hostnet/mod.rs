@@ -147,6 +147,8 @@ pub struct Host {
     pub connected: BTreeSet<IpNet>,
     /// Those of them that are for guests on this host alone: virtual machines and containers.
     pub guests: BTreeSet<IpNet>,
+    /// The bridges that such guests are on.
+    pub guest_links: BTreeSet<u32>,
     /// Destinations in the tables that its rules lead to, those by our TUN left out.
     pub routes: BTreeSet<IpNet>,
     /// Servers that its resolver asks.

@@ -47,6 +47,12 @@ row_dns() {
   lab_ns lan p
   lab_lan lan lan a=192.168.78.1/24 p=192.168.78.9/24
   ip -n "${LAB}p" route add 100.100.100.100 via 192.168.78.1
+  # A container of a's, as Docker makes them.
+  lab_ns guest
+  lab_in a ip link add docker0 type bridge
+  lab_wire a guest1 guest eth0
+  lab_in a sh -c 'ip link set guest1 master docker0; ip link set docker0 up; ip addr add 172.17.0.1/16 dev docker0'
+  lab_in guest sh -c 'ip addr add 172.17.0.2/16 dev eth0; ip route add default via 172.17.0.1'
   before=$(host_state a)
   tailnet_ringtail a a
   tailnet_tailscaled b b
@@ -76,6 +82,8 @@ row_dns() {
   check "an answer that is too long for UDP is said to be" says "NOERROR TC" a long.example TXT
   check "and is whole by TCP" lab_in a sh -c "$DNS ask 100.100.100.100 long.example TXT tcp | grep -q '^NOERROR 16:.* 16:.* 16:'"
   check "where the host's resolver is left alone, it answers all the same" says "NOERROR $(tailnet_ip b)" c b.lab.example A
+  check "a container of the host's gets answers" within 15 says "NOERROR $(tailnet_ip b)" guest b.lab.example A
+  check "by TCP too" says "NOERROR $(tailnet_ip b)" guest b.lab.example A tcp
   check "nobody else gets an answer" not lab_in p "$DNS" ask 100.100.100.100 b.lab.example A
   check "nor a connection" not lab_in p "$DNS" ask 100.100.100.100 b.lab.example A tcp
   check "nobody's questions went to a resolver that is not theirs" not grep -q 'lab.example' "$LAB_DIR/asked-53"

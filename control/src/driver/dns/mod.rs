@@ -40,11 +40,13 @@ use server::{Resolver, Sockets};
 const RETRY: Duration = Duration::from_secs(5);
 
 /// What questions are decided by.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Settings {
     wish: Arc<Wish>,
     /// Whom the host asked before it asked us.
     host: Arc<[Upstream]>,
+    /// The bridges that guests of this host are on: who copies the host's resolv.conf asks there.
+    guests: Vec<String>,
 }
 
 /// The service, as long as this lives.
@@ -108,12 +110,8 @@ impl Dns {
 
     /// Answers by this from now on.
     pub fn set_wish(&self, wish: Arc<Wish>) {
-        self.settings.send_modify(|settings| {
-            *settings = Arc::new(Settings {
-                wish,
-                host: Arc::clone(&settings.host),
-            });
-        });
+        self.settings
+            .send_modify(|settings| Arc::make_mut(settings).wish = wish);
     }
 
     /// Whom the host asked before it asked us.
@@ -122,10 +120,18 @@ impl Dns {
         self.settings.send_if_modified(|settings| {
             let changed = settings.host != host;
             if changed {
-                *settings = Arc::new(Settings {
-                    wish: Arc::clone(&settings.wish),
-                    host: host.clone(),
-                });
+                Arc::make_mut(settings).host = host;
+            }
+            changed
+        });
+    }
+
+    /// Interfaces of this host, beside the tunnel, from which it is asked as from the host itself.
+    pub fn set_guests(&self, guests: Vec<String>) {
+        self.settings.send_if_modified(|settings| {
+            let changed = settings.guests != guests;
+            if changed {
+                Arc::make_mut(settings).guests = guests;
             }
             changed
         });
@@ -208,11 +214,11 @@ async fn run(
     problem: &Mutex<Option<String>>,
 ) {
     loop {
-        let addresses = wished.borrow_and_update().wish.service();
+        let (addresses, guests) = places(&wished.borrow_and_update());
         let sockets = if addresses.is_empty() {
             Ok(None)
         } else {
-            Sockets::open(&addresses, tun).map(Some)
+            Sockets::open(&addresses, tun, &guests).map(Some)
         };
         let error = sockets.as_ref().err().cloned();
         if *lock(problem) != error {
@@ -230,7 +236,8 @@ async fn run(
         };
         let another = async {
             while wished.changed().await.is_ok() {
-                if wished.borrow_and_update().wish.service() != addresses {
+                let (now, beside) = places(&wished.borrow_and_update());
+                if now != addresses || beside != guests {
                     return true;
                 }
             }
@@ -241,6 +248,11 @@ async fn run(
             go_on = another => if !go_on { return },
         }
     }
+}
+
+/// Where questions are answered: addresses, and interfaces beside the tunnel.
+fn places(settings: &Settings) -> (Vec<IpAddr>, Vec<String>) {
+    (settings.wish.service(), settings.guests.clone())
 }
 
 /// The type of record that a person means; an address stands for the name that it has.

@@ -245,7 +245,8 @@ fn fitted(question: &Question, answer: Vec<u8>, over: Over) -> Option<Vec<u8>> {
 
 /// Sockets on the service's addresses, which need not be there yet, and on the tunnel's interface. What this host
 /// sends to addresses of that interface counts as come by it, whatever it says of the loopback one; what peers
-/// send there, the data plane keeps out; and what others send comes by another.
+/// send there, the data plane keeps out; and what others send comes by another. Guests of this host, machines and
+/// containers on a bridge without a way to elsewhere, may ask as well: many of them copy its resolv.conf.
 pub(super) struct Sockets {
     udp: Vec<UdpSocket>,
     tcp: Vec<TcpListener>,
@@ -256,7 +257,7 @@ impl Sockets {
     ///
     /// # Errors
     /// For people, when not even one address can be listened on.
-    pub(super) fn open(addresses: &[IpAddr], tun: &str) -> Result<Self, String> {
+    pub(super) fn open(addresses: &[IpAddr], tun: &str, guests: &[String]) -> Result<Self, String> {
         let mut sockets = Self {
             udp: Vec::new(),
             tcp: Vec::new(),
@@ -271,6 +272,13 @@ impl Sockets {
                 }
                 Err(error) => refused = Some(format!("cannot answer for names on {addr}: {error}")),
             }
+            // One that has just gone is no matter.
+            let theirs = guests
+                .iter()
+                .filter_map(|bridge| Self::pair(addr, bridge).ok());
+            let (udp, tcp): (Vec<_>, Vec<_>) = theirs.unzip();
+            sockets.udp.extend(udp);
+            sockets.tcp.extend(tcp);
         }
         match refused {
             Some(refused) if sockets.udp.is_empty() => Err(refused),
@@ -377,5 +385,81 @@ async fn connection(mut stream: TcpStream, resolver: Arc<Resolver>) {
             Ok(Ok(())) => {}
             Ok(Err(_)) | Err(_) => return,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hickory_proto::op::Message;
+    use hickory_proto::rr::RecordType;
+
+    use super::super::question;
+    use super::*;
+
+    /// A resolver that passes everything on to `upstream`.
+    fn passing_on(upstream: SocketAddr) -> Arc<Resolver> {
+        let settings = Settings {
+            host: Arc::from([Upstream::Plain(upstream)]),
+            ..Settings::default()
+        };
+        let (sender, receiver) = watch::channel(Arc::new(settings));
+        // The last settings stay.
+        drop(sender);
+        Arc::new(Resolver::new(receiver))
+    }
+
+    fn code(answer: Option<Vec<u8>>) -> ResponseCode {
+        Message::from_vec(&answer.unwrap())
+            .unwrap()
+            .metadata
+            .response_code
+    }
+
+    #[tokio::test]
+    async fn a_question_that_comes_round_again_is_passed_on_once() {
+        let upstream = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let resolver = passing_on(upstream.local_addr().unwrap());
+        // It knows nobody to ask but us.
+        let round = Arc::clone(&resolver);
+        let asked = tokio::spawn(async move {
+            let mut buffer = vec![0; 512];
+            let mut asked = 0;
+            while let Ok(Ok((len, from))) =
+                timeout(Duration::from_secs(3), upstream.recv_from(&mut buffer)).await
+            {
+                asked += 1;
+                let answer = round.answer(&buffer[..len], Over::Udp);
+                if let Ok(Some(answer)) = timeout(Duration::from_secs(2), answer).await {
+                    upstream.send_to(&answer, from).await.unwrap();
+                }
+            }
+            asked
+        });
+        let question = question("loop.example", RecordType::A).unwrap();
+        let answer = resolver.answer(&question, Over::Udp).await;
+        assert_eq!(code(answer), ResponseCode::ServFail);
+        // Sent again once, as nobody answered, and passed on no second time.
+        assert!(asked.await.unwrap() <= 2);
+        assert_eq!(resolver.counters.forwarded.get(), 1);
+        assert!(lock(&resolver.under_way).alike.is_empty());
+    }
+
+    #[tokio::test]
+    async fn slow_resolvers_leave_room_for_others() {
+        let slow = UdpSocket::bind("127.0.0.1:0").await.unwrap();
+        let resolver = passing_on(slow.local_addr().unwrap());
+        let upstreams: Arc<[Upstream]> = Arc::clone(&resolver.settings.borrow().host);
+        let pass_on = |number: usize, to: &Arc<[Upstream]>| {
+            let name = format!("n{number}.example");
+            let question = question(&name, RecordType::A).unwrap();
+            resolver.under_way(Arc::clone(to), &question, Over::Udp)
+        };
+        for number in 0..FORWARDED_ALIKE_MAX {
+            assert!(pass_on(number, &upstreams).is_some());
+        }
+        assert!(pass_on(FORWARDED_ALIKE_MAX, &upstreams).is_none());
+        assert!(pass_on(0, &upstreams).is_some(), "that one is under way");
+        let other: Arc<[Upstream]> = Arc::from([Upstream::Plain("127.0.0.1:9".parse().unwrap())]);
+        assert!(pass_on(FORWARDED_ALIKE_MAX, &other).is_some());
     }
 }

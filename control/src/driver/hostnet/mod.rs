@@ -45,6 +45,8 @@ pub struct Report {
     pub more_conflicts: usize,
     /// Addresses outside of the tunnel although a route covers them.
     pub kept_out: Vec<IpAddr>,
+    /// The bridges that guests of this host are on, and nobody else.
+    pub guest_links: BTreeSet<u32>,
     /// What is not as it should be.
     pub problems: Vec<Problem>,
 }

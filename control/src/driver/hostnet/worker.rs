@@ -135,6 +135,7 @@ impl Worker {
             let bridges = guest_bridges(&self.netlink.links().unwrap_or_default());
             let theirs = others().filter(|found| bridges.contains(&found.interface));
             self.host.guests = theirs.filter_map(|found| found.subnet).collect();
+            self.host.guest_links = bridges;
         }
         self.host.routes.clear();
         self.tables = BTreeSet::from([MAIN.into()]);
@@ -341,13 +342,16 @@ impl Worker {
         }
         let news = {
             let before = lock(&self.shared.report);
-            before.problems != problems || before.conflicts != plan.conflicts
+            before.problems != problems
+                || before.conflicts != plan.conflicts
+                || before.guest_links != self.host.guest_links
         };
         *lock(&self.shared.report) = Report {
             table: self.settings.table,
             conflicts: plan.conflicts,
             more_conflicts: plan.more_conflicts,
             kept_out: plan.kept_out,
+            guest_links: self.host.guest_links.clone(),
             problems,
         };
         if news {

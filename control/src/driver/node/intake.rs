@@ -15,7 +15,7 @@ use crate::agent::Network;
 use crate::config::StaticNetwork;
 use crate::coord::{CoordEvent, NotAdmitted};
 use crate::driver::device;
-use crate::driver::interface::{interfaces, source_address, subnets};
+use crate::driver::interface::{interface_name, interfaces, source_address, subnets};
 use crate::driver::local_api::{self, Call};
 use crate::driver::names::Past;
 use crate::driver::relay::RelayEvent;
@@ -475,8 +475,11 @@ impl Node {
         });
         self.names.set_past(past);
         let service = IpNet::from(IpAddr::from(DNS_SERVICE_V4));
-        let conflicts = self.hostnet.report().conflicts;
-        let taken = conflicts.iter().any(|conflict| conflict.route == service);
+        let host = self.hostnet.report();
+        let mut conflicts = host.conflicts.iter();
+        let taken = conflicts.any(|conflict| conflict.route == service);
+        let guests = host.guest_links.into_iter().filter_map(interface_name);
+        self.dns.set_guests(guests.collect());
         let mut problems = self.dns.problems();
         if taken {
             problems.push(format!(
