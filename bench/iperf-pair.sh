@@ -18,7 +18,7 @@
 #
 # Act two, the figures. The plainest underlay there is.
 #
-#    left 192.0.2.1 ----- veth ----- 192.0.2.2 right     direct
+#    left 192.0.2.1 ----- veth ----- 192.0.2.2 right     direct; as routers, with a host each behind them, west and east
 #        \                                 /
 #         198.51.100.2 ---- hub ---- 198.51.100.6        one relay 203.0.113.1, and coordination, on a third host
 #
@@ -44,7 +44,8 @@ usage: bench/iperf-pair.sh [options]
   --only LIST     act two: only these programs, by comma (ringtail,ringtail-device,veth,wireguard-go,
                   boringtun-cli,gotatun,kernel,tailscaled; through a relay: ringtail-relay,ringtail-derper,
                   tailscaled-relay,tailscaled-derper; ringtail-boringtun: ringtail device with --engine
-                  boringtun; dataplane: see start_dataplane)
+                  boringtun; ringtail-router, ringtail-router-snat: from a host behind one to a host behind the
+                  other; dataplane: see start_dataplane)
   --skip-story    no act one
   --skip-figures  no act two
   --json          print the results as JSON instead of tables
@@ -334,20 +335,32 @@ start_path() { # direct|relay|derper
   make_derp_map relay
 }
 
-start_ringtail() { # direct|relay|derper
+# A host behind each node: west at 10.77.2.2, east at 10.77.3.2.
+start_sites() {
+  site west left 10.77.2 && site east right 10.77.3 && CLIENT=west SERVER=east TARGET=10.77.3.2
+}
+site() { # HOST NODE NET
+  [ -e "/run/netns/$LAB$1" ] || lab_ns "$1" || return 1
+  lab_wire "$1" s0 "$2" s0 && ip -n "$LAB$1" addr add "$3.2/24" dev s0 && ip -n "$LAB$2" addr add "$3.1/24" dev s0 &&
+    ip -n "$LAB$1" route replace default via "$3.1"
+}
+
+start_ringtail() { # direct|relay|derper [SNAT]: with SNAT, true or false, as routers
   start_path "$1" || return 1
+  [ -z "${2:-}" ] || start_sites || return 1
   local side
   for side in left right; do
     rm -rf "$LAB_DIR/$side.state" "$RESULTS/$side.events"
     "$RINGTAIL" genkey --state-dir "$LAB_DIR/$side.state" >"$LAB_DIR/$side.keys" || return 1
   done
-  network $TUNNEL_LEFT right $TUNNEL_RIGHT 192.0.2.2 >"$LAB_DIR/left.toml"
-  network $TUNNEL_RIGHT left $TUNNEL_LEFT 192.0.2.1 >"$LAB_DIR/right.toml"
+  network $TUNNEL_LEFT right $TUNNEL_RIGHT 192.0.2.2 ${2:+10.77.3.0/24} >"$LAB_DIR/left.toml"
+  network $TUNNEL_RIGHT left $TUNNEL_LEFT 192.0.2.1 ${2:+10.77.2.0/24} >"$LAB_DIR/right.toml"
   local options=(--mtu "$MTU" --shards "$SHARDS" --listen-port 41641)
   [ "$LAYOUT" = pinned ] && options+=(--pin true) || options+=(--no-pin)
   for side in left right; do
     run_tunnel $side $side "$RINGTAIL" up --network "$LAB_DIR/$side.toml" --state-dir "$LAB_DIR/$side.state" \
-      --tun rt0 --hostname $side --events "$RESULTS/$side.events" "${options[@]}"
+      --tun rt0 --hostname $side --events "$RESULTS/$side.events" "${options[@]}" \
+      ${2:+--advertise-routes "$([ $side = left ] && echo 10.77.2.0/24 || echo 10.77.3.0/24)" --snat-subnet-routes "$2"}
   done
   for side in left right; do
     "$BENCH" wait "$RESULTS/$side.events" derp_connected --timeout 10 >/dev/null || return 1
@@ -380,7 +393,7 @@ start_dataplane() {
     --peer-ip $TUNNEL_LEFT --endpoint 192.0.2.1:41641 "${options[@]}"
 }
 
-network() { # own address; the peer's name, address, endpoint: a static network file
+network() { # own address; the peer's name, address, endpoint, and what else it routes: a static network file
   cat <<TOML
 addresses = ["$1/24"]
 home = "nyc"
@@ -391,6 +404,7 @@ name = "$2"
 $(cat "$LAB_DIR/$2.keys")
 home = "nyc"
 addresses = ["$3/32"]
+allowed_ips = ["$3/32"${5:+, "$5"}]
 endpoints = ["$4:41641"]
 TOML
 }
@@ -400,12 +414,14 @@ PROGRAM_LABELS=(left right node-left node-right relay coord)
 
 # start_program NAME: brings it up in both namespaces; sets TARGET and PROCESSES.
 start_program() {
-  TARGET=$TUNNEL_RIGHT
+  TARGET=$TUNNEL_RIGHT CLIENT=left SERVER=right
   PROCESSES=()
   case $1 in
     veth) start_plain ;;
     ringtail | tailscaled) start_$1 direct ;;
     ringtail-relay | ringtail-derper | tailscaled-relay | tailscaled-derper) "start_${1%-*}" "${1#*-}" ;;
+    ringtail-router) start_ringtail direct false ;;
+    ringtail-router-snat) start_ringtail direct true ;;
     ringtail-device) start_device ;;
     ringtail-boringtun) RINGTAIL=$RINGTAIL-boringtun start_device --engine boringtun ;;
     # In the foreground, so that its process is the one we started.
@@ -421,15 +437,15 @@ start_program() {
     ! lab_alive "$label" || PROCESSES+=(--proc "${label#node-}=$(lab_pid "$label")")
   done
   # The first packets make the session; a node's also find the direct path.
-  lab_in left "$BENCH" ping $TARGET --rate 20 --seconds 1 >/dev/null || true
+  lab_in $CLIENT "$BENCH" ping $TARGET --rate 20 --seconds 1 >/dev/null || true
   case $1 in
-    ringtail)
+    ringtail | ringtail-router*)
       for label in left right; do
         "$BENCH" wait "$RESULTS/$label.events" path --where state=direct --timeout 15 >/dev/null || return 1
       done ;;
     tailscaled) within 15 tailnet_direct left right || return 1 ;;
   esac
-  lab_in left "$BENCH" ping $TARGET --rate 20 --seconds 0.5 --lost-max 2 >/dev/null
+  lab_in $CLIENT "$BENCH" ping $TARGET --rate 20 --seconds 0.5 --lost-max 2 >/dev/null
 }
 
 stop_program() {
@@ -444,6 +460,8 @@ stop_program() {
   done
   rm -rf "$LAB_DIR/relay"
   ip -n "${LAB}left" link set u0 up
+  ip -n "${LAB}left" link del s0 2>/dev/null || true
+  ip -n "${LAB}right" link del s0 2>/dev/null || true
   ip -n "${LAB}left" link del wg0 2>/dev/null || true
   ip -n "${LAB}right" link del wg0 2>/dev/null || true
   # The routes go with them.
@@ -457,7 +475,7 @@ path_of() { case $1 in *-relay) echo relay ;; *-derper) echo derper ;; *) echo d
 find_programs() {
   PROGRAMS=()
   local program
-  [ -n "$RELAY_ONLY" ] || PROGRAMS+=(ringtail ringtail-device)
+  [ -n "$RELAY_ONLY" ] || PROGRAMS+=(ringtail ringtail-router ringtail-router-snat ringtail-device)
   [ -n "$DIRECT_ONLY" ] || PROGRAMS+=(ringtail-relay)
   [ -n "$DIRECT_ONLY" ] || ! peer_path derper >/dev/null || PROGRAMS+=(ringtail-derper)
   PROGRAMS+=(veth)
@@ -495,8 +513,8 @@ measure_program() { # PROGRAM ROUND: with LAYOUT and CCS set
   path=$(path_of "$program")
   name=${program%-"$path"}
   # What is told of relays and of tailscaled needs no more, and a run is to stay short.
-  case $program in *-derper | tailscaled*) [ -n "$FULL" ] || kinds="ping tcp1 tcp4" ;; esac
-  local common=(--program "$name" --path "$path" --client "${LAB}left" --server "${LAB}right" --mtu "$MTU"
+  case $program in *-derper | tailscaled* | ringtail-router*) [ -n "$FULL" ] || kinds="ping tcp1 tcp4" ;; esac
+  local common=(--program "$name" --path "$path" --mtu "$MTU"
     --round "$round" --layout "$LAYOUT" --out "$RESULTS/cells.jsonl")
   if ! start_program "$program"; then
     printf '[%s]  %-20s could not be started\n' "$(elapsed)" "$name $path"
@@ -508,6 +526,7 @@ measure_program() { # PROGRAM ROUND: with LAYOUT and CCS set
     stop_program "$program"
     return 0
   fi
+  common+=(--client "$LAB$CLIENT" --server "$LAB$SERVER")
   for kind in $kinds; do
     for cc in $CCS; do
       # Congestion control is TCP's alone.

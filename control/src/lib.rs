@@ -19,7 +19,7 @@
 //! - `dns`: names: what is answered for, what is passed on, what the host's resolver is to ask.
 //! - `uapi`: the configuration protocol of userspace WireGuard.
 //! - `device`: the device it configures.
-//! - `hostnet`: the routes and rules that the host should have.
+//! - `hostnet`: the routes, rules, firewall and forwarding that the host should have.
 //! - `config`: what a person gives a node: options and the file of a static network.
 //!
 //! The rim:

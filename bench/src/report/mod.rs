@@ -330,6 +330,11 @@ fn targets(rows: &[Row], act_one: Option<&ActOne>) -> Vec<Target> {
     let device = over(tcp1("ringtail-device", "direct"), direct);
     let what = "TCP 1 stream, ringtail device / ringtail direct";
     at_least(what, 0.9, device);
+    for router in ["ringtail-router", "ringtail-router-snat"] {
+        let ratio = over(tcp1(router, "direct"), direct);
+        let what = format!("TCP 1 stream, {router} from host to host / ringtail direct");
+        at_least(&what, 0.95, ratio);
+    }
     let relay = over(tcp1("ringtail", "relay"), direct);
     let what = "TCP 1 stream, ringtail relay / ringtail direct";
     at_least(what, 0.25, relay);

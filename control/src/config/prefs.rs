@@ -104,7 +104,7 @@ pub struct PrefsChange {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise_exit_node: Option<bool>,
     /// Let traffic into offered routes bear this host's address: true, false or the prefixes [default: true].
-    #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "true", hide = true)]
+    #[arg(long, value_name = "WHICH", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub snat_subnet_routes: Option<Snat>,
     /// Use the routes that other nodes offer: true or false [default: false, and true with --network].
@@ -128,11 +128,11 @@ pub struct PrefsChange {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shields_up: Option<bool>,
     /// Where the host's firewall drops what is forwarded [default: open].
-    #[arg(long, value_enum, hide = true)]
+    #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_firewall: Option<HostFirewall>,
     /// Where the host does not forward [default: on].
-    #[arg(long, value_enum, hide = true)]
+    #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub forwarding: Option<Forwarding>,
 }

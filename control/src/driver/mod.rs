@@ -18,7 +18,7 @@
 //!   outside of the tunnel.
 //!
 //! The host:
-//! - [`hostnet`]: policy rules, routes and addresses.
+//! - [`hostnet`]: policy rules, routes and addresses; nftables and forwarding.
 //! - [`dns_host`]: whom the host's resolver asks.
 //! - [`interface`]: the TUN's MTU and state, own addresses; [`link`]: changes of the network, told.
 //! - [`ledger`]: what of the host's was changed; [`keeper`]: the process that puts it back when the node

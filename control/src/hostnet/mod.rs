@@ -2,7 +2,8 @@
 //! map, the settings and what the host has; difference to what is there; nothing is read or
 //! written here. `driver/hostnet/` does that, on a thread of its own.
 //!
-//! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about.
+//! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about; `firewall` is
+//! what nftables is to hold, `forwarding` which interfaces forward.
 //!
 //! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
 //! table of our own (52 unless told otherwise), and one rule of each family leads there, among
@@ -38,13 +39,14 @@
 //! **Never installed:** what this node itself offers, and what the agent does not let through (exit
 //! routes of others, whole or in pieces, and addresses that no host has).
 //!
-//! Later parts of the host (nftables, sysctl values, the resolver) join [`State`] and [`steps`] here, and
-//! get a file in `driver/` each.
+//! nftables and forwarding are no part of [`State`] and [`steps`]: each is changed as a whole.
 
+pub mod firewall;
+pub mod forwarding;
 mod plan;
 mod steps;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use ipnet::IpNet;
@@ -128,6 +130,11 @@ pub struct Exit {
 }
 
 impl Overlay {
+    /// Whether this node forwards for others.
+    pub fn forwards(&self) -> bool {
+        self.offers_exit || !self.offered.is_empty()
+    }
+
     /// Everything that leads into the tunnel, if nothing speaks against it; the Internet only where something can.
     pub fn nets(&self) -> BTreeSet<IpNet> {
         let peers = self.peers.iter().copied().map(IpNet::from);
@@ -151,6 +158,12 @@ pub struct Host {
     pub guest_links: BTreeSet<u32>,
     /// Destinations in the tables that its rules lead to, those by our TUN left out.
     pub routes: BTreeSet<IpNet>,
+    /// Its routes that say how to reach what this node offers, and the interfaces by which they lead.
+    pub ways: BTreeSet<(IpNet, u32)>,
+    /// Names of its interfaces.
+    pub links: BTreeMap<u32, String>,
+    /// Its addresses in the ranges that networks like ours have theirs from, with their subnets, by interface.
+    pub elsewhere: BTreeSet<(u32, IpNet)>,
     /// Servers that its resolver asks.
     pub resolvers: Vec<IpAddr>,
     /// Where our TCP connections go.
@@ -287,6 +300,8 @@ pub struct Problem {
 pub struct Link {
     /// Its index.
     pub index: u32,
+    /// Its name.
+    pub name: String,
     /// The bridge it is a port of.
     pub bridge: Option<u32>,
     /// Whether it is a bridge.
@@ -377,6 +392,7 @@ mod tests {
     fn a_bridge_with_a_real_port_is_no_guests() {
         let link = |index, bridge, is_bridge, is_virtual| Link {
             index,
+            name: String::new(),
             bridge,
             is_bridge,
             is_virtual,

@@ -1,4 +1,4 @@
-//! Keeps the host's rules, routes and the TUN's addresses as [`crate::hostnet`] wants them.
+//! Keeps the host's rules, routes, firewall and forwarding, and the TUN's addresses, as [`crate::hostnet`] wants them.
 //!
 //! A thread of its own, so that thousands of routes hold nobody up: it wakes for a new wish, for a
 //! connection that is about to be made, and when the kernel tells of a change; then it reads what is
@@ -6,9 +6,13 @@
 //! interface that goes down and up) comes back that way. Dropping [`HostNet`] removes everything and
 //! waits until that is done; what a killed process left, the next start removes.
 //!
-//! Rooms: `worker` is the thread, `netlink` the kernel's messages, `table` whose table it is.
+//! Rooms: `worker` is the thread, `netlink` the kernel's messages, `table` whose table it is; `router` has nftables
+//! (`nft`) and forwarding (`sysctl`) as they should be.
 
 mod netlink;
+mod nft;
+mod router;
+mod sysctl;
 mod table;
 mod worker;
 
@@ -27,6 +31,7 @@ use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{Conflict, DIALLED_MAX, Host, Overlay, Problem, Settings};
 use netlink::{Netlink, Watch};
+use router::Router;
 use worker::Worker;
 
 /// A connection waits so long at most for its address to be kept out of the tunnel.
@@ -156,6 +161,8 @@ impl HostNet {
     pub fn start(options: Options) -> anyhow::Result<Self> {
         let mut netlink = Netlink::open().context("cannot open a netlink socket")?;
         let watch = Watch::open().context("cannot watch netlink")?;
+        // Without nftables there is nothing to watch.
+        let rules = nft::Watch::open().ok();
         let claim = table::claim(&mut netlink, options.table)?;
         let table = claim.table;
         options.ledger.before(Entry::Routes { table })?;
@@ -181,7 +188,7 @@ impl HostNet {
             },
             tun_name: options.tun.0,
             claim,
-            ledger: options.ledger,
+            ledger: options.ledger.clone(),
             netlink,
             overlay: Overlay::default(),
             host: Host::default(),
@@ -190,11 +197,12 @@ impl HostNet {
             too_many: false,
             added: BTreeSet::new(),
             told: BTreeSet::new(),
+            router: Router::new(table, options.ledger),
             shared: Arc::clone(&shared),
         };
         let thread = std::thread::Builder::new()
             .name("hostnet".into())
-            .spawn(move || worker.run(&watch, &woken))
+            .spawn(move || worker.run(&watch, rules.as_ref(), &woken))
             .context("cannot start a thread")?;
         Ok(Self {
             shared,

@@ -29,8 +29,8 @@ use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
 const BUFFER_LEN: usize = 64 << 10;
 /// For a kernel that does not answer at all.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// `RTNLGRP_*` of what concerns us: links, addresses, routes and rules of both families.
-const GROUPS: [u32; 7] = [1, 5, 9, 7, 11, 8, 19];
+/// `RTNLGRP_*` of what concerns us: links, addresses, routes, rules, and whether interfaces forward, of both families.
+const GROUPS: [u32; 9] = [1, 5, 9, 7, 11, 8, 19, 24, 25];
 
 /// Asks and changes.
 pub(super) struct Netlink {
@@ -526,6 +526,7 @@ fn parse_address(message: &AddressMessage) -> Option<FoundAddress> {
 fn parse_link(message: &LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
+        name: String::new(),
         bridge: None,
         is_bridge: false,
         is_virtual: false,
@@ -536,6 +537,7 @@ fn parse_link(message: &LinkMessage) -> Link {
     )]
     for attribute in &message.attributes {
         match attribute {
+            LinkAttribute::IfName(name) => link.name.clone_from(name),
             LinkAttribute::Controller(index) => link.bridge = Some(*index),
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {

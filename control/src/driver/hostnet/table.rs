@@ -21,6 +21,7 @@ use nix::sys::socket::{
 use rtnetlink::packet_route::route::RouteType;
 
 use super::netlink::Netlink;
+use super::nft;
 use crate::hostnet::{
     Action, Route, State, TABLE_DEFAULT, TABLE_MAX, TABLES_TRIED, Way, steps, table_of_priority,
 };
@@ -112,7 +113,11 @@ pub(super) fn remove_left(netlink: &mut Netlink, table: u8) -> anyhow::Result<()
         Hold::Stranger => !there.alive,
         Hold::Taken => false,
     };
-    if !left || there.state == State::default() {
+    if !left {
+        return Ok(());
+    }
+    nft::remove_left(table).context("cannot remove rules of ours from the host's firewall")?;
+    if there.state == State::default() {
         return Ok(());
     }
     tracing::info!(

@@ -13,14 +13,17 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rtnetlink::packet_route::route::RouteType;
 
 use super::netlink::{FoundRoute, Netlink, Watch};
+use super::nft;
+use super::router::Router;
 use super::table::Claim;
 use super::{Report, Shared};
 use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
-    guest_bridges, lies_in, meets, stays, steps, table_of_priority,
+    forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
 };
+use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
 
 /// Whoever asks for our table is turned away this often.
 const CLAIM_PERIOD: Duration = Duration::from_secs(10);
@@ -59,6 +62,7 @@ pub(super) struct Worker {
     /// Addresses that we gave the TUN.
     pub(super) added: BTreeSet<IpAddr>,
     pub(super) told: BTreeSet<Conflict>,
+    pub(super) router: Router,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -67,7 +71,7 @@ impl Worker {
         clippy::disallowed_methods,
         reason = "a driver: it measures and bounds its own work"
     )]
-    pub(super) fn run(mut self, watch: &Watch, woken: &UnixStream) {
+    pub(super) fn run(mut self, watch: &Watch, rules: Option<&nft::Watch>, woken: &UnixStream) {
         let mut look = true;
         // Routes may change all the time, and what new ones take is thrown at once. Addresses seldom do, but a
         // new one may forbid a route of ours.
@@ -87,6 +91,9 @@ impl Worker {
             let rested = start >= rest_until;
             if look && rested {
                 self.look_at_host();
+                let (settings, tun) = (&self.settings, &self.tun_name);
+                self.router
+                    .settle(start, settings, tun, &self.overlay, &self.host);
             }
             if look && rested || taken.dialled {
                 self.settle();
@@ -106,8 +113,8 @@ impl Worker {
             } else {
                 CLAIM_PERIOD
             };
-            match wait(watch, woken, timeout) {
-                Woken::Wish | Woken::Nothing => {}
+            match wait(watch, rules, woken, timeout) {
+                Woken::Wish => {}
                 Woken::News => {
                     let news = watch.take();
                     for route in &news.routes {
@@ -118,6 +125,13 @@ impl Worker {
                         rest_until = rest_until.min(rest_until_address);
                     }
                 }
+                Woken::Rules => {
+                    if let Some(rules) = rules {
+                        rules.take();
+                    }
+                    look = true;
+                }
+                Woken::Nothing => look |= self.router.count(&self.overlay),
             }
             drain(woken);
         }
@@ -132,12 +146,22 @@ impl Worker {
         if let Ok(addresses) = self.netlink.addresses() {
             let others = || addresses.iter().filter(|found| found.interface != tun);
             self.host.connected = others().filter_map(|found| found.subnet).collect();
-            let bridges = guest_bridges(&self.netlink.links().unwrap_or_default());
+            let ranged = others().filter(|found| in_ranges(found.address));
+            let elsewhere = ranged.map(|found| {
+                let net = found.subnet.unwrap_or_else(|| found.address.into());
+                (found.interface, net)
+            });
+            self.host.elsewhere = elsewhere.collect();
+            let links = self.netlink.links().unwrap_or_default();
+            let bridges = guest_bridges(&links);
             let theirs = others().filter(|found| bridges.contains(&found.interface));
             self.host.guests = theirs.filter_map(|found| found.subnet).collect();
             self.host.guest_links = bridges;
+            let names = links.into_iter().map(|link| (link.index, link.name));
+            self.host.links = names.collect();
         }
         self.host.routes.clear();
+        self.host.ways.clear();
         self.tables = BTreeSet::from([MAIN.into()]);
         self.too_many = false;
         let mut nets = self.overlay.nets();
@@ -153,7 +177,17 @@ impl Worker {
                 }));
             let (tables, routes) = (&self.tables, &mut self.host.routes);
             let too_many = &mut self.too_many;
+            let (ways, overlay) = (&mut self.host.ways, &self.overlay);
             let _ = self.netlink.routes(v6, 0, false, &mut |found| {
+                if let Some(interface) = found.interface
+                    && found.kind == RouteType::Unicast
+                    && !found.ours
+                    && tables.contains(&found.table)
+                    && forwarding::concerns(overlay, &found.net)
+                    && ways.len() < HOST_ROUTES_MAX
+                {
+                    ways.insert((found.net, interface));
+                }
                 if of_host(&found, tables, tun) && meets(&nets, &found.net) {
                     *too_many |= routes.len() >= HOST_ROUTES_MAX;
                     if !*too_many {
@@ -230,6 +264,7 @@ impl Worker {
                 "over {HOST_ROUTES_MAX} of the host's routes meet the network's: the rest may be taken into the tunnel"
             ));
         }
+        problems.0.extend_from_slice(self.router.problems());
         let into = plan.state.routes.iter().filter(|r| r.way != Way::Throw);
         self.tunnel = into.map(|route| route.net).collect();
         self.publish(plan, problems.0);
@@ -360,6 +395,7 @@ impl Worker {
     }
 
     fn clean_up(&mut self) {
+        self.router.clean_up(&self.settings);
         let mut problems = Problems::default();
         match self.read(&State::default()) {
             Ok((there, _)) => self.carry_out(&steps(&State::default(), &there), &mut problems),
@@ -389,6 +425,14 @@ impl Problems {
     }
 }
 
+/// Whether an address is of the kind that networks like ours have.
+fn in_ranges(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => V4_RANGE.contains(&ip),
+        IpAddr::V6(ip) => V6_RANGE.contains(&ip),
+    }
+}
+
 /// Whether a route is the host's own, in a table that its rules lead to, and not its default.
 fn of_host(found: &FoundRoute, tables: &BTreeSet<u32>, tun: u32) -> bool {
     let counts = matches!(
@@ -402,20 +446,23 @@ fn of_host(found: &FoundRoute, tables: &BTreeSet<u32>, tun: u32) -> bool {
 enum Woken {
     Wish,
     News,
+    Rules,
     Nothing,
 }
 
 /// Waits for a wish, news of the kernel, or `timeout`.
-fn wait(watch: &Watch, woken: &UnixStream, timeout: Duration) -> Woken {
-    let mut fds = [
+fn wait(watch: &Watch, rules: Option<&nft::Watch>, woken: &UnixStream, timeout: Duration) -> Woken {
+    let mut fds = vec![
         PollFd::new(woken.as_fd(), PollFlags::POLLIN),
         PollFd::new(watch.as_fd(), PollFlags::POLLIN),
     ];
+    fds.extend(rules.map(|rules| PollFd::new(rules.as_fd(), PollFlags::POLLIN)));
     // Rounded up: a wait of nothing would spin.
     let ms = u16::try_from(timeout.as_millis() + 1).unwrap_or(u16::MAX);
     match poll(&mut fds, PollTimeout::from(ms)) {
         Ok(0) | Err(_) => Woken::Nothing,
         Ok(_) if fds[1].any() == Some(true) => Woken::News,
+        Ok(_) if fds.get(2).is_some_and(|fd| fd.any() == Some(true)) => Woken::Rules,
         Ok(_) => Woken::Wish,
     }
 }

@@ -1,0 +1,497 @@
+//! What makes a router of the host: nftables and forwarding, as [`crate::hostnet::firewall`] and
+//! [`crate::hostnet::forwarding`] want them. It says what it cannot do, with the command that would.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::time::{Duration, Instant};
+
+use super::nft::{Nft, Refused};
+use super::sysctl;
+use crate::driver::ledger::{Entry, Ledger};
+use crate::hostnet::firewall::{self, Base, Change, FORWARD, PASSED, THROUGH, gates};
+use crate::hostnet::{Host, Overlay, Problem, Settings, forwarding};
+
+/// Times that somebody may switch an interface back in [`FIGHT_PERIOD`]; then it is left as it is.
+const FIGHTS_MAX: usize = 3;
+const FIGHT_PERIOD: Duration = Duration::from_secs(60);
+/// So many packets that came out of the tunnel, of which none got past the host's chains, are no accident.
+const STUCK_MIN: u64 = 8;
+
+/// The thread's part in it.
+pub(super) struct Router {
+    nft: io::Result<Nft>,
+    ledger: Ledger,
+    /// Interfaces that forward for our sake, by index and family.
+    woken: BTreeMap<(u32, bool), Woken>,
+    /// When somebody switched one back.
+    fights: Vec<Instant>,
+    /// What was counted last, on the way to the host's chains and behind them.
+    counted: Option<(u64, u64)>,
+    /// The host's firewall seems to drop everything that we forward.
+    stuck: Option<u64>,
+    problems: Vec<Problem>,
+}
+
+/// An interface that we switched.
+#[derive(Debug)]
+struct Woken {
+    name: String,
+    /// Whether all interfaces were to forward then.
+    all: bool,
+}
+
+impl Woken {
+    fn entry(&self, v6: bool) -> Entry {
+        Entry::Sysctl {
+            path: sysctl::path(&self.name, v6),
+            before: "0".into(),
+            ours: "1".into(),
+        }
+    }
+}
+
+impl Router {
+    pub(super) fn new(table: u8, ledger: Ledger) -> Self {
+        Self {
+            nft: Nft::open(table),
+            ledger,
+            woken: BTreeMap::new(),
+            fights: Vec::new(),
+            counted: None,
+            stuck: None,
+            problems: Vec::new(),
+        }
+    }
+
+    /// What is not as it is to be, since the last [`Self::settle`].
+    pub(super) fn problems(&self) -> &[Problem] {
+        &self.problems
+    }
+
+    /// Makes it as it is to be.
+    pub(super) fn settle(
+        &mut self,
+        now: Instant,
+        settings: &Settings,
+        tun: &str,
+        overlay: &Overlay,
+        host: &Host,
+    ) {
+        self.problems.clear();
+        let needed = forwarding::interfaces(settings.tun, overlay, host);
+        self.follow_names(host);
+        if overlay.may_forward {
+            self.put_to_sleep(&needed);
+        } else {
+            self.put_to_sleep(&BTreeSet::new());
+        }
+        let asleep = self.asleep(settings.tun, tun, overlay, host, &needed);
+        let wake = asleep.iter().map(|(key, _)| *key);
+        let wake = wake.filter(|(interface, _)| overlay.may_forward && *interface != settings.tun);
+        let guarded = self.woken.keys().copied().chain(wake).collect();
+        let chains = firewall::firewall(settings, overlay, host, &guarded);
+        let refused = self.set_table(&chains, overlay);
+        self.wake(
+            now,
+            settings.tun,
+            overlay.may_forward,
+            asleep,
+            refused.as_deref(),
+        );
+        if refused.is_some() {
+            self.open_gates(settings, tun, overlay);
+        }
+        self.tell_stuck(tun);
+    }
+
+    fn problem(&mut self, part: &'static str, text: String) {
+        self.problems.push(Problem { part, text });
+    }
+
+    /// The chains that could not be made, or none at all where there is no table.
+    fn set_table(
+        &mut self,
+        chains: &[firewall::Chain],
+        overlay: &Overlay,
+    ) -> Option<Vec<&'static str>> {
+        let result = match &mut self.nft {
+            Ok(nft) => {
+                nft.look();
+                nft.set(chains)
+            }
+            Err(error) => Err(copy(error)),
+        };
+        let refused: Vec<Refused> = match result {
+            Ok(refused) => refused,
+            Err(error) => {
+                let lost = if overlay.forwards() {
+                    "nothing is masqueraded, and the network's addresses are not guarded"
+                } else {
+                    "the network's addresses are not guarded against senders beside the tunnel"
+                };
+                let text = format!(
+                    "no nftables rules can be made ({error}): {lost}{}",
+                    hint(&error)
+                );
+                self.problem("firewall", text);
+                return None;
+            }
+        };
+        for (chain, error) in &refused {
+            let lost = match *chain {
+                "masquerade" => {
+                    "forwarded packets keep the tunnel's addresses, so the subnets need a route back"
+                }
+                "mss" => "TCP is not told of the tunnel's MTU",
+                FORWARD => "other networks of this host are not kept apart",
+                THROUGH | PASSED => "what the host's firewall drops is not noticed",
+                _ => "the network's addresses are not guarded against senders beside the tunnel",
+            };
+            let text = format!("nftables refuses the chain {chain} ({error}): {lost}");
+            self.problem("firewall", text);
+        }
+        Some(refused.into_iter().map(|(chain, _)| chain).collect())
+    }
+
+    /// An interface that somebody renamed has its values under another name; one that went has none.
+    fn follow_names(&mut self, host: &Host) {
+        let ledger = &self.ledger;
+        self.woken.retain(|(interface, v6), woken| {
+            let Some(name) = host.links.get(interface) else {
+                ledger.done(&woken.entry(*v6));
+                return false;
+            };
+            if *name != woken.name {
+                let old = woken.entry(*v6);
+                woken.name.clone_from(name);
+                if let Err(error) = ledger.before(woken.entry(*v6)) {
+                    tracing::warn!(%error, interface = name, "a kill would leave it forwarding");
+                }
+                ledger.done(&old);
+            }
+            true
+        });
+    }
+
+    /// Gives back what is not needed any more, and leaves what somebody else switched on for all.
+    fn put_to_sleep(&mut self, needed: &BTreeSet<(u32, bool)>) {
+        let woken = std::mem::take(&mut self.woken);
+        for (key, woken) in woken {
+            let theirs = !woken.all && sysctl::all(key.1);
+            if needed.contains(&key) && !theirs {
+                self.woken.insert(key, woken);
+                continue;
+            }
+            if !theirs && let Err(error) = sysctl::switch(&sysctl::path(&woken.name, key.1), false)
+            {
+                tracing::warn!(%error, interface = woken.name, "it goes on forwarding");
+                continue;
+            }
+            self.ledger.done(&woken.entry(key.1));
+        }
+    }
+
+    /// The interfaces that do not forward though they should, the tunnel among them, with their names.
+    fn asleep(
+        &mut self,
+        tun: u32,
+        tun_name: &str,
+        overlay: &Overlay,
+        host: &Host,
+        needed: &BTreeSet<(u32, bool)>,
+    ) -> Vec<((u32, bool), String)> {
+        let mut wanted: Vec<((u32, bool), String)> = needed
+            .iter()
+            .filter_map(|key| Some((*key, host.links.get(&key.0)?.clone())))
+            .collect();
+        for v6 in [false, true] {
+            let offered = overlay.offered.iter().any(|net| net.addr().is_ipv6() == v6);
+            if (offered || overlay.offers_exit) && (!v6 || host.ipv6) {
+                wanted.push(((tun, v6), tun_name.to_owned()));
+            }
+        }
+        wanted.retain(|((_, v6), name)| match sysctl::forwards(name, *v6) {
+            Ok(forwards) => !forwards,
+            // IPv6 is off there, or the interface has just gone.
+            Err(_) if *v6 && !sysctl::has_ipv6(name) => false,
+            Err(error) if *v6 && error.kind() == io::ErrorKind::NotFound => {
+                self.problems.push(Problem {
+                    part: "forwarding",
+                    text: format!(
+                        "IPv6 is not forwarded by {name}, and this kernel can only switch that on for all interfaces \
+                         (they ignore router advertisements then, unless accept_ra is 2): \
+                         sysctl -w net/ipv6/conf/all/forwarding=1"
+                    ),
+                });
+                false
+            }
+            Err(_) => false,
+        });
+        wanted.sort();
+        wanted.dedup();
+        wanted
+    }
+
+    /// Has interfaces forward. Not without the rules that say what they may forward: this host is no router between
+    /// its other networks. `refused` are the chains that are not there.
+    fn wake(
+        &mut self,
+        now: Instant,
+        tun: u32,
+        may: bool,
+        asleep: Vec<((u32, bool), String)>,
+        refused: Option<&[&'static str]>,
+    ) {
+        self.fights
+            .retain(|at| now.saturating_duration_since(*at) < FIGHT_PERIOD);
+        let guarded = refused.is_some_and(|refused| !refused.contains(&FORWARD));
+        for ((interface, v6), name) in asleep {
+            let family = if v6 { "IPv6" } else { "IPv4" };
+            let command = sysctl::command(&name, v6);
+            let key = (interface, v6);
+            let why = if !may {
+                "--forwarding=report".to_owned()
+            } else if !guarded && interface != tun {
+                "without nftables it would forward between other networks too".to_owned()
+            } else if self.woken.contains_key(&key) && self.fights.len() >= FIGHTS_MAX {
+                "another program switches it off again and again".to_owned()
+            } else {
+                match self.switch_on(now, key, &name, interface == tun) {
+                    Ok(()) => continue,
+                    Err(error) => error.to_string(),
+                }
+            };
+            let text = format!("{family} is not forwarded by {name} ({why}): {command}");
+            self.problem("forwarding", text);
+        }
+    }
+
+    fn switch_on(
+        &mut self,
+        now: Instant,
+        key: (u32, bool),
+        name: &str,
+        tun: bool,
+    ) -> io::Result<()> {
+        let path = sysctl::path(name, key.1);
+        // What is the tunnel's own goes with it.
+        if tun {
+            return sysctl::switch(&path, true);
+        }
+        let woken = Woken {
+            name: name.to_owned(),
+            all: sysctl::all(key.1),
+        };
+        let entry = woken.entry(key.1);
+        self.ledger.before(entry.clone())?;
+        match sysctl::switch(&path, true) {
+            Ok(()) => {
+                if self.woken.insert(key, woken).is_some() {
+                    self.fights.push(now);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                if !self.woken.contains_key(&key) {
+                    self.ledger.done(&entry);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Has the host's own chains let pass what is for the tunnel, or says which do not.
+    fn open_gates(&mut self, settings: &Settings, tun: &str, overlay: &Overlay) {
+        let Ok(nft) = &mut self.nft else {
+            return;
+        };
+        let bases = match nft.bases(tun) {
+            Ok(bases) => bases,
+            Err(error) => {
+                let text = format!("the host's own nftables rules cannot be read: {error}");
+                self.problem("firewall", text);
+                return;
+            }
+        };
+        // Until there is a network, nobody sends anything.
+        let joined = !overlay.addresses.is_empty();
+        for base in bases {
+            let may = joined && overlay.may_open_firewall;
+            let mut failed = None;
+            for change in gates(settings, may, overlay.forwards(), &base) {
+                let result = match change {
+                    Change::Insert(gate) => nft.insert(&base, gate, tun, settings.table),
+                    Change::Remove(handle) => nft.delete(&base, handle),
+                };
+                match (result, change) {
+                    (Ok(()), Change::Insert(gate)) => tracing::info!(
+                        table = base.table,
+                        chain = base.chain,
+                        ?gate,
+                        "a rule of ours stands before those of the host's firewall, until the end"
+                    ),
+                    (Ok(()), Change::Remove(_)) => {}
+                    (Err(error), _) => failed = failed.or(Some(error)),
+                }
+            }
+            let missing = base.missing(settings, overlay.forwards());
+            let unheard = joined && !missing.is_empty() && (!may || failed.is_some());
+            if unheard {
+                let mut text = base.describe(tun, &missing);
+                if let Some(error) = failed {
+                    text.push_str(&format!(" (our own rule is refused: {error})"));
+                }
+                self.problems.push(Problem {
+                    part: "firewall",
+                    text,
+                });
+            }
+        }
+    }
+
+    /// Looks whether anything of what came out of the tunnel gets past the host's chains, since the last look.
+    pub(super) fn count(&mut self, overlay: &Overlay) -> bool {
+        let before = self.stuck;
+        let counts = match &mut self.nft {
+            Ok(nft) if overlay.forwards() => {
+                nft.counted(THROUGH).ok().zip(nft.counted(PASSED).ok())
+            }
+            Ok(_) | Err(_) => None,
+        };
+        if let (Some((through, passed)), Some((last_through, last_passed))) = (counts, self.counted)
+        {
+            let came = through.saturating_sub(last_through);
+            // A little is no proof of either.
+            if passed > last_passed || through < last_through {
+                self.stuck = None;
+            } else if came >= STUCK_MIN {
+                self.stuck = Some(came);
+            }
+        } else {
+            self.stuck = None;
+        }
+        self.counted = counts;
+        before.is_some() != self.stuck.is_some()
+    }
+
+    fn tell_stuck(&mut self, tun: &str) {
+        // A chain that is known to drop has been told of.
+        let known = self
+            .problems
+            .iter()
+            .any(|problem| problem.part == "firewall");
+        let Some(packets) = self.stuck.filter(|_| !known) else {
+            return;
+        };
+        let legacy = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
+        let command = if legacy.lines().any(|table| table == "filter") {
+            format!(
+                "it has rules of iptables-legacy: iptables-legacy -I FORWARD -i {tun} -j ACCEPT && \
+                 iptables-legacy -I FORWARD -o {tun} -j ACCEPT"
+            )
+        } else {
+            "look for a rule that drops them with `nft list ruleset`".to_owned()
+        };
+        let text = format!(
+            "{packets} packets came out of the tunnel to be forwarded, and the host's firewall let none of them \
+             pass: {command}"
+        );
+        self.problem("firewall", text);
+    }
+
+    /// Gives everything back.
+    pub(super) fn clean_up(&mut self, settings: &Settings) {
+        self.put_to_sleep(&BTreeSet::new());
+        let Ok(nft) = &mut self.nft else {
+            return;
+        };
+        let left = |error: io::Error| tracing::warn!(%error, "a rule of ours stays behind; the next start removes it");
+        match nft.bases("") {
+            Ok(bases) => {
+                for base in bases {
+                    remove_gates(nft, settings, &base).unwrap_or_else(left);
+                }
+            }
+            Err(error) => left(error),
+        }
+        nft.remove().unwrap_or_else(left);
+    }
+}
+
+fn remove_gates(nft: &mut Nft, settings: &Settings, base: &Base) -> io::Result<()> {
+    for change in gates(settings, false, false, base) {
+        if let Change::Remove(handle) = change {
+            nft.delete(base, handle)?;
+        }
+    }
+    Ok(())
+}
+
+/// What may help with an error of nftables as a whole.
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(nix::libc::EPERM | nix::libc::EACCES) => "; it needs CAP_NET_ADMIN",
+        Some(nix::libc::EPROTONOSUPPORT | nix::libc::EOPNOTSUPP | nix::libc::EINVAL) => {
+            "; the kernel needs nf_tables: modprobe nf_tables"
+        }
+        Some(_) | None => "",
+    }
+}
+
+fn copy(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(errno) => io::Error::from_raw_os_error(errno),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::driver::state::StateDir;
+    use crate::hostnet::MARK_DEFAULT;
+
+    #[expect(clippy::disallowed_methods, reason = "any moment will do")]
+    #[test]
+    fn without_nftables_it_says_so_and_nothing_is_made_to_forward() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&StateDir::open(dir.path()).unwrap(), Duration::ZERO).unwrap();
+        let mut router = Router::new(52, ledger.clone());
+        router.nft = Err(io::Error::from_raw_os_error(nix::libc::EPERM));
+        let settings = Settings {
+            table: 52,
+            fwmark: MARK_DEFAULT,
+            port: 41_641,
+            tun: 9,
+            rules: [true; 2],
+        };
+        let overlay = Overlay {
+            offered: ["10.0.0.0/8".parse().unwrap()].into(),
+            may_forward: true,
+            may_open_firewall: true,
+            ..Overlay::default()
+        };
+        router.settle(
+            Instant::now(),
+            &settings,
+            "no-such-tun",
+            &overlay,
+            &Host::default(),
+        );
+        let [problem] = router.problems() else {
+            panic!("{:?}", router.problems());
+        };
+        assert_eq!(problem.part, "firewall");
+        assert!(problem.text.contains("CAP_NET_ADMIN"), "{}", problem.text);
+        let asleep = vec![((3, false), "no-such-lan".to_owned())];
+        router.wake(Instant::now(), 9, true, asleep, None);
+        let last = router.problems().last().unwrap();
+        assert_eq!(
+            last.text,
+            "IPv4 is not forwarded by no-such-lan (without nftables it would forward between other \
+             networks too): sysctl -w net/ipv4/conf/no-such-lan/forwarding=1"
+        );
+        assert!(router.woken.is_empty() && ledger.is_empty());
+        assert!(!router.count(&overlay), "there is nothing to count");
+    }
+}
