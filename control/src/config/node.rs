@@ -66,6 +66,11 @@ pub enum ValidateMode {
 #[derive(Clone, PartialEq, Eq)]
 pub struct AuthKey(pub Zeroizing<String>);
 
+impl AuthKey {
+    /// The environment variable that may hold one. Programs that a node starts do not get it.
+    pub const VARIABLE: &str = "RINGTAIL_AUTH_KEY";
+}
+
 impl std::fmt::Debug for AuthKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("AuthKey(..)")

@@ -36,6 +36,7 @@ use super::runtime;
 use super::state::StateDir;
 use super::tls::roots;
 use super::underlay::Underlay;
+use crate::config::AuthKey;
 use crate::coord::CoordConfig;
 
 /// The node needs it no more: nothing is left to put back.
@@ -116,7 +117,7 @@ fn spawn(state: &Path) -> anyhow::Result<(tokio::net::UnixStream, Child)> {
         .arg0("ringtail")
         .args(["keeper", "--state-dir"])
         .arg(state)
-        .env_remove("RINGTAIL_AUTH_KEY")
+        .env_remove(AuthKey::VARIABLE)
         // Not for what is typed to the node: Ctrl-C is sent to a whole group.
         .process_group(0)
         .stdin(OwnedFd::from(theirs))

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::config::AuthKey;
 use crate::dns::host::Flavour;
 
 const NAME: &str = "resolvconf";
@@ -89,6 +90,7 @@ fn run(arguments: &[&str], input: &str) -> io::Result<String> {
     given.write_all(input.as_bytes())?;
     io::Seek::rewind(&mut given)?;
     let mut child = Command::new(program)
+        .env_remove(AuthKey::VARIABLE)
         .args(arguments)
         .stdin(given)
         .stdout(said.try_clone()?)

@@ -44,8 +44,6 @@ use crate::path::{self, Validate};
 
 /// Questions of the configuration socket that wait for an answer.
 const QUESTIONS_MAX: usize = 64;
-/// The environment variable with an auth key. Programs that a node starts do not get it.
-const AUTH_KEY_VARIABLE: &str = "RINGTAIL_AUTH_KEY";
 /// Results of look-ups and measurements that wait for the loop.
 const RESULTS_MAX: usize = 64;
 /// Inner MTU unless told otherwise: what every Tailscale node uses.
@@ -99,14 +97,15 @@ pub(super) fn auth_key(config: &NodeConfig) -> anyhow::Result<Option<Zeroizing<S
     if let Some(AuthKey(key)) = &config.auth_key {
         tracing::warn!(
             "the auth key stands on the command line, where every user of this host can read it: \
-             better give --auth-key-file or {AUTH_KEY_VARIABLE}"
+             better give --auth-key-file or {}",
+            AuthKey::VARIABLE
         );
         return Ok(Some(key.clone()));
     }
     if let Some(file) = &config.auth_key_file {
         return files::read_auth_key(file).map(Some);
     }
-    let key = std::env::var(AUTH_KEY_VARIABLE).map(Zeroizing::new);
+    let key = std::env::var(AuthKey::VARIABLE).map(Zeroizing::new);
     let key = key.ok().map(|key| Zeroizing::new(key.trim().to_owned()));
     Ok(key.filter(|key| !key.is_empty()))
 }
