@@ -15,6 +15,10 @@ as_tailscaled() {
   echo "ours: $ours, tailscaled: $theirs"
   return 1
 }
+sources_are_own() {
+  lab_in a ip route get "$(tailnet_ip b)" | grep -q " src $(tailnet_ip a) " &&
+    lab_in a ip -6 route get "$(tailnet_ip b 6)" | grep -q " src $(tailnet_ip a 6) "
+}
 # complains NAME TEXT: its status does, which fails then.
 complains() {
   local told
@@ -82,6 +86,7 @@ row_dns() {
   check "an answer that is too long for UDP is said to be" says "NOERROR TC" a long.example TXT
   check "and is whole by TCP" lab_in a sh -c "$DNS ask 100.100.100.100 long.example TXT tcp | grep -q '^NOERROR 16:.* 16:.* 16:'"
   check "where the host's resolver is left alone, it answers all the same" says "NOERROR $(tailnet_ip b)" c b.lab.example A
+  check "the addresses of the service are nobody's source" sources_are_own
   check "a container of the host's gets answers" within 15 says "NOERROR $(tailnet_ip b)" guest b.lab.example A
   check "by TCP too" says "NOERROR $(tailnet_ip b)" guest b.lab.example A tcp
   check "nobody else gets an answer" not lab_in p "$DNS" ask 100.100.100.100 b.lab.example A
