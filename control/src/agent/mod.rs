@@ -184,6 +184,8 @@ pub struct Agent {
     exit: ExitNode,
     /// Subnets of the host's interfaces.
     subnets: BTreeSet<IpNet>,
+    /// What this node offers and cannot reach.
+    lost: BTreeSet<IpNet>,
     /// Where peers get, as the data plane was told.
     local: Vec<Prefix>,
     /// Whether it was told that nobody may begin anything, whatever the rules.
@@ -260,6 +262,7 @@ impl Agent {
             prefs: Prefs::default(),
             exit: ExitNode::default(),
             subnets: BTreeSet::new(),
+            lost: BTreeSet::new(),
             local: Vec::new(),
             shielded: false,
             overlay: None,

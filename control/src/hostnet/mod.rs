@@ -3,7 +3,8 @@
 //! written here. `driver/hostnet/` does that, on a thread of its own.
 //!
 //! Rooms: `plan` is what is to be there (policy rules, routes), `steps` in which order it comes about; `firewall` is
-//! what nftables is to hold, `forwarding` which interfaces forward.
+//! what nftables is to hold, `forwarding` which interfaces forward, `health` which of the offered prefixes can be
+//! reached.
 //!
 //! **The host's network is somebody else's.** Its tables are not touched. Our routes stand in a
 //! table of our own (52 unless told otherwise), and one rule of each family leads there, among
@@ -43,6 +44,7 @@
 
 pub mod firewall;
 pub mod forwarding;
+mod health;
 mod plan;
 mod steps;
 
@@ -54,6 +56,7 @@ use serde::Serialize;
 
 use crate::netmap::prefix::EVERYWHERE;
 
+pub use health::Lans;
 pub use plan::{lies_in, meets, plan, stays};
 pub use steps::{Step, steps};
 
@@ -158,8 +161,10 @@ pub struct Host {
     pub guest_links: BTreeSet<u32>,
     /// Destinations in the tables that its rules lead to, those by our TUN left out.
     pub routes: BTreeSet<IpNet>,
-    /// Its routes that say how to reach what this node offers, and the interfaces by which they lead.
+    /// Its routes and subnets that say how to reach what this node offers, and the interfaces by which they lead.
     pub ways: BTreeSet<(IpNet, u32)>,
+    /// Its interfaces that are up and have a carrier.
+    pub carrying: BTreeSet<u32>,
     /// Names of its interfaces.
     pub links: BTreeMap<u32, String>,
     /// Its addresses in the ranges that networks like ours have theirs from, with their subnets, by interface.
@@ -284,7 +289,7 @@ impl Conflict {
 }
 
 /// What [`Problem`]s are about.
-pub const HOST_PARTS: [&str; 3] = ["host", "firewall", "forwarding"];
+pub const HOST_PARTS: [&str; 4] = ["host", "firewall", "forwarding", "ha"];
 
 /// Something of the host's network that is not as it should be.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -308,6 +313,8 @@ pub struct Link {
     pub is_bridge: bool,
     /// Whether its other end is on this host: a pair's, or a program's.
     pub is_virtual: bool,
+    /// Whether packets can leave by it.
+    pub carries: bool,
 }
 
 /// The bridges that nobody is on but guests of this host.
@@ -396,6 +403,7 @@ mod tests {
             bridge,
             is_bridge,
             is_virtual,
+            carries: true,
         };
         let links = [
             link(1, None, false, false),

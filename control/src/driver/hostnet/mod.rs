@@ -25,11 +25,12 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use ipnet::IpNet;
 use tokio::sync::{Notify, oneshot};
 
 use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
-use crate::hostnet::{Conflict, DIALLED_MAX, Host, Overlay, Problem, Settings};
+use crate::hostnet::{Conflict, DIALLED_MAX, Host, Lans, Overlay, Problem, Settings};
 use netlink::{Netlink, Watch};
 use router::Router;
 use worker::Worker;
@@ -52,6 +53,8 @@ pub struct Report {
     pub kept_out: Vec<IpAddr>,
     /// The bridges that guests of this host are on, and nobody else.
     pub guest_links: BTreeSet<u32>,
+    /// What this node offers and cannot reach itself.
+    pub lost: BTreeSet<IpNet>,
     /// What is not as it should be.
     pub problems: Vec<Problem>,
 }
@@ -197,6 +200,7 @@ impl HostNet {
             too_many: false,
             added: BTreeSet::new(),
             told: BTreeSet::new(),
+            lans: Lans::default(),
             router: Router::new(table, options.ledger),
             shared: Arc::clone(&shared),
         };

@@ -14,7 +14,7 @@ use rtnetlink::packet_core::{
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo,
 };
-use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
@@ -262,13 +262,16 @@ impl Watch {
                     if let RouteNetlinkMessage::NewRoute(route) = &message {
                         news.routes.extend(parse_route(route));
                     }
-                    news.addresses |= matches!(
+                    news.soon |= matches!(
                         message,
-                        RouteNetlinkMessage::NewAddress(_) | RouteNetlinkMessage::DelAddress(_)
+                        RouteNetlinkMessage::NewAddress(_)
+                            | RouteNetlinkMessage::DelAddress(_)
+                            | RouteNetlinkMessage::NewLink(_)
+                            | RouteNetlinkMessage::DelLink(_)
                     );
                 }),
                 Err(error) if error.raw_os_error() == Some(nix::libc::ENOBUFS) => {
-                    news.addresses = true;
+                    news.soon = true;
                 }
                 Err(_) => break,
             }
@@ -282,8 +285,8 @@ impl Watch {
 pub(super) struct News {
     /// Routes that are new.
     pub(super) routes: Vec<FoundRoute>,
-    /// Whether addresses may have changed.
-    pub(super) addresses: bool,
+    /// Whether addresses or interfaces may have changed, which is to be looked at soon.
+    pub(super) soon: bool,
 }
 
 /// Hands over each message in a buffer that can be read; what cannot is somebody else's.
@@ -530,6 +533,9 @@ fn parse_link(message: &LinkMessage) -> Link {
         bridge: None,
         is_bridge: false,
         is_virtual: false,
+        // Up, with a carrier, and not waiting for more (IEEE 802.1X).
+        carries: (message.header.flags)
+            .contains(LinkFlags::Up | LinkFlags::LowerUp | LinkFlags::Running),
     };
     #[expect(
         clippy::wildcard_enum_match_arm,

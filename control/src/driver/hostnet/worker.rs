@@ -20,7 +20,7 @@ use super::{Report, Shared};
 use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
-    Action, Conflict, Host, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
+    Action, Conflict, Host, Lans, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
     forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
 };
 use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
@@ -63,6 +63,7 @@ pub(super) struct Worker {
     pub(super) added: BTreeSet<IpAddr>,
     pub(super) told: BTreeSet<Conflict>,
     pub(super) router: Router,
+    pub(super) lans: Lans,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -73,9 +74,9 @@ impl Worker {
     )]
     pub(super) fn run(mut self, watch: &Watch, rules: Option<&nft::Watch>, woken: &UnixStream) {
         let mut look = true;
-        // Routes may change all the time, and what new ones take is thrown at once. Addresses seldom do, but a
-        // new one may forbid a route of ours.
-        let (mut rest_until, mut rest_until_address) = (Instant::now(), Instant::now());
+        // Routes may change all the time, and what new ones take is thrown at once. Addresses and interfaces seldom
+        // do, but a new address may forbid a route of ours, and an interface may be the one of our LAN.
+        let (mut rest_until, mut rest_until_soon) = (Instant::now(), Instant::now());
         loop {
             let start = Instant::now();
             let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host);
@@ -94,6 +95,11 @@ impl Worker {
                 let (settings, tun) = (&self.settings, &self.tun_name);
                 self.router
                     .settle(start, settings, tun, &self.overlay, &self.host);
+                // Unless the kernel did not say.
+                if !self.host.links.is_empty() {
+                    let (ways, carrying) = (&self.host.ways, &self.host.carrying);
+                    self.lans.look(start, &self.overlay.offered, ways, carrying);
+                }
             }
             if look && rested || taken.dialled {
                 self.settle();
@@ -106,12 +112,14 @@ impl Worker {
                 look = false;
                 let now = Instant::now();
                 rest_until = now + ringtail_dataplane::rest_after(now - start);
-                rest_until_address = now + (now - start);
+                rest_until_soon = now + (now - start);
             }
             let timeout = if look {
                 rest_until.saturating_duration_since(Instant::now())
             } else {
-                CLAIM_PERIOD
+                let due = self.lans.poll_timeout();
+                let rest = due.map(|due| due.saturating_duration_since(Instant::now()));
+                rest.map_or(CLAIM_PERIOD, |rest| rest.min(CLAIM_PERIOD))
             };
             match wait(watch, rules, woken, timeout) {
                 Woken::Wish => {}
@@ -121,8 +129,8 @@ impl Worker {
                         self.throw_at_once(route);
                     }
                     look = true;
-                    if news.addresses {
-                        rest_until = rest_until.min(rest_until_address);
+                    if news.soon {
+                        rest_until = rest_until.min(rest_until_soon);
                     }
                 }
                 Woken::Rules => {
@@ -131,7 +139,11 @@ impl Worker {
                     }
                     look = true;
                 }
-                Woken::Nothing => look |= self.router.count(&self.overlay),
+                Woken::Nothing => {
+                    look |= self.router.count(&self.overlay);
+                    let back = self.lans.poll_timeout();
+                    look |= back.is_some_and(|due| due <= Instant::now());
+                }
             }
             drain(woken);
         }
@@ -156,12 +168,20 @@ impl Worker {
             let bridges = guest_bridges(&links);
             let theirs = others().filter(|found| bridges.contains(&found.interface));
             self.host.guests = theirs.filter_map(|found| found.subnet).collect();
+            let carrying = links.iter().filter(|link| link.carries);
+            self.host.carrying = carrying.map(|link| link.index).collect();
+            // They have a carrier only while there are guests.
+            self.host.carrying.extend(&bridges);
             self.host.guest_links = bridges;
             let names = links.into_iter().map(|link| (link.index, link.name));
             self.host.links = names.collect();
+            // Also where the interface is down, and has no route any more.
+            let subnets = others().filter_map(|found| Some((found.subnet?, found.interface)));
+            let overlay = &self.overlay;
+            let near = subnets.filter(|(net, _)| forwarding::concerns(overlay, net));
+            self.host.ways = near.collect();
         }
         self.host.routes.clear();
-        self.host.ways.clear();
         self.tables = BTreeSet::from([MAIN.into()]);
         self.too_many = false;
         let mut nets = self.overlay.nets();
@@ -180,6 +200,7 @@ impl Worker {
             let (ways, overlay) = (&mut self.host.ways, &self.overlay);
             let _ = self.netlink.routes(v6, 0, false, &mut |found| {
                 if let Some(interface) = found.interface
+                    && interface != tun
                     && found.kind == RouteType::Unicast
                     && !found.ours
                     && tables.contains(&found.table)
@@ -265,9 +286,16 @@ impl Worker {
             ));
         }
         problems.0.extend_from_slice(self.router.problems());
+        let lost = self.lans.lost();
+        problems.0.extend(lost.iter().map(|net| Problem {
+            part: "ha",
+            text: format!(
+                "{net} is not announced: no interface that is up, with a carrier, leads there"
+            ),
+        }));
         let into = plan.state.routes.iter().filter(|r| r.way != Way::Throw);
         self.tunnel = into.map(|route| route.net).collect();
-        self.publish(plan, problems.0);
+        self.publish(plan, lost, problems.0);
     }
 
     /// What is there of ours, and whether somebody else uses our table.
@@ -363,7 +391,7 @@ impl Worker {
         }
     }
 
-    fn publish(&mut self, plan: Plan, problems: Vec<Problem>) {
+    fn publish(&mut self, plan: Plan, lost: BTreeSet<IpNet>, problems: Vec<Problem>) {
         if self.told.len() > TOLD_MAX {
             self.told.clear();
         }
@@ -387,6 +415,7 @@ impl Worker {
             more_conflicts: plan.more_conflicts,
             kept_out: plan.kept_out,
             guest_links: self.host.guest_links.clone(),
+            lost,
             problems,
         };
         if news {

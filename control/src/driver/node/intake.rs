@@ -494,7 +494,9 @@ impl Node {
     /// What is not as it should be with the host's network, for people.
     pub(super) fn take_host_news(&mut self) {
         self.names_changed();
-        let mut problems = self.hostnet.report().problems;
+        let report = self.hostnet.report();
+        self.agent.handle_lost(report.lost);
+        let mut problems = report.problems;
         for part in HOST_PARTS {
             let of_part = problems.extract_if(.., |problem| problem.part == part);
             let lines = of_part.map(|problem| problem.text).collect();
