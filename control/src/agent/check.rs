@@ -1,10 +1,8 @@
 //! The agent's dealings with netcheck: home region, own endpoints, questions of people.
 
-use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
 use ringtail_dataplane::{PeerId, RegionId};
 use serde_json::{Value, json};
 
@@ -109,24 +107,13 @@ impl Agent {
             mapping_varies: report.and_then(|report| report.mapping_varies),
             working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
-            routes: self
-                .offers()
-                .filter(|net| !self.lost.contains(net))
-                .collect(),
-            routes_lost: !self.lost.is_empty() && self.prefs.advertise_routes.is_subset(&self.lost),
+            routes: self.offers().collect(),
+            routes_lost: !self.lost.is_empty()
+                && self.offered().all(|net| self.lost.contains(&net)),
             peerapi: self.services(),
             shields_up: self.prefs.shields_up,
             corrections: self.corrections,
             ..SelfState::default()
-        }
-    }
-
-    /// Takes which prefixes that this node offers it cannot reach itself: they are not announced, so that
-    /// another router gets them.
-    pub fn handle_lost(&mut self, lost: BTreeSet<IpNet>) {
-        if self.lost != lost {
-            self.lost = lost;
-            self.out.push_back(Output::Publish);
         }
     }
 

@@ -8,13 +8,14 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ipnet::IpNet;
 use ringtail_dataplane::Prefix;
 use serde_json::{Value, json};
 
 use super::directory::is_meant;
-use super::{Agent, Network, NetworkPeer, short_name, standing};
+use super::{Agent, Network, NetworkPeer, Output, short_name, standing};
 use crate::config::{Forwarding, HostFirewall, Prefs};
 use crate::hostnet::{Exit, Overlay};
 use crate::key::NodePublic;
@@ -131,17 +132,17 @@ impl Agent {
     /// What a person wants of the host, whatever the network says.
     pub(super) fn wishes(&self, network: Option<&Network>) -> Overlay {
         let prefs = &self.prefs;
-        let offered = prefs.advertise_routes.iter().copied();
+        let offered: BTreeSet<IpNet> = self.offered().collect();
         let takes = match &self.exit {
             ExitNode::None => None,
             ExitNode::Found { takes, .. } => Some(*takes),
             ExitNode::Missing(_) => Some([false; 2]),
         };
         Overlay {
-            snat: offered
+            snat: (offered.iter().copied())
                 .filter(|net| prefs.snat_subnet_routes.covers(net))
                 .collect(),
-            offered: prefs.advertise_routes.clone(),
+            offered,
             offers_exit: prefs.advertise_exit_node,
             shut: self.shut(network).into_iter().collect(),
             may_open_firewall: prefs.host_firewall == HostFirewall::Open,
@@ -154,11 +155,34 @@ impl Agent {
         }
     }
 
+    /// The prefixes that we offer to route for others: by a person's wish, and by that of a routing daemon.
+    pub(super) fn offered(&self) -> impl Iterator<Item = IpNet> {
+        self.prefs.advertise_routes.union(&self.handed).copied()
+    }
+
     /// What coordination is told that we route for others.
     pub(super) fn offers(&self) -> impl Iterator<Item = IpNet> {
         let everywhere = self.prefs.advertise_exit_node.then_some(EVERYWHERE);
-        let routes = self.prefs.advertise_routes.iter().copied();
-        routes.chain(everywhere.into_iter().flatten())
+        let reached = self.offered().filter(|net| !self.lost.contains(net));
+        reached.chain(everywhere.into_iter().flatten())
+    }
+
+    /// Takes the prefixes that a routing daemon of the host offers.
+    pub fn handle_handed(&mut self, now: Instant, handed: BTreeSet<IpNet>) {
+        if self.handed != handed {
+            self.handed = handed;
+            self.out.push_back(Output::Publish);
+            self.enforce(now);
+        }
+    }
+
+    /// Takes which of the prefixes that this node offers it cannot reach itself: they are not announced, so that
+    /// another router gets them.
+    pub fn handle_lost(&mut self, lost: BTreeSet<IpNet>) {
+        if self.lost != lost {
+            self.lost = lost;
+            self.out.push_back(Output::Publish);
+        }
     }
 
     /// Where those do not get that this node lets out to the Internet.
@@ -176,8 +200,8 @@ impl Agent {
     fn served(&self, network: &Network) -> impl Iterator<Item = IpNet> {
         let approved = network.own.allowed_ips.as_ref();
         let approved = approved.filter(|_| self.prefs.advertise_exit_node);
-        let offered = self.prefs.advertise_routes.iter().copied();
-        offered.filter(move |net| approved.is_none_or(|approved| approved.contains(net)))
+        self.offered()
+            .filter(move |net| approved.is_none_or(|approved| approved.contains(net)))
     }
 
     /// Where peers get: to this node itself, to what it routes, and if it is a way out to the Internet.

@@ -184,6 +184,8 @@ pub struct Agent {
     exit: ExitNode,
     /// Subnets of the host's interfaces.
     subnets: BTreeSet<IpNet>,
+    /// What a routing daemon of the host offers.
+    handed: BTreeSet<IpNet>,
     /// What this node offers and cannot reach.
     lost: BTreeSet<IpNet>,
     /// Where peers get, as the data plane was told.
@@ -262,6 +264,7 @@ impl Agent {
             prefs: Prefs::default(),
             exit: ExitNode::default(),
             subnets: BTreeSet::new(),
+            handed: BTreeSet::new(),
             lost: BTreeSet::new(),
             local: Vec::new(),
             shielded: false,

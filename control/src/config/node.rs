@@ -8,6 +8,9 @@ use zeroize::Zeroizing;
 use super::{ConfigError, PlainPeer, PrefsChange, plain, read_toml};
 use crate::hostnet::TABLE_MAX;
 
+/// The kernel's table of the host's own addresses.
+const LOCAL: u32 = 255;
+
 /// Which driver moves packets in the shards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
@@ -157,6 +160,10 @@ pub struct NodeConfig {
     /// those of 52 [default: 52, or the next that no other program uses].
     #[arg(long, value_name = "NUMBER")]
     pub table: Option<u8>,
+    /// Offer the routes of this kernel table to others too, as they come and go: those that a routing daemon puts
+    /// there. Not its default route, and 256 at most.
+    #[arg(long, value_name = "NUMBER")]
+    pub advertise_routes_from: Option<u32>,
     /// Stay on relays: no direct paths.
     #[arg(long)]
     pub relay_only: bool,
@@ -255,6 +262,7 @@ impl NodeConfig {
             udp_gro: flags.udp_gro.or(self.udp_gro),
             fwmark: flags.fwmark.or(self.fwmark),
             table: flags.table.or(self.table),
+            advertise_routes_from: flags.advertise_routes_from.or(self.advertise_routes_from),
             // Naming one source of the network on the command line drops the file's other one.
             coord: flags
                 .coord
@@ -313,6 +321,9 @@ impl NodeConfig {
                 "shards = {shards} is out of range; it can be 1 to {}",
                 Self::SHARDS_MAX
             ));
+        }
+        if let Some(0 | LOCAL) = self.advertise_routes_from {
+            return Err("advertise_routes_from names no table of routes to other networks".into());
         }
         if let Some(table) = self.table
             && !(1..=TABLE_MAX).contains(&table)

@@ -53,6 +53,8 @@ pub struct Report {
     pub kept_out: Vec<IpAddr>,
     /// The bridges that guests of this host are on, and nobody else.
     pub guest_links: BTreeSet<u32>,
+    /// What stands in the table of [`Options::handed_in`].
+    pub handed: BTreeSet<IpNet>,
     /// What this node offers and cannot reach itself.
     pub lost: BTreeSet<IpNet>,
     /// What is not as it should be.
@@ -64,6 +66,8 @@ pub struct Report {
 pub struct Options {
     /// The table somebody chose; else the first free one from the default on.
     pub table: Option<u8>,
+    /// A table of a routing daemon, whose routes are offered to others.
+    pub handed_in: Option<u32>,
     /// Mark of underlay sockets; 0 is none.
     pub fwmark: u32,
     /// UDP port of the underlay.
@@ -201,6 +205,9 @@ impl HostNet {
             added: BTreeSet::new(),
             told: BTreeSet::new(),
             lans: Lans::default(),
+            handed_in: options.handed_in,
+            handed: BTreeSet::new(),
+            too_many_handed: false,
             router: Router::new(table, options.ledger),
             shared: Arc::clone(&shared),
         };

@@ -23,7 +23,7 @@ use crate::hostnet::{
     Action, Conflict, Host, Lans, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
     forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
 };
-use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
+use crate::netmap::prefix::{V4_RANGE, V6_RANGE, has_no_hosts};
 
 /// Whoever asks for our table is turned away this often.
 const CLAIM_PERIOD: Duration = Duration::from_secs(10);
@@ -31,6 +31,8 @@ const CLAIM_PERIOD: Duration = Duration::from_secs(10);
 const LOCAL: u32 = 255;
 /// Host routes remembered at most, of those that meet ours.
 const HOST_ROUTES_MAX: usize = 65_536;
+/// Routes of a routing daemon that are offered at most: as many as a coordination server of ours looks at.
+const HANDED_MAX: usize = 256;
 /// Conflicts remembered as told at most.
 const TOLD_MAX: usize = 1024;
 /// Times the rules are tried, as each family may turn out not to have any.
@@ -64,6 +66,10 @@ pub(super) struct Worker {
     pub(super) told: BTreeSet<Conflict>,
     pub(super) router: Router,
     pub(super) lans: Lans,
+    /// The table of a routing daemon, what it has in there for others, and whether there is more.
+    pub(super) handed_in: Option<u32>,
+    pub(super) handed: BTreeSet<IpNet>,
+    pub(super) too_many_handed: bool,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -182,6 +188,8 @@ impl Worker {
             self.host.ways = near.collect();
         }
         self.host.routes.clear();
+        self.handed.clear();
+        self.too_many_handed = false;
         self.tables = BTreeSet::from([MAIN.into()]);
         self.too_many = false;
         let mut nets = self.overlay.nets();
@@ -198,7 +206,18 @@ impl Worker {
             let (tables, routes) = (&self.tables, &mut self.host.routes);
             let too_many = &mut self.too_many;
             let (ways, overlay) = (&mut self.host.ways, &self.overlay);
+            let (handed, too_many_handed) = (&mut self.handed, &mut self.too_many_handed);
+            let handed_in = self.handed_in;
             let _ = self.netlink.routes(v6, 0, false, &mut |found| {
+                if handed_in == Some(found.table)
+                    && is_others(&found, tun)
+                    && !has_no_hosts(&found.net)
+                {
+                    *too_many_handed |= handed.len() >= HANDED_MAX;
+                    if !*too_many_handed {
+                        handed.insert(found.net);
+                    }
+                }
                 if let Some(interface) = found.interface
                     && interface != tun
                     && found.kind == RouteType::Unicast
@@ -286,6 +305,11 @@ impl Worker {
             ));
         }
         problems.0.extend_from_slice(self.router.problems());
+        if let (true, Some(table)) = (self.too_many_handed, self.handed_in) {
+            problems.host(format!(
+                "over {HANDED_MAX} routes stand in table {table} (--advertise-routes-from): the rest is not offered"
+            ));
+        }
         let lost = self.lans.lost();
         problems.0.extend(lost.iter().map(|net| Problem {
             part: "ha",
@@ -403,18 +427,18 @@ impl Worker {
                 );
             }
         }
-        let news = {
-            let before = lock(&self.shared.report);
-            before.problems != problems
-                || before.conflicts != plan.conflicts
-                || before.guest_links != self.host.guest_links
-        };
-        *lock(&self.shared.report) = Report {
+        let mut report = lock(&self.shared.report);
+        let news = report.problems != problems
+            || report.conflicts != plan.conflicts
+            || report.guest_links != self.host.guest_links
+            || report.handed != self.handed;
+        *report = Report {
             table: self.settings.table,
             conflicts: plan.conflicts,
             more_conflicts: plan.more_conflicts,
             kept_out: plan.kept_out,
             guest_links: self.host.guest_links.clone(),
+            handed: self.handed.clone(),
             lost,
             problems,
         };
@@ -464,12 +488,17 @@ fn in_ranges(ip: IpAddr) -> bool {
 
 /// Whether a route is the host's own, in a table that its rules lead to, and not its default.
 fn of_host(found: &FoundRoute, tables: &BTreeSet<u32>, tun: u32) -> bool {
+    is_others(found, tun) && tables.contains(&found.table)
+}
+
+/// Whether a route is not ours and says something of a network, which a default route does not.
+fn is_others(found: &FoundRoute, tun: u32) -> bool {
     let counts = matches!(
         found.kind,
         RouteType::Unicast | RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit
     );
     let others = !found.ours && found.interface != Some(tun);
-    counts && others && found.net.prefix_len() > 0 && tables.contains(&found.table)
+    counts && others && found.net.prefix_len() > 0
 }
 
 enum Woken {

@@ -495,6 +495,7 @@ impl Node {
     pub(super) fn take_host_news(&mut self) {
         self.names_changed();
         let report = self.hostnet.report();
+        self.agent.handle_handed(now(), report.handed);
         self.agent.handle_lost(report.lost);
         let mut problems = report.problems;
         for part in HOST_PARTS {

@@ -184,6 +184,7 @@ impl Node {
         let tun_index = interface.index();
         let hostnet = HostNet::start(hostnet::Options {
             table: config.table,
+            handed_in: config.advertise_routes_from,
             fwmark: config.fwmark.unwrap_or(0),
             port: dataplane.local_port(),
             tun: (dataplane.tun_name().to_owned(), tun_index),
