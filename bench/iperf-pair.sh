@@ -394,6 +394,8 @@ start_dataplane() {
 }
 
 network() { # own address; the peer's name, address, endpoint, and what else it routes: a static network file
+  local routes="\"$3/32\""
+  [ -z "${5:-}" ] || routes+=", \"$5\""
   cat <<TOML
 addresses = ["$1/24"]
 home = "nyc"
@@ -404,7 +406,7 @@ name = "$2"
 $(cat "$LAB_DIR/$2.keys")
 home = "nyc"
 addresses = ["$3/32"]
-allowed_ips = ["$3/32"${5:+, "$5"}]
+allowed_ips = [$routes]
 endpoints = ["$4:41641"]
 TOML
 }
