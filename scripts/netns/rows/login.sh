@@ -46,6 +46,41 @@ row_login() {
   tailnet_stop a
   check "at the next start it needs a person again" again_asks a
 }
+
+# Keys that live for an hour, and no auth key at hand: a person is told, and renews one while the tunnel is in use.
+row_person() {
+  local key url
+  HS_EXPIRY=1h
+  tailnet_up
+  hosts a b
+  # Keys of nodes with a tag live for ever.
+  hs_key 1 --tags tag:far >"$LAB_DIR/tag-key"
+  TAILNET_KEY=$LAB_DIR/tag-key tailnet_tailscaled b b
+  keyless a
+  check "there is an address to visit" within 20 address_to_visit a
+  url=$(address_to_visit a)
+  check "Headscale lets the node in" hs auth register --auth-id "${url##*/}" --user alice
+  ready a b || return 0
+  check "status says that its key expires, and what to do" within 5 shows_state a '`ringtail login` renews it'
+  check "so does the log, once" [ "$(grep -c 'ringtail login. renews it' "$LAB_DIR/node-a.log")" = 1 ]
+  key=$(own_key a)
+  login_waits a
+  check "login has an address to visit" within 20 grep -q 'to let this node in, visit' "$LAB_DIR/login-a.log"
+  url=$(sed -n 's/.*visit //p' "$LAB_DIR/login-a.log" | tail -n 1)
+  check "while nobody has, the node goes on" tailnet_pings a b 1
+  lab_stop node-a KILL
+  keyless a
+  check "also when it was killed" within 20 tailnet_pings b a 1
+  tailnet_stream b a used
+  pause 1
+  check "the address is still good" hs auth register --auth-id "${url##*/}" --user alice
+  check "the key of the node is another" within 10 has_another_key a "$key"
+  pause 3
+  check "and nothing was silent for a second" silent_at_most used 1000
+}
+own_key() { rt "$1" status --json 2>/dev/null | jq -r .node_key; }
+has_another_key() { local now; now=$(own_key "$1") && [ -n "$now" ] && [ "$now" != "$2" ]; }
+silent_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost, $GAP_MS ms" && [ "$GAP_MS" -le "$2" ]; }
 keyless() { # NODE
   TAILNET_KIND[$1]=ringtail TAILNET_NS[$1]=$1
   # What a killed one left: its file says nothing of the new one.
