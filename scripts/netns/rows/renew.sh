@@ -41,3 +41,28 @@ has_another_key() { local now; now=$(own_key "$1") && [ -n "$now" ] && [ "$now" 
 log_says() { grep -q "$2" "$LAB_DIR/node-$1.log"; }
 shows_state() { rt "$1" status | grep -F "$2"; }
 silent_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost, $GAP_MS ms" && [ "$GAP_MS" -le "$2" ]; }
+
+# The same at our own server, between two of ours.
+row_renew_ours() {
+  local key address
+  tailnet_internet
+  COORD_OPTIONS=(--key-expiry 60s)
+  our_server || fail "relay or server did not start"
+  hosts a b
+  tailnet_ringtail a a
+  tailnet_ringtail b b
+  ready a b || return 0
+  check "status says when the key expires" shows_state a 'key expires in'
+  key=$(own_key a) address=$(tailnet_ip a)
+  tailnet_stream a b out
+  tailnet_stream b a in
+  check "a and b go direct" within 15 tailnet_direct a b
+  check "the key of a is another before it expires" within 70 has_another_key a "$key"
+  check "and that of b" within 30 log_says b "key is renewed"
+  pause 5
+  check "a has its address still" [ "$(rt a ip -4)" = "$(tailnet_ip a)" ]
+  check "from a nothing is silent for a second" silent_at_most out 1000
+  check "to a neither" silent_at_most in 1000
+  check "the server has no other node" [ "$(ours nodes list | grep -c "${address%.*}[.]")" = 2 ]
+  check "status is in order" rt a status
+}
