@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ringtail::coord::admin::Change;
+use ringtail::coord::admin::{Change, Order};
 use ringtail::coord::auth_key::{self, AuthKey};
 use ringtail::coord::server::ServerConfig;
 use ringtail::coord::{CoordConfig, CoordEvent, SelfState};
@@ -387,14 +387,52 @@ async fn bad_credentials_and_a_wrong_server_are_final_and_say_what_to_do() {
         "{text}"
     );
     assert!(!text.contains("another key"), "{text}");
-    let text = Node::start(Node::config(address, 1, None)).fatal().await;
-    assert!(text.contains("by auth key only"), "{text}");
     let mut config = Node::config(address, 1, Some("the key"));
     config.control_key = Some(MachinePublic([7; 32]));
     let text = Node::start(config).fatal().await;
     assert!(text.contains("--control-key"), "{text}");
     let refused = count(&server, "refused_registration") + count(&server, "bad_noise");
-    assert_eq!(refused, 3);
+    assert_eq!(refused, 2);
+}
+
+#[tokio::test(flavor = "local")]
+async fn who_has_no_key_is_shown_a_url_and_let_in_by_an_administrator() {
+    let (_dir, server, address) = serve_anybody();
+    let mut node = Node::start(Node::config(address, 1, None));
+    let url = node
+        .event(|event| match event {
+            CoordEvent::AuthUrl(url) => Some(url),
+            CoordEvent::Netmap(_) => panic!("let in"),
+            _ => None,
+        })
+        .await;
+    let begun = format!("http://{address}/register/");
+    let code = url.strip_prefix(&begun).expect("it is this server's");
+    let head = format!("GET /register/{code} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+    let page = exchange(address, head.as_bytes()).await;
+    let page = String::from_utf8(page).unwrap();
+    assert!(
+        page.contains(&format!("ringtail coord nodes approve {code}\n")),
+        "{page}"
+    );
+    let admit = |code: &str, user: Option<&str>| Order::Admit {
+        code: code.to_owned(),
+        user: user.map(ToOwned::to_owned),
+    };
+    let orders = server.orders();
+    for (code, user) in [("0000-0000", None), (code, Some("nobody"))] {
+        assert!(
+            orders.give(admit(code, user)).await.is_err(),
+            "{code} {user:?}"
+        );
+    }
+    orders.give(admit(&url, None)).await.unwrap();
+    node.netmap(|netmap| netmap.self_node.id == 1).await;
+    assert!(
+        orders.give(admit(&url, None)).await.is_err(),
+        "it is used up"
+    );
+    assert_eq!(count(&server, "asked_for_approval"), 1);
 }
 
 #[tokio::test(flavor = "local")]
