@@ -59,7 +59,8 @@ lab_init() {
 }
 
 lab_within() {
-  LAB=$LAB$1_ LAB_DIR=$LAB_DIR/$1
+  # No name has the hyphen: the end of the lab "dns" is not to take those of "dns_faults" along.
+  LAB=$LAB$1- LAB_DIR=$LAB_DIR/$1
   mkdir -p "$LAB_DIR"
 }
 
