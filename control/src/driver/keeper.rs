@@ -225,7 +225,7 @@ fn withdraw(
     };
     let underlay = Underlay {
         fwmark: announced.fwmark,
-        keeper: None,
+        outside: None,
     };
     runtime::block_on(async |_| {
         let until = now() + WITHDRAW_LIMIT;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::hostnet::Keeper;
+use super::hostnet::Outside;
 
 /// Unacknowledged data for this long means that the connection is dead.
 pub const USER_TIMEOUT: Duration = Duration::from_secs(15);
@@ -19,7 +19,7 @@ pub struct Underlay {
     /// Mark of the sockets; 0 is none.
     pub fwmark: u32,
     /// For what a mark is not enough (`crate::hostnet`).
-    pub keeper: Option<Keeper>,
+    pub outside: Option<Outside>,
 }
 
 impl Underlay {
@@ -38,8 +38,8 @@ impl Underlay {
         }
         socket.set_tcp_nodelay(true)?;
         socket.set_tcp_user_timeout(Some(USER_TIMEOUT))?;
-        if let Some(keeper) = &self.keeper {
-            keeper.keep_out(addr.ip()).await;
+        if let Some(outside) = &self.outside {
+            outside.keep_out(addr.ip()).await;
         }
         TcpSocket::from_std_stream(socket.into())
             .connect(addr)
@@ -63,7 +63,7 @@ mod tests {
         assert!(socket.tcp_nodelay().unwrap());
         let marked = Underlay {
             fwmark: 0x1234,
-            keeper: None,
+            outside: None,
         };
         match marked.connect(addr).await {
             Ok(stream) => assert_eq!(SockRef::from(&stream).mark().unwrap(), 0x1234),

@@ -96,7 +96,7 @@ pub struct HostNet {
 
 /// Keeps addresses out of the tunnel.
 #[derive(Clone, Debug)]
-pub struct Keeper(Arc<Shared>);
+pub struct Outside(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
@@ -244,8 +244,8 @@ impl HostNet {
     }
 
     /// For whoever makes connections outside of the tunnel.
-    pub fn keeper(&self) -> Keeper {
-        Keeper(Arc::clone(&self.shared))
+    pub fn outside(&self) -> Outside {
+        Outside(Arc::clone(&self.shared))
     }
 }
 
@@ -260,7 +260,7 @@ impl Drop for HostNet {
     }
 }
 
-impl Keeper {
+impl Outside {
     /// Keeps an address out of the tunnel, whatever routes cover it; returns when that is so, or
     /// after a while.
     pub async fn keep_out(&self, address: IpAddr) {

@@ -259,7 +259,7 @@ impl Life<'_> {
             .context("this node takes its network from a file: there is nowhere to log out")?;
         let underlay = Underlay {
             fwmark: self.config.fwmark.unwrap_or(0),
-            keeper: None,
+            outside: None,
         };
         let roots = Arc::clone(&self.roots);
         coord_client::log_out(config, Names::default(), underlay, roots).await?;

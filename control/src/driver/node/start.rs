@@ -197,7 +197,7 @@ impl Node {
         dns.set_host_resolvers(resolver.report().base.servers);
         let underlay = Underlay {
             fwmark: config.fwmark.unwrap_or(0),
-            keeper: Some(hostnet.keeper()),
+            outside: Some(hostnet.outside()),
         };
         let mut tasks = JoinSet::new();
         tasks.spawn_local(async move { interface.keep_mtu_capped().await });
