@@ -240,7 +240,15 @@ node a
 check "the network map of the last run does no harm either" within 10 goes 10.77.0.1 ringtail0
 check "the LAN keeps its route with it" goes 10.1.0.9 "dev eth0"
 lab_stop node-a KILL
-check "a killed node leaves its rules, which do no harm" eval '[ "$(rules)" -gt 0 ] && goes 10.1.0.9 "dev eth0" && goes 10.77.0.1 "via 10.1.0.1"'
+check "a killed node leaves nothing, for its keeper puts back" within 3 untouched
+node a
+within 10 goes 10.77.0.1 ringtail0
+# Without its keeper, which the node would replace if it could.
+keeper=$(ip netns pids "${LAB}a" | while read -r pid; do ! grep -qs ringtail-keeper "/proc/$pid/comm" || echo "$pid"; done)
+kill -STOP "$(lab_pid node-a)"
+kill -KILL "$keeper"
+lab_stop node-a KILL
+check "without it its rules stay, which do no harm" eval '[ "$(rules)" -gt 0 ] && goes 10.1.0.9 "dev eth0" && goes 10.77.0.1 "via 10.1.0.1"'
 node a
 check "the next start removes them" within 10 grep -q "removing what an earlier run left" "$LAB_DIR/node-a.log"
 within 10 goes 10.77.0.1 ringtail0 2>/dev/null
