@@ -82,10 +82,9 @@ own_key() { rt "$1" status --json 2>/dev/null | jq -r .node_key; }
 has_another_key() { local now; now=$(own_key "$1") && [ -n "$now" ] && [ "$now" != "$2" ]; }
 silent_at_most() { tailnet_stream_end "$1" && SAID="$SENT sent, $LOST lost, $GAP_MS ms" && [ "$GAP_MS" -le "$2" ]; }
 keyless() { # NODE
-  TAILNET_KIND[$1]=ringtail TAILNET_NS[$1]=$1
   # What a killed one left: its file says nothing of the new one.
   rm -f "$LAB_DIR/node-$1/ringtail.sock"
-  lab_spawn "$1" "node-$1" "$RINGTAIL" up --coord "$COORD_URL" --state-dir "$LAB_DIR/node-$1" --hostname "$1"
+  TAILNET_KEY=none tailnet_ringtail "$1" "$1"
 }
 address_to_visit() { grep -o "$COORD_URL/register/[^ ]*" "$LAB_DIR/node-$1.log" | tail -n 1 | grep .; }
 shows_state() { rt "$1" status | grep -F "$2"; }

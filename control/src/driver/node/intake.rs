@@ -18,7 +18,7 @@ use crate::driver::device;
 use crate::driver::interface::{interface_name, interfaces, source_address, subnets};
 use crate::driver::local_api::{self, Call};
 use crate::driver::names::Past;
-use crate::driver::relay::RelayEvent;
+use crate::driver::relay::{RelayEvent, RelayPool};
 use crate::driver::shards::FromShards;
 use crate::driver::{dns_host, status, uapi};
 use crate::hostnet::HOST_PARTS;
@@ -229,7 +229,7 @@ impl Node {
     /// Somebody tells us where peers are, and them where we are, or nobody does.
     fn coordination(&mut self, up: bool) {
         self.agent.handle_coordination(up);
-        self.relays.set_alone(!up);
+        self.pools().for_each(|pool| pool.set_alone(!up));
     }
 
     /// Says once that the node takes part: when there is a network to take part in.
@@ -415,7 +415,7 @@ impl Node {
             return;
         };
         tracing::info!(?change, "the host's network changed");
-        self.relays.link_changed();
+        self.pools().for_each(RelayPool::link_changed);
         if let (LinkChange::Major, Some(coord)) = (change, &self.coord_client) {
             coord.redial();
         }
@@ -425,7 +425,7 @@ impl Node {
     /// The machine has slept for so long: nothing that stood then can be counted on.
     pub(super) fn resumed(&mut self, slept: Duration) {
         self.dataplane.resumed();
-        self.relays.resumed(slept);
+        self.pools().for_each(|pool| pool.resumed(slept));
         if let Some(coord) = &self.coord_client {
             coord.redial();
         }

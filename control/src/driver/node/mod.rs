@@ -349,10 +349,7 @@ impl Node {
                 }
                 Output::Initiate(peer) => self.dataplane.initiate(peer),
                 Output::SetPeers { nodes, disco } => {
-                    if let Some(before) = self.renewal.relays() {
-                        before.set_peers(nodes.clone());
-                    }
-                    self.relays.set_peers(nodes);
+                    self.pools().for_each(|pool| pool.set_peers(nodes.clone()));
                     self.discovery.set_peers(disco);
                 }
                 Output::Unopened(peer, bytes) => self.dataplane.unopened(peer, bytes),
@@ -392,9 +389,9 @@ impl Node {
                         relays.send_disco(region, &to, &bytes);
                     }
                 }
-                Output::SetDerpMap(map) => self.relays.set_map(&map),
+                Output::SetDerpMap(map) => self.pools().for_each(|pool| pool.set_map(&map)),
                 Output::SetHome(region) => {
-                    self.relays.set_home(Some(region));
+                    self.pools().for_each(|pool| pool.set_home(Some(region)));
                     self.save_home();
                 }
                 Output::Publish => {

@@ -117,6 +117,13 @@ impl Renewal {
 }
 
 impl Node {
+    /// The relays by which peers reach us under any key of ours, the one to come among them.
+    pub(super) fn pools(&self) -> impl Iterator<Item = &RelayPool> {
+        let next = self.renewal.attempt.as_ref().map(|attempt| &attempt.relays);
+        let all = [Some(&self.relays), next, self.renewal.relays()];
+        all.into_iter().flatten()
+    }
+
     /// There is a next key from the run before: whoever is asked first, the server may know no other. True if
     /// the old key waits for what becomes of it.
     pub(super) fn resume_renewal(&mut self) -> bool {
