@@ -25,6 +25,7 @@
 #                                        (TAILNET_KEY: the file with its auth key, or none)
 #   tailnet_stop NAME [SIGNAL]           ends it (KILL: as a crash does); its state stays
 #   tailnet_start NAME                   starts it again as it was
+#   tailnet_options NAME OPTION...       with these options from the next start on, if it is ours
 #   rt NAME COMMAND..., ts NAME COMMAND...   its command line: `ringtail COMMAND`, `tailscale COMMAND`
 #   tailnet_status NAME                  its status in one form for both kinds, see there
 #
@@ -33,6 +34,7 @@
 #   tailnet_knows NAME OTHER...          has NAME the OTHERs in its map, online and with a home?
 #   tailnet_ready NAME...                waits until each is in the network and knows all the others
 #   tailnet_ip NAME [6]                  its address inside, also when it does not run any more
+#   problem NAME PATTERN                 does the status of a ringtail tell of such a problem?
 #   tailnet_path NAME OTHER              "direct ADDRESS:PORT" or "relay CODE", as NAME has it
 #   tailnet_direct NAME OTHER            does each have the other direct? (for `within`)
 #   tailnet_block HOST, tailnet_unblock HOST     the internet carries no UDP of this lab_host but STUN and DNS
@@ -194,9 +196,10 @@ tailnet_ringtail() { tailnet_node ringtail "$@"; }
 tailnet_tailscaled() { tailnet_node tailscaled "$@"; }
 tailnet_node() { # KIND NAME NS [OPTION...]
   TAILNET_KIND[$2]=$1 TAILNET_NS[$2]=$3
-  TAILNET_OPTIONS[$2]=$([ $# -eq 3 ] || printf '%q ' "${@:4}")
+  tailnet_options "$2" "${@:4}"
   tailnet_start "$2"
 }
+tailnet_options() { TAILNET_OPTIONS[$1]=$([ $# -eq 1 ] || printf '%q ' "${@:2}"); }
 
 tailnet_start() {
   local name=$1 ns=${TAILNET_NS[$1]} at=$LAB_DIR/node-$1 options key=${TAILNET_KEY:-$LAB_DIR/auth-key}
@@ -280,6 +283,8 @@ tailnet_ip() {
   [ -s "$file" ] || tailnet_status "$1" | jq -r '.addresses[]' >"$file" || return 1
   if [ "${2:-4}" = 6 ]; then grep : "$file"; else grep -v : "$file"; fi
 }
+
+problem() { { rt "$1" status || true; } | grep -E "problem: $2"; }
 
 tailnet_path() {
   tailnet_status "$1" | jq -er --arg other "$2" '.peers[$other] | if .direct then "direct " + .direct else "relay " + .home end'

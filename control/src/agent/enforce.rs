@@ -108,7 +108,7 @@ impl Agent {
         self.enforce(now);
     }
 
-    /// Takes the subnets that the host's interfaces stand in, the tunnel left out.
+    /// Takes the addresses of the host's interfaces with their subnets' lengths, the tunnel left out.
     pub fn handle_subnets(&mut self, now: Instant, subnets: BTreeSet<IpNet>) {
         if self.subnets != subnets {
             self.subnets = subnets;
@@ -161,7 +161,7 @@ impl Agent {
         let Some(told) = &self.told else {
             self.exit = ExitNode::of(&self.prefs, None, None);
             self.tell_exit();
-            self.configure(self.wishes(None));
+            self.configure(self.wishes());
             return;
         };
         self.next_expiry = told.next_expiry(self.wall);
@@ -186,7 +186,7 @@ impl Agent {
             network.share(before);
             if *before == network && self.allowed == allowed && same_gate {
                 self.tell_exit();
-                self.configure(network.overlay(self.wishes(Some(&network))));
+                self.configure(network.overlay(self.wishes()));
                 return;
             }
         }
@@ -195,7 +195,7 @@ impl Agent {
         let reserved_before = std::mem::replace(&mut self.allowed, allowed).reserved;
         let changes = self.directory.update(&network.peers);
         self.tell_peers(&network, &changes.told);
-        let wishes = self.wishes(Some(&network));
+        let wishes = self.wishes();
         let before = self.network.replace(network);
         let network = self.network.as_ref().expect("it was just put there");
         let overlay = network.overlay(wishes);

@@ -130,7 +130,7 @@ impl Agent {
     }
 
     /// What a person wants of the host, whatever the network says.
-    pub(super) fn wishes(&self, network: Option<&Network>) -> Overlay {
+    pub(super) fn wishes(&self) -> Overlay {
         let prefs = &self.prefs;
         let offered: BTreeSet<IpNet> = self.offered().collect();
         let takes = match &self.exit {
@@ -144,7 +144,7 @@ impl Agent {
                 .collect(),
             offered,
             offers_exit: prefs.advertise_exit_node,
-            shut: self.shut(network).into_iter().collect(),
+            shut: self.shut().into_iter().collect(),
             may_open_firewall: prefs.host_firewall == HostFirewall::Open,
             may_forward: prefs.forwarding == Forwarding::On,
             exit: takes.map(|takes| Exit {
@@ -185,37 +185,33 @@ impl Agent {
         }
     }
 
-    /// Where those do not get that this node lets out to the Internet.
-    fn shut(&self, network: Option<&Network>) -> Vec<IpNet> {
+    /// What is not the Internet, seen from this host.
+    fn near(&self) -> impl Iterator<Item = IpNet> {
+        NOT_INTERNET.iter().chain(&self.subnets).copied()
+    }
+
+    /// Where those do not get that this node lets out to the Internet. What it offers is open to them, for
+    /// nobody tells a node what of that has been approved: Headscale does not, when it happens.
+    fn shut(&self) -> Vec<IpNet> {
         if !self.prefs.advertise_exit_node {
             return Vec::new();
         }
-        let near = NOT_INTERNET.iter().chain(&self.subnets).copied();
-        let open = network.into_iter().flat_map(|network| self.served(network));
-        without(near, open)
-    }
-
-    /// The routes that we serve: what we offer; for an exit node, whom others reach whatever routes they
-    /// have, only what is approved.
-    fn served(&self, network: &Network) -> impl Iterator<Item = IpNet> {
-        let approved = network.own.allowed_ips.as_ref();
-        let approved = approved.filter(|_| self.prefs.advertise_exit_node);
-        self.offered()
-            .filter(move |net| approved.is_none_or(|approved| approved.contains(net)))
+        without(self.near(), self.prefs.advertise_routes.iter().copied())
     }
 
     /// Where peers get: to this node itself, to what it routes, and if it is a way out to the Internet.
     pub(super) fn local(&self, network: &Network) -> Vec<Prefix> {
         let own: BTreeSet<IpNet> = network.addresses.iter().copied().collect();
         let own = own.iter().map(|net| IpNet::from(net.addr()));
-        let out = if self.prefs.advertise_exit_node {
-            let near = NOT_INTERNET.iter().chain(&self.subnets).copied();
-            without(EVERYWHERE, near)
-        } else {
-            Vec::new()
-        };
-        let all = own.chain(self.served(network)).chain(out);
-        all.map(Into::into).collect()
+        let mut out = Vec::new();
+        if self.prefs.advertise_exit_node {
+            out = without(EVERYWHERE, self.near());
+            // This host itself is no network of its own.
+            let hosts = self.subnets.iter().map(|net| IpNet::from(net.addr()));
+            out.extend(without(hosts, NOT_INTERNET));
+        }
+        let offered = self.prefs.advertise_routes.iter().copied();
+        own.chain(offered).chain(out).map(Into::into).collect()
     }
 }
 

@@ -182,7 +182,7 @@ pub struct Agent {
     prefs: Prefs,
     /// What became of the exit node that is wanted.
     exit: ExitNode,
-    /// Subnets of the host's interfaces.
+    /// Addresses of the host's interfaces, with the lengths of their subnets.
     subnets: BTreeSet<IpNet>,
     /// What a routing daemon of the host offers.
     handed: BTreeSet<IpNet>,

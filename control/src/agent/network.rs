@@ -73,9 +73,6 @@ pub struct Standing {
     pub tags: Vec<String>,
     /// Peers' names have IPv6 addresses too.
     pub names_have_v6: bool,
-    /// What peers send to us: routes that we offer are approved if they are in it. None where nobody has to
-    /// approve any.
-    pub allowed_ips: Option<Vec<IpNet>>,
 }
 
 /// One peer.
@@ -279,7 +276,6 @@ impl From<&Netmap> for Network {
                 // Headscale says the same of a node whose key has expired.
                 unapproved: !map.self_node.machine_authorized && !map.self_node.expired,
                 health: map.health.clone(),
-                allowed_ips: Some(map.self_node.allowed_ips.clone()),
                 name: map.self_node.name.clone(),
                 user: map.self_node.user,
                 tags: map.self_node.tags.clone(),

@@ -100,7 +100,7 @@ pub struct PrefsChange {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise_routes: Option<Routes>,
     /// Offer to be a way out to the Internet for others: true or false [default: false].
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", hide = true)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise_exit_node: Option<bool>,
     /// Let traffic into offered routes bear this host's address: true, false or the prefixes [default: true].

