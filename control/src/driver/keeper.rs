@@ -177,7 +177,7 @@ pub fn restore(
     if ledger.is_empty() {
         return Ok(());
     }
-    tracing::warn!("a node was killed: putting back what it changed of this host");
+    tracing::warn!("putting back what a node left changed of this host");
     // Beside each other: the server is not to wait for the host, nor the host for the server.
     let withdrawn = std::thread::scope(|scope| {
         let withdrawn = scope.spawn(|| match ledger.announced() {

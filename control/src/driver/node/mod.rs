@@ -55,7 +55,7 @@ use super::tls::roots;
 use super::uapi;
 use crate::agent::{Agent, Network, Output, Surroundings};
 use crate::config::{Layers, NodeConfig, PrefsChange};
-use crate::coord::{CoordEvent, SelfState};
+use crate::coord::{CoordEvent, NotAdmitted, SelfState};
 use crate::key::NodePublic;
 use crate::netcheck::Interface;
 use caches::StoredPath;
@@ -129,6 +129,12 @@ pub fn run(mut config: NodeConfig, flags: PrefsChange) -> anyhow::Result<()> {
             keeper: &mut keeper,
         };
         let ended = life.run(layers, parts).await;
+        if ended.as_ref().is_err_and(|error| error.is::<NotAdmitted>())
+            && let Some(announced) = ledger.announced()
+        {
+            // A server that does not know us sends nobody here.
+            ledger.done(&Entry::Announced(announced));
+        }
         keeper.dismiss(&ledger);
         ended
     };
