@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
 use ringtail_dataplane::{Prefix, Rule, Rules};
 
@@ -13,6 +15,9 @@ use super::{Agent, Network, NetworkPeer};
 use crate::key::NodePublic;
 use crate::netmap::prefix::without;
 use crate::uapi::PresharedKey;
+
+/// Peers told of by name at most.
+const NAMED_MAX: usize = 8;
 
 /// What there is of a plain peer besides what others have.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,6 +34,30 @@ impl Agent {
     /// Takes the settings file's peers, before there is a network.
     pub fn set_plain_peers(&mut self, peers: Vec<NetworkPeer>) {
         self.plain = peers.into_iter().map(Arc::new).collect();
+    }
+
+    /// Whether there are any: another key of ours is another peer to them, and nobody tells them of it.
+    pub fn has_plain_peers(&self) -> bool {
+        !self.plain.is_empty()
+    }
+
+    /// Our key is another: says, until the node ends, whom somebody has to give it to.
+    pub(super) fn tell_key_for_plain(&mut self) {
+        let names: Vec<&str> = self.plain.iter().map(|peer| peer.name.as_str()).collect();
+        let told = names.iter().take(NAMED_MAX).copied().collect::<Vec<_>>();
+        let more = match names.len() - told.len() {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        let line = (!names.is_empty()).then(|| {
+            format!(
+                "this node's key is another: the settings file's peers {}{more} know the one before, and are \
+                 without us until their configuration says PublicKey = {}",
+                told.join(", "),
+                STANDARD.encode(self.setup.node_key.0)
+            )
+        });
+        self.set_health("plain-key", line.into_iter().collect());
     }
 
     /// A plain peer's host has been looked up.
@@ -295,6 +324,26 @@ mod tests {
         agent.handle_ping(now, 1, "p9");
         let said = format!("{:?}", outputs(&mut agent));
         assert!(said.contains("WireGuard peer"), "{said}");
+    }
+
+    #[test]
+    fn another_key_of_ours_is_told_to_whoever_keeps_the_plain_peers() {
+        let (now, mut agent) = (start(), agent(1, true));
+        let told = |agent: &Agent| {
+            let lines = agent.health(now).into_iter();
+            lines.filter(|line| line.contains("PublicKey")).collect()
+        };
+        agent.handle_own_key(NodePublic([5; 32]));
+        assert!(!agent.has_plain_peers());
+        assert_eq!(told(&agent), [""; 0]);
+        let plain = (10..20).map(|n| (*peer(n, &[], Some(false))).clone());
+        agent.set_plain_peers(plain.collect());
+        agent.handle_own_key(NodePublic([6; 32]));
+        assert!(agent.has_plain_peers());
+        let said: Vec<String> = told(&agent);
+        assert!(said[0].contains("p10, p11, p12, p13, p14, p15, p16, p17 and 2 more"));
+        let key = STANDARD.encode([6; 32]);
+        assert!(said[0].ends_with(&format!("PublicKey = {key}")), "{said:?}");
     }
 
     #[test]

@@ -99,6 +99,7 @@ impl Agent {
     pub fn handle_own_key(&mut self, node_key: NodePublic) {
         self.setup.node_key = node_key;
         self.paths.set_own_key(node_key);
+        self.tell_key_for_plain();
         self.story("key", json!({"node_key": node_key}));
     }
 

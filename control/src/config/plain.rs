@@ -1,4 +1,7 @@
 //! Plain WireGuard peers, which a node may have beside its network: `[[peer]]` of its own file.
+//!
+//! They know this node by its key. Nobody tells them of another, so with any of them the key is renewed only when
+//! somebody asks for it (`ringtail login`), who then gives them the new one, which `status` shows.
 
 use std::fmt;
 use std::net::SocketAddr;

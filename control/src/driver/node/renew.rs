@@ -6,6 +6,9 @@
 //! the data plane goes over under living sessions. Peers hear of it one by one, so for a while packets go and
 //! come by relay under both keys. A registration that fails leaves the old key as it is. If the process dies
 //! in between, the next start asks for the next key first: the server may know no other by then.
+//!
+//! Plain WireGuard peers of the settings file are told by nobody: to them another key is another peer. With any,
+//! nothing is renewed that a person has not asked for.
 
 use std::time::{Duration, Instant};
 
@@ -324,7 +327,8 @@ impl Node {
         let by_key = self
             .coordination
             .as_ref()
-            .is_some_and(|to| to.config.auth_key.is_some());
+            .is_some_and(|to| to.config.auth_key.is_some())
+            && !self.agent.has_plain_peers();
         let Some(life) = self.key_life().filter(|_| self.coordination.is_some()) else {
             return;
         };
@@ -335,11 +339,19 @@ impl Node {
             }
             Due::Told(wait) => {
                 self.renewal.due = Some(turn + wait);
-                let line = format!(
-                    "this node's key expires at {}: `ringtail login` renews it, and so does a start with a \
-                     valid auth key; or an administrator extends it",
-                    text(life.until)
-                );
+                let until = text(life.until);
+                let line = if self.agent.has_plain_peers() {
+                    format!(
+                        "this node's key expires at {until}, and is not renewed by itself, since the settings \
+                         file's peers know no other: an administrator extends it, or `ringtail login` renews \
+                         it and the peers are given the new one"
+                    )
+                } else {
+                    format!(
+                        "this node's key expires at {until}: `ringtail login` renews it, and so does a start \
+                         with a valid auth key; or an administrator extends it"
+                    )
+                };
                 self.agent.set_health("key", vec![line]);
             }
             Due::Renew => self.renew(false),
