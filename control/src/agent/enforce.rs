@@ -11,7 +11,7 @@ use serde_json::json;
 use time::OffsetDateTime;
 
 use super::allowed::{Allowed, Refused, Why};
-use super::exit::ExitNode;
+use super::exit::{ExitNode, Meant};
 use super::{Agent, HeldBack, Network, NetworkPeer, Output, short_name};
 use crate::config::Prefs;
 use crate::hostnet::Overlay;
@@ -41,12 +41,12 @@ struct InForce {
 impl Network {
     /// What counts of it at our wall clock `wall` for somebody who wants `prefs`: peers whose keys are
     /// good, with the prefixes that are theirs, and the `plain` ones beside them; `own` is our key, and `known`
-    /// that of the exit node that was chosen so far.
+    /// the exit node that was chosen so far.
     fn in_force(
         &self,
         wall: OffsetDateTime,
         prefs: &Prefs,
-        known: Option<NodePublic>,
+        known: Option<&Meant>,
         plain: &[Arc<NetworkPeer>],
         own: NodePublic,
     ) -> InForce {
@@ -159,7 +159,7 @@ impl Agent {
     /// Puts into force what counts of the network by now.
     pub(super) fn enforce(&mut self, now: Instant) {
         let Some(told) = &self.told else {
-            self.exit = ExitNode::of(&self.prefs, None, None);
+            self.exit = ExitNode::of(&self.prefs, None, self.exit.meant());
             self.tell_exit();
             self.configure(self.wishes());
             return;
@@ -173,7 +173,7 @@ impl Agent {
         } = told.in_force(
             self.wall,
             &self.prefs,
-            self.exit.key(),
+            self.exit.meant(),
             &self.plain,
             self.setup.node_key,
         );

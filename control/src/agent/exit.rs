@@ -4,7 +4,8 @@
 //! **Chosen is chosen.** While a name is given, what goes to the Internet goes to that node or nowhere:
 //! also while there is no network yet, while the node is not there, and for the family that it does
 //! not take. Whoever wants it otherwise says so. A node that was found by its name stays the one
-//! meant until it leaves the network, whatever it or another is called by then.
+//! meant until it leaves the network, whatever it or another is called by then, under another key
+//! too, and while it is held back.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -29,29 +30,64 @@ pub(super) enum ExitNode {
     None,
     /// This node.
     Found {
-        /// Its key.
-        key: NodePublic,
+        /// It.
+        node: Meant,
         /// Whether it takes IPv4, and IPv6.
         takes: [bool; 2],
     },
-    /// None that could be used, and why.
-    Missing(String),
+    /// None that could be used.
+    Missing {
+        /// Why.
+        why: String,
+        /// The one that is meant, if it was found.
+        node: Option<Meant>,
+    },
+}
+
+/// A node that was found, as it is known again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Meant {
+    /// Its key, which may be renewed.
+    key: NodePublic,
+    /// What the server calls it for good; empty where the network is a file.
+    stable_id: String,
+}
+
+impl Meant {
+    fn new(key: NodePublic, stable_id: &str) -> Self {
+        Self {
+            key,
+            stable_id: stable_id.to_owned(),
+        }
+    }
+
+    fn is(&self, key: NodePublic, stable_id: &str) -> bool {
+        self.key == key || !stable_id.is_empty() && self.stable_id == stable_id
+    }
 }
 
 impl ExitNode {
     /// Looks for the node that was chosen; `known` is the one that it was so far.
-    pub(super) fn of(prefs: &Prefs, network: Option<&Network>, known: Option<NodePublic>) -> Self {
+    pub(super) fn of(prefs: &Prefs, network: Option<&Network>, known: Option<&Meant>) -> Self {
         let Some(name) = &prefs.exit_node else {
             return Self::None;
         };
-        let missing = |why: &str| Self::Missing(format!("exit node {name}: {why}"));
-        let Some(network) = network else {
-            return missing("there is no network map yet");
+        let missing = |why: &str, node: Option<Meant>| Self::Missing {
+            why: format!("exit node {name}: {why}"),
+            node,
         };
-        let known = network
-            .peers
-            .iter()
-            .find(|peer| Some(peer.node_key) == known);
+        let Some(network) = network else {
+            return missing("there is no network map yet", known.cloned());
+        };
+        let is_known = |key, stable_id: &str| known.is_some_and(|known| known.is(key, stable_id));
+        let mut peers = network.peers.iter();
+        let known = peers.find(|peer| is_known(peer.node_key, &peer.stable_id));
+        let mut held_back = network.held_back.iter();
+        let away = held_back.find(|node| is_known(node.node_key, &node.stable_id));
+        if let (None, Some(node)) = (known, away) {
+            let meant = Meant::new(node.node_key, &node.stable_id);
+            return missing(&node.sentence(), Some(meant));
+        }
         let meant =
             |peer: &&Arc<NetworkPeer>| is_meant(name, &peer.name, peer.node_key, &peer.addresses);
         let Some(peer) = known.or_else(|| network.peers.iter().find(meant)) else {
@@ -61,29 +97,37 @@ impl ExitNode {
                     .iter()
                     .any(|net| name.parse() == Ok(net.addr()));
             return match network.why_held_back(name) {
-                Some(why) => missing(&why),
-                None if own => missing("that is this node itself"),
-                None => missing("no such node is in the network"),
+                Some(why) => missing(&why, None),
+                None if own => missing("that is this node itself", None),
+                None => missing("no such node is in the network", None),
             };
         };
         let takes = [false, true].map(|v6| {
             let mut nets = peer.allowed_ips.iter();
             nets.any(|net| net.prefix_len() == 0 && net.addr().is_ipv6() == v6)
         });
+        let node = Meant::new(peer.node_key, &peer.stable_id);
         if takes == [false; 2] {
-            return missing("it does not offer to be one, or no administrator has approved it");
+            let why = "it does not offer to be one, or no administrator has approved it";
+            return missing(why, Some(node));
         }
-        Self::Found {
-            key: peer.node_key,
-            takes,
+        Self::Found { node, takes }
+    }
+
+    /// The node that is meant, if it was found: it stays that.
+    pub(super) fn meant(&self) -> Option<&Meant> {
+        match self {
+            Self::Found { node, .. } => Some(node),
+            Self::Missing { node, .. } => node.as_ref(),
+            Self::None => None,
         }
     }
 
     /// The key of the node in use.
     pub(super) fn key(&self) -> Option<NodePublic> {
         match self {
-            Self::Found { key, .. } => Some(*key),
-            Self::None | Self::Missing(_) => None,
+            Self::Found { node, .. } => Some(node.key),
+            Self::None | Self::Missing { .. } => None,
         }
     }
 }
@@ -93,7 +137,9 @@ impl Agent {
     pub(super) fn tell_exit(&mut self) {
         let line = match &self.exit {
             ExitNode::None => None,
-            ExitNode::Missing(why) => Some(format!("{why}: nothing goes out to the Internet")),
+            ExitNode::Missing { why, .. } => {
+                Some(format!("{why}: nothing goes out to the Internet"))
+            }
             ExitNode::Found { .. } => self.exit_peer().and_then(|peer| {
                 if peer.online != Some(false) {
                     return None;
@@ -122,7 +168,7 @@ impl Agent {
         };
         let [v4, v6] = match self.exit {
             ExitNode::Found { takes, .. } => takes,
-            ExitNode::None | ExitNode::Missing(_) => [false; 2],
+            ExitNode::None | ExitNode::Missing { .. } => [false; 2],
         };
         let node = self.exit_peer().map(|peer| short_name(&peer.name));
         let allow_lan = self.prefs.exit_node_allow_lan_access;
@@ -136,7 +182,7 @@ impl Agent {
         let takes = match &self.exit {
             ExitNode::None => None,
             ExitNode::Found { takes, .. } => Some(*takes),
-            ExitNode::Missing(_) => Some([false; 2]),
+            ExitNode::Missing { .. } => Some([false; 2]),
         };
         Overlay {
             snat: (offered.iter().copied())
@@ -218,6 +264,7 @@ impl Agent {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::agent::HeldBack;
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()
@@ -256,11 +303,11 @@ mod tests {
             peer(3, "c", &["100.64.0.3/32", "0.0.0.0/0"]),
             peer(4, "d", &["100.64.0.4/32", "0.0.0.0/1", "10.0.0.0/8"]),
         ]);
-        told.held_back = vec![crate::agent::HeldBack {
+        told.held_back = vec![HeldBack {
             name: "e.tail.test.".into(),
             node_key: NodePublic([5; 32]),
             addresses: vec![net("100.64.0.5/32")],
-            ..crate::agent::HeldBack::default()
+            ..HeldBack::default()
         }];
         let key = |number| NodePublic([number; 32]);
         for (name, number, takes) in [
@@ -269,8 +316,8 @@ mod tests {
             ("100.64.0.3", 3, [true, false]),
         ] {
             let found = ExitNode::of(&wants(name), Some(&told), None);
-            let key = key(number);
-            assert_eq!(found, ExitNode::Found { key, takes }, "{name}");
+            let node = Meant::new(key(number), "");
+            assert_eq!(found, ExitNode::Found { node, takes }, "{name}");
         }
         for (name, why) in [
             ("a", "that is this node itself"),
@@ -281,25 +328,57 @@ mod tests {
             ("z", "no such node is in the network"),
         ] {
             let found = ExitNode::of(&wants(name), Some(&told), None);
-            let ExitNode::Missing(said) = found else {
+            let ExitNode::Missing { why: said, .. } = found else {
                 panic!("{name} {found:?}");
             };
             assert!(said.starts_with(&format!("exit node {name}: ")), "{said}");
             assert!(said.ends_with(why), "{said}");
         }
         let early = ExitNode::of(&wants("b"), None, None);
-        assert!(matches!(early, ExitNode::Missing(_)));
+        assert!(matches!(early, ExitNode::Missing { .. }));
         assert_eq!(ExitNode::of(&Prefs::default(), None, None), ExitNode::None);
     }
 
+    fn known_as(stable_id: &str, peer: Arc<NetworkPeer>) -> Arc<NetworkPeer> {
+        Arc::new(NetworkPeer {
+            stable_id: stable_id.into(),
+            ..(*peer).clone()
+        })
+    }
+
     #[test]
-    fn the_node_that_was_meant_stays_it_when_names_change() {
+    fn the_node_that_was_meant_stays_it_when_names_and_keys_change() {
         let exit = ["0.0.0.0/0", "::/0"];
-        let told = network(vec![peer(2, "was-b", &exit), peer(3, "b", &exit)]);
-        let known = Some(NodePublic([2; 32]));
-        assert_eq!(ExitNode::of(&wants("b"), Some(&told), known).key(), known);
-        let told = network(vec![peer(3, "b", &exit)]);
-        let other = Some(NodePublic([3; 32]));
-        assert_eq!(ExitNode::of(&wants("b"), Some(&told), known).key(), other);
+        let key = |number| Some(NodePublic([number; 32]));
+        // With a server's names for them, and from a file, where the key alone tells.
+        for (first, second) in [("n1", "n2"), ("", "")] {
+            let at_first = network(vec![known_as(first, peer(2, "b", &exit))]);
+            let mut found = ExitNode::of(&wants("b"), Some(&at_first), None);
+            let mut then = |told: &Network| {
+                found = ExitNode::of(&wants("b"), Some(told), found.meant());
+                found.clone()
+            };
+            let other = known_as(second, peer(3, "b", &exit));
+            let renamed = known_as(first, peer(2, "was-b", &exit));
+            let told = network(vec![other.clone(), renamed.clone()]);
+            assert_eq!(then(&told).key(), key(2));
+            // Held back, or no way out for a while, it is not the other that is meant.
+            let mut held = network(vec![other.clone()]);
+            held.held_back = vec![HeldBack::expired(&renamed)];
+            let no_exit = known_as(first, peer(2, "was-b", &[]));
+            for away in [held, network(vec![other.clone(), no_exit])] {
+                let ExitNode::Missing { why, .. } = then(&away) else {
+                    panic!("{away:?}");
+                };
+                assert!(why.starts_with("exit node b: "), "{why}");
+                assert_eq!(then(&told).key(), key(2));
+            }
+            // Under another key it is the same only by the server's name.
+            let renewed = known_as(first, peer(4, "was-b", &exit));
+            let renewed = then(&network(vec![other.clone(), renewed]));
+            assert_eq!(renewed.key(), key(if first.is_empty() { 3 } else { 4 }));
+            // Only when it has left, the other is.
+            assert_eq!(then(&network(vec![other])).key(), key(3));
+        }
     }
 }

@@ -134,6 +134,9 @@ pub struct NetworkPeer {
 pub struct HeldBack {
     /// A name for people.
     pub name: String,
+    /// What the server calls it for good; empty where the network is a file.
+    #[serde(default)]
+    pub stable_id: String,
     /// WireGuard identity.
     pub node_key: NodePublic,
     /// Inner addresses.
@@ -150,6 +153,7 @@ impl HeldBack {
     pub(super) fn expired(peer: &NetworkPeer) -> Self {
         Self {
             name: peer.name.clone(),
+            stable_id: peer.stable_id.clone(),
             node_key: peer.node_key,
             addresses: peer.addresses.clone(),
             why: HoldReason::Expired,
@@ -258,6 +262,7 @@ impl From<&Netmap> for Network {
                 .chain(&map.held_back)
                 .map(|peer| HeldBack {
                     name: peer.name.clone(),
+                    stable_id: peer.stable_id.clone(),
                     node_key: peer.key,
                     addresses: peer.addresses.clone(),
                     why: HoldReason::of(peer),

@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 use super::directory::is_meant;
-use super::{Agent, HoldReason, Network, Output, Standing};
+use super::{Agent, HeldBack, HoldReason, Network, Output, Standing};
 use crate::key::NodePublic;
 use crate::netmap::wire::WireTime;
 
@@ -129,14 +129,21 @@ impl Network {
             .held_back
             .iter()
             .find(|node| is_meant(text, &node.name, node.node_key, &node.addresses))?;
-        let why = match node.why {
+        Some(node.sentence())
+    }
+}
+
+impl HeldBack {
+    /// That it is, and why, for people.
+    pub(super) fn sentence(&self) -> String {
+        let why = match self.why {
             HoldReason::Expired => "its key has expired",
             HoldReason::Jailed => "it may not open connections to this node",
             HoldReason::Unreachable => "it has neither a DISCO key nor a relay",
             HoldReason::NoAccess => "the network gives it no access",
         };
-        let name = super::short_name(&node.name);
-        Some(format!("{name} is held back: {why}"))
+        let name = super::short_name(&self.name);
+        format!("{name} is held back: {why}")
     }
 }
 
