@@ -26,6 +26,9 @@ use crate::driver::files::{self, Readers};
 pub(super) const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// What a name of ours ends in while what was there waits under it.
 const ASIDE: &str = ".before-ringtail";
+/// The name that our text is written under, in the same folder, before it takes the place of what is there.
+/// Always the same: what a killed one leaves there is found.
+const NEW: &str = ".resolv.conf-ringtail";
 /// Where `ip netns` keeps its networks, and how many of them are looked at.
 const NETNS_DIR: &str = "/run/netns";
 const NETNS_MAX: usize = 4096;
@@ -160,7 +163,8 @@ impl Place {
         Ok(())
     }
 
-    /// Keeps others of our kind from doing what we do at the same time, two of whom would lose what was there.
+    /// Keeps others of our kind from doing what we do at the same time, two of whom would lose what was there, and
+    /// removes what a killed one has left.
     #[expect(
         clippy::disallowed_methods,
         reason = "a driver: who waits here has nothing else to do"
@@ -170,7 +174,14 @@ impl Place {
         let mut folder = File::open(folder)?;
         for _ in 0..LOCK_TRIES {
             match Flock::lock(folder, FlockArg::LockExclusiveNonblock) {
-                Ok(locked) => return Ok(locked),
+                Ok(locked) => {
+                    // Of one that was killed: nobody else is at work.
+                    let left = self.new_file();
+                    if std::fs::symlink_metadata(&left).is_ok() {
+                        discard(&left);
+                    }
+                    return Ok(locked);
+                }
                 Err((back, Errno::EWOULDBLOCK)) => folder = back,
                 Err((_, errno)) => return Err(errno.into()),
             }
@@ -216,16 +227,18 @@ impl Place {
 
     /// A new file with `text` in the same folder, which everybody may read.
     fn write_beside(&self, text: &str) -> io::Result<PathBuf> {
-        let folder = self.conf.parent().unwrap_or_else(|| Path::new("/"));
-        let mut new = tempfile::Builder::new()
-            .prefix(".resolv.conf-ringtail-")
-            .tempfile_in(folder)?;
-        new.write_all(text.as_bytes())?;
-        let all_read = std::fs::Permissions::from_mode(0o644);
-        new.as_file().set_permissions(all_read)?;
-        new.as_file().sync_all()?;
-        let (_, path) = new.keep().map_err(|error| error.error)?;
+        let path = self.new_file();
+        let mut new = File::create_new(&path)?;
+        let written = new.write_all(text.as_bytes()).and_then(|()| {
+            new.set_permissions(std::fs::Permissions::from_mode(0o644))?;
+            new.sync_all()
+        });
+        written.inspect_err(|_| discard(&path))?;
         Ok(path)
+    }
+
+    fn new_file(&self) -> PathBuf {
+        self.conf.with_file_name(NEW)
     }
 }
 
@@ -436,6 +449,26 @@ mod tests {
     fn a_crash_between_any_two_steps_loses_nothing() {
         let (_dir, place) = place();
         std::fs::write(&place.conf, THEIRS).unwrap();
+        // Ours is half written.
+        let ours_put_back = |place: &Place| {
+            place.put(&ours("1.1.1.1")).unwrap();
+            place.write_beside("# Writ").unwrap();
+        };
+        for left in [
+            |place: &Place| drop(place.write_beside("# Writ")),
+            ours_put_back,
+        ] {
+            left(&place);
+            place.restore().unwrap();
+            assert_eq!(
+                (read(&place.conf), names(&place)),
+                (THEIRS.to_vec(), vec!["resolv.conf".into()])
+            );
+        }
+        place.write_beside("# Writ").unwrap();
+        place.put(&ours("1.1.1.1")).unwrap();
+        place.restore().unwrap();
+        assert_eq!(names(&place), ["resolv.conf"], "nor is it in the way");
         // Ours waits aside, not yet exchanged.
         std::fs::write(place.aside(), ours("1.1.1.1")).unwrap();
         place.restore().unwrap();
