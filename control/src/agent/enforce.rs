@@ -34,8 +34,8 @@ struct InForce {
     allowed: Allowed,
     /// What became of the exit node.
     exit: ExitNode,
-    /// Plain peers that are left out, in sentences.
-    clashes: Vec<String>,
+    /// What does not work of plain peers, in sentences.
+    plain: Vec<String>,
 }
 
 impl Network {
@@ -58,7 +58,7 @@ impl Network {
         network.own.expired |= past(network.own.key_expiry);
         let exit = ExitNode::of(prefs, Some(&network), known);
         // After the exit node was chosen: none of these becomes it.
-        let clashes = network.add_plain(plain, own);
+        let mut told = network.add_plain(plain, own);
         let mut allowed = Allowed::of(&network, prefs.accept_routes, exit.key());
         for (peer, counts) in network.peers.iter_mut().zip(&mut allowed.peers) {
             let counts = std::mem::take(counts);
@@ -66,12 +66,12 @@ impl Network {
                 Arc::make_mut(peer).allowed_ips = counts;
             }
         }
-        network.filter_plain();
+        told.extend(network.filter_plain());
         InForce {
             network,
             allowed,
             exit,
-            clashes,
+            plain: told,
         }
     }
 }
@@ -169,7 +169,7 @@ impl Agent {
             mut network,
             allowed,
             exit,
-            clashes,
+            plain,
         } = told.in_force(
             self.wall,
             &self.prefs,
@@ -177,7 +177,7 @@ impl Agent {
             &self.plain,
             self.setup.node_key,
         );
-        self.set_health("plain", clashes);
+        self.set_health("plain", plain);
         self.await_expiry(now);
         self.exit = exit;
         let local = self.local(&network);

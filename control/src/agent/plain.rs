@@ -1,7 +1,7 @@
 //! Plain WireGuard peers of the settings file, beside those of the network, as if they were of it: the
 //! same tables, paths and filter. Where both name a key or a prefix, the network's counts.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,7 +13,8 @@ use ringtail_dataplane::{Prefix, Rule, Rules};
 
 use super::{Agent, Network, NetworkPeer};
 use crate::key::NodePublic;
-use crate::netmap::prefix::without;
+use crate::netmap::filter::COMPILED_MAX;
+use crate::netmap::prefix::{EVERYWHERE, aggregated, covering, without};
 use crate::uapi::PresharedKey;
 
 /// Peers told of by name at most.
@@ -94,53 +95,80 @@ impl Network {
     }
 
     /// Fits the filter to the plain peers, whose prefixes are those that count by now: what is for
-    /// everybody is not for them, unless they may come in. A rule that names their addresses is.
-    pub(super) fn filter_plain(&mut self) {
+    /// everybody is not for them, unless they may come in. A rule that names their addresses is. Says so if
+    /// that is more than there is room for.
+    pub(super) fn filter_plain(&mut self) -> Option<String> {
         let may_come_in = |peer: &NetworkPeer| peer.plain.as_ref().map(|plain| plain.allow_in);
         let nets = |wanted: Option<bool>| {
             let peers = self
                 .peers
                 .iter()
                 .filter(move |peer| may_come_in(peer) == wanted);
-            peers.flat_map(|peer| peer.allowed_ips.iter().copied())
+            peers.flat_map(|peer| peer.allowed_ips.iter().map(IpNet::trunc))
         };
-        let named: Vec<IpNet> = nets(Some(false)).collect();
+        let mut named: Vec<IpNet> = nets(Some(false)).collect();
+        named.sort_unstable();
+        let all_named = aggregated(named.iter().copied());
         // A narrower prefix is whoever's it is.
-        let inside = |net: &IpNet| named.iter().any(|named| named.contains(net));
+        let inside = |net: &IpNet| covering(&all_named, net).is_some();
         let others = nets(None).chain(nets(Some(true))).filter(inside);
-        let shut = without(named.clone(), others);
+        let shut = without(named.iter().copied(), others);
         let open: Vec<Prefix> = nets(Some(true)).map(Prefix::from).collect();
         if shut.is_empty() && (open.is_empty() || self.rules == Rules::AllowAll) {
-            return;
+            return None;
         }
-        let everything: [IpNet; 2] = [IpNet::V4(Default::default()), IpNet::V6(Default::default())];
         let anything = |sources: Vec<Prefix>| Rule {
             sources,
-            destinations: everything.map(|net| (net.into(), 0, u16::MAX)).to_vec(),
+            destinations: EVERYWHERE.map(|net| (net.into(), 0, u16::MAX)).to_vec(),
             protocols: (0..=u8::MAX).collect(),
         };
         let mut rules = match &self.rules {
-            Rules::AllowAll => vec![anything(everything.map(Prefix::from).to_vec())],
+            Rules::AllowAll => vec![anything(EVERYWHERE.map(Prefix::from).to_vec())],
             Rules::List(rules) => rules.clone(),
         };
+        // The next in order is the first that it could hold.
+        let wider = |source: &IpNet| {
+            let next = named.partition_point(|named| named <= source);
+            named.get(next).is_some_and(|named| source.contains(named))
+        };
+        // What is cut is large: rules that are for the same sources share it.
+        let mut cut: BTreeMap<_, Vec<(Prefix, u16, u16)>> = BTreeMap::new();
         for rule in &mut rules {
-            let wider = |source: &Prefix| {
-                let source = IpNet::from(*source);
-                let narrower = |named: &IpNet| source != *named && source.contains(named);
-                named.iter().any(narrower)
-            };
-            let (wide, mut sources): (Vec<Prefix>, Vec<Prefix>) =
-                rule.sources.iter().partition(|source| wider(source));
+            let (wide, sources): (Vec<IpNet>, Vec<IpNet>) =
+                (rule.sources.iter().map(|source| IpNet::from(*source))).partition(wider);
             if !wide.is_empty() {
-                let left = without(wide.into_iter().map(IpNet::from), shut.clone());
-                sources.extend(left.into_iter().map(Prefix::from));
-                rule.sources = sources;
+                rule.sources = sources.into_iter().map(Prefix::from).collect();
+                let same = cut.entry((aggregated(wide), rule.protocols.clone()));
+                same.or_default().extend(&rule.destinations);
+            }
+        }
+        rules.retain(|rule| !rule.sources.is_empty());
+        let mut room = COMPILED_MAX;
+        let mut left_out = 0;
+        for ((wide, protocols), destinations) in cut {
+            let sources = without(wide, shut.iter().copied());
+            match room.checked_sub(sources.len()) {
+                Some(rest) => {
+                    room = rest;
+                    rules.push(Rule {
+                        sources: sources.into_iter().map(Prefix::from).collect(),
+                        destinations,
+                        protocols,
+                    });
+                }
+                None => left_out += 1,
             }
         }
         if !open.is_empty() {
             rules.push(anything(open));
         }
         self.rules = Rules::List(rules);
+        (left_out > 0).then(|| {
+            format!(
+                "{left_out} kinds of rules of the filter let nobody in: with the settings file's peers left out \
+                 of them, they would take over {COMPILED_MAX} prefixes"
+            )
+        })
     }
 }
 
@@ -264,6 +292,64 @@ mod tests {
             "the policy names exactly this"
         );
         assert!(!admits(&network, "fd09::7"));
+    }
+
+    #[test]
+    fn the_filter_is_fitted_to_many_plain_peers_once_for_rules_of_the_same_sources() {
+        let everywhere = |port: u16| Rule {
+            destinations: vec![(net("100.64.0.1/32").into(), port, port)],
+            ..rule(&["0.0.0.0/0", "100.64.0.2/32"])
+        };
+        let plain = |number: u32| {
+            let [_, _, a, b] = number.to_be_bytes();
+            let mut key = [a; 32];
+            key[0] = b;
+            let mut peer = (*peer(0, &[], Some(false))).clone();
+            peer.node_key = NodePublic(key);
+            // None is beside another: each of them costs as much as it can.
+            peer.allowed_ips = vec![net(&format!("10.{a}.{b}.77/32"))];
+            Arc::new(peer)
+        };
+        let mut network = Network {
+            peers: (0..1024).map(plain).collect(),
+            rules: Rules::List((0..1000).map(everywhere).collect()),
+            ..Network::default()
+        };
+        assert_eq!(network.filter_plain(), None);
+        assert!(!admits(&network, "10.1.7.77") && admits(&network, "10.1.7.78"));
+        let Rules::List(rules) = &network.rules else {
+            panic!("{:?}", network.rules);
+        };
+        let sources: usize = rules.iter().map(|rule| rule.sources.len()).sum();
+        assert!(sources < 16_384, "{sources}");
+        let cut = rules.last().unwrap();
+        assert_eq!(cut.destinations.len(), 1000);
+        assert_eq!(
+            rules.len(),
+            1001,
+            "what names narrow sources stays as it is"
+        );
+        // Rules for ever other sources do not fill the memory.
+        let other = |n: u8| rule(&["0.0.0.0/0", &format!("2001:db8:{n:x}::/48")]);
+        network
+            .peers
+            .push(peer(7, &["2001:db8::1/128"], Some(false)));
+        network.rules = Rules::List(
+            (0..=u8::MAX)
+                .map(|n| Rule {
+                    protocols: vec![n],
+                    ..other(n)
+                })
+                .collect(),
+        );
+        let said = network.filter_plain().unwrap();
+        assert!(said.contains("let nobody in"), "{said}");
+        let Rules::List(rules) = &network.rules else {
+            panic!("{said}");
+        };
+        let sources: usize = rules.iter().map(|rule| rule.sources.len()).sum();
+        assert!(sources <= COMPILED_MAX + 256, "{sources}");
+        assert!(!admits(&network, "10.1.7.77"));
     }
 
     #[test]

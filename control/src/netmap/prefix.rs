@@ -93,28 +93,41 @@ pub fn without(
     nets: impl IntoIterator<Item = IpNet>,
     except: impl IntoIterator<Item = IpNet>,
 ) -> Vec<IpNet> {
-    let except = except.into_iter().map(|net| net.trunc()).collect();
-    let except = IpNet::aggregate(&except);
+    let except = aggregated(except);
     let mut left = Vec::new();
-    let nets = nets.into_iter().map(|net| net.trunc()).collect();
-    // Depth first, so that it comes out in order.
-    let mut open = IpNet::aggregate(&nets);
-    open.reverse();
-    while let Some(net) = open.pop() {
-        if except.iter().any(|out| out.contains(&net)) {
+    // Depth first, so that it comes out in order; beside each what it holds of `except`, which is in a row.
+    let nets = aggregated(nets);
+    let mut open: Vec<_> = nets.iter().rev().map(|net| (*net, &except[..])).collect();
+    while let Some((net, except)) = open.pop() {
+        if covering(except, &net).is_some() {
             continue;
         }
-        if !except.iter().any(|out| net.contains(out)) {
+        let inside = &except[except.partition_point(|out| *out < net)..];
+        let inside = &inside[..inside.partition_point(|out| net.contains(out))];
+        if inside.is_empty() {
             left.push(net);
             continue;
         }
         // It holds more than one address: it holds one of those and is none of them.
         let halves = net.subnets(net.prefix_len() + 1).into_iter().flatten();
         let start = open.len();
-        open.extend(halves);
+        open.extend(halves.map(|half| (half, inside)));
         open[start..].reverse();
     }
     left
+}
+
+/// The fewest prefixes that have all of `nets` and no more, in order.
+pub fn aggregated(nets: impl IntoIterator<Item = IpNet>) -> Vec<IpNet> {
+    IpNet::aggregate(&nets.into_iter().map(|net| net.trunc()).collect())
+}
+
+/// The one of `aggregated` prefixes that `net`, which has no host bits, lies in.
+pub fn covering<'a>(aggregated: &'a [IpNet], net: &IpNet) -> Option<&'a IpNet> {
+    // What covers it is not after it in order, and no other can stand between.
+    let end = aggregated.partition_point(|one| one <= net);
+    let last = aggregated[..end].last();
+    last.filter(|one| one.contains(net))
 }
 
 /// Reads a prefix that somebody wants routed.
