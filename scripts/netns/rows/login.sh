@@ -63,6 +63,10 @@ row_person() {
   ready a b || return 0
   check "status says that its key expires, and what to do" within 5 shows_state a '`ringtail login` renews it'
   check "so does the log, once" [ "$(grep -c 'ringtail login. renews it' "$LAB_DIR/node-a.log")" = 1 ]
+  check "an administrator lets it live for ever" hs nodes expire -i "$(hs_id a)" --disable
+  check "which status says no more" within 5 says_nothing a 'ringtail login'
+  check "and for an hour again" hs nodes expire -i "$(hs_id a)" --expiry "$(date -u -d '+1 hour' +%FT%TZ)"
+  check "which it does" within 5 shows_state a '`ringtail login` renews it'
   key=$(own_key a)
   login_waits a
   check "login has an address to visit" within 20 grep -q 'to let this node in, visit' "$LAB_DIR/login-a.log"
@@ -87,6 +91,7 @@ keyless() { # NODE
   TAILNET_KEY=none tailnet_ringtail "$1" "$1"
 }
 address_to_visit() { grep -o "$COORD_URL/register/[^ ]*" "$LAB_DIR/node-$1.log" | tail -n 1 | grep .; }
+says_nothing() { local said; said=$(rt "$1" status) && ! grep -F "$2" <<<"$said"; }
 shows_state() { rt "$1" status | grep -F "$2"; }
 login_waits() {
   : >"$LAB_DIR/login-$1.log"

@@ -319,6 +319,8 @@ impl Node {
         let expiry = self.agent.key_expiry();
         if std::mem::replace(&mut self.renewal.seen, expiry) != expiry {
             self.renewal.due = None;
+            // What was said of another expiry, or of none.
+            self.agent.set_health("key", Vec::new());
         }
         if self.renewal.due.is_some_and(|due| turn < due) || self.renewal.attempt.is_some() {
             return;
