@@ -30,6 +30,8 @@ use crate::key::NodePrivate;
 const BOTH_KEYS: Duration = Duration::from_secs(10);
 /// An attempt that has not succeeded by then has failed, where no person is waited for.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(60);
+/// Why it has, where nothing else is known.
+const NO_ANSWER: &str = "the coordination server does not answer";
 
 /// How it stands with the next key.
 #[derive(Default)]
@@ -67,6 +69,8 @@ struct Attempt {
     relays: RelayPool,
     relay_events: RelayEvents,
     limit: Option<Instant>,
+    /// Why the server was not reached, or did not do it, when it was tried last.
+    error: Option<String>,
 }
 
 /// What happens while a key is renewed.
@@ -182,6 +186,7 @@ impl Node {
                     relays,
                     relay_events,
                     limit: (!by_person).then(|| now() + ATTEMPT_LIMIT),
+                    error: None,
                 });
             }
             Err(error) => self.renewal_failed(&format!("{error:#}")),
@@ -200,13 +205,14 @@ impl Node {
     }
 
     fn take_from_renewal(&mut self, event: CoordEvent) -> anyhow::Result<Option<Ended>> {
-        let Some(attempt) = &self.renewal.attempt else {
+        let Some(attempt) = &mut self.renewal.attempt else {
             return Ok(None);
         };
         match event {
             CoordEvent::Registered { user } => self.renewed(user),
             CoordEvent::AuthUrl(url) if attempt.by_person => {
-                self.ask_person(attempt.key.public(), url);
+                let next = attempt.key.public();
+                self.ask_person(next, url);
             }
             CoordEvent::AuthUrl(_) => self.renewal_failed("the server wants a person to do it"),
             CoordEvent::KeyExpired => self.renewal_failed("the server has the new key as expired"),
@@ -216,6 +222,7 @@ impl Node {
             CoordEvent::Fatal(why) => self.renewal_failed(&why),
             CoordEvent::Lost { error, .. } => {
                 tracing::debug!(error, "the next key is not registered yet");
+                attempt.error = Some(error);
             }
             CoordEvent::ControlKey(_) | CoordEvent::Netmap(_) => {}
         }
@@ -307,13 +314,11 @@ impl Node {
         {
             self.renewal.before = None;
         }
-        let limit = self
-            .renewal
-            .attempt
-            .as_ref()
-            .and_then(|attempt| attempt.limit);
-        if limit.is_some_and(|limit| limit <= turn) {
-            self.renewal_failed("the coordination server does not answer");
+        let failed = (self.renewal.attempt.as_mut())
+            .filter(|attempt| attempt.limit.is_some_and(|limit| limit <= turn));
+        if let Some(attempt) = failed {
+            let why = attempt.error.take();
+            self.renewal_failed(why.as_deref().unwrap_or(NO_ANSWER));
             return;
         }
         let expiry = self.agent.key_expiry();
