@@ -13,6 +13,8 @@ row_renew() {
   TAILNET_KEY=$LAB_DIR/tag-key tailnet_tailscaled b b
   tailnet_ringtail c c --relay-only
   ready a b c || return 0
+  check "c is taken down" rt c down
+  check "and comes back by a login, for which its key is good enough" rt c login
   check "status says when the key expires" shows_state a 'key expires in'
   key=$(own_key a)
   tailnet_stream a b out

@@ -215,7 +215,8 @@ impl Life<'_> {
         }
     }
 
-    /// Comes up again: by a person if he wants to log in, else by the auth key, if there is one.
+    /// Comes up again: by a person if he wants to log in, else by the auth key, if there is one. That renews the
+    /// node's key later in any case.
     async fn again(&self, call: &Call, desk: &Desk) -> anyhow::Result<Node> {
         let by_key = self
             .auth_key
@@ -232,7 +233,9 @@ impl Life<'_> {
             }
         };
         tracing::info!("the node comes up again");
-        self.start(parts, desk).await
+        let mut node = self.start(parts, desk).await?;
+        node.renew_by(self.auth_key.clone());
+        Ok(node)
     }
 
     fn status(&self, why: &Why, desk: &Desk) -> Value {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustls::RootCertStore;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use zeroize::Zeroizing;
 
 use super::intake::Finding;
 use super::start::Source;
@@ -119,6 +120,13 @@ impl Node {
             }
             // Its URL was looked at before.
             Err(error) => tracing::error!(error = format!("{error:#}"), "no coordination"),
+        }
+    }
+
+    /// What renews our key from now on; how we are let in is settled before.
+    pub(super) fn renew_by(&mut self, auth_key: Option<Zeroizing<String>>) {
+        if let Some(coordination) = &mut self.coordination {
+            coordination.config.auth_key = auth_key;
         }
     }
 
