@@ -74,7 +74,7 @@ whose_are() {
   done
 }
 a_has_route() { ts a status --json | jq -e --arg net "$1" '[.Peer[].PrimaryRoutes // [] | .[]] | index($net)' >/dev/null; }
-not_pending() { ! ours routes | grep -q 'not approved'; }
+not_pending() { local said; said=$(ours routes) && grep -q approved <<<"$said" && ! grep -q 'not approved' <<<"$said"; }
 answers_record() { ts a dns query wiki.tail.internal 2>/dev/null | grep -q "$1"; }
 told_resolvers() {
   ts a dns status 2>/dev/null >"$LAB_DIR/dns-status"

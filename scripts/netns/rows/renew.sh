@@ -30,7 +30,9 @@ row_renew() {
   check "to a neither" silent_at_most in 1000
   check "nor by relay" silent_at_most relayed 1000
   check "nor between two of ours that are renewed at once" silent_at_most ours 2000
-  check "Headscale has the new key and no other node" [ "$(hs nodes list -o json | jq '[.[] | select(.name == "a")] | length')" = 1 ]
+  check "Headscale has the new key of a" [ "$(hs_field a .node_key)" = "$(own_key a)" ]
+  check "and that of c" [ "$(hs_field c .node_key)" = "$(own_key c)" ]
+  check "and no other nodes" [ "$(hs nodes list -o json | jq length)" = 3 ]
   check "status is in order" rt a status
   next=$(own_key a)
   tailnet_stop a KILL
