@@ -8,7 +8,7 @@ use time::OffsetDateTime;
 
 use super::pending::{Applicant, Code, Pass};
 use super::presence::Presence;
-use super::store::{NodeRecord, expired};
+use super::store::{NodeRecord, Write, expired};
 use super::{FIRST_USER, HOSTINFO_LEN_MAX, OFFLINE_DELAY, Server, TAGGED_USER, TAGGED_USER_NAME};
 use crate::coord::address;
 use crate::coord::auth_key::KeyCheck;
@@ -237,10 +237,25 @@ impl Server {
             }
             record.tags = asked.into_iter().map(ToOwned::to_owned).collect();
         }
+        record.good_until = self.good_until(wall, record);
+        Ok(())
+    }
+
+    /// When a key ends that this node is given now.
+    fn good_until(&self, wall: OffsetDateTime, record: &NodeRecord) -> Option<OffsetDateTime> {
         let time = self.config.key_expiry.filter(|_| record.tags.is_empty());
         // Whole seconds, as it is stored.
-        record.good_until = time.and_then(|time| (wall + time).replace_nanosecond(0).ok());
-        Ok(())
+        time.and_then(|time| (wall + time).replace_nanosecond(0).ok())
+    }
+
+    /// Completes an administrator's order before it is committed: a node that loses its tags has a key that ends.
+    pub fn complete(&self, wall: OffsetDateTime, order: &mut Write) {
+        if let Write::Save(record) = order
+            && record.tags.is_empty()
+            && (self.nodes.get(&record.id)).is_some_and(|entry| !entry.record.tags.is_empty())
+        {
+            record.good_until = self.good_until(wall, record);
+        }
     }
 
     /// The host number behind a record's address: to be stored with it.

@@ -172,7 +172,8 @@ impl Lab {
     /// An administrator's order, carried out as a running server does.
     fn change(&mut self, node: &str, change: &Change) -> Result<(), Refusal> {
         let (write, _) = plan(self.server.records(), node, change, WALL)?;
-        if let Some(write) = write {
+        if let Some(mut write) = write {
+            self.server.complete(WALL, &mut write);
             self.server.put(self.now, write);
         }
         Ok(())
@@ -1376,6 +1377,9 @@ fn a_key_expires_in_its_time_and_those_of_tagged_nodes_do_not() {
         (record.id, record.expires, record.good_until),
         (1, None, Some(until))
     );
+    // Who loses its tags has a key that ends as well.
+    lab.change("2", &Change::Tag(Vec::new())).unwrap();
+    assert_eq!(lab.record(2).good_until, Some(until));
 }
 
 #[test]

@@ -389,9 +389,11 @@ impl Actor {
     }
 
     async fn change(&mut self, node: &str, change: &Change) -> Result<Done, String> {
-        let planned = admin::plan(self.server.records(), node, change, wall());
+        let wall = wall();
+        let planned = admin::plan(self.server.records(), node, change, wall);
         let (write, done) = planned.map_err(|refusal| refusal.to_string())?;
-        if let Some(write) = write {
+        if let Some(mut write) = write {
+            self.server.complete(wall, &mut write);
             self.write().await;
             let copy = [write.clone()];
             if let Err(error) = self.store.call(move |database| database.write(&copy)).await {
