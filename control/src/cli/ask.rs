@@ -8,7 +8,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::StateDirArg;
-use crate::driver::local_api::{GROUP_SOCKET_DIR, Request, SOCKET_NAME, ask};
+use crate::driver::local_api::{GROUP_SOCKET_DIR, Request, SOCKET_NAME, ask, printable};
 use crate::driver::runtime;
 
 /// Which running node is asked.
@@ -62,11 +62,11 @@ pub(super) fn ask_one(node: &NodeArg, request: &Request) -> anyhow::Result<Value
     Ok(answer)
 }
 
-/// A string of the answer as it is, anything else as JSON, nothing as a dash.
+/// A string of the answer as it prints, anything else as JSON, nothing as a dash.
 pub(super) fn text(value: &Value) -> String {
     match value {
         Value::Null => "-".into(),
-        Value::String(text) => text.clone(),
+        Value::String(text) => printable(text),
         Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
     }
 }
@@ -86,7 +86,16 @@ pub(super) fn joined(value: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
+
+    #[test]
+    fn what_others_named_does_not_reach_the_terminal_as_it_is() {
+        assert_eq!(text(&json!("ann@example.com")), "ann@example.com");
+        assert_eq!(text(&json!("Änn \u{1b}[2J\n")), "Änn \\u{1b}[2J\\n");
+        assert_eq!(joined(&json!(["a\u{7}", 7])), "a\\u{7} 7");
+    }
 
     #[test]
     fn a_socket_is_guessed_only_where_there_is_no_other() {

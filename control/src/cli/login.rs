@@ -24,8 +24,8 @@ pub(super) fn run(args: &LoginArgs) -> anyhow::Result<()> {
         ask(&args.node.path(), &Request::Login, |answer| {
             let mut out = std::io::stdout().lock();
             let user = text(&answer["user"]);
-            if let Some(url) = answer["url"].as_str() {
-                writeln!(out, "to let this node in, visit {url}")?;
+            if !answer["url"].is_null() {
+                writeln!(out, "to let this node in, visit {}", text(&answer["url"]))?;
             } else if answer["state"] != "in" {
                 writeln!(out, "coordination: {}", text(&answer["state"]))?;
             } else if answer["before"] == true {

@@ -85,13 +85,15 @@ fn write_status(out: &mut impl Write, status: &Value) -> std::io::Result<()> {
         text(&status["home"]["region"]),
         joined(&status["endpoints"])
     )?;
-    if let Some(name) = status["dns_name"].as_str() {
+    if !status["dns_name"].is_null() {
+        let name = text(&status["dns_name"]);
         let owner = text(&status["owner"]);
         let expiry = expiry(status).map_or_else(String::new, |expiry| format!(", {expiry}"));
         writeln!(out, "  {name}, owned by {owner}{expiry}")?;
     }
     let exit = &status["exit"];
-    if let Some(node) = exit["node"].as_str() {
+    if !exit["node"].is_null() {
+        let node = text(&exit["node"]);
         let families = match (exit["ipv4"].as_bool(), exit["ipv6"].as_bool()) {
             (Some(true), Some(true)) => "",
             (Some(true), _) => ", and IPv6 goes nowhere",
@@ -152,8 +154,8 @@ const EXPIRES_SOON_S: i64 = 7 * 86_400;
 /// What else there is to say of a peer.
 fn remarks(peer: &Value) -> String {
     let mut remarks = String::new();
-    if let Some(owner) = peer["owner"].as_str() {
-        remarks += &format!("  {owner}");
+    if !peer["owner"].is_null() {
+        remarks += &format!("  {}", text(&peer["owner"]));
     }
     if peer["exit_node"] == true {
         remarks += ", offers an exit";

@@ -62,11 +62,27 @@ impl Outcome {
             return Self::KeyExpired;
         }
         if !answer.auth_url.is_empty() {
-            return Self::AskHuman(answer.auth_url.clone());
+            return Self::ask_human(&answer.auth_url);
         }
         let names = [&answer.login.login_name, &answer.user.display_name];
         let name = names.into_iter().find(|name| !name.is_empty());
         Self::Registered(name.cloned().unwrap_or_default())
+    }
+
+    /// People open it in a browser, and it goes to their terminals as it is.
+    fn ask_human(url: &str) -> Self {
+        let is = |scheme: &&str| {
+            let start = url.get(..scheme.len());
+            start.is_some_and(|start| start.eq_ignore_ascii_case(scheme))
+        };
+        let odd = |char: char| char.is_control() || char.is_whitespace();
+        if !url.contains(odd) && ["https://", "http://"].iter().any(is) {
+            Self::AskHuman(url.to_owned())
+        } else {
+            Self::Fatal(format!(
+                "the coordination server has a person visit {url:?}, which is no web address"
+            ))
+        }
     }
 
     /// The texts are Headscale's, which ringtail's own server uses too; they may be wrapped.
@@ -412,6 +428,37 @@ mod tests {
                 }
                 Outcome::Retry(_) => panic!("{case}: {outcome:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn a_person_is_sent_to_web_addresses_only() {
+        let outcome = |url: &str| {
+            Outcome::of(&RegisterResponse {
+                auth_url: url.to_owned(),
+                ..RegisterResponse::default()
+            })
+        };
+        for url in [
+            "https://a.example/register/x",
+            "HTTP://10.0.0.1:8080/a?b=c#d",
+        ] {
+            assert_eq!(outcome(url), Outcome::AskHuman(url.to_owned()));
+        }
+        for url in [
+            "file:///etc/passwd",
+            "javascript:a",
+            "https://a/\u{1b}[2J",
+            "http://a b",
+            "http:/",
+        ] {
+            let Outcome::Fatal(why) = outcome(url) else {
+                panic!("{url:?}");
+            };
+            assert!(
+                why.contains("no web address") && !why.contains('\u{1b}'),
+                "{why}"
+            );
         }
     }
 

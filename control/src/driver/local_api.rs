@@ -232,6 +232,19 @@ fn refuse(answers: mpsc::Sender<Value>, why: &str) {
     let _ = answers.try_send(json!({"error": why}));
 }
 
+/// A text with what does not print escaped: names and reasons are other people's, and a terminal takes orders.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for char in text.chars() {
+        if char.is_control() {
+            out.extend(char.escape_default());
+        } else {
+            out.push(char);
+        }
+    }
+    out
+}
+
 /// The client's side: sends one request and gives each answer to `each`.
 ///
 /// # Errors
@@ -259,7 +272,8 @@ pub async fn ask(
     while let Some(line) = lines.next_line().await? {
         let answer: Value = serde_json::from_str(&line).context("the node's answer is not JSON")?;
         if let Some(error) = answer.get("error").and_then(Value::as_str) {
-            bail!("{error}");
+            let lines: Vec<String> = error.lines().map(printable).collect();
+            bail!("{}", lines.join("\n"));
         }
         each(answer)?;
     }
