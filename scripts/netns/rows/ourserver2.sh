@@ -37,8 +37,9 @@ row_ourserver2() {
   check "a name that is taken is refused" not ours nodes rename b desk
   ours nodes rename desk a
   check "everybody reaches everybody" within 5 tailnet_pings a c 1
-  check "by a new policy, a reaches nobody" changed_policy '"tag:router"'
+  check "by a new policy, a reaches nobody" changed_policy '"tag:router", "nobodi@"'
   check "in force within a second" within 1 not tailnet_pings a c 0.4
+  check "a user in it that there is not is in the log" grep -q 'names users that there are not.*nobodi' "$LAB_DIR/coord.log"
   check "who has the right does" within 5 tailnet_pings b c 1
   check "a gets a tag that has it" ours nodes tag a tag:router
   check "and reaches them" within 3 tailnet_pings a c 0.4

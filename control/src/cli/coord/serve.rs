@@ -31,7 +31,6 @@ use crate::driver::{coord_admin, files, tls};
 use crate::key::{MachinePrivate, MachinePublic};
 use crate::netmap::DerpMap;
 use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
-use crate::policy::Policy;
 
 /// Turns of tasks after which a thread asks the sockets for news, at the latest: a turn may seal and
 /// write much of a map, or look at what changed for thousands of streams, and whoever comes waits for so
@@ -135,9 +134,6 @@ pub(super) fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         );
     }
     let policy = args.policy.as_deref().map(read_policy).transpose()?;
-    if let Some(policy) = &policy {
-        tell_unknown_users(policy, &database)?;
-    }
     let dns = args.names.config()?;
     let addresses = AddressPlan::new(args.prefix4, args.prefix6).map_err(anyhow::Error::msg)?;
     let mut listeners = Vec::new();
@@ -217,25 +213,6 @@ fn read_again(args: &ServeArgs) -> Settings {
         dns: read("the list of extra records", names),
         policy: read("the policy", args.policy.as_deref().map(read_policy)),
     }
-}
-
-/// A user that nobody has added may be a slip.
-fn tell_unknown_users(policy: &Policy, database: &Database) -> anyhow::Result<()> {
-    let users = database.users()?;
-    let known = |user: &&str| users.values().any(|name| name == user);
-    let unknown: Vec<&str> = policy
-        .users()
-        .into_iter()
-        .filter(|user| !known(user))
-        .collect();
-    if !unknown.is_empty() {
-        let users = unknown.join(", ");
-        tracing::warn!(
-            users,
-            "the policy names users that there are not, or not yet"
-        );
-    }
-    Ok(())
 }
 
 /// Says that nodes announce what nobody approved for them.

@@ -54,6 +54,13 @@ impl Server {
         }
     }
 
+    /// Users whom the policy names, and who are none.
+    pub fn unknown_users(&self) -> Vec<&str> {
+        let named = self.sight.policy.iter().flat_map(Policy::users);
+        let known = |user: &str| self.config.users.values().any(|name| name == user);
+        named.filter(|user| !known(user)).collect()
+    }
+
     /// Whether a user may give its nodes this tag.
     pub(super) fn may_tag(&self, user: i64, tag: &str) -> bool {
         let policy = self.sight.policy.as_ref();

@@ -1383,6 +1383,18 @@ fn a_key_expires_in_its_time_and_those_of_tagged_nodes_do_not() {
 }
 
 #[test]
+fn users_that_a_policy_names_and_nobody_has_added_are_known_until_somebody_does() {
+    let mut lab = lab_of_users();
+    assert!(lab.server.unknown_users().is_empty());
+    let typo = r#"{"acls": [{"action": "accept", "src": ["ann@"], "dst": ["bod@:22"]}]}"#;
+    with_policy(&mut lab, typo);
+    assert_eq!(lab.server.unknown_users(), ["bod"]);
+    lab.server
+        .set_users([(2, "ann".to_owned()), (3, "bod".to_owned())].into());
+    assert!(lab.server.unknown_users().is_empty());
+}
+
+#[test]
 fn with_a_policy_each_is_told_of_its_own_peers_and_filter() {
     let mut lab = lab_of_users();
     lab.register(1, &of_user(2, &[]));

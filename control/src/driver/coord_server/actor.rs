@@ -29,6 +29,18 @@ const STREAM_QUEUE_MAX: usize = 2;
 /// How long a change may wait to be written behind.
 const WRITE_DELAY: Duration = Duration::from_secs(2);
 
+/// A user that nobody has added may be a slip.
+pub(super) fn tell_unknown_users(server: &Server) {
+    let unknown = server.unknown_users();
+    if !unknown.is_empty() {
+        let users = unknown.join(", ");
+        tracing::warn!(
+            users,
+            "the policy names users that there are not, or not yet"
+        );
+    }
+}
+
 /// A question to the actor.
 #[derive(Debug)]
 pub(super) enum Ask {
@@ -212,6 +224,7 @@ impl Actor {
                 if let Some(policy) = policy {
                     self.learn_users().await;
                     self.server.set_policy(now(), Some(policy));
+                    tell_unknown_users(&self.server);
                 }
                 true
             }

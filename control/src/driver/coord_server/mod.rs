@@ -35,7 +35,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, SemaphorePermit, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use self::actor::{Actor, Ask};
+use self::actor::{Actor, Ask, tell_unknown_users};
 use self::answer::Encoder;
 use self::outer::accept;
 use crate::coord::admin::{Done, Order};
@@ -191,6 +191,7 @@ impl CoordServer {
             loaded.last_host,
         );
         server.set_policy(now, config.policy);
+        tell_unknown_users(&server);
         let (asks, asked) = mpsc::channel(ASKS_MAX);
         let (ended, ends) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
