@@ -146,7 +146,12 @@ impl Place {
         let _lock = self.lock()?;
         let aside = self.aside();
         match self.look() {
-            There::Theirs(_) | There::Another(_) => {}
+            There::Theirs(_) => {}
+            // What waits aside is what that one puts back.
+            There::Another(_) => {
+                self.forget_copy();
+                return Ok(());
+            }
             There::Nothing | There::Ours(_) if std::fs::symlink_metadata(&aside).is_ok() => {
                 return std::fs::rename(&aside, &self.conf);
             }
@@ -203,6 +208,10 @@ impl Place {
         if std::fs::symlink_metadata(&aside).is_ok() {
             discard(&aside);
         }
+        self.forget_copy();
+    }
+
+    fn forget_copy(&self) {
         if self.copy.exists() {
             discard(&self.copy);
         }
@@ -516,6 +525,13 @@ mod tests {
         );
         // Its own text is not taken for the host's.
         assert_eq!(other.theirs().0.as_deref(), Some(THEIRS));
+        // Somebody wrote the file anew, the other put its own there, and we end.
+        std::fs::write(&place.conf, THEIRS).unwrap();
+        other.put(&text).unwrap();
+        place.restore().unwrap();
+        assert_eq!(other.look(), There::Ours(text));
+        other.restore().unwrap();
+        assert_eq!(read(&place.conf), THEIRS);
     }
 
     #[test]
