@@ -170,7 +170,8 @@ fn wish(basis: &Basis, peers: &[Arc<NetworkPeer>]) -> Wish {
     };
     wish.peers = peers.iter().flat_map(addresses).collect();
     wish.lets_out.clone_from(&basis.lets_out);
-    wish.behind_tunnel = wish.host.is_some() || basis.exit != Exit::None;
+    let asks_us = wish.host.as_ref().is_some_and(|host| host.default);
+    wish.behind_tunnel = asks_us || basis.exit != Exit::None;
     wish
 }
 
@@ -221,7 +222,7 @@ mod tests {
             asked(&wish, "b.tail.test."),
             Decision::Addresses(vec![[10, 7, 0, 2].into()])
         );
-        assert!(wish.host.is_some() && wish.behind_tunnel);
+        assert!(wish.host.is_some() && !wish.behind_tunnel);
         let change = |change: fn(&mut NetworkPeer)| {
             let mut network = named();
             change(Arc::make_mut(&mut network.peers[0]));

@@ -188,9 +188,9 @@ impl Base {
     }
 
     /// The servers that others than this host may be: those of a local stub stand elsewhere.
-    pub fn elsewhere(&self) -> impl Iterator<Item = IpAddr> {
-        let all = self.servers.iter().map(SocketAddr::ip);
-        all.filter(|server| !server.is_loopback())
+    pub fn elsewhere(&self) -> impl Iterator<Item = SocketAddr> {
+        let all = self.servers.iter().copied();
+        all.filter(|server| !server.ip().is_loopback())
     }
 }
 
@@ -359,7 +359,7 @@ mod tests {
         let base = base(text);
         let servers: Vec<String> = base.servers.iter().map(ToString::to_string).collect();
         assert_eq!(servers, ["10.0.0.53:53", "127.0.0.1:53", "[fe80::1%2]:53"]);
-        let elsewhere: Vec<String> = base.elsewhere().map(|ip| ip.to_string()).collect();
+        let elsewhere: Vec<String> = base.elsewhere().map(|at| at.ip().to_string()).collect();
         assert_eq!(elsewhere, ["10.0.0.53", "fe80::1"]);
         assert_eq!(base.search, ["b.example", "c.example"]);
         assert_eq!(base.options, ["options ndots:2", "sortlist 10.0.0.0"]);

@@ -32,7 +32,7 @@ pub struct Wish {
     pub zones: Zones,
     /// What the host's resolver is to be told; nothing if it is none of our business.
     pub host: Option<HostDns>,
-    /// What the host's resolver asks may be behind the tunnel.
+    /// What the host's resolver asks for names outside of the network may be behind the tunnel.
     pub behind_tunnel: bool,
     /// Peers by address, and whether they are their owner's who is ours too.
     pub peers: HashMap<IpAddr, bool>,

@@ -1,5 +1,6 @@
 //! Host names to addresses, by the system's resolver (`getaddrinfo`), which knows the hosts file and
-//! whatever else this host asks; past it ([`direct`]) while what it asks may be behind the tunnel.
+//! whatever else this host asks, and past it ([`direct`]): first while what it asks may be behind the
+//! tunnel, else where it knows no answer, for it may ask us.
 //!
 //! It blocks, and a DNS server that does not answer holds it for ten seconds and longer. So each
 //! look-up has a thread of its own, [`THREADS_MAX`] at most, and the names beyond that wait; whoever
@@ -10,7 +11,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
-use std::net::{IpAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -31,7 +32,11 @@ pub struct Names(Arc<Inner>);
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Past {
     /// The servers that it asked before it asked us.
-    pub servers: Vec<IpAddr>,
+    pub servers: Vec<SocketAddr>,
+    /// Where it looks for names without a dot.
+    pub search: Vec<String>,
+    /// They are asked before it.
+    pub first: bool,
     /// Mark of the sockets; 0 is none.
     pub fwmark: u32,
 }
@@ -73,12 +78,18 @@ impl Default for Names {
         let past: Arc<Mutex<Option<Past>>> = Arc::default();
         let asked = Arc::clone(&past);
         let ask = move |name: &str| {
+            let system = || -> io::Result<Vec<IpAddr>> {
+                Ok((name, 0).to_socket_addrs()?.map(|addr| addr.ip()).collect())
+            };
             let past = super::lock(&asked).clone();
-            match past {
-                Some(past) if !past.servers.is_empty() => {
-                    direct::look_up(name, &past.servers, past.fwmark)
-                }
-                Some(_) | None => Ok((name, 0).to_socket_addrs()?.map(|addr| addr.ip()).collect()),
+            let Some(past) = past.filter(|past| !past.servers.is_empty()) else {
+                return system();
+            };
+            let direct = || direct::look_up(name, &past.search, &past.servers, past.fwmark);
+            if past.first {
+                direct().or_else(|_| system())
+            } else {
+                system().or_else(|_| direct())
             }
         };
         Self(Arc::new(Inner {
@@ -230,6 +241,19 @@ mod tests {
         assert!(!found.is_empty() && found.iter().all(IpAddr::is_loopback));
         assert_eq!(names.last("localhost"), found);
         assert!(names.look_up("name.invalid", LONG).await.is_err());
+        // What the servers outside of the tunnel do not know, the system may.
+        let nobody = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let servers = vec![nobody.local_addr().unwrap()];
+        drop(nobody);
+        for first in [true, false] {
+            names.set_past(Some(Past {
+                servers: servers.clone(),
+                first,
+                ..Past::default()
+            }));
+            let found = names.look_up("127.1", LONG).await.unwrap();
+            assert!(found.iter().all(IpAddr::is_loopback));
+        }
     }
 
     #[tokio::test]

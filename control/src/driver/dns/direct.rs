@@ -2,8 +2,8 @@
 //! marked sockets from the servers that the host asked before it asked us. While the way out is through
 //! the tunnel, and the tunnel needs these names to come up, no other way is sure to lead anywhere.
 
-use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::io::{self, Read as _, Write as _};
+use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::Duration;
 
 use hickory_proto::op::{Message, ResponseCode};
@@ -22,15 +22,15 @@ const LIES_MAX: usize = 16;
 /// What an answer may be long; longer ones are cut off by the kernel, and are none.
 const ANSWER_LEN_MAX: usize = 4096;
 const HOSTS: &str = "/etc/hosts";
-const PORT: u16 = 53;
 
-/// Looks a name up; blocks.
+/// Looks a name up; blocks. One without a dot is looked for in the domains of `search` first.
 ///
 /// # Errors
 /// Nobody knows it.
 pub(in crate::driver) fn look_up(
     name: &str,
-    servers: &[IpAddr],
+    search: &[String],
+    servers: &[SocketAddr],
     fwmark: u32,
 ) -> io::Result<Vec<IpAddr>> {
     let hosts = std::fs::read_to_string(HOSTS).unwrap_or_default();
@@ -38,8 +38,13 @@ pub(in crate::driver) fn look_up(
     if !found.is_empty() {
         return Ok(found);
     }
-    let servers: Vec<SocketAddr> = servers.iter().map(|ip| (*ip, PORT).into()).collect();
-    ask_for_all(name, &servers, fwmark)
+    let domains = search.iter().filter(|_| !name.contains('.'));
+    for domain in domains {
+        if let Ok(found) = ask_for_all(&format!("{name}.{domain}"), servers, fwmark) {
+            return Ok(found);
+        }
+    }
+    ask_for_all(name, servers, fwmark)
 }
 
 fn ask_for_all(name: &str, servers: &[SocketAddr], fwmark: u32) -> io::Result<Vec<IpAddr>> {
@@ -83,46 +88,71 @@ fn ask_in_turn(
 ) -> io::Result<Vec<IpAddr>> {
     let question = question(name, kind).map_err(io::Error::other)?;
     let mut failed = io::Error::from(io::ErrorKind::HostUnreachable);
-    for server in (0..ROUNDS).flat_map(|_| servers) {
-        match ask(*server, &question, fwmark) {
-            Ok(answer) => {
-                let code = answer.metadata.response_code;
-                if code == ResponseCode::NoError {
-                    return Ok(addresses(&answer));
+    for _ in 0..ROUNDS {
+        let mut all_say_no = true;
+        for server in servers {
+            match ask(*server, &question, fwmark) {
+                Ok(answer) => {
+                    let code = answer.metadata.response_code;
+                    if code == ResponseCode::NoError {
+                        return Ok(addresses(&answer));
+                    }
+                    // Another may know it: one of another link.
+                    all_say_no &= code == ResponseCode::NXDomain;
+                    failed = io::Error::other(code.to_string());
                 }
-                failed = io::Error::other(code.to_string());
-                if code == ResponseCode::NXDomain {
-                    return Err(failed);
-                }
+                Err(error) => (all_say_no, failed) = (false, error),
             }
-            Err(error) => failed = error,
+        }
+        if all_say_no {
+            break;
         }
     }
     Err(failed)
 }
 
 fn ask(server: SocketAddr, question: &[u8], fwmark: u32) -> io::Result<Message> {
-    let socket = Socket::new(
-        Domain::for_address(server),
-        Type::DGRAM,
-        Some(Protocol::UDP),
-    )?;
-    if fwmark != 0 {
-        socket.set_mark(fwmark)?;
-    }
-    socket.set_read_timeout(Some(WAIT))?;
-    socket.connect(&server.into())?;
-    let socket = std::net::UdpSocket::from(socket);
     let question = message::with_id(question, rand::random());
+    let socket = std::net::UdpSocket::from(connect(server, Type::DGRAM, Protocol::UDP, fwmark)?);
     socket.send(&question)?;
     let mut buffer = vec![0; ANSWER_LEN_MAX];
     for _ in 0..LIES_MAX {
         let len = socket.recv(&mut buffer)?;
         if message::answers(&question, &buffer[..len]) {
-            return Message::from_vec(&buffer[..len]).map_err(io::Error::other);
+            let answer = Message::from_vec(&buffer[..len]).map_err(io::Error::other)?;
+            if !answer.metadata.truncation {
+                return Ok(answer);
+            }
+            return ask_by_tcp(server, &question, fwmark);
         }
     }
     Err(io::ErrorKind::InvalidData.into())
+}
+
+fn ask_by_tcp(server: SocketAddr, question: &[u8], fwmark: u32) -> io::Result<Message> {
+    let mut stream = TcpStream::from(connect(server, Type::STREAM, Protocol::TCP, fwmark)?);
+    let len = u16::try_from(question.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
+    stream.write_all(&[&len.to_be_bytes(), question].concat())?;
+    let mut len = [0; 2];
+    stream.read_exact(&mut len)?;
+    let mut answer = vec![0; u16::from_be_bytes(len).into()];
+    stream.read_exact(&mut answer)?;
+    if message::answers(question, &answer) {
+        Message::from_vec(&answer).map_err(io::Error::other)
+    } else {
+        Err(io::ErrorKind::InvalidData.into())
+    }
+}
+
+fn connect(to: SocketAddr, kind: Type, protocol: Protocol, fwmark: u32) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(to), kind, Some(protocol))?;
+    if fwmark != 0 {
+        socket.set_mark(fwmark)?;
+    }
+    socket.set_read_timeout(Some(WAIT))?;
+    socket.set_write_timeout(Some(WAIT))?;
+    socket.connect_timeout(&to.into(), WAIT)?;
+    Ok(socket)
 }
 
 /// All addresses of an answer, at whatever end of a chain of aliases.
@@ -143,7 +173,7 @@ fn addresses(answer: &Message) -> Vec<IpAddr> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::UdpSocket;
+    use std::net::{TcpListener, UdpSocket};
 
     use hickory_proto::op::{MessageType, OpCode, Query};
     use hickory_proto::rr::rdata::{A, CNAME};
@@ -197,5 +227,57 @@ mod tests {
         let found = ask_for_all("relay.example", &[away, there], 0).unwrap();
         assert_eq!(found, [IpAddr::from([192, 0, 2, 7])]);
         serve.join().unwrap();
+    }
+
+    #[test]
+    fn a_name_without_a_dot_is_found_where_the_second_server_knows_it_by_tcp() {
+        let first = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let second = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let servers = [&first, &second].map(|server| server.local_addr().unwrap());
+        let long = TcpListener::bind(servers[1]).unwrap();
+        let answer_to = |bytes: &[u8]| {
+            let asked = Message::from_vec(bytes).unwrap();
+            let mut answer = Message::new(asked.metadata.id, MessageType::Response, OpCode::Query);
+            answer.add_query(asked.queries[0].clone());
+            (asked.queries[0].name().to_ascii(), answer)
+        };
+        std::thread::spawn(move || {
+            let mut buffer = [0; 512];
+            while let Ok((len, from)) = first.recv_from(&mut buffer) {
+                let (_, mut answer) = answer_to(&buffer[..len]);
+                answer.metadata.response_code = ResponseCode::NXDomain;
+                first.send_to(&answer.to_vec().unwrap(), from).unwrap();
+            }
+        });
+        std::thread::spawn(move || {
+            let mut buffer = [0; 512];
+            while let Ok((len, from)) = second.recv_from(&mut buffer) {
+                let (name, mut answer) = answer_to(&buffer[..len]);
+                if name == "relay.corp.lan." {
+                    answer.metadata.truncation = true;
+                } else {
+                    answer.metadata.response_code = ResponseCode::NXDomain;
+                }
+                second.send_to(&answer.to_vec().unwrap(), from).unwrap();
+            }
+        });
+        std::thread::spawn(move || {
+            while let Ok((mut stream, _)) = long.accept() {
+                let mut len = [0; 2];
+                stream.read_exact(&mut len).unwrap();
+                let mut asked = vec![0; u16::from_be_bytes(len).into()];
+                stream.read_exact(&mut asked).unwrap();
+                let (name, mut answer) = answer_to(&asked);
+                let ip = RData::A(A::new(192, 0, 2, 7));
+                answer.add_answer(Record::from_rdata(name.parse().unwrap(), 5, ip));
+                let answer = answer.to_vec().unwrap();
+                let len = u16::try_from(answer.len()).unwrap().to_be_bytes();
+                stream.write_all(&[&len, &answer[..]].concat()).unwrap();
+            }
+        });
+        let search = ["other.lan".to_owned(), "corp.lan".to_owned()];
+        let found = look_up("relay", &search, &servers, 0).unwrap();
+        assert!(found.contains(&IpAddr::from([192, 0, 2, 7])), "{found:?}");
+        assert!(look_up("relay.example", &search, &servers, 0).is_err());
     }
 }

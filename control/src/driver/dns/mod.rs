@@ -142,7 +142,7 @@ impl Dns {
         self.settings.borrow().wish.host.clone()
     }
 
-    /// Whether what the host's resolver asks may be behind the tunnel.
+    /// Whether what the host's resolver asks for names outside of the network may be behind the tunnel.
     pub fn is_behind_tunnel(&self) -> bool {
         self.settings.borrow().wish.behind_tunnel
     }

@@ -13,7 +13,7 @@ mod resolvconf;
 mod resolved;
 
 use std::io;
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -99,7 +99,7 @@ pub struct Report {
     /// What the resolver is set to without us; never ourselves.
     pub base: Base,
     /// Servers of the host's that are not on this machine.
-    pub outside: Vec<IpAddr>,
+    pub outside: Vec<SocketAddr>,
     /// What is not as it should be.
     pub problems: Vec<String>,
 }
@@ -404,7 +404,7 @@ impl Worker {
 
     fn publish(&self, text: &Option<String>, problems: Vec<String>) {
         let base = self.base(text.as_deref().unwrap_or_default());
-        let mut outside: Vec<IpAddr> = base.elsewhere().collect();
+        let mut outside: Vec<SocketAddr> = base.elsewhere().collect();
         if outside.is_empty() {
             outside = read_base(Path::new(BEHIND_NETWORK_MANAGER))
                 .elsewhere()

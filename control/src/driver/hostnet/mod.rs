@@ -18,7 +18,7 @@ mod worker;
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -228,7 +228,8 @@ impl HostNet {
     }
 
     /// Takes the servers that the host's resolver asks: they stay outside of the tunnel.
-    pub fn set_resolvers(&self, resolvers: Vec<IpAddr>) {
+    pub fn set_resolvers(&self, resolvers: &[SocketAddr]) {
+        let resolvers = resolvers.iter().map(SocketAddr::ip).collect();
         lock(&self.shared.wishes).resolvers = Some(resolvers);
         self.shared.wake();
     }

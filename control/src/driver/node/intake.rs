@@ -469,11 +469,13 @@ impl Node {
 
     /// What names are for, whom the host asks, or who else answers for names on it, may be another.
     pub(super) fn names_changed(&mut self) {
-        let past = self.dns.is_behind_tunnel().then(|| Past {
-            servers: self.resolver.report().outside,
+        let resolver = self.resolver.report();
+        self.names.set_past(Some(Past {
+            servers: resolver.outside,
+            search: resolver.base.search,
+            first: self.dns.is_behind_tunnel(),
             fwmark: self.fwmark,
-        });
-        self.names.set_past(past);
+        }));
         let service = IpNet::from(IpAddr::from(DNS_SERVICE_V4));
         let host = self.hostnet.report();
         let mut conflicts = host.conflicts.iter();
@@ -510,7 +512,7 @@ impl Node {
         self.agent.set_health("resolver", report.problems);
         self.dns.set_host_resolvers(report.base.servers);
         self.names_changed();
-        self.hostnet.set_resolvers(report.outside);
+        self.hostnet.set_resolvers(&report.outside);
     }
 
     pub(super) fn resolve(&self, host: String) {

@@ -192,7 +192,7 @@ impl Node {
         })?;
         let tun = (dataplane.tun_name(), tun_index);
         let resolver = HostResolver::start(tun, &state, ledger.clone())?;
-        hostnet.set_resolvers(resolver.report().outside);
+        hostnet.set_resolvers(&resolver.report().outside);
         let dns = Dns::start(dataplane.tun_name())?;
         dns.set_host_resolvers(resolver.report().base.servers);
         let underlay = Underlay {
