@@ -15,7 +15,7 @@ mod peerapi;
 mod server;
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -27,16 +27,16 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle as Task;
 
 use crate::dns::{HostDns, Upstream, Wish};
-use crate::driver::lock;
+use crate::netmap::prefix::DNS_SERVICE_V6;
 use forward::Over;
 #[cfg(test)]
 pub(crate) use forward::UDP_ANSWER_LEN_MAX;
 use peerapi::PeerApi;
 #[cfg(test)]
 pub(crate) use server::FORWARDED_MAX;
-use server::{Resolver, Sockets};
+use server::{Listening, Resolver, Sockets};
 
-/// When the service's addresses are taken, it is tried again after this.
+/// What cannot be had of the service's addresses is tried again after this.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// What questions are decided by.
@@ -53,7 +53,7 @@ struct Settings {
 pub struct Dns {
     settings: watch::Sender<Arc<Settings>>,
     resolver: Arc<Resolver>,
-    problem: Arc<Mutex<Option<String>>>,
+    listening: watch::Receiver<Listening>,
     ports: [Option<u16>; 2],
     runtime: tokio::runtime::Handle,
     /// Dropped to end the thread.
@@ -72,7 +72,7 @@ impl Dns {
         let ports = api.ports();
         let (settings, wished) = watch::channel(Arc::new(Settings::default()));
         let resolver = Arc::new(Resolver::new(wished.clone()));
-        let problem = Arc::new(Mutex::new(None));
+        let (listens, listening) = watch::channel(Listening::default());
         let (stop, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -80,14 +80,14 @@ impl Dns {
             .context("cannot start the runtime of the DNS service")?;
         let handle = runtime.handle().clone();
         let thread = std::thread::Builder::new().name("dns".into()).spawn({
-            let (resolver, problem) = (Arc::clone(&resolver), Arc::clone(&problem));
+            let resolver = Arc::clone(&resolver);
             let tun = tun.to_owned();
             move || {
                 runtime.block_on(async {
                     tokio::select! {
                         _ = stopped => {}
                         () = api.serve(wished.clone(), Arc::clone(&resolver)) => {}
-                        () = run(&tun, wished.clone(), Arc::clone(&resolver), &problem) => {}
+                        () = run(Sockets::new(&tun, Arc::clone(&resolver)), wished.clone(), &listens) => {}
                     }
                 });
             }
@@ -95,7 +95,7 @@ impl Dns {
         Ok(Self {
             settings,
             resolver,
-            problem,
+            listening,
             ports,
             runtime: handle,
             stop: Some(stop),
@@ -137,9 +137,27 @@ impl Dns {
         });
     }
 
-    /// What the network wants of the host's resolver, if anything.
+    /// What the network wants of the host's resolver, if anything: nothing while nobody of ours answers it.
     pub fn host_wish(&self) -> Option<HostDns> {
-        self.settings.borrow().wish.host.clone()
+        let mut host = self.settings.borrow().wish.host.clone()?;
+        let listening = self.listening.borrow();
+        let there = |server: &IpAddr| listening.addresses.contains(server);
+        let other = IpAddr::from(DNS_SERVICE_V6);
+        if !host.servers.contains(&other) {
+            // Only if the first is not to be had.
+            host.servers.push(other);
+        }
+        host.servers.retain(there);
+        host.servers.truncate(1);
+        (!host.servers.is_empty()).then_some(host)
+    }
+
+    /// Waits until other places are listened on, or other problems are met.
+    pub async fn changed(&mut self) {
+        if self.listening.changed().await.is_err() {
+            // The thread panicked; the process ends.
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Whether what the host's resolver asks for names outside of the network may be behind the tunnel.
@@ -150,7 +168,7 @@ impl Dns {
     /// What is not as it should be, in sentences.
     pub fn problems(&self) -> Vec<String> {
         let settings = Arc::clone(&self.settings.borrow());
-        let mut problems: Vec<String> = lock(&self.problem).iter().cloned().collect();
+        let mut problems: Vec<String> = self.listening.borrow().problem.iter().cloned().collect();
         problems.extend(settings.wish.problems());
         problems
     }
@@ -208,32 +226,22 @@ impl std::fmt::Debug for Dns {
 
 /// Listens while there is something to answer for.
 async fn run(
-    tun: &str,
+    mut sockets: Sockets,
     mut wished: watch::Receiver<Arc<Settings>>,
-    resolver: Arc<Resolver>,
-    problem: &Mutex<Option<String>>,
+    listens: &watch::Sender<Listening>,
 ) {
     loop {
         let (addresses, guests) = places(&wished.borrow_and_update());
-        let sockets = if addresses.is_empty() {
-            Ok(None)
-        } else {
-            Sockets::open(&addresses, tun, &guests).map(Some)
-        };
-        let error = sockets.as_ref().err().cloned();
-        if *lock(problem) != error {
-            if let Some(error) = &error {
-                tracing::warn!(error, "names are not answered for");
+        let listening = sockets.listen(&addresses, &guests);
+        let again = listening.problem.is_some();
+        listens.send_if_modified(|known| {
+            let changed = *known != listening;
+            if let Some(error) = listening.problem.as_ref().filter(|_| changed) {
+                tracing::warn!(error, "names are not answered for everywhere");
             }
-            (*lock(problem)).clone_from(&error);
-        }
-        let serve = async {
-            match sockets {
-                Ok(Some(sockets)) => sockets.serve(Arc::clone(&resolver)).await,
-                Ok(None) => std::future::pending().await,
-                Err(_) => tokio::time::sleep(RETRY).await,
-            }
-        };
+            *known = listening;
+            changed
+        });
         let another = async {
             while wished.changed().await.is_ok() {
                 let (now, beside) = places(&wished.borrow_and_update());
@@ -244,7 +252,7 @@ async fn run(
             false
         };
         tokio::select! {
-            () = serve => {}
+            () = tokio::time::sleep(RETRY), if again => {}
             go_on = another => if !go_on { return },
         }
     }

@@ -89,6 +89,8 @@ impl PeerApi {
             }
         }
         while work.join_next().await.is_some() {}
+        // Without a listener there is nothing to do; others go on.
+        std::future::pending().await
     }
 }
 

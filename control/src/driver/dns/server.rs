@@ -243,69 +243,96 @@ fn fitted(question: &Question, answer: Vec<u8>, over: Over) -> Option<Vec<u8>> {
     question.truncated().to_vec().ok()
 }
 
+/// A socket: address, interface that questions come by, protocol.
+type Place = (IpAddr, String, Over);
+
 /// Sockets on the service's addresses, which need not be there yet, and on the tunnel's interface. What this host
 /// sends to addresses of that interface counts as come by it, whatever it says of the loopback one; what peers
 /// send there, the data plane keeps out; and what others send comes by another. Guests of this host, machines and
 /// containers on a bridge without a way to elsewhere, may ask as well: many of them copy its resolv.conf.
+///
+/// Answers until it is dropped.
 pub(super) struct Sockets {
-    udp: Vec<UdpSocket>,
-    tcp: Vec<TcpListener>,
+    tun: String,
+    resolver: Arc<Resolver>,
+    /// Each with the task that answers.
+    open: Vec<(Place, JoinSet<()>)>,
+}
+
+/// How it stands with them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Listening {
+    /// Where this host is answered by UDP.
+    pub(super) addresses: Vec<IpAddr>,
+    /// What is not as it should be, for people.
+    pub(super) problem: Option<String>,
 }
 
 impl Sockets {
-    /// Opens them.
-    ///
-    /// # Errors
-    /// For people, when not even one address can be listened on.
-    pub(super) fn open(addresses: &[IpAddr], tun: &str, guests: &[String]) -> Result<Self, String> {
-        let mut sockets = Self {
-            udp: Vec::new(),
-            tcp: Vec::new(),
-        };
-        let mut refused = None;
+    pub(super) fn new(tun: &str, resolver: Arc<Resolver>) -> Self {
+        Self {
+            tun: tun.to_owned(),
+            resolver,
+            open: Vec::new(),
+        }
+    }
+
+    /// Opens what is missing and closes what is not wanted any more; what stays goes on undisturbed.
+    pub(super) fn listen(&mut self, addresses: &[IpAddr], guests: &[String]) -> Listening {
+        let mut wanted: Vec<Place> = Vec::new();
         for address in addresses {
-            let addr = SocketAddr::new(*address, PORT);
-            match Self::pair(addr, tun) {
-                Ok((udp, tcp)) => {
-                    sockets.udp.push(udp);
-                    sockets.tcp.push(tcp);
-                }
-                Err(error) => refused = Some(format!("cannot answer for names on {addr}: {error}")),
+            for link in std::iter::once(&self.tun).chain(guests) {
+                wanted.extend([Over::Udp, Over::Stream].map(|over| (*address, link.clone(), over)));
             }
-            // One that has just gone is no matter.
-            let theirs = guests
-                .iter()
-                .filter_map(|bridge| Self::pair(addr, bridge).ok());
-            let (udp, tcp): (Vec<_>, Vec<_>) = theirs.unzip();
-            sockets.udp.extend(udp);
-            sockets.tcp.extend(tcp);
         }
-        match refused {
-            Some(refused) if sockets.udp.is_empty() => Err(refused),
-            Some(_) | None => Ok(sockets),
+        self.open.retain(|(place, _)| wanted.contains(place));
+        let mut listening = Listening::default();
+        for place in wanted {
+            let opened = self.open(&place);
+            let (address, link, over) = place;
+            // A bridge that has just gone is no matter.
+            if link != self.tun {
+                continue;
+            }
+            match opened {
+                Ok(()) if over == Over::Udp => listening.addresses.push(address),
+                Ok(()) => {}
+                Err(error) => {
+                    let by = if over == Over::Udp { "UDP" } else { "TCP" };
+                    let addr = SocketAddr::new(address, PORT);
+                    listening.problem = Some(format!(
+                        "cannot answer for names on {addr} by {by}: {error}"
+                    ));
+                }
+            }
         }
+        listening
     }
 
-    fn pair(addr: SocketAddr, tun: &str) -> io::Result<(UdpSocket, TcpListener)> {
-        let udp = own_socket(addr, tun, Type::DGRAM, Protocol::UDP)?;
-        let tcp = own_socket(addr, tun, Type::STREAM, Protocol::TCP)?;
-        tcp.listen(64)?;
-        Ok((
-            UdpSocket::from_std(udp.into())?,
-            TcpListener::from_std(tcp.into())?,
-        ))
-    }
-
-    /// Answers until it is dropped.
-    pub(super) async fn serve(self, resolver: Arc<Resolver>) {
+    fn open(&mut self, place: &Place) -> io::Result<()> {
+        if self.open.iter().any(|(open, _)| open == place) {
+            return Ok(());
+        }
+        let (address, link, over) = place;
+        let addr = SocketAddr::new(*address, PORT);
+        let resolver = Arc::clone(&self.resolver);
         let mut work = JoinSet::new();
-        for socket in self.udp {
-            work.spawn(serve_udp(Arc::new(socket), Arc::clone(&resolver)));
+        match over {
+            // Beside another's socket for all addresses there is none, on purpose: a program that answers for
+            // all of this host's addresses may take those of the service for its own, and then asks nobody.
+            Over::Udp => {
+                let socket = own_socket(addr, link, Type::DGRAM, Protocol::UDP)?;
+                let socket = Arc::new(UdpSocket::from_std(socket.into())?);
+                work.spawn(serve_udp(socket, resolver));
+            }
+            Over::Stream => {
+                let socket = own_socket(addr, link, Type::STREAM, Protocol::TCP)?;
+                socket.listen(64)?;
+                work.spawn(serve_tcp(TcpListener::from_std(socket.into())?, resolver));
+            }
         }
-        for listener in self.tcp {
-            work.spawn(serve_tcp(listener, Arc::clone(&resolver)));
-        }
-        while work.join_next().await.is_some() {}
+        self.open.push((place.clone(), work));
+        Ok(())
     }
 }
 
@@ -442,6 +469,37 @@ mod tests {
         assert!(asked.await.unwrap() <= 2);
         assert_eq!(resolver.counters.forwarded.get(), 1);
         assert!(lock(&resolver.under_way).alike.is_empty());
+    }
+
+    /// Where sockets may be bound to the loopback interface: a port below 1024 is for root.
+    #[tokio::test]
+    async fn who_is_refused_a_socket_says_so_and_the_others_stay() {
+        let resolver = passing_on("127.0.0.1:9".parse().unwrap());
+        let [free, taken] = [[127, 53, 7, 1], [127, 53, 7, 2]].map(IpAddr::from);
+        let Ok(another) = UdpSocket::bind((taken, PORT)).await else {
+            eprintln!("skipped: who_is_refused_a_socket_says_so_and_the_others_stay needs port 53");
+            return;
+        };
+        let mut sockets = Sockets::new("lo", resolver);
+        let listening = sockets.listen(&[free, taken], &[]);
+        assert_eq!(listening.addresses, [free]);
+        let problem = listening.problem.unwrap();
+        assert!(problem.contains("127.53.7.2:53 by UDP"), "{problem}");
+        assert_eq!(sockets.open.len(), 3, "TCP is nobody else's");
+        drop(another);
+        let listening = sockets.listen(&[free, taken], &["no-such-bridge".into()]);
+        assert_eq!(
+            (listening.addresses, listening.problem),
+            (vec![free, taken], None)
+        );
+        assert_eq!(sockets.open.len(), 4);
+        sockets.listen(&[taken], &[]);
+        assert!(
+            sockets
+                .open
+                .iter()
+                .all(|((address, ..), _)| *address == taken)
+        );
     }
 
     #[tokio::test]

@@ -316,6 +316,7 @@ impl Node {
                     }
                 }
                 () = self.hostnet.news() => self.take_host_news(),
+                () = self.dns.changed() => self.names_changed(),
                 report = self.resolver.changed() => self.take_resolver_news(report),
                 Some(()) = self.link_changed.recv() => self.link_changed(),
                 () = at(self.minor_change.due()) => self.link_changed(),
