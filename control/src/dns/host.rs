@@ -233,7 +233,10 @@ pub fn resolv_conf(wish: &HostDns, base: &Base, tun: &str) -> String {
 
 /// Whether a text can stand in the file as one word, and be a name.
 pub fn is_domain(text: &str) -> bool {
-    (1..=253).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
+    let is_label = |label: &str| (1..=63).contains(&label.len());
+    (1..=253).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_graphic())
+        && (text == "." || text.split('.').all(is_label))
 }
 
 /// The TUN of the ringtail that wrote a resolv.conf, if one did.

@@ -26,6 +26,8 @@ const STUB_SOCKET: &str = if cfg!(target_endian = "little") {
 };
 /// A call waits so long at most.
 const CALL_WAIT: Duration = Duration::from_secs(1);
+/// Domains of a link that it takes.
+const DOMAINS_MAX: usize = 256;
 
 #[zbus::proxy(
     interface = "org.freedesktop.resolve1.Manager",
@@ -86,16 +88,27 @@ impl Resolved {
     /// # Errors
     /// It refuses, or does not answer in time.
     pub(super) async fn set(&self, link: i32, wish: &HostDns) -> anyhow::Result<()> {
+        let set = self.set_all(link, wish).await;
+        if set.is_err()
+            && let Err(error) = self.revert(link).await
+        {
+            tracing::debug!(error = format!("{error:#}"), "systemd-resolved");
+        }
+        set
+    }
+
+    async fn set_all(&self, link: i32, wish: &HostDns) -> anyhow::Result<()> {
+        // Before the server: one without domains is asked for all names.
+        let set = self.manager.set_link_domains(link, &domains(wish)).await;
+        set.context("systemd-resolved refuses our domains")?;
+        // Older ones do not know it, nor all of the others below.
+        let route = self.manager.set_link_default_route(link, wish.default);
+        let route = route.await;
         let servers: Vec<_> = wish.servers.iter().copied().map(server).collect();
         let set = self.manager.set_link_dns(link, &servers).await;
         set.context("systemd-resolved refuses our server")?;
-        let set = self.manager.set_link_domains(link, &domains(wish)).await;
-        set.context("systemd-resolved refuses our domains")?;
-        // Older ones do not know all of these.
         let off = [
-            self.manager
-                .set_link_default_route(link, wish.default)
-                .await,
+            route,
             self.manager.set_link_llmnr(link, "no").await,
             self.manager.set_link_multicast_dns(link, "no").await,
             self.manager.set_link_dnssec(link, "no").await,
@@ -160,7 +173,7 @@ fn server(address: IpAddr) -> (i32, Vec<u8>) {
 }
 
 /// Names and whether each is only for choosing the server: those of `search` are for both, and the root is for
-/// everything.
+/// everything. Where there are too many for it, we are asked for everything: what is not ours we pass on.
 fn domains(wish: &HostDns) -> Vec<(String, bool)> {
     let mut domains: Vec<(String, bool)> = Vec::new();
     let search = wish.search.iter().map(|domain| (domain.as_str(), false));
@@ -168,7 +181,10 @@ fn domains(wish: &HostDns) -> Vec<(String, bool)> {
         .match_domains
         .iter()
         .map(|domain| (domain.as_str(), true));
-    let all = wish.default.then_some((".", true));
+    let too_many = wish.search.len() + wish.match_domains.len() >= DOMAINS_MAX;
+    let all = (wish.default || too_many).then_some((".", true));
+    let others = others.filter(|_| !too_many);
+    let search = search.take(DOMAINS_MAX - 1);
     for (domain, routes) in search.chain(others).chain(all) {
         let known = |(known, _): &(String, bool)| known.eq_ignore_ascii_case(domain);
         if is_domain(domain) && !domains.iter().any(known) {
@@ -201,6 +217,13 @@ mod tests {
             [("lab.example", false), ("corp.example", true), (".", true)]
         );
         assert_eq!(domains(&HostDns::default()), []);
+        let many = HostDns {
+            search: text(&["lab.example", "a..b", &"a".repeat(64)]),
+            match_domains: (0..DOMAINS_MAX).map(|n| format!("n{n}.example")).collect(),
+            ..HostDns::default()
+        };
+        let all = [("lab.example".to_owned(), false), (".".to_owned(), true)];
+        assert_eq!(domains(&many), all);
     }
 
     #[test]
