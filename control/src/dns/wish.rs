@@ -244,6 +244,8 @@ mod tests {
         let unusable = wish(none_that_can_be_asked, true);
         assert_eq!(unusable.host, None);
         assert_eq!(unusable.problems().count(), 1);
+        let for_the_root = json!({"Routes": {".": [{"Addr": "https://dns.example/q"}]}});
+        assert!(wish(for_the_root, true).zones.for_all_names().is_none());
         assert_eq!(wish(split.clone(), false).host, None, "nobody wants that");
         assert_eq!(
             wish(split, false).service().len(),

@@ -162,7 +162,10 @@ impl Zones {
             let upstreams = (!asked.is_empty()).then(|| self.usable(&asked, own));
             match read_name(suffix) {
                 // That no name exists at all is not for a network to say.
-                Some(name) if name.is_root() => self.default = upstreams,
+                Some(name) if name.is_root() => {
+                    // Without anybody to ask, the host's own are.
+                    self.default = upstreams.filter(|upstreams| !upstreams.is_empty());
+                }
                 Some(name) => {
                     self.routes.insert(name, upstreams);
                 }

@@ -35,7 +35,7 @@ pub struct DnsConfig {
     /// empty suffix is the root.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub routes: BTreeMap<String, Vec<Resolver>>,
-    /// Stand in for `resolvers` where the host has none of its own.
+    /// Stand in for `resolvers` beside an exit node that looks no names up, as the host's own may be out of reach.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub fallback_resolvers: Vec<Resolver>,
     /// Search domains.
