@@ -43,7 +43,14 @@ row_login() {
   check "tailscaled reaches it again" within 20 tailnet_pings b a 1
   check "logout while it is down" log_out_down a
   check "its status says so" within 5 down_as a 1 'logged out'
-  tailnet_stop a
+  kill -STOP "$(lab_pid headscale)"
+  lab_spawn a leaving-a "$RINGTAIL" logout --state-dir "$LAB_DIR/node-a"
+  pause 1
+  check "status answers while a logout waits for a server that does not" within 2 down_as a 1 'logged out'
+  check "and nobody else logs out" not rt a logout
+  kill -TERM "$(lab_pid node-a)"
+  check "the node ends when it is told to" within 3 not lab_alive node-a
+  kill -CONT "$(lab_pid headscale)"
   check "at the next start it needs a person again" again_asks a
 }
 

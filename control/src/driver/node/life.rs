@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use ringtail_dataplane::{Dataplane, StartError};
 use rustls::RootCertStore;
 use serde_json::{Value, json};
+use tokio::task::JoinHandle;
 use zeroize::Zeroizing;
 
 use super::caches::CACHES;
@@ -108,6 +109,17 @@ impl Why {
     }
 }
 
+/// What tells the coordination server that this node leaves.
+type LogOut = JoinHandle<anyhow::Result<()>>;
+
+/// How that ended, or never where nobody wants it.
+async fn logged_out(leaving: &mut Option<(Call, LogOut)>) -> anyhow::Result<()> {
+    match leaving {
+        Some((_, task)) => task.await?,
+        None => std::future::pending().await,
+    }
+}
+
 /// See above.
 pub(super) struct Life<'a> {
     pub(super) config: NodeConfig,
@@ -166,6 +178,7 @@ impl Life<'_> {
 
     /// Down, until somebody wants the node up and it can be had, or the process to end.
     async fn wait(&mut self, mut why: Why, desk: &mut Desk) -> anyhow::Result<Option<Node>> {
+        let mut leaving = None;
         loop {
             let call = tokio::select! {
                 told = self.signals.next() => match told? {
@@ -177,16 +190,35 @@ impl Life<'_> {
                 },
                 () = self.keeper.watch() => continue,
                 words = self.panics.first() => anyhow::bail!("{words}"),
+                told = logged_out(&mut leaving) => {
+                    let told = told.and_then(|()| self.forget());
+                    if told.is_ok() {
+                        why = Why::LoggedOut;
+                    }
+                    if let Some((call, _)) = leaving.take() {
+                        call.answer_result(told.map(|()| json!({"state": why.name()})));
+                    }
+                    continue;
+                }
                 Some(call) = desk.calls.recv() => call,
             };
             match &call.request {
-                Request::Up | Request::Login => match self.again(&call, desk).await {
-                    Ok(mut node) => {
-                        node.take_call(call, desk);
-                        return Ok(Some(node));
+                Request::Up | Request::Login | Request::Logout if leaving.is_some() => {
+                    call.refuse("this node is being logged out already");
+                }
+                Request::Up | Request::Login => {
+                    let made = tokio::select! {
+                        made = self.again(&call, desk) => made,
+                        told = self.told_to_end() => return told.map(|()| None),
+                    };
+                    match made {
+                        Ok(mut node) => {
+                            node.take_call(call, desk);
+                            return Ok(Some(node));
+                        }
+                        Err(error) => call.refuse(&format!("{error:#}")),
                     }
-                    Err(error) => call.refuse(&format!("{error:#}")),
-                },
+                }
                 Request::Down => call.answer(json!({"state": why.name()})),
                 Request::Status => {
                     let status = self.status(&why, desk);
@@ -197,11 +229,8 @@ impl Life<'_> {
                     let answer = desk.set(change);
                     call.answer_result(answer);
                 }
-                Request::Logout => match self.log_out().await {
-                    Ok(()) => {
-                        why = Why::LoggedOut;
-                        call.answer(json!({"state": why.name()}));
-                    }
+                Request::Logout => match self.log_out() {
+                    Ok(task) => leaving = Some((call, task)),
                     Err(error) => call.refuse(&format!("{error:#}")),
                 },
                 Request::Ip { .. }
@@ -255,8 +284,13 @@ impl Life<'_> {
         })
     }
 
-    /// Takes the key out of force while the node is down.
-    async fn log_out(&self) -> anyhow::Result<()> {
+    async fn told_to_end(&self) -> anyhow::Result<()> {
+        while let Told::ReadAgain = self.signals.next().await? {}
+        Ok(())
+    }
+
+    /// Takes the key out of force while the node is down, beside whatever else happens: the server may not answer.
+    fn log_out(&self) -> anyhow::Result<LogOut> {
         let (keys, source) = Parts::read(&self.config, &self.state, None)?;
         let config = coord_config(&source, &keys, "")
             .context("this node takes its network from a file: there is nowhere to log out")?;
@@ -265,8 +299,8 @@ impl Life<'_> {
             outside: None,
         };
         let roots = Arc::clone(&self.roots);
-        coord_client::log_out(config, Names::default(), underlay, roots).await?;
-        self.forget()
+        let task = coord_client::log_out(config, Names::default(), underlay, roots);
+        Ok(tokio::task::spawn_local(task))
     }
 
     /// Becomes another node of the same machine: with another node key, and without what was known of the
