@@ -3,7 +3,7 @@
 //! | file | holds | mode |
 //! |---|---|---|
 //! | `keys.json` | machine, node and DISCO private keys, the pinned control key, the node key to come | 0600 |
-//! | `netmap.json` | the last network map, so that a node comes up while coordination is down | 0600 |
+//! | `netmap.json` | the last network map and whose it is, so that a node comes up while coordination is down | 0600 |
 //! | `endpoints.json` | validated direct addresses per peer | 0600 |
 //! | `sessions.json` | node keys of the peers that had sessions lately, to shake hands with after a restart | 0600 |
 //! | `timestamp` | how far the wall clock may have come, for the timestamps of the next run's handshakes | 0600 |

@@ -9,11 +9,13 @@ use ringtail_dataplane::RegionId;
 use serde::{Deserialize, Serialize};
 
 use super::{Node, now};
+use crate::agent::Network;
 use crate::driver::clock::since_1970;
+use crate::driver::state::StateDir;
 use crate::key::NodePublic;
 use crate::path::CachedPath;
 
-pub(super) const NETMAP_CACHE: &str = "netmap.json";
+const NETMAP_CACHE: &str = "netmap.json";
 const HOME_CACHE: &str = "home.json";
 const SESSIONS_CACHE: &str = "sessions.json";
 const ENDPOINTS_CACHE: &str = "endpoints.json";
@@ -36,11 +38,30 @@ pub(super) struct StoredPath {
     mtu: u16,
 }
 
+/// The last network map, and whose it is.
+#[derive(Serialize, Deserialize)]
+struct StoredMap {
+    coordination: String,
+    network: Network,
+}
+
+/// The network map of the run before. Another coordination server's is of another network, whose peers and routes are
+/// nothing to us.
+pub(super) fn stored_map(state: &StateDir, coordination: &str) -> Option<Network> {
+    let stored: StoredMap = state.read_cache(NETMAP_CACHE)?;
+    (stored.coordination == coordination).then_some(stored.network)
+}
+
 impl Node {
     /// Writes caches that changed; a full disk must not end a node.
     pub(super) fn save(&mut self) {
-        if let Some(network) = self.unsaved.take() {
-            self.write(NETMAP_CACHE, &network, "the network map is");
+        let of = self.surroundings.coordination.clone();
+        if let (Some(network), Some(coordination)) = (self.unsaved.take(), of) {
+            let map = StoredMap {
+                coordination,
+                network,
+            };
+            self.write(NETMAP_CACHE, &map, "the network map is");
         }
         self.save_home();
         let dataplane = &self.dataplane;
@@ -146,6 +167,27 @@ fn worth_writing(saved: &[StoredPath], paths: &[StoredPath]) -> bool {
 mod tests {
     use super::*;
     use crate::key::NodePrivate;
+
+    #[test]
+    fn a_network_map_is_of_its_coordination_server_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        assert_eq!(stored_map(&state, "https://a.example"), None);
+        let network = Network {
+            addresses: vec!["100.64.0.1/32".parse().unwrap()],
+            ..Network::default()
+        };
+        // As it was stored before: nobody knows whose it is.
+        state.write_cache(NETMAP_CACHE, &network).unwrap();
+        assert_eq!(stored_map(&state, "https://a.example"), None);
+        let map = StoredMap {
+            coordination: "https://a.example".into(),
+            network: network.clone(),
+        };
+        state.write_cache(NETMAP_CACHE, &map).unwrap();
+        assert_eq!(stored_map(&state, "https://b.example"), None);
+        assert_eq!(stored_map(&state, "https://a.example"), Some(network));
+    }
 
     #[test]
     fn paths_are_written_when_they_change_and_not_for_every_pong() {

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
-use super::caches::NETMAP_CACHE;
+use super::caches::stored_map;
 use super::intake::Pace;
 use super::life::Parts;
 use super::login::{Coordination, Login, coord_config};
@@ -328,7 +328,7 @@ impl Node {
                 self.surroundings.coordination_state = "connecting".into();
                 self.relays.set_alone(true);
                 self.load_home();
-                if let Some(network) = self.state.read_cache::<Network>(NETMAP_CACHE) {
+                if let Some(network) = stored_map(&self.state, &config.url) {
                     tracing::info!(
                         peers = network.peers.len(),
                         "using the network map of the last run"
