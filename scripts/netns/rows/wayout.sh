@@ -117,6 +117,7 @@ uses_exit() { rt "$1" status | grep "exit node: $2"; }
 exit_watch() {
   lab_in inet nft -f - <<NFT
 table inet watch_$1 {
+  set leaked { type ipv4_addr . inet_proto . inet_service; size 64; flags dynamic; }
   chain pass { type filter hook prerouting priority raw;
     iifname != "p_$1" return
     udp sport 41641 return
@@ -125,11 +126,14 @@ table inet watch_$1 {
     ip6 saddr fe80::/10 return
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } return
     counter
+    meta l4proto { tcp, udp } add @leaked { ip daddr . meta l4proto . th dport }
   }
 }
 NFT
 }
 exit_watched() {
   SAID=$(lab_in inet nft list table inet "watch_$1" | grep -o 'counter packets [0-9]*')
-  [ "$SAID" = "counter packets 0" ]
+  [ "$SAID" != "counter packets 0" ] || return 0
+  lab_in inet nft list set inet "watch_$1" leaked
+  return 1
 }
