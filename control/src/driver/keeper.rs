@@ -49,6 +49,10 @@ pub const LEDGER_WAIT: Duration = Duration::from_secs(6);
 pub const WITHDRAW_LIMIT: Duration = Duration::from_secs(4);
 /// Between two attempts of that; the host's names may be but coming back.
 const WITHDRAW_PAUSE: Duration = Duration::from_millis(100);
+/// Who begins has the ledger after that.
+const BEGIN_LIMIT: Duration = Duration::from_secs(1);
+/// Beginnings that fail, before the keeper leaves the rest to the next.
+const BEGINNINGS_MAX: usize = 16;
 /// A keeper that died is replaced so often at most.
 const REPLACE_PERIOD: Duration = Duration::from_secs(5);
 
@@ -131,6 +135,10 @@ fn spawn(state: &Path) -> anyhow::Result<(tokio::net::UnixStream, Child)> {
 ///
 /// # Errors
 /// It was not started by a node, or cannot put back all.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a process of its own, which has nothing else to do"
+)]
 pub fn run(state: &Path) -> anyhow::Result<()> {
     // A service manager that stops the node signals every process of it: this one ends after the node.
     let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]
@@ -157,11 +165,21 @@ pub fn run(state: &Path) -> anyhow::Result<()> {
         let _ = poll(&mut fds, PollTimeout::from(GONE_LIMIT_MS));
     }
     let state = StateDir::open(state)?;
-    let Ok(ledger) = Ledger::open(&state, Duration::ZERO) else {
-        tracing::debug!("another node has the ledger");
-        return Ok(());
-    };
-    restore(&state, &ledger, &|| state.is_in_use().unwrap_or(false))
+    for _ in 0..BEGINNINGS_MAX {
+        let Ok(ledger) = Ledger::open(&state, Duration::ZERO) else {
+            tracing::debug!("another node has the ledger");
+            return Ok(());
+        };
+        restore(&state, &ledger, &|| state.is_in_use().unwrap_or(false))?;
+        if ledger.announced().is_none() {
+            return Ok(());
+        }
+        drop(ledger);
+        // Who has begun takes the ledger and does the rest, or has failed by then.
+        std::thread::sleep(BEGIN_LIMIT);
+    }
+    // What is left, the next start or `ringtail restore` does.
+    Ok(())
 }
 
 /// Puts back everything that is in a ledger, and says so to the server that was told of our routes, unless a new node
@@ -179,10 +197,10 @@ pub fn restore(
     }
     tracing::warn!("putting back what a node left changed of this host");
     // Beside each other: the server is not to wait for the host, nor the host for the server.
-    let withdrawn = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let withdrawn = scope.spawn(|| match ledger.announced() {
             Some(announced) => withdraw(state, announced, has_begun),
-            None => Ok(()),
+            None => Ok(false),
         });
         let problems = ledger.restore();
         let withdrawn = withdrawn.join();
@@ -190,25 +208,22 @@ pub fn restore(
             tracing::warn!(problem, "something of ours stays behind");
         }
         let withdrawn = withdrawn.unwrap_or_else(|_| Err(anyhow::anyhow!("the thread panicked")));
-        withdrawn.and_then(|()| {
-            anyhow::ensure!(problems.is_empty(), "{}", problems.join("; "));
-            Ok(())
-        })
-    });
-    if let Some(announced) = ledger.announced()
-        && withdrawn.is_ok()
-    {
-        ledger.done(&Entry::Announced(announced));
-    }
-    withdrawn
+        if let (Ok(true), Some(announced)) = (&withdrawn, ledger.announced()) {
+            ledger.done(&Entry::Announced(announced));
+        }
+        withdrawn?;
+        anyhow::ensure!(problems.is_empty(), "{}", problems.join("; "));
+        Ok(())
+    })
 }
 
-/// Tells the server that no routes lead through us, until it hears that.
+/// Tells the server that no routes lead through us, until it hears that: whether it did. If not, somebody has begun
+/// who does it in our place.
 fn withdraw(
     state: &StateDir,
     announced: Announced,
     has_begun: &dyn Fn() -> bool,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<bool> {
     let keys = state.keys()?;
     let roots = roots::load(announced.ca_file.as_deref())?;
     let control_key = keys.control.filter(|(url, _)| *url == announced.url);
@@ -227,6 +242,7 @@ fn withdraw(
         fwmark: announced.fwmark,
         outside: None,
     };
+    let mut knows = false;
     runtime::block_on(async |_| {
         let until = now() + WITHDRAW_LIMIT;
         let names = Names::default();
@@ -252,13 +268,36 @@ fn withdraw(
         tokio::select! {
             () = heard => {
                 tracing::info!("the coordination server knows that no routes lead here any more");
-                Ok(())
+                knows = true;
             }
-            // A new node tells it.
             () = given_up => {
                 anyhow::ensure!(has_begun(), "the coordination server still sends others here");
-                Ok(())
             }
         }
-    })
+        Ok(())
+    })?;
+    Ok(knows)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_server_was_not_told_stays_in_the_ledger() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let ledger = Ledger::open(&state, Duration::ZERO).unwrap();
+        // It takes connections and never answers.
+        let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let announced = Announced {
+            url: format!("http://{}", server.local_addr().unwrap()),
+            hostname: "a".into(),
+            fwmark: 0,
+            ca_file: None,
+        };
+        ledger.before(Entry::Announced(announced.clone())).unwrap();
+        restore(&state, &ledger, &|| true).unwrap();
+        assert_eq!(ledger.announced(), Some(announced));
+    }
 }
