@@ -140,6 +140,8 @@ fn names_the_same(a: &NetworkPeer, b: &NetworkPeer) -> bool {
 }
 
 fn wish(basis: &Basis, peers: &[Arc<NetworkPeer>]) -> Wish {
+    // The name of a plain peer is for people: it may be that of a host which all the world knows.
+    let in_network = |peer: &&Arc<NetworkPeer>| peer.plain.is_none();
     let mut wish = match &basis.config {
         Some(config) => {
             let own = Own {
@@ -149,6 +151,7 @@ fn wish(basis: &Basis, peers: &[Arc<NetworkPeer>]) -> Wish {
             };
             let nodes = peers
                 .iter()
+                .filter(in_network)
                 .map(|peer| (peer.name.as_str(), peer.addresses.as_slice()));
             let held_back = basis.held_back.iter();
             let held_back = held_back.map(|(name, nets)| (name.as_str(), nets.as_slice()));
@@ -168,7 +171,11 @@ fn wish(basis: &Basis, peers: &[Arc<NetworkPeer>]) -> Wish {
         let addresses: Vec<IpAddr> = peer.addresses.iter().map(IpNet::addr).collect();
         addresses.into_iter().map(move |ip| (ip, ours))
     };
-    wish.peers = peers.iter().flat_map(addresses).collect();
+    wish.peers = peers
+        .iter()
+        .filter(in_network)
+        .flat_map(addresses)
+        .collect();
     wish.lets_out.clone_from(&basis.lets_out);
     let asks_us = wish.host.as_ref().is_some_and(|host| host.default);
     wish.behind_tunnel = asks_us || basis.exit != Exit::None;
@@ -237,6 +244,20 @@ mod tests {
         expired.own.expired = true;
         let wish = taken(&mut agent, now, expired).unwrap();
         assert!(wish.host.is_none() && wish.service().is_empty());
+    }
+
+    #[test]
+    fn a_plain_peers_name_is_no_name_of_the_network() {
+        let now = crate::testing::start();
+        let mut agent = agent(1, false);
+        let mut network = named();
+        let peer = Arc::make_mut(&mut network.peers[0]);
+        peer.name = "vpn.example.com".into();
+        peer.plain = Some(crate::agent::Plain::default());
+        let wish = taken(&mut agent, now, network).unwrap();
+        let decided = asked(&wish, "vpn.example.com.");
+        assert_eq!(decided, Decision::ForwardToHost);
+        assert!(wish.peers.is_empty(), "it uses no peer API");
     }
 
     #[test]
