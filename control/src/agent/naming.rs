@@ -284,6 +284,7 @@ mod tests {
         let wish = taken(&mut agent, now, network).unwrap();
         assert_eq!(asked(&wish, "example.org."), Decision::ForwardToHost);
         assert!(wish.behind_tunnel);
+        assert!(wish.host.as_ref().is_some_and(|host| host.default));
         prefs.exit_node = None;
         prefs.shields_up = true;
         agent.handle_prefs(now, prefs);

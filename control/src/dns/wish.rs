@@ -71,7 +71,8 @@ impl Wish {
             servers: vec![server],
             search: config.search.clone(),
             match_domains,
-            default: zones.for_all_names().is_some(),
+            // While all else leaves by an exit node, no server is asked beside it.
+            default: zones.for_all_names().is_some() || *exit != Exit::None,
         };
         let empty = host.search.is_empty() && host.match_domains.is_empty() && !host.default;
         Self {
@@ -253,6 +254,23 @@ mod tests {
             "it answers all the same"
         );
         assert!(Wish::default().service().is_empty());
+    }
+
+    #[test]
+    fn with_an_exit_node_no_server_is_asked_beside_ours() {
+        let config: DnsConfig = serde_json::from_value(json!({"Proxied": true})).unwrap();
+        let config = Arc::new(config);
+        let asked_for_all = |exit: &Exit| {
+            let own = Own {
+                name: "a.lab.example.",
+                addresses: &[net("100.64.0.1/32")],
+                names_have_v6: false,
+            };
+            let wish = Wish::new(&config, own, std::iter::empty(), exit, true);
+            wish.host.is_some_and(|host| host.default)
+        };
+        assert!(!asked_for_all(&Exit::None));
+        assert!(asked_for_all(&Exit::Silent));
     }
 
     #[test]
