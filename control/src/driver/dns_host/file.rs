@@ -133,7 +133,12 @@ impl Place {
                     return Err(error);
                 }
                 files::write(&self.copy, &bytes).map_err(|e| io::Error::other(format!("{e:#}")))?;
-                write_in_place(&self.conf, text.as_bytes()).inspect_err(|_| discard(&self.copy))
+                write_in_place(&self.conf, text.as_bytes()).inspect_err(|_| {
+                    // What was written before the error is ours: the copy is all there is of theirs.
+                    if !matches!(self.look(), There::Ours(_)) {
+                        discard(&self.copy);
+                    }
+                })
             }
         }
     }
