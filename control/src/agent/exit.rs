@@ -242,7 +242,7 @@ impl Agent {
         if !self.prefs.advertise_exit_node {
             return Vec::new();
         }
-        without(self.near(), self.prefs.advertise_routes.iter().copied())
+        without(self.near(), self.offered())
     }
 
     /// Where peers get: to this node itself, to what it routes, and if it is a way out to the Internet.
@@ -256,8 +256,10 @@ impl Agent {
             let hosts = self.subnets.iter().map(|net| IpNet::from(net.addr()));
             out.extend(without(hosts, NOT_INTERNET));
         }
-        let offered = self.prefs.advertise_routes.iter().copied();
-        own.chain(offered).chain(out).map(Into::into).collect()
+        own.chain(self.offered())
+            .chain(out)
+            .map(Into::into)
+            .collect()
     }
 }
 
