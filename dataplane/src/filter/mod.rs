@@ -4,7 +4,7 @@
 //! Two questions, asked of every opened packet in this order:
 //!
 //! 1. [`source_allowed`]: is the inner source among the sender's allowed IPs? Always asked.
-//! 2. [`Filter::admit`]: do the rules let it in? Outbound packets are never filtered, only
+//! 2. [`Filter::admit`]: do the rules let it in? Outbound packets are not filtered but for TSMP, only
 //!    remembered, so that replies pass ([`Filter::remember`]).
 //!
 //! The rules are Tailscale's (`wgengine/filter`): the filter guards connections, not packets, and
@@ -18,6 +18,7 @@
 //! - TCP: pure SYNs need a rule, but for the port of our [`PeerApi`], which judges for itself.
 //!   UDP, SCTP: a remembered flow or a rule.
 //! - TSMP (99) is the node's own business and never reaches the kernel; its pings are answered.
+//!   None leaves but the node's own.
 //! - Other protocols need a rule that names them, for all ports.
 //!
 //! A filter is [closed](Filter::closed) until it is given rules: then no fragment, no answer and no
@@ -171,6 +172,13 @@ impl Filter {
             };
         }
         self.decide(now, headers, packet)
+    }
+
+    /// Whether an outbound packet is one that nobody but the node itself may send: peers believe what it
+    /// says by TSMP, also of the key that its paths are found with. A plain device passes it on.
+    #[inline]
+    pub(crate) fn keeps_from_leaving(&self, headers: &Headers) -> bool {
+        headers.protocol == TSMP && self.rules.knows_local()
     }
 
     /// Notes an outbound packet (a super-packet counts as one) to a peer of this shard. Gives back the

@@ -36,6 +36,10 @@ impl Shard<'_> {
             counters.add(Meter::TunPacketsIn, packets);
             counters.add(Meter::TunBytesIn, bytes.len() as u64);
         }
+        if self.filter.keeps_from_leaving(plan.headers()) {
+            self.ctx.counters.drop_many(DropReason::TsmpForged, packets);
+            return;
+        }
         self.ctx.lap(Room::Tun);
         let peer = routes.lookup(plan.headers().dst);
         self.ctx.lap(Room::Route);

@@ -456,7 +456,12 @@ fn from_tun(to: u8, port: u16, tos: u8) -> TunRx {
         tos,
         ..Builder::new(([10, 0, 1, 1], port).into(), ([10, 0, 0, to], 2).into())
     };
-    let bytes = [VnetHdr::PLAIN.as_bytes(), &builder.udp(b"x")].concat();
+    as_read(&builder.udp(b"x"))
+}
+
+/// A packet as the TUN gives it to a shard.
+fn as_read(packet: &[u8]) -> TunRx {
+    let bytes = [VnetHdr::PLAIN.as_bytes(), packet].concat();
     let mut buf = Pool::new(1).take().unwrap();
     buf.narrow(0, bytes.len());
     buf.bytes_mut().copy_from_slice(&bytes);
@@ -902,4 +907,51 @@ fn pings_by_tsmp_are_answered_within_a_share_and_only_where_they_are_for_us() {
     let answered = counted(&shard).get(Meter::PingsAnswered);
     assert_eq!(answered, 2 * u64::from(PINGS_BURST));
     assert_eq!(dropped(&shard, DropReason::FilterConsumed), 2 * 31);
+}
+
+/// Peers take our DISCO key from TSMP (`a`), and what a host behind a router sends comes from the router.
+#[test]
+fn tsmp_leaves_a_plain_device_and_no_node() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = joined(&mut shard);
+    let now = shard.ctx.now;
+    drop(sent(&mut shard));
+    let net = |addr: [u8; 4], bits| Prefix {
+        addr: addr.into(),
+        bits,
+    };
+    let peer = PeerConfig {
+        allowed_ips: vec![net([10, 0, 0, 0], 24)],
+        ..config(far.id, far.key)
+    };
+    let table = Arc::new(shard.table.changed(vec![peer], &[], None, 1));
+    let mut refused = 0;
+    for (rules, local, leaves) in [
+        (Rules::AllowAll, None, true),
+        (Rules::AllowAll, Some([net([10, 0, 0, 1], 32)]), false),
+        (Rules::default(), Some([net([10, 0, 0, 1], 32)]), false),
+    ] {
+        let local = local.as_ref().map(|local| &local[..]);
+        drop(shard.inbox.network.force_push(Network {
+            table: Arc::clone(&table),
+            rules: Arc::new(CompiledRules::compile(&rules, local)),
+            peerapi: PeerApi::default(),
+        }));
+        shard.commands();
+        for from in [[10, 0, 0, 1], [192, 168, 7, 7]] {
+            let ends = Builder::new((from, 0).into(), ([10, 0, 0, 2], 0).into());
+            let key = ends.ip(TSMP, &[b"a".as_slice(), &[7; 32]].concat());
+            shard.outbound(as_read(&key), &mut table.routes.cursor(), false);
+            shard.flush_runs();
+            let sent: Vec<_> = sent(&mut shard)
+                .iter()
+                .map(|(_, datagram)| far.open(now, datagram))
+                .collect();
+            let wanted = if leaves { vec![key] } else { vec![] };
+            assert_eq!(sent, wanted);
+            refused += u64::from(!leaves);
+            assert_eq!(dropped(&shard, DropReason::TsmpForged), refused);
+        }
+    }
 }

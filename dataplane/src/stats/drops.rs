@@ -95,6 +95,8 @@ named! {
         FilterDenied = "filter_denied",
         /// Meant for the node itself (TSMP), answered or not; never passed to the kernel.
         FilterConsumed = "filter_consumed",
+        /// TSMP from the host or from behind it: that is the node's to send, and tells peers of its keys.
+        TsmpForged = "tsmp_forged",
         /// The write to the TUN device failed.
         TunWriteFailed = "tun_write_failed",
     }
