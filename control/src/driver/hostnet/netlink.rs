@@ -49,7 +49,8 @@ pub(super) struct FoundRoute {
     pub(super) net: IpNet,
     pub(super) table: u32,
     pub(super) kind: RouteType,
-    pub(super) interface: Option<u32>,
+    /// By which it leads: several where it has several next hops.
+    pub(super) interfaces: Vec<u32>,
     pub(super) ours: bool,
 }
 
@@ -448,7 +449,7 @@ fn route_message(route: &Route, tun: u32) -> RouteMessage {
 fn parse_route(message: &RouteMessage) -> Option<FoundRoute> {
     let mut table = u32::from(message.header.table);
     let mut destination = None;
-    let mut interface = None;
+    let mut interfaces = Vec::new();
     #[expect(
         clippy::wildcard_enum_match_arm,
         reason = "routes have dozens of attributes"
@@ -462,7 +463,10 @@ fn parse_route(message: &RouteMessage) -> Option<FoundRoute> {
             RouteAttribute::Destination(RouteAddress::Inet6(ip)) => {
                 destination = Some(IpAddr::V6(*ip));
             }
-            RouteAttribute::Oif(index) => interface = Some(*index),
+            RouteAttribute::Oif(index) => interfaces.push(*index),
+            RouteAttribute::MultiPath(hops) => {
+                interfaces.extend(hops.iter().map(|hop| hop.interface_index));
+            }
             _ => {}
         }
     }
@@ -476,7 +480,7 @@ fn parse_route(message: &RouteMessage) -> Option<FoundRoute> {
         net: IpNet::new(ip, message.header.destination_prefix_length).ok()?,
         table,
         kind: message.header.kind,
-        interface,
+        interfaces,
         ours: u8::from(message.header.protocol) == PROTOCOL,
     })
 }
@@ -561,6 +565,8 @@ fn parse_link(message: &LinkMessage) -> Link {
 
 #[cfg(test)]
 mod tests {
+    use rtnetlink::packet_route::route::RouteNextHop;
+
     use super::*;
     use crate::hostnet::{Exit, Host, Overlay, Settings, plan};
 
@@ -604,8 +610,30 @@ mod tests {
             assert_eq!((found.net, found.kind), (route.net, kind));
             assert_eq!((found.table, found.ours), (52, true));
             if kind == RouteType::Unicast {
-                assert_eq!(found.interface, Some(9));
+                assert_eq!(found.interfaces, [9]);
             }
         }
+    }
+
+    #[test]
+    fn a_route_with_several_next_hops_leads_by_the_interface_of_each() {
+        let mut message = RouteMessage::default();
+        message.header.address_family = AddressFamily::Inet;
+        message.header.destination_prefix_length = 16;
+        message.header.kind = RouteType::Unicast;
+        let hops = [2, 3].map(|interface| {
+            let mut hop = RouteNextHop::default();
+            hop.interface_index = interface;
+            hop
+        });
+        message.attributes = vec![
+            RouteAttribute::Destination(RouteAddress::Inet([10, 50, 0, 0].into())),
+            RouteAttribute::MultiPath(hops.into()),
+        ];
+        let found = parse_route(&message).unwrap();
+        assert_eq!(
+            (found.net, found.interfaces),
+            ("10.50.0.0/16".parse().unwrap(), vec![2, 3])
+        );
     }
 }

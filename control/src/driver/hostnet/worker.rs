@@ -218,15 +218,14 @@ impl Worker {
                         handed.insert(found.net);
                     }
                 }
-                if let Some(interface) = found.interface
-                    && interface != tun
-                    && found.kind == RouteType::Unicast
+                if found.kind == RouteType::Unicast
                     && !found.ours
                     && tables.contains(&found.table)
                     && forwarding::concerns(overlay, &found.net)
                     && ways.len() < HOST_ROUTES_MAX
                 {
-                    ways.insert((found.net, interface));
+                    let others = found.interfaces.iter().filter(|by| **by != tun);
+                    ways.extend(others.map(|by| (found.net, *by)));
                 }
                 if of_host(&found, tables, tun) && meets(&nets, &found.net) {
                     *too_many |= routes.len() >= HOST_ROUTES_MAX;
@@ -330,7 +329,7 @@ impl Worker {
         for v6 in [false, true] {
             if !self.settings.rules[usize::from(v6)] {
                 self.netlink.routes(v6, MAIN, true, &mut |found| {
-                    if found.interface == Some(tun) {
+                    if found.interfaces == [tun] {
                         there.routes.insert(route(&found, MAIN, tun));
                     }
                 })?;
@@ -497,7 +496,7 @@ fn is_others(found: &FoundRoute, tun: u32) -> bool {
         found.kind,
         RouteType::Unicast | RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit
     );
-    let others = !found.ours && found.interface != Some(tun);
+    let others = !found.ours && found.interfaces != [tun];
     counts && others && found.net.prefix_len() > 0
 }
 
@@ -532,10 +531,10 @@ fn drain(mut woken: &UnixStream) {
 }
 
 fn route(found: &FoundRoute, table: u8, tun: u32) -> Route {
-    let way = match (found.kind, found.interface) {
+    let way = match (found.kind, found.interfaces == [tun]) {
         (RouteType::Throw, _) => Way::Throw,
         (RouteType::Unreachable, _) => Way::Unreachable,
-        (RouteType::Unicast, Some(index)) if index == tun => Way::Tunnel,
+        (RouteType::Unicast, true) => Way::Tunnel,
         _ => Way::Stale,
     };
     Route {
