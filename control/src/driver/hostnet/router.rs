@@ -36,7 +36,7 @@ pub(super) struct Router {
 #[derive(Debug)]
 struct Woken {
     name: String,
-    /// Whether all interfaces were to forward then.
+    /// Whether somebody had switched all interfaces by then.
     all: bool,
 }
 
@@ -177,7 +177,7 @@ impl Router {
     fn put_to_sleep(&mut self, needed: &BTreeSet<(u32, bool)>) {
         let woken = std::mem::take(&mut self.woken);
         for (key, woken) in woken {
-            let theirs = !woken.all && sysctl::all(key.1);
+            let theirs = !woken.all && sysctl::spread(key.1);
             if needed.contains(&key) && !theirs {
                 self.woken.insert(key, woken);
                 continue;
@@ -280,7 +280,7 @@ impl Router {
         }
         let woken = Woken {
             name: name.to_owned(),
-            all: sysctl::all(key.1),
+            all: sysctl::spread(key.1),
         };
         let entry = woken.entry(key.1);
         self.ledger.before(entry.clone())?;

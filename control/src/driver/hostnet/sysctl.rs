@@ -26,6 +26,12 @@ pub(super) fn all(v6: bool) -> bool {
     is_on(&format!("net/{family}/conf/all/forwarding")).unwrap_or(false)
 }
 
+/// Whether every interface has got its value by one write, and whoever wrote that means ours too. In IPv6 that is not
+/// the value that has all interfaces forward.
+pub(super) fn spread(v6: bool) -> bool {
+    is_on(&path("all", v6)).unwrap_or(false)
+}
+
 /// Whether what comes in by an interface is forwarded.
 ///
 /// # Errors
