@@ -33,17 +33,17 @@ while True:
   hs_routes r 192.168.77.0/24
   hs_routes y 192.168.88.0/24
   for name in g z; do hs_routes $name 0.0.0.0/0,::/0; done
-  ts u set --exit-node="$(tailnet_ip g)"
+  within 15 ts u set --exit-node="$(tailnet_ip g)"
   check "six nodes, both LANs, a way out" within 20 site_works g
   check "a tailscaled goes out through ours as well" site_out z
-  ts u set --exit-node="$(tailnet_ip g)"
+  within 15 ts u set --exit-node="$(tailnet_ip g)"
 
   site_move r --advertise-routes 192.168.77.0/24
   hs_routes r 192.168.77.0/24
   check "the router is ringtail, and nobody misses anything" within 20 site_works g
   site_move g --advertise-exit-node
   hs_routes g 0.0.0.0/0,::/0
-  ts u set --exit-node="$(tailnet_ip g)"
+  within 15 ts u set --exit-node="$(tailnet_ip g)"
   check "so is the way out" within 20 site_works g
   site_move u --accept-routes --exit-node g
   check "so is who uses both" within 20 site_works g
@@ -82,7 +82,7 @@ site_works() {
   site_out_now "$1"
 }
 site_out() {
-  ts u set --exit-node="$(tailnet_ip "$1")" && within 10 site_out_now "$1"
+  within 15 ts u set --exit-node="$(tailnet_ip "$1")" && within 10 site_out_now "$1"
 }
 site_out_now() {
   local address
