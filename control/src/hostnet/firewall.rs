@@ -444,20 +444,11 @@ impl Base {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hostnet::settings;
 
     const TUN: u32 = 9;
     const LAN: u32 = 3;
     const WAN: u32 = 2;
-
-    fn settings() -> Settings {
-        Settings {
-            table: 52,
-            fwmark: super::super::MARK_DEFAULT,
-            port: 41_641,
-            tun: TUN,
-            rules: [true; 2],
-        }
-    }
 
     fn net(text: &str) -> IpNet {
         text.parse().unwrap()

@@ -351,6 +351,18 @@ impl Settings {
     }
 }
 
+/// A node's like any other, for tests.
+#[cfg(test)]
+pub(crate) fn settings() -> Settings {
+    Settings {
+        table: TABLE_DEFAULT,
+        fwmark: MARK_DEFAULT,
+        port: 41_641,
+        tun: 9,
+        rules: [true; 2],
+    }
+}
+
 /// Where the rules for a table stand. Of the tables that are tried by themselves each has places of its own
 /// among tailscaled's, so that what one ringtail keeps out of the tunnel jumps over the others' tables too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -305,7 +305,7 @@ impl Teller {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hostnet::Exit;
+    use crate::hostnet::{Exit, settings};
 
     fn nets(list: &[&str]) -> BTreeSet<IpNet> {
         list.iter().map(|net| net.parse().unwrap()).collect()
@@ -313,16 +313,6 @@ mod tests {
 
     fn ips(list: &[&str]) -> Vec<IpAddr> {
         list.iter().map(|ip| ip.parse().unwrap()).collect()
-    }
-
-    fn settings() -> Settings {
-        Settings {
-            table: 52,
-            fwmark: super::super::MARK_DEFAULT,
-            port: 41_641,
-            tun: 7,
-            rules: [true; 2],
-        }
     }
 
     fn overlay(peers: &[&str], routes: &[&str]) -> Overlay {

@@ -57,16 +57,9 @@ fn rank(rule: &Rule) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hostnet::{Exit, Host, Overlay, Settings, Way, plan};
+    use crate::hostnet::{Exit, Host, Overlay, Way, plan, settings};
 
     fn plan_of(routes: &[&str], offered: &[&str]) -> State {
-        let settings = Settings {
-            table: 52,
-            fwmark: 0x8_0000,
-            port: 41_641,
-            tun: 9,
-            rules: [true; 2],
-        };
         let overlay = Overlay {
             routes: routes.iter().map(|net| net.parse().unwrap()).collect(),
             offered: offered.iter().map(|net| net.parse().unwrap()).collect(),
@@ -76,7 +69,7 @@ mod tests {
             ipv6: true,
             ..Host::default()
         };
-        plan(&settings, &overlay, &host).state
+        plan(&settings(), &overlay, &host).state
     }
 
     /// Applies steps one by one and looks after each: no rule leads into our table without the jumps over it,
@@ -121,13 +114,6 @@ mod tests {
     #[test]
     fn nothing_is_bare_on_the_way_between_any_two_states() {
         let exit = |takes| {
-            let settings = Settings {
-                table: 52,
-                fwmark: 0x8_0000,
-                port: 41_641,
-                tun: 9,
-                rules: [true; 2],
-            };
             let overlay = Overlay {
                 exit: Some(Exit {
                     takes,
@@ -141,7 +127,7 @@ mod tests {
                 dialled: vec!["203.0.113.9".parse().unwrap()],
                 ..Host::default()
             };
-            plan(&settings, &overlay, &host).state
+            plan(&settings(), &overlay, &host).state
         };
         let states = [
             exit([true, true]),

@@ -568,17 +568,10 @@ mod tests {
     use rtnetlink::packet_route::route::RouteNextHop;
 
     use super::*;
-    use crate::hostnet::{Exit, Host, Overlay, Settings, plan};
+    use crate::hostnet::{Exit, Host, Overlay, plan, settings};
 
     #[test]
     fn rules_and_routes_are_read_back_as_they_were_written() {
-        let settings = Settings {
-            table: 52,
-            fwmark: 0x8_0000,
-            port: 41_641,
-            tun: 9,
-            rules: [true; 2],
-        };
         let overlay = Overlay {
             routes: ["10.0.0.0/8", "fd00::/48"]
                 .map(|net| net.parse().unwrap())
@@ -594,7 +587,7 @@ mod tests {
             ipv6: true,
             ..Host::default()
         };
-        let state = plan(&settings, &overlay, &host).state;
+        let state = plan(&settings(), &overlay, &host).state;
         assert_eq!((state.rules.len(), state.routes.len()), (8, 8));
         for rule in &state.rules {
             let found = parse_rule(&rule_message(rule)).unwrap();

@@ -449,7 +449,7 @@ fn copy(error: &io::Error) -> io::Error {
 mod tests {
     use super::*;
     use crate::driver::state::StateDir;
-    use crate::hostnet::MARK_DEFAULT;
+    use crate::hostnet::settings;
 
     #[expect(clippy::disallowed_methods, reason = "any moment will do")]
     #[test]
@@ -458,13 +458,6 @@ mod tests {
         let ledger = Ledger::open(&StateDir::open(dir.path()).unwrap(), Duration::ZERO).unwrap();
         let mut router = Router::new(52, ledger.clone());
         router.nft = Err(io::Error::from_raw_os_error(nix::libc::EPERM));
-        let settings = Settings {
-            table: 52,
-            fwmark: MARK_DEFAULT,
-            port: 41_641,
-            tun: 9,
-            rules: [true; 2],
-        };
         let overlay = Overlay {
             offered: ["10.0.0.0/8".parse().unwrap()].into(),
             may_forward: true,
@@ -473,7 +466,7 @@ mod tests {
         };
         router.settle(
             Instant::now(),
-            &settings,
+            &settings(),
             "no-such-tun",
             &overlay,
             &Host::default(),
