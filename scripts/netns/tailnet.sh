@@ -45,6 +45,8 @@
 #
 #   hosts NAME...                        lab_hosts on the internet, at 203.0.113.11 and on
 #   ready NAME...                        a check that they are in the network and know each other
+#   whom NS                              there, a server at port 7000 that tells who asks his address
+#   seen FROM AT ADDRESS                 it says this, at AT, to namespace FROM; with an empty ADDRESS it is not reached
 #   host_state NS, same_state NS BEFORE  what a host calls its own, and is it as it was?
 #
 # TO is a node, or an address. Inside of `( lab_within NAME; ... )` a script has a lab of its own, so that several
@@ -284,7 +286,7 @@ tailnet_ip() {
   if [ "${2:-4}" = 6 ]; then grep : "$file"; else grep -v : "$file"; fi
 }
 
-problem() { { rt "$1" status || true; } | grep -E "problem: $2"; }
+problem() { { rt "$1" status || true; } | grep -E "problem: .*($2)"; }
 
 tailnet_path() {
   tailnet_status "$1" | jq -er --arg other "$2" '.peers[$other] | if .direct then "direct " + .direct else "relay " + .home end'
@@ -386,6 +388,20 @@ static_node() {
 }
 relay_says() { rt static status --json | jq -e ".relays[0] | $1" >/dev/null; }
 relay_log() { grep "$1" "$LAB_DIR/relay.log"; }
+whom() {
+  lab_spawn "$1" whom python3 -c '
+import socket
+server = socket.create_server(("::", 7000), family=socket.AF_INET6, dualstack_ipv6=True)
+while True:
+    client, address = server.accept()
+    client.sendall(address[0].removeprefix("::ffff:").encode())
+    client.close()'
+}
+seen() {
+  # shellcheck disable=SC2016 # for the other shell
+  SAID=$(lab_in "$1" timeout 2 bash -c 'exec 3<>"/dev/tcp/$0/7000" && cat <&3' "$2" 2>/dev/null || true)
+  [ "$SAID" = "$3" ]
+}
 # host_state NS: all that a host calls its own, in a form that is the same when nothing was changed. Of rules without
 # their counters; of settings those of the network, but for what the kernel adds when somebody first uses conntrack.
 host_state() {

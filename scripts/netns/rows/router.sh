@@ -45,7 +45,7 @@ row_router() {
   check "nothing passes between the host's own networks" not lab_in q ping -qc 2 -i 0.2 -W 1 203.0.113.12
   check "nobody on a subnet speaks as a node to the router" spoofed_by q "$(tailnet_ip r)" guard-input
   check "nor through it" spoofed_by q 192.168.77.9 guard-forward
-  check "status has nothing to say of all that" not says r 'forward|firewall|nft'
+  check "status has nothing to say of all that" not problem r 'forward|firewall|nft'
   # A subnet has an MTU of 1500, and the tunnel one of 1280.
   check "what is too large for the tunnel is told to the sender" too_large q 192.168.79.9 'Frag needed.*mtu = 1280'
   check "over IPv6, too" too_large p "$(tailnet_ip b 6)" 'too big: mtu=1280'
@@ -87,20 +87,20 @@ row_firewall() {
   ready b r || return 0
   talk_serve p
   check "Headscale hears of the offer, and it is approved" within 10 hs_routes r 192.168.77.0/24
-  check "status says what is not forwarded" within 10 says r 'IPv4 is not forwarded by lan .*sysctl -w'
-  check "and what is dropped" says r 'drops what is forwarded .*nft insert rule ip filter FORWARD iifname ringtail0 accept'
+  check "status says what is not forwarded" within 10 problem r 'IPv4 is not forwarded by lan .*sysctl -w'
+  check "and what is dropped" problem r 'drops what is forwarded .*nft insert rule ip filter FORWARD iifname ringtail0 accept'
   check "the host is as it was" own_alone r
   check "and forwards nothing" not tailnet_pings b 192.168.77.9 1
   as_told r
   check "whoever does as status says has a router" within 10 sees b 192.168.77.9 192.168.77.1
-  check "of which status has nothing more to say" within 15 not says r 'forwarded'
+  check "of which status has nothing more to say" within 15 not problem r 'forwarded'
   tailnet_stop r
   lab_in r sh -c 'echo 0 >/proc/sys/net/ipv4/conf/lan/forwarding'
   TAILNET_OPTIONS[r]='--advertise-routes 192.168.77.0/24'
   TAILNET_RUN=(unshare --mount sh -c 'mount --bind -o ro /proc/sys /proc/sys && exec "$@"' sh)
   tailnet_start r
   check "where /proc/sys is read-only, it starts all the same" within 20 tailnet_online r
-  check "and says what to do" within 10 says r 'IPv4 is not forwarded by lan .Read-only file system.*sysctl -w'
+  check "and says what to do" within 10 problem r 'IPv4 is not forwarded by lan .Read-only file system.*sysctl -w'
 }
 
 # site ROUTER INTERFACE NET HOST: the router is .1 there, and HOST .9.
@@ -148,7 +148,6 @@ iptables_reads() {
   grep -q -- '-A FORWARD -i ringtail0 .*-j ACCEPT' "$LAB_DIR/rules" &&
     grep -q -- '-A INPUT -p udp .*--dport 41641 .*-j ACCEPT' "$LAB_DIR/rules"
 }
-says() { { rt "$1" status || true; } | grep -E "problem: .*($2)"; }
 # own_alone NS: its firewall and its subnet's interface are as they were.
 own_alone() {
   [ "$(lab_in "$1" sysctl -a 2>/dev/null | grep -c '\.lan\.forwarding = 1')" = 0 ] &&

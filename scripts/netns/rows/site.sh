@@ -9,13 +9,7 @@ row_site() {
   tailnet_up
   hosts r g u x y z
   lab_host w 203.0.113.50
-  lab_spawn w whom python3 -c '
-import socket
-server = socket.create_server(("", 7000))
-while True:
-    client, address = server.accept()
-    client.sendall(address[0].encode())
-    client.close()'
+  whom w
   lab_ns p q
   lab_wire r lan p lan
   lab_wire y lan q lan
@@ -87,7 +81,5 @@ site_out() {
 site_out_now() {
   local address
   address=$(ip -n "$LAB$1" -4 -o addr show dev wan | awk '{ sub("/.*", "", $4); print $4 }')
-  # shellcheck disable=SC2016 # for the other shell
-  SAID=$(lab_in u timeout 2 bash -c 'exec 3<>/dev/tcp/203.0.113.50/7000 && cat <&3' 2>/dev/null || true)
-  [ "$SAID" = "$address" ]
+  seen u 203.0.113.50 "$address"
 }
