@@ -9,7 +9,9 @@ use std::time::Instant;
 
 use crate::coalesce::{SLAB_LEN, SLABS_FULL, SPARES_MAX};
 use crate::config::share;
-use crate::filter::{FLOW_COST, PART_COST, SHARD_FLOWS_MIN, TABLE_PARTS_MAX, flows_max};
+use crate::filter::{
+    FLOW_COST, PART_COST, SHARD_FLOWS_MIN, TABLE_PARTS_MAX, flows_max, theirs_max,
+};
 use crate::handshake::{KEY_COST, KNOWN_COST};
 use crate::hub::{
     ASKS_MAX, EVENTS_MAX, FLOWS_TOLD_MAX, HANDED_MAX, HANDSHAKES_MAX, Handed, HandshakeMessage,
@@ -129,6 +131,11 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
                 human(SHARD_FLOWS_MIN * FLOW_COST)
             ),
             shards * flows_max(shards) * FLOW_COST,
+        ),
+        row(
+            "flows that peers began",
+            "a quarter as many",
+            shards * theirs_max(flows_max(shards)) * FLOW_COST,
         ),
         row(
             "packet filter, by destination",

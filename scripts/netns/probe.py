@@ -3,7 +3,7 @@
   probe.py raw PROTOCOL ADDRESS HEX          sends an IP packet of this protocol, twice a second, for 10 s
   probe.py hears PROTOCOL FROM               waits 5 s for an IP packet of this protocol from there
   probe.py stream ADDRESS PORT STOP_FILE     a datagram of one UDP flow every 20 ms until the file is there
-  probe.py arrivals PORT FILE                writes when each arrived, in ms since 1970
+  probe.py arrivals PORT FILE                sends each back, and writes when it arrived, in ms since 1970
   probe.py refused ADDRESS PORT              does a datagram there come back as "port unreachable"?
   probe.py path_mtu ADDRESS PORT BYTES       prints what the path says it carries when so many are too many
 """
@@ -56,7 +56,8 @@ def arrivals(port, path):
     bound.bind(("0.0.0.0", int(port)))
     with open(path, "w") as out:
         while True:
-            bound.recv(2048)
+            data, source = bound.recvfrom(2048)
+            bound.sendto(data, source)
             print(round(time.time() * 1000), file=out, flush=True)
 
 

@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! Memory of outbound flows, so that their replies pass the filter.
+//! Memory of flows: of outbound ones, so that their replies pass the filter, and of inbound ones.
 //!
 //! A hash table with chains over a store of fixed size, whose entries also stand in one list, the
 //! one longest unused first. A new flow that finds the store full takes the place of that one, which
@@ -93,6 +93,11 @@ const _: () = assert!(FLOWS_MAX * FLOW_COST == 17 << 20);
 pub(crate) fn flows_max(shards: usize) -> usize {
     let part = share(NODE_FLOWS_MAX, shards, SHARD_FLOWS_MIN).min(FLOWS_MAX);
     1 << part.ilog2()
+}
+
+/// Flows begun by peers of which that is remembered, where so many that began here are.
+pub(crate) fn theirs_max(flows_max: usize) -> usize {
+    flows_max / 4
 }
 
 impl FlowMemory {

@@ -24,8 +24,9 @@
 //! A filter is [closed](Filter::closed) until it is given rules: then no fragment, no answer and no
 //! TCP segment passes either, since nothing is ours.
 //!
-//! A change of rules counts from the next packet on, also for flows that the old ones let in: what is
-//! remembered across a change are flows that began here, and nothing that a rule has said.
+//! A change of rules counts from the next packet on, also for flows that the old ones let in: replies
+//! are remembered of flows that began here, and no rule is asked about them. Of a flow that a peer began, by
+//! leave of a rule, it is remembered that it did ([`Memory`]): our answers do not make it one of ours.
 //!
 //! With [`Rules::AllowAll`](crate::types::Rules) both `admit` and `remember` return at once, and
 //! no memory of flows exists. Flows are then remembered from the moment a list is installed, here or
@@ -50,12 +51,12 @@ use crate::packet::header::{
 use crate::route::Cursor;
 use crate::stats::DropReason;
 use crate::types::{PeerApi, PeerId};
-pub(crate) use flows::flows_max;
 #[cfg(test)]
 pub(crate) use flows::{FLOW_COST, SHARD_FLOWS_MIN};
 #[cfg(test)]
 use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX};
 pub use flows::{FlowMemory, Tell};
+pub(crate) use flows::{flows_max, theirs_max};
 pub use rules::{Ask, CompiledRules};
 pub(crate) use tsmp::{PONG_LEN_MAX, pong};
 #[cfg(test)]
@@ -94,13 +95,48 @@ pub struct Filter {
     rules: Arc<CompiledRules>,
     peerapi: PeerApi,
     /// Exists from the first rule list or flow of another shard on.
-    flows: Option<FlowMemory>,
+    flows: Option<Memory>,
     flows_max: usize,
     /// The last destination found to be ours, under these rules: nearly every packet has it again.
     local_before: Option<IpAddr>,
     /// Things asked that these rules let in, each at its place by hash: the packets of a flow ask the same
     /// again.
     let_in_before: Box<[Option<Asked>; LET_IN_PLACES]>,
+}
+
+/// Flows in use, by the side that began them; no flow is in both, and which one it is in stays so until
+/// neither side has used it for five minutes.
+#[derive(Debug)]
+struct Memory {
+    /// The replies to flows that began here.
+    ours: FlowMemory,
+    /// Flows that a rule let in. Apart from ours, so that those who may begin flows cannot make us forget ours.
+    theirs: FlowMemory,
+}
+
+impl Memory {
+    /// Notes an outbound packet by its reply, unless it answers what a peer began.
+    fn remember(
+        &mut self,
+        now: Instant,
+        reply: Flow,
+        owner_forgot: Option<Instant>,
+    ) -> Option<Tell> {
+        if self.theirs.admits(now, &reply) {
+            return None;
+        }
+        self.ours.remember(now, reply, owner_forgot)
+    }
+
+    /// Notes an inbound packet of a flow that is none of ours.
+    fn begun_there(&mut self, now: Instant, flow: Flow, let_in: bool) {
+        if let_in {
+            self.theirs.remember(now, flow, None);
+        } else {
+            // What was let in before and goes on is theirs all the same.
+            self.theirs.admits(now, &flow);
+        }
+    }
 }
 
 impl Filter {
@@ -214,7 +250,7 @@ impl Filter {
     /// Takes back what [`Filter::remember_for`] gave: the owner could not be told.
     pub fn untold(&mut self, tell: &Tell) {
         if let Some(flows) = &mut self.flows {
-            flows.untold(tell);
+            flows.ours.untold(tell);
         }
     }
 
@@ -227,23 +263,28 @@ impl Filter {
     /// Takes note that peers may have other owners now.
     pub fn owners_changed(&mut self) {
         if let Some(flows) = &mut self.flows {
-            flows.owners_changed();
+            flows.ours.owners_changed();
         }
     }
 
     /// Every flow used at or after this moment is still known; every one at all if there is none.
     pub fn forgotten(&self) -> Option<Instant> {
-        self.flows.as_ref()?.forgotten()
+        self.flows.as_ref()?.ours.forgotten()
     }
 
-    fn memory(&mut self, now: Instant) -> &mut FlowMemory {
-        self.flows
-            .get_or_insert_with(|| FlowMemory::new(now, HashKey::random(), self.flows_max))
+    fn memory(&mut self, now: Instant) -> &mut Memory {
+        let of = |flows_max| FlowMemory::new(now, HashKey::random(), flows_max);
+        self.flows.get_or_insert_with(|| Memory {
+            ours: of(self.flows_max),
+            theirs: of(theirs_max(self.flows_max)),
+        })
     }
 
     /// Remembered flows that made room for newer ones, since the last call.
     pub fn take_evicted(&mut self) -> u64 {
-        self.flows.as_mut().map_or(0, FlowMemory::take_evicted)
+        self.flows.as_mut().map_or(0, |flows| {
+            flows.ours.take_evicted() + flows.theirs.take_evicted()
+        })
     }
 
     /// Everybody may reach us; nobody may use us as a router to what we do not offer.
@@ -286,14 +327,15 @@ impl Filter {
                     return truncated(headers);
                 }
                 let flow = headers.flow(packet);
-                let known = self
-                    .flows
-                    .as_mut()
-                    .is_some_and(|flows| flows.admits(now, &flow));
-                if known {
+                let known = self.flows.as_mut();
+                if known.is_some_and(|flows| flows.ours.admits(now, &flow)) {
                     return Ok(());
                 }
-                self.ask(headers, Ask::Port(headers.protocol, flow.dst_port))
+                let answer = self.ask(headers, Ask::Port(headers.protocol, flow.dst_port));
+                if let Some(flows) = &mut self.flows {
+                    flows.begun_there(now, flow, answer.is_ok());
+                }
+                answer
             }
             TSMP => Err(DropReason::FilterConsumed),
             // Rules ask for protocols and ports; nobody gets past them by hiding these.

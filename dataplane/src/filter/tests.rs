@@ -705,6 +705,14 @@ fn a_flow_that_a_rule_let_in_is_asked_for_again_when_the_rules_change() {
         from.ip(47, b"gre"),
         from.icmp(8, 0, b"echo"),
     ];
+    let to = between(us, them);
+    let answers = [
+        to.udp(b"x"),
+        to.tcp(&segment(TCP_ACK), b""),
+        to.ip(SCTP, &[0, 7, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0]),
+        to.ip(47, b"gre"),
+        to.icmp(0, 0, b"echo"),
+    ];
     let rules = |src: &str, local: &str| {
         let rule = Rule {
             sources: vec![prefix(src)],
@@ -717,17 +725,30 @@ fn a_flow_that_a_rule_let_in_is_asked_for_again_when_the_rules_change() {
             Some(&local),
         ))
     };
-    for packet in packets {
+    for (packet, answer) in packets.iter().zip(answers) {
+        let answered = |filter: &mut Filter, now| {
+            assert_eq!(remember(filter, now, &answer), None);
+            // By another shard, which does not know who began it.
+            let headers = Headers::parse(&answer).unwrap();
+            let reply = headers.flow(&answer).reversed();
+            filter.learn(now, reply);
+        };
         let mut filter = Filter::new(now, rules("10.0.0.2", "10.0.0.1"));
         for _ in 0..3 {
-            assert_eq!(admit(&mut filter, now, &packet), Ok(()));
+            assert_eq!(admit(&mut filter, now, packet), Ok(()));
+            answered(&mut filter, now);
         }
         filter.set_rules(now, rules("10.0.0.3", "10.0.0.1"));
-        assert_eq!(admit(&mut filter, now, &packet), DENIED);
+        // For as long as both go on.
+        for secs in 0..=2 {
+            let now = now + secs * (FLOW_TIMEOUT - Duration::from_secs(1));
+            assert_eq!(admit(&mut filter, now, packet), DENIED);
+            answered(&mut filter, now);
+        }
         filter.set_rules(now, rules("10.0.0.2", "10.0.0.1"));
-        assert_eq!(admit(&mut filter, now, &packet), Ok(()));
+        assert_eq!(admit(&mut filter, now, packet), Ok(()));
         filter.set_rules(now, rules("10.0.0.2", "10.0.0.9"));
-        assert_eq!(admit(&mut filter, now, &packet), NOT_LOCAL);
+        assert_eq!(admit(&mut filter, now, packet), NOT_LOCAL);
     }
 }
 

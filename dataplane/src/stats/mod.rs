@@ -104,7 +104,7 @@ named! {
         SealedForOthers = "sealed_for_others",
         /// Pings by TSMP that were answered; what else came by TSMP is no more than counted as a drop.
         PingsAnswered = "pings_answered",
-        /// Remembered outbound flows that made room for newer ones.
+        /// Remembered flows that made room for newer ones.
         FlowsEvicted = "flows_evicted",
         /// CE marks of the underlay passed on to inner packets.
         CongestionMarks = "congestion_marks",
