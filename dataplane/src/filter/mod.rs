@@ -28,9 +28,9 @@
 //! are remembered of flows that began here, and no rule is asked about them. Of a flow that a peer began, by
 //! leave of a rule, it is remembered that it did ([`Memory`]): our answers do not make it one of ours.
 //!
-//! With [`Rules::AllowAll`](crate::types::Rules) both `admit` and `remember` return at once, and
-//! no memory of flows exists. Flows are then remembered from the moment a list is installed, here or
-//! at a shard that has it a moment before us and tells us of a flow.
+//! With [`Rules::AllowAll`](crate::types::Rules) no rule is asked, but flows are remembered all the same:
+//! a list may follow, or shields go up, and what began here goes on. A plain device, of which nobody said
+//! what is its own, remembers nothing before its first list, or before another shard tells it of a flow.
 //!
 //! Rooms: `rules` is whose packets a rule is about, `table` where it lets them; `flows` remembers what
 //! began here, `tsmp` answers what ends in the node.
@@ -168,7 +168,7 @@ impl Filter {
 
     /// Replaces the rules and gives back those that were. Remembered flows stay.
     pub fn set_rules(&mut self, now: Instant, rules: Arc<CompiledRules>) -> Arc<CompiledRules> {
-        if !rules.is_allow_all() {
+        if rules.remembers() {
             self.memory(now);
         }
         self.local_before = None;
@@ -201,11 +201,14 @@ impl Filter {
         if self.rules.is_allow_all() {
             self.admit_local(headers.dst)?;
             // Where nothing is said of what is ours, this is no node of a tailnet but a plain device.
-            return if headers.protocol == TSMP && self.rules.knows_local() {
-                Err(DropReason::FilterConsumed)
-            } else {
-                Ok(())
-            };
+            if !self.rules.knows_local() {
+                return Ok(());
+            }
+            if headers.protocol == TSMP {
+                return Err(DropReason::FilterConsumed);
+            }
+            self.note_inbound(now, headers, packet);
+            return Ok(());
         }
         self.decide(now, headers, packet)
     }
@@ -238,7 +241,7 @@ impl Filter {
         packet: &[u8],
         owner_forgot: impl FnOnce() -> Option<Instant>,
     ) -> Option<Tell> {
-        if self.rules.is_allow_all() || !matches!(headers.protocol, UDP | SCTP) {
+        if !self.rules.remembers() || !matches!(headers.protocol, UDP | SCTP) {
             return None;
         }
         // Later fragments have no ports; the first one stood for them.
@@ -298,6 +301,20 @@ impl Filter {
         }
         self.local_before = Some(dst);
         Ok(())
+    }
+
+    /// Notes a packet that nothing had to let in.
+    #[inline]
+    fn note_inbound(&mut self, now: Instant, headers: &Headers, packet: &[u8]) {
+        if !matches!(headers.protocol, UDP | SCTP) || headers.ports(packet).is_none() {
+            return;
+        }
+        let flow = headers.flow(packet);
+        if let Some(flows) = &mut self.flows
+            && !flows.ours.admits(now, &flow)
+        {
+            flows.begun_there(now, flow, true);
+        }
     }
 
     /// The verdict of the rules.

@@ -160,6 +160,12 @@ impl CompiledRules {
         self.local.is_some()
     }
 
+    /// Whether flows are remembered under these rules: where they are a list, and where one may follow.
+    #[inline]
+    pub(super) fn remembers(&self) -> bool {
+        !self.allow_all || self.knows_local()
+    }
+
     /// Whether a destination is ours or one we route for; true if that is not known.
     #[inline]
     pub fn is_local(&self, dst: IpAddr) -> bool {

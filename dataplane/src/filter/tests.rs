@@ -208,6 +208,28 @@ fn allow_all_admits_everything_and_remembers_nothing() {
 }
 
 #[test]
+fn what_began_under_allow_all_is_still_known_under_a_list() {
+    let now = now();
+    let local = [prefix("10.0.0.0/24")];
+    let rules = |rules| Arc::new(CompiledRules::compile(&rules, Some(&local)));
+    let mut filter = Filter::new(now, rules(Rules::AllowAll));
+    let (us, them) = ("10.0.0.1:7", "10.0.0.2:2");
+    let theirs = between(them, us).udp(b"x");
+    let ours = between("10.0.0.1:8", them).udp(b"x");
+    let reply = between(them, "10.0.0.1:8").udp(b"x");
+    assert_eq!(admit(&mut filter, now, &theirs), Ok(()));
+    let answer = between(us, them).udp(b"x");
+    assert_eq!(remember(&mut filter, now, &answer), None);
+    assert!(remember(&mut filter, now, &ours).is_some());
+    assert_eq!(admit(&mut filter, now, &reply), Ok(()));
+    filter.set_rules(now, rules(Rules::default()));
+    // What only receives goes on; what the peer began does not, and our answers change nothing.
+    assert_eq!(admit(&mut filter, now, &reply), Ok(()));
+    assert_eq!(remember(&mut filter, now, &answer), None);
+    assert_eq!(admit(&mut filter, now, &theirs), DENIED);
+}
+
+#[test]
 fn every_peer_may_connect_to_our_peerapi_and_to_no_other_port() {
     let now = now();
     let mut filter = deny_all(now);
