@@ -464,6 +464,14 @@ impl Dataplane {
             current.table = Arc::new(table);
         }
         if let Some(rules) = rules {
+            let (sources, before) = (rules.without_table(), current.rules.without_table());
+            if sources > 0 && before == 0 {
+                tracing::warn!(
+                    sources,
+                    "the packet filter is too large for its tables: what these sources send costs more \
+                     the more rules name them"
+                );
+            }
             current.rules = Arc::new(rules);
         }
         current.peerapi = peerapi.unwrap_or(current.peerapi);

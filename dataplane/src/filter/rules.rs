@@ -8,7 +8,7 @@
 //! What a node's rules let through stands in a [`Table`] by destination, which all nodes with the same
 //! rules share, so that what a packet costs does not grow with their number. Tables can be larger
 //! than the rules they are made of: where they would hold more than [`TABLE_PARTS_MAX`], the nodes that
-//! are left ask their rules one by one.
+//! are left ask their rules one by one ([`CompiledRules::without_table`] says how many).
 //!
 //! Compile on the control side and share the result by `Arc`.
 
@@ -19,8 +19,11 @@ use super::table::Table;
 use crate::route::{PrefixMap, covers, masked};
 use crate::types::{Prefix, Rules};
 
-/// Destinations that all tables of a filter hold at most.
+/// Parts ([`Table::parts`]) that all tables of a filter hold at most.
 pub(crate) const TABLE_PARTS_MAX: usize = 1 << 17;
+/// Destinations, as the rules write them, that are made into tables at most, whether these fit or not: it
+/// bounds the caller's time.
+const WRITTEN_MAX: usize = 8 * TABLE_PARTS_MAX;
 
 /// Compiled [`Rules`]. Immutable.
 #[derive(Clone, Debug)]
@@ -30,7 +33,9 @@ pub struct CompiledRules {
     sources: PrefixMap<u32>,
     nodes: Vec<Node>,
     tables: Vec<Table>,
+    /// All of them while a node has no table, else none.
     rules: Vec<CompiledRule>,
+    without_table: usize,
 }
 
 /// One source prefix.
@@ -121,6 +126,7 @@ impl CompiledRules {
             nodes: Vec::new(),
             tables: Vec::new(),
             rules: Vec::new(),
+            without_table: 0,
         };
         let Rules::List(list) = rules else {
             return compiled;
@@ -158,6 +164,11 @@ impl CompiledRules {
     #[inline]
     pub fn knows_local(&self) -> bool {
         self.local.is_some()
+    }
+
+    /// Sources whose rules are asked one by one, since there is no room for what they let through.
+    pub(crate) fn without_table(&self) -> usize {
+        self.without_table
     }
 
     /// Whether flows are remembered under these rules: where they are a list, and where one may follow.
@@ -216,8 +227,7 @@ impl CompiledRules {
     /// Puts tables in the place of rules, one for all nodes with the same, while there is room.
     fn make_tables(&mut self) {
         let mut made: HashMap<Vec<u32>, u32> = HashMap::new();
-        let mut room = TABLE_PARTS_MAX;
-        let mut left = false;
+        let (mut room, mut writing) = (TABLE_PARTS_MAX, WRITTEN_MAX);
         for node in &mut self.nodes {
             let LetsIn::Rules(rules) = &mut node.lets_in else {
                 continue;
@@ -226,24 +236,35 @@ impl CompiledRules {
                 Some(table) => *table,
                 None => {
                     let of = rules.iter().map(|rule| &self.rules[*rule as usize]);
-                    let parts = of.clone().map(|rule| rule.destinations.len()).sum();
-                    let Some(rest) = room.checked_sub(parts) else {
-                        left = true;
+                    let Some(table) = table_within(&mut room, &mut writing, of) else {
+                        self.without_table += 1;
                         continue;
                     };
-                    room = rest;
-                    let table = index_u32(self.tables.len());
-                    self.tables.push(Table::new(of));
+                    self.tables.push(table);
+                    let table = index_u32(self.tables.len() - 1);
                     made.insert(std::mem::take(rules), table);
                     table
                 }
             };
             node.lets_in = LetsIn::Table(table);
         }
-        if !left {
+        if self.without_table == 0 {
             self.rules = Vec::new();
         }
     }
+}
+
+/// The table of these rules, if there is room for it, and for the destinations they write.
+fn table_within<'a>(
+    room: &mut usize,
+    writing: &mut usize,
+    rules: impl Iterator<Item = &'a CompiledRule> + Clone,
+) -> Option<Table> {
+    let written = rules.clone().map(|rule| rule.destinations.len()).sum();
+    *writing = writing.checked_sub(written)?;
+    let table = Table::new(rules);
+    *room = room.checked_sub(table.parts())?;
+    Some(table)
 }
 
 impl CompiledRule {

@@ -19,7 +19,7 @@ const PREFIXES_FEW: usize = 4;
 const RANGES_FEW: usize = 8;
 /// Ranges searched at most: as many take an eighth of the memory that a bit for each port takes.
 const RANGES_MAX: usize = 256;
-/// What one destination costs at worst: the place, and a range of its own for each protocol.
+/// What one part ([`Table::parts`]) costs at worst: the place, and a range for each protocol.
 #[cfg(test)]
 pub(crate) const PART_COST: usize = size_of::<Destination>() + WITH_PORTS.len() * 32;
 
@@ -93,6 +93,13 @@ impl Table {
         }
     }
 
+    /// How large it is: of each destination the ranges of the protocol that has most, one at least.
+    pub(super) fn parts(&self) -> usize {
+        let of_one = |one: &Destination| one.ports.iter().map(Ports::ranges).max();
+        let parts = self.destinations.iter().filter_map(of_one);
+        parts.map(|ranges| ranges.max(1)).sum()
+    }
+
     /// Whether any of the rules lets such a packet through.
     #[inline]
     pub(super) fn matches(&self, ask: Ask, dst: IpAddr) -> bool {
@@ -157,6 +164,14 @@ impl Ports {
             bits[usize::from(port / 64)] |= 1 << (port % 64);
         }
         Ports::Bits(bits.into())
+    }
+
+    /// How many ranges take as much memory.
+    fn ranges(&self) -> usize {
+        match self {
+            Ports::Ranges(ranges) => ranges.len(),
+            Ports::Bits(_) => RANGES_MAX,
+        }
     }
 
     #[inline]

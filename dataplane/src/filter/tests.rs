@@ -701,6 +701,7 @@ fn rules_that_no_table_has_room_for_count_all_the_same() {
     ];
     let filter = CompiledRules::compile(&Rules::List(rules.to_vec()), None);
     assert_eq!(filter.tables(), [true, false]);
+    assert_eq!(filter.without_table(), 1);
     for (src, dst, want) in [
         ("10.0.0.1", "11.0.200.1", true),
         ("10.0.0.1", "12.0.200.1", false),
@@ -712,6 +713,37 @@ fn rules_that_no_table_has_room_for_count_all_the_same() {
         let found = filter.matches(Ask::Port(UDP, 7), src, dst);
         assert_eq!(found, want, "{src} to {dst}");
         assert!(!filter.matches(Ask::Port(UDP, 8), src, dst));
+    }
+}
+
+/// Rules of many groups about the same few places take no more room than the places.
+#[test]
+fn what_rules_say_twice_takes_room_once() {
+    let ports = 0..2_000_u16;
+    let to = prefix("11.0.0.1");
+    let same = || ports.clone().map(|port| (to, 2 * port, 2 * port));
+    let rule = |sources: &[&str], destinations| Rule {
+        sources: sources.iter().map(|text| prefix(text)).collect(),
+        destinations,
+        protocols: vec![UDP],
+    };
+    let often = (0..TABLE_PARTS_MAX / 2_000).flat_map(|_| same());
+    let rules = [
+        rule(&["10.0.0.1", "10.0.0.2"], often.collect()),
+        rule(&["10.0.0.2"], vec![(to, 7, 7); 2_000]),
+    ];
+    let filter = CompiledRules::compile(&Rules::List(rules.to_vec()), None);
+    assert_eq!(filter.tables(), [true, true]);
+    assert_eq!(filter.without_table(), 0);
+    for (src, port, want) in [
+        ("10.0.0.1", 3_998, true),
+        ("10.0.0.1", 7, false),
+        ("10.0.0.2", 3_998, true),
+        ("10.0.0.2", 7, true),
+        ("10.0.0.2", 9, false),
+    ] {
+        let (src, dst) = (src.parse().unwrap(), to.addr);
+        assert_eq!(filter.matches(Ask::Port(UDP, port), src, dst), want);
     }
 }
 
