@@ -40,6 +40,8 @@ pub(crate) struct Machine {
     /// was made under.
     generation: u32,
     met: Option<u32>,
+    /// When they were first for that key.
+    since: Instant,
     pub(super) keys: Keypairs,
     /// Our outstanding initiation. It stays when the peer's is answered: whichever response comes
     /// completes a handshake, so initiations that cross stall nobody.
@@ -79,6 +81,7 @@ impl Machine {
             remote,
             generation,
             met: None,
+            since: now,
             keys: Keypairs::default(),
             initiated: None,
             attempt: None,
@@ -104,7 +107,7 @@ impl Machine {
             return;
         }
         self.remote = self.remote.towards(&own.local);
-        self.generation = own.generation;
+        (self.generation, self.since) = (own.generation, now);
         if self.initiated.is_some() {
             self.forget_initiation(own);
             self.want_initiation(own, now);
@@ -116,13 +119,19 @@ impl Machine {
         own.ours(now).previous().is_some() && self.met != Some(own.generation)
     }
 
-    /// How long no initiation follows a handshake message.
+    /// How long no initiation follows a handshake message. While our key is being renewed, half of the time
+    /// for which we have tried with it: each initiation voids the one before, so in the end one has to wait
+    /// for its response, however long that takes.
     fn retry_after(&self, own: &Own, now: Instant) -> Duration {
-        if self.renewing(own, now) {
-            RENEWAL_RETRY
-        } else {
-            REKEY_TIMEOUT
+        if !self.renewing(own, now) {
+            return REKEY_TIMEOUT;
         }
+        let tried = if self.generation == own.generation {
+            now.saturating_duration_since(self.since)
+        } else {
+            Duration::ZERO
+        };
+        (tried / 2).clamp(RENEWAL_RETRY, REKEY_TIMEOUT)
     }
 
     /// Changes the persistent keep-alive; one that begins is due at once.

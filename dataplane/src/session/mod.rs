@@ -187,8 +187,8 @@ const INITIATION_INTERVAL_MIN: Duration = Duration::from_millis(100);
 const QUIET_LIMIT: Duration = Duration::from_secs(3);
 /// And keys are fresh for this long.
 const FRESH: Duration = Duration::from_secs(15);
-/// The same, and the time between initiations, while our key is being renewed and the peer has not been
-/// met under the new one: it may have given up our sessions with the old, and learns of the new one at
+/// The same, and the time between initiations at first, while our key is being renewed and the peer has not
+/// been met under the new one: it may have given up our sessions with the old, and learns of the new one at
 /// any moment.
 const RENEWAL_QUIET_LIMIT: Duration = Duration::from_millis(250);
 const RENEWAL_RETRY: Duration = Duration::from_millis(400);

@@ -1,6 +1,7 @@
 //! One timeline per rule of the WireGuard paper's sections 5 and 6. The clock is jumped to where
 //! the session wants to be called.
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -997,6 +998,35 @@ fn a_peer_that_gave_up_our_sessions_with_the_key_is_met_within_a_second() {
     // From then on the paper's times count again.
     let _unanswered = a.seal(again, &ipv4(100));
     assert_silent(Said::Initiation, &mut a, 2.0, 16.6);
+}
+
+#[test]
+fn a_renewed_key_is_met_however_long_a_response_takes() {
+    for round_trip in [0.0, 0.4, 0.8, 1.5, 4.0].map(Duration::from_secs_f64) {
+        let (mut a, _) = joined(OURS);
+        renew(&mut a, 1.0);
+        let mut b = acquainted();
+        let mut now = Duration::from_secs(1);
+        let mut responses = VecDeque::new();
+        while !b.ready(at(now)) {
+            assert!(now < Duration::from_secs(20), "{round_trip:?}");
+            // It goes on sending.
+            let _lost = a.seal(at(now), &ipv4(100));
+            if let (_, Some(said)) = a.step(at(now))
+                && said[0] == 1
+            {
+                let (_, response) = b.handshake(at(now + round_trip / 2), &said).unwrap();
+                responses.push_back((now + round_trip, response));
+            }
+            while responses.front().is_some_and(|(due, _)| *due <= now) {
+                let (_, response) = responses.pop_front().unwrap();
+                if let Ok((_, keepalive)) = a.handshake(at(now), &response) {
+                    b.open(at(now + round_trip / 2), &[&keepalive]);
+                }
+            }
+            now += Duration::from_millis(10);
+        }
+    }
 }
 
 #[test]
