@@ -80,8 +80,17 @@ fn known_flows(c: &mut Criterion) {
         ("ping", [9, 10].map(|last| from(last).icmp(8, 0, &[1; 56]))),
         ("gre", [9, 10].map(|last| from(last).ip(47, &[1; 200]))),
     ];
-    for count in [1, 10_000] {
-        let rules = Arc::new(CompiledRules::compile(&many(count), None));
+    // As a node has it: told what is its own, and with a memory of who began what.
+    let local = [Prefix {
+        addr: us.ip(),
+        bits: 32,
+    }];
+    for (rules, which) in [
+        (Rules::AllowAll, "all allowed"),
+        (many(1), "1 rules"),
+        (many(10_000), "10000 rules"),
+    ] {
+        let rules = Arc::new(CompiledRules::compile(&rules, Some(&local)));
         let mut filter = Filter::new(now, rules);
         for (name, packets) in &kinds {
             let headers = packets.each_ref().map(|packet| Headers::parse(packet));
@@ -90,15 +99,30 @@ fn known_flows(c: &mut Criterion) {
             };
             let headers = [one, other];
             assert!(filter.admit(now, &headers[0], &packets[0]).is_ok());
-            group.bench_function(format!("{name}, {count} rules"), |b| {
+            group.bench_function(format!("{name}, {which}"), |b| {
                 b.iter(|| filter.admit(now, black_box(&headers[0]), black_box(&packets[0])));
             });
             let mut turn = 0;
-            group.bench_function(format!("{name} by turns, {count} rules"), |b| {
+            group.bench_function(format!("{name} by turns, {which}"), |b| {
                 b.iter(|| {
                     turn ^= 1;
                     filter.admit(now, black_box(&headers[turn]), black_box(&packets[turn]))
                 });
+            });
+        }
+        // The second is the answer to what came above.
+        let out = [54, 53].map(|port| {
+            let from = SocketAddr::new(us.ip(), port);
+            let to = SocketAddr::from(([100, 64, 0, 9], 5000));
+            Builder::new(from, to).udp(&[1; 200])
+        });
+        for (name, packet) in ["udp of ours", "udp answer"].iter().zip(&out) {
+            let Ok(headers) = Headers::parse(packet) else {
+                continue;
+            };
+            let _new = filter.remember(now, &headers, packet);
+            group.bench_function(format!("{name} out, {which}"), |b| {
+                b.iter(|| filter.remember(now, black_box(&headers), black_box(packet)));
             });
         }
     }
