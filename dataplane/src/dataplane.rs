@@ -176,8 +176,8 @@ impl Dataplane {
         };
         *lock(&dataplane.hub.settings) = Arc::new(Settings {
             private_key: config.private_key.clone(),
-            previous_key: None,
             mtu: usize::from(config.mtu),
+            ..Settings::default()
         });
         // Dropping `dataplane` on the way out stops what has been started.
         dataplane.spawn(&config, device.queues.into())?;
@@ -357,28 +357,18 @@ impl Dataplane {
     /// Changes our private key, or removes it: then nothing handshakes. Sessions end; the next
     /// packet, or a persistent keep-alive, handshakes anew.
     pub fn set_private_key(&self, key: Option<&Zeroizing<[u8; 32]>>) {
-        self.hub.change_settings(|settings| {
-            settings.private_key = key.cloned();
-            settings.previous_key = None;
-        });
+        self.hub.change_settings(|settings| settings.set_key(key));
     }
 
     /// Changes our private key while peers go over to the new public key one by one. Sessions live on
     /// until the peer or we replace them; what we begin, we begin under the new key, and repeat it twice
-    /// a second where a peer does not know that yet; handshakes for the old key are answered for
-    /// [`RENEWAL`], then it is erased. The same key again begins that time anew. Without a key before, and
-    /// under boringtun, this is [`Dataplane::set_private_key`].
+    /// a second at first where a peer does not know that yet; handshakes for the old key are answered for
+    /// [`RENEWAL`], then it is erased, with what it shares with peers. The same key again begins that time
+    /// anew. Without a key before, and under boringtun, this is [`Dataplane::set_private_key`].
     pub fn renew_key(&self, key: &Zeroizing<[u8; 32]>) {
         let until = sys::now() + RENEWAL;
-        self.hub.change_settings(|settings| {
-            let before = settings.private_key.replace(key.clone());
-            let previous = if before.as_ref() == Some(key) {
-                settings.previous_key.take().map(|(previous, _)| previous)
-            } else {
-                before
-            };
-            settings.previous_key = previous.map(|previous| (previous, until));
-        });
+        self.hub
+            .change_settings(|settings| settings.renew_key(key, until));
     }
 
     /// Changes the largest inner packet, up to which sealing pads. The interface's MTU is the

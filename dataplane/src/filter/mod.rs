@@ -94,7 +94,7 @@ pub fn source_allowed(
 pub struct Filter {
     rules: Arc<CompiledRules>,
     peerapi: PeerApi,
-    /// Exists from the first rule list or flow of another shard on.
+    /// Exists from the first rules on under which flows are remembered, or flow of another shard.
     flows: Option<Memory>,
     flows_max: usize,
     /// The last destination found to be ours, under these rules: nearly every packet has it again.

@@ -88,8 +88,8 @@ impl Lab {
         let epoch = now();
         let settings = Settings {
             private_key: Some(Zeroizing::new([1; 32])),
-            previous_key: None,
             mtu: 1420,
+            ..Settings::default()
         };
         let peers: Vec<Far> = (2..=20).map(Far::new).collect();
         let configs = peers

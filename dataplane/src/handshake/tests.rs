@@ -19,8 +19,8 @@ fn local(n: u8) -> LocalKeys {
 fn settings(n: Option<u8>) -> Settings {
     Settings {
         private_key: n.map(|n| Zeroizing::new([n; 32])),
-        previous_key: None,
         mtu: 1420,
+        ..Settings::default()
     }
 }
 
@@ -132,8 +132,8 @@ fn a_renewed_key_counts_beside_the_one_before_which_is_erased_in_time() {
     let mut worker = worker(start);
     let until = start + Duration::from_secs(30);
     hub.change_settings(|newest| {
-        newest.private_key = Some(Zeroizing::new([9; 32]));
-        newest.previous_key = Some((Zeroizing::new([1; 32]), until));
+        newest.set_key(Some(&Zeroizing::new([1; 32])));
+        newest.renew_key(&Zeroizing::new([9; 32]), until);
     });
     worker.hear(&hub);
     assert!((29_900..=30_001).contains(&worker.wait_ms(start)));

@@ -70,8 +70,41 @@ pub(crate) struct Settings {
     pub(crate) private_key: Option<Zeroizing<[u8; 32]>>,
     /// The key that this one has taken over from, and up to when it counts beside it.
     pub(crate) previous_key: Option<(Zeroizing<[u8; 32]>, Instant)>,
+    /// Grows when the key becomes one that does not renew the one before: sessions end.
+    pub(crate) line: u32,
+    /// Grows when it becomes one that does.
+    pub(crate) renewals: u32,
     /// Packets are padded up to this many bytes at most.
     pub(crate) mtu: usize,
+}
+
+impl Settings {
+    /// The key before ours, and up to when it counts.
+    pub(crate) fn previous(&self) -> Option<(&Zeroizing<[u8; 32]>, Instant)> {
+        let (key, until) = self.previous_key.as_ref()?;
+        Some((key, *until))
+    }
+
+    /// Changes the key, or removes it.
+    pub(crate) fn set_key(&mut self, key: Option<&Zeroizing<[u8; 32]>>) {
+        if self.private_key.as_ref() != key {
+            self.private_key = key.cloned();
+            self.line = self.line.wrapping_add(1);
+        }
+        self.previous_key = None;
+    }
+
+    /// Renews the key; the one before counts up to a moment. With the same key that is another moment.
+    pub(crate) fn renew_key(&mut self, key: &Zeroizing<[u8; 32]>, until: Instant) {
+        let before = self.private_key.replace(key.clone());
+        let previous = if before.as_ref() == Some(key) {
+            self.previous_key.take().map(|(previous, _)| previous)
+        } else {
+            self.renewals = self.renewals.wrapping_add(1);
+            before
+        };
+        self.previous_key = previous.map(|previous| (previous, until));
+    }
 }
 
 /// What a shard takes over in one step, so that nobody's packet is judged by one half of it.

@@ -139,7 +139,7 @@ pub fn public_key(private: &[u8; KEY_LEN]) -> [u8; KEY_LEN] {
 /// A peer's static public key, the preshared key, and what follows from them and our own key.
 pub struct Remote {
     pub(super) public: [u8; KEY_LEN],
-    /// `DH(ours, theirs)`; none for a key of low order.
+    /// `DH(ours, theirs)`; none for a key of low order, and when it was erased.
     shared: Option<Zeroizing<[u8; KEY_LEN]>>,
     /// All zero where there is none.
     pub(super) preshared: [u8; KEY_LEN],
@@ -189,6 +189,11 @@ impl Remote {
         &self.public
     }
 
+    /// Erases what both static keys share; the remote can never handshake then.
+    pub fn forget_shared(&mut self) {
+        self.shared = None;
+    }
+
     /// Changes the preshared key, for handshakes from now on.
     pub fn set_preshared(&mut self, preshared: Option<&[u8; KEY_LEN]>) {
         self.preshared = preshared.copied().unwrap_or_default();
@@ -200,5 +205,10 @@ impl Remote {
     /// [`Error::LowOrder`].
     pub(super) fn shared(&self) -> Result<Zeroizing<[u8; KEY_LEN]>, Error> {
         self.shared.clone().ok_or(Error::LowOrder)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn has_shared(&self) -> bool {
+        self.shared.is_some()
     }
 }

@@ -250,6 +250,14 @@ impl Peers {
         wanted
     }
 
+    /// Erases what sessions have of keys of ours that count no more.
+    pub(crate) fn forget_keys_before(&mut self, engine: &Engine) {
+        let peers = self.by_id.iter_mut().flatten();
+        for session in peers.filter_map(|peer| peer.session.as_mut()) {
+            session.forget_keys_before(engine);
+        }
+    }
+
     /// The peer with a session, made if it has none.
     pub(crate) fn wake(
         &mut self,

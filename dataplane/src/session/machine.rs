@@ -114,6 +114,18 @@ impl Machine {
         }
     }
 
+    /// Erases what the peer shares with a key of ours that counts no more.
+    pub(super) fn forget_shared(&mut self, own: &Own) {
+        let counts = match own.generation.wrapping_sub(self.generation) {
+            0 => true,
+            1 => own.previous.is_some(),
+            _ => false,
+        };
+        if !counts {
+            self.remote.forget_shared();
+        }
+    }
+
     /// Whether our key is being renewed, and the peer was not met under the new one.
     fn renewing(&self, own: &Own, now: Instant) -> bool {
         own.ours(now).previous().is_some() && self.met != Some(own.generation)

@@ -288,22 +288,25 @@ impl Engine {
         }
     }
 
-    /// Makes messages with another private key from now on; those for the one before are answered up to a
-    /// moment. False if it cannot: boringtun's sessions have it for their life.
+    /// Makes messages with the key from now on that has renewed ours, so many times (0: it is the same);
+    /// those for the one before it are answered up to a moment. False if it cannot: boringtun's sessions
+    /// have theirs for their life.
     #[must_use]
     pub(crate) fn renew_key(
         &mut self,
         key: &Zeroizing<[u8; 32]>,
-        previous: &Zeroizing<[u8; 32]>,
-        until: Instant,
+        renewals: u32,
+        previous: Option<(&Zeroizing<[u8; 32]>, Instant)>,
     ) -> bool {
-        #[cfg(feature = "boringtun")]
-        if self.tunn.is_some() {
-            return false;
+        if renewals > 0 {
+            #[cfg(feature = "boringtun")]
+            if self.tunn.is_some() {
+                return false;
+            }
+            self.own.local = LocalKeys::new(key);
+            self.own.generation = self.own.generation.wrapping_add(renewals);
         }
-        self.own.local = LocalKeys::new(key);
-        self.own.generation = self.own.generation.wrapping_add(1);
-        self.keep_key(Some((previous, until)));
+        self.keep_key(previous);
         true
     }
 
@@ -551,6 +554,16 @@ impl Session {
         match self {
             Session::Ours(machine) => machine.set_stamps(stamps),
             #[cfg(feature = "boringtun")]
+            Session::Boringtun(_) => {}
+        }
+    }
+
+    /// Erases what it has of keys of ours that count no more, but the keys of data.
+    pub(crate) fn forget_keys_before(&mut self, engine: &Engine) {
+        match self {
+            Session::Ours(machine) => machine.forget_shared(&engine.own),
+            #[cfg(feature = "boringtun")]
+            // It does not live through a renewal.
             Session::Boringtun(_) => {}
         }
     }

@@ -169,6 +169,7 @@ fn engine(inbox: &Inbox, id: u8, kind: config::Engine, settings: &Settings) -> O
     let key = settings.private_key.as_ref()?;
     let rng = rand::make_rng();
     let mut engine = Engine::new(kind, key, settings.mtu, id, rng);
+    engine.keep_key(settings.previous());
     engine.show_awaited(Arc::clone(&inbox.awaited));
     Some(engine)
 }
@@ -372,25 +373,26 @@ impl<'a> Shard<'a> {
         }
     }
 
-    /// Takes over our keys and the MTU. Another key ends every session, but where it renews the one
-    /// before.
+    /// Takes over our keys and the MTU. Another key ends every session, but where it renews the one before,
+    /// or one before that: settings in between may have passed unread.
     fn apply(&mut self, settings: Arc<Settings>) {
         self.flush_runs();
         let before = std::mem::replace(&mut self.settings, Arc::clone(&settings));
-        let previous = settings.previous_key.as_ref();
-        let goes_on = match (&before.private_key, &settings.private_key, &mut self.engine) {
-            (old, new, Some(engine)) if old == new => {
-                engine.keep_key(previous.map(|(key, until)| (key, *until)));
-                true
+        let renewals = settings.renewals.wrapping_sub(before.renewals);
+        let goes_on = match (&settings.private_key, &mut self.engine) {
+            (None, None) => true,
+            (Some(key), Some(engine)) if settings.line == before.line => {
+                engine.renew_key(key, renewals, settings.previous())
             }
-            (old, new, None) => old == new,
-            (Some(old), Some(new), Some(engine)) => previous.is_some_and(|(previous, until)| {
-                previous == old && engine.renew_key(new, previous, *until)
-            }),
-            (_, _, Some(_)) => false,
+            _ => false,
         };
         match &mut self.engine {
-            Some(engine) if goes_on => engine.set_mtu(settings.mtu),
+            Some(engine) if goes_on => {
+                engine.set_mtu(settings.mtu);
+                if renewals > 0 || settings.previous_key != before.previous_key {
+                    self.peers.forget_keys_before(engine);
+                }
+            }
             _ if goes_on => {}
             _ => {
                 self.engine = engine(self.inbox, self.id, self.kind, &settings);

@@ -42,8 +42,8 @@ fn seat() -> Seat {
         cpu: None,
         settings: Arc::new(Settings {
             private_key: Some(Zeroizing::new(OWN_KEY)),
-            previous_key: None,
             mtu: 1420,
+            ..Settings::default()
         }),
         roam: false,
         kind: config::Engine::Ringtail,
@@ -833,6 +833,53 @@ fn a_handshake_asked_for_before_there_is_a_way_goes_out_with_the_first() {
     seat.hub.inboxes[0].paths.set(far.id, path(None, true));
     shard.commands();
     assert_eq!(sent(&mut shard).len(), 1);
+}
+
+#[test]
+fn renewals_that_passed_unread_end_no_session_and_another_key_does() {
+    let key = |n| Zeroizing::new([n; 32]);
+    let until = sys::now() + Duration::from_secs(30);
+    type Change = fn(&mut Settings, &[Zeroizing<[u8; 32]>; 2], Instant);
+    let unread: [(Change, bool); 4] = [
+        (
+            |settings, [one, _], until| settings.renew_key(one, until),
+            true,
+        ),
+        (
+            |settings, [one, other], until| {
+                settings.renew_key(one, until);
+                settings.renew_key(other, until);
+            },
+            true,
+        ),
+        (
+            |settings, [one, _], until| {
+                settings.renew_key(one, until);
+                // Its time is over.
+                settings.previous_key = None;
+            },
+            true,
+        ),
+        (
+            |settings, [one, other], until| {
+                settings.set_key(Some(one));
+                settings.renew_key(other, until);
+            },
+            false,
+        ),
+    ];
+    for (at, (change, stays)) in unread.into_iter().enumerate() {
+        let seat = seat();
+        let mut shard = shard(&seat);
+        let far = joined(&mut shard);
+        let mut settings = Settings::clone(&seat.settings);
+        change(&mut settings, &[key(7), key(8)], until);
+        seat.hub.change_settings(|newest| *newest = settings);
+        shard.commands();
+        let now = shard.ctx.now;
+        let ready = shard.peers.get(far.id).unwrap().ready(now);
+        assert_eq!(ready, stays, "{at}");
+    }
 }
 
 #[test]

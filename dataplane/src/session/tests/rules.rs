@@ -924,7 +924,11 @@ fn data_sealed_elsewhere_puts_a_persistent_keepalive_off() {
 /// The end with the private key 1 goes over to 3.
 fn renew(end: &mut End, seconds: f64) {
     let until = secs(seconds).now + crate::dataplane::RENEWAL;
-    assert!(end.engine.renew_key(&private(3), &private(1), until));
+    let previous = private(1);
+    assert!(
+        end.engine
+            .renew_key(&private(3), 1, Some((&previous, until)))
+    );
 }
 
 /// What the peer that knows it by its new key has.
@@ -954,6 +958,41 @@ fn a_renewed_key_ends_no_session_and_both_keys_are_answered_for_thirty_seconds()
     // Erased.
     a.engine.keep_key(None);
     assert!(a.handshake(secs(30.0), &after).is_err());
+}
+
+#[test]
+fn what_a_peer_shares_with_the_key_before_goes_with_it() {
+    let (mut a, mut b) = joined(OURS);
+    renew(&mut a, 1.0);
+    let forget = |a: &mut End| a.session.forget_keys_before(&a.engine);
+    forget(&mut a);
+    assert!(a.machine().remote.has_shared(), "it counts still");
+    a.engine.keep_key(None);
+    forget(&mut a);
+    assert!(!a.machine().remote.has_shared());
+    carry(32.0, &mut a, &mut b);
+    carry(32.0, &mut b, &mut a);
+    let late = b.initiate(secs(33.0));
+    let refused = a.handshake(secs(33.0), &late).unwrap_err();
+    assert_eq!(refused, DropReason::HandshakeMac);
+    shake(secs(34.0), &mut a, &mut acquainted());
+    forget(&mut a);
+    assert!(a.machine().remote.has_shared());
+}
+
+#[test]
+fn a_key_that_was_renewed_twice_at_once_is_answered_by_its_last_two() {
+    let (mut a, mut b) = joined(OURS);
+    let (between, until) = (private(3), secs(1.0).now + crate::dataplane::RENEWAL);
+    assert!(a.engine.renew_key(&private(4), 2, Some((&between, until))));
+    carry(1.0, &mut a, &mut b);
+    let before = b.initiate(secs(6.0));
+    let refused = a.handshake(secs(6.0), &before).unwrap_err();
+    assert_eq!(refused, DropReason::HandshakeMac);
+    shake(secs(7.0), &mut acquainted(), &mut a);
+    let mut newest = end(OURS, 2, &peer_config(4, None));
+    shake(secs(8.0), &mut newest, &mut a);
+    carry(8.0, &mut a, &mut newest);
 }
 
 #[test]
