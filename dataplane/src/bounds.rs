@@ -27,7 +27,7 @@ use crate::peer::{
 };
 use crate::ring::{TUN_BUFFERS, UDP_BUFFERS};
 use crate::seal::{RUN_LEN, RUNS_MAX};
-use crate::session::{PLACES, SPANS_ROOM, keypair_cost};
+use crate::session::{Machine, PLACES, SPANS_ROOM, keypair_cost};
 use crate::shard::RELAY_JOIN_MAX;
 use crate::types::{Event, PEERS_MAX, PeerConfig, PeerId, Prefix, RelayBatch};
 use crate::udp::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
@@ -87,7 +87,8 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
         row(
             "peers: session and path at the owner",
             "one each",
-            peers * (size_of::<Peer>() + HEAP_COST + INDEXES * INDEX_COST),
+            peers
+                * (size_of::<Peer>() + size_of::<Machine>() + 2 * HEAP_COST + INDEXES * INDEX_COST),
         ),
         row(
             "peers: keys and replay windows",
@@ -139,8 +140,11 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
         ),
         row(
             "packet filter, by destination",
-            format!("{} destinations of all sources", thousands(TABLE_PARTS_MAX)),
-            TABLE_PARTS_MAX * PART_COST,
+            format!(
+                "{} destinations of all sources, twice while it changes",
+                thousands(TABLE_PARTS_MAX)
+            ),
+            2 * TABLE_PARTS_MAX * (PART_COST + size_of::<([u64; 3], u32)>() + MAP_COST),
         ),
         row(
             "receive buffers",

@@ -122,7 +122,7 @@ pub(crate) use awaited::PLACES;
 pub use end::{End, Got};
 #[cfg(feature = "internals")]
 pub use known::Known;
-use machine::Machine;
+pub(crate) use machine::Machine;
 pub(crate) use opened::Opened;
 #[cfg(feature = "boringtun")]
 use tunn::Tunnel;
