@@ -182,9 +182,13 @@ impl Router {
                 self.woken.insert(key, woken);
                 continue;
             }
-            if !theirs && let Err(error) = sysctl::switch(&sysctl::path(&woken.name, key.1), false)
+            if !theirs
+                && let Err(error) = sysctl::switch(&sysctl::path(&woken.name, key.1), false)
+                && error.kind() != io::ErrorKind::NotFound
             {
+                // Still guarded, and tried again.
                 tracing::warn!(%error, interface = woken.name, "it goes on forwarding");
+                self.woken.insert(key, woken);
                 continue;
             }
             self.ledger.done(&woken.entry(key.1));
@@ -486,5 +490,26 @@ mod tests {
         );
         assert!(router.woken.is_empty() && ledger.is_empty());
         assert!(!router.count(&overlay), "there is nothing to count");
+    }
+
+    #[test]
+    fn an_interface_that_cannot_be_put_to_sleep_stays_one_of_ours() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&StateDir::open(dir.path()).unwrap(), Duration::ZERO).unwrap();
+        let mut router = Router::new(52, ledger.clone());
+        // A name that no file can have is refused, as every name is where `/proc/sys` is read-only.
+        for (index, name) in [(3, "refused\0"), (4, "no-such-lan")] {
+            let woken = Woken {
+                name: name.into(),
+                all: true,
+            };
+            ledger.before(woken.entry(false)).unwrap();
+            router.woken.insert((index, false), woken);
+        }
+        router.put_to_sleep(&BTreeSet::new());
+        assert!(router.woken.keys().eq(&[(3, false)]), "{:?}", router.woken);
+        assert!(!ledger.is_empty());
+        ledger.done(&router.woken[&(3, false)].entry(false));
+        assert!(ledger.is_empty(), "the one that went is struck out");
     }
 }

@@ -45,6 +45,16 @@ const GONE: [i32; 4] = [
     nix::libc::EADDRNOTAVAIL,
 ];
 
+/// What the kernel answers when it may well do so the next time.
+const LATER: [i32; 4] = [
+    nix::libc::ENOBUFS,
+    nix::libc::ENOMEM,
+    nix::libc::EAGAIN,
+    nix::libc::EINTR,
+];
+/// Then it is asked again after this long.
+const LATER_PERIOD: Duration = Duration::from_secs(1);
+
 /// The thread's own.
 pub(super) struct Worker {
     pub(super) settings: Settings,
@@ -80,6 +90,7 @@ impl Worker {
     )]
     pub(super) fn run(mut self, watch: &Watch, rules: Option<&nft::Watch>, woken: &UnixStream) {
         let mut look = true;
+        let mut unseen = false;
         // Routes may change all the time, and what new ones take is thrown at once. Addresses and interfaces seldom
         // do, but a new address may forbid a route of ours, and an interface may be the one of our LAN.
         let (mut rest_until, mut rest_until_soon) = (Instant::now(), Instant::now());
@@ -97,14 +108,19 @@ impl Worker {
             self.claim.turn_away();
             let rested = start >= rest_until;
             if look && rested {
-                self.look_at_host();
-                let (settings, tun) = (&self.settings, &self.tun_name);
-                self.router
-                    .settle(start, settings, tun, &self.overlay, &self.host);
-                // Unless the kernel did not say.
-                if !self.host.links.is_empty() {
-                    let (ways, carrying) = (&self.host.ways, &self.host.carrying);
-                    self.lans.look(start, &self.overlay.offered, ways, carrying);
+                match self.look_at_host() {
+                    Ok(()) => {
+                        let (settings, tun) = (&self.settings, &self.tun_name);
+                        self.router
+                            .settle(start, settings, tun, &self.overlay, &self.host);
+                        let (ways, carrying) = (&self.host.ways, &self.host.carrying);
+                        self.lans.look(start, &self.overlay.offered, ways, carrying);
+                    }
+                    // Interfaces that the kernel did not tell of are not gone.
+                    Err(error) => {
+                        tracing::debug!(%error, "the host is looked at again");
+                        unseen = true;
+                    }
                 }
             }
             if look && rested || taken.dialled {
@@ -115,10 +131,13 @@ impl Worker {
                 let _ = done.send(());
             }
             if look && rested {
-                look = false;
+                look = std::mem::take(&mut unseen);
                 let now = Instant::now();
                 rest_until = now + ringtail_dataplane::rest_after(now - start);
                 rest_until_soon = now + (now - start);
+                if look {
+                    rest_until = rest_until.max(now + LATER_PERIOD);
+                }
             }
             let timeout = if look {
                 rest_until.saturating_duration_since(Instant::now())
@@ -157,36 +176,47 @@ impl Worker {
     }
 
     /// Reads what the host has of its own.
-    fn look_at_host(&mut self) {
+    ///
+    /// # Errors
+    /// The kernel does not say all of it now: everything that is known stays.
+    fn look_at_host(&mut self) -> io::Result<()> {
+        let known = (self.host.clone(), self.tables.clone(), self.handed.clone());
+        let result = self.read_host();
+        if result.is_err() {
+            (self.host, self.tables, self.handed) = known;
+        }
+        result
+    }
+
+    fn read_host(&mut self) -> io::Result<()> {
         let tun = self.settings.tun;
         let file = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", self.tun_name);
         self.host.ipv6 = std::fs::read_to_string(file).is_ok_and(|text| text.trim() == "0");
-        if let Ok(addresses) = self.netlink.addresses() {
-            let others = || addresses.iter().filter(|found| found.interface != tun);
-            self.host.connected = others().filter_map(|found| found.subnet).collect();
-            let ranged = others().filter(|found| in_ranges(found.address));
-            let elsewhere = ranged.map(|found| {
-                let net = found.subnet.unwrap_or_else(|| found.address.into());
-                (found.interface, net)
-            });
-            self.host.elsewhere = elsewhere.collect();
-            let links = self.netlink.links().unwrap_or_default();
-            let bridges = guest_bridges(&links);
-            let theirs = others().filter(|found| bridges.contains(&found.interface));
-            self.host.guests = theirs.filter_map(|found| found.subnet).collect();
-            let carrying = links.iter().filter(|link| link.carries);
-            self.host.carrying = carrying.map(|link| link.index).collect();
-            // They have a carrier only while there are guests.
-            self.host.carrying.extend(&bridges);
-            self.host.guest_links = bridges;
-            let names = links.into_iter().map(|link| (link.index, link.name));
-            self.host.links = names.collect();
-            // Also where the interface is down, and has no route any more.
-            let subnets = others().filter_map(|found| Some((found.subnet?, found.interface)));
-            let overlay = &self.overlay;
-            let near = subnets.filter(|(net, _)| forwarding::concerns(overlay, net));
-            self.host.ways = near.collect();
-        }
+        let addresses = self.netlink.addresses()?;
+        let others = || addresses.iter().filter(|found| found.interface != tun);
+        self.host.connected = others().filter_map(|found| found.subnet).collect();
+        let ranged = others().filter(|found| in_ranges(found.address));
+        let elsewhere = ranged.map(|found| {
+            let net = found.subnet.unwrap_or_else(|| found.address.into());
+            (found.interface, net)
+        });
+        self.host.elsewhere = elsewhere.collect();
+        let links = self.netlink.links()?;
+        let bridges = guest_bridges(&links);
+        let theirs = others().filter(|found| bridges.contains(&found.interface));
+        self.host.guests = theirs.filter_map(|found| found.subnet).collect();
+        let carrying = links.iter().filter(|link| link.carries);
+        self.host.carrying = carrying.map(|link| link.index).collect();
+        // They have a carrier only while there are guests.
+        self.host.carrying.extend(&bridges);
+        self.host.guest_links = bridges;
+        let names = links.into_iter().map(|link| (link.index, link.name));
+        self.host.links = names.collect();
+        // Also where the interface is down, and has no route any more.
+        let subnets = others().filter_map(|found| Some((found.subnet?, found.interface)));
+        let overlay = &self.overlay;
+        let near = subnets.filter(|(net, _)| forwarding::concerns(overlay, net));
+        self.host.ways = near.collect();
         self.host.routes.clear();
         self.handed.clear();
         self.too_many_handed = false;
@@ -195,8 +225,7 @@ impl Worker {
         let mut nets = self.overlay.nets();
         nets.extend(self.overlay.services.iter().copied().map(IpNet::from));
         for v6 in [false, true] {
-            // A family that is not there has none.
-            let rules = self.netlink.rules(v6).unwrap_or_default();
+            let rules = if_there(self.netlink.rules(v6))?;
             let theirs = rules.iter().filter(|found| !found.ours);
             self.tables
                 .extend(theirs.filter_map(|found| match found.rule.action {
@@ -208,7 +237,7 @@ impl Worker {
             let (ways, overlay) = (&mut self.host.ways, &self.overlay);
             let (handed, too_many_handed) = (&mut self.handed, &mut self.too_many_handed);
             let handed_in = self.handed_in;
-            let _ = self.netlink.routes(v6, 0, false, &mut |found| {
+            let result = self.netlink.routes(v6, 0, false, &mut |found| {
                 if handed_in == Some(found.table)
                     && is_others(&found, tun)
                     && !has_no_hosts(&found.net)
@@ -234,7 +263,9 @@ impl Worker {
                     }
                 }
             });
+            if_there(result)?;
         }
+        Ok(())
     }
 
     /// The host has got a route: it counts before all others are looked at again.
@@ -477,6 +508,21 @@ impl Problems {
     }
 }
 
+/// What the kernel says of a family; one that is not there has nothing. What it has no room or time for now it says
+/// when it is asked again.
+fn if_there<T: Default>(answer: io::Result<T>) -> io::Result<T> {
+    match answer {
+        Err(error)
+            if error
+                .raw_os_error()
+                .is_none_or(|errno| !LATER.contains(&errno)) =>
+        {
+            Ok(T::default())
+        }
+        answer => answer,
+    }
+}
+
 /// Whether an address is of the kind that networks like ours have.
 fn in_ranges(ip: IpAddr) -> bool {
     match ip {
@@ -552,5 +598,21 @@ fn describe(step: &Step) -> String {
         Step::DeleteRule(rule) => format!("cannot remove the rule {}", rule.priority),
         Step::AddRoute(route) => format!("cannot add the route {}", route.net),
         Step::DeleteRoute(route) => format!("cannot remove the route {}", route.net),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_family_that_is_not_there_has_nothing_and_one_that_was_not_told_of_is_asked_for_again() {
+        let answer = |errno| if_there::<Vec<u32>>(Err(io::Error::from_raw_os_error(errno)));
+        assert!(answer(nix::libc::EAFNOSUPPORT).unwrap().is_empty());
+        assert!(answer(nix::libc::EOPNOTSUPP).unwrap().is_empty());
+        for errno in LATER {
+            assert!(answer(errno).is_err());
+        }
+        assert_eq!(if_there(Ok(vec![7])).unwrap(), [7]);
     }
 }
