@@ -20,7 +20,7 @@ use super::{Agent, Network, NetworkPeer, Output, short_name, standing};
 use crate::config::{Forwarding, HostFirewall, Prefs};
 use crate::hostnet::{Exit, Overlay};
 use crate::key::NodePublic;
-use crate::netmap::prefix::{EVERYWHERE, NOT_INTERNET, without};
+use crate::netmap::prefix::{EVERYWHERE, NOT_INTERNET, aggregated, without};
 
 /// What became of the choice.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -190,7 +190,7 @@ impl Agent {
                 .collect(),
             offered,
             offers_exit: prefs.advertise_exit_node,
-            shut: self.shut().into_iter().collect(),
+            shut: self.shut(),
             may_open_firewall: prefs.host_firewall == HostFirewall::Open,
             may_forward: prefs.forwarding == Forwarding::On,
             exit: takes.map(|takes| Exit {
@@ -236,13 +236,13 @@ impl Agent {
         NOT_INTERNET.iter().chain(&self.subnets).copied()
     }
 
-    /// Where those do not get that this node lets out to the Internet. What it offers is open to them, for
-    /// nobody tells a node what of that has been approved: Headscale does not, when it happens.
-    fn shut(&self) -> Vec<IpNet> {
+    /// Where those do not get that this node lets out to the Internet, but for what of it is offered. That is open
+    /// to them, for nobody tells a node what of it has been approved: Headscale does not, when it happens.
+    fn shut(&self) -> BTreeSet<IpNet> {
         if !self.prefs.advertise_exit_node {
-            return Vec::new();
+            return BTreeSet::new();
         }
-        without(self.near(), self.offered())
+        aggregated(self.near()).into_iter().collect()
     }
 
     /// Where peers get: to this node itself, to what it routes, and if it is a way out to the Internet.

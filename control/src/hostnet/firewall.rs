@@ -225,6 +225,9 @@ fn forward(tun: u32, overlay: &Overlay, woken: &BTreeSet<(u32, bool)>) -> Vec<Ru
     rules.push(rule(back, &[Do::Count, Do::Drop]));
     if overlay.offers_exit {
         let to = |net: &IpNet| vec![Match::From(tun, true), Match::Destination(*net)];
+        // A rule for each of what is offered, not for each piece of what is left of the rest: those may be hundreds.
+        let open = overlay.offered.iter();
+        rules.extend(open.map(|net| rule(to(net), &[Do::Accept])));
         let shut = overlay.shut.iter();
         rules.extend(shut.map(|net| rule(to(net), &[Do::Count, Do::Drop])));
     }
@@ -657,8 +660,8 @@ mod tests {
     fn users_of_the_exit_get_out_and_not_in() {
         let mut overlay = router(&["192.168.7.0/24"], &[]);
         overlay.offers_exit = true;
-        // What is offered is not among what is shut.
-        overlay.shut = ["192.168.8.0/21", "10.0.0.0/8", "fe80::/10"]
+        // What is offered is open although it lies in what is shut.
+        overlay.shut = ["192.168.0.0/16", "10.0.0.0/8", "fe80::/10"]
             .map(net)
             .into();
         let chains = firewall(&settings(), &overlay, &Host::default(), &BTreeSet::new());
@@ -673,8 +676,13 @@ mod tests {
         assert!(fate("9.9.9.9").masqueraded && fate("2001:db8::1").masqueraded);
         assert_eq!(fate("192.168.8.1").dropped, Some(FORWARD));
         assert_eq!(fate("10.1.1.1").dropped, Some(FORWARD));
-        let approved = fate("192.168.7.1");
-        assert!(approved.dropped.is_none() && !approved.masqueraded && approved.clamped);
+        let offered = fate("192.168.7.1");
+        assert!(offered.dropped.is_none() && !offered.masqueraded && offered.clamped);
+        // Scattered prefixes take one rule each.
+        let many = (0..=255).map(|n| net(&format!("10.{n}.{n}.0/24")));
+        overlay.offered.extend(many);
+        let rules = forward(TUN, &overlay, &BTreeSet::new()).len();
+        assert_eq!(rules, 1 + overlay.offered.len() + overlay.shut.len());
     }
 
     fn accepts(comment: &str) -> Option<Gate> {

@@ -113,7 +113,7 @@ pub struct Overlay {
     pub snat: BTreeSet<IpNet>,
     /// Whether this node lets others out to the Internet.
     pub offers_exit: bool,
-    /// Where those do not get that it lets out; nothing that it offers is in it.
+    /// Where those do not get that it lets out, but for what is [`Self::offered`].
     pub shut: BTreeSet<IpNet>,
     /// Whether rules of ours may stand before those of the host's firewall that would drop what is forwarded.
     pub may_open_firewall: bool,

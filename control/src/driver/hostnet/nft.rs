@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use ipnet::IpNet;
+use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
 use crate::hostnet::firewall::{
@@ -21,6 +22,8 @@ use crate::hostnet::firewall::{
 
 /// One answer, or a part of a long one.
 const BUFFER_LEN: usize = 64 << 10;
+/// The longest message that we send: some thousand rules.
+const SEND_LEN: usize = 2 << 20;
 /// For a kernel that does not answer at all.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Chains of the host that are looked at, at most.
@@ -362,6 +365,8 @@ impl Nft {
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
         socket2::SockRef::from(&socket).set_read_timeout(Some(ANSWER_TIMEOUT))?;
+        // A chain is one message. Without the right to more room there is no table of ours either.
+        let _ = setsockopt(&socket, sockopt::SndBufForce, &SEND_LEN);
         Ok(Self {
             socket,
             sequence: 1,
