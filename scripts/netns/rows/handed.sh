@@ -15,6 +15,9 @@ row_handed() {
   ip -n "${LAB}r" route add 10.50.0.0/16 via 192.168.77.9 table 77
   # What a daemon may have there besides, and nobody else is to be sent.
   ip -n "${LAB}r" route add default via 192.168.77.9 table 77
+  # And who sends everything into a tunnel of his own.
+  ip -n "${LAB}r" route add 0.0.0.0/1 via 192.168.77.9 table 77
+  ip -n "${LAB}r" route add 128.0.0.0/1 via 192.168.77.9 table 77
   before=$(host_state r)
   tailnet_ringtail b b --accept-routes
   tailnet_ringtail r r --advertise-routes-from 77 --advertise-routes 192.168.77.0/24

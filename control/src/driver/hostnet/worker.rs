@@ -23,7 +23,7 @@ use crate::hostnet::{
     Action, Conflict, Host, Lans, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
     forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
 };
-use crate::netmap::prefix::{V4_RANGE, V6_RANGE, has_no_hosts};
+use crate::netmap::prefix::{V4_RANGE, V6_RANGE, has_no_hosts, is_exit};
 
 /// Whoever asks for our table is turned away this often.
 const CLAIM_PERIOD: Duration = Duration::from_secs(10);
@@ -241,6 +241,7 @@ impl Worker {
                 if handed_in == Some(found.table)
                     && is_others(&found, tun)
                     && !has_no_hosts(&found.net)
+                    && !is_exit(&found.net)
                 {
                     *too_many_handed |= handed.len() >= HANDED_MAX;
                     if !*too_many_handed {
