@@ -45,6 +45,9 @@ pub enum Entry {
         before: String,
         /// What we make it.
         ours: String,
+        /// Another value: where that is on, ours is left, for somebody has meant it since.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        unless: Option<String>,
     },
     /// Rules and routes of ours in and around a routing table, which do not all go with the TUN.
     Routes {
@@ -88,8 +91,17 @@ impl Entry {
 
     /// Takes over from an earlier entry about the same thing: what was there before us is still that.
     fn inherit(&mut self, earlier: &Self) {
-        if let (Self::Sysctl { before, .. }, Self::Sysctl { before: first, .. }) = (self, earlier) {
+        if let (
+            Self::Sysctl { before, unless, .. },
+            Self::Sysctl {
+                before: first,
+                unless: first_unless,
+                ..
+            },
+        ) = (self, earlier)
+        {
             before.clone_from(first);
+            unless.clone_from(first_unless);
         }
     }
 
@@ -105,7 +117,12 @@ impl Entry {
 /// Undoes one change, if it is there. What cannot be found any more (an interface that went) is undone.
 fn put_back(entry: &Entry) -> anyhow::Result<()> {
     match entry {
-        Entry::Sysctl { path, before, ours } => put_back_sysctl(path, before, ours),
+        Entry::Sysctl {
+            path,
+            before,
+            ours,
+            unless,
+        } => put_back_sysctl(path, before, ours, unless.as_deref()),
         Entry::Routes { table } => hostnet::remove_left(*table),
         // By who has a network: `keeper`.
         Entry::Announced(_) => Ok(()),
@@ -113,7 +130,29 @@ fn put_back(entry: &Entry) -> anyhow::Result<()> {
     }
 }
 
-fn put_back_sysctl(path: &str, before: &str, ours: &str) -> anyhow::Result<()> {
+fn put_back_sysctl(
+    path: &str,
+    before: &str,
+    ours: &str,
+    unless: Option<&str>,
+) -> anyhow::Result<()> {
+    let Some(now) = sysctl(path)? else {
+        return Ok(());
+    };
+    let theirs = match unless {
+        Some(other) => sysctl(other)?.is_some_and(|value| value != "0"),
+        None => false,
+    };
+    if now == ours && before != ours && !theirs {
+        std::fs::write(Path::new(SYSCTL).join(path), before)
+            .with_context(|| format!("cannot set {path} to {before}"))?;
+        tracing::info!(sysctl = path, value = before, "put back");
+    }
+    Ok(())
+}
+
+/// A value, if it is there.
+fn sysctl(path: &str) -> anyhow::Result<Option<String>> {
     let names = Path::new(path);
     if !names
         .components()
@@ -121,17 +160,11 @@ fn put_back_sysctl(path: &str, before: &str, ours: &str) -> anyhow::Result<()> {
     {
         bail!("{path:?} is no sysctl value");
     }
-    let file = Path::new(SYSCTL).join(names);
-    let now = match std::fs::read_to_string(&file) {
-        Ok(now) => now,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error).with_context(|| format!("cannot read {path}")),
-    };
-    if now.trim_end() == ours && before != ours {
-        std::fs::write(&file, before).with_context(|| format!("cannot set {path} to {before}"))?;
-        tracing::info!(sysctl = path, value = before, "put back");
+    match std::fs::read_to_string(Path::new(SYSCTL).join(names)) {
+        Ok(value) => Ok(Some(value.trim_end().to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {path}")),
     }
-    Ok(())
 }
 
 /// The boot and the network namespace that an entry is of.
@@ -331,7 +364,12 @@ mod tests {
 
     fn sysctl(path: &str, before: &str, ours: &str) -> Entry {
         let [path, before, ours] = [path, before, ours].map(str::to_owned);
-        Entry::Sysctl { path, before, ours }
+        Entry::Sysctl {
+            path,
+            before,
+            ours,
+            unless: None,
+        }
     }
 
     fn announced(url: &str) -> Entry {
@@ -388,15 +426,20 @@ mod tests {
         // A value that nobody may write, and which is not what the entry calls ours.
         let path = "kernel/random/boot_id";
         let there = std::fs::read_to_string(Path::new(SYSCTL).join(path)).unwrap();
-        put_back_sysctl(path, "before", "ours").unwrap();
+        put_back_sysctl(path, "before", "ours", None).unwrap();
         assert_eq!(
             std::fs::read_to_string(Path::new(SYSCTL).join(path)).unwrap(),
             there
         );
-        let refused = put_back_sysctl(path, "before", there.trim_end()).unwrap_err();
-        assert!(refused.to_string().contains("cannot set"), "{refused}");
+        // Where another value is on it is left; one that is not there is not on.
+        let there = there.trim_end();
+        put_back_sysctl(path, "before", there, Some("kernel/pid_max")).unwrap();
+        for unless in [None, Some("no/such/value")] {
+            let refused = put_back_sysctl(path, "before", there, unless).unwrap_err();
+            assert!(refused.to_string().contains("cannot set"), "{refused}");
+        }
         for path in ["/etc/hosts", "../../etc/hosts", "net/../../../etc/hosts"] {
-            assert!(put_back_sysctl(path, "0", "1").is_err(), "{path}");
+            assert!(put_back_sysctl(path, "0", "1", None).is_err(), "{path}");
         }
     }
 

@@ -46,6 +46,7 @@ impl Woken {
             path: sysctl::path(&self.name, v6),
             before: "0".into(),
             ours: "1".into(),
+            unless: (!self.all).then(|| sysctl::path("all", v6)),
         }
     }
 }
