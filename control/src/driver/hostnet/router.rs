@@ -11,7 +11,7 @@ use crate::driver::ledger::{Entry, Ledger};
 use crate::hostnet::firewall::{self, Base, Change, FORWARD, PASSED, THROUGH, gates};
 use crate::hostnet::{Host, Overlay, Problem, Settings, forwarding};
 
-/// Times that somebody may switch an interface back in [`FIGHT_PERIOD`]; then it is left as it is.
+/// Times that somebody may switch one interface back in [`FIGHT_PERIOD`]; then it is left for that long.
 const FIGHTS_MAX: usize = 3;
 const FIGHT_PERIOD: Duration = Duration::from_secs(60);
 /// So many packets that came out of the tunnel, of which none got past the host's chains, are no accident.
@@ -23,8 +23,8 @@ pub(super) struct Router {
     ledger: Ledger,
     /// Interfaces that forward for our sake, by index and family.
     woken: BTreeMap<(u32, bool), Woken>,
-    /// When somebody switched one back.
-    fights: Vec<Instant>,
+    /// When somebody switched one back, and which.
+    fights: Vec<(Instant, (u32, bool))>,
     /// What was counted last, on the way to the host's chains and behind them.
     counted: Option<(u64, u64)>,
     /// The host's firewall seems to drop everything that we forward.
@@ -67,6 +67,12 @@ impl Router {
     /// What is not as it is to be, since the last [`Self::settle`].
     pub(super) fn problems(&self) -> &[Problem] {
         &self.problems
+    }
+
+    /// When [`Self::settle`] is due although nothing changed.
+    pub(super) fn poll_timeout(&self) -> Option<Instant> {
+        let first = self.fights.iter().map(|(at, _)| *at).min()?;
+        Some(first + FIGHT_PERIOD)
     }
 
     /// Makes it as it is to be.
@@ -248,7 +254,7 @@ impl Router {
         refused: Option<&[&'static str]>,
     ) {
         self.fights
-            .retain(|at| now.saturating_duration_since(*at) < FIGHT_PERIOD);
+            .retain(|(at, _)| now.saturating_duration_since(*at) < FIGHT_PERIOD);
         let guarded = refused.is_some_and(|refused| !refused.contains(&FORWARD));
         for ((interface, v6), name) in asleep {
             let family = if v6 { "IPv6" } else { "IPv4" };
@@ -258,7 +264,7 @@ impl Router {
                 "--forwarding=report".to_owned()
             } else if !guarded && interface != tun {
                 "without nftables it would forward between other networks too".to_owned()
-            } else if self.woken.contains_key(&key) && self.fights.len() >= FIGHTS_MAX {
+            } else if self.fights.iter().filter(|(_, of)| *of == key).count() >= FIGHTS_MAX {
                 "another program switches it off again and again".to_owned()
             } else {
                 match self.switch_on(now, key, &name, interface == tun) {
@@ -292,7 +298,7 @@ impl Router {
         match sysctl::switch(&path, true) {
             Ok(()) => {
                 if self.woken.insert(key, woken).is_some() {
-                    self.fights.push(now);
+                    self.fights.push((now, key));
                 }
                 Ok(())
             }
@@ -455,6 +461,7 @@ mod tests {
     use super::*;
     use crate::driver::state::StateDir;
     use crate::hostnet::settings;
+    use crate::testing::start;
 
     #[expect(clippy::disallowed_methods, reason = "any moment will do")]
     #[test]
@@ -512,5 +519,34 @@ mod tests {
         assert!(!ledger.is_empty());
         ledger.done(&router.woken[&(3, false)].entry(false));
         assert!(ledger.is_empty(), "the one that went is struck out");
+    }
+
+    #[test]
+    fn who_switches_all_interfaces_back_at_once_is_counted_once_for_each() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&StateDir::open(dir.path()).unwrap(), Duration::ZERO).unwrap();
+        let mut router = Router::new(52, ledger);
+        let (now, tun) = (start(), 9);
+        let wake = |router: &mut Router, at, keys: &[u32]| {
+            router.problems.clear();
+            let asleep = keys
+                .iter()
+                .map(|index| ((*index, false), "no-such-lan".to_owned()));
+            router.wake(at, tun, true, asleep.collect(), Some(&[]));
+            let left = router.problems.iter();
+            left.filter(|problem| problem.text.contains("again and again"))
+                .count()
+        };
+        for index in [3, 4, 5, 6] {
+            router.fights.push((now, (index, false)));
+        }
+        assert_eq!(wake(&mut router, now, &[3, 4, 5, 6]), 0);
+        router.fights.extend([(now, (3, false)); FIGHTS_MAX]);
+        assert_eq!(wake(&mut router, now, &[3, 4, 5, 6]), 1);
+        // It is tried again without anything new to be heard.
+        let due = router.poll_timeout().unwrap();
+        assert_eq!(due, now + FIGHT_PERIOD);
+        assert_eq!(wake(&mut router, due, &[3, 4, 5, 6]), 0);
+        assert_eq!(router.poll_timeout(), None);
     }
 }

@@ -25,8 +25,8 @@ use crate::hostnet::{
 };
 use crate::netmap::prefix::{V4_RANGE, V6_RANGE, has_no_hosts, is_exit};
 
-/// Whoever asks for our table is turned away this often.
-const CLAIM_PERIOD: Duration = Duration::from_secs(10);
+/// Whoever asks for our table is turned away this often, and it is looked at what the host's firewall drops.
+const COUNT_PERIOD: Duration = Duration::from_secs(10);
 /// The table of the host's own addresses, which is asked before any other.
 const LOCAL: u32 = 255;
 /// Host routes remembered at most, of those that meet ours.
@@ -94,6 +94,7 @@ impl Worker {
         // Routes may change all the time, and what new ones take is thrown at once. Addresses and interfaces seldom
         // do, but a new address may forbid a route of ours, and an interface may be the one of our LAN.
         let (mut rest_until, mut rest_until_soon) = (Instant::now(), Instant::now());
+        let mut count_at = Instant::now() + COUNT_PERIOD;
         loop {
             let start = Instant::now();
             let taken = lock(&self.shared.wishes).take(&mut self.overlay, &mut self.host);
@@ -106,6 +107,12 @@ impl Worker {
                 rest_until = start;
             }
             self.claim.turn_away();
+            // However much news there is.
+            look |= self.poll_timeout().is_some_and(|due| due <= start);
+            if start >= count_at {
+                count_at = start + COUNT_PERIOD;
+                look |= self.router.count(&self.overlay);
+            }
             let rested = start >= rest_until;
             if look && rested {
                 match self.look_at_host() {
@@ -139,13 +146,13 @@ impl Worker {
                     rest_until = rest_until.max(now + LATER_PERIOD);
                 }
             }
-            let timeout = if look {
-                rest_until.saturating_duration_since(Instant::now())
+            let wake_at = if look {
+                rest_until
             } else {
-                let due = self.lans.poll_timeout();
-                let rest = due.map(|due| due.saturating_duration_since(Instant::now()));
-                rest.map_or(CLAIM_PERIOD, |rest| rest.min(CLAIM_PERIOD))
+                self.poll_timeout()
+                    .map_or(count_at, |due| due.min(count_at))
             };
+            let timeout = wake_at.saturating_duration_since(Instant::now());
             match wait(watch, rules, woken, timeout) {
                 Woken::Wish => {}
                 Woken::News => {
@@ -164,15 +171,17 @@ impl Worker {
                     }
                     look = true;
                 }
-                Woken::Nothing => {
-                    look |= self.router.count(&self.overlay);
-                    let back = self.lans.poll_timeout();
-                    look |= back.is_some_and(|due| due <= Instant::now());
-                }
+                Woken::Nothing => {}
             }
             drain(woken);
         }
         self.clean_up();
+    }
+
+    /// When the host is to be looked at although there is no news.
+    fn poll_timeout(&self) -> Option<Instant> {
+        let due = [self.lans.poll_timeout(), self.router.poll_timeout()];
+        due.into_iter().flatten().min()
     }
 
     /// Reads what the host has of its own.
