@@ -30,6 +30,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 const BASES_MAX: usize = 64;
 /// Rules of such a chain that are looked at, at most.
 const RULES_MAX: usize = 4096;
+/// Times that something is asked for that somebody else changes meanwhile.
+const TRIES: usize = 8;
 /// Messages taken at once from [`Watch`]; the rest waits a moment.
 const READS_MAX: usize = 256;
 
@@ -52,10 +54,13 @@ const DELETE_CHAIN: u16 = 5;
 const NEW_RULE: u16 = 6;
 const GET_RULE: u16 = 7;
 const DELETE_RULE: u16 = 8;
+const GET_GENERATION: u16 = 16;
 /// `NLM_F_*`.
 const REQUEST: u16 = 1;
 const ACK: u16 = 4;
 const DUMP: u16 = 0x300;
+/// In an answer: what it tells of has changed meanwhile.
+const TORN: u16 = 0x10;
 const CREATE: u16 = 0x400;
 const APPEND: u16 = 0x800;
 /// `NLMSG_ERROR` and `NLMSG_DONE`.
@@ -277,11 +282,16 @@ struct Batch {
 
 impl Batch {
     fn new(sequence: u32) -> Self {
+        Self::of(sequence, &attrs())
+    }
+
+    /// With attributes for the whole: the generation that it is for.
+    fn of(sequence: u32, attrs: &Attrs) -> Self {
         let mut batch = Self {
             bytes: Vec::new(),
             sequence,
         };
-        batch.message(BATCH[0], REQUEST, 0, SUBSYSTEM, &attrs());
+        batch.message(BATCH[0], REQUEST, 0, SUBSYSTEM, attrs);
         batch
     }
 
@@ -521,6 +531,10 @@ impl Nft {
 
     /// The host's own chains that filter what it gets and what it forwards.
     pub(super) fn bases(&mut self, tun: &str) -> io::Result<Vec<Base>> {
+        again(|| self.bases_now(tun))
+    }
+
+    fn bases_now(&mut self, tun: &str) -> io::Result<Vec<Base>> {
         let (mut found, mut firewalld, mut ufw) = (Vec::new(), false, false);
         let own = self.table.clone();
         self.chains(&mut |chain| {
@@ -573,13 +587,26 @@ impl Nft {
         self.commit(batch)
     }
 
-    /// Removes a rule from a chain of the host.
-    pub(super) fn delete(&mut self, base: &Base, handle: u64) -> io::Result<()> {
-        let mut batch = Batch::new(self.sequence);
-        let rule = attrs().text(1, &base.table).text(2, &base.chain);
-        let rule = rule.put(3, &handle.to_be_bytes());
-        batch.ask(DELETE_RULE, ACK, base.family, &rule);
-        self.commit(batch)
+    /// Removes a rule of ours from a chain of the host: what has its handle by now may be another's.
+    pub(super) fn delete(&mut self, base: &Base, handle: u64, table: u8) -> io::Result<()> {
+        again(|| {
+            let generation = self.generation()?;
+            let mut there = false;
+            self.rules(&base.place(), &mut |message| {
+                let found = parse_rule(message, "").found;
+                let comment = found.comment.as_deref();
+                let ours = comment.is_some_and(|comment| is_ours(comment, table));
+                there |= found.handle == handle && ours;
+            })?;
+            if !there {
+                return Ok(());
+            }
+            let mut batch = Batch::of(self.sequence, &attrs().number(1, generation));
+            let rule = attrs().text(1, &base.table).text(2, &base.chain);
+            let rule = rule.put(3, &handle.to_be_bytes());
+            batch.ask(DELETE_RULE, ACK, base.family, &rule);
+            self.commit(batch)
+        })
     }
 
     fn commit(&mut self, mut batch: Batch) -> io::Result<()> {
@@ -615,9 +642,14 @@ impl Nft {
         }
     }
 
-    fn dump(
+    /// Asks, and hands over every answer until the last.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::Interrupted`] if the answers do not belong together.
+    fn ask(
         &mut self,
         what: u16,
+        flags: u16,
         family: u8,
         of: &Attrs,
         each: &mut dyn FnMut(&Message<'_>),
@@ -625,11 +657,11 @@ impl Nft {
         let sequence = self.sequence;
         self.sequence = sequence.wrapping_add(1);
         let kind = SUBSYSTEM << 8 | what;
-        let mut bytes = header(kind, REQUEST | DUMP, sequence, family, 0, of.0.len());
+        let mut bytes = header(kind, REQUEST | flags, sequence, family, 0, of.0.len());
         bytes.extend(&of.0);
         self.socket.send(&bytes, 0)?;
         let mut buffer = Vec::with_capacity(BUFFER_LEN);
-        let mut end = None;
+        let (mut end, mut torn) = (None, false);
         while end.is_none() {
             buffer.clear();
             self.socket.recv(&mut buffer, 0)?;
@@ -637,6 +669,7 @@ impl Nft {
                 if message.sequence != sequence || end.is_some() {
                     return;
                 }
+                torn |= message.is_torn();
                 match message.kind {
                     DONE | ERROR => end = Some(message.errno()),
                     _ => each(message),
@@ -644,13 +677,23 @@ impl Nft {
             });
         }
         match end.flatten() {
+            None if torn => Err(io::ErrorKind::Interrupted.into()),
             None => Ok(()),
             Some(errno) => Err(io::Error::from_raw_os_error(errno)),
         }
     }
 
+    /// Which state of all rules it is: any change makes another.
+    fn generation(&mut self) -> io::Result<u32> {
+        let mut found = None;
+        self.ask(GET_GENERATION, ACK, 0, &attrs(), &mut |message| {
+            found = number(message.attribute(1));
+        })?;
+        found.ok_or_else(|| io::ErrorKind::InvalidData.into())
+    }
+
     fn chains(&mut self, each: &mut dyn FnMut(FoundChain)) -> io::Result<()> {
-        self.dump(GET_CHAIN, 0, &attrs(), &mut |message| {
+        self.ask(GET_CHAIN, DUMP, 0, &attrs(), &mut |message| {
             if let Some(chain) = parse_chain(message) {
                 each(chain);
             }
@@ -659,7 +702,7 @@ impl Nft {
 
     fn rules(&mut self, place: &Place<'_>, each: &mut dyn FnMut(&Message<'_>)) -> io::Result<()> {
         let of = attrs().text(1, place.table).text(2, place.chain);
-        let result = self.dump(GET_RULE, place.family, &of, &mut |message| {
+        let result = self.ask(GET_RULE, DUMP, place.family, &of, &mut |message| {
             if message.family == place.family
                 && text(message.attribute(1)) == place.table
                 && text(message.attribute(2)) == place.chain
@@ -675,6 +718,21 @@ impl Nft {
     }
 }
 
+/// Asks once more where somebody else has changed something meanwhile.
+fn again<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let changed = |error: &io::Error| {
+        error.kind() == io::ErrorKind::Interrupted
+            || error.raw_os_error() == Some(nix::libc::ERESTART)
+    };
+    for _ in 1..TRIES {
+        match ask() {
+            Err(error) if changed(&error) => {}
+            result => return result,
+        }
+    }
+    ask()
+}
+
 /// Removes what a run that is dead left: our table, if it has no owner, and our rules in the host's chains.
 ///
 /// # Errors
@@ -687,8 +745,10 @@ pub(super) fn remove_left(table: u8) -> io::Result<()> {
     let mut ours = false;
     let name = nft.table.clone();
     let find = &mut |chain: FoundChain| ours |= chain.table == name && chain.family == INET;
-    if nft.chains(find).is_err() {
-        return Ok(());
+    match again(|| nft.chains(&mut *find)) {
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => return Err(error),
+        Err(_) => return Ok(()),
+        Ok(()) => {}
     }
     // One with an owner goes with its process, which may be about to end only.
     if ours
@@ -705,7 +765,7 @@ pub(super) fn remove_left(table: u8) -> io::Result<()> {
                 .as_deref()
                 .is_some_and(|found| is_ours(found, table))
             {
-                nft.delete(&base, rule.handle)?;
+                nft.delete(&base, rule.handle, table)?;
             }
         }
     }
@@ -834,6 +894,7 @@ fn user_comment(mut data: &[u8]) -> Option<String> {
 /// A message of the kernel.
 struct Message<'a> {
     kind: u16,
+    flags: u16,
     sequence: u32,
     family: u8,
     /// Behind `struct nlmsghdr`.
@@ -841,6 +902,11 @@ struct Message<'a> {
 }
 
 impl Message<'_> {
+    /// Whether what is dumped was changed meanwhile.
+    fn is_torn(&self) -> bool {
+        self.kind != ERROR && self.flags & TORN != 0
+    }
+
     /// The error in an answer, if it is one; zero is none.
     fn errno(&self) -> Option<i32> {
         let code = i32::from_ne_bytes(*self.body.first_chunk()?);
@@ -868,7 +934,9 @@ fn each_message(bytes: &[u8], each: &mut dyn FnMut(&Message<'_>)) {
                 .copied()
                 .map(u16::from_ne_bytes)
         };
-        let (Some(len), Some(kind), Some(sequence)) = (word(0), half(4), word(8)) else {
+        let (Some(len), Some(kind), Some(flags), Some(sequence)) =
+            (word(0), half(4), half(6), word(8))
+        else {
             break;
         };
         let len = usize::try_from(len).unwrap_or(usize::MAX);
@@ -877,6 +945,7 @@ fn each_message(bytes: &[u8], each: &mut dyn FnMut(&Message<'_>)) {
         };
         each(&Message {
             kind,
+            flags,
             sequence,
             family: body.first().copied().unwrap_or_default(),
             body,
@@ -1071,5 +1140,36 @@ mod tests {
             );
         }
         assert_eq!(pieces(&[3, 0, 1, 0]).count(), 0);
+    }
+
+    #[test]
+    fn what_changed_meanwhile_is_asked_for_again_and_not_for_ever() {
+        let mut asked = 0;
+        let told = again(|| {
+            asked += 1;
+            match asked {
+                1 => Err(io::ErrorKind::Interrupted.into()),
+                2 => Err(io::Error::from_raw_os_error(nix::libc::ERESTART)),
+                _ => Ok(asked),
+            }
+        });
+        assert_eq!(told.unwrap(), 3);
+        let mut asked = 0;
+        let told: io::Result<()> = again(|| {
+            asked += 1;
+            Err(io::ErrorKind::Interrupted.into())
+        });
+        assert!(told.is_err() && asked == TRIES, "{asked}");
+        // The kernel says so in any message of the answer, also in the last; an error is no such answer.
+        for (kind, flags, torn) in [
+            (DONE, TORN | 2, true),
+            (DONE, 2, false),
+            (ERROR, TORN, false),
+        ] {
+            let bytes = header(kind, flags, 7, 0, 0, 0);
+            let mut seen = Vec::new();
+            each_message(&bytes, &mut |message| seen.push(message.is_torn()));
+            assert_eq!(seen, [torn]);
+        }
     }
 }

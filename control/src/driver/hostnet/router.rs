@@ -332,7 +332,7 @@ impl Router {
             for change in gates(settings, may, overlay.forwards(), &base) {
                 let result = match change {
                     Change::Insert(gate) => nft.insert(&base, gate, tun, settings.table),
-                    Change::Remove(handle) => nft.delete(&base, handle),
+                    Change::Remove(handle) => nft.delete(&base, handle, settings.table),
                 };
                 match (result, change) {
                     (Ok(()), Change::Insert(gate)) => tracing::info!(
@@ -410,29 +410,26 @@ impl Router {
         self.problem("firewall", text);
     }
 
-    /// Gives everything back.
-    pub(super) fn clean_up(&mut self, settings: &Settings) {
+    /// Gives everything back, and gives what stays behind.
+    pub(super) fn clean_up(&mut self, settings: &Settings) -> io::Result<()> {
         self.put_to_sleep(&BTreeSet::new());
+        // Where there is no nftables we have nothing there.
         let Ok(nft) = &mut self.nft else {
-            return;
+            return Ok(());
         };
-        let left = |error: io::Error| tracing::warn!(%error, "a rule of ours stays behind; the next start removes it");
-        match nft.bases("") {
-            Ok(bases) => {
-                for base in bases {
-                    remove_gates(nft, settings, &base).unwrap_or_else(left);
-                }
-            }
-            Err(error) => left(error),
-        }
-        nft.remove().unwrap_or_else(left);
+        let bases = nft.bases("").and_then(|bases| {
+            let gone = bases.iter().map(|base| remove_gates(nft, settings, base));
+            // Each is tried.
+            gone.fold(Ok(()), Result::and)
+        });
+        nft.remove().and(bases)
     }
 }
 
 fn remove_gates(nft: &mut Nft, settings: &Settings, base: &Base) -> io::Result<()> {
     for change in gates(settings, false, false, base) {
         if let Change::Remove(handle) = change {
-            nft.delete(base, handle)?;
+            nft.delete(base, handle, settings.table)?;
         }
     }
     Ok(())

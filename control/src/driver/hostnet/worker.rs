@@ -488,8 +488,10 @@ impl Worker {
     }
 
     fn clean_up(&mut self) {
-        self.router.clean_up(&self.settings);
         let mut problems = Problems::default();
+        if let Err(error) = self.router.clean_up(&self.settings) {
+            problems.host(format!("cannot remove a rule of the firewall: {error}"));
+        }
         match self.read(&State::default()) {
             Ok((there, _)) => self.carry_out(&steps(&State::default(), &there), &mut problems),
             Err(error) => problems.host(error.to_string()),
@@ -501,7 +503,7 @@ impl Worker {
         for problem in problems.0 {
             tracing::warn!(
                 problem = problem.text,
-                "something of ours stays behind; the next start removes it"
+                "something of ours stays behind; the keeper or the next start removes it"
             );
         }
     }
