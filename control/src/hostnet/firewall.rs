@@ -2,7 +2,7 @@
 //! what is for the tunnel, rules of ours before its others.
 //!
 //! **Our table** (`ringtail-` and the number of the routing table) says: who may bear an address of the network's
-//! ranges ([`guard`]); what of the forwarded we drop, mark for masquerade and count; that TCP learns of the
+//! ranges ([`guard`]); what of the forwarded we drop and count; that TCP learns of the
 //! tunnel's MTU although nobody hears ICMP; and whose traffic leaves with an address of this host.
 //! An `accept` there is no more than "nothing against it": the host's own chains decide after ours.
 //!
@@ -19,10 +19,6 @@ use ipnet::IpNet;
 use super::{Host, Overlay, Settings};
 use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6, V4_RANGE, V6_RANGE};
 
-/// The mark of what came out of the tunnel and is forwarded, tailscaled's, and the bits of it that count.
-pub const FORWARDED_MARK: u32 = 0x4_0000;
-/// See [`FORWARDED_MARK`].
-pub const FORWARDED_MASK: u32 = 0xff_0000;
 /// Index of the loopback interface.
 const LOOPBACK: u32 = 1;
 
@@ -74,8 +70,6 @@ pub enum Match {
     Source(IpNet),
     /// Its destination lies there.
     Destination(IpNet),
-    /// It bears [`FORWARDED_MARK`].
-    Marked,
     /// It begins a TCP connection, or answers that.
     Syn,
 }
@@ -85,8 +79,6 @@ pub enum Match {
 pub enum Do {
     /// Counts it.
     Count,
-    /// Sets [`FORWARDED_MARK`].
-    Mark,
     /// Lowers the segment size to what the routes of both directions carry.
     Clamp,
     /// Gives it an address of the interface by which it leaves.
@@ -151,7 +143,7 @@ pub fn firewall(
         THROUGH,
         Hook::Forward,
         -140,
-        vec![rule(out(), &[Do::Mark, Do::Count])],
+        vec![rule(out(), &[Do::Count])],
     ));
     chains.push(Chain {
         name: "masquerade",
@@ -160,8 +152,7 @@ pub fn firewall(
         priority: 100,
         rules: masquerade(tun, overlay),
     });
-    let passed = vec![Match::Marked, Match::To(tun, false)];
-    let passed = vec![rule(passed, &[Do::Count])];
+    let passed = vec![rule(out(), &[Do::Count])];
     chains.push(chain(PASSED, Hook::Postrouting, 300, passed));
     chains
 }
@@ -238,7 +229,9 @@ fn masquerade(tun: u32, overlay: &Overlay) -> Vec<Rule> {
     let mut offered: Vec<&IpNet> = overlay.offered.iter().collect();
     // The longest prefix says what is done.
     offered.sort_by_key(|net| std::cmp::Reverse(net.prefix_len()));
-    let out = || vec![Match::Marked, Match::To(tun, false)];
+    // By the interface, which kernels know here since 5.7, and not by a mark: tailscaled and another ringtail on this
+    // host masquerade by theirs what they carry, and would take ours for it.
+    let out = || vec![Match::From(tun, true), Match::To(tun, false)];
     let mut rules: Vec<Rule> = offered
         .into_iter()
         .map(|net| {
@@ -475,7 +468,6 @@ mod tests {
         to: u32,
         source: IpAddr,
         destination: IpAddr,
-        marked: bool,
         syn: bool,
     }
 
@@ -487,7 +479,7 @@ mod tests {
     }
 
     /// What the chains of these hooks do with a packet, in the order of their priority, as the kernel has it.
-    fn walk(chains: &[Chain], hooks: &[Hook], mut packet: Packet) -> Fate {
+    fn walk(chains: &[Chain], hooks: &[Hook], packet: Packet) -> Fate {
         let mut fate = Fate::default();
         for hook in hooks {
             let mut here: Vec<&Chain> = chains.iter().filter(|chain| chain.hook == *hook).collect();
@@ -500,7 +492,6 @@ mod tests {
                     for verb in &rule.then {
                         match verb {
                             Do::Count => {}
-                            Do::Mark => packet.marked = true,
                             Do::Clamp => fate.clamped = true,
                             Do::Masquerade => {
                                 assert!(chain.nat);
@@ -527,7 +518,6 @@ mod tests {
             Match::V6(v6) => packet.source.is_ipv6() == v6,
             Match::Source(net) => net.contains(&packet.source),
             Match::Destination(net) => net.contains(&packet.destination),
-            Match::Marked => packet.marked,
             Match::Syn => packet.syn,
         }
     }
@@ -538,7 +528,6 @@ mod tests {
             to,
             source: source.parse().unwrap(),
             destination: destination.parse().unwrap(),
-            marked: false,
             syn: true,
         }
     }
@@ -580,6 +569,9 @@ mod tests {
         // And the other way, where nothing is masqueraded.
         let back = through(&chains, packet(LAN, TUN, "192.168.9.1", "100.64.0.2"));
         assert!(back.clamped && !back.masqueraded && back.dropped.is_none());
+        // Another program's tunnel, as tailscaled's: what it carries is its own.
+        let other = through(&chains, packet(7, LAN, "100.64.0.9", "192.168.9.1"));
+        assert!(!other.masqueraded);
         let beside = through(&chains, packet(LAN, WAN, "192.168.9.1", "192.168.7.1"));
         assert_eq!(beside, Fate::default(), "the host's own traffic is its own");
         let circle = through(&chains, packet(TUN, TUN, "100.64.0.2", "100.64.0.3"));

@@ -16,8 +16,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
 use crate::hostnet::firewall::{
-    Base, Chain, Do, FORWARDED_MARK, FORWARDED_MASK, Found, Gate, Hook, Manager, Match, Rule,
-    comment, is_ours,
+    Base, Chain, Do, Found, Gate, Hook, Manager, Match, Rule, comment, is_ours,
 };
 
 /// One answer, or a part of a long one.
@@ -73,7 +72,6 @@ const NESTED: u16 = 0x8000;
 /// `NFT_TABLE_F_OWNER`.
 const OWNER: u32 = 2;
 /// `NFT_META_*`.
-const META_MARK: u32 = 3;
 const META_IIF: u32 = 4;
 const META_OIF: u32 = 5;
 const META_IIFNAME: u32 = 6;
@@ -195,11 +193,6 @@ fn condition(when: Match) -> Vec<Attrs> {
         }
         Match::Source(net) => address(&net, [12, 8]),
         Match::Destination(net) => address(&net, [16, 24]),
-        Match::Marked => vec![
-            meta(META_MARK),
-            bits(&FORWARDED_MASK.to_ne_bytes(), &[0; 4]),
-            compare(true, &FORWARDED_MARK.to_ne_bytes()),
-        ],
         // The flags SYN and RST, of which the first is set.
         Match::Syn => vec![
             meta(META_L4PROTO),
@@ -214,14 +207,6 @@ fn condition(when: Match) -> Vec<Attrs> {
 fn action(then: Do) -> Vec<Attrs> {
     match then {
         Do::Count => vec![counter()],
-        Do::Mark => vec![
-            meta(META_MARK),
-            bits(
-                &(!FORWARDED_MASK).to_ne_bytes(),
-                &FORWARDED_MARK.to_ne_bytes(),
-            ),
-            expr("meta", &attrs().number(3, 1).number(2, META_MARK)),
-        ],
         // The segment size that the routes of both directions carry, in the wire's byte order, into TCP's second
         // option, from its third byte on; the kernel never raises it.
         Do::Clamp => vec![
