@@ -184,11 +184,8 @@ fn guard(tun: u32, overlay: &Overlay, host: &Host) -> Vec<Rule> {
     let mut rules = Vec::new();
     for range in ranges(overlay) {
         let elsewhere = host.elsewhere.iter();
-        for (interface, net) in elsewhere.filter(|(_, net)| range.contains(&net.addr())) {
-            let mut when = vec![Match::From(*interface, true)];
-            // By an address without a subnet anybody may be behind the interface, as behind another tunnel.
-            let subnet = net.prefix_len() < net.max_prefix_len();
-            when.push(Match::Source(if subnet { *net } else { range }));
+        for (interface, net) in elsewhere.filter(|(_, net)| range.contains(net)) {
+            let when = vec![Match::From(*interface, true), Match::Source(*net)];
             rules.push(rule(when, &[Do::Accept]));
         }
         let when = vec![
@@ -581,7 +578,12 @@ mod tests {
     #[test]
     fn nobody_beside_the_tunnel_speaks_as_a_node() {
         let host = Host {
-            elsewhere: [(WAN, net("100.72.1.0/24")), (7, net("100.80.0.1/32"))].into(),
+            elsewhere: [
+                (WAN, net("100.72.1.0/24")),
+                (LAN, net("100.73.0.9/32")),
+                (7, V4_RANGE.into()),
+            ]
+            .into(),
             guest_links: [5].into(),
             ..Host::default()
         };
@@ -596,6 +598,9 @@ mod tests {
             // A provider's network, and another tunnel.
             (WAN, "100.72.1.5", false),
             (7, "100.99.0.1", false),
+            // A container with a route of its own.
+            (LAN, "100.73.0.9", false),
+            (LAN, "100.73.0.10", true),
             (TUN, "100.64.0.2", false),
             (LOOPBACK, "100.64.0.1", false),
         ] {

@@ -167,7 +167,8 @@ pub struct Host {
     pub carrying: BTreeSet<u32>,
     /// Names of its interfaces.
     pub links: BTreeMap<u32, String>,
-    /// Its addresses in the ranges that networks like ours have theirs from, with their subnets, by interface.
+    /// What of the ranges that networks like ours have their addresses from it has by other interfaces: the subnets of
+    /// its addresses, a whole range where an address has none, for anybody may be behind that, and its routes.
     pub elsewhere: BTreeSet<(u32, IpNet)>,
     /// Servers that its resolver asks.
     pub resolvers: Vec<IpAddr>,

@@ -31,6 +31,8 @@ const COUNT_PERIOD: Duration = Duration::from_secs(10);
 const LOCAL: u32 = 255;
 /// Host routes remembered at most, of those that meet ours.
 const HOST_ROUTES_MAX: usize = 65_536;
+/// Prefixes in the ranges of networks like ours that the host has elsewhere, at most: each takes two rules.
+const ELSEWHERE_MAX: usize = 512;
 /// Routes of a routing daemon that are offered at most: as many as a coordination server of ours looks at.
 const HANDED_MAX: usize = 256;
 /// Conflicts remembered as told at most.
@@ -204,10 +206,9 @@ impl Worker {
         let addresses = self.netlink.addresses()?;
         let others = || addresses.iter().filter(|found| found.interface != tun);
         self.host.connected = others().filter_map(|found| found.subnet).collect();
-        let ranged = others().filter(|found| in_ranges(found.address));
-        let elsewhere = ranged.map(|found| {
-            let net = found.subnet.unwrap_or_else(|| found.address.into());
-            (found.interface, net)
+        let elsewhere = others().filter_map(|found| {
+            let range = range_of(found.address)?;
+            Some((found.interface, found.subnet.unwrap_or(range)))
         });
         self.host.elsewhere = elsewhere.collect();
         let links = self.netlink.links()?;
@@ -244,6 +245,7 @@ impl Worker {
             let (tables, routes) = (&self.tables, &mut self.host.routes);
             let too_many = &mut self.too_many;
             let (ways, overlay) = (&mut self.host.ways, &self.overlay);
+            let elsewhere = &mut self.host.elsewhere;
             let (handed, too_many_handed) = (&mut self.handed, &mut self.too_many_handed);
             let handed_in = self.handed_in;
             let result = self.netlink.routes(v6, 0, false, &mut |found| {
@@ -265,6 +267,13 @@ impl Worker {
                 {
                     let others = found.interfaces.iter().filter(|by| **by != tun);
                     ways.extend(others.map(|by| (found.net, *by)));
+                }
+                if of_host(&found, tables, tun)
+                    && found.kind == RouteType::Unicast
+                    && range_of(found.net.addr()).is_some_and(|range| range.contains(&found.net))
+                    && elsewhere.len() < ELSEWHERE_MAX
+                {
+                    elsewhere.extend(found.interfaces.iter().map(|by| (*by, found.net)));
                 }
                 if of_host(&found, tables, tun) && meets(&nets, &found.net) {
                     *too_many |= routes.len() >= HOST_ROUTES_MAX;
@@ -535,12 +544,10 @@ fn if_there<T: Default>(answer: io::Result<T>) -> io::Result<T> {
     }
 }
 
-/// Whether an address is of the kind that networks like ours have.
-fn in_ranges(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => V4_RANGE.contains(&ip),
-        IpAddr::V6(ip) => V6_RANGE.contains(&ip),
-    }
+/// Of the ranges that networks like ours have their addresses from, that of an address.
+fn range_of(ip: IpAddr) -> Option<IpNet> {
+    let mut ranges = [IpNet::from(V4_RANGE), IpNet::from(V6_RANGE)].into_iter();
+    ranges.find(|range| range.contains(&ip))
 }
 
 /// Whether a route is the host's own, in a table that its rules lead to, and not its default.
