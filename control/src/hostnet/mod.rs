@@ -318,13 +318,15 @@ pub struct Link {
     pub carries: bool,
 }
 
-/// The bridges that nobody is on but guests of this host.
-pub fn guest_bridges(links: &[Link]) -> BTreeSet<u32> {
-    let real = links.iter().filter(|link| !link.is_virtual);
-    let real: BTreeSet<u32> = real.filter_map(|link| link.bridge).collect();
+/// The bridges that nobody is on but guests of this host. `real` are those that were seen with another port: one of
+/// which that is gone is a network that is down, and not the guests'.
+pub fn guest_bridges(links: &[Link], real: &mut BTreeSet<u32>) -> BTreeSet<u32> {
     let bridges = links.iter().filter(|link| link.is_bridge);
     let all: BTreeSet<u32> = bridges.map(|link| link.index).collect();
-    all.difference(&real).copied().collect()
+    let ports = links.iter().filter(|link| !link.is_virtual);
+    real.extend(ports.filter_map(|link| link.bridge));
+    real.retain(|bridge| all.contains(bridge));
+    all.difference(real).copied().collect()
 }
 
 /// What [`plan`] finds.
@@ -430,7 +432,16 @@ mod tests {
             link(13, Some(14), true, false),
             link(14, None, true, false),
         ];
-        assert_eq!(guest_bridges(&links), BTreeSet::from([11, 12, 13]));
+        let mut real = BTreeSet::new();
+        let guests = BTreeSet::from([11, 12, 13]);
+        assert_eq!(guest_bridges(&links, &mut real), guests);
+        // The network card is pulled out: its bridge is as real as before, until it goes itself.
+        let mut without = links.to_vec();
+        without.retain(|link| link.is_virtual || link.is_bridge);
+        assert_eq!(guest_bridges(&without, &mut real), guests);
+        without.retain(|link| guests.contains(&link.index));
+        assert_eq!(guest_bridges(&without, &mut real), guests);
+        assert!(real.is_empty());
     }
 
     #[test]

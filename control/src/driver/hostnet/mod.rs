@@ -199,6 +199,7 @@ impl HostNet {
             netlink,
             overlay: Overlay::default(),
             host: Host::default(),
+            real_bridges: BTreeSet::new(),
             tables: BTreeSet::new(),
             tunnel: BTreeSet::new(),
             too_many: false,

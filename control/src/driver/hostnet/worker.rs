@@ -67,6 +67,8 @@ pub(super) struct Worker {
     pub(super) netlink: Netlink,
     pub(super) overlay: Overlay,
     pub(super) host: Host,
+    /// Bridges that had a port other than guests'.
+    pub(super) real_bridges: BTreeSet<u32>,
     /// Tables that the host's rules lead to.
     pub(super) tables: BTreeSet<u32>,
     /// What leads into the tunnel, or nowhere.
@@ -212,7 +214,7 @@ impl Worker {
         });
         self.host.elsewhere = elsewhere.collect();
         let links = self.netlink.links()?;
-        let bridges = guest_bridges(&links);
+        let bridges = guest_bridges(&links, &mut self.real_bridges);
         let theirs = others().filter(|found| bridges.contains(&found.interface));
         self.host.guests = theirs.filter_map(|found| found.subnet).collect();
         let carrying = links.iter().filter(|link| link.carries);
