@@ -507,11 +507,13 @@ impl Nft {
             table: &table,
             chain,
         };
-        let mut packets = 0;
-        self.rules(&place, &mut |message| {
-            packets += parse_rule(message, "").packets
-        })?;
-        Ok(packets)
+        again(|| {
+            let mut packets = 0;
+            self.rules(&place, &mut |message| {
+                packets += parse_rule(message, "").packets
+            })?;
+            Ok(packets)
+        })
     }
 
     /// The host's own chains that filter what it gets and what it forwards.

@@ -20,6 +20,8 @@ const STUCK_MIN: u64 = 8;
 /// The thread's part in it.
 pub(super) struct Router {
     nft: io::Result<Nft>,
+    /// A rule of ours may stand in a chain of the host.
+    opened: bool,
     ledger: Ledger,
     /// Interfaces that forward for our sake, by index and family.
     woken: BTreeMap<(u32, bool), Woken>,
@@ -55,6 +57,7 @@ impl Router {
     pub(super) fn new(table: u8, ledger: Ledger) -> Self {
         Self {
             nft: Nft::open(table),
+            opened: false,
             ledger,
             woken: BTreeMap::new(),
             fights: Vec::new(),
@@ -330,6 +333,7 @@ impl Router {
             let may = joined && overlay.may_open_firewall;
             let mut failed = None;
             for change in gates(settings, may, overlay.forwards(), &base) {
+                self.opened |= matches!(change, Change::Insert(_));
                 let result = match change {
                     Change::Insert(gate) => nft.insert(&base, gate, tun, settings.table),
                     Change::Remove(handle) => nft.delete(&base, handle, settings.table),
@@ -413,11 +417,16 @@ impl Router {
     /// Gives everything back, and gives what stays behind.
     pub(super) fn clean_up(&mut self, settings: &Settings) -> io::Result<()> {
         self.put_to_sleep(&BTreeSet::new());
-        // Where there is no nftables we have nothing there.
         let Ok(nft) = &mut self.nft else {
             return Ok(());
         };
-        let bases = nft.bases("").and_then(|bases| {
+        // Where there is no nftables, or we may not use it, we have nothing there.
+        let bases = if self.opened {
+            nft.bases("")
+        } else {
+            Ok(Vec::new())
+        };
+        let bases = bases.and_then(|bases| {
             let gone = bases.iter().map(|base| remove_gates(nft, settings, base));
             // Each is tried.
             gone.fold(Ok(()), Result::and)

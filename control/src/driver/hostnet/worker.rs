@@ -272,10 +272,17 @@ impl Worker {
                 }
                 if of_host(&found, tables, tun)
                     && found.kind == RouteType::Unicast
-                    && range_of(found.net.addr()).is_some_and(|range| range.contains(&found.net))
-                    && elsewhere.len() < ELSEWHERE_MAX
+                    && let Some(range) = range_of(found.net.addr())
+                    && range.contains(&found.net)
                 {
-                    elsewhere.extend(found.interfaces.iter().map(|by| (*by, found.net)));
+                    // Another tunnel has a route for each of its nodes, and the whole range already.
+                    let by = found.interfaces.iter().map(|by| (*by, found.net));
+                    let by: Vec<_> = by
+                        .filter(|(by, _)| !elsewhere.contains(&(*by, range)))
+                        .collect();
+                    if elsewhere.len() < ELSEWHERE_MAX {
+                        elsewhere.extend(by);
+                    }
                 }
                 if of_host(&found, tables, tun) && meets(&nets, &found.net) {
                     *too_many |= routes.len() >= HOST_ROUTES_MAX;
