@@ -65,6 +65,10 @@ pub const TICK: Duration = Duration::from_millis(100);
 /// A stream that ended leaves its node online for this long, so that a reconnect disturbs nobody.
 pub const OFFLINE_DELAY: Duration = Duration::from_secs(10);
 
+/// So long its routes stay with it, if it does not take them back itself: it may be dialling anew. Half of the second
+/// after which another has to serve them.
+pub const ROUTES_DELAY: Duration = Duration::from_millis(500);
+
 /// After a start nobody is told that a node is offline before this has passed: real clients need
 /// up to 10 s to come back.
 pub const START_GRACE: Duration = Duration::from_secs(30);
@@ -162,6 +166,8 @@ struct Entry {
     record: NodeRecord,
     rivals: Rivals,
     presence: Presence,
+    /// Until when a stream that ended counts for its routes.
+    routes_until: Option<Instant>,
     /// Its open streams, the oldest first.
     streams: Vec<SessionId>,
     /// When its key is looked at, if that is to expire.
@@ -297,6 +303,7 @@ impl Server {
             record,
             rivals: Rivals::default(),
             presence,
+            routes_until: None,
             streams: Vec::new(),
             expires_at: None,
             alarm: None,

@@ -79,6 +79,7 @@ impl Server {
         let mut gone = Vec::new();
         let mut left = Vec::new();
         let mut ripe = Vec::new();
+        let mut gives_way = false;
         let due = self.node_alarms.iter().take_while(|(at, _)| *at <= now);
         let due: BTreeSet<i64> = due.map(|(_, id)| *id).collect();
         #[cfg(test)]
@@ -93,6 +94,10 @@ impl Server {
                 entry.rivals = Rivals::default();
                 self.stale.extend(&entry.streams);
                 self.tick.get_or_insert(now + TICK);
+            }
+            if entry.routes_until.is_some_and(|at| at <= now) {
+                entry.routes_until = None;
+                gives_way = true;
             }
             match entry.presence {
                 Presence::Leaving(at, _) if at <= now => {
@@ -110,6 +115,9 @@ impl Server {
                 ripe.push(*id);
             }
             self.set_alarm(*id);
+        }
+        if gives_way {
+            self.refresh_routes(now);
         }
         for id in ripe {
             self.see_expiry(now, wall, id);
@@ -177,7 +185,12 @@ impl Entry {
             Presence::Leaving(at, _) | Presence::Offline(Some(at)) => Some(at),
             Presence::Online | Presence::Offline(None) => None,
         };
-        let own = [presence, self.rivals.poll_timeout(), self.expires_at];
+        let own = [
+            presence,
+            self.routes_until,
+            self.rivals.poll_timeout(),
+            self.expires_at,
+        ];
         own.into_iter().flatten().min()
     }
 }

@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use super::presence::{Presence, Rivals, TWO_MACHINES};
 use super::sight::{FilterHash, hash_of};
 use super::view::{View, difference_of, filters, own_node};
-use super::{OFFLINE_DELAY, Server, TICK};
+use super::{OFFLINE_DELAY, ROUTES_DELAY, Server, TICK};
 use crate::netmap::wire::{MapRequest, MapResponse, Node, WireTime};
 
 /// Shortest and longest time between signs of life on a stream.
@@ -82,6 +82,7 @@ impl Server {
                 tracing::warn!(node = entry.record.name, "{TWO_MACHINES}");
             }
             entry.presence = Presence::Online;
+            entry.routes_until = None;
             entry.record.last_seen = Some(wall);
             self.unsaved.insert(node);
             self.presence_unsaved = true;
@@ -108,14 +109,14 @@ impl Server {
         entry.streams.retain(|other| *other != id);
         if entry.streams.is_empty() {
             entry.presence = Presence::Leaving(now + OFFLINE_DELAY, Some(true));
+            if self.routers.contains(&session.node) {
+                // Then another router of the same prefixes takes over.
+                entry.routes_until = Some(now + ROUTES_DELAY);
+            }
             entry.record.last_seen = Some(wall);
             self.unsaved.insert(session.node);
             self.presence_unsaved = true;
             self.set_alarm(session.node);
-            if self.routers.contains(&session.node) {
-                // Another router of the same prefixes takes over at once.
-                self.refresh_routes(now);
-            }
         }
     }
 

@@ -752,15 +752,24 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
         "only approved ones: {allowed:?}"
     );
     assert_eq!(wire.primary_routes, nets(&[route]));
-    lab.end(first);
-    lab.wait(TICK);
-    assert_eq!(lab.routers(route), [2], "at once, for another is there");
-    lab.wait(OFFLINE_DELAY);
     let again = |lab: &mut Lab, n: u8| {
         let mut request = poll(n);
         request.hostinfo = Some(json!({"Hostname": format!("host{n}"), "RoutableIPs": [route]}));
         lab.open_by(n, &request)
     };
+    // Its own redial costs it nothing,
+    lab.end(first);
+    lab.wait(ROUTES_DELAY - Duration::from_millis(1));
+    let first = again(&mut lab, 1);
+    lab.wait(ROUTES_DELAY);
+    assert_eq!(lab.routers(route), [1]);
+    // unless it stays away.
+    lab.end(first);
+    assert_eq!(lab.server.poll_timeout(), Some(lab.now + ROUTES_DELAY));
+    lab.wait(ROUTES_DELAY);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(route), [2]);
+    lab.wait(OFFLINE_DELAY);
     let first = again(&mut lab, 1);
     lab.wait(TICK);
     lab.wait(TICK);
@@ -770,10 +779,15 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
     lab.end(second);
     lab.wait(TICK);
     assert_eq!(lab.routers(route), [2]);
-    again(&mut lab, 2);
+    let second = again(&mut lab, 2);
     again(&mut lab, 1);
     lab.wait(TICK);
     assert_eq!(lab.routers(route), [2]);
+    // Who takes it back gives way at once.
+    lab.end(second);
+    lab.announce(2, [""; 0]);
+    lab.wait(TICK);
+    assert_eq!(lab.routers(route), [1]);
     lab.check("after the switch");
 }
 

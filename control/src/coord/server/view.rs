@@ -69,23 +69,28 @@ impl Server {
         self.mark_dirty(now, id);
     }
 
-    /// Chooses the router of every prefix among the nodes that have a stream (or could not come back yet since we
-    /// started); where there is none, among those whose stream has only just ended.
+    /// Chooses the router of every prefix among the nodes that have a stream (or had one a moment ago, or could not
+    /// come back yet since we started); where there is none, among those whose stream has ended not long ago.
     pub(super) fn refresh_routes(&mut self, now: Instant) {
         let nodes = &self.nodes;
         let counts = |id: &i64| nodes.get(id).is_some_and(|entry| !entry.routes.is_empty());
         self.routers.retain(counts);
-        let candidates = |counts: fn(Presence) -> bool| {
+        let candidates = |counts: fn(&Entry) -> bool| {
             self.routers.iter().filter_map(move |id| {
-                let entry = nodes.get(id).filter(|entry| counts(entry.presence))?;
+                let entry = nodes.get(id).filter(|entry| counts(entry))?;
                 Some((*id, &entry.routes[..]))
             })
         };
-        let connected =
-            |presence| matches!(presence, Presence::Online | Presence::Leaving(_, None));
-        let online = |presence| {
+        let connected = |entry: &Entry| {
+            let here = matches!(
+                entry.presence,
+                Presence::Online | Presence::Leaving(_, None)
+            );
+            here || entry.routes_until.is_some()
+        };
+        let online = |entry: &Entry| {
             matches!(
-                presence,
+                entry.presence,
                 Presence::Online | Presence::Leaving(_, None | Some(true))
             )
         };
