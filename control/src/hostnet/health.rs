@@ -4,7 +4,8 @@
 //! A prefix is lost when the interface by which the host reaches it is down or has no carrier, or when a way that
 //! there was is gone. It counts again after it was back for [`BACK`], so that a link that flaps gives no place back
 //! and forth. What is reached by the default route alone is never lost while it was never reached otherwise:
-//! nobody can tell such a LAN from the Internet.
+//! nobody can tell such a LAN from the Internet. A guests' bridge carries for ever, and does not keep a wide prefix
+//! alive in which there was another way.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -22,6 +23,8 @@ pub struct Lans(BTreeMap<IpNet, Lan>);
 struct Lan {
     /// The host once had a way there that was not its default route.
     had_way: bool,
+    /// One of those into it led elsewhere than to guests.
+    had_lan: bool,
     /// None while it is well.
     lost: Option<Lost>,
 }
@@ -36,18 +39,22 @@ enum Lost {
 
 impl Lans {
     /// Looks again: at what is offered, the host's subnets and routes with the interfaces by which they lead (ours
-    /// left out), and the interfaces that are up and have a carrier.
+    /// left out), the interfaces that are up and have a carrier, and those of them that guests of this host are on.
     pub fn look(
         &mut self,
         now: Instant,
         offered: &BTreeSet<IpNet>,
         ways: &BTreeSet<(IpNet, u32)>,
         carrying: &BTreeSet<u32>,
+        guests: &BTreeSet<u32>,
     ) {
         self.0.retain(|net, _| offered.contains(net));
         for net in offered.iter().filter(|net| net.prefix_len() > 0) {
             let lan = self.0.entry(*net).or_default();
-            let way = way(net, ways, carrying);
+            let into = ways.iter().filter(|(way, _)| net.contains(way));
+            lan.had_lan |= { into }.any(|(_, interface)| !guests.contains(interface));
+            let counts = |interface: &u32| !(lan.had_lan && guests.contains(interface));
+            let way = way(net, ways, carrying, &counts);
             lan.had_way |= way == Some(true);
             let well = way.unwrap_or(!lan.had_way);
             lan.lost = match (well, lan.lost) {
@@ -76,10 +83,19 @@ impl Lans {
 }
 
 /// Whether a prefix is reached by an interface that carries: by one that leads into it or to it; else by the
-/// longest way around it. None if only the default route is around it.
-fn way(net: &IpNet, ways: &BTreeSet<(IpNet, u32)>, carrying: &BTreeSet<u32>) -> Option<bool> {
+/// longest way around it. None if only the default route is around it. Of those into it, interfaces that do not
+/// count are left out.
+fn way(
+    net: &IpNet,
+    ways: &BTreeSet<(IpNet, u32)>,
+    carrying: &BTreeSet<u32>,
+    counts: &dyn Fn(&u32) -> bool,
+) -> Option<bool> {
     let carries = |(_, interface): &&(IpNet, u32)| carrying.contains(interface);
-    let into = || ways.iter().filter(|(way, _)| net.contains(way));
+    let into = || {
+        ways.iter()
+            .filter(|(way, interface)| net.contains(way) && counts(interface))
+    };
     if into().next().is_some() {
         return Some(into().any(|way| carries(&way)));
     }
@@ -99,6 +115,8 @@ mod tests {
 
     const LAN: u32 = 2;
     const WAN: u32 = 3;
+    const GUESTS: u32 = 4;
+    const NONE: BTreeSet<u32> = BTreeSet::new();
 
     fn nets(texts: &[&str]) -> BTreeSet<IpNet> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
@@ -149,7 +167,7 @@ mod tests {
         ] {
             let mut lans = Lans::default();
             let (ways, carrying) = (ways(there), carrying.iter().copied().collect());
-            lans.look(start(), &nets(&[prefix]), &ways, &carrying);
+            lans.look(start(), &nets(&[prefix]), &ways, &carrying, &NONE);
             assert_eq!(
                 lans.lost().is_empty(),
                 well,
@@ -164,14 +182,14 @@ mod tests {
         let with = ways(&[("10.1.0.0/16", LAN), ("0.0.0.0/0", WAN)]);
         let without = ways(&[("0.0.0.0/0", WAN)]);
         let mut lans = Lans::default();
-        lans.look(start(), &offered, &without, &up);
+        lans.look(start(), &offered, &without, &up, &NONE);
         assert!(lans.lost().is_empty(), "it has not been there yet");
-        lans.look(start(), &offered, &with, &up);
+        lans.look(start(), &offered, &with, &up, &NONE);
         assert!(lans.lost().is_empty());
-        lans.look(start(), &offered, &without, &up);
+        lans.look(start(), &offered, &without, &up, &NONE);
         assert_eq!(lans.lost(), offered);
         // What is not offered any more is forgotten.
-        lans.look(start(), &nets(&[]), &without, &up);
+        lans.look(start(), &nets(&[]), &without, &up, &NONE);
         assert!(lans.lost().is_empty() && lans.0.is_empty());
     }
 
@@ -182,16 +200,39 @@ mod tests {
         let mut lans = Lans::default();
         let mut now = start();
         for _ in 0..10 {
-            lans.look(now, &offered, &ways, &down);
+            lans.look(now, &offered, &ways, &down, &NONE);
             assert_eq!((lans.lost(), lans.poll_timeout()), (offered.clone(), None));
             now += Duration::from_secs(1);
-            lans.look(now, &offered, &ways, &up);
+            lans.look(now, &offered, &ways, &up, &NONE);
             now += BACK / 2;
-            lans.look(now, &offered, &ways, &up);
+            lans.look(now, &offered, &ways, &up, &NONE);
             assert_eq!(lans.lost(), offered);
         }
         assert_eq!(lans.poll_timeout(), Some(now + BACK / 2));
-        lans.look(now + BACK / 2, &offered, &ways, &up);
+        lans.look(now + BACK / 2, &offered, &ways, &up, &NONE);
         assert!(lans.lost().is_empty() && lans.poll_timeout().is_none());
+    }
+
+    #[test]
+    fn guests_do_not_keep_alive_what_they_are_a_part_of() {
+        let (wide, own) = (nets(&["192.168.0.0/16"]), nets(&["192.168.122.0/24"]));
+        let both = ways(&[("192.168.77.0/24", LAN), ("192.168.122.0/24", GUESTS)]);
+        let bridge = ways(&[("192.168.122.0/24", GUESTS)]);
+        let (up, down) = ([LAN, GUESTS].into(), [GUESTS].into());
+        let mut lans = Lans::default();
+        let guests = BTreeSet::from([GUESTS]);
+        let mut lost = |offered: &BTreeSet<IpNet>, ways, carrying| {
+            lans.look(start(), offered, ways, carrying, &guests);
+            lans.lost()
+        };
+        assert!(
+            lost(&wide, &bridge, &down).is_empty(),
+            "there is nothing else"
+        );
+        assert!(lost(&wide, &both, &up).is_empty());
+        assert_eq!(lost(&wide, &both, &down), wide);
+        assert_eq!(lost(&wide, &bridge, &down), wide, "the interface is gone");
+        // What is theirs alone carries for ever.
+        assert!(lost(&own, &both, &down).is_empty());
     }
 }

@@ -124,8 +124,11 @@ impl Worker {
                         let (settings, tun) = (&self.settings, &self.tun_name);
                         self.router
                             .settle(start, settings, tun, &self.overlay, &self.host);
-                        let (ways, carrying) = (&self.host.ways, &self.host.carrying);
-                        self.lans.look(start, &self.overlay.offered, ways, carrying);
+                        let host = &self.host;
+                        let (ways, carrying) = (&host.ways, &host.carrying);
+                        let offered = &self.overlay.offered;
+                        self.lans
+                            .look(start, offered, ways, carrying, &host.guest_links);
                     }
                     // Interfaces that the kernel did not tell of are not gone.
                     Err(error) => {
