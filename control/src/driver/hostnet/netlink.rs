@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use rtnetlink::packet_core::{
-    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
-    NetlinkPayload,
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_EXCL, NLM_F_REQUEST, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload,
 };
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressMessage, AddressScope, CacheInfo,
@@ -27,6 +27,8 @@ use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
 
 /// One answer, or a part of a long one.
 const BUFFER_LEN: usize = 64 << 10;
+/// Times that something is asked for that changes while the kernel tells of it.
+const TRIES: usize = 8;
 /// For a kernel that does not answer at all.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// `RTNLGRP_*` of what concerns us: links, addresses, routes, rules, and whether interfaces forward, of both families.
@@ -79,18 +81,17 @@ impl Netlink {
     pub(super) fn rules(&mut self, v6: bool) -> io::Result<Vec<FoundRule>> {
         let mut question = RuleMessage::default();
         question.header.family = family(v6);
-        let mut found = Vec::new();
-        self.dump(RouteNetlinkMessage::GetRule(question), &mut |message| {
-            if let RouteNetlinkMessage::NewRule(message) = message
-                && message.header.family == family(v6)
-            {
-                found.extend(parse_rule(&message));
-            }
-        })?;
-        Ok(found)
+        let question = RouteNetlinkMessage::GetRule(question);
+        self.collect(&question, &|message| {
+            let RouteNetlinkMessage::NewRule(message) = message else {
+                return None;
+            };
+            parse_rule(&message).filter(|_| message.header.family == family(v6))
+        })
     }
 
-    /// Hands over routes of one family: of one table (0: of all), of any protocol or only ours.
+    /// Hands over routes of one family: of one table (0: of all), of any protocol or only ours. What changes
+    /// meanwhile may be handed over twice.
     pub(super) fn routes(
         &mut self,
         v6: bool,
@@ -104,7 +105,8 @@ impl Netlink {
         if ours_only {
             question.header.protocol = RouteProtocol::Other(PROTOCOL);
         }
-        let result = self.dump(RouteNetlinkMessage::GetRoute(question), &mut |message| {
+        let question = RouteNetlinkMessage::GetRoute(question);
+        let each = &mut |message| {
             if let RouteNetlinkMessage::NewRoute(message) = message
                 && message.header.address_family == family(v6)
                 && let Some(route) = parse_route(&message)
@@ -113,8 +115,8 @@ impl Netlink {
             {
                 each(route);
             }
-        });
-        match result {
+        };
+        match again(|| self.ask(question.clone(), NLM_F_DUMP, &mut *each)) {
             // A table in which nothing ever stood.
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             result => result,
@@ -123,26 +125,24 @@ impl Netlink {
 
     /// All addresses of both families.
     pub(super) fn addresses(&mut self) -> io::Result<Vec<FoundAddress>> {
-        let mut found = Vec::new();
         let question = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-        self.dump(question, &mut |message| {
-            if let RouteNetlinkMessage::NewAddress(message) = message {
-                found.extend(parse_address(&message));
-            }
-        })?;
-        Ok(found)
+        self.collect(&question, &|message| {
+            let RouteNetlinkMessage::NewAddress(message) = message else {
+                return None;
+            };
+            parse_address(&message)
+        })
     }
 
     /// All interfaces.
     pub(super) fn links(&mut self) -> io::Result<Vec<Link>> {
-        let mut found = Vec::new();
         let question = RouteNetlinkMessage::GetLink(LinkMessage::default());
-        self.dump(question, &mut |message| {
-            if let RouteNetlinkMessage::NewLink(message) = message {
-                found.push(parse_link(&message));
-            }
-        })?;
-        Ok(found)
+        self.collect(&question, &|message| {
+            let RouteNetlinkMessage::NewLink(message) = message else {
+                return None;
+            };
+            Some(parse_link(&message))
+        })
     }
 
     /// Makes one change.
@@ -176,15 +176,25 @@ impl Netlink {
         self.ask(message, NLM_F_ACK | flags, &mut |_| {})
     }
 
-    fn dump(
+    /// Everything of a kind, as it was at one moment.
+    fn collect<T>(
         &mut self,
-        question: RouteNetlinkMessage,
-        each: &mut dyn FnMut(RouteNetlinkMessage),
-    ) -> io::Result<()> {
-        self.ask(question, NLM_F_DUMP, each)
+        question: &RouteNetlinkMessage,
+        parse: &dyn Fn(RouteNetlinkMessage) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
+        again(|| {
+            let mut found = Vec::new();
+            self.ask(question.clone(), NLM_F_DUMP, &mut |message| {
+                found.extend(parse(message));
+            })?;
+            Ok(found)
+        })
     }
 
     /// Asks, and hands over every answer until the last.
+    ///
+    /// # Errors
+    /// `EINTR` if what it tells of changed meanwhile: something that was there all the time may be missing.
     fn ask(
         &mut self,
         question: RouteNetlinkMessage,
@@ -201,6 +211,7 @@ impl Netlink {
         message.serialize(&mut bytes);
         self.socket.send(&bytes, 0)?;
         let mut buffer = Vec::with_capacity(BUFFER_LEN);
+        let mut torn = false;
         loop {
             buffer.clear();
             self.socket.recv(&mut buffer, 0)?;
@@ -210,6 +221,7 @@ impl Netlink {
                 if answer.header.sequence_number != sequence || end.is_some() {
                     return;
                 }
+                torn |= answer.header.flags & NLM_F_DUMP_INTR != 0;
                 match answer.payload {
                     NetlinkPayload::InnerMessage(message) => each(message),
                     NetlinkPayload::Done(done) if done.code == 0 => end = Some(Ok(())),
@@ -221,11 +233,24 @@ impl Netlink {
                     NetlinkPayload::Noop | NetlinkPayload::Overrun(_) | _ => {}
                 }
             });
-            if let Some(end) = end {
-                return end;
+            match end {
+                Some(Ok(())) if torn => return Err(io::Error::from_raw_os_error(nix::libc::EINTR)),
+                Some(end) => return end,
+                None => {}
             }
         }
     }
+}
+
+/// Asks once more where the answer was torn.
+fn again<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    for _ in 1..TRIES {
+        match ask() {
+            Err(error) if error.raw_os_error() == Some(nix::libc::EINTR) => {}
+            result => return result,
+        }
+    }
+    ask()
 }
 
 /// `struct nlmsghdr`, in bytes.
@@ -606,6 +631,25 @@ mod tests {
                 assert_eq!(found.interfaces, [9]);
             }
         }
+    }
+
+    #[test]
+    fn what_changes_while_it_is_told_is_asked_for_again_but_not_for_ever() {
+        fn torn<T>() -> io::Result<T> {
+            Err(io::Error::from_raw_os_error(nix::libc::EINTR))
+        }
+        let mut asked = 0;
+        let answer = again(|| {
+            asked += 1;
+            if asked < TRIES { torn() } else { Ok(asked) }
+        });
+        assert_eq!(answer.unwrap(), TRIES);
+        let mut asked = 0;
+        let answer: io::Result<()> = again(|| {
+            asked += 1;
+            torn()
+        });
+        assert_eq!((answer.is_err(), asked), (true, TRIES));
     }
 
     #[test]
