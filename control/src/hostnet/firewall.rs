@@ -304,6 +304,13 @@ pub fn comment(table: u8) -> String {
     format!("ringtail-{table}")
 }
 
+/// The routing table of whoever calls a rule or a table so, if that is a ringtail.
+pub fn table_of(name: &str) -> Option<u8> {
+    let name = name.split(' ').next()?;
+    let table = name.strip_prefix("ringtail-")?.parse().ok()?;
+    (comment(table) == name).then_some(table)
+}
+
 /// Whether a rule with such a comment is one of ours, of that routing table.
 pub fn is_ours(found: &str, table: u8) -> bool {
     found
@@ -680,6 +687,21 @@ mod tests {
         overlay.offered.extend(many);
         let rules = forward(TUN, &overlay, &BTreeSet::new()).len();
         assert_eq!(rules, 1 + overlay.offered.len() + overlay.shut.len());
+    }
+
+    #[test]
+    fn what_is_a_ringtails_says_of_which_table_it_is() {
+        for (name, table) in [
+            ("ringtail-52", Some(52)),
+            ("ringtail-53 port 41641", Some(53)),
+            ("ringtail-052", None),
+            ("ringtail-999 in", None),
+            ("ringtail-52x", None),
+            ("tailscale-52", None),
+            ("", None),
+        ] {
+            assert_eq!(table_of(name), table, "{name}");
+        }
     }
 
     fn accepts(comment: &str) -> Option<Gate> {

@@ -6,7 +6,7 @@
 //!
 //! Sources: `linux/netfilter/nf_tables.h`, `nfnetlink.h`; what nft(8) sends, by `nft --debug=netlink`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
 use crate::hostnet::firewall::{
-    Base, Chain, Do, Found, Gate, Hook, Manager, Match, Rule, comment, is_ours,
+    Base, Chain, Do, Found, Gate, Hook, Manager, Match, Rule, comment, is_ours, table_of,
 };
 
 /// One answer, or a part of a long one.
@@ -718,6 +718,27 @@ fn again<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         }
     }
     ask()
+}
+
+/// The routing tables of ringtails, dead or alive, that have something in nftables: a table of theirs, or rules in
+/// the host's chains. None where it cannot be looked for.
+pub(super) fn with_traces() -> BTreeSet<u8> {
+    let found = Nft::open(0).and_then(|mut nft| {
+        let mut found = BTreeSet::new();
+        again(|| {
+            nft.chains(&mut |chain| {
+                found.extend(table_of(&chain.table).filter(|_| chain.family == INET));
+            })
+        })?;
+        for base in nft.bases("")? {
+            let comments = base.rules.iter().filter_map(|rule| rule.comment.as_deref());
+            found.extend(comments.filter_map(table_of));
+        }
+        Ok(found)
+    });
+    found
+        .inspect_err(|error| tracing::debug!(%error, "nftables cannot be looked at"))
+        .unwrap_or_default()
 }
 
 /// Removes what a run that is dead left: our table, if it has no owner, and our rules in the host's chains.

@@ -183,9 +183,10 @@ fn hold_name(name: &str) -> io::Result<Hold> {
     Ok(Hold::Stranger)
 }
 
-/// Tables with rules or routes of our protocol number.
+/// Tables with rules or routes of our protocol number, or with something in nftables that bears their number: the
+/// kernel removes those of a tunnel that is gone, but no rule in the host's firewall.
 fn with_traces(netlink: &mut Netlink) -> anyhow::Result<BTreeSet<u8>> {
-    let mut found = BTreeSet::new();
+    let mut found = nft::with_traces();
     for v6 in [false, true] {
         // A family that is not there has none.
         let rules = netlink.rules(v6).unwrap_or_default();
