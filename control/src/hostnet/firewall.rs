@@ -93,6 +93,8 @@ pub enum Do {
 pub const THROUGH: &str = "through";
 /// Counts what of that got past them.
 pub const PASSED: &str = "passed";
+/// Count what comes from beside the tunnel with an address of the network's ranges.
+pub const GUARDS: [&str; 2] = ["guard-input", "guard-forward"];
 /// Has the rules without which no interface may be made to forward.
 pub const FORWARD: &str = "forward";
 
@@ -106,7 +108,7 @@ pub fn firewall(
 ) -> Vec<Chain> {
     let tun = settings.tun;
     let guard = guard(tun, overlay, host);
-    let mut input = guard.clone();
+    let mut services = Vec::new();
     for service in [IpAddr::from(DNS_SERVICE_V4), IpAddr::from(DNS_SERVICE_V6)] {
         // The host itself asks there, and its guests, who may have its resolver's file.
         let mut when = vec![
@@ -117,7 +119,7 @@ pub fn firewall(
         when.extend(guests.map(|bridge| Match::From(*bridge, false)));
         // Another program's tunnel may have that address too, and takes what is for it before this.
         if guards(overlay, service) {
-            input.push(rule(when, &[Do::Count, Do::Drop]));
+            services.push(rule(when, &[Do::Count, Do::Drop]));
         }
     }
     let chain = |name, hook, priority, rules| Chain {
@@ -128,8 +130,9 @@ pub fn firewall(
         rules,
     };
     let mut chains = vec![
-        chain("guard-input", Hook::Input, -150, input),
-        chain("guard-forward", Hook::Forward, -160, guard),
+        chain(GUARDS[0], Hook::Input, -150, guard.clone()),
+        chain("services", Hook::Input, -149, services),
+        chain(GUARDS[1], Hook::Forward, -160, guard),
         chain(FORWARD, Hook::Forward, -150, forward(tun, overlay, woken)),
     ];
     if !overlay.forwards() {

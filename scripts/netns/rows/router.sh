@@ -43,15 +43,16 @@ row_router() {
   check "for rules of ours before those of the host's firewall" gates r 2
   check "which iptables reads as its own" iptables_reads r
   check "nothing passes between the host's own networks" not lab_in q ping -qc 2 -i 0.2 -W 1 203.0.113.12
+  check "status has nothing to say of all that" not problem r 'forward|firewall|nft'
   check "nobody on a subnet speaks as a node to the router" spoofed_by q "$(tailnet_ip r)" guard-input
   check "nor through it" spoofed_by q 192.168.77.9 guard-forward
-  check "status has nothing to say of all that" not problem r 'forward|firewall|nft'
   # A subnet has an MTU of 1500, and the tunnel one of 1280.
   check "what is too large for the tunnel is told to the sender" too_large q 192.168.79.9 'Frag needed.*mtu = 1280'
   check "over IPv6, too" too_large p "$(tailnet_ip b 6)" 'too big: mtu=1280'
   icmp_blocked p q z a b
   check "TCP from site to site with ICMP blocked everywhere" fetches z 192.168.78.9
   check "and the other way" fetches q 192.168.79.9
+  check "status says meanwhile that somebody was not heard" within 12 problem r 'came in beside the tunnel'
   lab_in r nft flush ruleset
   check "where somebody flushes all rules, ours stay" sees b 192.168.77.9 192.168.77.1
   docker_like r

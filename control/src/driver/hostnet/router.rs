@@ -8,14 +8,18 @@ use std::time::{Duration, Instant};
 use super::nft::{Nft, Refused};
 use super::sysctl;
 use crate::driver::ledger::{Entry, Ledger};
-use crate::hostnet::firewall::{self, Base, Change, FORWARD, PASSED, THROUGH, gates};
+use crate::hostnet::firewall::{self, Base, Change, FORWARD, GUARDS, PASSED, THROUGH, gates};
 use crate::hostnet::{Host, Overlay, Problem, Settings, forwarding};
+use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
 
 /// Times that somebody may switch one interface back in [`FIGHT_PERIOD`]; then it is left for that long.
 const FIGHTS_MAX: usize = 3;
 const FIGHT_PERIOD: Duration = Duration::from_secs(60);
 /// So many packets that came out of the tunnel, of which none got past the host's chains, are no accident.
 const STUCK_MIN: u64 = 8;
+/// So many that our guards dropped between two looks are somebody who is not heard, and told of for so long.
+const UNHEARD_MIN: u64 = 3;
+const UNHEARD_PERIOD: Duration = Duration::from_secs(60);
 
 /// The thread's part in it.
 pub(super) struct Router {
@@ -31,7 +35,31 @@ pub(super) struct Router {
     counted: Option<(u64, u64)>,
     /// The host's firewall seems to drop everything that we forward.
     stuck: Option<u64>,
+    unheard: Unheard,
     problems: Vec<Problem>,
+}
+
+/// Packets that our guards drop.
+#[derive(Default)]
+struct Unheard {
+    /// All since the rules were made.
+    dropped: u64,
+    /// When there were many, last.
+    since: Option<Instant>,
+}
+
+impl Unheard {
+    fn count(&mut self, now: Instant, dropped: u64) {
+        let last = std::mem::replace(&mut self.dropped, dropped);
+        if dropped.saturating_sub(last) >= UNHEARD_MIN {
+            self.since = Some(now);
+        } else if self
+            .since
+            .is_some_and(|at| now.saturating_duration_since(at) >= UNHEARD_PERIOD)
+        {
+            self.since = None;
+        }
+    }
 }
 
 /// An interface that we switched.
@@ -63,6 +91,7 @@ impl Router {
             fights: Vec::new(),
             counted: None,
             stuck: None,
+            unheard: Unheard::default(),
             problems: Vec::new(),
         }
     }
@@ -112,6 +141,13 @@ impl Router {
             self.open_gates(settings, tun, overlay);
         }
         self.tell_stuck(tun);
+        if self.unheard.since.is_some() {
+            let text = format!(
+                "packets from addresses of {V4_RANGE} or {V6_RANGE} came in beside the tunnel and were dropped: if \
+                 they are another network's, the host needs a route there (ip route add NETWORK via GATEWAY)"
+            );
+            self.problem("firewall", text);
+        }
     }
 
     fn problem(&mut self, part: &'static str, text: String) {
@@ -364,9 +400,15 @@ impl Router {
         }
     }
 
-    /// Looks whether anything of what came out of the tunnel gets past the host's chains, since the last look.
-    pub(super) fn count(&mut self, overlay: &Overlay) -> bool {
-        let before = self.stuck;
+    /// Looks whether anything of what came out of the tunnel gets past the host's chains, and what our guards have
+    /// dropped, since the last look. Whether there is news of either.
+    pub(super) fn count(&mut self, now: Instant, overlay: &Overlay) -> bool {
+        let before = (self.stuck.is_some(), self.unheard.since.is_some());
+        if let Ok(nft) = &mut self.nft
+            && let Ok(dropped) = GUARDS.iter().map(|chain| nft.counted(chain)).sum()
+        {
+            self.unheard.count(now, dropped);
+        }
         let counts = match &mut self.nft {
             Ok(nft) if overlay.forwards() => {
                 nft.counted(THROUGH).ok().zip(nft.counted(PASSED).ok())
@@ -386,7 +428,7 @@ impl Router {
             self.stuck = None;
         }
         self.counted = counts;
-        before.is_some() != self.stuck.is_some()
+        before != (self.stuck.is_some(), self.unheard.since.is_some())
     }
 
     fn tell_stuck(&mut self, tun: &str) {
@@ -503,7 +545,10 @@ mod tests {
              networks too): sysctl -w net/ipv4/conf/no-such-lan/forwarding=1"
         );
         assert!(router.woken.is_empty() && ledger.is_empty());
-        assert!(!router.count(&overlay), "there is nothing to count");
+        assert!(
+            !router.count(Instant::now(), &overlay),
+            "there is nothing to count"
+        );
     }
 
     #[test]
@@ -525,6 +570,25 @@ mod tests {
         assert!(!ledger.is_empty());
         ledger.done(&router.woken[&(3, false)].entry(false));
         assert!(ledger.is_empty(), "the one that went is struck out");
+    }
+
+    #[test]
+    fn who_is_not_heard_is_told_of_until_it_was_quiet_for_a_while() {
+        let mut unheard = Unheard::default();
+        let now = start();
+        for (seconds, dropped, told) in [
+            (0, 2, false),
+            (10, 4, false),
+            (20, 9, true),
+            (79, 9, true),
+            (80, 9, false),
+            // The rules were made anew.
+            (90, 1, false),
+            (100, 4, true),
+        ] {
+            unheard.count(now + Duration::from_secs(seconds), dropped);
+            assert_eq!(unheard.since.is_some(), told, "{seconds} s");
+        }
     }
 
     #[test]

@@ -115,7 +115,7 @@ impl Worker {
             look |= self.poll_timeout().is_some_and(|due| due <= start);
             if start >= count_at {
                 count_at = start + COUNT_PERIOD;
-                look |= self.router.count(&self.overlay);
+                look |= self.router.count(start, &self.overlay);
             }
             let rested = start >= rest_until;
             if look && rested {
