@@ -29,12 +29,14 @@
 //! mark, but with the ports of the flow, once some rule needs them that is not bound to `lo`: the
 //! end marker, which decides nothing, names the port for that reason alone. Our TCP connections
 //! have no port of their own, and the host's resolver no mark: these few addresses are thrown back
-//! to the host one by one, and only where one of our routes covers them.
+//! to the host one by one, and only where one of our routes covers them. With an exit node that would let every
+//! program out to them, so there the former are thrown only where `rp_filter` would drop what they answer
+//! ([`WayBack`]), or our sockets have no mark.
 //!
 //! **An exit node** has both families whole in our table, whatever defaults the host has: what it does not
 //! take goes nowhere ([`Way::Unreachable`]) and never to the host's own default. Then, the other way
 //! round, little of the host's is thrown: networks of guests on this host, what means something on a link
-//! only, the addresses that our TCP connections go to; and its subnets and routes if somebody wants the local
+//! only, where it must be the addresses that our TCP connections go to; and its subnets and routes if somebody wants the local
 //! networks to stay outside, though never one that is as wide as the Internet. Resolvers are not.
 //!
 //! **Never installed:** what this node itself offers, and what the agent does not let through (exit
@@ -174,8 +176,23 @@ pub struct Host {
     pub resolvers: Vec<IpAddr>,
     /// Where our TCP connections go.
     pub dialled: Vec<IpAddr>,
+    /// What its interfaces ask of the senders of IPv4 packets.
+    pub way_back: WayBack,
     /// Whether the TUN can have IPv6 addresses.
     pub ipv6: bool,
+}
+
+/// What an interface asks of the sender of an IPv4 packet (`rp_filter`), the least first. The kernel looks for the way
+/// back to it without the mark that our own packets have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum WayBack {
+    /// Nothing (0).
+    #[default]
+    Unasked,
+    /// That the host has a way there (2).
+    Any,
+    /// That it leads by the same interface (1).
+    Same,
 }
 
 /// Everything that we add to a host.

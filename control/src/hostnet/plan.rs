@@ -7,7 +7,7 @@ use ipnet::IpNet;
 
 use super::{
     Action, CONFLICTS_MAX, Conflict, DIALLED_MAX, Host, MAIN, Overlay, Places, Plan, Relation,
-    Route, Rule, Settings, Way,
+    Route, Rule, Settings, Way, WayBack,
 };
 use crate::netmap::prefix::{EVERYWHERE, V4_RANGE, V6_RANGE, is_exit, v4, v6};
 
@@ -91,7 +91,7 @@ pub fn plan(settings: &Settings, overlay: &Overlay, host: &Host) -> Plan {
             tell.conflict(all, *net, Relation::Covers);
         }
     }
-    plan.kept_out = kept_out(overlay, host, &tunnel);
+    plan.kept_out = kept_out(settings, overlay, host, &tunnel);
     let peers = overlay.peers.iter().copied();
     let peers = peers.filter(|ip| usable(ip.is_ipv6()) && !overlay.addresses.contains(ip));
     let offered = overlay.offered.iter().copied();
@@ -205,8 +205,26 @@ fn rules(settings: &Settings) -> BTreeSet<Rule> {
 }
 
 /// The addresses that are thrown back to the host's table.
-fn kept_out(overlay: &Overlay, host: &Host, tunnel: &BTreeSet<IpNet>) -> Vec<IpAddr> {
-    let dialled = host.dialled.iter().take(DIALLED_MAX);
+fn kept_out(
+    settings: &Settings,
+    overlay: &Overlay,
+    host: &Host,
+    tunnel: &BTreeSet<IpNet>,
+) -> Vec<IpAddr> {
+    // With an exit node every program would go out there. Our own sockets have their mark; only the kernel's look for
+    // the way back goes without, and finds the exit node, or none.
+    let needed = |ip: &&IpAddr| {
+        let Some(exit) = overlay.exit else {
+            return true;
+        };
+        let asked = match host.way_back {
+            WayBack::Unasked => false,
+            WayBack::Any => !exit.takes[0],
+            WayBack::Same => true,
+        };
+        settings.mark().is_none() || ip.is_ipv4() && asked
+    };
+    let dialled = host.dialled.iter().take(DIALLED_MAX).filter(needed);
     // Who asks for names tells where he goes: with an exit node that is for it alone to hear.
     let resolvers = host.resolvers.iter().filter(|_| overlay.exit.is_none());
     let mut found: Vec<IpAddr> = resolvers
@@ -480,8 +498,8 @@ mod tests {
             ("10.20.8.1", "tunnel", "tunnel"),
             ("100.64.0.2", "tunnel", "tunnel"),
             ("172.17.0.2", "host", "host"),
-            ("203.0.113.9", "host", "host"),
-            ("2001:db8:9::9", "host", "host"),
+            ("203.0.113.9", "tunnel", "tunnel"),
+            ("2001:db8:9::9", "tunnel", "tunnel"),
             ("169.254.1.1", "host", "host"),
             ("255.255.255.255", "host", "host"),
             ("224.0.0.251", "tunnel", "host"),
@@ -491,7 +509,7 @@ mod tests {
                 let plan = plan(&settings(), &with_exit([true; 2], allow_lan), &busy_host());
                 assert_eq!(kernel(&plan, ip, false), table, "{ip} {allow_lan}");
                 assert_eq!(kernel(&plan, ip, true), "host", "{ip} with our mark");
-                assert_eq!(plan.kept_out, ips(&["203.0.113.9", "2001:db8:9::9"]));
+                assert_eq!(plan.kept_out, ips(&[]));
             }
         }
         let told = plan(&settings(), &with_exit([true; 2], true), &busy_host()).conflicts;
@@ -517,9 +535,44 @@ mod tests {
                 let right = |takes| Some(if takes { Way::Tunnel } else { Way::Unreachable });
                 assert_eq!(way("0.0.0.0/0"), right(takes[0]), "{takes:?}");
                 assert_eq!(way("::/0"), right(takes[1] && ipv6), "{takes:?} {ipv6}");
-                assert_eq!(kernel(&plan, "203.0.113.9", false), "host");
+                assert_eq!(kernel(&plan, "203.0.113.9", true), "host");
                 assert_eq!(kernel(&plan, "100.64.0.2", false), "tunnel");
             }
+        }
+    }
+
+    #[test]
+    fn with_an_exit_node_what_we_dial_is_open_to_all_only_where_answers_would_be_dropped() {
+        for (way_back, takes, marked, kept_out) in [
+            (WayBack::Unasked, [true; 2], true, &[][..]),
+            (WayBack::Unasked, [false; 2], true, &[]),
+            (WayBack::Any, [true; 2], true, &[]),
+            // Nothing leads there then, for who does not bear the mark.
+            (WayBack::Any, [false, true], true, &["203.0.113.9"]),
+            (WayBack::Same, [true; 2], true, &["203.0.113.9"]),
+            (WayBack::Same, [false; 2], true, &["203.0.113.9"]),
+            (
+                WayBack::Unasked,
+                [true; 2],
+                false,
+                &["203.0.113.9", "2001:db8:9::9"],
+            ),
+        ] {
+            let mut settings = settings();
+            if !marked {
+                settings.fwmark = 0;
+            }
+            let has = Host {
+                way_back,
+                ..busy_host()
+            };
+            let plan = plan(&settings, &with_exit(takes, false), &has);
+            assert_eq!(plan.kept_out, ips(kept_out), "{way_back:?} {takes:?}");
+            let other = kept_out
+                .is_empty()
+                .then_some(["nowhere", "tunnel"][usize::from(takes[0])]);
+            let table = kernel(&plan, "203.0.113.9", false);
+            assert_eq!(table, other.unwrap_or("host"), "{way_back:?} {takes:?}");
         }
     }
 

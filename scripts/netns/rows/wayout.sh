@@ -26,10 +26,13 @@ row_exituser() {
   check "the LAN is not reached outside of the tunnel" not lab_in a ping -qc 1 -W 1 192.168.7.9
   check "guests are" lab_in a ping -qc 1 -W 1 172.17.0.2
   check "coordination and the relay stay" tailnet_online a
+  check "the relay's address is no way out for others" leads_by a 203.0.113.1 ringtail0
   check "both are direct" goes_direct a b
   tailnet_stop a
   check "an end leaves the host as it was" same_state a "$before"
   tailnet_options a --exit-node "$(tailnet_ip b)" --exit-node-allow-lan-access
+  # As systemd has it: there has to be a way back to whoever sends, and for coordination there is none without us.
+  way_back a 2
   tailnet_start a
   within 20 rt a status >/dev/null 2>&1
   check "chosen by address it is the same" within 20 seen a 203.0.113.50 203.0.113.12
@@ -43,13 +46,17 @@ row_exituser() {
   tailnet_stop a
   tailnet_start a
   within 20 rt a status >/dev/null 2>&1
-  check "nor when started without it" seen a 203.0.113.50 ''
+  check "coordination is found without it" within 20 tailnet_online a
+  check "and nothing else" seen a 203.0.113.50 ''
   check "and no name is found" not lab_in a timeout 5 getent ahosts www.test
   tailnet_start b
   check "until it is back" within 30 seen a 203.0.113.50 203.0.113.12
+  # By the same interface, too.
+  way_back a 1
   check "an exit node that is no longer approved" hs_routes b ''
   check "is told of" within 10 problem a 'exit node .*: .* approved'
   check "and nothing goes out any more" seen a 203.0.113.50 ''
+  way_back a 0
   tailnet_stop a KILL
   check "a kill leaves the host as it was" within 5 same_state a "$before"
   check "nothing but the underlay left the host in all this" exit_watched a
@@ -99,6 +106,9 @@ exit_hosts() {
   done
   lab_in "$1" sh -c 'echo 1 >/proc/sys/net/ipv4/ip_forward; echo 1 >/proc/sys/net/ipv6/conf/all/forwarding'
 }
+# leads_by NS ADDRESS INTERFACE: for who does not bear our mark.
+leads_by() { SAID=$(ip -n "$LAB$1" route get "$2") && [[ $SAID == *" dev $3 "* ]]; }
+way_back() { lab_in "$1" sh -c "echo $2 >/proc/sys/net/ipv4/conf/all/rp_filter"; }
 uses_exit() { rt "$1" status | grep "exit node: $2"; }
 # exit_watch HOST: counts what comes from it that is neither a peer's tunnel, nor the relay's or coordination's
 # connection, nor finds neighbours; exit_watched HOST: was there nothing?
@@ -109,8 +119,8 @@ table inet watch_$1 {
   chain pass { type filter hook prerouting priority raw;
     iifname != "p_$1" return
     udp sport 41641 return
-    ip daddr { 203.0.113.1, 10.255.0.1 } return
-    ip6 daddr 2001:db8::1 return
+    ip daddr . tcp dport { 203.0.113.1 . 443, 10.255.0.1 . 8080 } return
+    ip6 daddr 2001:db8::1 tcp dport 443 return
     ip6 saddr fe80::/10 return
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } return
     counter

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::Path;
 
+use crate::hostnet::WayBack;
+
 const ROOT: &str = "/proc/sys";
 
 /// The value that has an interface forward, by its path under `/proc/sys`.
@@ -43,6 +45,23 @@ pub(super) fn forwards(name: &str, v6: bool) -> io::Result<bool> {
 fn is_on(path: &str) -> io::Result<bool> {
     let text = std::fs::read_to_string(Path::new(ROOT).join(path))?;
     Ok(text.trim() != "0")
+}
+
+/// The most that one of these interfaces asks of the senders of IPv4 packets: the larger of its value and that of all
+/// counts.
+pub(super) fn way_back<'a>(names: impl Iterator<Item = &'a str>) -> WayBack {
+    let value = |name: &str| {
+        let path = format!("{ROOT}/net/ipv4/conf/{name}/rp_filter");
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        text.trim().parse().unwrap_or(0_u8)
+    };
+    let all = value("all");
+    let asks = |name| match all.max(value(name)) {
+        0 => WayBack::Unasked,
+        1 => WayBack::Same,
+        _ => WayBack::Any,
+    };
+    names.map(asks).max().unwrap_or_default()
 }
 
 /// Switches an interface.

@@ -15,13 +15,14 @@ use rtnetlink::packet_route::route::RouteType;
 use super::netlink::{FoundRoute, Netlink, Watch};
 use super::nft;
 use super::router::Router;
+use super::sysctl;
 use super::table::Claim;
 use super::{Report, Shared};
 use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, Lans, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
-    forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
+    WayBack, forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
 };
 use crate::netmap::prefix::{V4_RANGE, V6_RANGE, has_no_hosts, is_exit};
 
@@ -29,6 +30,8 @@ use crate::netmap::prefix::{V4_RANGE, V6_RANGE, has_no_hosts, is_exit};
 const COUNT_PERIOD: Duration = Duration::from_secs(10);
 /// The table of the host's own addresses, which is asked before any other.
 const LOCAL: u32 = 255;
+/// Index of the loopback interface.
+const LOOPBACK: u32 = 1;
 /// Host routes remembered at most, of those that meet ours.
 const HOST_ROUTES_MAX: usize = 65_536;
 /// Prefixes in the ranges of networks like ours that the host has elsewhere, at most: each takes two rules.
@@ -225,6 +228,14 @@ impl Worker {
         // They have a carrier only while there are guests.
         self.host.carrying.extend(&bridges);
         self.host.guest_links = bridges;
+        let outside = links
+            .iter()
+            .filter(|link| link.index != tun && link.index != LOOPBACK);
+        let outside = outside.map(|link| link.name.as_str());
+        self.host.way_back = match self.overlay.exit {
+            Some(_) => sysctl::way_back(outside),
+            None => WayBack::Unasked,
+        };
         let names = links.into_iter().map(|link| (link.index, link.name));
         self.host.links = names.collect();
         // Also where the interface is down, and has no route any more.
