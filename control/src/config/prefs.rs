@@ -68,7 +68,7 @@ impl Snat {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostFirewall {
-    /// Put rules of ours that accept it before the host's, and take them away at the end.
+    /// Put rules of ours that accept it before the host's, in INPUT too, and take them away at the end.
     #[default]
     Open,
     /// Change nothing, and say what drops it.
@@ -127,11 +127,12 @@ pub struct PrefsChange {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shields_up: Option<bool>,
-    /// Where the host's firewall drops what is forwarded [default: open].
+    /// Where the host's firewall drops what is forwarded, or on any node what comes from the tunnel and to its UDP
+    /// port [default: open].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_firewall: Option<HostFirewall>,
-    /// Where the host does not forward [default: on].
+    /// Where the host does not forward; IPv6 can be switched on for an interface from Linux 6.17 on [default: on].
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub forwarding: Option<Forwarding>,
