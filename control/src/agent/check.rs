@@ -108,7 +108,7 @@ impl Agent {
             working_udp: report.and_then(Report::udp_works),
             working_ipv6: report.map(|report| report.ipv6),
             routes: self.offers().collect(),
-            routes_lost: !self.lost.is_empty()
+            routes_lost: self.offered().next().is_some()
                 && self.offered().all(|net| self.lost.contains(&net)),
             peerapi: self.services(),
             shields_up: self.prefs.shields_up,

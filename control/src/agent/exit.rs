@@ -209,8 +209,9 @@ impl Agent {
     /// What coordination is told that we route for others.
     pub(super) fn offers(&self) -> impl Iterator<Item = IpNet> {
         let everywhere = self.prefs.advertise_exit_node.then_some(EVERYWHERE);
-        let reached = self.offered().filter(|net| !self.lost.contains(net));
-        reached.chain(everywhere.into_iter().flatten())
+        let everywhere = everywhere.into_iter().flatten();
+        let offered = self.offered().chain(everywhere);
+        offered.filter(|net| !self.lost.contains(net))
     }
 
     /// Takes the prefixes that a routing daemon of the host offers.
@@ -222,7 +223,7 @@ impl Agent {
         }
     }
 
-    /// Takes which of the prefixes that this node offers it cannot reach itself: they are not announced, so that
+    /// Takes which of the prefixes that this node offers it cannot reach itself, or not forward to: they are not announced, so that
     /// another router gets them.
     pub fn handle_lost(&mut self, lost: BTreeSet<IpNet>) {
         if self.lost != lost {

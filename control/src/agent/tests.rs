@@ -758,6 +758,48 @@ fn a_chosen_exit_node_is_the_way_out_or_there_is_none() {
 }
 
 #[test]
+fn what_this_node_cannot_serve_is_not_announced_and_probes_are_answered_for_the_rest() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let net = |text: &str| text.parse::<IpNet>().unwrap();
+    let prefs = |routes: &[&str]| Prefs {
+        advertise_exit_node: true,
+        advertise_routes: routes.iter().map(|text| net(text)).collect(),
+        ..prefs()
+    };
+    for (offered, lost, announced, routes_lost) in [
+        (
+            &["10.9.0.0/16"][..],
+            &[][..],
+            &["10.9.0.0/16", "0.0.0.0/0", "::/0"][..],
+            false,
+        ),
+        (
+            &["10.9.0.0/16"],
+            &["10.9.0.0/16"],
+            &["0.0.0.0/0", "::/0"],
+            true,
+        ),
+        // A kernel that forwards no IPv6.
+        (
+            &["10.9.0.0/16", "fd07::/64"],
+            &["fd07::/64", "::/0"],
+            &["10.9.0.0/16", "0.0.0.0/0"],
+            false,
+        ),
+        (&[], &["::/0"], &["0.0.0.0/0"], false),
+    ] {
+        agent.handle_prefs(now, prefs(offered));
+        agent.handle_lost(lost.iter().map(|text| net(text)).collect());
+        let report = agent.self_report();
+        let announced: Vec<IpNet> = announced.iter().map(|text| net(text)).collect();
+        assert_eq!(
+            (report.routes, report.routes_lost),
+            (announced, routes_lost)
+        );
+    }
+}
+
+#[test]
 fn an_exit_node_lets_nobody_into_networks_of_its_own_but_those_that_it_offers() {
     let (now, mut agent) = (start(), agent(1, false));
     let net = |text: &str| text.parse::<IpNet>().unwrap();

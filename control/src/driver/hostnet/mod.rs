@@ -55,7 +55,7 @@ pub struct Report {
     pub guest_links: BTreeSet<u32>,
     /// What stands in the table of [`Options::handed_in`].
     pub handed: BTreeSet<IpNet>,
-    /// What this node offers and cannot reach itself.
+    /// What this node offers and cannot reach itself, or not forward to.
     pub lost: BTreeSet<IpNet>,
     /// What is not as it should be.
     pub problems: Vec<Problem>,

@@ -5,12 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
+
 use super::nft::{Nft, Refused};
 use super::sysctl;
 use crate::driver::ledger::{Entry, Ledger};
 use crate::hostnet::firewall::{self, Base, Change, FORWARD, GUARDS, PASSED, THROUGH, gates};
 use crate::hostnet::{Host, Overlay, Problem, Settings, forwarding};
-use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
+use crate::netmap::prefix::{EVERYWHERE, V4_RANGE, V6_RANGE};
 
 /// Times that somebody may switch one interface back in [`FIGHT_PERIOD`]; then it is left for that long.
 const FIGHTS_MAX: usize = 3;
@@ -36,6 +38,8 @@ pub(super) struct Router {
     /// The host's firewall seems to drop everything that we forward.
     stuck: Option<u64>,
     unheard: Unheard,
+    /// The kernel forwards no IPv6 for us.
+    no_ipv6: bool,
     problems: Vec<Problem>,
 }
 
@@ -92,6 +96,7 @@ impl Router {
             counted: None,
             stuck: None,
             unheard: Unheard::default(),
+            no_ipv6: false,
             problems: Vec::new(),
         }
     }
@@ -99,6 +104,17 @@ impl Router {
     /// What is not as it is to be, since the last [`Self::settle`].
     pub(super) fn problems(&self) -> &[Problem] {
         &self.problems
+    }
+
+    /// What of the offered is known not to be forwarded, which nobody is to be sent here for.
+    pub(super) fn unserved(&self, overlay: &Overlay) -> BTreeSet<IpNet> {
+        let everywhere = overlay.offers_exit.then_some(&EVERYWHERE[..]);
+        let offered = overlay
+            .offered
+            .iter()
+            .chain(everywhere.into_iter().flatten());
+        let unserved = offered.filter(|net| self.no_ipv6 && net.addr().is_ipv6());
+        unserved.copied().collect()
     }
 
     /// When [`Self::settle`] is due although nothing changed.
@@ -254,6 +270,7 @@ impl Router {
             .iter()
             .filter_map(|key| Some((*key, host.links.get(&key.0)?.clone())))
             .collect();
+        self.no_ipv6 = false;
         for v6 in [false, true] {
             let offered = overlay.offered.iter().any(|net| net.addr().is_ipv6() == v6);
             if (offered || overlay.offers_exit) && (!v6 || host.ipv6) {
@@ -264,19 +281,17 @@ impl Router {
             Ok(forwards) => !forwards,
             // IPv6 is off there, or the interface has just gone.
             Err(_) if *v6 && !sysctl::has_ipv6(name) => false,
-            Err(error) if *v6 && error.kind() == io::ErrorKind::NotFound => {
-                self.problems.push(Problem {
-                    part: "forwarding",
-                    text: format!(
-                        "IPv6 is not forwarded by {name}, and this kernel can only switch that on for all interfaces \
-                         (they ignore router advertisements then, unless accept_ra is 2): \
-                         sysctl -w net/ipv6/conf/all/forwarding=1"
-                    ),
-                });
+            Err(error) => {
+                self.no_ipv6 |= *v6 && error.kind() == io::ErrorKind::NotFound;
                 false
             }
-            Err(_) => false,
         });
+        if self.no_ipv6 {
+            let text = "IPv6 is not forwarded, so what is offered of it is not announced: this kernel can only switch \
+                        that on for all interfaces (they ignore router advertisements then, unless accept_ra is 2): \
+                        sysctl -w net/ipv6/conf/all/forwarding=1";
+            self.problem("forwarding", text.to_owned());
+        }
         wanted.sort();
         wanted.dedup();
         wanted
@@ -589,6 +604,28 @@ mod tests {
             unheard.count(now + Duration::from_secs(seconds), dropped);
             assert_eq!(unheard.since.is_some(), told, "{seconds} s");
         }
+    }
+
+    #[test]
+    fn nobody_is_sent_here_for_ipv6_where_the_kernel_forwards_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let ledger = Ledger::open(&StateDir::open(dir.path()).unwrap(), Duration::ZERO).unwrap();
+        let mut router = Router::new(52, ledger);
+        let mut overlay = Overlay {
+            offered: ["10.0.0.0/8", "fd07::/64"]
+                .map(|net| net.parse().unwrap())
+                .into(),
+            ..Overlay::default()
+        };
+        assert_eq!(router.unserved(&overlay), BTreeSet::new());
+        router.no_ipv6 = true;
+        let lan = "fd07::/64".parse().unwrap();
+        assert_eq!(router.unserved(&overlay), BTreeSet::from([lan]));
+        overlay.offers_exit = true;
+        assert_eq!(
+            router.unserved(&overlay),
+            BTreeSet::from([lan, EVERYWHERE[1]])
+        );
     }
 
     #[test]

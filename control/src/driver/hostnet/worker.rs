@@ -382,13 +382,14 @@ impl Worker {
                 "over {HANDED_MAX} routes stand in table {table} (--advertise-routes-from): the rest is not offered"
             ));
         }
-        let lost = self.lans.lost();
+        let mut lost = self.lans.lost();
         problems.0.extend(lost.iter().map(|net| Problem {
             part: "ha",
             text: format!(
                 "{net} is not announced: no interface that is up, with a carrier, leads there"
             ),
         }));
+        lost.extend(self.router.unserved(&self.overlay));
         let into = plan.state.routes.iter().filter(|r| r.way != Way::Throw);
         self.tunnel = into.map(|route| route.net).collect();
         self.publish(plan, lost, problems.0);
