@@ -116,6 +116,8 @@ exit_watch() {
   lab_in inet nft -f - <<NFT
 table inet watch_$1 {
   set leaked { type ipv4_addr . inet_proto . inet_service; size 64; flags dynamic; }
+  # By port, or type and code.
+  set kinds { typeof meta nfproto . meta l4proto . @th,0,16; size 64; flags dynamic; }
   chain pass { type filter hook prerouting priority raw;
     iifname != "p_$1" return
     udp sport 41641 return
@@ -125,6 +127,7 @@ table inet watch_$1 {
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } return
     counter
     meta l4proto { tcp, udp } add @leaked { ip daddr . meta l4proto . th dport }
+    add @kinds { meta nfproto . meta l4proto . @th,0,16 }
   }
 }
 NFT
@@ -132,6 +135,6 @@ NFT
 exit_watched() {
   SAID=$(lab_in inet nft list table inet "watch_$1" | grep -o 'counter packets [0-9]*')
   [ "$SAID" != "counter packets 0" ] || return 0
-  lab_in inet nft list set inet "watch_$1" leaked
+  lab_in inet nft list table inet "watch_$1"
   return 1
 }
