@@ -2,6 +2,7 @@
 # Runs the fuzz targets of both crates (`fuzzing::TARGETS`), each for some seconds, as many at a time as there are cores.
 #
 #   scripts/fuzz.sh [SECONDS [TARGET...]]      default: 60 s of every target
+#   scripts/fuzz.sh build                      builds them, and runs nothing
 #
 # Builds with the stable compiler and needs no cargo-fuzz: RUSTC_BOOTSTRAP unlocks the one flag for AddressSanitizer.
 # Overflow checks and debug assertions are on.
@@ -29,6 +30,7 @@ RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address -Cpasses=sancov-module -Cllvm-a
   -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-inline-8bit-counters
   -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg fuzzing" \
   "${CARGO:-cargo}" build --release --manifest-path control/fuzz/Cargo.toml --target "$HOST" --target-dir "$OUT"
+[ "$SECS" != build ] || exit 0
 
 fuzz() { # TARGET
   local log=$OUT/$1.log found=$OUT/found/$1 file

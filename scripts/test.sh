@@ -6,29 +6,30 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=netns/packages.sh
 . scripts/netns/packages.sh
+# shellcheck source=parts.sh
+. scripts/parts.sh
 
 if [ "$(id -u)" = 0 ]; then
   need_packages iperf3=iperf3 ip=iproute2 nft=nftables ping=iputils-ping awk=mawk cmp=diffutils \
     cc=gcc /usr/include/stdio.h=libc6-dev wg=wireguard-tools perl=perl-base sysctl=procps jq=jq
 fi
-scripts/check.sh
-cargo test --workspace --locked
-# With --tests the dependencies are those of the line above, and not built anew with fewer features.
-cargo build --workspace --bins --tests --locked
+part check scripts/check.sh
+# With --tests the dependencies are those of the next line, and not built anew with fewer features.
+part build cargo build --workspace --bins --tests --locked
+part "cargo test" cargo test --workspace --locked
 # boringtun as the oracle, under virtual time: a workspace of its own. It has the versions of the other; cargo adds
 # the mock clock and drops what is not needed.
 cp Cargo.lock dataplane/oracle/Cargo.lock
-cargo test --manifest-path dataplane/oracle/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
+part oracle cargo test --manifest-path dataplane/oracle/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
 # Loans between shards under loom, another such workspace: it compiles the queue that carries them from its source.
 cp Cargo.lock dataplane/loom/Cargo.lock
-cargo test --manifest-path dataplane/loom/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
-scripts/wg-conformance.sh
-scripts/netns/host-test.sh
-scripts/netns/flow-test.sh
-scripts/netns/admission-test.sh
-scripts/netns/strangers-test.sh
-scripts/netns/reach-test.sh
-scripts/netns/alone-test.sh
-scripts/netns/mtu-test.sh
-scripts/netns/junk-test.sh
-scripts/netns/flood-test.sh
+part loom cargo test --manifest-path dataplane/loom/Cargo.toml --target-dir "${CARGO_TARGET_DIR:-target}"
+# Most of these wait most of the time, and go on side by side. On a busy machine an answer may come late: one in which
+# something failed is held once more, alone, and then that counts.
+again=()
+for name in wg-conformance netns/reach-test netns/admission-test; do along ${name#*/} scripts/$name.sh; done
+for name in netns/host-test netns/mtu-test netns/alone-test; do part ${name#*/} scripts/$name.sh || again+=("$name"); done
+for name in wg-conformance netns/reach-test netns/admission-test; do await ${name#*/} || again+=("$name"); done
+for name in ${again[@]+"${again[@]}"}; do part "${name#*/} once more, alone" "scripts/$name.sh"; done
+# What these tell is in times and rates.
+for name in flow strangers junk flood; do part $name-test scripts/netns/$name-test.sh; done
