@@ -57,6 +57,8 @@ pub struct PeerConfig {
     pub allowed_ips: Vec<Prefix>,
     /// Persistent keep-alive in seconds, if any (WireGuard paper §6.5 is about the passive one).
     pub persistent_keepalive: Option<u16>,
+    /// It is none of the network's: our peerapi is closed to it, and its pings by TSMP are not answered.
+    pub outsider: bool,
 }
 
 impl PeerConfig {
@@ -69,6 +71,7 @@ impl PeerConfig {
             preshared_key: None,
             allowed_ips: Vec::new(),
             persistent_keepalive: None,
+            outsider: false,
         }
     }
 }
@@ -94,9 +97,10 @@ pub struct NetworkChange {
     pub peerapi: Option<PeerApi>,
 }
 
-/// Where our peerapi listens by TCP: an own address of each family with its port, if it does. Every peer
-/// may connect there, whatever the rules: it judges by itself who may do what. Pings by TSMP, which are
-/// answered in any case, are told the port.
+/// Where our peerapi listens by TCP: an own address of each family with its port, if it does. Every peer of
+/// the network may connect there, whatever the rules: it judges by itself who may do what. Pings by TSMP,
+/// which are answered in any case, are told the port. For a peer that is an
+/// [outsider](PeerConfig::outsider) there is neither.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PeerApi {
     /// By IPv4.

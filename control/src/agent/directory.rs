@@ -154,6 +154,7 @@ impl Directory {
                 PeerConfig {
                     preshared_key: preshared_key.map(|key| Zeroizing::new(key.0)),
                     persistent_keepalive: plain.map(|p| p.keepalive).filter(|s| *s > 0),
+                    outsider: plain.is_some(),
                     allowed_ips: peer.allowed_ips.iter().map(|net| (*net).into()).collect(),
                     ..PeerConfig::new(id, peer.node_key.0)
                 }

@@ -389,6 +389,7 @@ mod tests {
         assert_eq!(told.allowed_ips, [net("10.5.0.0/16").into()]);
         assert_eq!(told.preshared_key.as_deref(), Some(&[7; 32]));
         assert_eq!(told.persistent_keepalive, Some(25));
+        assert!(told.outsider);
         let at = |out: &[Output]| {
             out.iter().find_map(|output| {
                 let Output::SetPath(of, decision) = output else {

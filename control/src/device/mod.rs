@@ -371,6 +371,7 @@ impl Device {
             preshared_key: peer.preshared_key.as_ref().map(|key| Zeroizing::new(key.0)),
             allowed_ips: peer.allowed_ips().collect(),
             persistent_keepalive: (peer.keepalive > 0).then_some(peer.keepalive),
+            outsider: false,
         });
         (configs.collect(), gone)
     }

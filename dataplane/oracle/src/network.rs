@@ -149,6 +149,7 @@ impl Network {
                 preshared_key: preshared.map(Into::into),
                 allowed_ips: Vec::new(),
                 persistent_keepalive: keepalive,
+                outsider: false,
             };
             let seeded = StdRng::seed_from_u64(rng.next_u64());
             End::new(kind, &private[own].into(), MTU, 0, seeded, *START, &peer)

@@ -186,6 +186,19 @@ impl Filter {
         self.peerapi.port(at).unwrap_or(0)
     }
 
+    /// Whether the packet may open a connection to our peerapi; one that hides that may.
+    pub(crate) fn opens_peerapi(&self, headers: &Headers, packet: &[u8]) -> bool {
+        if headers.protocol != TCP || matches!(headers.fragment, Fragment::Later(_)) {
+            return false;
+        }
+        let Some(port) = self.peerapi.port(headers.dst) else {
+            return false;
+        };
+        let opens = |flags| flags & (TCP_SYN | TCP_ACK) == TCP_SYN;
+        let tcp = headers.tcp(packet);
+        tcp.is_none_or(|tcp| opens(tcp.flags) && tcp.dst_port.get() == port)
+    }
+
     /// Lets an opened packet in or says why not. `headers` are those of `packet`.
     ///
     /// # Errors

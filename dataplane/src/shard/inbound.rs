@@ -290,19 +290,25 @@ impl Shard<'_> {
     fn filter_and_merge(&mut self, sender: PeerId, run: &[u8], tos: u8) {
         let ctx = &mut self.ctx;
         let mut routes = self.table.routes.cursor();
+        let peer = self.peers.get(sender);
+        let outsider = peer.is_some_and(|peer| peer.config.outsider);
         self.passed.clear();
         let mut consumed: ArrayVec<usize, { PINGS_BURST as usize }> = ArrayVec::new();
         for i in 0..self.opened.len() {
             let packet = self.opened.packet(i, run);
             let verdict = Headers::parse(packet).and_then(|headers| {
                 source_allowed(&mut routes, sender, &headers)?;
+                if outsider && self.filter.opens_peerapi(&headers, packet) {
+                    return Err(DropReason::FilterDenied);
+                }
                 self.filter.admit(ctx.now, &headers, packet)?;
                 Ok(headers)
             });
             match verdict {
                 Ok(headers) => self.passed.push((i, headers)),
                 Err(reason) => {
-                    if reason == DropReason::FilterConsumed && !consumed.is_full() {
+                    let answered = reason == DropReason::FilterConsumed && !outsider;
+                    if answered && !consumed.is_full() {
                         consumed.push(i);
                     }
                     ctx.counters.drop_one(reason);

@@ -13,8 +13,8 @@ use crate::filter::{CompiledRules, source_allowed};
 use crate::hub::strangers;
 use crate::noise::public_key;
 use crate::packet::Pool;
-use crate::packet::build::Builder;
-use crate::packet::header::TSMP;
+use crate::packet::build::{Builder, Tcp};
+use crate::packet::header::{TCP, TCP_SYN, TSMP};
 use crate::packet::segment::plan;
 use crate::packet::vnet::VnetHdr;
 use crate::peer::{Aim, Source};
@@ -922,11 +922,26 @@ fn pings_by_tsmp_are_answered_within_a_share_and_only_where_they_are_for_us() {
         allowed_ips: vec![prefix(theirs)],
         ..config(far.id, far.key)
     };
+    let stranger = PeerConfig {
+        outsider: true,
+        ..peer.clone()
+    };
     let table = Arc::new(shard.table.changed(vec![peer], &[], None, 1));
     let api = PeerApi {
         v4: Some(std::net::SocketAddrV4::new(own.into(), 0x1234)),
         v6: None,
     };
+    let syn = Tcp {
+        flags: TCP_SYN,
+        ..Tcp::default()
+    };
+    let connect = Builder::new((theirs, 9).into(), (own, 0x1234).into()).tcp(&syn, b"");
+    let hides = Builder {
+        fragment: 0x2000,
+        ..Builder::new((theirs, 9).into(), (own, 0x1234).into())
+    };
+    let hides = hides.ip(TCP, &connect[20..28]);
+    let connect = [&connect, &connect, &hides].map(|packet| far.seal(now, packet));
     let mut ask = |shard: &mut Shard<'_>, to: [u8; 4], count: usize| -> Vec<Vec<u8>> {
         let ping = Builder::new((theirs, 0).into(), (to, 0).into()).ip(TSMP, b"p12345678");
         let pings: Vec<_> = (0..count).map(|_| far.seal(now, &ping)).collect();
@@ -954,6 +969,25 @@ fn pings_by_tsmp_are_answered_within_a_share_and_only_where_they_are_for_us() {
     let answered = counted(&shard).get(Meter::PingsAnswered);
     assert_eq!(answered, 2 * u64::from(PINGS_BURST));
     assert_eq!(dropped(&shard, DropReason::FilterConsumed), 2 * 31);
+    // A peer that is none of the network's gets no answer, and no connection to our peerapi.
+    comes_by_relay(&shard, PeerId(1), &connect[..1]);
+    shard.relayed();
+    assert_eq!(dropped(&shard, DropReason::FilterDenied), 0);
+    drop(shard.inbox.network.force_push(Network {
+        table: Arc::new(shard.table.changed(vec![stranger], &[], None, 1)),
+        rules: Arc::new(CompiledRules::compile(
+            &Rules::AllowAll,
+            Some(&[prefix(own)]),
+        )),
+        peerapi: api,
+    }));
+    shard.commands();
+    shard.peers.get(PeerId(1)).unwrap().pings = None;
+    assert_eq!(ask(&mut shard, own, 1), [[0; 0]; 0]);
+    assert_eq!(dropped(&shard, DropReason::FilterConsumed), 2 * 31 + 1);
+    comes_by_relay(&shard, PeerId(1), &connect[1..]);
+    shard.relayed();
+    assert_eq!(dropped(&shard, DropReason::FilterDenied), 2);
 }
 
 /// Peers take our DISCO key from TSMP (`a`), and what a host behind a router sends comes from the router.

@@ -49,6 +49,7 @@ fn peer_config(key: u8, keepalive: Option<u16>) -> PeerConfig {
         preshared_key: Some(Zeroizing::new([9; 32])),
         allowed_ips: vec![],
         persistent_keepalive: keepalive,
+        outsider: false,
     }
 }
 
