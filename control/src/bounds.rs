@@ -61,9 +61,11 @@ fn rows(peers: usize) -> Vec<Row> {
         ),
         row(
             "packet filter",
-            format!("{FILTER_LEN_MAX} parts of rules, {COMPILED_MAX} prefixes when compiled"),
+            format!(
+                "{FILTER_LEN_MAX} parts of rules, {COMPILED_MAX} prefixes when compiled, and as many fitted to plain peers"
+            ),
             FILTER_LEN_MAX * (size_of::<String>() + 16)
-                + COMPILED_MAX * size_of::<(Prefix, u16, u16)>(),
+                + COMPILED_MAX * (size_of::<(Prefix, u16, u16)>() + size_of::<Prefix>()),
         ),
         row(
             "DERP map",
