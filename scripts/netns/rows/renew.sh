@@ -1,18 +1,21 @@
 # shellcheck shell=bash
 
 # Keys that live for a minute and a half: an auth key renews them in place, while the tunnel is in use; without one a
-# person is told.
+# person is told, and so where d has a plain peer, which knows one key only.
 row_renew() {
   local key next
   HS_EXPIRY=90s
   tailnet_up
-  hosts a b c
+  hosts a b c d
   tailnet_ringtail a a
   # Keys of nodes with a tag live for ever.
   hs_key 1 --tags tag:far >"$LAB_DIR/tag-key"
   TAILNET_KEY=$LAB_DIR/tag-key tailnet_tailscaled b b
   tailnet_ringtail c c --relay-only
-  ready a b c || return 0
+  printf '[[peer]]\nname = "office"\npublic_key = "%s"\nallowed_ips = ["10.9.0.0/24"]\n' "$(wg genkey | wg pubkey)" >"$LAB_DIR/d.toml"
+  tailnet_ringtail d d --config "$LAB_DIR/d.toml"
+  ready a b c d || return 0
+  check "a key that a plain peer knows is not renewed by itself, and d says so" within 5 problem d "is not renewed by itself"
   check "c is taken down" rt c down
   check "and comes back by a login, for which its key is good enough" rt c login
   check "status says when the key expires" shows_state a 'key expires in'
@@ -24,6 +27,7 @@ row_renew() {
   tailnet_stream c a ours
   check "the key of a is another before it expires" within 100 has_another_key a "$key"
   check "and that of c" within 30 log_says c "key is renewed"
+  check "that of d stands until it expires" not log_says d "key is renewed"
   pause 5
   check "a has its address still" [ "$(rt a ip -4)" = "$(tailnet_ip a)" ]
   check "from a nothing is silent for a second" silent_at_most out 1000
@@ -32,7 +36,7 @@ row_renew() {
   check "nor between two of ours that are renewed at once" silent_at_most ours 2000
   check "Headscale has the new key of a" [ "$(hs_field a .node_key)" = "$(own_key a)" ]
   check "and that of c" [ "$(hs_field c .node_key)" = "$(own_key c)" ]
-  check "and no other nodes" [ "$(hs nodes list -o json | jq length)" = 3 ]
+  check "and no other nodes" [ "$(hs nodes list -o json | jq length)" = 4 ]
   check "status is in order" rt a status
   next=$(own_key a)
   tailnet_stop a KILL
