@@ -62,10 +62,10 @@ fn rows(peers: usize) -> Vec<Row> {
         row(
             "packet filter",
             format!(
-                "{FILTER_LEN_MAX} parts of rules, {COMPILED_MAX} prefixes when compiled, and as many fitted to plain peers"
+                "{FILTER_LEN_MAX} parts of rules, {COMPILED_MAX} prefixes when compiled, as many fitted to plain peers and as many of these"
             ),
             FILTER_LEN_MAX * (size_of::<String>() + 16)
-                + COMPILED_MAX * (size_of::<(Prefix, u16, u16)>() + size_of::<Prefix>()),
+                + COMPILED_MAX * (size_of::<(Prefix, u16, u16)>() + 2 * size_of::<Prefix>()),
         ),
         row(
             "DERP map",

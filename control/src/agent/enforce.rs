@@ -12,6 +12,7 @@ use time::OffsetDateTime;
 
 use super::allowed::{Allowed, Refused, Why};
 use super::exit::{ExitNode, Meant};
+use super::plain::Fitted;
 use super::{Agent, HeldBack, Network, NetworkPeer, Output, short_name};
 use crate::config::Prefs;
 use crate::hostnet::Overlay;
@@ -40,8 +41,8 @@ struct InForce {
 
 impl Network {
     /// What counts of it at our wall clock `wall` for somebody who wants `prefs`: peers whose keys are
-    /// good, with the prefixes that are theirs, and the `plain` ones beside them; `own` is our key, and `known`
-    /// the exit node that was chosen so far.
+    /// good, with the prefixes that are theirs, and the `plain` ones beside them; `own` is our key, `known`
+    /// the exit node that was chosen so far, and `fitted` the filter that was fitted last.
     fn in_force(
         &self,
         wall: OffsetDateTime,
@@ -49,6 +50,7 @@ impl Network {
         known: Option<&Meant>,
         plain: &[Arc<NetworkPeer>],
         own: NodePublic,
+        fitted: &mut Option<Fitted>,
     ) -> InForce {
         let mut network = self.clone();
         let past = |expiry: Option<WireTime>| expiry.is_some_and(|expiry| expiry.0 <= wall);
@@ -66,7 +68,7 @@ impl Network {
                 Arc::make_mut(peer).allowed_ips = counts;
             }
         }
-        told.extend(network.filter_plain());
+        told.extend(network.filter_plain(fitted));
         InForce {
             network,
             allowed,
@@ -176,6 +178,7 @@ impl Agent {
             self.exit.meant(),
             &self.plain,
             self.setup.node_key,
+            &mut self.fitted,
         );
         self.set_health("plain", plain);
         self.await_expiry(now);
@@ -215,7 +218,7 @@ impl Agent {
             let rules = if self.prefs.shields_up {
                 Rules::default()
             } else {
-                network.rules.clone()
+                (*network.rules).clone()
             };
             (rules, Some(local.clone()))
         });

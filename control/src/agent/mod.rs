@@ -56,6 +56,7 @@ use allowed::Allowed;
 use exit::ExitNode;
 use health::Health;
 use naming::Named;
+use plain::Fitted;
 use sources::Sources;
 use twin::Twin;
 
@@ -196,6 +197,8 @@ pub struct Agent {
     overlay: Option<Overlay>,
     /// The settings file's own peers.
     plain: Vec<Arc<NetworkPeer>>,
+    /// The filter as it is fitted to them.
+    fitted: Option<Fitted>,
     /// The network as told.
     told: Option<Network>,
     /// What of it is in force.
@@ -270,6 +273,7 @@ impl Agent {
             shielded: false,
             overlay: None,
             plain: Vec::new(),
+            fitted: None,
             told: None,
             network: None,
             allowed: Allowed::default(),

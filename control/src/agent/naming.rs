@@ -34,7 +34,7 @@ struct Basis {
     held_back: Vec<(String, Vec<IpNet>)>,
     exit: Exit,
     accepted: bool,
-    lets_out: Option<Rules>,
+    lets_out: Option<Arc<Rules>>,
 }
 
 impl Agent {

@@ -41,7 +41,7 @@ pub struct Network {
     #[serde(default)]
     pub own: Standing,
     /// Who may reach us.
-    pub rules: Rules,
+    pub rules: Arc<Rules>,
     /// Name of the network.
     #[serde(default)]
     pub domain: String,
@@ -216,7 +216,7 @@ impl From<StaticNetwork> for Network {
                 })
                 .map(Arc::new)
                 .collect(),
-            rules: Rules::AllowAll,
+            rules: Arc::new(Rules::AllowAll),
             // The file's allowed IPs are whoever wrote it's word, the whole of a range included: nothing
             // is reserved.
             ..Self::default()
@@ -286,7 +286,7 @@ impl From<&Netmap> for Network {
                 tags: map.self_node.tags.clone(),
                 names_have_v6: map.self_node.names_have_v6,
             },
-            rules: map.rules.clone(),
+            rules: Arc::new(map.rules.clone()),
             domain: map.domain.clone(),
             dns: map.dns.clone(),
             users: Arc::clone(&map.users),
@@ -295,9 +295,12 @@ impl From<&Netmap> for Network {
 }
 
 impl Network {
-    /// Takes peers that are as in `before` from there, so that comparing and copying them later costs
-    /// no more than a pointer.
+    /// Takes peers and rules that are as in `before` from there, so that comparing and copying them later
+    /// costs no more than a pointer.
     pub(super) fn share(&mut self, before: &Self) {
+        if self.rules == before.rules {
+            self.rules = Arc::clone(&before.rules);
+        }
         let (start, end) = in_common(&before.peers, &self.peers);
         let (len, len_before) = (self.peers.len(), before.peers.len());
         self.peers[..start].clone_from_slice(&before.peers[..start]);
@@ -413,7 +416,7 @@ mod tests {
         for rules in ["null", "[]", list] {
             let network: Network = serde_json::from_str(&text(rules)).unwrap();
             assert_eq!(serde_json::to_string(&network.rules).unwrap(), rules);
-            assert_eq!(network.rules == Rules::AllowAll, rules == "null");
+            assert_eq!(*network.rules == Rules::AllowAll, rules == "null");
         }
     }
 }

@@ -96,8 +96,9 @@ impl Network {
 
     /// Fits the filter to the plain peers, whose prefixes are those that count by now: what is for
     /// everybody is not for them, unless they may come in. A rule that names their addresses is. Says so if
-    /// that is more than there is room for.
-    pub(super) fn filter_plain(&mut self) -> Option<String> {
+    /// that is more than there is room for. `known` is what came of it last, and then of this.
+    pub(super) fn filter_plain(&mut self, known: &mut Option<Fitted>) -> Option<String> {
+        let before = known.take();
         let may_come_in = |peer: &NetworkPeer| peer.plain.as_ref().map(|plain| plain.allow_in);
         let nets = |wanted: Option<bool>| {
             let peers = self
@@ -108,68 +109,122 @@ impl Network {
         };
         let mut named: Vec<IpNet> = nets(Some(false)).collect();
         named.sort_unstable();
+        let open: Vec<IpNet> = nets(Some(true)).collect();
+        if named.is_empty() && open.is_empty() {
+            return None;
+        }
         let all_named = aggregated(named.iter().copied());
         // A narrower prefix is whoever's it is.
         let inside = |net: &IpNet| covering(&all_named, net).is_some();
-        let others = nets(None).chain(nets(Some(true))).filter(inside);
-        let shut = without(named.iter().copied(), others);
-        let open: Vec<Prefix> = nets(Some(true)).map(Prefix::from).collect();
-        if shut.is_empty() && (open.is_empty() || self.rules == Rules::AllowAll) {
-            return None;
-        }
-        let anything = |sources: Vec<Prefix>| Rule {
-            sources,
-            destinations: EVERYWHERE.map(|net| (net.into(), 0, u16::MAX)).to_vec(),
-            protocols: (0..=u8::MAX).collect(),
+        let others = nets(None).chain(nets(Some(true))).filter(inside).collect();
+        let prefixes = Prefixes {
+            named,
+            others,
+            open,
         };
-        let mut rules = match &self.rules {
-            Rules::AllowAll => vec![anything(EVERYWHERE.map(Prefix::from).to_vec())],
-            Rules::List(rules) => rules.clone(),
-        };
-        // The next in order is the first that it could hold.
-        let wider = |source: &IpNet| {
-            let next = named.partition_point(|named| named <= source);
-            named.get(next).is_some_and(|named| source.contains(named))
-        };
-        // What is cut is large: rules that are for the same sources share it.
-        let mut cut: BTreeMap<_, Vec<(Prefix, u16, u16)>> = BTreeMap::new();
-        for rule in &mut rules {
-            let (wide, sources): (Vec<IpNet>, Vec<IpNet>) =
-                (rule.sources.iter().map(|source| IpNet::from(*source))).partition(wider);
-            if !wide.is_empty() {
-                rule.sources = sources.into_iter().map(Prefix::from).collect();
-                let same = cut.entry((aggregated(wide), rule.protocols.clone()));
-                same.or_default().extend(&rule.destinations);
+        let same = |fitted: &Fitted| fitted.given == self.rules && fitted.prefixes == prefixes;
+        let fitted = before.filter(same).unwrap_or_else(|| {
+            let (rules, said) = fit(&self.rules, &prefixes);
+            Fitted {
+                given: Arc::clone(&self.rules),
+                prefixes,
+                rules: rules.map_or_else(|| Arc::clone(&self.rules), Arc::new),
+                said,
             }
-        }
-        rules.retain(|rule| !rule.sources.is_empty());
-        let mut room = COMPILED_MAX;
-        let mut left_out = 0;
-        for ((wide, protocols), destinations) in cut {
-            let sources = without(wide, shut.iter().copied());
-            match room.checked_sub(sources.len()) {
-                Some(rest) => {
-                    room = rest;
-                    rules.push(Rule {
-                        sources: sources.into_iter().map(Prefix::from).collect(),
-                        destinations,
-                        protocols,
-                    });
-                }
-                None => left_out += 1,
-            }
-        }
-        if !open.is_empty() {
-            rules.push(anything(open));
-        }
-        self.rules = Rules::List(rules);
-        (left_out > 0).then(|| {
-            format!(
-                "{left_out} kinds of rules of the filter let nobody in: with the settings file's peers left out \
-                 of them, they would take over {COMPILED_MAX} prefixes"
-            )
-        })
+        });
+        self.rules = Arc::clone(&fitted.rules);
+        let said = fitted.said.clone();
+        *known = (fitted.prefixes.len() <= COMPILED_MAX).then_some(fitted);
+        said
     }
+}
+
+/// A filter that is fitted to plain peers, and what it is made of.
+#[derive(Debug)]
+pub(super) struct Fitted {
+    given: Arc<Rules>,
+    prefixes: Prefixes,
+    rules: Arc<Rules>,
+    said: Option<String>,
+}
+
+/// What of the peers the filter is fitted to.
+#[derive(Debug, PartialEq, Eq)]
+struct Prefixes {
+    /// Of those who may not come in, in order.
+    named: Vec<IpNet>,
+    /// What others have of these.
+    others: Vec<IpNet>,
+    /// Of those who may come in.
+    open: Vec<IpNet>,
+}
+
+impl Prefixes {
+    fn len(&self) -> usize {
+        self.named.len() + self.others.len() + self.open.len()
+    }
+}
+
+/// These rules, fitted ([`Network::filter_plain`]) unless they are right as they are; and what is to be said.
+fn fit(given: &Rules, prefixes: &Prefixes) -> (Option<Rules>, Option<String>) {
+    let named = &prefixes.named;
+    let shut = without(named.iter().copied(), prefixes.others.iter().copied());
+    let open: Vec<Prefix> = prefixes.open.iter().copied().map(Prefix::from).collect();
+    if shut.is_empty() && (open.is_empty() || *given == Rules::AllowAll) {
+        return (None, None);
+    }
+    let anything = |sources: Vec<Prefix>| Rule {
+        sources,
+        destinations: EVERYWHERE.map(|net| (net.into(), 0, u16::MAX)).to_vec(),
+        protocols: (0..=u8::MAX).collect(),
+    };
+    let mut rules = match given {
+        Rules::AllowAll => vec![anything(EVERYWHERE.map(Prefix::from).to_vec())],
+        Rules::List(rules) => rules.clone(),
+    };
+    // The next in order is the first that it could hold.
+    let wider = |source: &IpNet| {
+        let next = named.partition_point(|named| named <= source);
+        named.get(next).is_some_and(|named| source.contains(named))
+    };
+    // What is cut is large: rules that are for the same sources share it.
+    let mut cut: BTreeMap<_, Vec<(Prefix, u16, u16)>> = BTreeMap::new();
+    for rule in &mut rules {
+        let (wide, sources): (Vec<IpNet>, Vec<IpNet>) =
+            (rule.sources.iter().map(|source| IpNet::from(*source))).partition(wider);
+        if !wide.is_empty() {
+            rule.sources = sources.into_iter().map(Prefix::from).collect();
+            let same = cut.entry((aggregated(wide), rule.protocols.clone()));
+            same.or_default().extend(&rule.destinations);
+        }
+    }
+    rules.retain(|rule| !rule.sources.is_empty());
+    let mut room = COMPILED_MAX;
+    let mut left_out = 0;
+    for ((wide, protocols), destinations) in cut {
+        let sources = without(wide, shut.iter().copied());
+        match room.checked_sub(sources.len()) {
+            Some(rest) => {
+                room = rest;
+                rules.push(Rule {
+                    sources: sources.into_iter().map(Prefix::from).collect(),
+                    destinations,
+                    protocols,
+                });
+            }
+            None => left_out += 1,
+        }
+    }
+    if !open.is_empty() {
+        rules.push(anything(open));
+    }
+    let said = (left_out > 0).then(|| {
+        format!(
+            "{left_out} kinds of rules of the filter let nobody in: with the settings file's peers left out \
+             of them, they would take over {COMPILED_MAX} prefixes"
+        )
+    });
+    (Some(Rules::List(rules)), said)
 }
 
 #[cfg(test)]
@@ -202,7 +257,7 @@ mod tests {
 
     fn admits(network: &Network, source: &str) -> bool {
         let source: IpAddr = source.parse().unwrap();
-        match &network.rules {
+        match &*network.rules {
             Rules::AllowAll => true,
             Rules::List(rules) => rules.iter().any(|rule| {
                 let mut sources = rule.sources.iter();
@@ -260,10 +315,10 @@ mod tests {
         ] {
             let mut network = Network {
                 peers: peers.clone(),
-                rules,
+                rules: Arc::new(rules),
                 ..Network::default()
             };
-            network.filter_plain();
+            network.filter_plain(&mut None);
             for (source, may) in [
                 ("100.64.0.1", true),
                 ("10.9.1.7", true),
@@ -283,10 +338,10 @@ mod tests {
         }
         let mut network = Network {
             peers,
-            rules: Rules::List(vec![rule(&["10.9.0.0/16", "10.9.2.7/32"])]),
+            rules: Arc::new(Rules::List(vec![rule(&["10.9.0.0/16", "10.9.2.7/32"])])),
             ..Network::default()
         };
-        network.filter_plain();
+        network.filter_plain(&mut None);
         assert!(
             admits(&network, "10.9.3.1"),
             "the policy names exactly this"
@@ -312,12 +367,12 @@ mod tests {
         };
         let mut network = Network {
             peers: (0..1024).map(plain).collect(),
-            rules: Rules::List((0..1000).map(everywhere).collect()),
+            rules: Arc::new(Rules::List((0..1000).map(everywhere).collect())),
             ..Network::default()
         };
-        assert_eq!(network.filter_plain(), None);
+        assert_eq!(network.filter_plain(&mut None), None);
         assert!(!admits(&network, "10.1.7.77") && admits(&network, "10.1.7.78"));
-        let Rules::List(rules) = &network.rules else {
+        let Rules::List(rules) = &*network.rules else {
             panic!("{:?}", network.rules);
         };
         let sources: usize = rules.iter().map(|rule| rule.sources.len()).sum();
@@ -334,22 +389,55 @@ mod tests {
         network
             .peers
             .push(peer(7, &["2001:db8::1/128"], Some(false)));
-        network.rules = Rules::List(
-            (0..=u8::MAX)
-                .map(|n| Rule {
-                    protocols: vec![n],
-                    ..other(n)
-                })
-                .collect(),
-        );
-        let said = network.filter_plain().unwrap();
+        let kinds = (0..=u8::MAX).map(|n| Rule {
+            protocols: vec![n],
+            ..other(n)
+        });
+        network.rules = Arc::new(Rules::List(kinds.collect()));
+        let said = network.filter_plain(&mut None).unwrap();
         assert!(said.contains("let nobody in"), "{said}");
-        let Rules::List(rules) = &network.rules else {
+        let Rules::List(rules) = &*network.rules else {
             panic!("{said}");
         };
         let sources: usize = rules.iter().map(|rule| rule.sources.len()).sum();
         assert!(sources <= COMPILED_MAX + 256, "{sources}");
         assert!(!admits(&network, "10.1.7.77"));
+    }
+
+    #[test]
+    fn the_filter_is_fitted_anew_only_for_other_rules_or_prefixes() {
+        let told = Network {
+            peers: vec![
+                peer(1, &["100.64.0.1/32"], None),
+                peer(2, &["10.9.0.0/16"], Some(false)),
+            ],
+            rules: Arc::new(Rules::List(vec![rule(&["0.0.0.0/0"])])),
+            ..Network::default()
+        };
+        let mut known = None;
+        let mut fitted = |told: &Network| {
+            let mut network = told.clone();
+            network.filter_plain(&mut known);
+            network
+        };
+        let first = fitted(&told);
+        assert!(!admits(&first, "10.9.1.7"));
+        // Whoever is none of these may change, and what is the same may have come anew.
+        let mut again = told.clone();
+        again.peers[0] = peer(1, &["100.64.0.9/32"], None);
+        again.rules = Arc::new((*told.rules).clone());
+        assert!(Arc::ptr_eq(&fitted(&again).rules, &first.rules));
+        // A part of it is somebody else's, somebody may come in, the rules are others.
+        again.peers[0] = peer(1, &["10.9.1.0/24"], None);
+        assert!(admits(&fitted(&again), "10.9.1.7"));
+        again.peers[0] = peer(1, &["10.8.0.0/16"], Some(true));
+        let opened = fitted(&again);
+        assert!(!admits(&opened, "10.9.1.7") && admits(&opened, "10.8.1.7"));
+        again.rules = Arc::new(Rules::List(vec![rule(&["10.9.0.0/16"])]));
+        assert!(admits(&fitted(&again), "10.9.1.7"));
+        assert!(!admits(&fitted(&told), "10.9.1.7"));
+        again.peers.clear();
+        assert!(Arc::ptr_eq(&fitted(&again).rules, &again.rules));
     }
 
     #[test]
@@ -435,13 +523,13 @@ mod tests {
 
     #[test]
     fn without_plain_peers_the_filter_is_left_as_it_is() {
-        let rules = Rules::List(vec![rule(&["0.0.0.0/0"])]);
+        let rules = Arc::new(Rules::List(vec![rule(&["0.0.0.0/0"])]));
         let mut network = Network {
             peers: vec![peer(1, &["100.64.0.1/32"], None)],
             rules: rules.clone(),
             ..Network::default()
         };
-        network.filter_plain();
+        network.filter_plain(&mut None);
         assert_eq!(network.rules, rules);
     }
 }

@@ -63,7 +63,7 @@ pub(super) fn network(peer: u8) -> Network {
             endpoints: vec!["203.0.113.2:41641".parse().unwrap()],
             ..NetworkPeer::default()
         })],
-        rules: Rules::AllowAll,
+        rules: Arc::new(Rules::AllowAll),
         ..Network::default()
     }
 }
@@ -878,15 +878,15 @@ fn behind_shields_no_rule_counts_and_the_map_keeps_them_for_later() {
     assert!(agent.self_report().shields_up);
     // A map with other rules changes nothing for who would get in.
     let mut other = network(2);
-    other.rules = Rules::List(vec![Rule {
+    other.rules = Arc::new(Rules::List(vec![Rule {
         sources: vec![],
         destinations: vec![],
         protocols: vec![6],
-    }]);
+    }]));
     agent.handle_network(now, other.clone());
     let out = outputs(&mut agent);
     assert!(rules(&out).is_none_or(|rules| rules == Rules::default()));
     agent.handle_prefs(now, prefs());
-    assert_eq!(rules(&outputs(&mut agent)), Some(other.rules));
+    assert_eq!(rules(&outputs(&mut agent)), Some((*other.rules).clone()));
     assert!(!agent.self_report().shields_up);
 }

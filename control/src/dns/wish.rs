@@ -37,7 +37,7 @@ pub struct Wish {
     /// Peers by address, and whether they are their owner's who is ours too.
     pub peers: HashMap<IpAddr, bool>,
     /// What may come in, while peers may leave by us.
-    pub lets_out: Option<Rules>,
+    pub lets_out: Option<Arc<Rules>>,
     /// What the network says, while it says anything.
     config: Option<Arc<DnsConfig>>,
     own_addresses: Vec<IpNet>,
@@ -287,14 +287,14 @@ mod tests {
             destinations: vec![(net(to).into(), first, last)],
             protocols: vec![protocol],
         };
-        wish.lets_out = Some(Rules::List(vec![
+        wish.lets_out = Some(Arc::new(Rules::List(vec![
             rule("100.64.0.3/32", "8.0.0.0/7", 0, 65535, 17),
             rule("100.64.0.4/32", "8.0.0.0/7", 0, 52, 17),
             rule("100.64.0.4/32", "8.0.0.0/7", 0, 65535, 1),
             rule("100.64.0.0/10", "100.64.0.1/32", 0, 65535, 6),
-        ]));
+        ])));
         assert_eq!(asked(&wish), [true, true, false, false]);
-        wish.lets_out = Some(Rules::AllowAll);
+        wish.lets_out = Some(Arc::new(Rules::AllowAll));
         assert_eq!(asked(&wish), [true, true, true, false]);
     }
 
