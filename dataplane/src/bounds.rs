@@ -15,7 +15,7 @@ use crate::filter::{
 use crate::handshake::{KEY_COST, KNOWN_COST};
 use crate::hub::{
     ASKS_MAX, EVENTS_MAX, FLOWS_TOLD_MAX, HANDED_MAX, HANDSHAKES_MAX, Handed, HandshakeMessage,
-    RELAY_IN_BYTES_MAX, RELAY_IN_BYTES_MIN, RELAY_IN_ENTRIES_MAX, RELAY_OUT_BYTES_MAX,
+    PINGS_MAX, RELAY_IN_BYTES_MAX, RELAY_IN_BYTES_MIN, RELAY_IN_ENTRIES_MAX, RELAY_OUT_BYTES_MAX,
     RELAY_OUT_ENTRIES_MAX, REPORTS_MAX, SPARE_MAX, STRAYS_MAX, UNOPENED_MAX,
 };
 use crate::noise::{PeekedInitiation, RECENT_LEN, SOURCES_MAX};
@@ -29,7 +29,7 @@ use crate::ring::{TUN_BUFFERS, UDP_BUFFERS};
 use crate::seal::{RUN_LEN, RUNS_MAX};
 use crate::session::{Machine, PLACES, SPANS_ROOM, keypair_cost};
 use crate::shard::RELAY_JOIN_MAX;
-use crate::types::{Event, PEERS_MAX, PeerConfig, PeerId, Prefix, RelayBatch};
+use crate::types::{Event, PEERS_MAX, PeerConfig, PeerId, Ping, Prefix, RelayBatch};
 use crate::udp::{DOOR_SOCKET_BUFFER, SMALL_SOCKET_BUFFER, data_buffer};
 
 /// A queue, a table, or memory that is reused.
@@ -195,13 +195,14 @@ fn own(peers: usize, shards: usize) -> Vec<Row> {
         row(
             "handshake messages and requests",
             format!(
-                "for each shard: {HANDSHAKES_MAX} messages, {ASKS_MAX} requests, {UNOPENED_MAX} notes"
+                "for each shard: {HANDSHAKES_MAX} messages, {ASKS_MAX} requests, {UNOPENED_MAX} notes, {PINGS_MAX} pings"
             ),
             shards
                 * (HANDSHAKES_MAX
                     * (size_of::<HandshakeMessage>() + size_of::<PeekedInitiation>() + HEAP_COST)
                     + ASKS_MAX * size_of::<PeerId>()
-                    + UNOPENED_MAX * size_of::<(PeerId, usize)>()),
+                    + UNOPENED_MAX * size_of::<(PeerId, usize)>()
+                    + PINGS_MAX * (size_of::<(PeerId, Ping)>() + size_of::<(PeerId, u64)>())),
         ),
         row(
             "sources of handshakes and of strangers",

@@ -26,7 +26,7 @@ use crate::shard::{self, Seat};
 use crate::stats::{DropReason, Published, Snapshot};
 use crate::tun::{Device, Kinds, Merging, Queue};
 use crate::types::{
-    Activity, Datagrams, Event, NetworkChange, PathDecision, PeerId, RegionId, RelayBatch,
+    Activity, Datagrams, Event, NetworkChange, PathDecision, PeerId, Ping, RegionId, RelayBatch,
 };
 use crate::udp::{Group, SEND_BYTES_MAX, Wanted};
 use crate::{handshake, sys, threads};
@@ -517,6 +517,14 @@ impl Dataplane {
     pub fn unopened(&self, peer: PeerId, bytes: usize) {
         // A full queue means that there is more than enough to do.
         let put = |inbox: &Inbox| inbox.unopened.push((peer, bytes)).is_ok();
+        let _told = self.hub.tell_owner(peer, put);
+    }
+
+    /// Pings a peer by TSMP; its answer is an [`Event::Pong`], if one comes while it is among the latest few
+    /// that were asked for. Without a session it waits for one as any packet does.
+    pub fn ping(&self, peer: PeerId, ping: Ping) {
+        // A full queue means that many are under way: one more is lost, as on the wire.
+        let put = |inbox: &Inbox| inbox.pings.push((peer, ping)).is_ok();
         let _told = self.hub.tell_owner(peer, put);
     }
 

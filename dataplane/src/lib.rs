@@ -146,6 +146,6 @@ pub use sys::{now, slept, steady_wall, steady_wall_at_least};
 pub use tun::{Kind as SuperPacketKind, Kinds as SuperPacketKinds};
 pub use types::{
     Activity, Datagrams, Event, NetworkChange, PEERS_MAX, PathDecision, PeerApi, PeerConfig,
-    PeerId, Prefix, RegionId, RelayBatch, Rule, Rules,
+    PeerId, Ping, Prefix, RegionId, RelayBatch, Rule, Rules,
 };
 pub use udp::set_dont_fragment;

@@ -222,6 +222,8 @@ pub enum Event {
     SessionUp(PeerId),
     /// No usable session is left.
     SessionDown(PeerId),
+    /// The peer has answered the [`Ping`] of this number; its peerapi is at this TCP port, 0 for none.
+    Pong(PeerId, u64, u16),
     /// So many bytes of data came from the address that belong to no session: whoever is there may
     /// have keys that we have lost. Tell [`Dataplane::unopened`](crate::Dataplane::unopened) if a peer
     /// is known to be there. A few a second at most; anybody can cause it.
@@ -232,6 +234,17 @@ pub enum Event {
     /// A thread of the data plane failed, for this reason: what it did, nobody does any more. Comes
     /// before all other events, and is never lost.
     Failed(String),
+}
+
+/// A ping by TSMP, which a node answers itself, whatever its filter and host say. Addresses are of one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ping {
+    /// By which the answer is known.
+    pub number: u64,
+    /// One of ours.
+    pub src: IpAddr,
+    /// One of the peer's own.
+    pub dst: IpAddr,
 }
 
 /// What the shards know of one peer's traffic, read without disturbing them.

@@ -176,6 +176,21 @@ pub enum Output {
     AnswerEnd(u64),
 }
 
+/// A peer inside the tunnel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Inside {
+    /// Who it is.
+    pub peer: PeerId,
+    /// What people call it.
+    pub name: String,
+    /// The address of ours that it is reached from.
+    pub ours: IpAddr,
+    /// Its own.
+    pub theirs: IpAddr,
+    /// The TCP port of its peer API there.
+    pub peerapi: Option<u16>,
+}
+
 /// All of a node that decides.
 pub struct Agent {
     setup: Setup,
@@ -407,6 +422,7 @@ impl Agent {
             Event::NewSource(..)
             | Event::Silent(_)
             | Event::SendError(..)
+            | Event::Pong(..)
             | Event::TunGone
             | Event::Failed(_) => {}
         }
@@ -510,22 +526,15 @@ impl Agent {
 
     /// Pings a peer for the question `question`; the answers follow as [`Output::Answer`].
     pub fn handle_ping(&mut self, now: Instant, question: u64, peer: &str) {
-        let found = self.directory.find(peer);
-        let held_back = || self.network.as_ref()?.why_held_back(peer);
-        let found = found.map_err(|unknown| held_back().unwrap_or(unknown));
-        let started = found.and_then(|id| {
+        let started = self.node_called(peer).and_then(|id| {
             if self.pings.len() >= PINGS_MAX {
                 return Err("too many pings are under way; try again".into());
             }
-            let name = self.peer_name(id);
-            if self.paths.is_plain(id) {
-                return Err(format!(
-                    "{name} is but a WireGuard peer: ping an address that it has inside the tunnel"
-                ));
-            }
-            self.paths
-                .ping(now, id)
-                .ok_or_else(|| format!("{name} has neither a relay nor an address to ping"))
+            let ping = self.paths.ping(now, id);
+            ping.ok_or_else(|| {
+                let name = self.peer_name(id);
+                format!("{name} has neither a relay nor an address to ping")
+            })
         });
         match started {
             Ok(ping) => {
@@ -534,6 +543,55 @@ impl Agent {
             Err(error) => self.answer(question, json!({"error": error})),
         }
         self.settle(now);
+    }
+
+    /// Where a person's ping of this peer through the tunnel goes: to the address that is named, or else to the
+    /// first that fits, with a peer API if there is such.
+    ///
+    /// # Errors
+    /// There is no such node, or it is not to be reached so: a sentence.
+    pub fn inside(&self, peer: &str) -> Result<Inside, String> {
+        let id = self.node_called(peer)?;
+        let name = self.peer_name(id);
+        let none = || format!("{name} has no address that this node reaches by the tunnel");
+        let own = self.network.as_ref().map(|network| &network.addresses);
+        let (Some(own), Some(there)) = (own, self.directory.peer(id)) else {
+            return Err(none());
+        };
+        let named: Option<IpAddr> = peer.parse().ok();
+        let addresses = there.addresses.iter().filter_map(|net| {
+            let theirs = net.addr();
+            let ours = own.iter().map(IpNet::addr);
+            // What is somebody else's by now leads elsewhere.
+            let counts = there.allowed_ips.iter().any(|net| net.contains(&theirs));
+            let fits = counts && named.is_none_or(|named| named == theirs);
+            Some(Inside {
+                peer: id,
+                name: name.clone(),
+                ours: ours
+                    .filter(|_| fits)
+                    .find(|ours| ours.is_ipv4() == theirs.is_ipv4())?,
+                theirs,
+                peerapi: there.peerapi[usize::from(theirs.is_ipv6())],
+            })
+        });
+        addresses
+            .min_by_key(|at| at.peerapi.is_none())
+            .ok_or_else(none)
+    }
+
+    /// The node that a person means, which is none of the settings file's peers.
+    fn node_called(&self, peer: &str) -> Result<PeerId, String> {
+        let found = self.directory.find(peer);
+        let held_back = || self.network.as_ref()?.why_held_back(peer);
+        let id = found.map_err(|unknown| held_back().unwrap_or(unknown))?;
+        if self.paths.is_plain(id) {
+            return Err(format!(
+                "{} is but a WireGuard peer: ping an address that it has inside the tunnel",
+                self.peer_name(id)
+            ));
+        }
+        Ok(id)
     }
 
     /// Does what is due. `activity` reads what the shards know of a peer's traffic.

@@ -496,6 +496,41 @@ fn a_ping_ends_with_one_answer_also_for_nobody_and_for_silence() {
 }
 
 #[test]
+fn a_ping_through_the_tunnel_goes_where_the_peer_is_inside() {
+    let mut given = network(2);
+    given
+        .addresses
+        .push("fd7a:115c:a1e0::1/128".parse().unwrap());
+    let peer = Arc::make_mut(&mut given.peers[0]);
+    peer.addresses
+        .push("fd7a:115c:a1e0::2/128".parse().unwrap());
+    peer.allowed_ips.clone_from(&peer.addresses);
+    peer.peerapi = [None, Some(4002)];
+    let (now, mut agent, _) = taken(given.clone());
+    let inside = |agent: &Agent, peer: &str| {
+        let found = agent.inside(peer)?;
+        Ok((
+            found.ours.to_string(),
+            found.theirs.to_string(),
+            found.peerapi,
+        ))
+    };
+    let at = |ours: &str, theirs: &str, port| Ok::<_, String>((ours.into(), theirs.into(), port));
+    let by_v6 = at("fd7a:115c:a1e0::1", "fd7a:115c:a1e0::2", Some(4002));
+    assert_eq!(inside(&agent, "b"), by_v6, "there is its peer API");
+    assert_eq!(inside(&agent, "fd7a:115c:a1e0::2"), by_v6);
+    assert_eq!(inside(&agent, "10.7.0.2"), at("10.7.0.1", "10.7.0.2", None));
+    assert!(inside(&agent, "c").unwrap_err().contains("c"));
+    // What this node has no address of, and what is not routed to the peer, is not where it is.
+    given.addresses.pop();
+    agent.handle_network(now, given.clone());
+    assert_eq!(inside(&agent, "b"), at("10.7.0.1", "10.7.0.2", None));
+    Arc::make_mut(&mut given.peers[0]).allowed_ips.remove(0);
+    agent.handle_network(now, given);
+    assert!(inside(&agent, "b").unwrap_err().contains("no address"));
+}
+
+#[test]
 fn the_network_survives_the_cache_unchanged() {
     let before = network(2);
     let text = serde_json::to_string(&before).unwrap();

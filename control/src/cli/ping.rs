@@ -7,12 +7,13 @@ use anyhow::bail;
 use clap::Args;
 
 use super::ask::{NodeArg, text};
-use crate::driver::local_api::{Request, ask};
+use crate::driver::local_api::{PingBy, Request, ask};
 use crate::driver::runtime;
 
-/// Ping a peer below the tunnel and say which way each reply came.
+/// Ping a peer below the tunnel and say which way each reply came; or by the tunnel.
 ///
-/// Prints one line per reply: by relay, with the region, or direct, with the address.
+/// Prints one line per reply: by relay, with the region, or direct, with the address. By the tunnel the first
+/// reply is the last.
 #[derive(Debug, Args)]
 pub(super) struct PingArgs {
     /// A peer's name, inner address or node key.
@@ -28,6 +29,12 @@ pub(super) struct PingArgs {
     /// Stop at the first direct reply.
     #[arg(long)]
     until_direct: bool,
+    /// Ping by the tunnel, from node to node: no packet filter or firewall has a say in it.
+    #[arg(long, conflicts_with_all = ["peerapi", "until_direct"])]
+    tsmp: bool,
+    /// Ask the peer's HTTP server for other peers, by this host and the tunnel.
+    #[arg(long, conflicts_with = "until_direct")]
+    peerapi: bool,
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -39,6 +46,11 @@ fn seconds(text: &str) -> Result<f64, String> {
 
 pub(super) fn run(args: &PingArgs) -> anyhow::Result<()> {
     let socket = args.node.path();
+    let by = match (args.tsmp, args.peerapi) {
+        (true, _) => PingBy::Tsmp,
+        (false, true) => PingBy::Peerapi,
+        (false, false) => PingBy::Disco,
+    };
     let mut replies = 0u32;
     let mut direct = false;
     runtime::block_on(async |_| {
@@ -50,6 +62,7 @@ pub(super) fn run(args: &PingArgs) -> anyhow::Result<()> {
                 &socket,
                 &Request::Ping {
                     peer: args.peer.clone(),
+                    by,
                 },
                 |answer| {
                     let mut out = std::io::stdout().lock();
@@ -62,6 +75,15 @@ pub(super) fn run(args: &PingArgs) -> anyhow::Result<()> {
                             let ms = answer["latency_ms"].as_f64().unwrap_or_default();
                             let place = match via {
                                 "direct" => format!("direct, {}", text(&answer["address"])),
+                                "tsmp" => match answer["peerapi"].as_u64() {
+                                    Some(port) if port > 0 => {
+                                        format!("TSMP, {}, {port}", text(&answer["address"]))
+                                    }
+                                    Some(_) | None => {
+                                        format!("TSMP, {}", text(&answer["address"]))
+                                    }
+                                },
+                                "peerapi" => format!("http://{}", text(&answer["address"])),
                                 _ => format!("relay {}", text(&answer["region"])),
                             };
                             writeln!(out, "pong from {name} ({place}) in {ms:.3} ms")?;
@@ -71,7 +93,7 @@ pub(super) fn run(args: &PingArgs) -> anyhow::Result<()> {
                 },
             )
             .await?;
-            if args.until_direct && direct {
+            if args.until_direct && direct || by != PingBy::Disco && replies > 0 {
                 break;
             }
         }

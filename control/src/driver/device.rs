@@ -256,7 +256,8 @@ impl Running {
                     | Event::Active(_)
                     | Event::NewSource(..)
                     | Event::Silent(_)
-                    | Event::SessionDown(_),
+                    | Event::SessionDown(_)
+                    | Event::Pong(..),
                 ) => {}
             }
         }

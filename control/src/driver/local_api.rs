@@ -87,13 +87,29 @@ pub enum Request {
     },
     /// Nodes that offer to be a way out to the Internet.
     ExitNodes,
-    /// One DISCO round trip to a peer, by relay and by the direct path.
+    /// One round trip to a peer.
     Ping {
         /// A peer's name, inner address or node key.
         peer: String,
+        /// Below the tunnel or inside.
+        #[serde(default)]
+        by: PingBy,
     },
     /// Measures all relays anew and reports.
     Netcheck,
+}
+
+/// By what a peer is asked to answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PingBy {
+    /// DISCO, by relay and by the direct path.
+    #[default]
+    Disco,
+    /// TSMP: by the tunnel, from node to node.
+    Tsmp,
+    /// HTTP: by the tunnel, from host to node.
+    Peerapi,
 }
 
 impl Request {
@@ -299,11 +315,18 @@ mod tests {
             }
         });
         let mut seen = Vec::new();
-        ask(&path, &Request::Ping { peer: "b".into() }, |answer| {
-            seen.push(answer["n"].clone());
-            assert!(answer["echo"]["peer"] == "b");
-            Ok(())
-        })
+        ask(
+            &path,
+            &Request::Ping {
+                peer: "b".into(),
+                by: PingBy::Disco,
+            },
+            |answer| {
+                seen.push(answer["n"].clone());
+                assert!(answer["echo"]["peer"] == "b");
+                Ok(())
+            },
+        )
         .await
         .unwrap();
         assert!(seen == [0, 1]);

@@ -315,6 +315,7 @@ impl Manager {
             }
             ringtail_dataplane::Event::SessionUp(_)
             | ringtail_dataplane::Event::SessionDown(_)
+            | ringtail_dataplane::Event::Pong(..)
             | ringtail_dataplane::Event::Unopened(..)
             | ringtail_dataplane::Event::TunGone
             | ringtail_dataplane::Event::Failed(_) => {}

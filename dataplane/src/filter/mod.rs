@@ -33,7 +33,7 @@
 //! what is its own, remembers nothing before its first list, or before another shard tells it of a flow.
 //!
 //! Rooms: `rules` is whose packets a rule is about, `table` where it lets them; `flows` remembers what
-//! began here, `tsmp` answers what ends in the node.
+//! began here, `tsmp` is what ends in the node.
 
 mod flows;
 mod rules;
@@ -58,7 +58,7 @@ use flows::{FLOW_REPORT_INTERVAL, FLOW_TIMEOUT, FLOWS_MAX};
 pub use flows::{FlowMemory, Tell};
 pub(crate) use flows::{flows_max, theirs_max};
 pub use rules::{Ask, CompiledRules};
-pub(crate) use tsmp::{PONG_LEN_MAX, pong};
+pub(crate) use tsmp::{TSMP_LEN_MAX, answered, ping, pong};
 #[cfg(test)]
 pub(crate) use {rules::TABLE_PARTS_MAX, table::PART_COST};
 

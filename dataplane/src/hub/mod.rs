@@ -40,7 +40,7 @@ use crate::ring::{TunRx, UdpRx};
 use crate::session::Awaited;
 use crate::sys::EventFd;
 use crate::sys::socket::Local;
-use crate::types::{PeerApi, PeerId, RelayBatch};
+use crate::types::{PeerApi, PeerId, Ping, RelayBatch};
 use crate::udp::{Doors, Sockets};
 
 /// Batches from relays that wait for a shard at most, and the bytes of those that wait for all shards,
@@ -60,6 +60,8 @@ pub(crate) const FLOWS_TOLD_MAX: usize = 4096;
 pub(crate) const ASKS_MAX: usize = 256;
 /// Notes of data that could not be opened that wait for a shard at most.
 pub(crate) const UNOPENED_MAX: usize = 256;
+/// Pings of ours that wait for a shard at most, and for their answers there.
+pub(crate) const PINGS_MAX: usize = 64;
 /// Datagrams for the control or handshake thread that reached a shard, waiting at most.
 pub(crate) const STRAYS_MAX: usize = 64;
 
@@ -214,6 +216,7 @@ pub(crate) struct Inbox {
     pub(crate) asks: ArrayQueue<PeerId>,
     /// Whom data came from that could not be opened, and its bytes.
     pub(crate) unopened: ArrayQueue<(PeerId, usize)>,
+    pub(crate) pings: ArrayQueue<(PeerId, Ping)>,
     pub(crate) handshakes: ArrayQueue<HandshakeMessage>,
     pub(crate) relay: Lane<RelayBatch>,
     pub(crate) handed: ArrayQueue<Handed>,
@@ -239,6 +242,7 @@ impl Inbox {
             paths: Slots::new(),
             asks: ArrayQueue::new(ASKS_MAX),
             unopened: ArrayQueue::new(UNOPENED_MAX),
+            pings: ArrayQueue::new(PINGS_MAX),
             handshakes: ArrayQueue::new(HANDSHAKES_MAX),
             relay: Lane::new(RELAY_IN_ENTRIES_MAX, relay_bytes_max),
             handed: ArrayQueue::new(HANDED_MAX),
@@ -260,6 +264,7 @@ impl Inbox {
             && self.network.is_empty()
             && self.asks.is_empty()
             && self.unopened.is_empty()
+            && self.pings.is_empty()
             && self.settings.is_empty()
             && self.sockets.is_empty()
     }

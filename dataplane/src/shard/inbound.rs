@@ -13,7 +13,7 @@ use super::{
 };
 use crate::classify::receiver_index;
 use crate::config;
-use crate::filter::{PONG_LEN_MAX, pong, source_allowed};
+use crate::filter::{TSMP_LEN_MAX, answered, pong, source_allowed};
 use crate::hub::{HANDSHAKE_LEN_MAX, Handed, HandshakeMessage, ShardSet};
 use crate::noise::{Bucket, PeekedInitiation};
 use crate::open::{Run, groups, runs};
@@ -331,19 +331,29 @@ impl Shard<'_> {
             self.write_tun();
         }
         if !consumed.is_empty() {
-            self.answer_pings(sender, run, &consumed);
+            self.take_tsmp(sender, run, &consumed);
         }
     }
 
-    /// Answers those of the packets that are pings by TSMP, within the sender's share.
-    fn answer_pings(&mut self, sender: PeerId, run: &[u8], consumed: &[usize]) {
+    /// Answers those of the packets that are pings by TSMP, within the sender's share, and tells of answers to
+    /// ours.
+    fn take_tsmp(&mut self, sender: PeerId, run: &[u8], consumed: &[usize]) {
         let now = self.ctx.now;
         for i in consumed {
             let packet = self.opened.packet(*i, run);
             let Ok(headers) = Headers::parse(packet) else {
                 continue;
             };
-            let mut out = [0; VNET_HDR_LEN + PONG_LEN_MAX];
+            if let Some((number, peerapi)) = answered(&headers, packet) {
+                let ours = |ping: &(PeerId, u64)| *ping == (sender, number);
+                if let Some(place) = self.pinged.iter().position(ours) {
+                    self.pinged.remove(place);
+                    let pong = Event::Pong(sender, number, peerapi);
+                    self.ctx.events.push(pong);
+                }
+                continue;
+            }
+            let mut out = [0; VNET_HDR_LEN + TSMP_LEN_MAX];
             let (_, room) = out.split_at_mut(VNET_HDR_LEN);
             let room = room.first_chunk_mut().expect("as long as any answer");
             let peerapi = self.filter.peerapi_port(headers.dst);

@@ -29,7 +29,7 @@ use crate::coalesce::Coalescer;
 use crate::config::{self, DriverKind};
 use crate::context::Context;
 use crate::filter::Filter;
-use crate::hub::{FLOWS_TOLD_MAX, Handed, Hub, Inbox, Network, Settings};
+use crate::hub::{FLOWS_TOLD_MAX, Handed, Hub, Inbox, Network, PINGS_MAX, Settings};
 use crate::noise::{Bucket, LOAD_BURST, LOAD_PER_SECOND};
 use crate::packet::header::Headers;
 use crate::peer::table::{PeerEntry, PeerTable};
@@ -205,6 +205,8 @@ struct Shard<'a> {
     publish_at: Instant,
     unopened: Bucket,
     relayed: Bucket,
+    /// Pings of ours that have no answer yet, the latest last.
+    pinged: ArrayVec<(PeerId, u64), PINGS_MAX>,
 }
 
 impl<'a> Shard<'a> {
@@ -235,6 +237,7 @@ impl<'a> Shard<'a> {
             publish_at: now,
             unopened: Bucket::new(now, UNOPENED_PER_SECOND, UNOPENED_BURST),
             relayed: Bucket::new(now, LOAD_PER_SECOND, LOAD_BURST),
+            pinged: ArrayVec::new(),
         }
     }
 
@@ -321,6 +324,9 @@ impl<'a> Shard<'a> {
         }
         while let Some((id, bytes)) = self.inbox.unopened.pop() {
             self.unopened(id, bytes);
+        }
+        while let Some((id, ping)) = self.inbox.pings.pop() {
+            self.ping(id, &ping);
         }
     }
 

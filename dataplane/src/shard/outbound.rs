@@ -5,14 +5,15 @@
 use std::sync::Arc;
 
 use super::Shard;
+use crate::filter::{TSMP_LEN_MAX, ping};
 use crate::hub::Handed;
 use crate::packet::segment::{Plan, plan};
-use crate::packet::vnet::VnetHdr;
+use crate::packet::vnet::{VNET_HDR_LEN, VnetHdr};
 use crate::ring::TunRx;
 use crate::route::Cursor;
 use crate::seal;
 use crate::stats::{DropReason, Meter, Room};
-use crate::types::PeerId;
+use crate::types::{PeerId, Ping};
 
 impl Shard<'_> {
     /// Takes one packet or super-packet from the TUN. What is for a peer of another shard is sealed
@@ -110,6 +111,22 @@ impl Shard<'_> {
             &mut self.tx,
         );
         ctx.lap(Room::Seal);
+    }
+
+    /// Pings a peer of ours, whose answer is awaited from now on.
+    pub(super) fn ping(&mut self, id: PeerId, asked: &Ping) {
+        let mut out = [0; VNET_HDR_LEN + TSMP_LEN_MAX];
+        let (_, room) = out.split_at_mut(VNET_HDR_LEN);
+        let room = room.first_chunk_mut().expect("as long as any ping");
+        let Some(len) = ping(asked, room) else {
+            return;
+        };
+        if self.pinged.is_full() {
+            self.pinged.remove(0);
+        }
+        self.pinged.push((id, asked.number));
+        self.seal(id, &mut out[..VNET_HDR_LEN + len]);
+        self.flush_runs_of(id);
     }
 
     /// Seals a packet that waited.

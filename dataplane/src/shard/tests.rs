@@ -23,7 +23,7 @@ use crate::stats::Snapshot;
 use crate::sys::socket::Local;
 use crate::tun::Kinds;
 use crate::types::{
-    Datagrams, PathDecision, PeerApi, PeerConfig, Prefix, RegionId, RelayBatch, Rules,
+    Datagrams, PathDecision, PeerApi, PeerConfig, Ping, Prefix, RegionId, RelayBatch, Rules,
 };
 
 const OWN_KEY: [u8; 32] = [1; 32];
@@ -988,6 +988,68 @@ fn pings_by_tsmp_are_answered_within_a_share_and_only_where_they_are_for_us() {
     comes_by_relay(&shard, PeerId(1), &connect[1..]);
     shard.relayed();
     assert_eq!(dropped(&shard, DropReason::FilterDenied), 2);
+}
+
+#[test]
+fn a_ping_by_tsmp_is_sealed_and_told_of_once_when_it_is_answered() {
+    let seat = seat();
+    let mut shard = shard(&seat);
+    let mut far = joined(&mut shard);
+    let now = shard.ctx.now;
+    drop(sent(&mut shard));
+    let (own, theirs) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+    let prefix = |addr: [u8; 4]| Prefix {
+        addr: addr.into(),
+        bits: 32,
+    };
+    let peer = PeerConfig {
+        allowed_ips: vec![prefix(theirs)],
+        ..config(far.id, far.key)
+    };
+    drop(shard.inbox.network.force_push(Network {
+        table: Arc::new(shard.table.changed(vec![peer], &[], None, 1)),
+        rules: Arc::new(CompiledRules::compile(
+            &Rules::default(),
+            Some(&[prefix(own)]),
+        )),
+        peerapi: PeerApi::default(),
+    }));
+    let ping = |number: u64| Ping {
+        number,
+        src: own.into(),
+        dst: theirs.into(),
+    };
+    let last = PINGS_MAX as u64;
+    for number in 0..=last {
+        assert!(!shard.inbox.pings.is_full());
+        shard.inbox.pings.push((far.id, ping(number))).unwrap();
+        assert!(!shard.inbox.is_empty());
+        shard.commands();
+    }
+    let pings: Vec<_> = sent(&mut shard)
+        .iter()
+        .map(|(_, one)| far.open(now, one))
+        .collect();
+    assert_eq!(pings.len(), PINGS_MAX + 1);
+    assert_eq!(pings[1][20..], [&b"p"[..], &1u64.to_be_bytes()].concat());
+    shard.ctx.events.clear();
+    let mut answer = |shard: &mut Shard<'_>, number: u64, port: &[u8]| {
+        let body = [b"o", &number.to_be_bytes()[..], port].concat();
+        let pong = Builder::new((theirs, 0).into(), (own, 0).into()).ip(TSMP, &body);
+        comes_by_relay(shard, far.id, &[far.seal(now, &pong)]);
+        shard.relayed();
+        let told: Vec<Event> = shard.ctx.events.drain(..).collect();
+        told.into_iter()
+            .filter(|event| matches!(event, Event::Pong(..)))
+            .collect::<Vec<_>>()
+    };
+    let told = |number, port| vec![Event::Pong(PeerId(1), number, port)];
+    assert_eq!(answer(&mut shard, 1, b"\x12\x34"), told(1, 0x1234));
+    assert_eq!(answer(&mut shard, last, b""), told(last, 0));
+    // Answered before, forgotten for later ones, and never asked.
+    for number in [1, 0, last + 1] {
+        assert_eq!(answer(&mut shard, number, b""), []);
+    }
 }
 
 /// Peers take our DISCO key from TSMP (`a`), and what a host behind a router sends comes from the router.

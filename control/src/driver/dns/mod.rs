@@ -32,6 +32,7 @@ use forward::Over;
 #[cfg(test)]
 pub(crate) use forward::UDP_ANSWER_LEN_MAX;
 use peerapi::PeerApi;
+pub(in crate::driver) use peerapi::visit as visit_peerapi;
 #[cfg(test)]
 pub(crate) use server::FORWARDED_MAX;
 use server::{Listening, Resolver, Sockets};

@@ -94,6 +94,28 @@ impl PeerApi {
     }
 }
 
+/// Asks a peer's for nothing, and whether it is there.
+///
+/// # Errors
+/// It does not answer, or not that it is.
+pub(in crate::driver) async fn visit(at: SocketAddr) -> io::Result<()> {
+    let stream = TokioIo::new(TcpStream::connect(at).await?);
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(stream)
+        .await
+        .map_err(io::Error::other)?;
+    let mut work = JoinSet::new();
+    work.spawn(connection);
+    let request = Request::head("/")
+        .header(header::HOST, at.to_string())
+        .body(Full::<Bytes>::default())
+        .map_err(io::Error::other)?;
+    let response = sender.send_request(request).await;
+    match response.map_err(io::Error::other)?.status() {
+        StatusCode::OK => Ok(()),
+        status => Err(io::Error::other(format!("it says {status}"))),
+    }
+}
+
 fn listen(any: IpAddr, tun: &str) -> io::Result<std::net::TcpListener> {
     let addr = SocketAddr::new(any, 0);
     let socket = Socket::new(

@@ -9,6 +9,7 @@ use ringtail_dataplane::{Activity, RegionId};
 use serde_json::json;
 
 use super::desk::Desk;
+use super::ping::ping_peerapi;
 use super::renew::Old;
 use super::{Ended, Node, SAVE_SOON, now, wall};
 use crate::agent::Network;
@@ -16,7 +17,7 @@ use crate::config::StaticNetwork;
 use crate::coord::{CoordEvent, NotAdmitted};
 use crate::driver::device;
 use crate::driver::interface::{interface_name, interfaces, source_address, subnets};
-use crate::driver::local_api::{self, Call};
+use crate::driver::local_api::{self, Call, PingBy};
 use crate::driver::names::Past;
 use crate::driver::relay::{RelayEvent, RelayPool};
 use crate::driver::shards::FromShards;
@@ -81,8 +82,15 @@ impl Node {
                     | Event::Silent(id)
                     | Event::SendError(id, ..)
                     | Event::SessionUp(id)
-                    | Event::SessionDown(id) => self.dataplane.activity(*id),
+                    | Event::SessionDown(id)
+                    | Event::Pong(id, ..) => self.dataplane.activity(*id),
                 };
+                if let Event::Pong(_, number, port) = event
+                    && let Some(waiting) = self.pongs.remove(&number)
+                {
+                    // Who does not wait any more does not want it.
+                    let _ = waiting.send(port);
+                }
                 self.agent.handle_dataplane(now, &event, &activity);
                 if let Event::SessionUp(id) = event
                     && !self
@@ -260,11 +268,18 @@ impl Node {
                 status["drops"]["discovery_kernel"] = kernel_drops.into();
                 call.answer(status);
             }
-            local_api::Request::Ping { peer } => {
-                let (question, peer) = (self.next_question(), peer.clone());
-                self.questions.insert(question, call);
-                self.agent.handle_ping(now, question, &peer);
-            }
+            local_api::Request::Ping { peer, by } => match (by, self.agent.inside(peer)) {
+                (PingBy::Disco, _) => {
+                    let (question, peer) = (self.next_question(), peer.clone());
+                    self.questions.insert(question, call);
+                    self.agent.handle_ping(now, question, &peer);
+                }
+                (_, Err(why)) => call.refuse(&why),
+                (PingBy::Tsmp, Ok(there)) => self.ping_tsmp(there, call),
+                (PingBy::Peerapi, Ok(there)) => {
+                    tokio::task::spawn_local(ping_peerapi(there, call));
+                }
+            },
             local_api::Request::Netcheck => {
                 let question = self.next_question();
                 self.questions.insert(question, call);
@@ -356,7 +371,7 @@ impl Node {
         })
     }
 
-    fn next_question(&mut self) -> u64 {
+    pub(super) fn next_question(&mut self) -> u64 {
         // Whoever gave up waiting makes room.
         self.questions.retain(|_, call| !call.answers.is_closed());
         self.questions_asked += 1;

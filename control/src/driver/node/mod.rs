@@ -17,6 +17,7 @@ mod desk;
 mod intake;
 mod life;
 mod login;
+mod ping;
 mod plain;
 mod renew;
 mod start;
@@ -28,7 +29,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use ringtail_dataplane::{Dataplane, DriverKind, Engine, TimeBudget};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::clock::{at, now, thread_time, wall};
@@ -197,6 +198,8 @@ struct Node {
     handshakes: RefCell<Handshakes>,
     questions: BTreeMap<u64, Call>,
     questions_asked: u64,
+    /// Who waits for the answer to a ping by TSMP, by its number.
+    pongs: BTreeMap<u64, oneshot::Sender<u16>>,
     findings: (mpsc::Sender<Finding>, mpsc::Receiver<Finding>),
     /// What runs beside and ends with the node.
     _tasks: JoinSet<()>,

@@ -279,6 +279,7 @@ impl Node {
             handshakes: RefCell::default(),
             questions: BTreeMap::new(),
             questions_asked: 0,
+            pongs: BTreeMap::new(),
             findings,
             _tasks: tasks,
             log,
