@@ -145,6 +145,7 @@ impl Node {
             url: format!("http://{address}"),
             auth_key: auth_key.map(|key| key.to_owned().into()),
             hostname: format!("node{seed}"),
+            tags: Vec::new(),
             machine: MachinePrivate::clamped([seed; 32]),
             node: NodePrivate::clamped([seed ^ 0x80; 32]).public(),
             old_node: None,

@@ -12,7 +12,7 @@ mod prefs;
 
 pub use layers::Layers;
 pub use network::{StaticNetwork, StaticPeer};
-pub use node::{AuthKey, DriverName, EngineName, NodeConfig, ValidateMode};
+pub use node::{AuthKey, DriverName, EngineName, NodeConfig, Tags, ValidateMode};
 pub use plain::{Endpoint, PLAIN_PEERS_MAX, PlainPeer};
 pub use prefs::{Forwarding, HostFirewall, Prefs, PrefsChange, Routes, Snat};
 

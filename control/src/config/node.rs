@@ -1,12 +1,14 @@
 //! The node's own settings.
 
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use super::{ConfigError, PlainPeer, PrefsChange, plain, read_toml};
 use crate::hostnet::TABLE_MAX;
+use crate::policy::is_tag;
 
 /// The kernel's table of the host's own addresses.
 const LOCAL: u32 = 255;
@@ -86,22 +88,55 @@ impl From<&str> for AuthKey {
     }
 }
 
+/// Tags that this node asks for; written as one text they are separated by commas. `tag:` may be left out.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "Vec<String>")]
+pub struct Tags(pub Vec<String>);
+
+impl TryFrom<Vec<String>> for Tags {
+    type Error = String;
+
+    fn try_from(texts: Vec<String>) -> Result<Self, String> {
+        let tag = |text: &str| {
+            let tag = format!("tag:{}", text.trim_start_matches("tag:"));
+            is_tag(&tag)
+                .then_some(tag)
+                .ok_or_else(|| format!("{text:?} is no tag, such as tag:router"))
+        };
+        let texts = texts.iter().map(|text| text.trim());
+        let texts = texts.filter(|text| !text.is_empty());
+        texts.map(tag).collect::<Result<_, _>>().map(Self)
+    }
+}
+
+impl FromStr for Tags {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let texts: Vec<String> = text.split(',').map(ToOwned::to_owned).collect();
+        texts.try_into()
+    }
+}
+
 /// Settings of `ringtail up`, as options and as keys of its file. Every one may be left out.
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
 pub struct NodeConfig {
     /// URL of the coordination server, such as https://coord.example or http://10.0.0.1:8080.
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", visible_alias = "login-server")]
     pub coord: Option<String>,
     /// File with a pre-auth key, needed the first time where no person is to let the node in; the environment
     /// variable RINGTAIL_AUTH_KEY may hold the key too.
     #[arg(long, value_name = "FILE")]
     pub auth_key_file: Option<PathBuf>,
-    /// The pre-auth key itself, which every user of this host can read here.
+    /// The pre-auth key itself, which every user of this host can read here; or `file:` and its file.
     #[arg(long, value_name = "KEY", conflicts_with = "auth_key_file")]
     // Of the command line only: a settings file may be open to many.
     #[serde(skip)]
     pub auth_key: Option<AuthKey>,
+    /// Tags to ask for when this node is let in, separated by commas: its owner has to be one who may give them.
+    #[arg(long, value_name = "TAGS")]
+    pub advertise_tags: Option<Tags>,
     /// Let this group of the host look at the node, by /run/ringtail/TUN.sock.
     #[arg(long, value_name = "GROUP")]
     pub status_group: Option<String>,
@@ -273,6 +308,7 @@ impl NodeConfig {
                 .auth_key_file
                 .or_else(|| self.auth_key_file.filter(|_| flags.auth_key.is_none())),
             auth_key: flags.auth_key,
+            advertise_tags: flags.advertise_tags.or(self.advertise_tags),
             status_group: flags.status_group.or(self.status_group),
             control_key: flags.control_key.or(self.control_key),
             ca_file: flags.ca_file.or(self.ca_file),
@@ -380,6 +416,19 @@ mod tests {
             (both.coord.as_deref(), both.network),
             (None, Some("n.toml".into()))
         );
+    }
+
+    #[test]
+    fn tags_are_asked_for_by_their_whole_names() {
+        let tags = |list: &[&str]| Tags(list.iter().map(ToString::to_string).collect());
+        let want = tags(&["tag:router", "tag:web"]);
+        assert_eq!("router, tag:web,".parse(), Ok(want.clone()));
+        let file = parse("advertise_tags = [\"tag:router\", \"web\"]").unwrap();
+        assert_eq!(file.advertise_tags, Some(want));
+        assert_eq!("".parse(), Ok(tags(&[])));
+        let error = "tag:9".parse::<Tags>().unwrap_err();
+        assert!(error.contains("\"tag:9\" is no tag"), "{error}");
+        assert!(parse("advertise_tags = [\"a b\"]").is_err());
     }
 
     #[test]

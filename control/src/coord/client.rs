@@ -265,6 +265,9 @@ pub fn hostinfo(config: &CoordConfig, state: &SelfState, os_version: &str) -> Va
     if !state.routes.is_empty() {
         fields.insert("RoutableIPs".to_owned(), json!(state.routes));
     }
+    if !config.tags.is_empty() {
+        fields.insert("RequestTags".to_owned(), json!(config.tags));
+    }
     if state.shields_up {
         fields.insert("ShieldsUp".to_owned(), json!(true));
     }
@@ -527,6 +530,7 @@ mod tests {
             url: String::new(),
             auth_key: Some("secret-key".to_owned().into()),
             hostname: "edge1".to_owned(),
+            tags: vec!["tag:router".to_owned()],
             machine: MachinePrivate::clamped([1; 32]),
             node: NodePublic([2; 32]),
             old_node: None,
@@ -564,6 +568,7 @@ mod tests {
         assert!(!format!("{register:?}{config:?}").contains("secret-key"));
         let register = serde_json::to_value(register).unwrap();
         assert_eq!(register["Auth"]["AuthKey"], "secret-key");
+        assert_eq!(register["Hostinfo"]["RequestTags"], json!(["tag:router"]));
         assert_eq!(register["Version"], 130);
     }
 }

@@ -48,6 +48,8 @@ pub struct CoordConfig {
     pub auth_key: Option<Zeroizing<String>>,
     /// Short host name; the server makes the node's name from it.
     pub hostname: String,
+    /// Tags to ask for at a registration.
+    pub tags: Vec<String>,
     /// This host's identity towards the server.
     pub machine: MachinePrivate,
     /// Our WireGuard public key.

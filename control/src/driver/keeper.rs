@@ -231,6 +231,7 @@ fn withdraw(
         url: announced.url,
         auth_key: None,
         hostname: announced.hostname,
+        tags: Vec::new(),
         machine: keys.machine,
         node: keys.node.public(),
         old_node: None,

@@ -50,7 +50,11 @@ row_login() {
   kill -TERM "$(lab_pid node-a)"
   check "the node ends when it is told to" within 3 not lab_alive node-a
   kill -CONT "$(lab_pid headscale)"
-  check "at the next start it needs a person again" again_asks a
+  check "a policy lets alice give a tag" hs_policy <<<'{"tagOwners": {"tag:site": ["alice@"]}, "acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]}'
+  check "at the next start it needs a person again" again_asks a --advertise-tags site
+  url=$(address_to_visit a)
+  check "Headscale lets it in, with the tag that it asks for" hs auth register --auth-id "${url##*/}" --user alice
+  check "which it has from then on" within 10 shows_state a 'owned by tag:site'
 }
 
 # Keys that live for an hour, and no auth key at hand: a person is told, and renews one while the tunnel is in use, by
@@ -119,8 +123,8 @@ says_soon() { # Its exit code says more.
 }
 has_address() { [ "$(rt "$1" ip -4)" = "$2" ]; }
 log_out_down() { rt "$1" down && rt "$1" logout; }
-again_asks() {
+again_asks() { # NODE [OPTION...]
   : >"$LAB_DIR/node-$1.log"
-  keyless "$1"
+  keyless "$@"
   within 20 address_to_visit "$1"
 }

@@ -31,6 +31,11 @@ row_ourserver2() {
   check "for one who may" ours nodes approve "$(basename "$(waits d)")" --user alice
   check "it is in" within 20 tailnet_online d
   check "and has the tag" whose_are "d=tag:web"
+  lab_host f 203.0.113.16
+  TAILNET_KEY=none tailnet_ringtail f f --advertise-tags web
+  check "so does a ringtail" within 20 grep -qF "$COORD_URL/register/" "$LAB_DIR/node-f.log"
+  check "it is let in" ours nodes approve "$(grep -o "$COORD_URL/register/[0-9A-Z-]*" "$LAB_DIR/node-f.log" | tail -n 1 | xargs basename)" --user alice
+  check "and has the tag" within 10 whose_are "f=tag:web"
   check "an administrator renames a tailscaled" ours nodes rename a desk
   check "it is told" within 3 own_name a desk
   check "and so are the others" within 3 shows c desk ''

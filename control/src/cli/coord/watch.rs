@@ -88,6 +88,7 @@ pub(super) fn watch_network(args: WatchArgs) -> anyhow::Result<()> {
         url: args.url.clone(),
         auth_key,
         hostname: args.hostname.clone(),
+        tags: Vec::new(),
         machine,
         node,
         old_node: None,

@@ -79,6 +79,7 @@ pub(super) fn coord_config(source: &Source, keys: &Keys, hostname: &str) -> Opti
     let Source::Coord {
         url,
         auth_key,
+        tags,
         control_key,
     } = source
     else {
@@ -88,6 +89,7 @@ pub(super) fn coord_config(source: &Source, keys: &Keys, hostname: &str) -> Opti
         url: url.clone(),
         auth_key: auth_key.clone(),
         hostname: hostname.to_owned(),
+        tags: tags.clone(),
         machine: keys.machine.clone(),
         node: keys.node.public(),
         old_node: None,

@@ -57,6 +57,7 @@ pub(super) enum Source {
     Coord {
         url: String,
         auth_key: Option<Zeroizing<String>>,
+        tags: Vec<String>,
         control_key: Option<MachinePublic>,
     },
 }
@@ -78,12 +79,14 @@ impl Source {
             .coord
             .clone()
             .context("neither --coord nor --network is given")?;
+        let tags = config.advertise_tags.clone();
         let given = config.control_key.as_deref().map(str::parse).transpose();
         let given = given.context("--control-key")?;
         let stored = keys.control.as_ref().filter(|(of, _)| *of == url);
         Ok(Self::Coord {
             url,
             auth_key,
+            tags: tags.map(|tags| tags.0).unwrap_or_default(),
             control_key: given.or_else(|| stored.map(|(_, key)| *key)),
         })
     }
@@ -95,6 +98,9 @@ impl Source {
 /// The file cannot be read.
 pub(super) fn auth_key(config: &NodeConfig) -> anyhow::Result<Option<Zeroizing<String>>> {
     if let Some(AuthKey(key)) = &config.auth_key {
+        if let Some(file) = key.strip_prefix("file:") {
+            return files::read_auth_key(Path::new(file)).map(Some);
+        }
         tracing::warn!(
             "the auth key stands on the command line, where every user of this host can read it: \
              better give --auth-key-file or {}",
