@@ -10,6 +10,7 @@ use super::PrefsChange;
 pub struct Layers {
     flags: PrefsChange,
     set: PrefsChange,
+    file: PrefsChange,
     chosen: PrefsChange,
 }
 
@@ -19,9 +20,20 @@ impl Layers {
     /// # Errors
     /// They contradict each other: a sentence that says what to change.
     pub fn new(flags: PrefsChange, set: PrefsChange, file: PrefsChange) -> Result<Self, String> {
-        let chosen = flags.clone().over(set.clone().over(file));
-        chosen.check()?;
-        Ok(Self { flags, set, chosen })
+        let mut layers = Self {
+            flags,
+            set,
+            file,
+            chosen: PrefsChange::default(),
+        };
+        layers.chosen = layers.at_a_start();
+        layers.chosen.check()?;
+        Ok(layers)
+    }
+
+    fn at_a_start(&self) -> PrefsChange {
+        let below = self.set.clone().over(self.file.clone());
+        self.flags.clone().over(below)
     }
 
     /// What counts, without what nobody chose.
@@ -37,15 +49,22 @@ impl Layers {
     /// The same with a change of what is `set`.
     ///
     /// # Errors
-    /// It contradicts what else counts.
+    /// It contradicts what else counts, or would at the next start, which could not be then.
     pub fn changed(&self, change: &PrefsChange) -> Result<Self, String> {
         let chosen = change.clone().over(self.chosen.clone());
         chosen.check()?;
-        Ok(Self {
-            flags: self.flags.clone(),
+        let changed = Self {
             set: change.clone().over(self.set.clone()),
             chosen,
-        })
+            ..self.clone()
+        };
+        changed.at_a_start().check().map_err(|why| {
+            let flags = changed.hidden().join(", ");
+            format!(
+                "the next start would fail, because the command line says another {flags}: {why}"
+            )
+        })?;
+        Ok(changed)
     }
 
     /// Settings, by the names that they have in a file, of which a flag says something else than what was
@@ -113,6 +132,17 @@ mod tests {
         let layers = layers.unwrap();
         let change = parse("exit_node = \"b\"");
         assert!(layers.changed(&change).is_err());
-        assert!(Layers::new(layers.chosen().clone(), change, PrefsChange::default()).is_err());
+        assert!(
+            Layers::new(
+                layers.chosen().clone(),
+                change.clone(),
+                PrefsChange::default()
+            )
+            .is_err()
+        );
+        // Together with a flag that is in force again at the next start.
+        let layers = layers.changed(&parse("advertise_exit_node = false"));
+        let refused = layers.unwrap().changed(&change).unwrap_err();
+        assert!(refused.contains("another advertise_exit_node"), "{refused}");
     }
 }
