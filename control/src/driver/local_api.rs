@@ -6,7 +6,9 @@
 //! one line; `ping` one per reply, `login` one whenever there is another address to visit. An answer that
 //! is an object with `error` is the last one.
 
+use std::fs::Permissions;
 use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::time::Duration;
 
@@ -185,12 +187,21 @@ pub fn listen_for_group(path: &Path, group: &str) -> anyhow::Result<(UnixListene
         .with_context(|| format!("there is no group {group}"))?
         .gid;
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder)
-            .with_context(|| format!("cannot make {}", folder.display()))?;
+        make_open(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
     let (listener, file) = unix_socket::bind(path)?;
     file.open_to(gid.as_raw())?;
     Ok((UnixListener::from_std(listener)?, file))
+}
+
+/// Makes a folder that everybody may pass, whatever files this process makes are like. One that is there is
+/// somebody's decision.
+fn make_open(folder: &Path) -> std::io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(folder)?;
+    std::fs::set_permissions(folder, Permissions::from_mode(0o755))
 }
 
 /// Takes connections of `reader` for ever and turns each into a [`Call`], if he may ask that.
@@ -298,6 +309,9 @@ pub async fn ask(
 
 #[cfg(test)]
 mod tests {
+    use nix::sched::{CloneFlags, unshare};
+    use nix::sys::stat::{Mode, umask};
+
     use super::*;
 
     #[tokio::test(flavor = "local")]
@@ -344,6 +358,24 @@ mod tests {
         assert!(text.contains("bad request"), "{text}");
         drop(file);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_folder_for_everybody_is_one_also_where_files_are_closed() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("ringtail");
+        let mode = || std::fs::metadata(&folder).unwrap().permissions().mode() & 0o777;
+        // The mask of this thread alone.
+        let made = || {
+            unshare(CloneFlags::CLONE_FS).unwrap();
+            umask(Mode::from_bits_truncate(0o077));
+            make_open(&folder).unwrap();
+        };
+        std::thread::scope(|scope| scope.spawn(made).join().unwrap());
+        assert_eq!(mode(), 0o755);
+        std::fs::set_permissions(&folder, Permissions::from_mode(0o750)).unwrap();
+        make_open(&folder).unwrap();
+        assert_eq!(mode(), 0o750);
     }
 
     #[tokio::test(flavor = "local")]
