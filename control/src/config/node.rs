@@ -282,6 +282,8 @@ impl NodeConfig {
     /// Takes what `flags` says and fills the rest from `self`.
     #[must_use]
     pub fn overridden_by(self, flags: Self) -> Self {
+        // An empty one is a variable of a script that is not set.
+        let auth_key = flags.auth_key.filter(|AuthKey(key)| !key.is_empty());
         Self {
             state_dir: flags.state_dir.or(self.state_dir),
             tun: flags.tun.or(self.tun),
@@ -306,8 +308,8 @@ impl NodeConfig {
             // A key on the command line is meant, whatever file the settings name.
             auth_key_file: flags
                 .auth_key_file
-                .or_else(|| self.auth_key_file.filter(|_| flags.auth_key.is_none())),
-            auth_key: flags.auth_key,
+                .or_else(|| self.auth_key_file.filter(|_| auth_key.is_none())),
+            auth_key,
             advertise_tags: flags.advertise_tags.or(self.advertise_tags),
             status_group: flags.status_group.or(self.status_group),
             control_key: flags.control_key.or(self.control_key),
@@ -429,6 +431,23 @@ mod tests {
         let error = "tag:9".parse::<Tags>().unwrap_err();
         assert!(error.contains("\"tag:9\" is no tag"), "{error}");
         assert!(parse("advertise_tags = [\"a b\"]").is_err());
+    }
+
+    #[test]
+    fn an_auth_key_on_the_command_line_takes_the_place_of_the_file_but_an_empty_one_is_none() {
+        for (given, file) in [
+            ("tskey-1", None),
+            ("", Some("k".into())),
+            (" ", Some("k".into())),
+        ] {
+            let flags = NodeConfig {
+                auth_key: Some(given.into()),
+                ..Default::default()
+            };
+            let both = parse("auth_key_file = \"k\"").unwrap().overridden_by(flags);
+            assert_eq!(both.auth_key.is_some(), file.is_none(), "{given:?}");
+            assert_eq!(both.auth_key_file, file, "{given:?}");
+        }
     }
 
     #[test]

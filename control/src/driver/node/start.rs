@@ -109,7 +109,11 @@ pub(super) fn auth_key(config: &NodeConfig) -> anyhow::Result<Option<Zeroizing<S
         return Ok(Some(key.clone()));
     }
     if let Some(file) = &config.auth_key_file {
-        return files::read_auth_key(file).map(Some);
+        let key = files::read_auth_key(file)?;
+        if key.is_empty() {
+            tracing::warn!(file = %file.display(), "there is no auth key in this file");
+        }
+        return Ok(Some(key).filter(|key| !key.is_empty()));
     }
     let key = std::env::var(AuthKey::VARIABLE).map(Zeroizing::new);
     let key = key.ok().map(|key| Zeroizing::new(key.trim().to_owned()));
