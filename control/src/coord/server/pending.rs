@@ -164,9 +164,13 @@ impl Pending {
         if self.waiting.len() < PENDING_MAX {
             return true;
         }
-        // The oldest of the host with most goes, if the newcomer's has fewer then.
+        // The oldest of the host with most goes, if the newcomer's has fewer then; or if that is the proxy, behind
+        // which nobody can be told apart: who fills all places is not to shut out the rest for half an hour.
         let most = hosts.into_iter().max_by_key(|(_, count)| *count);
-        let Some((most, _)) = most.filter(|(_, count)| *count > own + 1) else {
+        let gives = |(of, count): &(IpNet, usize)| {
+            *count > own + 1 || (*of == host && host.addr().is_loopback())
+        };
+        let Some((most, _)) = most.filter(gives) else {
             return false;
         };
         let of_most = self.waiting.values().filter(|one| one.host == most);
@@ -389,5 +393,20 @@ mod tests {
         let (told, gone) = ask(1000, 1000);
         assert!(told && gone.len() == 1, "{gone:?}");
         assert_eq!(ask(1, 3000), (true, Vec::new()), "it waits already");
+    }
+
+    #[test]
+    fn behind_a_proxy_the_oldest_makes_room() {
+        let (mut server, now) = server();
+        let mut ask = |n: u16| {
+            let at = now + Duration::from_secs(n.into());
+            let proxy = IpAddr::from([127, 0, 0, 1]);
+            let waits = server.handle_applicant(at, proxy, applicant(n, None));
+            (matches!(waits, Waits::Told(_)), server.take_settled())
+        };
+        for n in 0..512 {
+            assert_eq!(ask(n), (true, Vec::new()), "{n}");
+        }
+        assert_eq!(ask(600), (true, vec![applicant(0, None).code]));
     }
 }
