@@ -94,6 +94,12 @@ pub enum Refusal {
     /// No such approval.
     #[error("{1} is not approved for {0}: `ringtail coord routes` lists what is")]
     NotApproved(String, IpNet),
+    /// The policy would approve it again.
+    #[error(
+        "the policy approves {1} for {0} (autoApprovers): take it out of the policy file and send SIGHUP, then \
+         revoke it; or `ringtail coord nodes expire` the node"
+    )]
+    ByPolicy(String, IpNet),
     /// It would be more than [`APPROVALS_MAX`].
     #[error("{0} would have more than {APPROVALS_MAX} approved routes")]
     TooMany(String),

@@ -114,7 +114,7 @@ enum RoutesCommand {
     List(StateArg),
     /// Approve routes for a node, also before it announces them.
     Approve(RouteArgs),
-    /// Take approvals of a node back.
+    /// Take approvals of a node back. Those of the policy's autoApprovers are taken back in the policy first.
     Revoke(RouteArgs),
 }
 

@@ -43,6 +43,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
+use time::OffsetDateTime;
 
 use self::pending::Pending;
 use self::presence::{Presence, Rivals};
@@ -51,6 +52,7 @@ use self::sight::Sight;
 use self::store::expired;
 use self::view::{View, effective};
 use crate::coord::address::AddressPlan;
+use crate::coord::admin::{Change, Done, Refusal, plan};
 use crate::coord::routes::left_out;
 use crate::key::{MachinePublic, NodePublic};
 use crate::netmap::DerpMap;
@@ -354,6 +356,26 @@ impl Server {
             entry.expires_at = entry.record.good_until.map(|_| now);
             self.set_alarm(id);
         }
+    }
+
+    /// What an administrator's order comes to here: [`plan`], but that nothing is revoked which the policy would
+    /// approve again.
+    ///
+    /// # Errors
+    /// [`Refusal`]; nothing is to be done then.
+    pub fn plan_change(
+        &self,
+        node: &str,
+        change: &Change,
+        wall: OffsetDateTime,
+    ) -> Result<(Option<Write>, Done), Refusal> {
+        let planned = plan(self.records(), node, change, wall)?;
+        if let (Some(Write::Save(record)), Change::Revoke(routes)) = (&planned.0, change)
+            && let Some(route) = routes.iter().find(|route| self.approves(record, route))
+        {
+            return Err(Refusal::ByPolicy(record.name.clone(), *route));
+        }
+        Ok(planned)
     }
 
     /// Puts into force what an administrator ordered; it is in the store.

@@ -9,6 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
+use ipnet::IpNet;
 use sha2::{Digest as _, Sha256};
 
 use super::store::{NodeRecord, expired};
@@ -67,14 +68,20 @@ impl Server {
         policy.is_some_and(|policy| policy.may_tag(self.user_name(user), tag))
     }
 
+    /// Whether the policy approves a route of this node, whatever an administrator says.
+    pub(super) fn approves(&self, record: &NodeRecord, route: &IpNet) -> bool {
+        let user = self.user_name(record.user);
+        let policy = self.sight.policy.as_ref();
+        policy.is_some_and(|policy| policy.approves(user, &record.tags, route))
+    }
+
     /// Approves what a node announces and the policy lets it.
     pub(super) fn approve_own(&self, record: &mut NodeRecord) {
-        let Some(policy) = &self.sight.policy else {
+        if !self.has_policy() {
             return;
-        };
-        let user = self.user_name(record.user);
+        }
         let own = announced(&record.hostinfo).into_iter();
-        let own = own.filter(|route| policy.approves(user, &record.tags, route));
+        let own = own.filter(|route| self.approves(record, route));
         let mut approved = record.approved.clone();
         approved.extend(own);
         approved.sort_unstable();
@@ -142,7 +149,7 @@ impl Server {
         if expired(&entry.record) || !compiled.sees(viewer, id) {
             return None;
         }
-        let hidden = |route: &ipnet::IpNet| !compiled.may_use(viewer, route);
+        let hidden = |route: &IpNet| !compiled.may_use(viewer, route);
         let hidden: Vec<_> = wire.primary_routes.iter().copied().filter(hidden).collect();
         if hidden.is_empty() {
             return Some(Arc::clone(wire));

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::presence::TURNS_TIME;
 use super::reports::is_endpoint;
 use super::*;
-use crate::coord::admin::{Change, Refusal, plan};
+use crate::coord::admin::{Change, Refusal};
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::frames::{Codec, FrameReader, encode};
 use crate::coord::operations::{self, WALL, comparable};
@@ -171,7 +171,7 @@ impl Lab {
 
     /// An administrator's order, carried out as a running server does.
     fn change(&mut self, node: &str, change: &Change) -> Result<(), Refusal> {
-        let (write, _) = plan(self.server.records(), node, change, WALL)?;
+        let (write, _) = self.server.plan_change(node, change, WALL)?;
         if let Some(mut write) = write {
             self.server.complete(WALL, &mut write);
             self.server.put(self.now, write);
@@ -1495,4 +1495,15 @@ fn routes_count_at_once_for_whom_the_policy_says_so() {
     );
     assert!(!lab.record(1).approved.contains(&nets(&["0.0.0.0/0"])[0]));
     assert!(lab.server.has_writes());
+    // What it approves is revoked there: here it would come back with the next report.
+    let change = Change::Revoke(nets(&["10.20.0.0/16"]));
+    let refused = lab.change("1", &change).unwrap_err();
+    assert!(
+        refused.to_string().contains("the policy approves"),
+        "{refused}"
+    );
+    with_policy(&mut lab, r#"{"acls": []}"#);
+    lab.change("1", &change).unwrap();
+    lab.announce(1, ["10.20.0.0/16", "10.99.0.0/16"]);
+    assert_eq!(lab.record(1).approved, nets(&["192.168.0.0/24"]));
 }

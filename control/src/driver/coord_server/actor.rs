@@ -10,12 +10,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::counters::Counters;
 use super::{Client, Settings, Shared};
 use crate::coord::admin::{Change, Done, Order, Refusal};
+use crate::coord::auth_key;
 use crate::coord::auth_key::KeyCheck;
 use crate::coord::server::{
     Applicant, Code, MapAnswer, MapRefusal, Registration, Server, SessionId, Waits, Write,
     is_logout,
 };
-use crate::coord::{admin, auth_key};
 use crate::driver::clock::{at, now, wall};
 use crate::driver::coord_store::{Database, Store};
 use crate::driver::places::Door;
@@ -403,7 +403,7 @@ impl Actor {
 
     async fn change(&mut self, node: &str, change: &Change) -> Result<Done, String> {
         let wall = wall();
-        let planned = admin::plan(self.server.records(), node, change, wall);
+        let planned = self.server.plan_change(node, change, wall);
         let (write, done) = planned.map_err(|refusal| refusal.to_string())?;
         if let Some(mut write) = write {
             self.server.complete(wall, &mut write);
