@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use zeroize::Zeroizing;
 
-use super::{StateArg, open};
+use super::{FOR_EVER, StateArg, open};
 use crate::coord::admin::Refusal;
 use crate::coord::auth_key::{self, AuthKey, KeySeed};
 use crate::coord::server::FIRST_USER;
@@ -83,7 +83,11 @@ pub(super) fn parse_time(text: &str) -> Result<Time, String> {
     let number: u32 = text[..text.len() - 1]
         .parse()
         .map_err(|_| "write a number and s, m, h or d, or never".to_owned())?;
-    Ok(Time(Some(Duration::from_secs(u64::from(number) * seconds))))
+    let time = Duration::from_secs(u64::from(number) * seconds);
+    if time.is_zero() || time > FOR_EVER {
+        return Err("write a time of 1s to 3650d, or never".to_owned());
+    }
+    Ok(Time(Some(time)))
 }
 
 pub(super) fn run(command: &KeysCommand) -> anyhow::Result<()> {
@@ -235,7 +239,8 @@ mod tests {
         assert_eq!(time("10m"), Ok(Some(600)));
         assert_eq!(time("7d"), Ok(Some(604_800)));
         assert_eq!(time("never"), Ok(None));
-        for bad in ["", "h", "1", "-1h", "1 h", "1µ"] {
+        assert_eq!(time("3650d"), Ok(Some(FOR_EVER.as_secs())));
+        for bad in ["", "h", "1", "-1h", "1 h", "1µ", "0s", "3651d", "3000000d"] {
             assert!(time(bad).is_err(), "{bad}");
         }
     }

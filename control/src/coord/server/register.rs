@@ -241,11 +241,12 @@ impl Server {
         Ok(())
     }
 
-    /// When a key ends that this node is given now.
+    /// When a key ends that this node is given now. Past the calendar's end is never.
     fn good_until(&self, wall: OffsetDateTime, record: &NodeRecord) -> Option<OffsetDateTime> {
-        let time = self.config.key_expiry.filter(|_| record.tags.is_empty());
+        let time = (self.config.key_expiry).filter(|_| record.tags.is_empty())?;
+        let until = wall.checked_add(time.try_into().ok()?)?;
         // Whole seconds, as it is stored.
-        time.and_then(|time| (wall + time).replace_nanosecond(0).ok())
+        until.replace_nanosecond(0).ok()
     }
 
     /// Completes an administrator's order before it is committed: a node that loses its tags has a key that ends.

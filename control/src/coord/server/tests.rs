@@ -1394,6 +1394,12 @@ fn a_key_expires_in_its_time_and_those_of_tagged_nodes_do_not() {
     // Who loses its tags has a key that ends as well.
     lab.change("2", &Change::Tag(Vec::new())).unwrap();
     assert_eq!(lab.record(2).good_until, Some(until));
+    // A time that no calendar has.
+    for (n, days) in [(3, 3_000_000), (4, u64::MAX / 86_400)] {
+        lab.server.config.key_expiry = Some(Duration::from_secs(86_400 * days));
+        lab.register(n, &of_user(2, &[]));
+        assert_eq!(lab.record(n.into()).good_until, None);
+    }
 }
 
 #[test]
