@@ -24,9 +24,12 @@ NFT
   check "the route is approved" within 10 hs_routes r 192.168.77.0/24
   check "the router is one" within 15 tailnet_pings b 192.168.77.9 0.5
   check "and its host asks it for names" within 10 killed_asks r
+  check "it is called otherwise from now on" rt r set --hostname renamed
+  check "which Headscale hears" within 5 hs_id renamed
   tailnet_stop r KILL
   check "two seconds after a kill the host is as it was" within 2 same_state r "$before"
-  check "and nobody is sent there" within 2 killed_withdrawn r
+  check "and nobody is sent there" within 2 killed_withdrawn renamed
+  check "it has the name that it had" hs_id renamed
   check "its keeper has ended" within 5 not killed_keeper r
   tailnet_start r
   check "started again it is a router again" within 20 tailnet_pings b 192.168.77.9 0.5

@@ -448,8 +448,12 @@ impl Node {
         }
     }
 
-    /// Routes that are announced have to be withdrawn after any kind of end.
-    fn note_routes(&self, report: &SelfState) {
+    /// Routes that are announced have to be withdrawn after any kind of end, under the name we have then: the
+    /// server would take another for a new one.
+    fn note_routes(&mut self, report: &SelfState) {
+        if let (Some(announced), Some(name)) = (&mut self.announced, &report.hostname) {
+            announced.hostname.clone_from(name);
+        }
         if let Some(announced) = self.announced.clone()
             && !report.routes.is_empty()
             && let Err(error) = self.ledger.before(Entry::Announced(announced))
