@@ -23,7 +23,7 @@ use crate::config::{Layers, NodeConfig};
 use crate::coord::NotAdmitted;
 use crate::driver::coord_client;
 use crate::driver::keeper::Keeper;
-use crate::driver::ledger::Ledger;
+use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::local_api::{Call, Request};
 use crate::driver::names::Names;
 use crate::driver::panics::Panics;
@@ -311,6 +311,10 @@ impl Life<'_> {
         self.state.save_keys(&keys)?;
         for file in CACHES.into_iter().chain([LOGIN_FILE]) {
             self.state.remove(file)?;
+        }
+        // The server has our key as expired, and nobody sends there.
+        if let Some(announced) = self.ledger.announced() {
+            self.ledger.done(&Entry::Announced(announced));
         }
         Ok(())
     }

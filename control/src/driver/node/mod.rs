@@ -84,8 +84,10 @@ const OVERDRAWN_MAX: Duration = Duration::from_millis(50);
 /// Packets count as being relayed so long after the last.
 const RELAYING: Duration = Duration::from_millis(100);
 
-/// A node that ends waits so long for the server to hear that it routes nothing any more.
+/// A process that ends waits so long for the server to hear that it routes nothing any more, and one that stays
+/// when its node goes: nobody does it for that.
 const LEAVE_LIMIT: Duration = Duration::from_millis(300);
+const LEAVE_LIMIT_STAYS: Duration = Duration::from_secs(3);
 
 /// Runs a node until it is told to stop; of the settings that may change, `flags` says what stands on the
 /// command line.
@@ -156,6 +158,16 @@ enum Ended {
     LoggedOut(Call),
     /// The network did not let it in.
     Refused(String),
+}
+
+impl Ended {
+    /// Whether the process goes on without the node.
+    fn is_of_the_node_alone(&self) -> bool {
+        match self {
+            Self::Down(_) | Self::LoggedOut(_) => true,
+            Self::Told | Self::Refused(_) => false,
+        }
+    }
 }
 
 struct Node {
@@ -342,7 +354,13 @@ impl Node {
             }
         };
         self.save();
-        self.leave().await;
+        let stays = ended.as_ref().is_ok_and(Ended::is_of_the_node_alone);
+        self.leave(if stays {
+            LEAVE_LIMIT_STAYS
+        } else {
+            LEAVE_LIMIT
+        })
+        .await;
         self.timestamps.close();
         ended
     }
@@ -436,12 +454,13 @@ impl Node {
 }
 
 impl Node {
-    /// Others are not to send here any more. Should the server not hear of it in time, the keeper goes on.
-    async fn leave(&self) {
+    /// Others are not to send here any more. Should the server not hear of it in time, the keeper goes on
+    /// when the process ends.
+    async fn leave(&self, limit: Duration) {
         let (Some(announced), Some(coord)) = (self.ledger.announced(), &self.coord_client) else {
             return;
         };
-        match tokio::time::timeout(LEAVE_LIMIT, coord.leave()).await {
+        match tokio::time::timeout(limit, coord.leave()).await {
             Ok(Ok(())) => self.ledger.done(&Entry::Announced(announced)),
             Ok(Err(error)) => tracing::debug!(error = format!("{error:#}"), "left to the keeper"),
             Err(_) => tracing::debug!("left to the keeper"),
