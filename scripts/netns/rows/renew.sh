@@ -65,6 +65,9 @@ row_renew_ours() {
   tailnet_stream a b out
   tailnet_stream b a in
   check "a and b go direct" within 15 tailnet_direct a b
+  # Somebody begins to log in, and thinks better of it.
+  timeout 3 "$RINGTAIL" login --state-dir "$LAB_DIR/node-b" >"$LAB_DIR/login-b.log" 2>&1 || true
+  check "b has an address that a person may visit" grep -q 'to let this node in, visit' "$LAB_DIR/login-b.log"
   check "the key of a is another before it expires" within 70 has_another_key a "$key"
   check "and that of b" within 30 log_says b "key is renewed"
   pause 5

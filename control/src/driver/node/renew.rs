@@ -43,6 +43,8 @@ pub(super) struct Renewal {
     /// When to look again, and at which expiry we looked last.
     due: Option<Instant>,
     seen: Option<OffsetDateTime>,
+    /// The auth key was refused: it does not take the place of a person any more.
+    key_refused: bool,
     /// Of this node, from 0 to 1.
     random: f64,
     /// Whom the old key's registration waits for, or what has ended it.
@@ -134,26 +136,24 @@ impl Node {
     /// There is a next key from the run before: whoever is asked first, the server may know no other. True if
     /// the old key waits for what becomes of it.
     pub(super) fn resume_renewal(&mut self) -> bool {
-        let Some(next) = self.keys.next.as_ref().map(NodePrivate::public) else {
+        if self.keys.next.is_none() {
             return false;
-        };
-        let asked = self.coordination.as_ref().map(|to| to.config_of(next));
-        let visited = asked.and_then(|config| pending(&self.state, &config));
-        self.renew(visited.is_some());
-        let waits = visited.is_none() && self.renewal.attempt.is_some();
+        }
+        let asked_for = self.next_is_asked_for();
+        self.renew(asked_for);
+        let waits = !asked_for && self.renewal.attempt.is_some();
         if waits {
             self.renewal.old = Old::Waits;
         }
         waits
     }
 
-    /// Registers the next key beside the old one, by the auth key or by a person.
+    /// Registers the next key beside the old one, by the auth key or by a person. The auth key takes the place
+    /// of a person who is waited for.
     pub(super) fn renew(&mut self, by_person: bool) {
-        let Some(to) = self
-            .coordination
-            .clone()
-            .filter(|_| self.renewal.attempt.is_none())
-        else {
+        let attempt = self.renewal.attempt.as_ref();
+        let may = attempt.is_none_or(|attempt| attempt.by_person && !by_person);
+        let Some(to) = self.coordination.clone().filter(|_| may) else {
             return;
         };
         let key = self
@@ -257,16 +257,26 @@ impl Node {
         if let Some(to) = &mut self.coordination {
             to.config.node = public;
         }
-        self.renewal.old = Old::Stands;
+        (self.renewal.old, self.renewal.key_refused) = (Old::Stands, false);
         self.agent.set_health("key", Vec::new());
         tracing::info!(node_key = %public, "this node's key is renewed");
         self.let_in(user);
         self.look_at_key();
     }
 
-    /// The old key stays; there is another attempt later, if no person is needed for it.
+    /// The next key was refused. The old key stays; there is another attempt later, if no person is needed for it.
     fn renewal_failed(&mut self, why: &str) {
-        (self.renewal.attempt, self.renewal.events) = (None, None);
+        let attempt = self.renewal.attempt.take();
+        self.renewal.events = None;
+        if attempt.is_some_and(|attempt| !attempt.by_person) {
+            self.renewal.key_refused = true;
+            // It took the place of a person, who may visit the address yet: then the server knows this key.
+            if self.next_is_asked_for() {
+                tracing::warn!(why, "the auth key does not renew this node's key");
+                self.renew(true);
+                return;
+            }
+        }
         self.keys.next = None;
         if let Err(error) = self.state.save_keys(&self.keys) {
             tracing::debug!(error = format!("{error:#}"), "the next key stays on disk");
@@ -289,6 +299,13 @@ impl Node {
         );
         let retry = self.key_life().map(|life| life.retry(wall()));
         self.renewal.due = retry.map(|wait| now() + wait);
+    }
+
+    /// Whether a person was given an address to visit for the next key.
+    fn next_is_asked_for(&self) -> bool {
+        let next = self.keys.next.as_ref().map(NodePrivate::public);
+        let asked = self.coordination.as_ref().zip(next);
+        asked.is_some_and(|(to, next)| pending(&self.state, &to.config_of(next)).is_some())
     }
 
     /// When our key was let in and when it expires, if it does.
@@ -327,7 +344,7 @@ impl Node {
             // What was said of another expiry, or of none.
             self.agent.set_health("key", Vec::new());
         }
-        if self.renewal.due.is_some_and(|due| turn < due) || self.renewal.attempt.is_some() {
+        if self.renewal.due.is_some_and(|due| turn < due) {
             return;
         }
         self.renewal.due = None;
@@ -336,6 +353,11 @@ impl Node {
             .as_ref()
             .is_some_and(|to| to.config.auth_key.is_some())
             && !self.agent.has_plain_peers();
+        let attempt = self.renewal.attempt.as_ref();
+        let displaces = |attempt: &Attempt| attempt.by_person && by_key && !self.renewal.key_refused;
+        if attempt.is_some_and(|attempt| !displaces(attempt)) {
+            return;
+        }
         let Some(life) = self.key_life().filter(|_| self.coordination.is_some()) else {
             return;
         };
