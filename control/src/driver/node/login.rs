@@ -107,13 +107,14 @@ pub(super) fn pending(state: &StateDir, config: &CoordConfig) -> Option<String> 
 }
 
 impl Node {
-    /// Starts the coordination client for the key that we have.
-    pub(super) fn connect_coordination(&mut self) {
+    /// Starts the coordination client for the key that we have, with the auth key or with none.
+    pub(super) fn connect_coordination(&mut self, by_key: bool) {
         let Some(to) = self.coordination.clone() else {
             return;
         };
         let mut config = to.config_of(self.keys.node.public());
         config.followup = pending(&self.state, &config);
+        config.auth_key = config.auth_key.filter(|_| by_key);
         let (names, own_state) = (self.names.clone(), self.self_state.subscribe());
         match CoordClient::start(config, names, to.underlay, to.roots, own_state) {
             Ok((client, events)) => {

@@ -4,8 +4,9 @@
 //! The order loses nothing: the next key is on disk before anybody hears of it; the home relay is connected
 //! under it too; the server takes it in the place of the old one, which moves neither name nor address; then
 //! the data plane goes over under living sessions. Peers hear of it one by one, so for a while packets go and
-//! come by relay under both keys. A registration that fails leaves the old key as it is. If the process dies
-//! in between, the next start asks for the next key first: the server may know no other by then.
+//! come by relay under both keys. A registration that is refused leaves the old key as it is; one that is not
+//! answered goes on for as long as that takes, because the server may have heard it and know no other key by
+//! now. If the process dies in between, the next start asks for the next key first.
 //!
 //! Plain WireGuard peers of the settings file are told by nobody: to them another key is another peer. With any,
 //! nothing is renewed that a person has not asked for.
@@ -28,9 +29,10 @@ use crate::key::NodePrivate;
 
 /// So long relays know us by the key before too. Peers hear of the new one within a second or two.
 const BOTH_KEYS: Duration = Duration::from_secs(10);
-/// An attempt that has not succeeded by then has failed, where no person is waited for.
+/// An attempt that the server has not answered by then goes on, but that is said, and the old key waits for it
+/// no more.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(60);
-/// Why it has, where nothing else is known.
+/// What is said then, where nothing else is known.
 const NO_ANSWER: &str = "the coordination server does not answer";
 
 /// How it stands with the next key.
@@ -284,9 +286,32 @@ impl Node {
         self.refused(why);
         if self.renewal.old == Old::Waits {
             self.renewal.old = Old::Stands;
-            self.connect_coordination();
+            self.connect_coordination(true);
             return;
         }
+        self.not_renewed(why);
+        let retry = self.key_life().map(|life| life.retry(wall()));
+        self.renewal.due = retry.map(|wait| now() + wait);
+    }
+
+    /// The server has not answered for a while. It is asked on for the same key; asked for the old one too, it
+    /// must not take that for a wish to have it back.
+    fn renewal_is_late(&mut self) {
+        let Some(attempt) = &mut self.renewal.attempt else {
+            return;
+        };
+        attempt.limit = None;
+        let why = attempt.error.take();
+        let why = why.as_deref().unwrap_or(NO_ANSWER);
+        self.refused(why);
+        self.not_renewed(why);
+        if self.renewal.old == Old::Waits {
+            self.renewal.old = Old::Stands;
+            self.connect_coordination(false);
+        }
+    }
+
+    fn not_renewed(&mut self, why: &str) {
         let until = self.key_life().map(|life| life.until);
         let until = until.map_or_else(String::new, |until| {
             format!(", which expires at {}", text(until))
@@ -297,8 +322,6 @@ impl Node {
                 "this node's key{until}, could not be renewed: {why}"
             )],
         );
-        let retry = self.key_life().map(|life| life.retry(wall()));
-        self.renewal.due = retry.map(|wait| now() + wait);
     }
 
     /// Whether a person was given an address to visit for the next key.
@@ -331,12 +354,9 @@ impl Node {
         {
             self.renewal.before = None;
         }
-        let failed = (self.renewal.attempt.as_mut())
-            .filter(|attempt| attempt.limit.is_some_and(|limit| limit <= turn));
-        if let Some(attempt) = failed {
-            let why = attempt.error.take();
-            self.renewal_failed(why.as_deref().unwrap_or(NO_ANSWER));
-            return;
+        let limit = (self.renewal.attempt.as_ref()).and_then(|attempt| attempt.limit);
+        if limit.is_some_and(|limit| limit <= turn) {
+            self.renewal_is_late();
         }
         let expiry = self.agent.key_expiry();
         if std::mem::replace(&mut self.renewal.seen, expiry) != expiry {
@@ -354,7 +374,8 @@ impl Node {
             .is_some_and(|to| to.config.auth_key.is_some())
             && !self.agent.has_plain_peers();
         let attempt = self.renewal.attempt.as_ref();
-        let displaces = |attempt: &Attempt| attempt.by_person && by_key && !self.renewal.key_refused;
+        let displaces =
+            |attempt: &Attempt| attempt.by_person && by_key && !self.renewal.key_refused;
         if attempt.is_some_and(|attempt| !displaces(attempt)) {
             return;
         }

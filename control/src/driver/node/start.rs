@@ -354,7 +354,7 @@ impl Node {
                     roots,
                 });
                 if !self.resume_renewal() {
-                    self.connect_coordination();
+                    self.connect_coordination(true);
                 }
             }
             (None, Source::Static(network)) => self.agent.handle_network(now, *network),
