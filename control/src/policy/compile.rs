@@ -30,6 +30,9 @@ const NOT_INTERNET: [&str; 5] = [
     "169.254.0.0/16",
 ];
 
+/// Sources of a rule whose nodes are held at a time, before they are merged.
+const SOURCES_AT_ONCE: usize = 256;
+
 fn internet() -> Ranges {
     let net = |text: &str| text.parse::<IpNet>().expect("written here");
     let all = [net("0.0.0.0/0"), net("2000::/3")];
@@ -179,19 +182,12 @@ impl Compiled {
 
     fn flows_of(&mut self, policy: &Policy, rules: &[Rule]) -> Vec<Flow> {
         let names = Names::new(policy, &self.nodes);
-        let (mut flows, mut parts, mut left_out) = (Vec::new(), 0, 0);
+        let mut taken = Taken::default();
         for rule in rules {
-            for flow in names.flows(rule) {
-                parts += flow.wire_sources.len() + flow.destinations.len();
-                if parts > PARTS_MAX {
-                    left_out += 1;
-                } else {
-                    flows.push(flow);
-                }
-            }
+            names.flows(rule, &mut taken);
         }
-        self.left_out = left_out;
-        flows
+        self.left_out = taken.left_out;
+        taken.flows
     }
 
     fn look_around(&mut self) {
@@ -299,9 +295,13 @@ impl<'a> Names<'a> {
     }
 
     /// What a rule comes to: one flow, and one for each user whose nodes may reach each other by it.
-    fn flows(&self, rule: &Rule) -> Vec<Flow> {
-        let sets: Vec<Ranges> = rule.sources.iter().map(|alias| self.set(alias)).collect();
-        let mut sources = Ranges::union(&sets);
+    fn flows(&self, rule: &Rule, taken: &mut Taken) {
+        // Some at a time, since each may stand for everybody.
+        let mut sources = Ranges::default();
+        for aliases in rule.sources.chunks(SOURCES_AT_ONCE) {
+            let sets: Vec<Ranges> = aliases.iter().map(|alias| self.set(alias)).collect();
+            sources = Ranges::union(sets.iter().chain([&sources]));
+        }
         let mut wire_sources: Vec<String> = sources.prefixes().iter().map(text).collect();
         if rule.sources.contains(&Alias::Any) {
             wire_sources.extend(self.subnets.iter().cloned());
@@ -309,18 +309,15 @@ impl<'a> Names<'a> {
             let nets = self.nodes.iter().flat_map(PolicyNode::subnets);
             sources = Ranges::union([&sources, &Ranges::of(nets)]);
         }
-        let mut flows = Vec::new();
         let others = rule.destinations.iter();
         let others = others.filter(|(alias, _)| *alias != Alias::Own);
-        let destinations: Vec<Destination> = others
-            .flat_map(|(alias, ports)| self.destinations(alias, ports))
-            .collect();
-        flows.extend(flow(&sources, wire_sources, rule.protocol, destinations));
+        let to = others.map(|(alias, ports)| (self.places(alias), ports.as_slice()));
+        taken.flow(&sources, wire_sources, rule.protocol, to);
         let own = rule.destinations.iter();
         let own = own.filter(|(alias, _)| *alias == Alias::Own);
         let ports: Vec<PortRange> = own.flat_map(|(_, ports)| ports).copied().collect();
         if ports.is_empty() {
-            return flows;
+            return;
         }
         for (user, set) in &self.users {
             let of_user = |node: &&PolicyNode| node.tags.is_empty() && node.user == *user;
@@ -329,72 +326,111 @@ impl<'a> Names<'a> {
             let from: Vec<IpNet> = own.filter(|net| sources.overlaps(net)).collect();
             let from = Ranges::of(&from);
             let wire = from.prefixes().iter().map(text).collect();
-            let to = destinations_of(set, false, &ports);
-            flows.extend(flow(&from, wire, rule.protocol, to));
+            let to = [(places_of(set, false), ports.as_slice())];
+            taken.flow(&from, wire, rule.protocol, to);
         }
-        flows
     }
 
-    fn destinations(&self, alias: &Alias, ports: &[PortRange]) -> Vec<Destination> {
+    fn places(&self, alias: &Alias) -> Vec<Place> {
         if *alias == Alias::Any {
             let all = ["0.0.0.0/0", "::/0"].map(|net| net.parse().expect("written here"));
-            let set = Ranges::of(&all);
-            return ports
-                .iter()
-                .map(|ports| Destination {
-                    set: set.clone(),
-                    is_internet: true,
-                    wire: destination("*".to_owned(), *ports),
-                })
-                .collect();
+            return vec![Place {
+                set: Ranges::of(&all),
+                is_internet: true,
+                ip: "*".to_owned(),
+            }];
         }
         let set = self.set(alias);
         let inside = |net: &IpNet| self.internet.covers(&Ranges::of([net]));
         let is_internet = set.prefixes().iter().all(inside);
-        destinations_of(&set, is_internet, ports)
+        places_of(&set, is_internet)
     }
 }
 
-fn destinations_of(set: &Ranges, is_internet: bool, ports: &[PortRange]) -> Vec<Destination> {
-    let each = set.prefixes().into_iter().flat_map(|net| {
-        ports.iter().map(move |ports| Destination {
-            set: Ranges::of([&net]),
-            is_internet,
-            wire: destination(text(&net), *ports),
-        })
+/// A destination of a rule without its ports.
+struct Place {
+    set: Ranges,
+    is_internet: bool,
+    ip: String,
+}
+
+impl Place {
+    fn with(&self, ports: PortRange) -> Destination {
+        Destination {
+            set: self.set.clone(),
+            is_internet: self.is_internet,
+            wire: PortDestination {
+                ip: self.ip.clone(),
+                ports,
+                ..PortDestination::default()
+            },
+        }
+    }
+}
+
+fn places_of(set: &Ranges, is_internet: bool) -> Vec<Place> {
+    let each = set.prefixes().into_iter().map(|net| Place {
+        set: Ranges::of([&net]),
+        is_internet,
+        ip: text(&net),
     });
     each.collect()
 }
 
-fn destination(ip: String, ports: PortRange) -> PortDestination {
-    PortDestination {
-        ip,
-        ports,
-        ..PortDestination::default()
-    }
+/// The flows of a policy within [`PARTS_MAX`]: from the first on that is too much all are left out.
+#[derive(Default)]
+struct Taken {
+    flows: Vec<Flow>,
+    parts: usize,
+    left_out: usize,
 }
 
-fn flow(
-    sources: &Ranges,
-    wire_sources: Vec<String>,
-    protocol: Option<u8>,
-    destinations: Vec<Destination>,
-) -> Option<Flow> {
-    if sources.is_empty() || destinations.is_empty() {
-        return None;
+impl Taken {
+    /// Takes a flow from `sources` to each of the places at each port beside it, or leaves it out. What it comes to
+    /// is counted before it is unfolded: a place and a port may have a part each, and together millions.
+    fn flow<'a>(
+        &mut self,
+        sources: &Ranges,
+        wire_sources: Vec<String>,
+        protocol: Option<u8>,
+        to: impl IntoIterator<Item = (Vec<Place>, &'a [PortRange])>,
+    ) {
+        if sources.is_empty() {
+            return;
+        }
+        let mut parts = self.parts.saturating_add(wire_sources.len());
+        let mut destinations = Vec::new();
+        for (places, ports) in to {
+            parts = parts.saturating_add(places.len().saturating_mul(ports.len()));
+            if parts > PARTS_MAX {
+                (self.parts, self.left_out) = (parts, self.left_out + 1);
+                return;
+            }
+            let each = |place: &Place| {
+                ports
+                    .iter()
+                    .map(|ports| place.with(*ports))
+                    .collect::<Vec<_>>()
+            };
+            destinations.extend(places.iter().flat_map(each));
+        }
+        if destinations.is_empty() {
+            return;
+        }
+        self.parts = parts;
+        let reach = Ranges::union(destinations.iter().map(|destination| &destination.set));
+        let all = ["0.0.0.0/0", "::/0"].map(|net| net.parse::<IpNet>().expect("written here"));
+        let mut all = all.iter().map(|net| Ranges::of([net]));
+        let reaches_internet = all.any(|all| reach.covers(&all)) || reach.covers(&internet());
+        self.flows.push(Flow {
+            sources: sources.clone(),
+            wire_sources,
+            protocol,
+            destinations,
+            reach,
+            reaches_internet,
+        });
     }
-    let reach = Ranges::union(destinations.iter().map(|destination| &destination.set));
-    let all = ["0.0.0.0/0", "::/0"].map(|net| net.parse::<IpNet>().expect("written here"));
-    let mut all = all.iter().map(|net| Ranges::of([net]));
-    let reaches_internet = all.any(|all| reach.covers(&all)) || reach.covers(&internet());
-    Some(Flow {
-        sources: sources.clone(),
-        wire_sources,
-        protocol,
-        destinations,
-        reach,
-        reaches_internet,
-    })
 }
 
 #[cfg(test)]
@@ -529,6 +565,49 @@ mod tests {
         let policy = compile(&format!(r#""acls": [{}]"#, rule.repeat(300)), &nodes);
         assert_eq!(policy.left_out(), 300 - PARTS_MAX / 400);
         assert_eq!(policy.filter(2).len(), PARTS_MAX / 400);
+    }
+
+    #[test]
+    fn what_would_be_too_much_is_not_unfolded_first() {
+        let ports = vec![
+            PortRange {
+                first: 22,
+                last: 22
+            };
+            PARTS_MAX / 2
+        ];
+        let places = || {
+            let nets: Vec<IpNet> = (0..3_u8)
+                .map(|n| IpNet::from(IpAddr::from([100, 64, 0, 2 * n])))
+                .collect();
+            places_of(&Ranges::of(&nets), false)
+        };
+        let sources = Ranges::of(&[IpNet::V4(V4_RANGE)]);
+        let mut taken = Taken::default();
+        let beyond = std::iter::from_fn(|| panic!("what is beyond the bound is not looked at"));
+        let to = std::iter::once((places(), ports.as_slice())).chain(beyond);
+        taken.flow(&sources, vec!["*".to_owned()], None, to);
+        assert_eq!((taken.flows.len(), taken.left_out), (0, 1));
+        taken.flow(
+            &sources,
+            vec!["*".to_owned()],
+            None,
+            [(places(), &ports[..1])],
+        );
+        assert_eq!(
+            (taken.flows.len(), taken.left_out),
+            (0, 2),
+            "as all that follows"
+        );
+        // By itself: some 10^7 parts of 10^2 bytes.
+        let nodes: Vec<PolicyNode> = (0..100).map(|n| node(2 * n, "ann", &[], &[])).collect();
+        let ports: Vec<String> = (1..=30_000).map(|n| (2 * n).to_string()).collect();
+        let ports = ports.join(",");
+        let policy = compile(
+            &format!(r#""acls": [{{"action":"accept","src":["ann@"],"dst":["ann@:{ports}"]}}]"#),
+            &nodes,
+        );
+        assert_eq!((policy.left_out(), policy.filter(2)), (1, Vec::new()));
     }
 
     /// A source or destination of a rule, and whether it means a node.
