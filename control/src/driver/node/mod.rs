@@ -85,7 +85,7 @@ const OVERDRAWN_MAX: Duration = Duration::from_millis(50);
 const RELAYING: Duration = Duration::from_millis(100);
 
 /// A process that ends waits so long for the server to hear that it routes nothing any more, and one that stays
-/// when its node goes: nobody does it for that.
+/// when its node goes down: nobody does it for that.
 const LEAVE_LIMIT: Duration = Duration::from_millis(300);
 const LEAVE_LIMIT_STAYS: Duration = Duration::from_secs(3);
 
@@ -161,11 +161,12 @@ enum Ended {
 }
 
 impl Ended {
-    /// Whether the process goes on without the node.
-    fn is_of_the_node_alone(&self) -> bool {
+    /// How long the server may take to hear that nothing is routed here any more; nothing if it knows.
+    fn leave_limit(&self) -> Option<Duration> {
         match self {
-            Self::Down(_) | Self::LoggedOut(_) => true,
-            Self::Told | Self::Refused(_) => false,
+            Self::Down(_) => Some(LEAVE_LIMIT_STAYS),
+            Self::LoggedOut(_) => None,
+            Self::Told | Self::Refused(_) => Some(LEAVE_LIMIT),
         }
     }
 }
@@ -354,13 +355,10 @@ impl Node {
             }
         };
         self.save();
-        let stays = ended.as_ref().is_ok_and(Ended::is_of_the_node_alone);
-        self.leave(if stays {
-            LEAVE_LIMIT_STAYS
-        } else {
-            LEAVE_LIMIT
-        })
-        .await;
+        let limit = (ended.as_ref()).map_or(Some(LEAVE_LIMIT), Ended::leave_limit);
+        if let Some(limit) = limit {
+            self.leave(limit).await;
+        }
         self.timestamps.close();
         ended
     }
