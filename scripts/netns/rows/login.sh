@@ -58,9 +58,9 @@ row_login() {
 }
 
 # Keys that live for an hour, and no auth key at hand: a person is told, and renews one while the tunnel is in use, by
-# relay alone.
+# relay alone; and another, whose answer is lost.
 row_person() {
-  local key url
+  local key url before
   HS_EXPIRY=1h
   tailnet_up
   hosts a b
@@ -86,13 +86,36 @@ row_person() {
   lab_stop node-a KILL
   keyless a --relay-only
   check "also when it was killed" within 20 tailnet_pings b a 1
+  login_waits a
+  check "login has the same address then" within 10 grep -q "visit $url" "$LAB_DIR/login-a.log"
   tailnet_stream b a used
   pause 1
   check "the address is still good" hs auth register --auth-id "${url##*/}" --user alice
   check "the key of the node is another" within 10 has_another_key a "$key"
+  check "and login ends" within 5 logged_in a alice
   # Longer than relays know the node by both keys.
   pause 13
   check "and nothing was silent for a second" silent_at_most used 1000
+  key=$(own_key a) before=$(ports_to_coord a)
+  login_waits a
+  check "login has another address" within 20 grep -q 'to let this node in, visit' "$LAB_DIR/login-a.log"
+  url=$(sed -n 's/.*visit //p' "$LAB_DIR/login-a.log" | tail -n 1)
+  freeze a "$(comm -13 <(echo "$before") <(ports_to_coord a))"
+  check "it is visited, which the node does not hear" hs auth register --auth-id "${url##*/}" --user alice
+  # By the connection of the key before.
+  rt a set --hostname aa >/dev/null
+  check "but that the server knows its key no more" within 10 grep -q 'the next one is asked for' "$LAB_DIR/node-a.log"
+  check "so it finds out, and has the next one" within 10 has_another_key a "$key"
+  check "tailscaled reaches it" within 10 tailnet_pings b a 1
+}
+ports_to_coord() { lab_in "$1" ss -Htn state established dst 10.255.0.1 | awk '{ sub(/.*:/, "", $3); print $3 }' | sort; }
+freeze() { # NS PORT: nothing more passes by this connection
+  lab_in "$1" nft -f - <<NFT
+table ip frozen {
+  chain out { type filter hook output priority 0; tcp sport $2 drop; }
+  chain in { type filter hook input priority 0; tcp dport $2 drop; }
+}
+NFT
 }
 own_key() { rt "$1" status --json 2>/dev/null | jq -r .node_key; }
 has_another_key() { local now; now=$(own_key "$1") && [ -n "$now" ] && [ "$now" != "$2" ]; }

@@ -198,9 +198,14 @@ impl Node {
                 self.tell_up();
                 self.look_at_key();
             }
-            CoordEvent::AuthUrl(url) => {
+            CoordEvent::AuthUrl(mut url) => {
+                if self.renewal.asks_person() {
+                    // One address is enough: that for the next key.
+                    url = self.login.url().map_or(url, str::to_owned);
+                } else {
+                    self.ask_person(self.keys.node.public(), url.clone());
+                }
                 self.surroundings.coordination_state = format!("waiting for approval at {url}");
-                self.ask_person(self.keys.node.public(), url);
             }
             CoordEvent::Lost { error, retry_in } => {
                 self.coordination(false);
@@ -217,8 +222,18 @@ impl Node {
                 self.surroundings.coordination_state = KEY_EXPIRED.into();
                 tracing::error!("{KEY_EXPIRED}");
                 self.coordination(false);
-                self.renewal.old = Old::Ended;
+                self.old_key_ends(Old::Expired);
                 self.renew(true);
+            }
+            // The next one may have taken its place.
+            CoordEvent::Fatal(text) if self.is_being_renewed() => {
+                tracing::warn!(
+                    why = text,
+                    "this node's key is good no more: the next one is asked for"
+                );
+                self.surroundings.coordination_state.clone_from(&text);
+                self.coordination(false);
+                self.old_key_ends(Old::Gone(text));
             }
             CoordEvent::Fatal(text) => return self.not_admitted(text),
         }
@@ -431,8 +446,8 @@ impl Node {
         };
         tracing::info!(?change, "the host's network changed");
         self.pools().for_each(RelayPool::link_changed);
-        if let (LinkChange::Major, Some(coord)) = (change, &self.coord_client) {
-            coord.redial();
+        if change == LinkChange::Major {
+            self.redial();
         }
         self.agent.handle_link_change(now(), change);
     }
@@ -441,9 +456,7 @@ impl Node {
     pub(super) fn resumed(&mut self, slept: Duration) {
         self.dataplane.resumed();
         self.pools().for_each(|pool| pool.resumed(slept));
-        if let Some(coord) = &self.coord_client {
-            coord.redial();
-        }
+        self.redial();
         let dataplane = &self.dataplane;
         self.agent
             .handle_resume(now(), slept, &|id| dataplane.activity(id));

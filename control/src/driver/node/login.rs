@@ -72,6 +72,16 @@ impl Login {
     pub(super) fn is_in(&self) -> bool {
         self.user.is_some()
     }
+
+    /// What a person is to visit.
+    pub(super) fn url(&self) -> Option<&str> {
+        self.url.as_deref()
+    }
+
+    /// It is of no use any more.
+    pub(super) fn forget_url(&mut self) {
+        self.url = None;
+    }
 }
 
 /// What the coordination client is told; nothing where the network comes from a file.
@@ -135,6 +145,10 @@ impl Node {
 
     /// A person has to visit this address so that `node_key` is let in.
     pub(super) fn ask_person(&mut self, node_key: NodePublic, url: String) {
+        if self.login.url.as_ref() == Some(&url) {
+            // Another connection waits for the same.
+            return;
+        }
         tracing::warn!(%url, "a person must let this node in: visit the address (`ringtail login` shows it again)");
         if let Some(coordination) = &self.coordination {
             let pending = Pending {
@@ -150,7 +164,7 @@ impl Node {
         self.login.url = Some(url);
     }
 
-    /// The server has let us in.
+    /// The server has let us in, or takes us back by the key that we had.
     pub(super) fn let_in(&mut self, user: String) {
         tracing::info!(%user, "registered");
         if self.keys.since.is_none() {
@@ -162,13 +176,18 @@ impl Node {
                 );
             }
         }
+        self.login.user = Some(user.clone());
+        if self.renewal.asks_person() || self.next_is_asked_for() {
+            // The address is the next key's, and so is whoever waits until it is visited.
+            return;
+        }
         if let Err(error) = self.state.remove(LOGIN_FILE) {
             tracing::warn!(error = format!("{error:#}"), "the address visited stays");
         }
         for call in self.login.waiting.drain(..) {
             call.answer(json!({"state": "in", "user": user}));
         }
-        (self.login.url, self.login.user) = (None, Some(user));
+        self.login.url = None;
     }
 
     /// The server does not let us in.

@@ -6,7 +6,8 @@
 //! the data plane goes over under living sessions. Peers hear of it one by one, so for a while packets go and
 //! come by relay under both keys. A registration that is refused leaves the old key as it is; one that is not
 //! answered goes on for as long as that takes, because the server may have heard it and know no other key by
-//! now. If the process dies in between, the next start asks for the next key first.
+//! now. If the process dies in between, the next start asks for the next key first. Should the old key's
+//! connection hear first that the server knows it no more, the next key's answer says whether this node is out.
 //!
 //! Plain WireGuard peers of the settings file are told by nobody: to them another key is another peer. With any,
 //! nothing is renewed that a person has not asked for.
@@ -32,7 +33,9 @@ const BOTH_KEYS: Duration = Duration::from_secs(10);
 /// An attempt that the server has not answered by then goes on, but that is said, and the old key waits for it
 /// no more.
 const ATTEMPT_LIMIT: Duration = Duration::from_secs(60);
-/// What is said then, where nothing else is known.
+/// A server that does not know the old key any more has a person's answer by then, if he has given one.
+const PERSON_LIMIT: Duration = Duration::from_secs(10);
+/// What is said after [`ATTEMPT_LIMIT`], where nothing else is known.
 const NO_ANSWER: &str = "the coordination server does not answer";
 
 /// How it stands with the next key.
@@ -54,15 +57,30 @@ pub(super) struct Renewal {
 }
 
 /// How it stands with the registration of the old key while the next one is registered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) enum Old {
     /// It goes on.
     #[default]
     Stands,
     /// It waits for what becomes of the next one, which the server may know already.
     Waits,
-    /// The server has no use for the old key: without the next one this node is out.
-    Ended,
+    /// It has expired: without the next one this node is out.
+    Expired,
+    /// The server does not know it, for this reason if it does not know the next one either, which it may have
+    /// put in its place.
+    Gone(String),
+}
+
+impl Old {
+    /// Why this node is out if the next key is `refused`, unless there is another way.
+    fn out(&self, by_person: bool, refused: &str) -> Option<String> {
+        match self {
+            Self::Stands | Self::Waits => None,
+            // A person can do what the auth key could not.
+            Self::Expired => by_person.then(|| refused.to_owned()),
+            Self::Gone(why) => Some(why.clone()),
+        }
+    }
 }
 
 /// A registration of the next key.
@@ -125,6 +143,19 @@ impl Renewal {
     pub(super) fn relays(&self) -> Option<&RelayPool> {
         self.before.as_ref().map(|before| &before.relays)
     }
+
+    /// Whether the server has had its time to answer.
+    fn is_late(&self, turn: Instant) -> bool {
+        let limit = self.attempt.as_ref().and_then(|attempt| attempt.limit);
+        limit.is_some_and(|limit| limit <= turn)
+    }
+
+    /// Whether a person is waited for, who lets the next key in.
+    pub(super) fn asks_person(&self) -> bool {
+        self.attempt
+            .as_ref()
+            .is_some_and(|attempt| attempt.by_person)
+    }
 }
 
 impl Node {
@@ -153,8 +184,12 @@ impl Node {
     /// Registers the next key beside the old one, by the auth key or by a person. The auth key takes the place
     /// of a person who is waited for.
     pub(super) fn renew(&mut self, by_person: bool) {
-        let attempt = self.renewal.attempt.as_ref();
-        let may = attempt.is_none_or(|attempt| attempt.by_person && !by_person);
+        let may = match (&self.renewal.attempt, &self.renewal.old) {
+            (None, _) => true,
+            // An auth key would undo what an administrator has done.
+            (Some(_), Old::Gone(_)) => false,
+            (Some(attempt), _) => attempt.by_person && !by_person,
+        };
         let Some(to) = self.coordination.clone().filter(|_| may) else {
             return;
         };
@@ -195,13 +230,43 @@ impl Node {
         }
     }
 
+    /// The server has no use for the old key: all depends on the next one. Its connection may have died meanwhile,
+    /// and the answer with it.
+    pub(super) fn old_key_ends(&mut self, old: Old) {
+        self.renewal.old = old;
+        self.coord_client = None;
+        if let Some(attempt) = &self.renewal.attempt {
+            attempt.client.redial();
+        }
+    }
+
+    /// Whether a next key is being registered.
+    pub(super) fn is_being_renewed(&self) -> bool {
+        self.renewal.attempt.is_some()
+    }
+
+    /// What stood with the coordination server, under any key of ours, cannot be counted on.
+    pub(super) fn redial(&self) {
+        let next = self.renewal.attempt.as_ref().map(|attempt| &attempt.client);
+        let all = [self.coord_client.as_ref(), next];
+        all.into_iter().flatten().for_each(CoordClient::redial);
+    }
+
     /// # Errors
     /// This node is out of the network; says why.
     pub(super) fn take_renewal_news(&mut self, news: News) -> anyhow::Result<Option<Ended>> {
         match news {
             News::Server(event) => return self.take_from_renewal(event),
             News::Relayed(event) => self.take_from_relays_before(event),
-            News::Due => self.look_at_key(),
+            News::Due => {
+                if let Old::Gone(why) = &self.renewal.old
+                    && self.renewal.asks_person()
+                    && self.renewal.is_late(now())
+                {
+                    return self.not_admitted(why.clone());
+                }
+                self.look_at_key();
+            }
         }
         Ok(None)
     }
@@ -213,22 +278,40 @@ impl Node {
         match event {
             CoordEvent::Registered { user } => self.renewed(user),
             CoordEvent::AuthUrl(url) if attempt.by_person => {
+                // The server is asked; had he visited the address, it would say so at once.
+                if let Old::Gone(_) = self.renewal.old {
+                    attempt.limit = Some(now() + PERSON_LIMIT);
+                }
                 let next = attempt.key.public();
                 self.ask_person(next, url);
             }
-            CoordEvent::AuthUrl(_) => self.renewal_failed("the server wants a person to do it"),
-            CoordEvent::KeyExpired => self.renewal_failed("the server has the new key as expired"),
-            CoordEvent::Fatal(why) if self.renewal.old == Old::Ended => {
-                return self.not_admitted(why);
+            CoordEvent::AuthUrl(_) => {
+                return self.next_is_refused("the server wants a person to do it");
             }
-            CoordEvent::Fatal(why) => self.renewal_failed(&why),
+            CoordEvent::KeyExpired => {
+                return self.next_is_refused("the server has the new key as expired");
+            }
+            CoordEvent::Fatal(why) => return self.next_is_refused(&why),
             CoordEvent::Lost { error, .. } => {
                 tracing::debug!(error, "the next key is not registered yet");
                 attempt.error = Some(error);
+                if attempt.by_person {
+                    attempt.limit = None;
+                }
             }
             CoordEvent::ControlKey(_) | CoordEvent::Netmap(_) => {}
         }
         Ok(None)
+    }
+
+    fn next_is_refused(&mut self, why: &str) -> anyhow::Result<Option<Ended>> {
+        match self.renewal.old.out(self.renewal.asks_person(), why) {
+            Some(out) => self.not_admitted(out),
+            None => {
+                self.renewal_failed(why);
+                Ok(None)
+            }
+        }
     }
 
     /// The server knows the next key, and the old one no more.
@@ -272,14 +355,16 @@ impl Node {
         self.renewal.events = None;
         if attempt.is_some_and(|attempt| !attempt.by_person) {
             self.renewal.key_refused = true;
-            // It took the place of a person, who may visit the address yet: then the server knows this key.
-            if self.next_is_asked_for() {
+            // It took the place of a person, who may visit the address yet: then the server knows this key. And
+            // nobody else helps one that has expired.
+            if self.next_is_asked_for() || self.renewal.old == Old::Expired {
                 tracing::warn!(why, "the auth key does not renew this node's key");
                 self.renew(true);
                 return;
             }
         }
         self.keys.next = None;
+        self.login.forget_url();
         if let Err(error) = self.state.save_keys(&self.keys) {
             tracing::debug!(error = format!("{error:#}"), "the next key stays on disk");
         }
@@ -325,7 +410,7 @@ impl Node {
     }
 
     /// Whether a person was given an address to visit for the next key.
-    fn next_is_asked_for(&self) -> bool {
+    pub(super) fn next_is_asked_for(&self) -> bool {
         let next = self.keys.next.as_ref().map(NodePrivate::public);
         let asked = self.coordination.as_ref().zip(next);
         asked.is_some_and(|(to, next)| pending(&self.state, &to.config_of(next)).is_some())
@@ -354,8 +439,7 @@ impl Node {
         {
             self.renewal.before = None;
         }
-        let limit = (self.renewal.attempt.as_ref()).and_then(|attempt| attempt.limit);
-        if limit.is_some_and(|limit| limit <= turn) {
+        if self.renewal.is_late(turn) {
             self.renewal_is_late();
         }
         let expiry = self.agent.key_expiry();
@@ -368,17 +452,16 @@ impl Node {
             return;
         }
         self.renewal.due = None;
+        let asks_person = self.renewal.asks_person();
+        if self.is_being_renewed() && !asks_person {
+            return;
+        }
         let by_key = self
             .coordination
             .as_ref()
             .is_some_and(|to| to.config.auth_key.is_some())
-            && !self.agent.has_plain_peers();
-        let attempt = self.renewal.attempt.as_ref();
-        let displaces =
-            |attempt: &Attempt| attempt.by_person && by_key && !self.renewal.key_refused;
-        if attempt.is_some_and(|attempt| !displaces(attempt)) {
-            return;
-        }
+            && !self.agent.has_plain_peers()
+            && !(asks_person && self.renewal.key_refused);
         let Some(life) = self.key_life().filter(|_| self.coordination.is_some()) else {
             return;
         };
@@ -412,4 +495,26 @@ impl Node {
 fn text(time: OffsetDateTime) -> String {
     let time = time.replace_nanosecond(0).unwrap_or(time);
     time.format(&Rfc3339).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_next_key_leaves_the_old_one_unless_the_server_has_no_use_for_that() {
+        let gone = Old::Gone("removed".into());
+        for (old, by_person, out) in [
+            (&Old::Stands, true, None),
+            (&Old::Stands, false, None),
+            (&Old::Waits, false, None),
+            (&Old::Expired, true, Some("refused")),
+            (&Old::Expired, false, None),
+            (&gone, true, Some("removed")),
+            (&gone, false, Some("removed")),
+        ] {
+            let found = old.out(by_person, "refused");
+            assert_eq!(found.as_deref(), out, "{old:?} {by_person}");
+        }
+    }
 }
