@@ -97,18 +97,19 @@ impl Source {
 /// # Errors
 /// The file cannot be read.
 pub(super) fn auth_key(config: &NodeConfig) -> anyhow::Result<Option<Zeroizing<String>>> {
+    let mut file = config.auth_key_file.as_deref();
     if let Some(AuthKey(key)) = &config.auth_key {
-        if let Some(file) = key.strip_prefix("file:") {
-            return files::read_auth_key(Path::new(file)).map(Some);
-        }
-        tracing::warn!(
-            "the auth key stands on the command line, where every user of this host can read it: \
-             better give --auth-key-file or {}",
-            AuthKey::VARIABLE
-        );
-        return Ok(Some(key.clone()));
+        let Some(named) = key.strip_prefix("file:") else {
+            tracing::warn!(
+                "the auth key stands on the command line, where every user of this host can read it: \
+                 better give --auth-key-file or {}",
+                AuthKey::VARIABLE
+            );
+            return Ok(Some(key.clone()));
+        };
+        file = Some(Path::new(named));
     }
-    if let Some(file) = &config.auth_key_file {
+    if let Some(file) = file {
         let key = files::read_auth_key(file)?;
         if key.is_empty() {
             tracing::warn!(file = %file.display(), "there is no auth key in this file");
