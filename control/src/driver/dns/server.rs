@@ -24,6 +24,8 @@ use crate::driver::lock;
 pub(crate) const FORWARDED_MAX: usize = 512;
 /// To the same resolvers: slow ones leave room for others.
 const FORWARDED_ALIKE_MAX: usize = FORWARDED_MAX / 2;
+/// Of peers: they leave room for the host.
+const FORWARDED_OF_PEERS_MAX: usize = FORWARDED_ALIKE_MAX / 2;
 /// Questions that came by UDP and are at work at a time.
 const AT_WORK_MAX: usize = 1024;
 /// Longest question by UDP in bytes.
@@ -70,29 +72,42 @@ pub(super) struct Resolver {
     pub(super) counters: Counters,
 }
 
-/// A question without its number, and how it came.
-type Key = (Arc<[u8]>, Over);
+/// Who is asked, and for whom.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Asked {
+    upstreams: Arc<[Upstream]>,
+    for_peer: bool,
+}
+
+/// A question without its number, how it came, and who is asked: an answer is for nobody who would not ask there.
+type Key = (Arc<[u8]>, Over, Asked);
 
 /// Questions that are passed on at the moment.
 #[derive(Default)]
 struct UnderWay {
     answers: HashMap<Key, watch::Receiver<Option<Answer>>>,
     /// How many by who is asked.
-    alike: HashMap<Arc<[Upstream]>, usize>,
+    alike: HashMap<Asked, usize>,
 }
 
 impl UnderWay {
-    fn has_room(&self, upstreams: &Arc<[Upstream]>) -> bool {
-        let alike = self.alike.get(upstreams).copied().unwrap_or(0);
-        self.answers.len() < FORWARDED_MAX && alike < FORWARDED_ALIKE_MAX
+    fn has_room(&self, asked: &Asked) -> bool {
+        let alike = self.alike.get(asked).copied().unwrap_or(0);
+        let max = if asked.for_peer {
+            FORWARDED_OF_PEERS_MAX
+        } else {
+            FORWARDED_ALIKE_MAX
+        };
+        self.answers.len() < FORWARDED_MAX && alike < max
     }
 
-    fn end(&mut self, key: &Key, upstreams: &Arc<[Upstream]>) {
+    fn end(&mut self, key: &Key) {
         self.answers.remove(key);
-        if let Some(alike) = self.alike.get_mut(upstreams) {
+        let (_, _, asked) = key;
+        if let Some(alike) = self.alike.get_mut(asked) {
             *alike -= 1;
             if *alike == 0 {
-                self.alike.remove(upstreams);
+                self.alike.remove(asked);
             }
         }
     }
@@ -134,7 +149,11 @@ impl Resolver {
                 return fitted(&question, answer.to_vec().ok()?, over);
             }
         };
-        self.pass_on(upstreams, &question, bytes, over).await
+        let asked = Asked {
+            upstreams,
+            for_peer: false,
+        };
+        self.pass_on(asked, &question, bytes, over).await
     }
 
     /// Answers a question of a peer that leaves by us: what the host would find out.
@@ -152,8 +171,11 @@ impl Resolver {
             Some(upstreams) if settings.host.is_empty() => upstreams.into(),
             Some(_) | None => Arc::clone(&settings.host),
         };
-        self.pass_on(upstreams, &question, bytes, Over::Stream)
-            .await
+        let asked = Asked {
+            upstreams,
+            for_peer: true,
+        };
+        self.pass_on(asked, &question, bytes, Over::Stream).await
     }
 
     fn read(&self, bytes: &[u8]) -> Option<Result<Question, Vec<u8>>> {
@@ -172,17 +194,17 @@ impl Resolver {
 
     async fn pass_on(
         self: &Arc<Self>,
-        upstreams: Arc<[Upstream]>,
+        asked: Asked,
         question: &Question,
         bytes: &[u8],
         over: Over,
     ) -> Option<Vec<u8>> {
         let failed = || question.failed(ResponseCode::ServFail).to_vec().ok();
-        if upstreams.is_empty() {
+        if asked.upstreams.is_empty() {
             self.counters.nobody_to_ask.add(1);
             return failed();
         }
-        let Some(mut answer) = self.under_way(upstreams, bytes, over) else {
+        let Some(mut answer) = self.under_way(asked, bytes, over) else {
             self.counters.too_many.add(1);
             return failed();
         };
@@ -197,34 +219,38 @@ impl Resolver {
     }
 
     /// Where the answer to a question will be. Whoever asks what is being asked already joins in: so a
-    /// question that comes back to us, through whatever resolver, goes round no second time.
+    /// question that comes back to us, through whatever resolver, goes round no further: once for the host, once for peers.
     fn under_way(
         self: &Arc<Self>,
-        upstreams: Arc<[Upstream]>,
+        asked: Asked,
         bytes: &[u8],
         over: Over,
     ) -> Option<watch::Receiver<Option<Answer>>> {
-        let key = (Arc::from(message::with_id(bytes, [0; 2])), over);
+        let key = (
+            Arc::from(message::with_id(bytes, [0; 2])),
+            over,
+            asked.clone(),
+        );
         let mut under_way = lock(&self.under_way);
         if let Some(answer) = under_way.answers.get(&key) {
             return Some(answer.clone());
         }
-        if !under_way.has_room(&upstreams) {
+        if !under_way.has_room(&asked) {
             return None;
         }
         self.counters.forwarded.add(1);
         let (sender, answer) = watch::channel(None);
         under_way.answers.insert(key.clone(), answer.clone());
-        *under_way.alike.entry(Arc::clone(&upstreams)).or_default() += 1;
+        *under_way.alike.entry(asked.clone()).or_default() += 1;
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let question = Arc::clone(&key.0);
-            let found = forward(Arc::clone(&upstreams), question, over).await;
+            let found = forward(asked.upstreams, question, over).await;
             if let Err(error) = &found {
                 this.counters.forward_failed.add(1);
                 tracing::debug!(%error, "no answer to a question that was passed on");
             }
-            lock(&this.under_way).end(&key, &upstreams);
+            lock(&this.under_way).end(&key);
             sender.send_replace(Some(found.ok().map(Arc::from)));
         });
         Some(answer)
@@ -510,8 +536,22 @@ mod tests {
         let pass_on = |number: usize, to: &Arc<[Upstream]>| {
             let name = format!("n{number}.example");
             let question = question(&name, RecordType::A).unwrap();
-            resolver.under_way(Arc::clone(to), &question, Over::Udp)
+            let asked = Asked {
+                upstreams: Arc::clone(to),
+                for_peer: false,
+            };
+            resolver.under_way(asked, &question, Over::Udp)
         };
+        let of_peer = |number: usize| {
+            let question = question(&format!("n{number}.example"), RecordType::A);
+            let asked = Asked {
+                upstreams: Arc::clone(&upstreams),
+                for_peer: true,
+            };
+            resolver.under_way(asked, &question.unwrap(), Over::Udp)
+        };
+        let taken = (0..FORWARDED_ALIKE_MAX).filter(|n| of_peer(*n).is_some());
+        assert_eq!(taken.count(), FORWARDED_OF_PEERS_MAX, "peers leave room");
         for number in 0..FORWARDED_ALIKE_MAX {
             assert!(pass_on(number, &upstreams).is_some());
         }
