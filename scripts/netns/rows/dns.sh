@@ -97,10 +97,11 @@ row_dns() {
   within 30 tailnet_online te
   ts te set --accept-dns=true
   check "tailscaled answers for names on another host" within 10 says "NOERROR $(tailnet_ip b)" e b.lab.example A
-  tailnet_ringtail e e
+  tailnet_ringtail e e --verbose
   check "ours beside it does not take its place" within 20 complains e 'another program on this host answers for names'
   check "and names are answered as before" says "NOERROR $(tailnet_ip b)" e b.lab.example A
   check "nor is its host's resolver told of ours" not grep -q 100.100 "$LAB_DIR/node-e.etc/upper/resolv.conf"
+  check "nor was it for a moment" not grep "the host's resolver asks ours" "$LAB_DIR/node-e.log"
   tailnet_stop a
   check "the host is left as it was found" same_state a "$before"
   check "and nobody answers any more" not lab_in a "$DNS" ask 100.100.100.100 b.lab.example A

@@ -45,6 +45,8 @@ const ASKED_MAX: usize = 64;
 pub struct Report {
     /// Our table.
     pub table: u8,
+    /// The network's services on this host that were looked for among the host's routes.
+    pub services: BTreeSet<IpAddr>,
     /// Where routes of the network meet the host's.
     pub conflicts: Vec<Conflict>,
     /// More of them than are listed.
@@ -210,6 +212,7 @@ impl HostNet {
             handed: BTreeSet::new(),
             too_many_handed: false,
             router: Router::new(table, options.ledger),
+            services: BTreeSet::new(),
             shared: Arc::clone(&shared),
         };
         let thread = std::thread::Builder::new()

@@ -87,6 +87,8 @@ pub(super) struct Worker {
     pub(super) handed_in: Option<u32>,
     pub(super) handed: BTreeSet<IpNet>,
     pub(super) too_many_handed: bool,
+    /// The services that the host's routes were looked through for.
+    pub(super) services: BTreeSet<IpAddr>,
     pub(super) shared: Arc<Shared>,
 }
 
@@ -124,6 +126,7 @@ impl Worker {
             if look && rested {
                 match self.look_at_host() {
                     Ok(()) => {
+                        self.services = self.overlay.services.clone();
                         let (settings, tun) = (&self.settings, &self.tun_name);
                         self.router
                             .settle(start, settings, tun, &self.overlay, &self.host);
@@ -502,11 +505,13 @@ impl Worker {
         }
         let mut report = lock(&self.shared.report);
         let news = report.problems != problems
+            || report.services != self.services
             || report.conflicts != plan.conflicts
             || report.guest_links != self.host.guest_links
             || report.handed != self.handed;
         *report = Report {
             table: self.settings.table,
+            services: self.services.clone(),
             conflicts: plan.conflicts,
             more_conflicts: plan.more_conflicts,
             kept_out: plan.kept_out,

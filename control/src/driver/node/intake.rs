@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use ipnet::IpNet;
 use ringtail_dataplane::{Activity, RegionId};
 use serde_json::json;
 
@@ -504,10 +503,12 @@ impl Node {
             first: self.dns.is_behind_tunnel(),
             fwmark: self.fwmark,
         }));
-        let service = IpNet::from(IpAddr::from(DNS_SERVICE_V4));
+        let service = IpAddr::from(DNS_SERVICE_V4);
         let host = self.hostnet.report();
         let mut conflicts = host.conflicts.iter();
-        let taken = conflicts.any(|conflict| conflict.route == service);
+        let taken = conflicts.any(|conflict| conflict.route == service.into());
+        // Before that is known, nobody is told: another's resolver would be ours for a moment.
+        let is_free = !taken && host.services.contains(&service);
         let guests = host.guest_links.into_iter().filter_map(interface_name);
         self.dns.set_guests(guests.collect());
         let mut problems = self.dns.problems();
@@ -516,7 +517,7 @@ impl Node {
                 "another program on this host answers for names on {DNS_SERVICE_V4}: the host's resolver is not told of ours"
             ));
         }
-        let wished = self.dns.host_wish().filter(|_| !taken);
+        let wished = self.dns.host_wish().filter(|_| is_free);
         self.resolver.set(wished.unwrap_or_default());
         self.agent.set_health("dns", problems);
     }
