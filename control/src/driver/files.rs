@@ -12,8 +12,11 @@ use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::libc::{O_NOFOLLOW, O_NONBLOCK};
 use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::geteuid;
@@ -21,6 +24,8 @@ use zeroize::Zeroizing;
 
 /// Largest file read back, in bytes: a network map of 10,000 nodes is a few MB.
 const LEN_MAX: u64 = 64 << 20;
+/// Looks at a lock that another has.
+const LOCK_PERIOD: Duration = Duration::from_millis(10);
 /// What others than the owner may do, and what of it is writing.
 const OTHERS: u32 = 0o077;
 const OTHERS_WRITE: u32 = 0o022;
@@ -134,6 +139,32 @@ pub fn open(path: &Path) -> anyhow::Result<File> {
     }
     check(path, &file, Readers::Nobody)?;
     Ok(file)
+}
+
+/// Locks a file of ours, for which it waits so long; `None` when another process still has it locked then. It is
+/// looked at each 10 ms.
+///
+/// # Errors
+/// The file is none of ours, or cannot be locked.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a driver: it waits where nothing else runs"
+)]
+pub fn lock(path: &Path, wait: Duration) -> anyhow::Result<Option<Flock<File>>> {
+    let mut file = open(path)?;
+    let mut waited = Duration::ZERO;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(locked) => return Ok(Some(locked)),
+            Err((back, Errno::EWOULDBLOCK)) if waited < wait => file = back,
+            Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
+            Err((_, errno)) => {
+                return Err(errno).with_context(|| format!("cannot lock {}", path.display()));
+            }
+        }
+        std::thread::sleep(LOCK_PERIOD);
+        waited += LOCK_PERIOD;
+    }
 }
 
 /// Makes a directory of ours (0700) with what is missing above it, or takes one that is there. Others

@@ -20,8 +20,9 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
@@ -33,6 +34,9 @@ use crate::key::{DiscoPrivate, MachinePrivate, MachinePublic, NodePrivate};
 
 /// Where a node keeps its state unless told otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/ringtail";
+
+/// Who looks whether a node runs (a keeper does) holds its lock for less than that.
+const LOOKED_AT: Duration = Duration::from_millis(100);
 
 /// What `ringtail set` changed.
 const SET_FILE: &str = "set.toml";
@@ -119,17 +123,13 @@ impl StateDir {
     /// # Errors
     /// When another process holds it.
     pub fn lock(&self) -> anyhow::Result<StateLock> {
-        let path = self.file("lock");
-        match Flock::lock(files::open(&path)?, FlockArg::LockExclusiveNonblock) {
-            Ok(file) => Ok(StateLock { _file: file }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
+        let file = files::lock(&self.file("lock"), LOOKED_AT)?.with_context(|| {
+            format!(
                 "another ringtail node runs on {}; stop it, or give this one its own --state-dir",
                 self.path.display()
-            ),
-            Err((_, errno)) => {
-                Err(errno).with_context(|| format!("cannot lock {}", path.display()))
-            }
-        }
+            )
+        })?;
+        Ok(StateLock { _file: file })
     }
 
     /// Whether a process holds the lock of the directory now.
@@ -366,6 +366,17 @@ mod tests {
                 .contains("another ringtail node")
         );
         drop(lock);
+        // Somebody who only looks is waited for.
+        let looking = Flock::lock(
+            File::open(state.file("lock")).unwrap(),
+            FlockArg::LockSharedNonblock,
+        )
+        .unwrap();
+        let looker = std::thread::spawn(move || {
+            std::thread::park_timeout(LOOKED_AT / 4);
+            drop(looking);
+        });
         state.lock().unwrap();
+        looker.join().unwrap();
     }
 }
