@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use nix::fcntl::{Flock, FlockArg};
+use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
 
 use super::files::{self, Readers};
@@ -28,8 +28,8 @@ use super::{dns_host, hostnet, lock};
 
 /// Entries at most; more changes are refused.
 pub const ENTRIES_MAX: usize = 1024;
-/// Looks at the lock of a ledger that another has open.
-const LOCK_PERIOD: Duration = Duration::from_millis(10);
+/// Where `ip netns` keeps its networks.
+const NETNS_DIR: &str = "/run/netns";
 /// Where sysctl values are.
 const SYSCTL: &str = "/proc/sys";
 
@@ -211,18 +211,37 @@ impl Ledger {
     /// another process that has it open.
     ///
     /// # Errors
-    /// The other goes on, or the directory does not take the file.
+    /// The other goes on, the directory does not take the file, or it tells of changes that another network
+    /// namespace still has.
     pub fn open(state: &StateDir, wait: Duration) -> anyhow::Result<Self> {
-        let lock = lock_file(&state.file("host.lock"), wait)?;
+        let path = state.file("host.lock");
+        let lock = files::lock(&path, wait)?.with_context(|| {
+            format!(
+                "another process looks after what was changed of this host ({} is locked)",
+                path.display()
+            )
+        })?;
         let path = state.file("host.json");
         let place = Place::here();
-        let entries = read(&path, &place).unwrap_or_else(|error| {
+        let left = read(&path).unwrap_or_else(|error| {
             tracing::warn!(
                 error = format!("{error:#}"),
                 "what an earlier run changed of the host is not known"
             );
-            Vec::new()
+            None
         });
+        let (of, mut entries) = left.unwrap_or_default();
+        if of != place {
+            let goes = |entry: &Entry| !entry.outlives_the_kernel();
+            if entries.iter().any(goes) && of.boot == place.boot && netns_is_there(of.netns) {
+                bail!(
+                    "what {} says is changed in another network namespace, which is still there: run `ringtail \
+                     restore` in that one first (`ip netns exec NAME`, `nsenter`)",
+                    path.display()
+                );
+            }
+            entries.retain(Entry::outlives_the_kernel);
+        }
         Ok(Self(Arc::new(Mutex::new(Inner {
             path,
             place,
@@ -314,46 +333,32 @@ impl Inner {
     }
 }
 
-/// What is written there and still means something here. What this version does not know is left out.
-fn read(path: &Path, here: &Place) -> anyhow::Result<Vec<Entry>> {
+/// What is written there, if there is anything, and where it is of. What this version does not know is left out.
+fn read(path: &Path) -> anyhow::Result<Option<(Place, Vec<Entry>)>> {
     let Some(text) = files::read(path, Readers::Nobody)? else {
-        return Ok(Vec::new());
+        return Ok(None);
     };
     let page: Page<serde_json::Value> =
         serde_json::from_slice(&text).with_context(|| format!("{} is damaged", path.display()))?;
     let mut entries = Vec::new();
     for entry in page.entries.into_iter().take(ENTRIES_MAX) {
         match serde_json::from_value::<Entry>(entry) {
-            Ok(entry) if page.place == *here || entry.outlives_the_kernel() => entries.push(entry),
-            Ok(_) => {}
+            Ok(entry) => entries.push(entry),
             Err(error) => tracing::warn!(%error, "a change of the host is not understood"),
         }
     }
-    Ok(entries)
+    Ok(Some((page.place, entries)))
 }
 
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a driver: it waits where nothing else runs"
-)]
-fn lock_file(path: &Path, wait: Duration) -> anyhow::Result<Flock<File>> {
-    let mut file = files::open(path)?;
-    let mut waited = Duration::ZERO;
-    loop {
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(locked) => return Ok(locked),
-            Err((back, nix::errno::Errno::EWOULDBLOCK)) if waited < wait => file = back,
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => bail!(
-                "another process looks after what was changed of this host ({} is locked)",
-                path.display()
-            ),
-            Err((_, errno)) => {
-                return Err(errno).with_context(|| format!("cannot lock {}", path.display()));
-            }
-        }
-        std::thread::sleep(LOCK_PERIOD);
-        waited += LOCK_PERIOD;
-    }
+/// Whether there is such a network namespace, as far as can be seen from here: a process is in it, or it has a name.
+/// That of a container is not, once the container has ended.
+fn netns_is_there(netns: u64) -> bool {
+    let is_it = |path: PathBuf| std::fs::metadata(path).is_ok_and(|found| found.ino() == netns);
+    let paths = |dir: &str| {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path())
+    };
+    paths(NETNS_DIR).any(is_it) || paths("/proc").any(|process| is_it(process.join("ns/net")))
 }
 
 #[cfg(test)]
@@ -474,6 +479,7 @@ mod tests {
                 },
                 vec![announced("u")],
             ),
+            // One that has gone.
             (Place { netns: 1, ..here }, vec![announced("u")]),
         ] {
             let page = Page {
@@ -486,6 +492,44 @@ mod tests {
         }
         std::fs::write(state.file("host.json"), "{").unwrap();
         assert!(open(&state).is_empty(), "said, and gone on");
+    }
+
+    /// Where we may make one: root may.
+    #[test]
+    fn what_another_namespace_still_has_is_not_forgotten() {
+        let dir = tempfile::tempdir().unwrap();
+        let state = StateDir::open(dir.path()).unwrap();
+        let mut other = std::process::Command::new("unshare")
+            .args(["-n", "cat"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It answers once it is there.
+        let (mut stdin, mut stdout) = (other.stdin.take().unwrap(), other.stdout.take().unwrap());
+        let there = io::Write::write_all(&mut stdin, b"x")
+            .and_then(|()| io::Read::read_exact(&mut stdout, &mut [0]));
+        if there.is_err() {
+            other.wait().unwrap();
+            eprintln!("skipped: what_another_namespace_still_has_is_not_forgotten needs root");
+            return;
+        }
+        let netns = std::fs::metadata(format!("/proc/{}/ns/net", other.id())).unwrap();
+        let page = Page {
+            place: Place {
+                netns: netns.ino(),
+                ..Place::here()
+            },
+            entries: vec![sysctl("a", "0", "1"), announced("u")],
+        };
+        let text = serde_json::to_vec(&page).unwrap();
+        files::write(&state.file("host.json"), &text).unwrap();
+        let refused = Ledger::open(&state, Duration::ZERO).unwrap_err();
+        assert!(refused.to_string().contains("another network namespace"));
+        assert_eq!(std::fs::read(state.file("host.json")).unwrap(), text);
+        drop(stdin);
+        other.wait().unwrap();
+        assert_eq!(lock(&open(&state).0).entries, [announced("u")]);
     }
 
     #[test]
