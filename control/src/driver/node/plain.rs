@@ -9,12 +9,14 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use ipnet::IpNet;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use zeroize::Zeroizing;
 
 use super::intake::Finding;
 use crate::agent::{NetworkPeer, Plain};
 use crate::config::{Endpoint, PlainPeer};
 use crate::driver::files::{self, Readers};
+use crate::driver::interface::source_address;
 use crate::driver::names::Names;
 use crate::key::NodePublic;
 use crate::uapi::PresharedKey;
@@ -67,19 +69,21 @@ fn preshared_key(path: &Path) -> anyhow::Result<PresharedKey> {
     Ok(PresharedKey(key))
 }
 
-/// Looks up the hosts that peers are at, again and again: most have one address, which may change.
+/// Looks up the hosts that peers are at, again and again, as long as `tasks` are there.
 pub(super) fn follow_names(
     settings: &[PlainPeer],
     names: &Names,
+    fwmark: u32,
     findings: &mpsc::Sender<Finding>,
+    tasks: &mut JoinSet<()>,
 ) {
     for peer in settings {
         if let Some(Endpoint::Name(host, port)) = &peer.endpoint {
             let (key, host, port) = (peer.public_key, host.clone(), *port);
             let (names, findings) = (names.clone(), findings.clone());
-            tokio::task::spawn_local(
-                async move { follow(key, &host, port, &names, &findings).await },
-            );
+            tasks.spawn_local(async move {
+                follow(key, &host, port, &names, fwmark, &findings).await;
+            });
         }
     }
 }
@@ -89,24 +93,24 @@ async fn follow(
     host: &str,
     port: u16,
     names: &Names,
+    fwmark: u32,
     findings: &mpsc::Sender<Finding>,
 ) {
     let mut at: Option<IpAddr> = None;
     loop {
         let found = names.look_up(host, LOOK_UP_LIMIT).await.unwrap_or_default();
-        // While its address is among the answers, their order says nothing.
-        let stays = at.filter(|at| found.contains(at));
-        let first = stays.or_else(|| found.first().copied());
-        if let Some(first) = first
-            && at.replace(first) != Some(first)
+        let has_way = |ip: IpAddr| source_address(SocketAddr::new(ip, port), fwmark).is_some();
+        let best = best(&found, at, &has_way);
+        if let Some(best) = best
+            && at.replace(best) != Some(best)
         {
-            tracing::info!(host, address = %first, "a plain peer's host is found");
-            let found = Finding::PlainPeer(key, SocketAddr::new(first, port));
+            tracing::info!(host, address = %best, "a plain peer's host is found");
+            let found = Finding::PlainPeer(key, SocketAddr::new(best, port));
             if findings.send(found).await.is_err() {
                 return;
             }
         }
-        let wait = if first.is_some() {
+        let wait = if best.is_some() {
             LOOK_UP_PERIOD
         } else {
             RETRY
@@ -115,11 +119,42 @@ async fn follow(
     }
 }
 
+/// Of the addresses that a host has, the one to take: one that a way leads to. While the one we have is as good,
+/// their order says nothing.
+fn best(found: &[IpAddr], at: Option<IpAddr>, has_way: &dyn Fn(IpAddr) -> bool) -> Option<IpAddr> {
+    let stays = at.filter(|at| found.contains(at));
+    let in_turn = || stays.iter().chain(found).copied();
+    in_turn()
+        .find(|ip| has_way(*ip))
+        .or_else(|| in_turn().next())
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt as _;
 
     use super::*;
+
+    #[test]
+    fn a_host_of_both_families_is_reached_by_the_one_that_leads_there() {
+        let [v4, v6]: [IpAddr; 2] = ["192.0.2.1", "2001:db8::1"].map(|ip| ip.parse().unwrap());
+        let only = |family: Option<IpAddr>| move |ip| Some(ip) == family;
+        for (found, at, way, taken) in [
+            (&[v4, v6][..], None, Some(v6), Some(v6)),
+            (&[v4, v6], None, None, Some(v4)),
+            (&[v4, v6], Some(v6), None, Some(v6)),
+            (&[v4, v6], Some(v4), Some(v6), Some(v6)),
+            (&[v4], Some(v6), None, Some(v4)),
+            (&[], Some(v6), Some(v6), None),
+        ] {
+            assert_eq!(
+                best(found, at, &only(way)),
+                taken,
+                "{found:?} {at:?} {way:?}"
+            );
+        }
+        assert_eq!(best(&[v4, v6], Some(v6), &|_| true), Some(v6), "it stays");
+    }
 
     #[test]
     fn a_preshared_key_is_read_from_a_file_of_ours_alone_and_never_printed() {

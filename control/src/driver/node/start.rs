@@ -251,7 +251,13 @@ impl Node {
         );
         agent.set_plain_peers(plain::peers(&config.peers)?);
         let findings = mpsc::channel(RESULTS_MAX);
-        plain::follow_names(&config.peers, &names, &findings.0);
+        plain::follow_names(
+            &config.peers,
+            &names,
+            underlay.fwmark,
+            &findings.0,
+            &mut tasks,
+        );
         let surroundings = Surroundings {
             mtu,
             shards: dataplane.stats().shards.len(),
