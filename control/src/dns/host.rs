@@ -187,6 +187,31 @@ impl Base {
         base
     }
 
+    /// Reads what `resolvconf -l` says, Debian's or openresolv's, but for the record `ours`: both put the domains of
+    /// all records into one list.
+    pub fn read_records(
+        text: &str,
+        ours: &str,
+        is_ours: &dyn Fn(IpAddr) -> bool,
+        interface: &dyn Fn(&str) -> Option<u32>,
+    ) -> Self {
+        let mut is_of_ours = false;
+        let (mut rest, mut search) = (String::new(), Vec::new());
+        for line in text.lines() {
+            if let Some(record) = line.strip_prefix("# resolv.conf from ") {
+                is_of_ours = record == ours;
+            }
+            let mut words = line.split_whitespace();
+            match words.next() {
+                _ if is_of_ours => {}
+                Some("search" | "domain") => search.extend(words),
+                Some(_) | None => rest.extend([line, "\n"]),
+            }
+        }
+        rest.extend(["search ", &search.join(" ")]);
+        Self::read(&rest, is_ours, interface)
+    }
+
     /// The servers that others than this host may be: those of a local stub stand elsewhere.
     pub fn elsewhere(&self) -> impl Iterator<Item = SocketAddr> {
         let all = self.servers.iter().copied();
@@ -267,6 +292,21 @@ mod tests {
             &|ip| ip == IpAddr::from([100, 100, 100, 100]),
             &interface,
         )
+    }
+
+    #[test]
+    fn what_others_told_resolvconf_is_not_what_we_did() {
+        let records = "# resolv.conf from tun-ringtail0.ringtail\n# Written by ringtail for ringtail0. Of now.\n\
+                       nameserver 100.100.100.100\nsearch lab.example gone.lan\noptions rotate\n\
+                       # resolv.conf from eth0.inet\ndomain lan\nnameserver 192.0.2.1\n\n\
+                       # resolv.conf from wlan0.inet\nsearch corp.example office.lan\noptions ndots:2\nnameserver 192.0.2.2\n";
+        let of = |ours: &str| Base::read_records(records, ours, &|_| false, &|_| None);
+        let others = of("tun-ringtail0.ringtail");
+        assert_eq!(others.search, ["lan", "corp.example", "office.lan"]);
+        assert_eq!(others.options, ["options ndots:2"]);
+        let servers: Vec<String> = others.servers.iter().map(SocketAddr::to_string).collect();
+        assert_eq!(servers, ["192.0.2.1:53", "192.0.2.2:53"]);
+        assert_eq!(of("").servers.len(), 3, "each has a name");
     }
 
     #[test]

@@ -13,7 +13,7 @@ mod resolvconf;
 mod resolved;
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -31,7 +31,9 @@ use super::ledger::{Entry, Ledger};
 use super::runtime::watch_descriptor;
 use super::state::StateDir;
 use crate::dns::HostDns;
-use crate::dns::host::{Base, Found, Manager, asks_only_resolved, hints_at_resolved, resolv_conf};
+use crate::dns::host::{
+    Base, Flavour, Found, Manager, asks_only_resolved, hints_at_resolved, resolv_conf,
+};
 use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
 use file::{Place, RESOLV_CONF, There};
 use resolved::Resolved;
@@ -139,6 +141,7 @@ impl HostResolver {
             reports,
             resolved: None,
             told: None,
+            recorded: None,
             fights: Vec::new(),
         };
         // The first look is no secret: whoever routes has to know the servers.
@@ -204,6 +207,8 @@ struct Worker {
     resolved: Option<Resolved>,
     /// Who has been told what.
     told: Option<(Manager, HostDns)>,
+    /// What our record at resolvconf says.
+    recorded: Option<String>,
     /// When somebody else had replaced ours.
     fights: Vec<Instant>,
 }
@@ -300,14 +305,21 @@ impl Worker {
                 let resolved = resolved.context("systemd-resolved does not answer")?;
                 resolved.set(self.link, wish).await?;
             }
-            Manager::Resolvconf(flavour) if !is_told => {
-                self.ledger.before(Entry::Resolver(self.change(manager)))?;
-                let base = self.base(text.unwrap_or_default());
-                let record = resolv_conf(wish, &base, &self.place.tun);
-                resolvconf::set(flavour, &self.record, &record)
-                    .context("cannot tell resolvconf")?;
+            Manager::Resolved => {}
+            Manager::Resolvconf(flavour) => {
+                let base = match flavour {
+                    // It puts what others told it behind ours.
+                    Flavour::Debian => Base::default(),
+                    Flavour::Openresolv => self.others(),
+                };
+                let text = resolv_conf(wish, &base, &self.place.tun);
+                if self.recorded.as_ref() != Some(&text) {
+                    self.ledger.before(Entry::Resolver(self.change(manager)))?;
+                    resolvconf::set(flavour, &self.record, &text)
+                        .context("cannot tell resolvconf")?;
+                    self.recorded = Some(text);
+                }
             }
-            Manager::Resolved | Manager::Resolvconf(_) => {}
             Manager::File => self.write(wish, text.unwrap_or_default())?,
         }
         if !is_told {
@@ -364,7 +376,7 @@ impl Worker {
                 self.ledger.done(&Entry::Resolver(change));
             }
         }
-        self.told = None;
+        (self.told, self.recorded) = (None, None);
         Ok(())
     }
 
@@ -433,9 +445,20 @@ impl Worker {
                 base.servers = behind.servers;
             }
         } else if matches!(&self.told, Some((Manager::Resolvconf(_), _))) {
-            base.servers = parse(&resolvconf::records()).servers;
+            // In the file is ours too; servers of its settings stand nowhere else.
+            let of_file = std::mem::replace(&mut base, self.others()).servers;
+            let more = of_file
+                .into_iter()
+                .filter(|server| !base.servers.contains(server));
+            let more: Vec<SocketAddr> = more.collect();
+            base.servers.extend(more);
         }
         base
+    }
+
+    /// What others told resolvconf.
+    fn others(&self) -> Base {
+        Base::read_records(&resolvconf::records(), &self.record, &is_ours, &index)
     }
 }
 
@@ -444,10 +467,15 @@ fn read_base(path: &Path) -> Base {
 }
 
 fn parse(text: &str) -> Base {
-    let ours = [DNS_SERVICE_V4.into(), DNS_SERVICE_V6.into()];
-    Base::read(text, &|server| ours.contains(&server), &|name| {
-        nix::net::if_::if_nametoindex(name).ok()
-    })
+    Base::read(text, &is_ours, &index)
+}
+
+fn is_ours(server: IpAddr) -> bool {
+    [DNS_SERVICE_V4.into(), DNS_SERVICE_V6.into()].contains(&server)
+}
+
+fn index(interface: &str) -> Option<u32> {
+    nix::net::if_::if_nametoindex(interface).ok()
 }
 
 /// News of the files.
