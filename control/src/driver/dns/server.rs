@@ -283,6 +283,9 @@ pub(super) struct Sockets {
     resolver: Arc<Resolver>,
     /// Each with the task that answers.
     open: Vec<(Place, JoinSet<()>)>,
+    /// Those that another had when they were tried last. It may be starting anew when they are free, and would
+    /// fail for our taking them: they are taken when they are free twice.
+    refused: Vec<Place>,
 }
 
 /// How it stands with them.
@@ -300,6 +303,7 @@ impl Sockets {
             tun: tun.to_owned(),
             resolver,
             open: Vec::new(),
+            refused: Vec::new(),
         }
     }
 
@@ -312,6 +316,7 @@ impl Sockets {
             }
         }
         self.open.retain(|(place, _)| wanted.contains(place));
+        self.refused.retain(|place| wanted.contains(place));
         let mut listening = Listening::default();
         for place in wanted {
             let opened = self.open(&place);
@@ -341,19 +346,30 @@ impl Sockets {
         }
         let (address, link, over) = place;
         let addr = SocketAddr::new(*address, PORT);
+        let opened = own_socket(addr, link, *over);
+        let was_refused = self.refused.iter().position(|refused| refused == place);
+        let socket = match (opened, was_refused) {
+            (Ok(socket), None) => socket,
+            (Ok(_), Some(index)) => {
+                self.refused.swap_remove(index);
+                return Err(io::Error::other("another program has but just left it"));
+            }
+            (Err(error), Some(_)) => return Err(error),
+            (Err(error), None) => {
+                if error.kind() == io::ErrorKind::AddrInUse {
+                    self.refused.push(place.clone());
+                }
+                return Err(error);
+            }
+        };
         let resolver = Arc::clone(&self.resolver);
         let mut work = JoinSet::new();
         match over {
-            // Beside another's socket for all addresses there is none, on purpose: a program that answers for
-            // all of this host's addresses may take those of the service for its own, and then asks nobody.
             Over::Udp => {
-                let socket = own_socket(addr, link, Type::DGRAM, Protocol::UDP)?;
                 let socket = Arc::new(UdpSocket::from_std(socket.into())?);
                 work.spawn(serve_udp(socket, resolver));
             }
             Over::Stream => {
-                let socket = own_socket(addr, link, Type::STREAM, Protocol::TCP)?;
-                socket.listen(64)?;
                 work.spawn(serve_tcp(TcpListener::from_std(socket.into())?, resolver));
             }
         }
@@ -362,7 +378,16 @@ impl Sockets {
     }
 }
 
-fn own_socket(addr: SocketAddr, tun: &str, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+/// A socket that answers on one interface.
+///
+/// Beside another's for all addresses there is none, on purpose: a program that answers for all of this host's
+/// addresses may take those of the service for its own, and then asks nobody. One that comes after us is let in,
+/// if it shares its ports (`SO_REUSEPORT`, and the same user): the kernel prefers ours, which is the more specific.
+fn own_socket(addr: SocketAddr, tun: &str, over: Over) -> io::Result<Socket> {
+    let (kind, protocol) = match over {
+        Over::Udp => (Type::DGRAM, Protocol::UDP),
+        Over::Stream => (Type::STREAM, Protocol::TCP),
+    };
     let socket = Socket::new(
         Domain::for_address(addr),
         kind.nonblocking(),
@@ -375,7 +400,7 @@ fn own_socket(addr: SocketAddr, tun: &str, kind: Type, protocol: Protocol) -> io
             socket.set_freebind_v6(true)?;
         }
     }
-    if kind == Type::STREAM {
+    if over == Over::Stream {
         // A restart does not wait for the connections of the run before.
         socket.set_reuse_address(true)?;
     }
@@ -383,6 +408,10 @@ fn own_socket(addr: SocketAddr, tun: &str, kind: Type, protocol: Protocol) -> io
     let _ = socket.set_recv_buffer_size(RECEIVE_BUFFER);
     socket.bind_device(Some(tun.as_bytes()))?;
     socket.bind(&addr.into())?;
+    if over == Over::Stream {
+        socket.listen(64)?;
+    }
+    socket.set_reuse_port(true)?;
     Ok(socket)
 }
 
@@ -513,12 +542,23 @@ mod tests {
         assert!(problem.contains("127.53.7.2:53 by UDP"), "{problem}");
         assert_eq!(sockets.open.len(), 3, "TCP is nobody else's");
         drop(another);
+        let listening = sockets.listen(&[free, taken], &[]);
+        assert!(listening.problem.unwrap().contains("but just left it"));
         let listening = sockets.listen(&[free, taken], &["no-such-bridge".into()]);
         assert_eq!(
             (listening.addresses, listening.problem),
             (vec![free, taken], None)
         );
         assert_eq!(sockets.open.len(), 4);
+        // Who comes later and shares its ports is not kept out.
+        for (kind, protocol) in [(Type::DGRAM, Protocol::UDP), (Type::STREAM, Protocol::TCP)] {
+            let later = Socket::new(Domain::IPV4, kind, Some(protocol)).unwrap();
+            later.set_reuse_port(true).unwrap();
+            later.bind(&SocketAddr::new(free, PORT).into()).unwrap();
+            if kind == Type::STREAM {
+                later.listen(1).unwrap();
+            }
+        }
         sockets.listen(&[taken], &[]);
         assert!(
             sockets
