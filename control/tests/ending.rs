@@ -8,8 +8,10 @@
 
 mod address;
 
+use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -17,6 +19,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 
 /// Longer than anything takes on a busy machine.
@@ -387,6 +390,38 @@ fn what_a_killed_node_leaves_is_taken_away_by_its_keeper_or_by_restore() {
     );
     let ledger = std::fs::read_to_string(dir.path().join("host.json")).unwrap();
     assert!(ledger.contains("\"entries\": []"), "{ledger}");
+}
+
+/// Without a network of its own: it tells a server of here.
+#[test]
+fn a_keeper_that_left_the_server_to_a_new_node_tells_it_itself_when_that_one_fails() {
+    let dir = tempfile::tempdir().unwrap();
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let ledger = format!(
+        r#"{{"boot": "", "netns": 0, "entries": [{{"what": "announced", "url": "http://{}", "hostname": "a",
+            "fwmark": 0, "ca_file": null}}]}}"#,
+        server.local_addr().unwrap()
+    );
+    for (name, text) in [("host.json", ledger.as_str()), ("lock", "")] {
+        let mut how = OpenOptions::new();
+        let file = how.write(true).create_new(true).mode(0o600);
+        let file = file.open(dir.path().join(name));
+        file.unwrap().write_all(text.as_bytes()).unwrap();
+    }
+    let lock = std::fs::File::open(dir.path().join("lock")).unwrap();
+    let begun = Flock::lock(lock, FlockArg::LockExclusiveNonblock).unwrap();
+    let (node, theirs) = UnixStream::pair().unwrap();
+    let mut keeper = Command::new(env!("CARGO_BIN_EXE_ringtail"));
+    let keeper = keeper.args(["keeper", "--state-dir"]).arg(dir.path());
+    let stdin = std::os::fd::OwnedFd::from(theirs);
+    let mut keeper = Running(keeper.stdin(stdin).spawn().unwrap());
+    drop(node);
+    // It waits two seconds for a process that does not end, and gives up at once.
+    std::thread::sleep(Duration::from_millis(2500));
+    assert!(keeper.0.try_wait().unwrap().is_none());
+    drop(begun);
+    server.set_nonblocking(true).unwrap();
+    soon("the server is not told", || server.accept().ok());
 }
 
 /// The signal comes as soon as somebody listens, which is before there is anybody to answer.
