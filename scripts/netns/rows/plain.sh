@@ -1,9 +1,9 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # variables for tailnet.sh
 
 # Plain WireGuard peers of a's settings file beside its tailnet, with wireguard-go as the peers: w has the name w.example,
 # v opens connections to us. a is behind a NAT; c knows nobody but w, from a file, and has no coordination.
 row_plain() {
-  local before
+  local before at
   tailnet_up
   lab_home a 1
   lab_host b 203.0.113.22
@@ -35,9 +35,14 @@ row_plain() {
   check "an address that a node of the tailnet has is not its" last_refused "$(tailnet_ip b)/32 of office is not used: b has it already"
   check "nor does it become an exit" last_refused "0.0.0.0/0 of office is not used"
   check "and none of that goes there" not goes_into_tun 198.51.100.1
+  at=$(lab_in w wg show "$(plain_name w)" endpoints | awk -v key="$(plain_key_of a)" '$1 == key { print $2 }')
   lab_stop wg-w
-  plain_start w 10.9.0.1 wrong
-  check "with another preshared key there is no session" not tailnet_pings a 10.9.0.1 2
+  (umask 077 && wg genpsk >"$LAB_DIR/other.psk")
+  plain_start w 10.9.0.1 other
+  plain_set w peer "$(plain_key_of a)" endpoint "$at"
+  lab_in w ping -q -c 2 -i 0.3 -W 1 "$(tailnet_ip a)" >/dev/null || true
+  check "with another preshared key it shakes hands in vain" plain_in_vain
+  check "and nothing is answered" not lab_in a ping -q -c 5 -i 0.2 -W 1 10.9.0.1
   plain_psk w
   check "with the right one there is" within 20 tailnet_pings a 10.9.0.1 1
   tailnet_stop a KILL
@@ -92,15 +97,22 @@ TOML
 # Interfaces of wireguard-go have a socket in a folder that all namespaces share.
 plain_name() { echo "$1${LAB//[^0-9]/}"; }
 plain_set() { lab_in "$1" wg set "$(plain_name "$1")" "${@:2}"; }
-plain_psk() { plain_set "$1" peer "$(plain_key_of a)" preshared-key "$LAB_DIR/$1.psk"; }
-# plain_start HOST ADDRESS [wrong]: wireguard-go there, with a and c as peers, and a wrong preshared key of a.
+plain_psk() { plain_set "$1" peer "$(plain_key_of a)" preshared-key "$LAB_DIR/${2:-$1}.psk"; }
+# w has sent to a, and has no session with it.
+plain_in_vain() {
+  local key at received sent
+  read -r key at < <(lab_in w wg show "$(plain_name w)" latest-handshakes | grep -F "$(plain_key_of a)") &&
+    read -r key received sent < <(lab_in w wg show "$(plain_name w)" transfer | grep -F "$(plain_key_of a)") &&
+    SAID="$key: last handshake $at, $received bytes received, $sent sent" && [ "$at" = 0 ] && [ "$received" = 0 ] && [ "$sent" -gt 0 ]
+}
+# plain_start HOST ADDRESS [PSK]: wireguard-go there, with a and c as peers; a with its own preshared key, or this one.
 plain_start() {
   local if
   if=$(plain_name "$1")
   lab_spawn "$1" "wg-$1" env LOG_LEVEL=error "$(peer_path wireguard-go)" -f "$if"
   within 10 lab_in "$1" wg show "$if" >/dev/null 2>&1 || return 1
   plain_set "$1" private-key "$LAB_DIR/$1.key" listen-port 51820 peer "$(plain_key_of a)" allowed-ips 100.64.0.0/10
-  [ -n "${3:-}" ] || plain_psk "$1"
+  plain_psk "$1" "${3:-$1}"
   [ "$1" != w ] || plain_set w peer "$(plain_key_of c)" allowed-ips 10.9.2.1/32
   lab_in "$1" sh -c "ip addr add $2/24 dev $if; ip link set $if up mtu 1280; ip route add 100.64.0.0/10 dev $if; ip route add 10.9.2.1/32 dev $if"
 }
