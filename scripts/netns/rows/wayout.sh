@@ -123,6 +123,9 @@ table inet watch_$1 {
     udp sport 41641 return
     ip daddr . tcp dport { 203.0.113.1 . 443, 10.255.0.1 . 8080 } return
     ip6 daddr 2001:db8::1 tcp dport 443 return
+    # What the kernel answers a peer's ping while no node runs.
+    ip daddr 203.0.113.12 icmp type destination-unreachable return
+    ip6 daddr 2001:db8::12 icmpv6 type destination-unreachable return
     ip6 saddr fe80::/10 return
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } return
     counter
@@ -135,6 +138,6 @@ NFT
 exit_watched() {
   SAID=$(lab_in inet nft list table inet "watch_$1" | grep -o 'counter packets [0-9]*')
   [ "$SAID" != "counter packets 0" ] || return 0
-  lab_in inet nft list table inet "watch_$1"
+  lab_in inet nft list sets inet | grep -A1 elements
   return 1
 }
