@@ -107,6 +107,13 @@ row_person() {
   check "but that the server knows its key no more" within 10 grep -q 'the next one is asked for' "$LAB_DIR/node-a.log"
   check "so it finds out, and has the next one" within 10 has_another_key a "$key"
   check "tailscaled reaches it" within 10 tailnet_pings b a 1
+  # Somebody begins once more, and an administrator removes the node.
+  login_waits a
+  check "login has an address once more" within 20 grep -q 'to let this node in, visit' "$LAB_DIR/login-a.log"
+  hs_delete aa
+  rt a set --hostname a >/dev/null
+  check "removed, it ends all the same" within 20 not lab_alive node-a
+  check "with an exit code that says so" exited a 77
 }
 ports_to_coord() { lab_in "$1" ss -Htn state established dst 10.255.0.1 | awk '{ sub(/.*:/, "", $3); print $3 }' | sort; }
 freeze() { # NS PORT: nothing more passes by this connection
