@@ -35,6 +35,7 @@ use super::control_url::{ByteStream, ControlUrl};
 use super::names::Names;
 use super::noise_stream::{HANDSHAKE, NoiseStream, UPGRADE};
 use super::underlay::Underlay;
+use crate::coord::afresh::{Afresh, served};
 use crate::coord::client::{
     AfterMap, LiteGate, Outcome, WATCHDOG, after_map_status, log_out_request, map_request,
     register_request, removed, worth_reporting,
@@ -592,12 +593,21 @@ impl Client {
         let mut lite = LiteGate::default();
         let mut in_flight: Option<JoinHandle<anyhow::Result<StatusCode>>> = None;
         let mut answered_ping = String::new();
+        let mut afresh = Afresh::default();
+        // The stream that was asked for beside this one, and whether the server ended this one for it.
+        let mut next: Option<JoinHandle<anyhow::Result<Response<Incoming>>>> = None;
+        let mut ended = false;
         // A server that takes no state from the poll gets it by a lite update.
         lite.handle_change(now());
         loop {
             let lite_due = lite.poll_timeout();
+            let afresh_due = afresh.poll_timeout();
             tokio::select! {
-                frame = body.frame() => {
+                frame = body.frame(), if !ended => {
+                    ended = next.is_some() && !matches!(frame, Some(Ok(_)));
+                    if ended {
+                        continue;
+                    }
                     let frame = frame.ok_or_else(|| anyhow!("the server ended the map stream"))?;
                     let frame = frame.context("the map stream was cut off")?;
                     let Ok(data) = frame.into_data() else { continue };
@@ -610,7 +620,12 @@ impl Client {
                             lite.handle_keep_alive(now());
                         }
                         self.answer_ping(&sender, &message, &mut answered_ping);
+                        afresh.handle_message(now(), &message, &map, &reported);
+                        let (first, before) = (map.is_empty(), served(&map, &reported));
                         if self.handle_message(&mut map, message)? {
+                            if !first && served(&map, &reported) != before {
+                                afresh.handle_served(now());
+                            }
                             pending = self.snapshot(&map);
                             expiry = expiry_of(&map);
                         }
@@ -637,8 +652,34 @@ impl Client {
                     }
                     if reported.routes != state.routes {
                         pending = self.snapshot(&map);
+                        afresh.handle_offers(now(), &state);
                     }
                     reported = state;
+                }
+                () = at(afresh_due), if next.is_none() => {
+                    if afresh.poll_ask(now()) {
+                        tracing::debug!("the map is asked for anew: what it says of our routes may be old");
+                        let stream = self.another_stream(sender.clone(), &reported)?;
+                        next = Some(tokio::task::spawn_local(stream));
+                    }
+                }
+                answer = done(&mut next), if next.is_some() => {
+                    next = None;
+                    match answer {
+                        Ok(response) if response.status() == StatusCode::OK => {
+                            // From here on the server has put all that it tells us into the new one as well.
+                            body = response.into_body();
+                            frames = FrameReader::new(Codec::Zstd);
+                            map = MapState::new(self.config.node);
+                            (expiry, ended) = (None, false);
+                            silent_until = now() + WATCHDOG;
+                        }
+                        _ if ended => return Err(anyhow!("the server ended the map stream").into()),
+                        Ok(response) => {
+                            tracing::debug!(status = %response.status(), "no other map stream");
+                        }
+                        Err(error) => tracing::debug!(%error, "no other map stream"),
+                    }
                 }
                 () = at(lite_due) => {
                     if lite.poll_send(now()) {
@@ -731,6 +772,17 @@ impl Client {
             read_body(response.into_body(), ANSWER_LEN_MAX).await?;
             Ok(status)
         })
+    }
+
+    /// Asks for another map stream beside the one there is.
+    fn another_stream(
+        &self,
+        mut sender: Sender,
+        state: &SelfState,
+    ) -> anyhow::Result<impl Future<Output = anyhow::Result<Response<Incoming>>> + use<>> {
+        let request = map_request(&self.config, state, &self.os_version, true);
+        let request = self.request("/machine/map", &request)?;
+        Ok(async move { Ok(timeout(REQUEST_TIMEOUT, sender.send_request(request)).await??) })
     }
 
     /// Gives a sign of life when the server asks for one, once per address.
@@ -856,9 +908,7 @@ fn expiry_of(map: &MapState) -> Option<Instant> {
 }
 
 /// The end of a spawned request.
-async fn done(
-    task: &mut Option<JoinHandle<anyhow::Result<StatusCode>>>,
-) -> anyhow::Result<StatusCode> {
+async fn done<T>(task: &mut Option<JoinHandle<anyhow::Result<T>>>) -> anyhow::Result<T> {
     match task {
         Some(task) => task.await?,
         None => std::future::pending().await,

@@ -9,6 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use serde_json::Value;
 use time::OffsetDateTime;
 
@@ -298,6 +299,21 @@ impl MapState {
         self.filter_chunks.values().flatten()
     }
 
+    /// Whether it has taken no message yet.
+    pub fn is_empty(&self) -> bool {
+        self.node.is_none()
+    }
+
+    /// Whether the server says that we are the router of a prefix.
+    pub fn is_ours(&self, net: &IpNet) -> bool {
+        self.node.as_ref().is_some_and(|node| routes(node, net))
+    }
+
+    /// Whether a peer is the router of a prefix.
+    pub fn has_router(&self, net: &IpNet) -> bool {
+        self.peers.values().any(|peer| routes(peer, net))
+    }
+
     /// Whether the network uses tailnet lock, which ringtail does not support.
     pub fn tailnet_lock(&self) -> bool {
         self.tailnet_lock
@@ -337,6 +353,10 @@ impl MapState {
     pub(crate) fn node(&self) -> Option<&Node> {
         self.node.as_deref()
     }
+}
+
+fn routes(node: &Node, net: &IpNet) -> bool {
+    node.allowed_ips.iter().flatten().any(|own| own == net)
 }
 
 /// Applies a change field by field; whether anything differs after it.
@@ -383,7 +403,6 @@ fn patch(peer: &mut Arc<Node>, change: &PeerChange) -> bool {
 mod tests {
     use super::super::Peer;
     use super::*;
-    use ipnet::IpNet;
     use serde::Deserialize;
     use serde_json::json;
 
