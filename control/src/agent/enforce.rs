@@ -167,6 +167,8 @@ impl Agent {
             return;
         };
         self.next_expiry = told.next_expiry(self.wall);
+        self.judge_offers();
+        let told = self.told.as_ref().expect("it was there");
         let InForce {
             mut network,
             allowed,

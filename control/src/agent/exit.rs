@@ -191,6 +191,7 @@ impl Agent {
             offered,
             offers_exit: prefs.advertise_exit_node,
             shut: self.shut(),
+            unapproved: self.unapproved.clone(),
             may_open_firewall: prefs.host_firewall == HostFirewall::Open,
             may_forward: prefs.forwarding == Forwarding::On,
             exit: takes.map(|takes| Exit {
@@ -237,8 +238,7 @@ impl Agent {
         NOT_INTERNET.iter().chain(&self.subnets).copied()
     }
 
-    /// Where those do not get that this node lets out to the Internet, but for what of it is offered. That is open
-    /// to them, for nobody tells a node what of it has been approved: Headscale does not, when it happens.
+    /// Where those do not get that this node lets out to the Internet, but for what of it is offered and approved.
     fn shut(&self) -> BTreeSet<IpNet> {
         if !self.prefs.advertise_exit_node {
             return BTreeSet::new();
@@ -257,10 +257,7 @@ impl Agent {
             let hosts = self.subnets.iter().map(|net| IpNet::from(net.addr()));
             out.extend(without(hosts, NOT_INTERNET));
         }
-        own.chain(self.offered())
-            .chain(out)
-            .map(Into::into)
-            .collect()
+        own.chain(self.open()).chain(out).map(Into::into).collect()
     }
 }
 

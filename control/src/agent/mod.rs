@@ -7,12 +7,14 @@
 //! takes the nearest as home; own endpoints go to coordination and into every CallMeMaybe; from
 //! then on the path machine decides per peer and the agent passes its decisions to the shards.
 //!
-//! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `exit` the way out, `enforce`
-//! puts it into force; `directory` is who is who, `sources` which address to send from, `revival` whom to greet,
-//! `naming` what names come to, `standing` who may not take part, `health` what does not work, `twin` a copy of us,
-//! `check` netcheck and the home region; `status`, `story`, `whois` and `configuration` are what people see.
+//! Rooms: `network` is what we were told, `allowed` which prefixes of it count, `exit` the way out, `approval` which of
+//! our offers count, `enforce` puts it into force; `directory` is who is who, `sources` which address to send from,
+//! `revival` whom to greet, `naming` what names come to, `standing` who may not take part, `health` what does not work,
+//! `twin` a copy of us, `check` netcheck and the home region; `status`, `story`, `whois` and `configuration` are what
+//! people see.
 
 mod allowed;
+mod approval;
 mod check;
 mod configuration;
 mod directory;
@@ -204,6 +206,9 @@ pub struct Agent {
     handed: BTreeSet<IpNet>,
     /// What this node offers and cannot reach.
     lost: BTreeSet<IpNet>,
+    /// What of it the network has approved, and has not, where that decides who gets there.
+    approved: BTreeSet<IpNet>,
+    unapproved: BTreeSet<IpNet>,
     /// Where peers get, as the data plane was told.
     local: Vec<Prefix>,
     /// Whether it was told that nobody may begin anything, whatever the rules.
@@ -284,6 +289,8 @@ impl Agent {
             subnets: BTreeSet::new(),
             handed: BTreeSet::new(),
             lost: BTreeSet::new(),
+            approved: BTreeSet::new(),
+            unapproved: BTreeSet::new(),
             local: Vec::new(),
             shielded: false,
             overlay: None,

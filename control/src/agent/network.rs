@@ -73,6 +73,8 @@ pub struct Standing {
     pub tags: Vec<String>,
     /// Peers' names have IPv6 addresses too.
     pub names_have_v6: bool,
+    /// Prefixes that we are to route for others; none where whatever we offer is approved, as by a file.
+    pub routes: Option<Vec<IpNet>>,
 }
 
 /// One peer.
@@ -285,6 +287,7 @@ impl From<&Netmap> for Network {
                 user: map.self_node.user,
                 tags: map.self_node.tags.clone(),
                 names_have_v6: map.self_node.names_have_v6,
+                routes: Some(map.self_node.routes.clone()),
             },
             rules: Arc::new(map.rules.clone()),
             domain: map.domain.clone(),

@@ -899,6 +899,53 @@ fn an_exit_node_lets_nobody_into_networks_of_its_own_but_those_that_it_offers() 
 }
 
 #[test]
+fn who_uses_an_exit_node_reaches_of_what_it_offers_what_is_approved() {
+    let (now, mut agent) = (start(), agent(1, false));
+    let lan: IpNet = "192.168.7.0/24".parse().unwrap();
+    let exit = Prefs {
+        advertise_exit_node: true,
+        advertise_routes: [lan].into(),
+        ..prefs()
+    };
+    agent.handle_prefs(now, exit.clone());
+    let mut told = network(2);
+    told.own.routes = Some(vec![]);
+    let mut open = |told: &Network, prefs: &Prefs| {
+        agent.handle_network(now, told.clone());
+        agent.handle_prefs(now, prefs.clone());
+        _ = outputs(&mut agent);
+        let host = agent.overlay.as_ref().unwrap();
+        let local = agent
+            .local
+            .iter()
+            .any(|net| IpNet::from(*net).contains(&lan));
+        assert_ne!(local, host.unapproved.contains(&lan));
+        (local, agent.health(now))
+    };
+    let line = "192.168.7.0/24 is offered, not approved: who uses this exit node does not reach it";
+    let shut = (false, vec![line.to_owned()]);
+    assert_eq!(open(&told, &exit), shut);
+    let router = Prefs {
+        advertise_exit_node: false,
+        ..exit.clone()
+    };
+    assert_eq!(
+        open(&told, &router),
+        (true, vec![]),
+        "nobody has a route there"
+    );
+    assert_eq!(open(&told, &exit), shut);
+    told.own.routes = Some(vec![lan]);
+    assert_eq!(open(&told, &exit), (true, vec![]));
+    // It was our turn, and is another's.
+    told.own.routes = Some(vec![]);
+    Arc::make_mut(&mut told.peers[0]).allowed_ips.push(lan);
+    assert_eq!(open(&told, &exit), (true, vec![]));
+    Arc::make_mut(&mut told.peers[0]).allowed_ips.pop();
+    assert_eq!(open(&told, &exit), shut, "approved no more");
+}
+
+#[test]
 fn behind_shields_no_rule_counts_and_the_map_keeps_them_for_later() {
     let (now, mut agent, out) = taken(network(2));
     let rules = |out: &[Output]| Some(change(out)?.rules.clone()?.0);

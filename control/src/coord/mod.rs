@@ -3,11 +3,10 @@
 //! Protocol ts2021 (`protocol/coordination.md`). The machines here decide and never touch a socket
 //! or a clock; `driver::coord_client` and `driver::coord_server` move the bytes.
 //!
-//! Rooms: `client` is a node's side, of which `afresh` says when it asks for the whole map, `server` the other; there `address` says which addresses and name
-//! a node gets, `auth_key` what lets a machine in, `admin` what an administrator orders, `routes` who
-//! carries which prefix. `frames` cuts a map stream into messages, `renewal` says when a key is
-//! renewed, `backoff` spaces attempts,
-//! `operations` is what the fuzzer and the tests do with a server.
+//! Rooms: `client` is a node's side, where `afresh` says when it asks for the whole map, `server` the other; there
+//! `address` says which addresses and name a node gets, `auth_key` what lets a machine in, `admin` what an administrator
+//! orders, `routes` who carries which prefix. `frames` cuts a map stream into messages, `renewal` says when a key is
+//! renewed, `backoff` spaces attempts, `operations` is what the fuzzer and the tests do with a server.
 
 pub mod address;
 pub mod admin;

@@ -217,7 +217,7 @@ fn forward(tun: u32, overlay: &Overlay, woken: &BTreeSet<(u32, bool)>) -> Vec<Ru
     if overlay.offers_exit {
         let to = |net: &IpNet| vec![Match::From(tun, true), Match::Destination(*net)];
         // A rule for each of what is offered, not for each piece of what is left of the rest: those may be hundreds.
-        let open = overlay.offered.iter();
+        let open = overlay.offered.difference(&overlay.unapproved);
         rules.extend(open.map(|net| rule(to(net), &[Do::Accept])));
         let shut = overlay.shut.iter();
         rules.extend(shut.map(|net| rule(to(net), &[Do::Count, Do::Drop])));
@@ -685,6 +685,11 @@ mod tests {
         assert_eq!(fate("10.1.1.1").dropped, Some(FORWARD));
         let offered = fate("192.168.7.1");
         assert!(offered.dropped.is_none() && !offered.masqueraded && offered.clamped);
+        overlay.unapproved = overlay.offered.clone();
+        let chains = firewall(&settings(), &overlay, &Host::default(), &BTreeSet::new());
+        let waits = through(&chains, packet(TUN, WAN, "100.64.0.2", "192.168.7.1"));
+        assert_eq!(waits.dropped, Some(FORWARD));
+        overlay.unapproved.clear();
         // Scattered prefixes take one rule each.
         let many = (0..=255).map(|n| net(&format!("10.{n}.{n}.0/24")));
         overlay.offered.extend(many);

@@ -117,6 +117,8 @@ pub struct Overlay {
     pub offers_exit: bool,
     /// Where those do not get that it lets out, but for what is [`Self::offered`].
     pub shut: BTreeSet<IpNet>,
+    /// What of [`Self::offered`] is nevertheless for them as if it were not.
+    pub unapproved: BTreeSet<IpNet>,
     /// Whether rules of ours may stand before those of the host's firewall that would drop what is forwarded.
     pub may_open_firewall: bool,
     /// Whether forwarding may be switched on.

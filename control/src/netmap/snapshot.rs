@@ -40,6 +40,8 @@ pub struct SelfNode {
     pub names_have_v6: bool,
     /// Our inner addresses, a /32 and a /128 in general.
     pub addresses: Vec<IpNet>,
+    /// Prefixes that it has us route for others.
+    pub routes: Vec<IpNet>,
     /// Where the server believes that we can be reached.
     pub endpoints: Vec<SocketAddr>,
     /// When our key stops being valid, if ever; by our wall clock.
@@ -135,6 +137,13 @@ impl MapState {
             tags: tags(node),
             names_have_v6: has_attribute(node, "magicdns-aaaa"),
             addresses: node.addresses.clone(),
+            routes: node
+                .allowed_ips
+                .iter()
+                .flatten()
+                .filter(|net| !node.addresses.contains(net))
+                .map(IpNet::trunc)
+                .collect(),
             endpoints: node.endpoints.clone(),
             key_expiry: self.own_time(node.key_expiry),
             expired: expired(node, server_now),

@@ -86,11 +86,19 @@ row_exitnode() {
     check "c's own address on the Internet is not, for $user" lab_in "$user" ping -qc 1 -W 1 203.0.113.12
   done
   check "c offers its LAN too" rt c set --advertise-routes 192.168.8.0/24
-  check "which is approved" within 10 hs_routes c 0.0.0.0/0,::/0,192.168.8.0/24
+  check "which is known at the server" within 5 offered c 192.168.8.0/24
   for user in t a; do
-    check "then $user reaches it" within 10 lab_in "$user" ping -qc 1 -W 1 192.168.8.9
+    check "and stays closed to $user" not lab_in "$user" ping -qc 2 -i 0.2 -W 1 192.168.8.9
+  done
+  check "as its status says" problem c '192.168.8.0/24 is offered, not approved'
+  check "until it is approved" within 10 hs_routes c 0.0.0.0/0,::/0,192.168.8.0/24
+  for user in t a; do
+    check "then $user reaches it" within 5 lab_in "$user" ping -qc 1 -W 1 192.168.8.9
     check "and still the Internet" seen "$user" 203.0.113.50 203.0.113.12
   done
+  check "of which status has nothing to say" not problem c '192.168.8.0/24'
+  check "an approval that is taken back" hs_routes c 0.0.0.0/0,::/0
+  check "closes it again" within 15 not lab_in t ping -qc 1 -W 1 192.168.8.9
   tailnet_stop c
   check "an end leaves the exit node's host as it was" same_state c "$before"
 }
@@ -109,15 +117,16 @@ exit_hosts() {
 # leads_by NS ADDRESS INTERFACE: for who does not bear our mark.
 leads_by() { SAID=$(ip -n "$LAB$1" route get "$2") && [[ $SAID == *" dev $3 "* ]]; }
 way_back() { lab_in "$1" sh -c "echo $2 >/proc/sys/net/ipv4/conf/all/rp_filter"; }
+offered() { hs_field "$1" '.available_routes // [] | .[]' | grep -Fx "$2"; }
 uses_exit() { rt "$1" status | grep "exit node: $2"; }
-# exit_watch HOST: counts what comes from it that is neither a peer's tunnel, nor the relay's or coordination's
-# connection, nor finds neighbours; exit_watched HOST: was there nothing?
+# exit_watch HOST: notes what comes from it that is neither a peer's tunnel, nor the relay's or coordination's connection,
+# nor finds neighbours, by addresses, protocol and the two bytes that ports or an ICMP type and code begin with;
+# exit_watched HOST: was there nothing?
 exit_watch() {
   lab_in inet nft -f - <<NFT
 table inet watch_$1 {
-  set leaked { type ipv4_addr . inet_proto . inet_service; size 64; flags dynamic; }
-  # By port, or type and code.
-  set kinds { typeof meta nfproto . meta l4proto . @th,0,16; size 64; flags dynamic; }
+  set leaked4 { typeof ip saddr . ip daddr . meta l4proto . th sport; size 256; flags dynamic; }
+  set leaked6 { typeof ip6 saddr . ip6 daddr . meta l4proto . th sport; size 256; flags dynamic; }
   chain pass { type filter hook prerouting priority raw;
     iifname != "p_$1" return
     udp sport 41641 return
@@ -129,15 +138,15 @@ table inet watch_$1 {
     ip6 saddr fe80::/10 return
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } return
     counter
-    meta l4proto { tcp, udp } add @leaked { ip daddr . meta l4proto . th dport }
-    add @kinds { meta nfproto . meta l4proto . @th,0,16 }
+    add @leaked4 { ip saddr . ip daddr . meta l4proto . th sport counter }
+    add @leaked6 { ip6 saddr . ip6 daddr . meta l4proto . th sport counter }
   }
 }
 NFT
 }
 exit_watched() {
-  SAID=$(lab_in inet nft list table inet "watch_$1" | grep -o 'counter packets [0-9]*')
+  SAID=$(lab_in inet nft list table inet "watch_$1" | grep -o 'counter packets [0-9]*' | tail -1)
   [ "$SAID" != "counter packets 0" ] || return 0
-  lab_in inet nft list sets inet | grep -A1 elements
+  lab_in inet nft -n list table inet "watch_$1"
   return 1
 }
