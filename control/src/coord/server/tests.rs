@@ -752,6 +752,13 @@ fn a_route_goes_to_one_online_router_and_does_not_flap_back() {
         "only approved ones: {allowed:?}"
     );
     assert_eq!(wire.primary_routes, nets(&[route]));
+    // Each is told of itself.
+    let own = |lab: &Lab, node: u8| {
+        let (_, map) = lab.streams.values().find(|(n, _)| *n == node).unwrap();
+        [route, "0.0.0.0/0", "10.99.0.0/16"].map(|net| map.is_ours(&net.parse().unwrap()))
+    };
+    assert_eq!(own(&lab, 1), [true, true, false]);
+    assert_eq!(own(&lab, 2), [false, true, false]);
     let again = |lab: &mut Lab, n: u8| {
         let mut request = poll(n);
         request.hostinfo = Some(json!({"Hostname": format!("host{n}"), "RoutableIPs": [route]}));
