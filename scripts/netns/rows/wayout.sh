@@ -120,8 +120,9 @@ way_back() { lab_in "$1" sh -c "echo $2 >/proc/sys/net/ipv4/conf/all/rp_filter";
 offered() { hs_field "$1" '.available_routes // [] | .[]' | grep -Fx "$2"; }
 uses_exit() { rt "$1" status | grep "exit node: $2"; }
 # exit_watch HOST: notes what comes from it that is neither a peer's tunnel, nor the relay's or coordination's connection,
-# nor finds neighbours, by addresses, protocol and the two bytes that ports or an ICMP type and code begin with;
-# exit_watched HOST: was there nothing?
+# nor finds neighbours, by addresses, protocol, and its port or ICMP type and code;
+# exit_watched HOST: was there nothing? Not counted is either what the kernel answers a peer that still sends to the
+# tunnel's port when nobody has it, as after a kill.
 exit_watch() {
   lab_in inet nft -f - <<NFT
 table inet watch_$1 {
@@ -132,11 +133,10 @@ table inet watch_$1 {
     udp sport 41641 return
     ip daddr . tcp dport { 203.0.113.1 . 443, 10.255.0.1 . 8080 } return
     ip6 daddr 2001:db8::1 tcp dport 443 return
-    # What the kernel answers a peer's ping while no node runs.
-    ip daddr 203.0.113.12 icmp type destination-unreachable return
-    ip6 daddr 2001:db8::12 icmpv6 type destination-unreachable return
     ip6 saddr fe80::/10 return
     icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } return
+    icmp type destination-unreachable icmp code port-unreachable @th,240,16 41641 return
+    icmpv6 type destination-unreachable icmpv6 code port-unreachable @th,400,16 41641 return
     counter
     add @leaked4 { ip saddr . ip daddr . meta l4proto . th sport counter }
     add @leaked6 { ip6 saddr . ip6 daddr . meta l4proto . th sport counter }
@@ -145,8 +145,9 @@ table inet watch_$1 {
 NFT
 }
 exit_watched() {
+  local set
   SAID=$(lab_in inet nft list table inet "watch_$1" | grep -o 'counter packets [0-9]*' | tail -1)
   [ "$SAID" != "counter packets 0" ] || return 0
-  lab_in inet nft -n list table inet "watch_$1"
+  for set in leaked4 leaked6; do lab_in inet nft -n list set inet "watch_$1" $set | grep ' \. [0-9]'; done
   return 1
 }

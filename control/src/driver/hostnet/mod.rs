@@ -37,6 +37,8 @@ use worker::Worker;
 
 /// A connection waits so long at most for its address to be kept out of the tunnel.
 const KEEP_OUT_WAIT: Duration = Duration::from_millis(300);
+/// And who wants something else of the host so long for that.
+const SETTLED_WAIT: Duration = Duration::from_secs(2);
 /// Addresses that wait to be kept out at most.
 const ASKED_MAX: usize = 64;
 
@@ -114,6 +116,8 @@ struct Wishes {
     overlay: Option<Overlay>,
     resolvers: Option<Vec<IpAddr>>,
     asked: Vec<(IpAddr, oneshot::Sender<()>)>,
+    /// Who waits until all of them are carried out.
+    waiting: Vec<oneshot::Sender<()>>,
     stop: bool,
 }
 
@@ -126,7 +130,7 @@ struct Taken {
     overlay: bool,
     /// Whether there is an address that was not kept out before.
     dialled: bool,
-    /// Who waits for addresses to be kept out.
+    /// Who waits for it all to be so.
     waiting: Vec<oneshot::Sender<()>>,
 }
 
@@ -136,6 +140,7 @@ impl Wishes {
     fn take(&mut self, overlay: &mut Overlay, host: &mut Host) -> Taken {
         let mut taken = Taken {
             stop: self.stop,
+            waiting: std::mem::take(&mut self.waiting),
             ..Taken::default()
         };
         if let Some(wanted) = self.overlay.take() {
@@ -238,6 +243,22 @@ impl HostNet {
         self.shared.wake();
     }
 
+    /// Waits until what was wanted last is so, or for a while: who chose an exit node is not to be told that it is
+    /// chosen while packets still go out beside it.
+    pub fn settled(&self) -> impl Future<Output = ()> + use<> {
+        let (done, wait) = oneshot::channel();
+        {
+            let mut wishes = lock(&self.shared.wishes);
+            if wishes.waiting.len() < ASKED_MAX {
+                wishes.waiting.push(done);
+            }
+        }
+        self.shared.wake();
+        async {
+            let _ = tokio::time::timeout(SETTLED_WAIT, wait).await;
+        }
+    }
+
     /// How it stands.
     pub fn report(&self) -> Report {
         lock(&self.shared.report).clone()
@@ -310,7 +331,11 @@ mod tests {
             ..Overlay::default()
         };
         wishes.overlay = Some(wanted.clone());
-        assert!(wishes.take(&mut overlay, &mut host).overlay);
+        let (done, mut settled) = oneshot::channel();
+        wishes.waiting.push(done);
+        let taken = wishes.take(&mut overlay, &mut host);
+        assert!(taken.overlay && taken.waiting.len() == 1);
+        assert!(settled.try_recv().is_err(), "not before it is carried out");
         assert_eq!(overlay, wanted);
         assert!(!wishes.take(&mut overlay, &mut host).overlay);
         assert_eq!(overlay, wanted);

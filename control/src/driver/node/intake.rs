@@ -320,8 +320,13 @@ impl Node {
                 let answer = desk.set(change);
                 if answer.is_ok() {
                     self.agent.handle_prefs(now, desk.prefs());
+                    self.carry_out();
                 }
-                call.answer_result(answer);
+                let settled = self.hostnet.settled();
+                tokio::task::spawn_local(async move {
+                    settled.await;
+                    call.answer_result(answer);
+                });
             }
             local_api::Request::Up => {
                 let by_key = self

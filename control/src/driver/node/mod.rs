@@ -255,6 +255,11 @@ impl Node {
         if !self.agent.has_network() {
             tracing::info!("waiting for coordination: there is no network map yet");
         }
+        if desk.prefs().exit_node.is_some() {
+            // Nobody is told that the node is up while packets still go out beside it.
+            self.carry_out();
+            self.hostnet.settled().await;
+        }
         self.tell_up();
         let ended = loop {
             if let Some(slept) = self.sleep.look() {
