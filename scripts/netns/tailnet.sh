@@ -35,6 +35,7 @@
 #   tailnet_ready NAME...                waits until each is in the network and knows all the others
 #   tailnet_ip NAME [6]                  its address inside, also when it does not run any more
 #   problem NAME PATTERN                 does the status of a ringtail tell of such a problem?
+#   no_problem NAME PATTERN              does it tell, and of no such problem?
 #   tailnet_path NAME OTHER              "direct ADDRESS:PORT" or "relay CODE", as NAME has it
 #   tailnet_direct NAME OTHER            does each have the other direct? (for `within`)
 #   tailnet_block HOST, tailnet_unblock HOST     the internet carries no UDP of this lab_host but STUN and DNS
@@ -286,7 +287,10 @@ tailnet_ip() {
   if [ "${2:-4}" = 6 ]; then grep : "$file"; else grep -v : "$file"; fi
 }
 
-problem() { { rt "$1" status || true; } | grep -E "problem: .*($2)"; }
+problem() { local told; told=$(problems "$1") && grep -E "problem: .*($2)" <<<"$told"; }
+# A node that tells nothing at all has not said that it is well.
+no_problem() { local told; told=$(problems "$1") && ! grep -E "problem: .*($2)" <<<"$told"; }
+problems() { local told; told=$(rt "$1" status) || [ -n "$told" ] || return 1; echo "$told"; }
 
 tailnet_path() {
   tailnet_status "$1" | jq -er --arg other "$2" '.peers[$other] | if .direct then "direct " + .direct else "relay " + .home end'

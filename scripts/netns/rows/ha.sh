@@ -56,7 +56,7 @@ row_ha_lan() {
   ha_end "the loss of the LAN"
   check "status says why" within 2 problem r '192.168.77.0/24 is not announced'
   ip -n "${LAB}r" link set lan up
-  check "when it is up again status says no more" within 10 not problem r 'is not announced'
+  check "when it is up again status says no more" within 10 no_problem r 'is not announced'
   ha_begin
   pause 3
   check "and it stands by" ha_router h

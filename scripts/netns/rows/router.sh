@@ -43,7 +43,7 @@ row_router() {
   check "for rules of ours before those of the host's firewall" gates r 2
   check "which iptables reads as its own" iptables_reads r
   check "nothing passes between the host's own networks" not lab_in q ping -qc 2 -i 0.2 -W 1 203.0.113.12
-  check "status has nothing to say of all that" not problem r 'forward|firewall|nft'
+  check "status has nothing to say of all that" no_problem r 'forward|firewall|nft'
   check "nobody on a subnet speaks as a node to the router" spoofed_by q "$(tailnet_ip r)" guard-input
   check "nor through it" spoofed_by q 192.168.77.9 guard-forward
   # A subnet has an MTU of 1500, and the tunnel one of 1280.
@@ -72,8 +72,8 @@ row_router() {
   check "and leaves nothing" same_state r "$before"
 }
 
-# A router that may change nothing of its host says what to do, and that is enough. Then one on a host without the right
-# to use nftables, with /proc/sys read-only.
+# A router that may change nothing of its host says what to do, and that is enough. Then one with /proc/sys read-only, as
+# in a container.
 row_firewall() {
   tailnet_up
   lab_host b 203.0.113.12
@@ -94,7 +94,7 @@ row_firewall() {
   check "and forwards nothing" not tailnet_pings b 192.168.77.9 1
   as_told r
   check "whoever does as status says has a router" within 10 sees b 192.168.77.9 192.168.77.1
-  check "of which status has nothing more to say" within 15 not problem r 'forwarded'
+  check "of which status has nothing more to say" within 15 no_problem r 'forwarded'
   tailnet_stop r
   lab_in r sh -c 'echo 0 >/proc/sys/net/ipv4/conf/lan/forwarding'
   TAILNET_OPTIONS[r]='--advertise-routes 192.168.77.0/24'
