@@ -263,6 +263,13 @@ impl Zones {
         self.default.as_deref()
     }
 
+    /// Whether a resolver is asked for anything.
+    pub fn asks(&self, upstream: &Upstream) -> bool {
+        let routes = self.routes.values().flatten();
+        let mut all = routes.chain(&self.default);
+        all.any(|upstreams| upstreams.contains(upstream))
+    }
+
     fn reverse(&self, name: &Name) -> Option<Name> {
         let net = name.parse_arpa_name().ok()?;
         let address = net.addr();

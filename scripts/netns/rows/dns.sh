@@ -126,6 +126,7 @@ row_dns_faults() {
   check "one that fails is passed over" says "NOERROR 198.51.100.18" a w.failing.example A
   check "nobody asks himself" says SERVFAIL a w.loop.example A
   check "one that is away is given up" says SERVFAIL a w.away.example A
+  check "which status says, once it is sure" within 10 still_away a
   lab_spawn a flood "$DNS" flood 100.100.100.100 1000 slow.example
   pause 1
   check "while a thousand wait for a slow one, others are answered" says "NOERROR 198.51.100.15" a others.example A
@@ -134,6 +135,17 @@ row_dns_faults() {
   SAID=$(cat "$LAB_DIR/flood.log")
   check "each of the thousand is told in time" grep -q '^SERVFAIL:1000$' "$LAB_DIR/flood.log"
   check "the node is well" tailnet_online a
+  check "and says nothing of those who answer" no_problem a 'resolver 203.0.113.5[34568]'
+  lab_in dns ip addr add 203.0.113.99/32 dev lo
+  ip -n "${LAB}inet" route add 203.0.113.99/32 via 203.0.113.53 dev p_dns onlink
+  lab_spawn dns dns-99 "$DNS" serve 203.0.113.99 plain
+  check "one that is back is asked" within 5 says "NOERROR 198.51.100.18" a back.away.example A
+  check "and there is nothing more to say" within 5 no_problem a 'resolver 203.0.113.99'
+}
+# Each question is another one.
+still_away() {
+  says SERVFAIL "$1" "$RANDOM.away.example" A
+  problem "$1" 'the resolver 203.0.113.99 does not answer, or too late$'
 }
 
 # peerapi NAME: the URL of its peer API, as b has it.

@@ -17,7 +17,9 @@ use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
+use super::silent::Silent;
 use crate::dns::{MESSAGE_LEN_MAX, Upstream, message};
+use crate::driver::clock::now;
 
 /// Type of the body of DNS over HTTP (RFC 8484 §6).
 pub(super) const DNS_MESSAGE: &str = "application/dns-message";
@@ -45,41 +47,61 @@ pub(super) enum Over {
 }
 
 /// Asks until somebody has an answer; one that says it failed counts if there is no better. The
-/// number of the answer is that of the question.
+/// number of the answer is that of the question. `silent` hears who answered and who did not.
 pub(super) async fn forward(
     upstreams: Arc<[Upstream]>,
     question: Arc<[u8]>,
     over: Over,
+    silent: &Silent,
 ) -> io::Result<Vec<u8>> {
     let id = message::id(&question);
-    let asked = timeout(LIMIT, ask_all(&upstreams, question, over)).await;
+    // Whom we have asked, as far as that goes in their order, and whether he has answered.
+    let mut heard = Vec::new();
+    let asked = timeout(LIMIT, ask_all(&upstreams, question, over, &mut heard)).await;
+    // Of two that are asked at the same time the one that was asked later, and is still out, may be about to answer.
+    let last = heard.iter().rposition(|answered| *answered);
+    let heard = &heard[..last.map_or(heard.len(), |last| last + 1)];
+    for (upstream, answered) in upstreams.iter().zip(heard) {
+        silent.note(now(), upstream, *answered);
+    }
     let answer = asked.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
     Ok(message::with_id(&answer, id))
 }
 
-async fn ask_all(upstreams: &[Upstream], question: Arc<[u8]>, over: Over) -> io::Result<Vec<u8>> {
-    let mut waiting = upstreams.iter();
+async fn ask_all(
+    upstreams: &[Upstream],
+    question: Arc<[u8]>,
+    over: Over,
+    heard: &mut Vec<bool>,
+) -> io::Result<Vec<u8>> {
+    let mut waiting = upstreams.iter().enumerate();
     let mut asked = JoinSet::new();
-    let mut ask_next = |asked: &mut JoinSet<io::Result<Vec<u8>>>| {
-        if let Some(upstream) = waiting.next() {
-            asked.spawn(ask(upstream.clone(), Arc::clone(&question), over));
+    let mut ask_next = |asked: &mut JoinSet<(usize, io::Result<Vec<u8>>)>,
+                        heard: &mut Vec<bool>| {
+        if let Some((at, upstream)) = waiting.next() {
+            let (upstream, question) = (upstream.clone(), Arc::clone(&question));
+            heard.push(false);
+            asked.spawn(async move { (at, ask(upstream, question, over).await) });
         }
     };
-    ask_next(&mut asked);
+    ask_next(&mut asked, heard);
     let mut failed = Err(io::Error::from(io::ErrorKind::HostUnreachable));
     loop {
         tokio::select! {
             done = asked.join_next() => {
-                match done {
+                if let Some(Ok((at, result))) = &done {
+                    heard[*at] = result.is_ok();
+                }
+                match done.map(|done| done.map(|(_, result)| result)) {
                     None => return failed,
                     Some(Ok(Ok(answer))) if is_good(&answer) => return Ok(answer),
                     Some(Ok(Ok(answer))) => failed = Ok(answer),
                     Some(Ok(Err(error))) => failed = failed.or(Err(error)),
                     Some(Err(error)) => failed = failed.map_err(|_| io::Error::other(error)),
                 }
-                ask_next(&mut asked);
+                ask_next(&mut asked, heard);
             }
-            () = sleep(STAGGER), if asked.len() < AT_A_TIME => ask_next(&mut asked),
+            () = sleep(STAGGER), if asked.len() < AT_A_TIME => ask_next(&mut asked, heard),
         }
     }
 }

@@ -7,13 +7,15 @@
 //! bounds neither connections nor questions at work.
 //!
 //! Rooms: `server` takes questions, `forward` passes them on, `peerapi` is what peers reach; `direct` looks
-//! up, past the tunnel, what the tunnel needs.
+//! up, past the tunnel, what the tunnel needs; `silent` knows which resolvers do not answer.
 
 pub(in crate::driver) mod direct;
 mod forward;
 mod peerapi;
 mod server;
+mod silent;
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -55,6 +57,7 @@ pub struct Dns {
     settings: watch::Sender<Arc<Settings>>,
     resolver: Arc<Resolver>,
     listening: watch::Receiver<Listening>,
+    silent: watch::Receiver<BTreeSet<Upstream>>,
     ports: [Option<u16>; 2],
     runtime: tokio::runtime::Handle,
     /// Dropped to end the thread.
@@ -73,6 +76,7 @@ impl Dns {
         let ports = api.ports();
         let (settings, wished) = watch::channel(Arc::new(Settings::default()));
         let resolver = Arc::new(Resolver::new(wished.clone()));
+        let silent = resolver.silent.subscribe();
         let (listens, listening) = watch::channel(Listening::default());
         let (stop, stopped) = oneshot::channel();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -97,6 +101,7 @@ impl Dns {
             settings,
             resolver,
             listening,
+            silent,
             ports,
             runtime: handle,
             stop: Some(stop),
@@ -155,7 +160,11 @@ impl Dns {
 
     /// Waits until other places are listened on, or other problems are met.
     pub async fn changed(&mut self) {
-        if self.listening.changed().await.is_err() {
+        let ended = tokio::select! {
+            changed = self.listening.changed() => changed.is_err(),
+            changed = self.silent.changed() => changed.is_err(),
+        };
+        if ended {
             // The thread panicked; the process ends.
             std::future::pending::<()>().await;
         }
@@ -171,6 +180,13 @@ impl Dns {
         let settings = Arc::clone(&self.settings.borrow());
         let mut problems: Vec<String> = self.listening.borrow().problem.iter().cloned().collect();
         problems.extend(settings.wish.problems());
+        let silent = self.silent.borrow();
+        let asked = silent.iter().filter(|upstream| {
+            settings.host.contains(upstream) || settings.wish.zones.asks(upstream)
+        });
+        problems.extend(
+            asked.map(|upstream| format!("the resolver {upstream} does not answer, or too late")),
+        );
         problems
     }
 

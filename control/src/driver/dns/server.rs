@@ -16,6 +16,7 @@ use tokio::time::timeout;
 
 use super::Settings;
 use super::forward::{Over, forward, read_framed, write_framed};
+use super::silent::Silent;
 use crate::dns::{Decision, MESSAGE_LEN_MAX, Question, Read, Upstream, message};
 use crate::driver::counters::{self, counters};
 use crate::driver::lock;
@@ -69,6 +70,7 @@ counters! {
 pub(super) struct Resolver {
     settings: watch::Receiver<Arc<Settings>>,
     under_way: Mutex<UnderWay>,
+    pub(super) silent: Silent,
     pub(super) counters: Counters,
 }
 
@@ -121,6 +123,7 @@ impl Resolver {
         Self {
             settings,
             under_way: Mutex::default(),
+            silent: Silent::default(),
             counters: Counters::default(),
         }
     }
@@ -245,7 +248,7 @@ impl Resolver {
         let this = Arc::clone(self);
         tokio::spawn(async move {
             let question = Arc::clone(&key.0);
-            let found = forward(asked.upstreams, question, over).await;
+            let found = forward(asked.upstreams, question, over, &this.silent).await;
             if let Err(error) = &found {
                 this.counters.forward_failed.add(1);
                 tracing::debug!(%error, "no answer to a question that was passed on");
@@ -566,6 +569,40 @@ mod tests {
                 .iter()
                 .all(|((address, ..), _)| *address == taken)
         );
+    }
+
+    #[tokio::test]
+    async fn who_is_asked_first_and_does_not_answer_is_noted_and_nobody_else() {
+        let [dead, well, later] =
+            [(); 3].map(|()| std::net::UdpSocket::bind("127.0.0.1:0").unwrap());
+        let upstreams =
+            [&dead, &well, &later].map(|one| Upstream::Plain(one.local_addr().unwrap()));
+        well.set_nonblocking(true).unwrap();
+        let answers = UdpSocket::from_std(well).unwrap();
+        tokio::spawn(async move {
+            let mut buffer = vec![0; 512];
+            while let Ok((len, from)) = answers.recv_from(&mut buffer).await {
+                // The bit that makes an answer of it.
+                buffer[2] |= 0x80;
+                answers.send_to(&buffer[..len], from).await.unwrap();
+            }
+        });
+        let silent = Silent::default();
+        let question: Arc<[u8]> = Arc::from(question("w.example", RecordType::A).unwrap());
+        let began = crate::driver::clock::now();
+        let long_ago = began.checked_sub(Duration::from_secs(9)).unwrap();
+        for upstream in &upstreams {
+            // One more question that is not answered tells.
+            silent.note(long_ago, upstream, false);
+            silent.note(long_ago, upstream, false);
+        }
+        let told = silent.subscribe();
+        let answer = forward(Arc::from(upstreams.clone()), question, Over::Udp, &silent).await;
+        assert!(answer.is_ok());
+        assert_eq!(*told.borrow(), [upstreams[0].clone()].into());
+        // Who answered begins anew.
+        silent.note(began, &upstreams[1], false);
+        assert_eq!(told.borrow().len(), 1);
     }
 
     #[tokio::test]
