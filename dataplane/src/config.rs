@@ -139,7 +139,8 @@ pub enum StartError {
     Config(&'static str),
     /// The TUN device could not be opened.
     #[error(
-        "cannot open the TUN device {name}: {source} (is /dev/net/tun there, and do we have CAP_NET_ADMIN?)"
+        "cannot open the TUN device {name}: {source} ({hint})",
+        hint = tun_hint(name, source)
     )]
     Tun {
         /// Interface asked for.
@@ -161,4 +162,17 @@ pub enum StartError {
     /// A thread, an eventfd or an epoll instance could not be made.
     #[error("cannot start the shards: {0}")]
     Threads(#[source] io::Error),
+}
+
+/// What may help where a TUN device cannot be opened.
+fn tun_hint(name: &str, source: &io::Error) -> String {
+    let by_hand = format!("ip tuntap add {name} mode tun multi_queue");
+    match source.raw_os_error() {
+        // The kernel's answer to other flags than the interface was made with.
+        Some(libc::EINVAL) => format!("if it is there already, it has to be made by `{by_hand}`"),
+        Some(libc::EPERM) => {
+            format!("that needs CAP_NET_ADMIN, unless somebody made it for us: {by_hand}")
+        }
+        Some(_) | None => "is /dev/net/tun there?".into(),
+    }
 }

@@ -53,7 +53,8 @@ impl Interface {
     }
 
     /// Sets the MTU (bytes) and brings the interface up, without a link-local address, which would
-    /// bring a route of its own into the host's main table.
+    /// bring a route of its own into the host's main table. Where that may not be, one that somebody made
+    /// and brought up beforehand will do.
     ///
     /// # Errors
     /// When the kernel refuses, as for an MTU it does not support.
@@ -64,9 +65,20 @@ impl Interface {
         let _ = self
             .change(self.link(mtu).append_extra_attribute(none))
             .await;
-        self.change(self.link(mtu).up())
-            .await
-            .with_context(|| format!("cannot bring {} up with MTU {mtu}", self.name))
+        let Err(error) = self.change(self.link(mtu).up()).await else {
+            return Ok(());
+        };
+        let there = link::look(self.index).await?;
+        if there.is_some_and(|there| there.up && there.mtu <= mtu.into()) {
+            tracing::info!(%error, "the interface is up, and nothing of it is changed");
+            return Ok(());
+        }
+        let name = &self.name;
+        Err(error).with_context(|| {
+            format!(
+                "cannot bring {name} up with MTU {mtu} (who may does it by `ip link set {name} up mtu {mtu}`)"
+            )
+        })
     }
 
     /// Sets the MTU (bytes) and leaves the interface up or down as it is.

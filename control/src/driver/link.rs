@@ -178,7 +178,11 @@ pub async fn watch_own(index: u32, news: mpsc::Sender<OwnLink>) {
     }
 }
 
-async fn look(index: u32) -> anyhow::Result<Option<OwnLink>> {
+/// How an interface is at the moment; `None` if there is none.
+///
+/// # Errors
+/// There is no netlink.
+pub async fn look(index: u32) -> anyhow::Result<Option<OwnLink>> {
     let (connection, handle, _) = rtnetlink::new_connection().context("cannot ask netlink")?;
     tokio::task::spawn_local(connection);
     let mut found = handle.link().get().match_index(index).execute();

@@ -60,7 +60,7 @@ use crate::netmap::prefix::EVERYWHERE;
 
 pub use health::Lans;
 pub use plan::{lies_in, meets, plan, stays};
-pub use steps::{Step, steps};
+pub use steps::{Step, by_hand, steps};
 
 /// Route and rule protocol number (`RTA_PROTOCOL`, `FRA_PROTOCOL`) of what is ours.
 pub const PROTOCOL: u8 = 114;

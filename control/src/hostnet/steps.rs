@@ -1,8 +1,15 @@
 //! From what is there to what is wanted, in an order that harms nobody on the way.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-use super::{Action, Route, Rule, State};
+use ipnet::IpNet;
+
+use super::{Action, Route, Rule, State, Way, lies_in};
+use crate::netmap::prefix::{V4_RANGE, V6_RANGE};
+
+/// Commands told to people at most.
+const BY_HAND_MAX: usize = 16;
 
 /// One change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +52,31 @@ pub fn steps(wanted: &State, there: &State) -> Vec<Step> {
         .collect()
 }
 
+/// The commands by which somebody who may does what this process may not, for the TUN `tun`. `led` is what leads into
+/// it already. A range that is there for networks like ours is one route: peers come and go.
+pub fn by_hand(tun: &str, denied: &[Step], led: &BTreeSet<IpNet>) -> Vec<String> {
+    let mut commands: Vec<String> = Vec::new();
+    for step in denied {
+        let command = match step {
+            Step::AddAddress(ip) => format!("ip address add {} dev {tun}", IpNet::from(*ip)),
+            Step::AddRoute(route) if route.way == Way::Tunnel && !lies_in(led, &route.net) => {
+                let ranges = [IpNet::V4(V4_RANGE), IpNet::V6(V6_RANGE)];
+                let range = ranges.into_iter().find(|range| range.contains(&route.net));
+                format!("ip route add {} dev {tun}", range.unwrap_or(route.net))
+            }
+            Step::AddRoute(_)
+            | Step::AddRule(_)
+            | Step::DeleteAddress(_)
+            | Step::DeleteRule(_)
+            | Step::DeleteRoute(_) => continue,
+        };
+        if commands.len() < BY_HAND_MAX && !commands.contains(&command) {
+            commands.push(command);
+        }
+    }
+    commands
+}
+
 /// Rules of a lower rank are there while one of a higher is.
 fn rank(rule: &Rule) -> u8 {
     match rule.action {
@@ -57,7 +89,7 @@ fn rank(rule: &Rule) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hostnet::{Exit, Host, Overlay, Way, plan, settings};
+    use crate::hostnet::{Exit, Host, MAIN, Overlay, Way, plan, settings};
 
     fn plan_of(routes: &[&str], offered: &[&str]) -> State {
         let overlay = Overlay {
@@ -109,6 +141,42 @@ mod tests {
             }
         }
         assert_eq!(&now, to);
+    }
+
+    #[test]
+    fn what_is_denied_is_said_as_commands_without_what_somebody_did() {
+        let route = |net: &str, way| {
+            Step::AddRoute(Route {
+                net: net.parse().unwrap(),
+                table: MAIN,
+                way,
+            })
+        };
+        let denied = [
+            Step::AddAddress("100.64.0.1".parse().unwrap()),
+            Step::AddAddress("fd7a:115c:a1e0::1".parse().unwrap()),
+            route("100.64.0.2/32", Way::Tunnel),
+            route("100.64.0.3/32", Way::Tunnel),
+            route("10.77.0.2/32", Way::Tunnel),
+            route("10.0.0.0/8", Way::Throw),
+            Step::DeleteAddress("100.64.0.9".parse().unwrap()),
+        ];
+        let led = |nets: &[&str]| nets.iter().map(|net| net.parse().unwrap()).collect();
+        let addresses = [
+            "ip address add 100.64.0.1/32 dev tun7",
+            "ip address add fd7a:115c:a1e0::1/128 dev tun7",
+        ];
+        let routes = [
+            "ip route add 100.64.0.0/10 dev tun7",
+            "ip route add 10.77.0.2/32 dev tun7",
+        ];
+        let all = by_hand("tun7", &denied, &led(&[]));
+        assert_eq!(all, [addresses, routes].concat());
+        let rest = by_hand("tun7", &denied, &led(&["100.64.0.0/10", "10.77.0.2/32"]));
+        assert_eq!(rest, addresses);
+        let many = (0..99).map(|last| Step::AddAddress([10, 9, 9, last].into()));
+        let many: Vec<Step> = many.collect();
+        assert_eq!(by_hand("tun7", &many, &led(&[])).len(), BY_HAND_MAX);
     }
 
     #[test]

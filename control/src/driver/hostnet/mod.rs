@@ -59,6 +59,8 @@ pub struct Report {
     pub guest_links: BTreeSet<u32>,
     /// What stands in the table of [`Options::handed_in`].
     pub handed: BTreeSet<IpNet>,
+    /// Addresses that the TUN is to have and was not given.
+    pub missing: BTreeSet<IpAddr>,
     /// What this node offers and cannot reach itself, or not forward to.
     pub lost: BTreeSet<IpNet>,
     /// What is not as it should be.
@@ -211,6 +213,9 @@ impl HostNet {
             tunnel: BTreeSet::new(),
             too_many: false,
             added: BTreeSet::new(),
+            denied: None,
+            led: BTreeSet::new(),
+            missing: BTreeSet::new(),
             told: BTreeSet::new(),
             lans: Lans::default(),
             handed_in: options.handed_in,

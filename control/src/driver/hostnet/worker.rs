@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::net::IpAddr;
 use std::os::fd::AsFd as _;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,7 +23,7 @@ use crate::driver::ledger::{Entry, Ledger};
 use crate::driver::lock;
 use crate::hostnet::{
     Action, Conflict, Host, Lans, MAIN, Overlay, Plan, Problem, Route, Settings, State, Step, Way,
-    WayBack, forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
+    WayBack, by_hand, forwarding, guest_bridges, lies_in, meets, stays, steps, table_of_priority,
 };
 use crate::netmap::prefix::{V4_RANGE, V6_RANGE, has_no_hosts, is_exit};
 
@@ -80,6 +81,12 @@ pub(super) struct Worker {
     pub(super) too_many: bool,
     /// Addresses that we gave the TUN.
     pub(super) added: BTreeSet<IpAddr>,
+    /// What this process may not do, though it is to be done; and what leads into the TUN by somebody else's hand,
+    /// which is looked at only then.
+    pub(super) denied: Option<Vec<Step>>,
+    pub(super) led: BTreeSet<IpNet>,
+    /// Addresses that the TUN is to have and was not given.
+    pub(super) missing: BTreeSet<IpAddr>,
     pub(super) told: BTreeSet<Conflict>,
     pub(super) router: Router,
     pub(super) lans: Lans,
@@ -364,8 +371,12 @@ impl Worker {
         }
         for (v6, family) in [(false, "IPv4"), (true, "IPv6")] {
             if !self.settings.rules[usize::from(v6)] && (!v6 || self.host.ipv6) {
+                let why = match self.denied {
+                    Some(_) => "this process may set no policy rules (it lacks CAP_NET_ADMIN)",
+                    None => "the kernel takes no policy rules",
+                };
                 problems.host(format!(
-                    "the kernel takes no {family} policy rules: only peers' own addresses are routed"
+                    "{why} for {family}: only peers' own addresses are routed"
                 ));
                 if self.overlay.exit.is_some() {
                     problems.host(format!(
@@ -373,6 +384,24 @@ impl Worker {
                     ));
                 }
             }
+        }
+        let tun = &self.tun_name;
+        let commands = by_hand(tun, self.denied.as_deref().unwrap_or_default(), &self.led);
+        if !commands.is_empty() {
+            problems.host(format!(
+                "this process may not change the host's network (it lacks CAP_NET_ADMIN); who may has to do it: {}",
+                commands.join(" && ")
+            ));
+        }
+        if !self.host.ipv6 && self.overlay.addresses.iter().any(IpAddr::is_ipv6) {
+            let command = if Path::new("/proc/sys/net/ipv6").exists() {
+                format!(": sysctl -w net/ipv6/conf/{tun}/disable_ipv6=0")
+            } else {
+                String::new()
+            };
+            problems.host(format!(
+                "{tun} has no IPv6: the network's IPv6 addresses and routes are not used{command}"
+            ));
         }
         if self.too_many {
             problems.host(format!(
@@ -403,13 +432,19 @@ impl Worker {
         let mut there = State::default();
         let mut shared_table = false;
         let (table, tun) = (self.settings.table, self.settings.tun);
+        self.led.clear();
         for v6 in [false, true] {
             if !self.settings.rules[usize::from(v6)] {
-                self.netlink.routes(v6, MAIN, true, &mut |found| {
-                    if found.interfaces == [tun] {
-                        there.routes.insert(route(&found, MAIN, tun));
-                    }
-                })?;
+                let (ours_only, led) = (self.denied.is_none(), &mut self.led);
+                self.netlink
+                    .routes(v6, MAIN, ours_only, &mut |found| match (
+                        found.interfaces == [tun],
+                        found.ours,
+                    ) {
+                        (true, true) => _ = there.routes.insert(route(&found, MAIN, tun)),
+                        (true, false) => _ = led.insert(found.net),
+                        (false, _) => {}
+                    })?;
                 continue;
             }
             match self.netlink.rules(v6) {
@@ -445,8 +480,14 @@ impl Worker {
     fn carry_out(&mut self, steps: &[Step], problems: &mut Problems) {
         let mut failed = 0;
         let mut first = None;
+        self.denied.iter_mut().for_each(Vec::clear);
+        self.missing.clear();
         for step in steps {
             let result = self.netlink.carry_out(step, self.settings.tun);
+            let denied = result.as_ref().is_err_and(is_denied);
+            if denied {
+                self.denied.get_or_insert_default().push(*step);
+            }
             match step {
                 Step::AddAddress(ip) => {
                     self.added.insert(*ip);
@@ -468,14 +509,20 @@ impl Worker {
             let Err(error) = result else {
                 continue;
             };
-            let fine = match step {
-                Step::AddAddress(_) | Step::AddRule(_) | Step::AddRoute(_) => {
-                    error.raw_os_error() == Some(nix::libc::EEXIST)
-                }
-                Step::DeleteAddress(_) | Step::DeleteRule(_) | Step::DeleteRoute(_) => error
-                    .raw_os_error()
-                    .is_some_and(|errno| GONE.contains(&errno)),
-            };
+            let fine = denied
+                || match step {
+                    Step::AddAddress(_) | Step::AddRule(_) | Step::AddRoute(_) => {
+                        error.raw_os_error() == Some(nix::libc::EEXIST)
+                    }
+                    Step::DeleteAddress(_) | Step::DeleteRule(_) | Step::DeleteRoute(_) => error
+                        .raw_os_error()
+                        .is_some_and(|errno| GONE.contains(&errno)),
+                };
+            if let Step::AddAddress(ip) = step
+                && error.raw_os_error() != Some(nix::libc::EEXIST)
+            {
+                self.missing.insert(*ip);
+            }
             if !fine {
                 failed += 1;
                 first.get_or_insert_with(|| format!("{}: {error}", describe(step)));
@@ -508,7 +555,8 @@ impl Worker {
             || report.services != self.services
             || report.conflicts != plan.conflicts
             || report.guest_links != self.host.guest_links
-            || report.handed != self.handed;
+            || report.handed != self.handed
+            || report.missing != self.missing;
         *report = Report {
             table: self.settings.table,
             services: self.services.clone(),
@@ -517,6 +565,7 @@ impl Worker {
             kept_out: plan.kept_out,
             guest_links: self.host.guest_links.clone(),
             handed: self.handed.clone(),
+            missing: self.missing.clone(),
             lost,
             problems,
         };
@@ -571,6 +620,11 @@ fn if_there<T: Default>(answer: io::Result<T>) -> io::Result<T> {
         }
         answer => answer,
     }
+}
+
+/// Whether the kernel leaves such changes to others than this process. (`EACCES` says that an interface has no IPv6.)
+fn is_denied(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(nix::libc::EPERM)
 }
 
 /// Of the ranges that networks like ours have their addresses from, that of an address.

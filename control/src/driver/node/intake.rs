@@ -522,7 +522,14 @@ impl Node {
                 "another program on this host answers for names on {DNS_SERVICE_V4}: the host's resolver is not told of ours"
             ));
         }
-        let wished = self.dns.host_wish().filter(|_| is_free);
+        let missing = host.missing.contains(&service);
+        if missing {
+            problems.push(format!(
+                "this host does not have the address {DNS_SERVICE_V4}, on which names are answered: its resolver is not \
+                 told of ours"
+            ));
+        }
+        let wished = self.dns.host_wish().filter(|_| is_free && !missing);
         self.resolver.set(wished.unwrap_or_default());
         self.agent.set_health("dns", problems);
     }
