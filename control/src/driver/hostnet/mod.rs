@@ -6,9 +6,10 @@
 //! interface that goes down and up) comes back that way. Dropping [`HostNet`] removes everything and
 //! waits until that is done; what a killed process left, the next start removes.
 //!
-//! Rooms: `worker` is the thread, `netlink` the kernel's messages, `table` whose table it is; `router` has nftables
-//! (`nft`) and forwarding (`sysctl`) as they should be.
+//! Rooms: `worker` is the thread, `netlink` the kernel's messages (`again` where they are torn), `table` whose table it
+//! is; `router` has nftables (`nft`) and forwarding (`sysctl`) as they should be.
 
+mod again;
 mod netlink;
 mod nft;
 mod router;

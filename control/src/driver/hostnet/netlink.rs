@@ -22,13 +22,12 @@ use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage, Rule
 use rtnetlink::packet_route::{AddressFamily, IpProtocol, RouteNetlinkMessage};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_ROUTE};
 
+use super::again::again;
 use crate::hostnet::{Action, Link, MAIN, PROTOCOL, Route, Rule, Step, Way};
 use crate::netmap::prefix::{DNS_SERVICE_V4, DNS_SERVICE_V6};
 
 /// One answer, or a part of a long one.
 const BUFFER_LEN: usize = 64 << 10;
-/// Times that something is asked for that changes while the kernel tells of it.
-const TRIES: usize = 8;
 /// For a kernel that does not answer at all.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// `RTNLGRP_*` of what concerns us: links, addresses, routes, rules, and whether interfaces forward, of both families.
@@ -240,17 +239,6 @@ impl Netlink {
             }
         }
     }
-}
-
-/// Asks once more where the answer was torn.
-fn again<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    for _ in 1..TRIES {
-        match ask() {
-            Err(error) if error.raw_os_error() == Some(nix::libc::EINTR) => {}
-            result => return result,
-        }
-    }
-    ask()
 }
 
 /// `struct nlmsghdr`, in bytes.
@@ -631,25 +619,6 @@ mod tests {
                 assert_eq!(found.interfaces, [9]);
             }
         }
-    }
-
-    #[test]
-    fn what_changes_while_it_is_told_is_asked_for_again_but_not_for_ever() {
-        fn torn<T>() -> io::Result<T> {
-            Err(io::Error::from_raw_os_error(nix::libc::EINTR))
-        }
-        let mut asked = 0;
-        let answer = again(|| {
-            asked += 1;
-            if asked < TRIES { torn() } else { Ok(asked) }
-        });
-        assert_eq!(answer.unwrap(), TRIES);
-        let mut asked = 0;
-        let answer: io::Result<()> = again(|| {
-            asked += 1;
-            torn()
-        });
-        assert_eq!((answer.is_err(), asked), (true, TRIES));
     }
 
     #[test]

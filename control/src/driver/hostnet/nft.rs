@@ -15,6 +15,7 @@ use ipnet::IpNet;
 use nix::sys::socket::{setsockopt, sockopt};
 use rtnetlink::sys::{Socket, SocketAddr, protocols::NETLINK_NETFILTER};
 
+use super::again::again;
 use crate::hostnet::firewall::{
     Base, Chain, Do, Found, Gate, Hook, Manager, Match, Rule, comment, is_ours, table_of,
 };
@@ -29,8 +30,6 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 const BASES_MAX: usize = 64;
 /// Rules of such a chain that are looked at, at most.
 const RULES_MAX: usize = 4096;
-/// Times that something is asked for that somebody else changes meanwhile.
-const TRIES: usize = 8;
 /// Messages taken at once from [`Watch`]; the rest waits a moment.
 const READS_MAX: usize = 256;
 
@@ -705,21 +704,6 @@ impl Nft {
     }
 }
 
-/// Asks once more where somebody else has changed something meanwhile.
-fn again<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    let changed = |error: &io::Error| {
-        error.kind() == io::ErrorKind::Interrupted
-            || error.raw_os_error() == Some(nix::libc::ERESTART)
-    };
-    for _ in 1..TRIES {
-        match ask() {
-            Err(error) if changed(&error) => {}
-            result => return result,
-        }
-    }
-    ask()
-}
-
 /// The routing tables of ringtails, dead or alive, that have something in nftables: a table of theirs, or rules in
 /// the host's chains. None where it cannot be looked for.
 pub(super) fn with_traces() -> BTreeSet<u8> {
@@ -1151,23 +1135,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changed_meanwhile_is_asked_for_again_and_not_for_ever() {
-        let mut asked = 0;
-        let told = again(|| {
-            asked += 1;
-            match asked {
-                1 => Err(io::ErrorKind::Interrupted.into()),
-                2 => Err(io::Error::from_raw_os_error(nix::libc::ERESTART)),
-                _ => Ok(asked),
-            }
-        });
-        assert_eq!(told.unwrap(), 3);
-        let mut asked = 0;
-        let told: io::Result<()> = again(|| {
-            asked += 1;
-            Err(io::ErrorKind::Interrupted.into())
-        });
-        assert!(told.is_err() && asked == TRIES, "{asked}");
+    fn an_answer_says_that_it_is_torn() {
         // The kernel says so in any message of the answer, also in the last; an error is no such answer.
         for (kind, flags, torn) in [
             (DONE, TORN | 2, true),
