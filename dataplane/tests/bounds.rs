@@ -19,7 +19,7 @@ use support::{End, Lab, lab_or_skip, resident, stranger};
 
 const SHARDS: usize = 2;
 /// What the scan brings at least; without a budget it would all be kept.
-const SCANNED: u64 = 320 << 20;
+const SCANNED: u64 = 480 << 20;
 const SCAN_TIME_MAX: Duration = Duration::from_secs(20);
 /// A packet is large, so that few do.
 const MTU: u16 = 60_000;
